@@ -1,0 +1,72 @@
+"""layersmith: any Hugging Face decoder model and a budget in; a smaller model whose layers differ out.
+
+Importing this module is cheap: PyTorch and Transformers are imported by the first name that needs them.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from layersmith.heterogeneous import auto as _auto
+
+if TYPE_CHECKING:
+    from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MambaConfig, MoEConfig
+    from layersmith.heterogeneous.build import block_configs_of as block_configs
+    from layersmith.heterogeneous.build import build
+    from layersmith.heterogeneous.checkpoint import load, save
+    from layersmith.model_descriptor.base import ModelDescriptor
+    from layersmith.model_descriptor.describe import describe
+    from layersmith.pipeline import Result, compress
+
+__version__ = version("layersmith")
+
+# Public name -> where it lives.
+_PUBLIC = {
+    "ModelDescriptor": "layersmith.model_descriptor.base:ModelDescriptor",
+    "BlockConfig": "layersmith.block_config:BlockConfig",
+    "AttentionConfig": "layersmith.block_config:AttentionConfig",
+    "FFNConfig": "layersmith.block_config:FFNConfig",
+    "MoEConfig": "layersmith.block_config:MoEConfig",
+    "MambaConfig": "layersmith.block_config:MambaConfig",
+    "describe": "layersmith.model_descriptor.describe:describe",
+    "block_configs": "layersmith.heterogeneous.build:block_configs_of",
+    "build": "layersmith.heterogeneous.build:build",
+    "load": "layersmith.heterogeneous.checkpoint:load",
+    "save": "layersmith.heterogeneous.checkpoint:save",
+    "compress": "layersmith.pipeline:compress",
+    "Result": "layersmith.pipeline:Result",
+}
+
+__all__ = [
+    "AttentionConfig",
+    "BlockConfig",
+    "FFNConfig",
+    "MambaConfig",
+    "MoEConfig",
+    "ModelDescriptor",
+    "Result",
+    "block_configs",
+    "build",
+    "compress",
+    "describe",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _PUBLIC:
+        module, _, attribute = _PUBLIC[name].partition(":")
+        return getattr(import_module(module), attribute)
+    if name in ("heterogeneous", "model_descriptor"):
+        return import_module(f"layersmith.{name}")
+    raise AttributeError(f"module 'layersmith' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_PUBLIC])
+
+
+_auto.install()

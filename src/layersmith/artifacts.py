@@ -1,0 +1,136 @@
+"""Files that are either whole or not there: written under another name, synced, renamed.
+
+A stage's folder has a ``manifest.json`` that holds the fingerprint of everything the stage depends on. A stage whose
+fingerprint matches is done; one whose fingerprint differs was made from other inputs.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from layersmith.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@contextmanager
+def saying_disk_full(path: Path) -> Iterator[None]:
+    """Turn a full disk or a read-only folder into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise InputError(f"{path}: no space left on the disk. Free some and run the same command again.") from error
+        if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another folder.") from error
+        raise
+    except Exception as error:  # safetensors reports a full disk as an exception of its own
+        if "No space left" in str(error) or "os error 28" in str(error):
+            raise InputError(f"{path}: no space left on the disk. Free some and run the same command again.") from error
+        raise
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is either as before or complete."""
+    with saying_disk_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.chmod(name, 0o644)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
+def write_text(path: Path, text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, data: Any) -> None:
+    write_text(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Raises: InputError: missing or not JSON."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing.") from error
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error}). Remove it and run the same command again.") from error
+
+
+def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file; equal tensors and metadata give equal bytes."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({name: tensors[name].contiguous() for name in sorted(tensors)}, metadata))
+
+
+def read_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Raises: InputError: missing or damaged."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise InputError(f"{path}: missing.")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"{path}: damaged ({error}). Restore it, or remove it and run the same command again.") from error
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """A new folder that appears at ``path`` only when the block ends well; an old one there is replaced."""
+    with saying_disk_full(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        try:
+            os.chmod(temporary, 0o755)
+            yield temporary
+            for file in sorted(temporary.rglob("*")):
+                if file.is_file():
+                    with open(file, "rb") as opened:
+                        os.fsync(opened.fileno())
+            if path.exists():
+                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                os.replace(path, old / path.name)
+                os.replace(temporary, path)
+                shutil.rmtree(old)
+            else:
+                os.replace(temporary, path)
+        except BaseException:
+            shutil.rmtree(temporary, ignore_errors=True)
+            raise
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process left half-written directly under ``folder``."""
+    for leftover in folder.glob(".*"):
+        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+
+def fingerprint(data: Any) -> str:
+    """A digest of JSON data; equal data give equal digests everywhere."""
+    return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

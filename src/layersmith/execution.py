@@ -1,0 +1,93 @@
+"""Run a model from the middle, or with some layers exchanged, through its own ``forward``.
+
+A model's forward makes masks, positions, caches and logits in ways that differ from family to family. So parts of it
+are run by exchanging decoder layers, never by repeating what the forward does: layers that need not run become modules
+that hand over a hidden state computed before.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from layersmith.heterogeneous.sharding import DummyBlock
+from layersmith.parent import Parent
+
+
+class Handover(DummyBlock):
+    """Stands for a layer that need not run; returns a hidden state in the form in which the layer would."""
+
+    def __init__(self, original_layer: nn.Module, block_index: int, output: Any):
+        super().__init__(original_layer, block_index)
+        self.output = output
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+@contextmanager
+def exchanged(parent: Parent, layers: Mapping[int, nn.Module]) -> Iterator[None]:
+    """While open, the model has other decoder layers at some indices."""
+    originals = {i: parent.layers[i] for i in layers}
+    try:
+        for i, layer in layers.items():
+            parent.model.set_submodule(parent.descriptor.layer_block_name(i), layer)
+        yield
+    finally:
+        for i, layer in originals.items():
+            parent.model.set_submodule(parent.descriptor.layer_block_name(i), layer)
+
+
+@torch.inference_mode()
+def forward(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``[B, T, V]`` and the hidden states ``[B, T, D]`` that the head reads, of the model as it stands."""
+    seen: list[torch.Tensor] = []
+    norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        logits = parent.model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits, seen[-1]
+
+
+@torch.inference_mode()
+def layer_outputs(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+    """As :func:`forward`, and what every decoder layer returned."""
+    outputs: list[Any] = [None] * len(parent.blocks)
+
+    def keep(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[index] = output
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(parent.layers)]
+    try:
+        logits, hidden = forward(parent, input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, hidden, outputs
+
+
+def forward_with(
+    parent: Parent, input_ids: torch.Tensor, outputs: list[Any], index: int, layer: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`forward`, with ``layer`` at ``index``; earlier layers hand over the parent's ``outputs``."""
+    layers: dict[int, nn.Module] = {
+        i: Handover(parent.layers[i], i, outputs[i]) for i in range(index)
+    }
+    with exchanged(parent, {**layers, index: layer}):
+        return forward(parent, input_ids)
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer or subblock returned."""
+    return output if isinstance(output, torch.Tensor) else output[0]

@@ -1,0 +1,1 @@
+"""Models whose layers differ: build, save, load, shard."""

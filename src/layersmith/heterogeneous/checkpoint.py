@@ -1,0 +1,250 @@
+"""Checkpoints of any model, heterogeneous or not: whole or refused.
+
+``save`` writes a folder that loads with layersmith, with Transformers beside layersmith, and with stock Transformers
+and ``trust_remote_code=True``. ``write_subblocks`` lays the same tensors out as one file a weight group.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import struct
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import PretrainedConfig, PreTrainedModel
+
+from layersmith.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
+from layersmith.errors import InputError, LayersmithError
+from layersmith.heterogeneous.build import child_class, child_config, meta_model, quiet_transformers, stock_class
+from layersmith.heterogeneous.modeling_layersmith import (
+    HeterogeneousMixin,
+    heterogeneous_class,
+    refuse_incomplete,
+    without_guard,
+)
+from layersmith.heterogeneous.plan import SUBBLOCKS
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.describe import describe, read_config
+
+INDEX = "model.safetensors.index.json"
+SUBBLOCK_FOLDER = "subblocks_safetensors"
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    descriptor: type[ModelDescriptor] | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """Load any causal language model, heterogeneous or not.
+
+    Args:
+        path: a checkpoint folder or a hub id.
+        dtype: of the weights; default: the checkpoint's own.
+        device: default: the CPU.
+        descriptor: of the family, for a heterogeneous checkpoint that does not carry its plan.
+        trust_remote_code: let Transformers run code from the checkpoint (never needed for our own).
+
+    Raises:
+        InputError: files are missing or damaged, or weights and config disagree. Nothing is ever made up.
+    """
+    check_files(path)
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    cls = model_class(config, descriptor)
+    config = without_guard(config)
+    try:
+        with quiet_transformers():
+            model, info = cls.from_pretrained(
+                path, config=_completed(config, descriptor), dtype=dtype or "auto", output_loading_info=True
+            )
+        refuse_incomplete(info, str(path))
+    except LayersmithError:
+        raise
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+        raise InputError(f"{path}: config.json and weights do not fit together: {_first_line(error)}") from error
+    return model.to(device) if device is not None else model
+
+
+def model_class(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> type[PreTrainedModel]:
+    """The class that loads a checkpoint of this config."""
+    if hasattr(config, "layersmith"):
+        return heterogeneous_class(stock_class(config))
+    if getattr(config, "block_configs", None):
+        return child_class(descriptor or describe(config), config)
+    return stock_class(config)
+
+
+def _completed(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None) -> PretrainedConfig:
+    """Add the plan to a heterogeneous config that another tool wrote."""
+    if getattr(config, "block_configs", None) and not hasattr(config, "layersmith"):
+        from layersmith.heterogeneous.build import block_configs_of
+
+        return child_config(config, block_configs_of(config), descriptor)
+    return config
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def check_files(path: str | os.PathLike[str]) -> None:
+    """Check, from file sizes and headers alone, that all weights of a checkpoint folder are there.
+
+    Raises:
+        InputError: a file that is missing or shorter than its header says. A hub id passes.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        return
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json here. Give the folder of a Hugging Face checkpoint.")
+    files = weight_files(folder)
+    if not files:
+        raise InputError(f"{folder}: no safetensors weights here. Convert the checkpoint with save_pretrained first.")
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file}: missing, though the index of the checkpoint names it. Download it again.")
+        try:
+            with open(file, "rb") as opened:
+                (header_bytes,) = struct.unpack("<Q", opened.read(8))
+            with safe_open(file, framework="pt") as tensors:
+                tensors.keys()
+        except (SafetensorError, struct.error, OSError) as error:
+            size = file.stat().st_size
+            raise InputError(f"{file}: truncated or damaged ({size:,} bytes; {error}). Download it again.") from error
+        if file.stat().st_size < 8 + header_bytes:
+            raise InputError(f"{file}: truncated. Download it again.")
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint folder, as its index names them."""
+    index = folder / INDEX
+    if index.is_file():
+        try:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise InputError(f"{index}: not a safetensors index ({error!r}). Download it again.") from error
+        return [folder / name for name in sorted(set(weight_map.values()))]
+    return sorted(folder.glob("*.safetensors"))
+
+
+def weight_map(folder: Path) -> dict[str, Path]:
+    """Tensor name to the file that holds it."""
+    found = {}
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            found.update(dict.fromkeys(tensors.keys(), file))
+    return found
+
+
+def save(model: PreTrainedModel, path: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+    """Write a model as a Hugging Face folder, all of it or nothing.
+
+    Args:
+        model: from :func:`layersmith.build`, :func:`layersmith.load`, or a stock model.
+        path: the folder; it must not hold anything yet.
+        tokenizer: written beside the weights if given.
+
+    Raises:
+        InputError: the folder is in use, or cannot be written.
+    """
+    folder = Path(path)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already there and not empty. Choose another folder or remove it.")
+    if not isinstance(model, HeterogeneousMixin):
+        _refuse_unplanned(model, folder)
+    with whole_folder(folder) as temporary, quiet_transformers():
+        model.save_pretrained(temporary)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(temporary)
+
+
+def _refuse_unplanned(model: PreTrainedModel, folder: Path) -> None:
+    expected = {name: tensor.shape for name, tensor in meta_model(model.config).state_dict().items()}
+    if {name: tensor.shape for name, tensor in model.state_dict().items()} != expected:
+        raise InputError(
+            f"{folder}: this model's layers differ but its config does not say how, so no one could load it. "
+            "Build it with layersmith.build."
+        )
+
+
+# ---------------------------------------------------------------------------------------------- one file a group
+
+
+def weight_groups(
+    descriptor: type[ModelDescriptor], names: Iterable[str], num_layers: int
+) -> dict[str, list[str]]:
+    """``get_weight_groups``, also for the weights of linear replacements, which a family's patterns may not know."""
+    names = list(names)
+    linear = {}
+    for i in range(num_layers):
+        prefix = descriptor.layer_block_name(i) + "."
+        for name in names:
+            if name.startswith(prefix) and name.endswith(".linear.weight"):
+                linear[name] = i
+    groups = descriptor.get_weight_groups((name for name in names if name not in linear), num_layers)
+    for name, i in linear.items():
+        groups.setdefault(_group_of_linear(descriptor, name, i, num_layers), []).append(name)
+    return groups
+
+
+def _group_of_linear(descriptor: type[ModelDescriptor], name: str, index: int, num_layers: int) -> str:
+    """The group whose pattern takes other weights of the module that the linear map replaced."""
+    predicates = descriptor.layer_name_predicates(num_layers)
+    module = name.removesuffix("linear.weight")
+    for subblock in SUBBLOCKS:
+        pattern = predicates.get(f"block_{index}_{subblock}")
+        if pattern is not None and (pattern.match(name) or module in pattern.pattern.replace("\\.", ".")):
+            return f"block_{index}_{subblock}"
+    return f"block_{index}_attention" if "attn" in module or "attention" in module else f"block_{index}_ffn"
+
+
+def write_subblocks(
+    tensors: Mapping[str, torch.Tensor], descriptor: type[ModelDescriptor], num_layers: int, folder: str | os.PathLike
+) -> None:
+    """Write one safetensors file per weight group, and an index that Transformers reads as well.
+
+    Args:
+        tensors: a model's ``state_dict``; of tensors that share memory (tied embeddings) the first is written.
+        descriptor: of the family.
+        num_layers: number of decoder layers.
+        folder: gets ``model.safetensors.index.json`` and ``subblocks_safetensors/{group}.safetensors``.
+    """
+    folder = Path(folder)
+    unique: dict[str, torch.Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in tensors.items():
+        if (key := (tensor.data_ptr(), tensor.shape)) not in seen or tensor.numel() == 0:
+            seen.add(key)
+            unique[name] = tensor.detach().cpu()
+    index, total = {}, 0
+    with saying_disk_full(folder):
+        for group, names in weight_groups(descriptor, unique, num_layers).items():
+            file = f"{SUBBLOCK_FOLDER}/{group}.safetensors"
+            write_tensors(folder / file, {name: unique[name] for name in names}, {"format": "pt"})
+            index |= dict.fromkeys(names, file)
+            total += sum(unique[name].numel() * unique[name].element_size() for name in names)
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+
+
+def read_subblocks(folder: str | os.PathLike[str], groups: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
+    """The tensors of a folder that :func:`write_subblocks` wrote; of all groups or of those named.
+
+    Raises:
+        InputError: a file that the index names is missing or damaged, or an unknown group.
+    """
+    folder = Path(folder)
+    files = {file.stem: file for file in weight_files(folder)}
+    tensors: dict[str, torch.Tensor] = {}
+    for group in files if groups is None else groups:
+        if group not in files:
+            raise InputError(f"{folder}: no weight group {group!r}. It has {', '.join(sorted(files))}.")
+        tensors |= read_tensors(files[group])
+    return tensors

@@ -1,0 +1,398 @@
+"""Models whose layers differ, for stock Transformers. Written by layersmith; this file needs only torch and Transformers.
+
+A copy of it lies in every checkpoint that layersmith writes, named in ``auto_map``, so that
+``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` builds the model where layersmith is not
+installed. The layersmith package itself uses this same file.
+
+The checkpoint's ``config.json`` says everything that is built here, in its entry ``layersmith``: for every decoder
+layer the config attributes that differ from the model's own, the modules that are replaced, and the slot of the KV
+cache that its attention uses. No model family is known by name.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import inspect
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
+
+FILE_NAME = "modeling_layersmith.py"
+AUTO_MAP = {
+    "AutoModel": "modeling_layersmith.HeterogeneousModel",
+    "AutoModelForCausalLM": "modeling_layersmith.HeterogeneousModelForCausalLM",
+}
+
+# ---------------------------------------------------------------------------------------------- replaced modules
+
+
+def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, torch.Tensor):
+            return value
+    raise TypeError("a replaced module was called without a tensor")
+
+
+class MatchingZeros(nn.Module):
+    """Zeros of the shape, dtype and device of its first tensor argument: a subblock that adds nothing."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return torch.zeros_like(_first_tensor(args, kwargs))
+
+
+class Same(nn.Module):
+    """Its first tensor argument, unchanged: a norm that is not there."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return _first_tensor(args, kwargs)
+
+
+class LinearSubblock(nn.Module):
+    """One linear map in the place of a whole subblock; ``[..., hidden_size] -> [..., hidden_size]``."""
+
+    def __init__(self, hidden_size: int, dtype: torch.dtype | None = None):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, hidden_size, bias=False, dtype=dtype)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.linear(_first_tensor(args, kwargs))
+
+
+def return_tuple_of_size(cls: type[nn.Module], size: int) -> type[nn.Module]:
+    """A subclass of ``cls`` that returns ``(output, None, ...)`` of length ``size``, as attention layers do."""
+
+    class ReturnsTuple(cls):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+            return (super().forward(*args, **kwargs), *[None] * (size - 1))
+
+    ReturnsTuple.__name__ = ReturnsTuple.__qualname__ = f"{cls.__name__}ReturnsTuple{size}"
+    return ReturnsTuple
+
+
+def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -> nn.Module:
+    """The module that a plan's record describes.
+
+    A record is ``{"is": "zeros" | "same" | "linear", "returns": tuple size or 0}``; a linear one also has ``size``.
+    """
+    kinds: dict[str, type[nn.Module]] = {"zeros": MatchingZeros, "same": Same, "linear": LinearSubblock}
+    cls = kinds[record["is"]]
+    if record.get("returns"):
+        cls = return_tuple_of_size(cls, record["returns"])
+    return cls(record["size"], dtype) if record["is"] == "linear" else cls()
+
+
+# ---------------------------------------------------------------------------------------------- layers of their own
+
+_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "idx", "i")
+_construction = threading.RLock()
+
+
+@contextmanager
+def own_layers(
+    layer_classes: Sequence[type[nn.Module]],
+    configure: Callable[[PretrainedConfig, int], PretrainedConfig],
+    finish: Callable[[nn.Module, int], None],
+) -> Iterator[None]:
+    """While open, a decoder layer that is constructed gets its own config and is finished by a callback.
+
+    Args:
+        layer_classes: the decoder layer classes of the model.
+        configure: ``(model's config, layer index) -> layer's config``; must not change what it is given.
+        finish: called with each layer after its construction, and its index.
+
+    The classes are as before when the context closes, however it closes.
+    """
+    originals = [(cls, cls.__init__, "__init__" in vars(cls)) for cls in layer_classes]
+    under_construction: set[int] = set()  # a listed class may call another listed class's __init__
+    constructed = 0
+
+    def patch(cls: type[nn.Module], original: Callable[..., None]) -> None:
+        signature = inspect.signature(original)
+
+        def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+            nonlocal constructed
+            if id(self) in under_construction:
+                original(self, *args, **kwargs)
+                return
+            bound = signature.bind(self, *args, **kwargs)
+            config_name = _config_argument(bound.arguments)
+            if config_name is None:
+                raise TypeError(f"{cls.__name__} is built without a config; its layers cannot differ")
+            index = _index_argument(bound.arguments)
+            if index is None:
+                index = constructed
+            constructed += 1
+            bound.arguments[config_name] = configure(bound.arguments[config_name], index)
+            under_construction.add(id(self))
+            try:
+                original(*bound.args, **bound.kwargs)
+            finally:
+                under_construction.discard(id(self))
+            finish(self, index)
+
+        __init__.__wrapped__ = original  # type: ignore[attr-defined]
+        cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+
+    with _construction:
+        try:
+            for cls, original, _ in originals:
+                patch(cls, original)
+            yield
+        finally:
+            for cls, original, is_own in originals:
+                if is_own:
+                    cls.__init__ = original  # type: ignore[method-assign]
+                else:
+                    del cls.__init__
+
+
+def _config_argument(arguments: dict[str, Any]) -> str | None:
+    return next((name for name, value in arguments.items() if isinstance(value, PretrainedConfig)), None)
+
+
+def _index_argument(arguments: dict[str, Any]) -> int | None:
+    for name in _INDEX_NAMES:
+        if type(arguments.get(name)) is int:
+            return arguments[name]
+    return None
+
+
+def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
+    """A copy of a config with some attributes set; a mapping for a nested config sets its attributes."""
+    own = copy.deepcopy(config)
+    for name, value in overrides.items():
+        if value is None:
+            continue
+        nested = getattr(own, name, None)
+        if isinstance(nested, PretrainedConfig) and isinstance(value, dict):
+            setattr(own, name, with_overrides(nested, value))
+        else:
+            setattr(own, name, value)
+    return own
+
+
+# ---------------------------------------------------------------------------------------------- the KV cache
+
+
+def cache_slots(has_attention: Sequence[bool]) -> list[int]:
+    """The cache slot of every layer.
+
+    Transformers reads the length of the sequence so far from slot 0. If layer 0 has no attention, nothing ever fills
+    that slot and every later token is taken for the first; so the first attention layer moves into it. All others
+    keep the slot of their own index.
+    """
+    slots = list(range(len(has_attention)))
+    if any(has_attention):
+        slots[list(has_attention).index(True)] = 0
+    return slots
+
+
+def cache_layer_types(has_attention: Sequence[bool], layer_types: Sequence[str]) -> list[str]:
+    """``layer_types`` such that the first slot of every type is one that is filled.
+
+    Mask sizes of a type (full or sliding) are read from the first slot of that type. The type of a layer without
+    attention matters to nothing else, so it takes the type of the first attention layer, which fills slot 0.
+    """
+    if not any(has_attention):
+        return list(layer_types)
+    first = layer_types[list(has_attention).index(True)]
+    return [own if present else first for own, present in zip(layer_types, has_attention, strict=True)]
+
+
+def set_cache_slot(layer: nn.Module, slot: int) -> None:
+    """Let the attention inside a decoder layer use ``slot`` of the KV cache."""
+    for module in layer.modules():
+        if module is not layer and type(getattr(module, "layer_idx", None)) is int:
+            module.layer_idx = slot
+
+
+# ---------------------------------------------------------------------------------------------- the plan in config.json
+
+
+@contextmanager
+def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
+    """Open :func:`own_layers` for the plan that a config carries under ``layersmith``."""
+    plan = config.layersmith
+    records = plan["layers"]
+
+    def configure(layer_config: PretrainedConfig, index: int) -> PretrainedConfig:
+        return with_overrides(layer_config, records[index]["config"]) if index < len(records) else layer_config
+
+    def finish(layer: nn.Module, index: int) -> None:
+        if index >= len(records):
+            return
+        for name, record in records[index]["modules"].items():
+            layer.set_submodule(name, make_replacement(record))
+        set_cache_slot(layer, records[index]["cache_slot"])
+
+    with own_layers([_import(name) for name in plan["decoder_layers"]], configure, finish):
+        yield
+
+
+def _import(name: str) -> type[nn.Module]:
+    module, _, attribute = name.rpartition(".")
+    if not module.startswith("transformers."):
+        raise ValueError(f"decoder layer class {name}: only classes of Transformers itself can be named in a plan")
+    return getattr(importlib.import_module(module), attribute)
+
+
+def without_guard(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a checkpoint's config without ``per_layer_config``.
+
+    That entry is there so that code which builds all layers alike stops with an error. The plan says the same and
+    more, so whoever follows the plan takes the guard off first.
+    """
+    config = copy.deepcopy(config)
+    for own in (config, config.get_text_config()):
+        if getattr(own, "is_heterogeneous", False):
+            own.per_layer_config = None
+    return config
+
+
+# ---------------------------------------------------------------------------------------------- model classes
+
+
+class HeterogeneousMixin:
+    """What a stock model class needs for layers that differ; :func:`heterogeneous_class` mixes it in."""
+
+    layers_of: Callable[[PretrainedConfig], Any] = staticmethod(layers_of_plan)
+
+    def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
+        config = without_guard(config)
+        with type(self).layers_of(config):
+            super().__init__(config, *args, **kwargs)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> Any:
+        """As the stock method, but weights that are missing or of another shape are an error, never invented."""
+        wants_info = kwargs.pop("output_loading_info", False)
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = AutoConfig.from_pretrained(pretrained_model_name_or_path)
+        kwargs.pop("trust_remote_code", None)
+        model, info = super().from_pretrained(  # type: ignore[misc]
+            pretrained_model_name_or_path, *args, config=without_guard(config), output_loading_info=True, **kwargs
+        )
+        if not model.can_generate():  # a model without a head has no use for the checkpoint's
+            prefix = cls.base_model_prefix + "."  # type: ignore[attr-defined]
+            info["unexpected_keys"] = [name for name in info["unexpected_keys"] if name.startswith(prefix)]
+        refuse_incomplete(info, str(pretrained_model_name_or_path))
+        return (model, info) if wants_info else model
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """As the stock method; the folder also gets this file and the guard against building it without."""
+        super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        finish_folder(Path(save_directory))
+
+    def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
+        # Layers hold configs of their own, which the stock method does not reach.
+        for module in self.modules():  # type: ignore[attr-defined]
+            own = getattr(module, "config", None)
+            if isinstance(own, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+                text_config = self.config.get_text_config()  # type: ignore[attr-defined]
+                own._attn_implementation_internal = text_config._attn_implementation_internal
+
+    def _get_static_cache_init_shape(self) -> None:
+        # The stock method would give every layer the KV heads of the model's config. None: let each layer's first
+        # keys say its shape.
+        return None
+
+
+def heterogeneous_class(
+    stock_class: type[PreTrainedModel], layers_of: Callable[[PretrainedConfig], Any] | None = None
+) -> type[PreTrainedModel]:
+    """``stock_class`` with :class:`HeterogeneousMixin`, under the stock class's own name.
+
+    Args:
+        stock_class: a model class of Transformers.
+        layers_of: opens the context in which a model of a given config is built; default: the config's plan.
+    """
+    if issubclass(stock_class, HeterogeneousMixin) and layers_of is None:
+        return stock_class
+    body: dict[str, Any] = {"__module__": stock_class.__module__, "__doc__": stock_class.__doc__}
+    if layers_of is not None:
+        body["layers_of"] = staticmethod(layers_of)
+    return type(stock_class.__name__, (HeterogeneousMixin, stock_class), body)
+
+
+def refuse_incomplete(info: dict[str, Any], where: str) -> None:
+    """Raise ``ValueError`` if a load left weights unset, or left weights of the checkpoint unused."""
+    for key, what in (
+        ("missing_keys", "has no weights for"),
+        ("mismatched_keys", "has weights of another shape for"),
+        ("unexpected_keys", "has weights that its config.json knows no place for:"),
+    ):
+        names = sorted(name if isinstance(name, str) else name[0] for name in info.get(key) or ())
+        names = [name for name in names if not name.endswith(("inv_freq", "masked_bias"))]
+        if names:
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{where} {what} {', '.join(names[:3])}{more}; nothing was loaded.")
+
+
+def finish_folder(folder: Path) -> None:
+    """Make a saved heterogeneous model self-contained: this file, ``auto_map``, and the guard."""
+    path = folder / "config.json"
+    data = json.loads(path.read_text(encoding="utf-8"))
+    data["auto_map"] = {**data.get("auto_map", {}), **AUTO_MAP}
+    language = data["text_config"] if "num_hidden_layers" in data.get("text_config", {}) else data
+    language["per_layer_config"] = data["layersmith"]["per_layer_config"]
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / FILE_NAME).write_bytes(Path(__file__).read_bytes())
+
+
+class _Factory:
+    """What ``auto_map`` names: finds the stock class of the config's ``model_type`` and makes it heterogeneous."""
+
+    mappings: tuple[Any, ...] = ()
+
+    @classmethod
+    def _class_for(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
+        for mapping in cls.mappings:
+            if type(config) in mapping:
+                stock = mapping[type(config)]
+                stock = stock[0] if isinstance(stock, tuple) else stock
+                return heterogeneous_class(stock) if hasattr(config, "layersmith") else stock
+        raise ValueError(f"this version of Transformers has no model class for {type(config).__name__}")
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
+        config = kwargs.pop("config", None) or AutoConfig.from_pretrained(path)
+        kwargs.pop("trust_remote_code", None)
+        return cls._class_for(config).from_pretrained(path, *args, config=config, **kwargs)
+
+    @classmethod
+    def _from_config(cls, config: PretrainedConfig, **kwargs: Any) -> Any:
+        return cls._class_for(config)._from_config(without_guard(config), **kwargs)
+
+    @classmethod
+    def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
+        """Transformers calls this on remote classes; ``save_pretrained`` above writes ``auto_map`` itself."""
+
+
+class HeterogeneousModel(_Factory):
+    """``AutoModel`` for a layersmith checkpoint."""
+
+    mappings = (MODEL_MAPPING,)
+
+
+class HeterogeneousModelForCausalLM(_Factory):
+    """``AutoModelForCausalLM`` for a layersmith checkpoint."""
+
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)

@@ -1,0 +1,121 @@
+"""A model over several processes: each holds its own layers, hidden states travel.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+
+from layersmith.errors import InputError, UsageError
+from layersmith.heterogeneous.build import block_configs_of, build, decoder_layers, quiet_transformers
+from layersmith.heterogeneous.checkpoint import check_files, weight_groups, weight_map
+from layersmith.heterogeneous.modeling_layersmith import Same, without_guard
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.describe import describe, read_config
+from layersmith.runtime import Runtime
+
+
+class DummyBlock(nn.Module):
+    """A decoder layer that is not here: passes its input on and has no weights."""
+
+    def __init__(self, original_layer: nn.Module, block_index: int):
+        super().__init__()
+        self.block_index = block_index
+        for name, value in vars(original_layer).items():
+            # What a model's loop reads from its layers, e.g. ``attention_type``.
+            if not name.startswith("_") and isinstance(value, str | int | bool) and not hasattr(self, name):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states
+
+
+def layers_of_rank(num_layers: int, rank: int, world_size: int) -> range:
+    """The contiguous layers of a rank, shares as equal as can be."""
+    return range(num_layers * rank // world_size, num_layers * (rank + 1) // world_size)
+
+
+class ShardedModel:
+    """One process's share of a model. Call it with the same ``input_ids`` in every process."""
+
+    def __init__(self, model: nn.Module, descriptor: type[ModelDescriptor], layers: range, runtime: Runtime):
+        self.model, self.descriptor, self.layers, self.runtime = model, descriptor, layers, runtime
+        self.hidden_size = descriptor.get_language_model_config(model.config).hidden_size
+
+    def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
+        """The logits ``[B, T, V]``, in every process."""
+        runtime, (B, T) = self.runtime, input_ids.shape
+        is_first, is_last = runtime.rank == 0, runtime.rank == runtime.world_size - 1
+        embedding = self.model.get_submodule(self.descriptor.input_embedding_name())
+        if is_first:
+            hidden = embedding(input_ids)
+        else:
+            hidden = torch.empty(B, T, self.hidden_size, dtype=runtime.dtype, device=runtime.device)
+            dist.recv(hidden, src=runtime.rank - 1)
+        # The layers of earlier ranks are dummies, so what came from there goes in as the embeddings and passes
+        # through to the first own layer; masks and positions depend only on its shape.
+        output = self.model(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False).logits
+        if not is_last:
+            dist.send(output.contiguous(), dst=runtime.rank + 1)
+            vocab_size = self.descriptor.get_language_model_config(self.model.config).vocab_size
+            output = torch.empty(B, T, vocab_size, dtype=runtime.dtype, device=runtime.device)
+        if runtime.world_size > 1:
+            dist.broadcast(output, src=runtime.world_size - 1)
+        return output
+
+
+def load_sharded(
+    path: str | Path, runtime: Runtime, *, descriptor: type[ModelDescriptor] | None = None
+) -> ShardedModel:
+    """Load this rank's layers of a checkpoint folder, and no others.
+
+    The model is built on the meta device, the layers of other ranks become dummies, and only the tensors of the own
+    weight groups are read. ``torch.distributed`` must be initialised if ``runtime.world_size > 1``.
+
+    Raises:
+        InputError: a tensor of this rank is not in the checkpoint.
+        UsageError: more processes than layers.
+    """
+    check_files(path)
+    config = without_guard(read_config(path))
+    descriptor = descriptor or describe(config)
+    blocks = block_configs_of(config)
+    layers = layers_of_rank(len(blocks), runtime.rank, runtime.world_size)
+    if not layers:
+        raise UsageError(f"{path}: {len(blocks)} layers cannot be shared by {runtime.world_size} processes.")
+    is_first, is_last = runtime.rank == 0, runtime.rank == runtime.world_size - 1
+    model = build(config, blocks, dtype=runtime.dtype, device="meta", descriptor=descriptor)
+    for i, layer in enumerate(decoder_layers(model, descriptor, len(blocks))):
+        if i not in layers:
+            model.set_submodule(descriptor.layer_block_name(i), descriptor.create_dummy_block(layer, i))
+    if not is_last:
+        # The norm and the head pass hidden states on, so the model's output is what the next rank takes in.
+        model.set_submodule(descriptor.final_norm_name(), Same())
+        model.set_submodule(descriptor.output_embedding_name(), Same())
+
+    names = list(model.state_dict())
+    if not is_first:
+        embedding = descriptor.input_embedding_name() + "."
+        names = [name for name in names if not name.startswith(embedding)]
+    stored = weight_map(Path(path))
+    tied = descriptor.input_embedding_name() + ".weight"
+    head = descriptor.output_embedding_name() + ".weight"
+    weight_groups(descriptor, names, len(blocks))  # a name outside every group is an error before anything is read
+    state = {}
+    for name in names:
+        source = tied if name == head and name not in stored else name
+        if source not in stored:
+            raise InputError(f"{path}: no weights for {name}; nothing was loaded.")
+        with safe_open(stored[source], framework="pt", device=str(runtime.device)) as tensors:
+            state[name] = tensors.get_tensor(source).to(runtime.dtype)
+    with quiet_transformers():
+        model.load_state_dict(state, strict=False, assign=True)
+    descriptor.init_rotary_embedding(model, runtime)
+    return ShardedModel(model.eval(), descriptor, layers, runtime)

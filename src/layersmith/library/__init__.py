@@ -1,0 +1,1 @@
+"""The library: all the alternatives of all the layers, and the statistics that they are made from."""

@@ -1,0 +1,70 @@
+"""Which channels and heads stay.
+
+With the error of :mod:`layersmith.library.statistics`, M_ij = (w_i . w_j) C_ij is the whole story: removing the set S
+costs the sum of M over S x S. Heads are blocks of channels, so their M is the same with blocks summed.
+
+Source: channel contribution is arXiv 2411.19146, appendix; we square it, and count what channels removed together do
+to each other.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def channel_costs(weight: torch.Tensor, moment: torch.Tensor, unit: int = 1) -> torch.Tensor:
+    """M for the input channels of a projection.
+
+    Args:
+        weight: ``[D, F]``, outputs by inputs.
+        moment: ``[F, F]``, E[a a^T]; or ``[F]``, its diagonal.
+        unit: neighbouring channels that form one head; 1 for channels of an FFN.
+
+    Returns:
+        ``[F / unit, F / unit]`` in float64, or ``[F]`` if only the diagonal is known.
+    """
+    weight = weight.double().cpu()
+    if moment.ndim == 1:
+        return weight.square().sum(0) * moment.double().cpu()
+    costs = (weight.T @ weight) * moment.double().cpu()
+    if unit > 1:
+        heads = costs.shape[0] // unit
+        costs = costs.view(heads, unit, heads, unit).sum((1, 3))
+    return costs
+
+
+def by_contribution(costs: torch.Tensor) -> torch.Tensor:
+    """Channels from the one whose removal alone costs most to the one whose removal costs least."""
+    alone = costs if costs.ndim == 1 else costs.diagonal()
+    return torch.sort(alone, descending=True, stable=True).indices
+
+
+def by_iterative_removal(costs: torch.Tensor) -> torch.Tensor:
+    """Channels in the reverse of the order in which they are best removed one at a time.
+
+    Each step removes the channel that adds least to the cost of what is removed already: for S removed so far,
+    adding j costs M_jj + 2 * sum over i in S of M_ij.
+    """
+    marginal = costs.diagonal().clone().numpy()
+    rows = costs.numpy()
+    order = []
+    for _ in range(len(marginal)):
+        j = int(marginal.argmin())
+        order.append(j)
+        marginal += 2 * rows[j]
+        marginal[j] = float("inf")  # and stays so: it is never removed twice
+    return torch.tensor(order[::-1])
+
+
+def least_squares(input_moment: torch.Tensor, output_moment: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:
+    """The map W ``[D, D]`` that minimises E|W x - y|^2 + lambda |W|^2.
+
+    Args:
+        input_moment: ``[D, D]``, E[x x^T].
+        output_moment: ``[D, D]``, E[x y^T].
+        ridge: lambda as a fraction of the mean of E[x_i^2]; it keeps directions that the data never
+            took from deciding anything.
+    """
+    A, B = input_moment.double(), output_moment.double()
+    strength = ridge * A.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return torch.linalg.solve(A + strength * torch.eye(len(A), dtype=A.dtype), B).T.contiguous()

@@ -1,0 +1,1 @@
+"""Descriptors written by hand."""

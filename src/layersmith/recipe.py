@@ -1,0 +1,160 @@
+"""The recipe: every choice of a run, with its default, in one place.
+
+A recipe file is YAML with these sections and fields; what it leaves out has the default.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from layersmith import schema
+from layersmith.errors import InputError, UsageError
+
+Objective = Literal["kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance"]
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """What is read, and how much of it.
+
+    Attributes:
+        sequence_length: tokens in a row; at most what the model was made for.
+        calibration_sequences: rows for the importance statistics.
+        scoring_sequences: rows on which alternatives are scored.
+        evaluation_sequences: rows on which parent and child are compared; never used before.
+        evaluation_source: where the evaluation rows come from; default: documents held out of the data.
+        field: the column that holds the text; default: found by its usual names.
+        split: of a hub dataset.
+    """
+
+    sequence_length: int = 512
+    calibration_sequences: int = 64
+    scoring_sequences: int = 32
+    evaluation_sequences: int = 64
+    evaluation_source: str | None = None
+    field: str | None = None
+    split: str = "train"
+
+
+@dataclass(frozen=True)
+class LibraryRecipe:
+    """Which alternatives there are.
+
+    Attributes:
+        ffn_fractions: widths to which FFNs are narrowed, as fractions of the parent's, rounded to ``ffn_multiple``.
+        ffn_sizes: the widths themselves; goes before ``ffn_fractions``.
+        ffn_multiple: widths are multiples of this; default: 256 where the parent's is 2048 or more, else 64, 16 or 1.
+        ffn_ranking: which channels stay. ``contribution``: those that add most to the output one by one;
+            ``iterative``: removed one at a time, counting what was removed before; ``auto``: iterative where its
+            statistics fit in ``statistics_gib``.
+        kv_heads: numbers of KV heads; default: halves of the parent's down to one.
+        kv_methods: ``contribution``: keep the KV heads that add most; ``pool``: average neighbours.
+        linear: subblocks that one linear map may replace.
+        no_op: subblocks that may be removed.
+        keep_layers: layers that stay as they are.
+        statistics_gib: memory for importance statistics; what does not fit is gathered in further passes.
+    """
+
+    ffn_fractions: tuple[float, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+    ffn_sizes: tuple[int, ...] | None = None
+    ffn_multiple: int | None = None
+    ffn_ranking: Literal["auto", "contribution", "iterative"] = "auto"
+    kv_heads: tuple[int, ...] | None = None
+    kv_methods: tuple[Literal["contribution", "pool"], ...] = ("contribution", "pool")
+    linear: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
+    no_op: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
+    keep_layers: tuple[int, ...] = ()
+    statistics_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class ScoringRecipe:
+    """How alternatives are judged.
+
+    Attributes:
+        objective: what the search minimises the sum of.
+        batch_tokens: tokens in one forward pass.
+    """
+
+    objective: Objective = "kl_divergence"
+    batch_tokens: int = 4096
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All of it.
+
+    Attributes:
+        seed: of the data's order; the same seed gives the same child.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: of the computation; ``auto`` is float32 on a CPU and bfloat16 on a GPU. The child keeps the parent's.
+        completion_tokens: length of the sample that parent and child write for the report; 0 for none.
+        prompts: what they continue; default: the start of an evaluation row.
+        trust_remote_code: let Transformers run code that lies in the parent's folder.
+    """
+
+    data: DataRecipe = field(default_factory=DataRecipe)
+    library: LibraryRecipe = field(default_factory=LibraryRecipe)
+    scoring: ScoringRecipe = field(default_factory=ScoringRecipe)
+    seed: int = 0
+    device: str = "auto"
+    dtype: str = "auto"
+    completion_tokens: int = 48
+    prompts: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        schema.check_fields(self)
+        data, library = self.data, self.library
+        for name in ("sequence_length", "calibration_sequences", "scoring_sequences", "evaluation_sequences"):
+            if getattr(data, name) < (2 if name == "sequence_length" else 1):
+                raise UsageError(f"recipe data.{name}: must be positive, got {getattr(data, name)}.")
+        for fraction in library.ffn_fractions:
+            if not 0 < fraction < 1:
+                raise UsageError(f"recipe library.ffn_fractions: {fraction} is not between 0 and 1.")
+        for name in ("ffn_sizes", "kv_heads"):
+            if any(size < 1 for size in getattr(library, name) or ()):
+                raise UsageError(f"recipe library.{name}: sizes must be positive; removal is no_op.")
+        if library.ffn_multiple is not None and library.ffn_multiple < 1:
+            raise UsageError("recipe library.ffn_multiple: must be positive.")
+        if self.scoring.batch_tokens < 1 or library.statistics_gib <= 0:
+            raise UsageError("recipe: scoring.batch_tokens and library.statistics_gib must be positive.")
+
+    def to_dict(self) -> dict[str, Any]:
+        return schema.to_data(self)
+
+    @staticmethod
+    def from_dict(data: dict[str, Any], where: str = "recipe") -> Recipe:
+        """Raises: UsageError: an unknown key, or a value that makes no sense."""
+        return schema.parse(Recipe, data, where)
+
+    @staticmethod
+    def read(value: Recipe | dict[str, Any] | str | Path | None) -> Recipe:
+        """A recipe from a YAML file, a mapping, or nothing.
+
+        Raises:
+            InputError: the file is missing or not YAML.
+            UsageError: an unknown key, or a value that makes no sense.
+        """
+        if value is None:
+            return Recipe()
+        if isinstance(value, Recipe):
+            return value
+        if isinstance(value, dict):
+            return Recipe.from_dict(value)
+        import yaml
+
+        try:
+            data = yaml.safe_load(Path(value).read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{value}: no such recipe.") from error
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{value}: not a YAML recipe ({error}).") from error
+        return Recipe.from_dict(data or {}, str(value))
+
+    def to_yaml(self) -> str:
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)

@@ -1,0 +1,59 @@
+"""Where this process computes: device, dtype, rank."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from layersmith.errors import UsageError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Where and how this process computes.
+
+    Attributes:
+        device: of the weights and activations.
+        dtype: of the computation. Weights are rounded to the checkpoint's dtype first, so what is computed in a
+            wider dtype is what the checkpoint holds.
+        rank, world_size: of this process among those that a launcher such as ``torchrun`` started.
+    """
+
+    device: torch.device
+    dtype: torch.dtype
+    rank: int = 0
+    world_size: int = 1
+
+    @staticmethod
+    def detect(device: str = "auto", dtype: str = "auto") -> Runtime:
+        """``auto``: the first CUDA device in bfloat16 if there is one, else the CPU in float32.
+
+        Raises:
+            UsageError: a device that is not here, or an unknown dtype.
+        """
+        rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        if device == "auto":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        try:
+            chosen = torch.device(device)
+        except RuntimeError as error:
+            raise UsageError(f"device {device!r}: unknown. Use cpu, cuda or cuda:N.") from error
+        if chosen.type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device {device!r}: PyTorch sees no CUDA device here. Use --device cpu.")
+        if dtype == "auto":
+            dtype = "bfloat16" if chosen.type == "cuda" else "float32"
+        if dtype not in DTYPES:
+            raise UsageError(f"dtype {dtype!r}: use one of auto, {', '.join(DTYPES)}.")
+        return Runtime(chosen, DTYPES[dtype], rank, world_size)
+
+
+def free_threads() -> int:
+    """How many threads are worth using: the cores this process may run on.
+
+    Small models lose more to waiting threads than they gain; on a machine that is busy, set ``OMP_NUM_THREADS``.
+    """
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
