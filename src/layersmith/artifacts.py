@@ -92,7 +92,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise InputError(f"{path}: damaged ({error}). Restore it, or remove it and run the same command again.") from error
+        raise InputError(
+            f"{path}: damaged ({error}). Restore it, or remove it and run the same command again."
+        ) from error
 
 
 @contextmanager

@@ -81,9 +81,7 @@ def forward_with(
     parent: Parent, input_ids: torch.Tensor, outputs: list[Any], index: int, layer: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`forward`, with ``layer`` at ``index``; earlier layers hand over the parent's ``outputs``."""
-    layers: dict[int, nn.Module] = {
-        i: Handover(parent.layers[i], i, outputs[i]) for i in range(index)
-    }
+    layers: dict[int, nn.Module] = {i: Handover(parent.layers[i], i, outputs[i]) for i in range(index)}
     with exchanged(parent, {**layers, index: layer}):
         return forward(parent, input_ids)
 

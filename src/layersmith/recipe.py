@@ -12,7 +12,9 @@ from typing import Any, Literal
 from layersmith import schema
 from layersmith.errors import InputError, UsageError
 
-Objective = Literal["kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance"]
+Objective = Literal[
+    "kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance"
+]
 
 
 @dataclass(frozen=True)

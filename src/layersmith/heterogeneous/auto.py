@@ -35,8 +35,8 @@ def _wrap(module: Any) -> None:
         chosen = stock(config, model_mapping)
         if getattr(config, "layersmith", None) is None and not getattr(config, "block_configs", None):
             return chosen
-        from layersmith.heterogeneous.patcher import deci_x_patcher
         from layersmith.heterogeneous.modeling_layersmith import heterogeneous_class
+        from layersmith.heterogeneous.patcher import deci_x_patcher
         from layersmith.model_descriptor.describe import describe
 
         if hasattr(config, "layersmith"):

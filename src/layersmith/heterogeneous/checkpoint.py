@@ -178,9 +178,7 @@ def _refuse_unplanned(model: PreTrainedModel, folder: Path) -> None:
 # ---------------------------------------------------------------------------------------------- one file a group
 
 
-def weight_groups(
-    descriptor: type[ModelDescriptor], names: Iterable[str], num_layers: int
-) -> dict[str, list[str]]:
+def weight_groups(descriptor: type[ModelDescriptor], names: Iterable[str], num_layers: int) -> dict[str, list[str]]:
     """``get_weight_groups``, also for the weights of linear replacements, which a family's patterns may not know."""
     names = list(names)
     linear = {}

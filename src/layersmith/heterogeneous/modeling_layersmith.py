@@ -277,9 +277,7 @@ class HeterogeneousMixin:
             super().__init__(config, *args, **kwargs)
 
     @classmethod
-    def from_pretrained(
-        cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any
-    ) -> Any:
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
         """As the stock method, but weights that are missing or of another shape are an error, never invented."""
         wants_info = kwargs.pop("output_loading_info", False)
         config = kwargs.pop("config", None)

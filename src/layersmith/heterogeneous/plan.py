@@ -60,7 +60,9 @@ def linear_records(descriptor: type[ModelDescriptor], layer: nn.Module, subblock
     """
     zeros = {name: r for name, r in no_op_records(descriptor, layer, subblock).items() if r["is"] == "zeros"}
     if len(zeros) != 1:
-        raise UnsupportedModel(f"{descriptor.__name__}: no single module is the {subblock}; no linear map can replace it.")
+        raise UnsupportedModel(
+            f"{descriptor.__name__}: no single module is the {subblock}; no linear map can replace it."
+        )
     ((name, record),) = zeros.items()
     return {name: {"is": "linear", "returns": record["returns"], "size": hidden_size_of(layer.get_submodule(name))}}
 

@@ -109,7 +109,9 @@ def search_space(
             present = not (block.subblock(subblock).no_op or block.subblock(subblock).replace_with_linear)
             if present and subblock in recipe.linear and linear_possible[subblock]:
                 found.append(Alternative(i, subblock, "linear", "least_squares"))
-            supported = descriptor.attn_no_op_supported() if subblock == "attention" else descriptor.mlp_no_op_supported()
+            supported = (
+                descriptor.attn_no_op_supported() if subblock == "attention" else descriptor.mlp_no_op_supported()
+            )
             if not block.subblock(subblock).no_op and subblock in recipe.no_op and supported:
                 found.append(Alternative(i, subblock, "no_op"))
     return found

@@ -167,9 +167,38 @@ class Library:
         )
 
 
+@dataclass(frozen=True)
+class Survey:
+    """What can be changed in a parent, before anything is measured.
+
+    Attributes:
+        axes: proved, one a layer.
+        alternatives: all of them, the parent's own subblocks included.
+        ffn_ranking: how channels will be ranked.
+        notes: what cannot be offered, and why.
+    """
+
+    axes: list[LayerAxes]
+    alternatives: list[Alternative]
+    ffn_ranking: str
+    notes: list[str]
+
+
+def survey(parent: Parent, recipe: LibraryRecipe) -> Survey:
+    """Find the axes of a parent, prove them, and list the alternatives that the recipe asks for."""
+    vocab_size = parent.language_config.vocab_size
+    tokens = torch.arange(32)[None] * 31 % vocab_size  # any ids will do for a proof
+    axes = prove(parent, find_axes(parent.descriptor, parent.config, parent.blocks), tokens)
+    linear_possible = {s: linear_is_possible(parent.descriptor, parent.layers, s) for s in SUBBLOCKS}
+    ffn_ranking = choose_ffn_ranking(axes, recipe)
+    alternatives = search_space(parent.descriptor, parent.blocks, axes, linear_possible, recipe, ffn_ranking)
+    return Survey(axes, alternatives, ffn_ranking, notes_on(parent.descriptor, axes, linear_possible))
+
+
 def build_library(
     parent: Parent,
     recipe: LibraryRecipe,
+    found: Survey,
     tokens: torch.Tensor,
     *,
     batch_sequences: int,
@@ -177,21 +206,18 @@ def build_library(
     inputs: str = "",
     progress: Progress = SILENT,
 ) -> Library:
-    """Find, prove, measure and rank: the library of a parent.
+    """Measure and rank: the library of a parent.
 
     Args:
         parent: the parent.
-        recipe: which alternatives.
+        recipe: how alternatives are made.
+        found: which alternatives.
         tokens: ``[N, T]`` calibration rows.
         batch_sequences: rows in one forward pass.
         checkpoint, inputs: see :func:`layersmith.library.statistics.gather`.
         progress: told of rows done.
     """
-    descriptor = parent.descriptor
-    axes = prove(parent, find_axes(descriptor, parent.config, parent.blocks), tokens[:1, :32])
-    linear_possible = {s: linear_is_possible(descriptor, parent.layers, s) for s in SUBBLOCKS}
-    ffn_ranking = choose_ffn_ranking(axes, recipe)
-    alternatives = search_space(descriptor, parent.blocks, axes, linear_possible, recipe, ffn_ranking)
+    axes, alternatives, ffn_ranking = found.axes, found.alternatives, found.ffn_ranking
     probes = probes_for(parent, axes, alternatives, ffn_ranking)
     means = gather(
         parent,
@@ -212,15 +238,13 @@ def build_library(
             orders[name] = _order(costs, ffn_ranking)
         if (name := f"{i}.attention") in means and own.kv is not None:
             group = own.kv.num_heads // own.kv.size
-            costs = ranking.channel_costs(
-                output_weight(layer, own.kv.output), means[name], own.kv.head_dim * group
-            )
+            costs = ranking.channel_costs(output_weight(layer, own.kv.output), means[name], own.kv.head_dim * group)
             orders[name] = _order(costs, "iterative")
         for subblock in SUBBLOCKS:
             if (name := f"{i}.{subblock}.linear") + ".input" in means:
                 solved = ranking.least_squares(means[f"{name}.input"], means[f"{name}.output"])
                 maps[f"{i}.{subblock}"] = solved.float()
-    return Library(parent, axes, alternatives, orders, maps, notes_on(descriptor, axes, linear_possible))
+    return Library(parent, axes, alternatives, orders, maps, found.notes)
 
 
 def _order(costs: torch.Tensor, method: str) -> torch.Tensor:

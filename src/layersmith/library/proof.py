@@ -54,9 +54,7 @@ def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> li
     return proved
 
 
-def _prove_ffn(
-    parent: Parent, i: int, axis: Axis, tokens: torch.Tensor, outputs: list
-) -> tuple[Axis | None, str]:
+def _prove_ffn(parent: Parent, i: int, axis: Axis, tokens: torch.Tensor, outputs: list) -> tuple[Axis | None, str]:
     kept = torch.arange(0, axis.size, 2)
     block = dataclasses.replace(parent.blocks[i], ffn=FFNConfig(intermediate_size=len(kept)))
     layouts = [axis]
@@ -73,7 +71,10 @@ def _prove_ffn(
         )
         if difference < _tolerance(parent):
             return layout, ""
-    return None, f"removing dead channels changes the layer's output by {difference:.1e}, so the slice is not understood"
+    return (
+        None,
+        f"removing dead channels changes the layer's output by {difference:.1e}, so the slice is not understood",
+    )
 
 
 def _prove_kv(parent: Parent, i: int, axis: Axis, tokens: torch.Tensor, outputs: list) -> tuple[Axis | None, str]:

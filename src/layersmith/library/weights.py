@@ -15,9 +15,7 @@ from layersmith.model_descriptor.axes import Axis
 def narrow_ffn(weights: Mapping[str, torch.Tensor], axis: Axis, channels: torch.Tensor) -> dict[str, torch.Tensor]:
     """The FFN's weights with only the given channels; ``channels`` are used in ascending order."""
     kept = channels.sort().values
-    return {
-        w.name: _take(weights[w.name], w.dim, w.entries(kept, axis.size)) for w in axis.weights
-    }
+    return {w.name: _take(weights[w.name], w.dim, w.entries(kept, axis.size)) for w in axis.weights}
 
 
 def keep_kv_heads(weights: Mapping[str, torch.Tensor], axis: Axis, heads: torch.Tensor) -> dict[str, torch.Tensor]:

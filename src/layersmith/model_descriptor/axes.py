@@ -165,7 +165,11 @@ def _more_query_heads(
     if type(heads) is not int:
         return _Experiment([], [None] * len(blocks), "the config has no num_attention_heads")
     head_dim = next(
-        (unit for i in range(len(blocks)) if kv.shapes and (unit := _unit(base[i], kv.shapes[i], blocks[i], kv.sizes[i]))),
+        (
+            unit
+            for i in range(len(blocks))
+            if kv.shapes and (unit := _unit(base[i], kv.shapes[i], blocks[i], kv.sizes[i]))
+        ),
         None,
     )
     if head_dim is None:
@@ -210,7 +214,9 @@ def _changed_dims(base: Shapes, changed: Shapes) -> dict[str, int] | None:
     return dims
 
 
-def _weight_axes(base: Shapes, changed: Shapes, dims: dict[str, int], full: int, size: int) -> tuple[WeightAxis, ...] | None:
+def _weight_axes(
+    base: Shapes, changed: Shapes, dims: dict[str, int], full: int, size: int
+) -> tuple[WeightAxis, ...] | None:
     """The axes, if along each the whole dimension is ``unit * full`` entries; None where other rows share it."""
     axes = []
     for name, dim in dims.items():

@@ -171,7 +171,7 @@ class _Journal:
                 self.path.parent.mkdir(parents=True, exist_ok=True)
                 if self.resume:
                     self._cut_off_broken_end()
-                self.file = open(self.path, "ab" if self.resume else "wb")  # noqa: SIM115 - closed in __exit__
+                self.file = open(self.path, "ab" if self.resume else "wb")
                 if not self.resume:
                     self._append({"inputs": self.inputs})
         return self.write
@@ -192,7 +192,9 @@ class _Journal:
                     os.fsync(self.file.fileno())
                     self.synced = time.monotonic()
 
-    def write(self, of: str, row: int, values: dict[str, float], known: dict[tuple[str, int], dict[str, float]]) -> None:
+    def write(
+        self, of: str, row: int, values: dict[str, float], known: dict[tuple[str, int], dict[str, float]]
+    ) -> None:
         known[of, row] = values
         self._append({"of": of, "row": row, "values": values})
 

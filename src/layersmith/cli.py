@@ -1,0 +1,296 @@
+"""The command line. It parses, calls the pipeline, and prints."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from layersmith.errors import LayersmithError
+from layersmith.progress import Progress
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+app = typer.Typer(
+    help="Any Hugging Face decoder model and a budget in; a smaller model whose layers differ out.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Parent = Annotated[str, typer.Argument(help="Checkpoint folder or hub name of the model to make smaller.")]
+Params = Annotated[str | None, typer.Option(help="Parameters of the child: 0.7 of the parent's, or 7B.")]
+ActiveParams = Annotated[str | None, typer.Option(help="Parameters that take part in a token: 0.7 or 3B.")]
+Weights = Annotated[str | None, typer.Option(help="Memory of the weights: 0.7 or 10GiB.")]
+KVCache = Annotated[str | None, typer.Option(help="Memory of the KV cache at --batch and --context: 0.5 or 2GiB.")]
+Memory = Annotated[str | None, typer.Option(help="Weights and KV cache together: 0.7 or 10GiB.")]
+Batch = Annotated[int, typer.Option(help="Sequences at once, for the KV cache.")]
+Context = Annotated[int, typer.Option(help="Tokens of each, for the KV cache.")]
+RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; what it leaves out has its default.")]
+Descriptor = Annotated[str | None, typer.Option(help="Descriptor of the model's family, as package.module:ClassName.")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run code that lies in the parent's folder.")
+]
+
+
+@app.command()
+def compress(
+    parent: Parent,
+    out: Annotated[Path, typer.Argument(help="Folder of the run; the child will be in OUT/child.")],
+    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, a folder of them, or a hub dataset.")],
+    eval_data: Annotated[str | None, typer.Option(help="Evaluate on this instead of held-out documents.")] = None,
+    params: Params = None,
+    active_params: ActiveParams = None,
+    weights: Weights = None,
+    kv_cache: KVCache = None,
+    memory: Memory = None,
+    batch: Batch = 1,
+    context: Context = 4096,
+    recipe: RecipeFile = None,
+    seed: Annotated[int | None, typer.Option(help="Goes before the recipe's.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
+    descriptor: Descriptor = None,
+    trust_remote_code: TrustRemoteCode = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will be done and what can be reached.")] = False,
+) -> None:
+    """Make a smaller model of PARENT for a budget."""
+    from layersmith.recipe import Recipe
+    from layersmith.search.budget import parse_budget
+
+    chosen = _with_options(Recipe.read(recipe), seed, device, eval_data, trust_remote_code)
+    budget = parse_budget(
+        params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory,
+        batch=batch, context=context,
+    )  # fmt: skip
+    console = _console()
+    family = _descriptor(descriptor)
+    if dry_run:
+        from layersmith.dry_run import plan
+
+        console.print(plan(parent, out, data, chosen, budget, family), markup=False, highlight=False)
+        return
+    from layersmith.pipeline import compress as run
+
+    with _drawn(console) as progress:
+        result = run(parent, out, data=data, budget=budget, recipe=chosen, descriptor=family, progress=progress)
+    _print_result(console, result)
+
+
+@app.command()
+def inspect(
+    parent: Parent,
+    batch: Batch = 1,
+    context: Context = 4096,
+    descriptor: Descriptor = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Print the blocks of a model, what can be changed in each, and where parameters and memory go."""
+    from layersmith.inspection import inspect as look
+    from layersmith.terminal import print_inspection
+
+    print_inspection(_console(), look(parent, batch, context, _descriptor(descriptor), trust_remote_code))
+
+
+@app.command()
+def search(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that `compress` made.")],
+    params: Params = None,
+    active_params: ActiveParams = None,
+    weights: Weights = None,
+    kv_cache: KVCache = None,
+    memory: Memory = None,
+    batch: Batch = 1,
+    context: Context = 4096,
+    objective: Annotated[str | None, typer.Option(help="Metric to search by; default: the recipe's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write the child into this folder.")] = None,
+) -> None:
+    """Answer another budget from the scores of a run, in seconds."""
+    from layersmith.again import search_again
+    from layersmith.search.budget import parse_budget
+    from layersmith.terminal import print_choice
+
+    budget = parse_budget(
+        params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory,
+        batch=batch, context=context,
+    )  # fmt: skip
+    console = _console()
+    with _drawn(console) as progress:
+        library, choice = search_again(run, budget, objective, out, progress)
+    print_choice(console, library, choice)
+    if out is not None:
+        console.print(f"child: {out}", markup=False, highlight=False)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name of the model to judge.")],
+    data: Annotated[str, typer.Option(help="Text to judge it on.")],
+    parent: Annotated[str | None, typer.Option(help="Compare with this model; default: with itself only.")] = None,
+    sequences: Annotated[int, typer.Option(help="Rows of text.")] = 64,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = 512,
+    seed: int = 0,
+    device: str = "auto",
+) -> None:
+    """Print loss, perplexity, and agreement with the parent, with the noise of each estimate."""
+    from layersmith.again import evaluate_model
+    from layersmith.terminal import print_evaluation
+
+    console = _console()
+    with _drawn(console) as progress:
+        table = evaluate_model(model, data, parent, sequences, sequence_length, seed, device, progress)
+    print_evaluation(console, table)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="Folder of a run that `compress` made.")]) -> None:
+    """Write the report of a run again and print where it is."""
+    from layersmith.again import report_again
+
+    _console().print(str(report_again(run)), markup=False, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Argument(help="Folder of the run.")] = Path("runs/demo"),
+    params: Annotated[str, typer.Option(help="Parameters of the child.")] = "0.75",
+) -> None:
+    """Compress a small code model that comes with layersmith; nothing is downloaded."""
+    from layersmith.demo.job import run_demo
+
+    console = _console()
+    with _drawn(console) as progress:
+        result = run_demo(out, params, progress)
+    _print_result(console, result, with_samples=True)
+
+
+# ---------------------------------------------------------------------------------------------- around the commands
+
+
+def main() -> None:
+    """Run the command line; user errors are one sentence and an exit code, never a traceback."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app(standalone_mode=False)
+    except LayersmithError as error:
+        _fail(str(error), error.exit_code)
+    except typer.Abort:
+        _fail("interrupted; run the same command again to go on", 130)
+    except KeyboardInterrupt:
+        _fail("interrupted; run the same command again to go on", 130)
+    except Exception as error:
+        from click import ClickException
+
+        if isinstance(error, ClickException):
+            error.show()
+            sys.exit(2)
+        if isinstance(error, OSError) and error.errno == 28:
+            _fail("no space left on the disk. Free some and run the same command again.", 2)
+        raise
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"layersmith: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _console() -> Console:
+    from rich.console import Console
+
+    return Console()
+
+
+def _descriptor(path: str | None) -> Any:
+    if path is None:
+        return None
+    from layersmith.model_descriptor.factory import import_descriptor
+
+    sys.path.insert(0, os.getcwd())
+    return import_descriptor(path)
+
+
+def _with_options(recipe: Any, seed: int | None, device: str | None, eval_data: str | None, trust: bool) -> Any:
+    import dataclasses
+
+    changes: dict[str, Any] = {}
+    if seed is not None:
+        changes["seed"] = seed
+    if device is not None:
+        changes["device"] = device
+    if trust:
+        changes["trust_remote_code"] = True
+    if eval_data is not None:
+        changes["data"] = dataclasses.replace(recipe.data, evaluation_source=eval_data)
+    return dataclasses.replace(recipe, **changes)
+
+
+def _print_result(console: Console, result: Any, with_samples: bool = False) -> None:
+    from layersmith.terminal import print_result
+
+    print_result(console, result, with_samples)
+
+
+@contextmanager
+def _drawn(console: Console) -> Iterator[Progress]:
+    """Progress as bars on a terminal, as plain lines elsewhere."""
+    progress = _Bars(console) if console.is_terminal else _Lines(console)
+    yield progress
+
+
+class _Lines(Progress):
+    """A line when a stage begins, every tenth of it if it is long, and when it ends."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def note(self, text: str) -> None:
+        self.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+        started = said = time.monotonic()
+        done = 0.0
+
+        def advance(steps: float) -> None:
+            nonlocal done, said
+            done += steps
+            now = time.monotonic()
+            if now - said > 15 and done < total:
+                left = (now - started) * (total - done) / max(done, 1e-9)
+                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}, about {left:,.0f} s left")
+                said = now
+
+        yield advance
+        self._say(f"{name}: done in {time.monotonic() - started:.1f} s")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class _Bars(_Lines):
+    """One live bar; finished stages stay on the screen with their times."""
+
+    @contextmanager
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+        from rich.progress import Progress as Live
+
+        columns = (
+            TextColumn("{task.description:<11}"),
+            BarColumn(),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+        )
+        with Live(*columns, console=self.console) as live:
+            task = live.add_task(name, total=total)
+            yield lambda steps: live.advance(task, steps)
+            live.update(task, completed=total)

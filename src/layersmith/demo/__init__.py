@@ -1,0 +1,1 @@
+"""A small code model that comes with layersmith, and the job that compresses it."""

@@ -1,0 +1,1 @@
+"""How good a child is beside its parent."""

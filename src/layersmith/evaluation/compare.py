@@ -1,0 +1,160 @@
+"""Child against parent on text that neither calibration nor scoring has seen.
+
+Every number carries the noise of its estimate: the standard error over rows. Differences are paired, row by row, so
+what both models find hard cancels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from layersmith.progress import SILENT, Progress
+from layersmith.scoring.exact import standard_error
+from layersmith.scoring.metrics import measure, reference
+
+_LABELS = {
+    "kl_divergence": "KL divergence to the parent (nats a token)",
+    "top_1_agreement": "Parent's next token is the child's first",
+    "top_5_agreement": "Parent's next token among the child's first 5",
+    "top_10_agreement": "Parent's next token among the child's first 10",
+    "hidden_distance": "Distance of final hidden states (1 - cosine)",
+}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Metrics of a child and its parent on the same rows.
+
+    Attributes:
+        sequences, sequence_length: of the evaluation.
+        parent_loss, child_loss: LM loss in nats a token on every row.
+        metrics: of the child against the parent, on every row.
+    """
+
+    sequences: int
+    sequence_length: int
+    parent_loss: list[float]
+    child_loss: list[float]
+    metrics: dict[str, list[float]]
+
+    def table(self) -> list[dict[str, Any]]:
+        """A row a metric: label, parent, child, difference, and the standard errors."""
+        rows = [self._loss_row(), self._perplexity_row()]
+        for name, label in _LABELS.items():
+            values = self.metrics[name]
+            rows.append(
+                {
+                    "metric": name,
+                    "label": label,
+                    "parent": None,
+                    "child": _mean(values),
+                    "child_standard_error": standard_error(values),
+                    "difference": None,
+                    "difference_standard_error": None,
+                    "lower_is_better": not name.endswith("agreement"),
+                }
+            )
+        return rows
+
+    def _loss_row(self) -> dict[str, Any]:
+        differences = [c - p for c, p in zip(self.child_loss, self.parent_loss, strict=True)]
+        return {
+            "metric": "loss",
+            "label": "LM loss (nats a token)",
+            "parent": _mean(self.parent_loss),
+            "parent_standard_error": standard_error(self.parent_loss),
+            "child": _mean(self.child_loss),
+            "child_standard_error": standard_error(self.child_loss),
+            "difference": _mean(differences),
+            "difference_standard_error": standard_error(differences),
+            "lower_is_better": True,
+        }
+
+    def _perplexity_row(self) -> dict[str, Any]:
+        loss = self._loss_row()
+        parent, child = math.exp(loss["parent"]), math.exp(loss["child"])
+        # d exp(x) = exp(x) dx, to first order.
+        return {
+            "metric": "perplexity",
+            "label": "Perplexity",
+            "parent": parent,
+            "child": child,
+            "child_standard_error": _times(child, loss["child_standard_error"]),
+            "difference": child - parent,
+            "difference_standard_error": _times(child, loss["difference_standard_error"]),
+            "lower_is_better": True,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "sequences": self.sequences,
+            "tokens": self.sequences * self.sequence_length,
+            "rows": self.table(),
+            "by_row": {"parent_loss": self.parent_loss, "child_loss": self.child_loss, **self.metrics},
+        }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _times(factor: float, value: float | None) -> float | None:
+    return None if value is None else factor * value
+
+
+@torch.inference_mode()
+def compare(
+    parent: PreTrainedModel,
+    child: PreTrainedModel,
+    tokens: torch.Tensor,
+    *,
+    batch_sequences: int,
+    progress: Progress = SILENT,
+) -> Comparison:
+    """Evaluate a child against its parent on ``tokens`` ``[N, T]``; both on one device and in evaluation mode."""
+    parent_loss: list[float] = []
+    child_rows: list[dict[str, float]] = []
+    with progress.stage("evaluate", len(tokens), "sequences") as advance:
+        for start in range(0, len(tokens), batch_sequences):
+            batch = tokens[start : start + batch_sequences].to(parent.device)
+            logits, hidden = _run(parent, batch)
+            changed, changed_hidden = _run(child, batch)
+            for j in range(len(batch)):
+                own = reference(logits[j], hidden[j], batch[j])
+                parent_loss.append(measure(own, logits[j], hidden[j])["lm_loss"])
+                child_rows.append(measure(own, changed[j], changed_hidden[j]))
+            advance(len(batch))
+    return Comparison(
+        len(tokens),
+        tokens.shape[1],
+        parent_loss,
+        [row["lm_loss"] for row in child_rows],
+        {name: [row[name] for row in child_rows] for name in _LABELS},
+    )
+
+
+def _run(model: PreTrainedModel, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    seen: list[torch.Tensor] = []
+    head = model.get_output_embeddings()
+    handle = head.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    try:
+        logits = model(input_ids=batch, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits, seen[-1]
+
+
+@torch.inference_mode()
+def complete(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: int) -> str:
+    """The greedy continuation of a prompt, without the prompt."""
+    inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs.pop("token_type_ids", None)
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
+    return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

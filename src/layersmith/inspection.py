@@ -1,0 +1,154 @@
+"""What a model is made of, from its config alone: no weights are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from layersmith.costs.counted import Workload, total
+from layersmith.costs.library_costs import CostTable, count_costs
+from layersmith.heterogeneous.build import block_configs_of, stock_class
+from layersmith.heterogeneous.modeling_layersmith import without_guard
+from layersmith.heterogeneous.plan import SUBBLOCKS
+from layersmith.library.alternative import Alternative, linear_is_possible, search_space
+from layersmith.library.library import choose_ffn_ranking, notes_on
+from layersmith.model_descriptor.axes import LayerAxes, find_axes, meta_layers
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.describe import describe, read_config
+from layersmith.recipe import LibraryRecipe
+
+
+@dataclass(frozen=True)
+class BlockRow:
+    """Neighbouring layers that are alike."""
+
+    layers: str
+    attention: str
+    attention_alternatives: str
+    ffn: str
+    ffn_alternatives: str
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What ``layersmith inspect`` shows.
+
+    Attributes:
+        blocks: runs of equal layers.
+        parts: costs of embeddings and head, of all attentions, of all FFNs, of everything.
+        notes: what cannot be changed, and why.
+    """
+
+    name: str
+    architecture: str
+    descriptor: str
+    batch: int
+    context: int
+    blocks: list[BlockRow]
+    parts: dict[str, dict[str, int]]
+    total: dict[str, int]
+    notes: list[str]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """A search space found from a config: its axes are not proved on weights yet."""
+
+    descriptor: type[ModelDescriptor]
+    alternatives: list[Alternative]
+    axes: list[LayerAxes]
+    costs: CostTable
+    notes: list[str]
+    dtype: torch.dtype
+
+
+def outline(
+    parent: str | Path,
+    recipe: LibraryRecipe,
+    workload: Workload,
+    descriptor: type[ModelDescriptor] | None = None,
+    trust_remote_code: bool = False,
+) -> Outline:
+    """Find what can be changed in a model, and what everything costs, on the meta device."""
+    config = without_guard(read_config(parent, trust_remote_code=trust_remote_code))
+    descriptor = descriptor or describe(config)
+    blocks = block_configs_of(config)
+    axes = find_axes(descriptor, config, blocks)
+    layers = meta_layers(descriptor, config, blocks)
+    linear_possible = {s: linear_is_possible(descriptor, layers, s) for s in SUBBLOCKS}
+    ranking = choose_ffn_ranking(axes, recipe)
+    alternatives = search_space(descriptor, blocks, axes, linear_possible, recipe, ranking)
+    dtype = config.dtype or torch.float32
+    costs = count_costs(descriptor, config, blocks, alternatives, axes, dtype, workload)
+    return Outline(descriptor, alternatives, axes, costs, notes_on(descriptor, axes, linear_possible), dtype)
+
+
+def inspect(
+    parent: str | Path,
+    batch: int = 1,
+    context: int = 4096,
+    descriptor: type[ModelDescriptor] | None = None,
+    trust_remote_code: bool = False,
+) -> Inspection:
+    """Describe a model.
+
+    Raises:
+        InputError: no config there.
+        UnsupportedModel: no descriptor for its family.
+    """
+    found = outline(parent, LibraryRecipe(), Workload(batch, context), descriptor, trust_remote_code)
+    config = without_guard(read_config(parent, trust_remote_code=trust_remote_code))
+    blocks = block_configs_of(config)
+    rows = [_row(i, found, block.attention, block.ffn) for i, block in enumerate(blocks)]
+    own = {
+        s: [found.costs.by_key[a.key] for a in found.alternatives if (a.kind, a.subblock) == ("parent", s)]
+        for s in SUBBLOCKS
+    }
+    parts = {
+        "embeddings, head, final norm": total([found.costs.fixed]),
+        "attention": total(own["attention"]),
+        "FFN": total(own["ffn"]),
+        "all": found.costs.parent,
+    }
+    return Inspection(
+        str(parent),
+        f"{stock_class(config).__name__}, {len(blocks)} layers, {str(found.dtype).removeprefix('torch.')}",
+        found.descriptor.__name__,
+        batch,
+        context,
+        _merged(rows),
+        parts,
+        found.costs.parent,
+        found.notes,
+    )
+
+
+def _row(i: int, found: Outline, attention: object, ffn: object) -> tuple[str, str, str, str]:
+    cells = []
+    for subblock, own in (("attention", attention), ("ffn", ffn)):
+        if getattr(own, "no_op", False):
+            what = "no-op"
+        elif getattr(own, "replace_with_linear", False):
+            what = "linear"
+        elif subblock == "attention":
+            axis, heads = found.axes[i].kv, getattr(own, "num_key_value_heads", None)
+            what = f"{axis.num_heads} heads, {heads} KV heads of {axis.head_dim}" if axis else f"{heads} KV heads"
+        else:
+            what = f"width {getattr(own, 'intermediate_size', None)}"
+        members = [a for a in found.alternatives if a.layer == i and a.subblock == subblock and a.kind != "parent"]
+        sizes = list(dict.fromkeys(str(a.size) for a in members if a.size))
+        words = ["KV heads " * (subblock == "attention") + ", ".join(sizes)] if sizes else []
+        words += [a.kind.replace("_", "-") for a in members if not a.size]
+        cells += [what, "; ".join(words) or "nothing else"]
+    return cells[0], cells[1], cells[2], cells[3]
+
+
+def _merged(rows: list[tuple[str, str, str, str]]) -> list[BlockRow]:
+    merged, start = [], 0
+    for i in range(1, len(rows) + 1):
+        if i == len(rows) or rows[i] != rows[start]:
+            merged.append(BlockRow(str(start) if i == start + 1 else f"{start}-{i - 1}", *rows[start]))
+            start = i
+    return merged

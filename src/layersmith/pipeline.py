@@ -1,0 +1,295 @@
+"""The main job, from top to bottom: the stages in their order. Start reading here.
+
+A stage that was done from the same inputs is skipped, one that was interrupted goes on; see :mod:`layersmith.run`.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layersmith import schema
+from layersmith.artifacts import fingerprint, read_json, write_json, write_tensors, write_text
+from layersmith.costs.counted import Workload
+from layersmith.costs.library_costs import CostTable, count_costs
+from layersmith.data import check_vocabulary, load_tokenizer, prepare
+from layersmith.evaluation.compare import compare, complete
+from layersmith.heterogeneous.checkpoint import check_files, load
+from layersmith.library.library import Library, Survey, build_library, survey
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.parent import Parent, load_parent
+from layersmith.progress import SILENT, Progress
+from layersmith.recipe import Recipe
+from layersmith.report.collect import collect
+from layersmith.report.html import render
+from layersmith.run import Run, versions
+from layersmith.runtime import Runtime
+from layersmith.scoring.exact import Score, losses, score_library
+from layersmith.search.budget import Budget
+from layersmith.search.choose import Choice, choose
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run gave.
+
+    Attributes:
+        run: its folder.
+        child: the child's folder.
+        choice: the solution, with the costs of parent and child.
+        evaluation: the evaluation's table and rows, as in ``evaluation/evaluation.json``.
+        report: the HTML page.
+    """
+
+    run: Path
+    child: Path
+    choice: Choice
+    evaluation: dict[str, Any]
+    report: Path
+
+    def metric(self, name: str) -> dict[str, Any]:
+        """One row of the evaluation's table, e.g. ``"loss"`` or ``"kl_divergence"``."""
+        return next(row for row in self.evaluation["rows"] if row["metric"] == name)
+
+
+def compress(
+    parent: str | Path,
+    out: str | Path,
+    *,
+    data: str | Path,
+    budget: Budget | dict[str, Any] | str | float,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    descriptor: type[ModelDescriptor] | None = None,
+    progress: Progress = SILENT,
+) -> Result:
+    """Make a smaller model of a parent, for a budget: the main job.
+
+    Args:
+        parent: checkpoint folder or hub id.
+        out: the run's folder; the child is ``out/child``. An interrupted run is gone on with.
+        data: text, JSONL or Parquet file, a folder of them, or a hub dataset's name.
+        budget: a fraction of the parent's parameters, or a mapping such as ``{"memory": "10GiB", "batch": 8}``.
+        recipe: a :class:`~layersmith.recipe.Recipe`, a mapping, or a YAML file; default: the defaults.
+        descriptor: of the family; default: ``layersmith.describe(parent)``.
+        progress: told where the run is.
+
+    Raises:
+        LayersmithError: whatever the user can mend, before work starts where that is possible.
+    """
+    recipe, budget, run = Recipe.read(recipe), Budget.parse(budget), Run(Path(out))
+    Run.check(run.folder)
+    model, found, costs = examine(parent, recipe, budget, descriptor, progress)
+    tokenizer = load_tokenizer(parent, trust_remote_code=recipe.trust_remote_code)
+    tokens = read_data(data, recipe, model, tokenizer, progress)
+
+    header = {
+        "parent": {"path": str(parent), "identity": model.identity, "descriptor": model.descriptor.__name__},
+        "data": tokens.description,
+        "budget": budget.to_dict(),
+        "recipe": recipe.to_dict(),
+        "seed": recipe.seed,
+        "versions": versions(),
+    }
+    with run.open(header, recipe):
+        data_inputs = fingerprint([header["data"], recipe.seed])
+        run.do("data", data_inputs, lambda folder: write_data(folder, tokens))
+
+        library_inputs = fingerprint([model.identity, data_inputs, schema.to_data(recipe.library), run_dtype(model)])
+        library = make_library(run, library_inputs, model, recipe, found, tokens.calibration, progress)
+
+        score_inputs = fingerprint([library.identity, data_inputs, run_dtype(model), schema.to_data(recipe.scoring)])
+        scores = make_scores(run, score_inputs, library, recipe, tokens.scoring, progress)
+
+        choice = choose(library.alternatives, losses(scores, recipe.scoring.objective), costs, budget)
+        solution_inputs = fingerprint([score_inputs, choice.to_dict()])
+        run.do("solution", solution_inputs, lambda folder: write_solution(folder, choice, costs))
+
+        realize(run, "child", solution_inputs, library, choice, tokenizer, recipe)
+        evaluation = evaluate_child(run, solution_inputs, model, recipe, tokens.evaluation, tokenizer, progress)
+        return finish(run, library, scores, choice, evaluation, recipe)
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+def examine(
+    parent: str | Path,
+    recipe: Recipe,
+    budget: Budget,
+    descriptor: type[ModelDescriptor] | None,
+    progress: Progress = SILENT,
+) -> tuple[Parent, Survey, CostTable]:
+    """Load the parent, find what can be changed in it, and make sure that the budget can be met at all."""
+    seed_everything(recipe.seed)
+    check_files(parent)
+    with progress.stage("describe", 1, "parent") as advance:
+        model = load_parent(parent, Runtime.detect(recipe.device, recipe.dtype), descriptor, recipe.trust_remote_code)
+        found = survey(model, recipe.library)
+        costs = cost_table(model, found, budget)
+        choose(found.alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget)  # raises Infeasible
+        advance(1)
+    for note in found.notes:
+        progress.note(note)
+    return model, found, costs
+
+
+def cost_table(model: Parent, found: Survey, budget: Budget) -> CostTable:
+    workload = Workload(budget.batch, budget.context)
+    return count_costs(
+        model.descriptor, model.config, model.blocks, found.alternatives, found.axes, model.dtype, workload
+    )
+
+
+def read_data(data: str | Path, recipe: Recipe, model: Parent, tokenizer: Any, progress: Progress) -> Any:
+    """Token rows for calibration, scoring and evaluation."""
+    longest = getattr(model.language_config, "max_position_embeddings", None) or recipe.data.sequence_length
+    with progress.stage("data", 1, "source") as advance:
+        tokens = prepare(
+            data,
+            tokenizer,
+            sequence_length=min(recipe.data.sequence_length, longest),
+            calibration_sequences=recipe.data.calibration_sequences,
+            scoring_sequences=recipe.data.scoring_sequences,
+            evaluation_sequences=recipe.data.evaluation_sequences,
+            seed=recipe.seed,
+            evaluation_source=recipe.data.evaluation_source,
+            field=recipe.data.field,
+            split=recipe.data.split,
+        )
+        largest = max(int(rows.max()) for rows in (tokens.calibration, tokens.scoring, tokens.evaluation))
+        check_vocabulary(largest + 1, model.language_config.vocab_size)
+        advance(1)
+    for warning in tokens.description.get("warnings", ()):
+        progress.note(warning)
+    return tokens
+
+
+def write_data(folder: Path, tokens: Any) -> None:
+    rows = {name: getattr(tokens, name) for name in ("calibration", "scoring", "evaluation")}
+    write_tensors(folder / "tokens.safetensors", rows)
+    write_json(folder / "data.json", tokens.description)
+
+
+def make_library(
+    run: Run, inputs: str, model: Parent, recipe: Recipe, found: Survey, tokens: torch.Tensor, progress: Progress
+) -> Library:
+    def make(folder: Path) -> None:
+        build_library(
+            model,
+            recipe.library,
+            found,
+            tokens,
+            batch_sequences=batch_sequences(recipe, tokens),
+            checkpoint=run.partial("library"),
+            inputs=inputs,
+            progress=progress,
+        ).write(folder)
+
+    run.do("library", inputs, make)
+    return Library.read(run.folder / "library", model)
+
+
+def make_scores(
+    run: Run, inputs: str, library: Library, recipe: Recipe, tokens: torch.Tensor, progress: Progress
+) -> list[Score]:
+    def make(folder: Path) -> None:
+        scores = score_library(
+            library,
+            tokens,
+            batch_sequences=batch_sequences(recipe, tokens),
+            journal=run.partial("scores"),
+            inputs=inputs,
+            progress=progress,
+        )
+        write_json(folder / "scores.json", [{"of": s.alternative.key, "rows": s.rows} for s in scores])
+
+    run.do("scores", inputs, make)
+    return read_scores(run, library)
+
+
+def read_scores(run: Run, library: Library) -> list[Score]:
+    records = {record["of"]: record["rows"] for record in read_json(run.folder / "scores" / "scores.json")}
+    return [Score(alternative, records[alternative.key]) for alternative in library.alternatives]
+
+
+def write_solution(folder: Path, choice: Choice, costs: CostTable) -> None:
+    write_json(folder / "solution.json", choice.to_dict())
+    write_json(folder / "costs.json", costs.to_dict())
+
+
+def realize(run: Run, name: str, inputs: str, library: Library, choice: Choice, tokenizer: Any, recipe: Recipe) -> None:
+    """Write the child in the parent's dtype, and check that it is what the search counted."""
+
+    def make(folder: Path) -> None:
+        own = library.with_parent(at_stored_dtype(library.parent, recipe))
+        child = own.compose(choice.alternatives)
+        counted = sum(parameter.numel() for parameter in child.parameters())
+        if counted != choice.costs["parameters"]:
+            raise RuntimeError(f"the child has {counted} parameters, the search counted {choice.costs['parameters']}")
+        child.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+    run.do(name, inputs, make)
+
+
+def at_stored_dtype(parent: Parent, recipe: Recipe) -> Parent:
+    """The parent in its checkpoint's dtype.
+
+    From a wider dtype, in which it may be loaded, the way back is exact; otherwise it is read again.
+    """
+    if parent.runtime.dtype == parent.dtype:
+        return parent
+    runtime = Runtime(torch.device("cpu"), parent.dtype)
+    return load_parent(parent.path, runtime, parent.descriptor, recipe.trust_remote_code)
+
+
+def evaluate_child(
+    run: Run, inputs: str, model: Parent, recipe: Recipe, tokens: torch.Tensor, tokenizer: Any, progress: Progress
+) -> dict[str, Any]:
+    """Compare the child, as it lies on the disk, with its parent."""
+
+    def make(folder: Path) -> None:
+        child = load(run.folder / "child", dtype=model.runtime.dtype, device=model.runtime.device).eval()
+        comparison = compare(
+            model.model, child, tokens, batch_sequences=batch_sequences(recipe, tokens), progress=progress
+        )
+        samples = []
+        if recipe.completion_tokens:
+            prompts = recipe.prompts or (tokenizer.decode(tokens[0][: min(48, len(tokens[0]) // 2)]),)
+            for prompt in prompts:
+                written = [complete(m, tokenizer, prompt, recipe.completion_tokens) for m in (model.model, child)]
+                samples.append({"prompt": prompt, "parent": written[0], "child": written[1]})
+        write_json(folder / "evaluation.json", comparison.to_dict() | {"samples": samples})
+
+    run.do("evaluation", inputs, make)
+    return read_json(run.folder / "evaluation" / "evaluation.json")
+
+
+def finish(
+    run: Run, library: Library, scores: list[Score], choice: Choice, evaluation: dict[str, Any], recipe: Recipe
+) -> Result:
+    """Write the report."""
+    report = collect(run.header(), library, scores, choice, evaluation, recipe)
+    write_json(run.folder / "report.json", report)
+    write_text(run.folder / "report.html", render(report))
+    return Result(run.folder, run.folder / "child", choice, evaluation, run.folder / "report.html")
+
+
+# ---------------------------------------------------------------------------------------------- shared
+
+
+def batch_sequences(recipe: Recipe, tokens: torch.Tensor) -> int:
+    return max(1, recipe.scoring.batch_tokens // tokens.shape[1])
+
+
+def run_dtype(model: Parent) -> str:
+    return f"{model.runtime.dtype} on {model.runtime.device.type}"
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)

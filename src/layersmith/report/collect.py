@@ -1,0 +1,147 @@
+"""Everything that a report shows, as JSON data, from what the stages gave."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layersmith.library.alternative import Alternative
+from layersmith.library.library import Library
+from layersmith.recipe import Recipe
+from layersmith.scoring.exact import Score
+from layersmith.scoring.metrics import METRICS
+from layersmith.search.budget import format_bytes, format_count
+from layersmith.search.choose import Choice
+
+_UNITS = {
+    "kl_divergence": "nats a token",
+    "lm_loss": "nats a token",
+    "hidden_distance": "1 - cosine",
+}
+
+
+def collect(
+    header: dict[str, Any],
+    library: Library,
+    scores: list[Score],
+    choice: Choice,
+    evaluation: dict[str, Any],
+    recipe: Recipe,
+) -> dict[str, Any]:
+    """The report's data; :mod:`layersmith.report.html` says what is in it."""
+    before, after = choice.parent_costs, choice.costs
+    name = str(header["parent"]["path"]).rstrip("/").rsplit("/", 1)[-1]
+    objective = recipe.scoring.objective
+    return {
+        "title": f"{name}: {format_count(before['parameters'])} to {format_count(after['parameters'])} parameters",
+        "parent": {"name": name, **before},
+        "child": {"name": f"{name}, child", **after},
+        "batch": choice.budget.batch,
+        "context": choice.budget.context,
+        "budget": [
+            {
+                "label": cost,
+                "limit": limit,
+                "unit": "bytes" if cost.endswith("bytes") else "count",
+                "used": after[cost],
+                "parent": before[cost],
+            }
+            for cost, limit in choice.limits.items()
+        ],
+        "evaluation": {
+            "tokens": evaluation["tokens"],
+            "sequences": evaluation["sequences"],
+            "rows": evaluation["rows"],
+        },
+        "layers": _layers(library, scores, choice, objective),
+        "scores": _heat_map(scores, choice, objective),
+        "search": {"score": choice.score, "proven_optimal": choice.proven_optimal},
+        "samples": evaluation["samples"],
+        "recipe": recipe.to_dict(),
+        "environment": header["versions"]
+        | {"device": str(library.parent.runtime.device.type), "dtype": str(library.parent.runtime.dtype)},
+        "warnings": [*header["data"].get("warnings", []), *library.notes],
+    }
+
+
+def describe_subblock(library: Library, alternative: Alternative) -> str:
+    """What a subblock is with this alternative, in a word or two."""
+    if alternative.kind == "no_op":
+        return "no-op"
+    if alternative.kind == "linear":
+        return "linear"
+    block = library.parent.blocks[alternative.layer]
+    own = alternative.subblock_config(block)
+    if own.no_op or own.replace_with_linear:
+        return "no-op" if own.no_op else "linear"
+    if alternative.subblock == "attention":
+        heads = getattr(own, "num_key_value_heads", None)
+        return "attention" if heads is None else f"{heads} KV head{'s' if heads != 1 else ''}"
+    width = getattr(own, "intermediate_size", None)
+    return "FFN" if width is None else f"width {width}"
+
+
+def _layers(library: Library, scores: list[Score], choice: Choice, objective: str) -> list[dict[str, Any]]:
+    by_key = {score.alternative.key: score for score in scores}
+    sizes = _parameters(library, choice)
+    rows: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
+    for alternative in choice.alternatives:
+        parent = Alternative(alternative.layer, alternative.subblock, "parent")
+        own, full = sizes[alternative.key], sizes[parent.key]
+        rows[alternative.layer][alternative.subblock] = {
+            "parent": describe_subblock(library, parent),
+            "child": describe_subblock(library, alternative),
+            "kind": alternative.kind,
+            "method": alternative.method,
+            "kept": own / full if full else 1.0,
+            "parameters": own,
+            "parent_parameters": full,
+            "score": by_key[alternative.key].mean(objective),
+        }
+    return rows
+
+
+def _parameters(library: Library, choice: Choice) -> dict[str, int]:
+    """Parameters of the chosen subblocks and of the parent's."""
+    from layersmith.costs.counted import Workload
+    from layersmith.costs.library_costs import count_costs
+
+    parent = library.parent
+    wanted = {a.key: a for a in choice.alternatives}
+    for alternative in choice.alternatives:
+        own = Alternative(alternative.layer, alternative.subblock, "parent")
+        wanted[own.key] = own
+    workload = Workload(choice.budget.batch, choice.budget.context)
+    table = count_costs(
+        parent.descriptor, parent.config, parent.blocks, list(wanted.values()), library.axes, parent.dtype, workload
+    )
+    return {key: table.by_key[key]["parameters"] for key in wanted}
+
+
+def _heat_map(scores: list[Score], choice: Choice, objective: str) -> dict[str, Any]:
+    chosen = {a.key for a in choice.alternatives}
+    names = list(dict.fromkeys(s.alternative.name for s in scores if s.alternative.kind != "parent"))
+    columns = sorted(names, key=lambda name: not name.startswith("attention"))
+    layers = sorted({s.alternative.layer for s in scores})
+    cells = {(s.alternative.layer, s.alternative.name): s for s in scores}
+    rows = []
+    for layer in layers:
+        row: list[dict[str, Any] | None] = []
+        for column in columns:
+            score = cells.get((layer, column))
+            row.append(
+                None
+                if score is None
+                else {
+                    "value": score.mean(objective),
+                    "standard_error": score.standard_error(objective),
+                    "chosen": score.alternative.key in chosen,
+                    "metrics": {metric: score.mean(metric) for metric in METRICS},
+                }
+            )
+        rows.append(row)
+    return {"objective": objective, "unit": _UNITS.get(objective, "share of tokens"), "columns": columns, "rows": rows}
+
+
+def format_cost(name: str, value: int) -> str:
+    """A cost for people: ``4.77M`` or ``9.10 MiB``."""
+    return format_bytes(value) if name.endswith("bytes") else format_count(value)

@@ -1,0 +1,164 @@
+"""The run folder: what a run has made so far, and what each piece was made from.
+
+recipe.yaml       every choice, defaults included
+run.json          parent, budget, versions, seed; the fingerprints of finished stages
+data/             token rows and what they were made from
+library/          alternatives and what their weights are made from
+scores/           metrics of every alternative on every row
+solution/         the budget, costs, and the choice
+child/            the child, a Hugging Face folder
+evaluation/       child against parent
+report.html, report.json
+log.jsonl         when stages began and ended; the one file that differs between equal runs
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from layersmith.artifacts import read_json, saying_disk_full, whole_folder, write_json, write_text
+from layersmith.errors import InputError, UsageError
+from layersmith.recipe import Recipe
+
+
+def versions() -> dict[str, str]:
+    """Versions of all that numbers depend on."""
+    import safetensors
+    import scipy
+    import torch
+    import transformers
+
+    from layersmith import __version__
+
+    return {
+        "layersmith": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "scipy": scipy.__version__,
+        "safetensors": safetensors.__version__,
+        "platform": f"{sys.platform} {platform.machine()}",
+    }
+
+
+class Run:
+    """A run folder that this process has to itself."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    # ------------------------------------------------------------------------------------------ opening
+
+    @staticmethod
+    def check(folder: Path) -> None:
+        """Raises: InputError: the folder holds something that is not a run."""
+        if folder.exists() and not folder.is_dir():
+            raise InputError(f"{folder}: is a file. Choose another folder for the run.")
+        if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").is_file():
+            raise InputError(f"{folder}: already there and not a run of layersmith. Choose another folder.")
+
+    @contextmanager
+    def open(self, header: dict[str, Any], recipe: Recipe) -> Iterator[None]:
+        """Create the folder, or go on with it if it was made from the same header and recipe.
+
+        Raises:
+            InputError: another process works in it, or it was made from something else.
+        """
+        self.check(self.folder)
+        with saying_disk_full(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked():
+            self._remove_leftovers()
+            self._check_header(header)
+            if not (self.folder / "run.json").is_file():
+                write_json(self.folder / "run.json", header | {"stages": {}})
+            write_text(self.folder / "recipe.yaml", recipe.to_yaml())
+            yield
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        with saying_disk_full(self.folder), open(self.folder / ".lock", "w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"{self.folder}: another process is at work in this run. Wait for it.") from error
+            yield
+
+    def _remove_leftovers(self) -> None:
+        # What a killed process was writing; finished files never begin with a dot.
+        for leftover in self.folder.rglob(".*"):
+            if leftover.name != ".lock" and leftover.exists():
+                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+
+    def _check_header(self, header: dict[str, Any]) -> None:
+        if not (self.folder / "run.json").is_file():
+            return
+        before = self.header()
+        for name, mend in (
+            ("parent", "Choose another folder"),
+            ("data", "Choose another folder"),
+            ("recipe", "Choose another folder, or restore the recipe"),
+            ("budget", "Choose another folder, or ask this run for another budget with `layersmith search`"),
+            ("versions", "Choose another folder, or run with the versions that run.json names"),
+        ):
+            if before.get(name) != header.get(name):
+                raise InputError(f"{self.folder}: holds a run with another {name}. {mend}.")
+
+    def header(self) -> dict[str, Any]:
+        return read_json(self.folder / "run.json")
+
+    @staticmethod
+    def existing(folder: str | Path) -> Run:
+        """Raises: UsageError: not a run folder."""
+        run = Run(Path(folder))
+        if not (run.folder / "run.json").is_file():
+            raise UsageError(f"{folder}: not a run folder (no run.json). Give the folder that `compress` wrote.")
+        return run
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def is_done(self, stage: str, inputs: str) -> bool:
+        return self.header()["stages"].get(stage) == inputs
+
+    def do(self, stage: str, inputs: str, make: Callable[[Path], None]) -> bool:
+        """Make a stage's folder unless it was made from the same inputs; whether it had to be made.
+
+        Args:
+            stage: its name and folder.
+            inputs: digest of everything the stage depends on.
+            make: writes the stage's files into the folder that it is given.
+        """
+        if self.is_done(stage, inputs) and (self.folder / stage).is_dir():
+            self.log(stage, "kept")
+            return False
+        started = time.monotonic()
+        self.log(stage, "begun")
+        with whole_folder(self.folder / stage) as folder:
+            make(folder)
+        header = self.header()
+        header["stages"][stage] = inputs
+        write_json(self.folder / "run.json", header)
+        self.partial(stage).unlink(missing_ok=True)
+        self.log(stage, "done", seconds=round(time.monotonic() - started, 2))
+        return True
+
+    def partial(self, stage: str) -> Path:
+        """A file for what a stage has done so far."""
+        return self.folder / f"{stage}.partial"
+
+    def log(self, stage: str, event: str, **more: Any) -> None:
+        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **more}
+        with saying_disk_full(self.folder), open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())

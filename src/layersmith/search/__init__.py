@@ -1,0 +1,1 @@
+"""From scores, costs and a budget to one alternative for every subblock."""

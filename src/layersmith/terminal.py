@@ -1,0 +1,128 @@
+"""What the command line prints when a command has done its work."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from layersmith.inspection import Inspection
+from layersmith.library.library import Library
+from layersmith.report.collect import describe_subblock, format_cost
+from layersmith.search.choose import Choice
+
+_LABELS = {
+    "parameters": "parameters",
+    "active_parameters": "active parameters",
+    "weight_bytes": "weight memory",
+    "kv_cache_bytes": "KV cache",
+    "memory_bytes": "memory",
+}
+
+
+def print_result(console: Console, result: Any, with_samples: bool = False) -> None:
+    """Parent against child, and where everything lies."""
+    choice: Choice = result.choice
+    table = Table(title="parent against child", title_justify="left")
+    for heading in ("", "parent", "child", ""):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for name, label in _LABELS.items():
+        before, after = choice.parent_costs[name], choice.costs[name]
+        share = f"{after / before:.2f}x" if before else ""
+        table.add_row(label, format_cost(name, before), format_cost(name, after), share)
+    for metric in ("loss", "perplexity", "kl_divergence", "top_1_agreement"):
+        row = result.metric(metric)
+        parent = "" if row["parent"] is None else f"{row['parent']:.4f}"
+        change = (
+            "" if row["difference"] is None else with_noise(row["difference"], row["difference_standard_error"], "+")
+        )
+        child = with_noise(row["child"], row["child_standard_error"])
+        table.add_row(row["label"], parent, child, change)
+    console.print(table)
+    tokens = result.evaluation["tokens"]
+    console.print(f"evaluated on {tokens:,} tokens that nothing else has seen; ± is one standard error", style="dim")
+    if with_samples:
+        print_samples(console, result.evaluation["samples"])
+    console.print(f"child:  {result.child}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"report: {result.report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_samples(console: Console, samples: list[dict[str, str]]) -> None:
+    """What parent and child write after the same prompt."""
+    for sample in samples:
+        for who in ("parent", "child"):
+            console.rule(f"{who} completes", align="left", style="dim")
+            console.print(Text(sample["prompt"], style="dim") + Text(sample[who], style="bold"), soft_wrap=True)
+    console.rule(style="dim")
+
+
+def with_noise(value: float, error: float | None, sign: str = "") -> str:
+    """A number with its standard error, to the digits that mean something."""
+    return f"{value:{sign}.4f}" if error is None else f"{value:{sign}.4f} ± {error:.4f}"
+
+
+def print_choice(console: Console, library: Library, choice: Choice) -> None:
+    """A solution, layer by layer: what was, what is."""
+    table = Table(title="solution", title_justify="left")
+    for heading in ("layer", "attention", "FFN"):
+        table.add_column(heading)
+    by_layer: dict[int, list[str]] = {}
+    for alternative in choice.alternatives:
+        parent = type(alternative)(alternative.layer, alternative.subblock, "parent")
+        before, after = describe_subblock(library, parent), describe_subblock(library, alternative)
+        by_layer.setdefault(alternative.layer, []).append(before if before == after else f"{before} => {after}")
+    for layer, words in by_layer.items():
+        table.add_row(str(layer), *words)
+    console.print(table)
+    for name, label in _LABELS.items():
+        before_cost, after_cost = choice.parent_costs[name], choice.costs[name]
+        share = after_cost / before_cost if before_cost else 0.0
+        limit = f", limit {format_cost(name, choice.limits[name])}" if name in choice.limits else ""
+        console.print(
+            f"{label}: {format_cost(name, before_cost)} => {format_cost(name, after_cost)} ({share:.2f}x{limit})",
+            highlight=False,
+        )
+    how = "proven optimal for these scores" if choice.proven_optimal else "the best found"
+    console.print(f"sum of scores: {choice.score:.4f}, {how}", highlight=False)
+
+
+def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
+    """The table of an evaluation."""
+    table = Table(title=f"{evaluation['tokens']:,} tokens", title_justify="left")
+    for heading in ("", "parent", "model", "difference"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for row in evaluation["rows"]:
+        table.add_row(
+            row["label"],
+            "" if row["parent"] is None else f"{row['parent']:.4f}",
+            with_noise(row["child"], row["child_standard_error"]),
+            "" if row["difference"] is None else with_noise(row["difference"], row["difference_standard_error"], "+"),
+        )
+    console.print(table)
+
+
+def print_inspection(console: Console, found: Inspection) -> None:
+    """A model's blocks, what can be changed, and where parameters and memory go."""
+    console.print(f"{found.name}: {found.architecture}, described by {found.descriptor}", highlight=False)
+    table = Table(title="blocks", title_justify="left")
+    for heading in ("layers", "attention", "can become", "FFN", "can become"):
+        table.add_column(heading)
+    for row in found.blocks:
+        table.add_row(row.layers, row.attention, row.attention_alternatives, row.ffn, row.ffn_alternatives)
+    console.print(table)
+    costs = Table(title=f"where it goes (batch {found.batch}, context {found.context:,})", title_justify="left")
+    costs.add_column("")
+    for name in ("parameters", "weight_bytes", "kv_cache_bytes"):
+        costs.add_column(_LABELS[name], justify="right")
+        costs.add_column("", justify="right")
+    for label, part in found.parts.items():
+        cells = []
+        for name in ("parameters", "weight_bytes", "kv_cache_bytes"):
+            whole = found.total[name]
+            cells += [format_cost(name, part[name]), f"{part[name] / whole:.0%}" if whole else ""]
+        costs.add_row(label, *cells)
+    console.print(costs)
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)
