@@ -33,7 +33,8 @@ HELD_OUT_EVERY = 40
 def standard_library() -> tuple[dict[str, str], dict[str, str]]:
     """The library's sources as ``{path in the library: text}``: (training, held out)."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    training, held_out = {}, {}
+    training: dict[str, str] = {}
+    held_out: dict[str, str] = {}
     for path in sorted(root.rglob("*.py")):
         name = path.relative_to(root).as_posix()
         if "site-packages" in name:
@@ -162,10 +163,13 @@ def main() -> None:
             speed = seen / (time.monotonic() - started)
             print(f"step {step} {done:6.1%} loss {smoothed:.4f} {speed:,.0f} tokens/s", flush=True)
 
-    model.to(torch.bfloat16).float()  # what is shipped is what is measured
-    loss, error, count = held_out_loss(model, held_out_tokens, args.sequence_length)
-    bits_per_byte = loss / math.log(2) / held_out_bytes_per_token
-    print(f"held out: {loss:.4f} +- {error:.4f} nats a token, {bits_per_byte:.4f} bits a byte over {count:,} tokens")
+    module: torch.nn.Module = model
+    module.to(torch.bfloat16).float()  # what is shipped is what is measured
+    held_out_nats, error, count = held_out_loss(model, held_out_tokens, args.sequence_length)
+    bits_per_byte = held_out_nats / math.log(2) / held_out_bytes_per_token
+    print(
+        f"held out: {held_out_nats:.4f} +- {error:.4f} nats a token, {bits_per_byte:.4f} bits a byte over {count:,} tokens"
+    )
     result = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "python": platform.python_version(),
@@ -177,14 +181,15 @@ def main() -> None:
         "minutes": args.minutes,
         "threads": args.threads,
         "seed": args.seed,
-        "held_out_loss": round(loss, 4),
+        "held_out_loss": round(held_out_nats, 4),
         "held_out_loss_standard_error": round(error, 4),
         "held_out_bits_per_byte": round(bits_per_byte, 4),
         "held_out_tokens": count,
         "held_out_modules": sorted(held_out),
     }
     args.out.mkdir(parents=True, exist_ok=True)
-    model.to(torch.bfloat16).save_pretrained(args.out)
+    module.to(torch.bfloat16)
+    model.save_pretrained(args.out)
     tokenizer.save_pretrained(args.out)
     (args.out / "training.json").write_text(json.dumps(result, indent=1) + "\n")
 

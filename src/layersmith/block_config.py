@@ -29,7 +29,7 @@ class _Record:
     def to_dict(self) -> dict[str, Any]:
         """The record as JSON data; fields that only other tools use are left out while unset."""
         data = {}
-        for name in schema._field_types(type(self)):
+        for name in schema.field_names(self):
             value = getattr(self, name)
             if value is not None or name in self._always_written:
                 data[name] = value.to_dict() if isinstance(value, _Record) else schema.to_data(value)

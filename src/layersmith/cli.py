@@ -75,7 +75,7 @@ def compress(
     if dry_run:
         from layersmith.dry_run import plan
 
-        console.print(plan(parent, out, data, chosen, budget, family), markup=False, highlight=False)
+        console.print(plan(parent, out, data, chosen, budget, family), markup=False, highlight=False, soft_wrap=True)
         return
     from layersmith.pipeline import compress as run
 

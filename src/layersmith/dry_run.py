@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from layersmith.costs.counted import COSTS, Workload
+from layersmith.data import read_documents
 from layersmith.heterogeneous.checkpoint import check_files
 from layersmith.inspection import outline
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -35,6 +36,7 @@ def plan(
     """
     Run.check(Path(out))
     check_files(parent)
+    next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
     runtime = Runtime.detect(recipe.device, recipe.dtype)
     found = outline(
         parent, recipe.library, Workload(budget.batch, budget.context), descriptor, recipe.trust_remote_code

@@ -9,7 +9,7 @@ import torch
 
 from layersmith.costs.counted import Workload, total
 from layersmith.costs.library_costs import CostTable, count_costs
-from layersmith.heterogeneous.build import block_configs_of, stock_class
+from layersmith.heterogeneous.build import block_configs_of, config_dtype, stock_class
 from layersmith.heterogeneous.modeling_layersmith import without_guard
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative, linear_is_possible, search_space
@@ -74,13 +74,13 @@ def outline(
     """Find what can be changed in a model, and what everything costs, on the meta device."""
     config = without_guard(read_config(parent, trust_remote_code=trust_remote_code))
     descriptor = descriptor or describe(config)
-    blocks = block_configs_of(config)
+    blocks = block_configs_of(config, descriptor)
     axes = find_axes(descriptor, config, blocks)
     layers = meta_layers(descriptor, config, blocks)
     linear_possible = {s: linear_is_possible(descriptor, layers, s) for s in SUBBLOCKS}
     ranking = choose_ffn_ranking(axes, recipe)
     alternatives = search_space(descriptor, blocks, axes, linear_possible, recipe, ranking)
-    dtype = config.dtype or torch.float32
+    dtype = config_dtype(config)
     costs = count_costs(descriptor, config, blocks, alternatives, axes, dtype, workload)
     return Outline(descriptor, alternatives, axes, costs, notes_on(descriptor, axes, linear_possible), dtype)
 
@@ -100,7 +100,7 @@ def inspect(
     """
     found = outline(parent, LibraryRecipe(), Workload(batch, context), descriptor, trust_remote_code)
     config = without_guard(read_config(parent, trust_remote_code=trust_remote_code))
-    blocks = block_configs_of(config)
+    blocks = block_configs_of(config, found.descriptor)
     rows = [_row(i, found, block.attention, block.ffn) for i, block in enumerate(blocks)]
     own = {
         s: [found.costs.by_key[a.key] for a in found.alternatives if (a.kind, a.subblock) == ("parent", s)]

@@ -76,8 +76,9 @@ def load_parent(
     if descriptor.requires_trust_remote_code() and not trust_remote_code:
         raise UnsupportedModel(f"{path}: its family runs code from the checkpoint. Allow it with trust_remote_code.")
     dtype = model.dtype
-    model = model.to(device=runtime.device, dtype=runtime.dtype).eval().requires_grad_(False)
-    blocks = tuple(block_configs_of(model.config))
+    module: nn.Module = model
+    module.to(device=runtime.device, dtype=runtime.dtype).eval().requires_grad_(False)
+    blocks = tuple(block_configs_of(model.config, descriptor))
     for i in range(len(blocks)):
         name = descriptor.layer_block_name(i)
         try:

@@ -153,7 +153,7 @@ class Recipe:
         except FileNotFoundError as error:
             raise InputError(f"{value}: no such recipe.") from error
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{value}: not a YAML recipe ({error}).") from error
+            raise InputError(f"{value}: not a YAML recipe ({' '.join(str(error).split())}).") from error
         return Recipe.from_dict(data or {}, str(value))
 
     def to_yaml(self) -> str:

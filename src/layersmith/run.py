@@ -64,7 +64,10 @@ class Run:
         """Raises: InputError: the folder holds something that is not a run."""
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file. Choose another folder for the run.")
-        if folder.is_dir() and any(folder.iterdir()) and not (folder / "run.json").is_file():
+        if not folder.is_dir() or (folder / "run.json").is_file():
+            return
+        # A process that was stopped before it wrote run.json leaves no more than these.
+        if any(not path.name.startswith((".lock", ".run.json")) for path in folder.iterdir()):
             raise InputError(f"{folder}: already there and not a run of layersmith. Choose another folder.")
 
     @contextmanager

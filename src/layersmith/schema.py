@@ -30,7 +30,7 @@ def parse(cls: type[T], data: object, where: str) -> T:
     """
     if not isinstance(data, dict):
         raise UsageError(f"{where}: expected a mapping with the fields of {cls.__name__}, got {data!r}.")
-    field_types = _field_types(cls)
+    field_types = _field_types(cast(Any, cls))
     for key in data:
         if key not in field_types:
             raise UsageError(f"{where}: unknown field {key!r} in {cls.__name__}. {did_you_mean(str(key), field_types)}")
@@ -47,7 +47,7 @@ def check_fields(record: Any) -> None:
     Raises:
         UsageError: a field holds a value of another type.
     """
-    for name, annotation in _field_types(type(record)).items():
+    for name, annotation in _field_types(cast(Any, type(record))).items():
         value = getattr(record, name)
         converted = _convert(annotation, value, f"{type(record).__name__}.{name}")
         if converted is not value:
@@ -63,6 +63,11 @@ def to_data(record: Any) -> Any:
     if isinstance(record, list | tuple):
         return [to_data(value) for value in record]
     return record
+
+
+def field_names(record: Any) -> list[str]:
+    """The names of a record's fields, in order."""
+    return [field.name for field in dataclasses.fields(record)]
 
 
 @cache

@@ -141,7 +141,7 @@ def compare(
 
 def _run(model: PreTrainedModel, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     seen: list[torch.Tensor] = []
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     handle = head.register_forward_hook(lambda module, args, output: seen.append(args[0]))
     try:
         logits = model(input_ids=batch, use_cache=False).logits
@@ -155,6 +155,7 @@ def complete(model: PreTrainedModel, tokenizer: Any, prompt: str, new_tokens: in
     """The greedy continuation of a prompt, without the prompt."""
     inputs = tokenizer(prompt, return_tensors="pt").to(model.device)
     inputs.pop("token_type_ids", None)
+    generate: Any = model.generate
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-    output = model.generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
+    output = generate(**inputs, max_new_tokens=new_tokens, do_sample=False, pad_token_id=pad)
     return tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)

@@ -23,16 +23,22 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 
 
-def block_configs_of(config: PretrainedConfig) -> list[BlockConfig]:
+def block_configs_of(
+    config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None
+) -> list[BlockConfig]:
     """The block config of every layer that a config describes.
 
     A heterogeneous config carries them; any other has the same block in every layer.
+
+    Args:
+        config: of any model.
+        descriptor: of its family; default: ``describe(config)``.
 
     Raises:
         UsageError: the config carries block configs that are not of our schema, or not one a layer.
     """
     config = without_guard(config)
-    language = describe(config).get_language_model_config(config)
+    language = (descriptor or describe(config)).get_language_model_config(config)
     num_layers = language.num_hidden_layers
     entries = getattr(config, "block_configs", None) or getattr(language, "block_configs", None)
     if entries:
@@ -60,7 +66,7 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
         if type(config) in mapping:
-            found = mapping[type(config)]
+            found: Any = mapping[type(config)]
             return found[0] if isinstance(found, tuple) else found
     raise UnsupportedModel(f"This version of Transformers has no causal language model for {type(config).__name__}.")
 
@@ -102,6 +108,11 @@ def child_config(
     return config
 
 
+def config_dtype(config: PretrainedConfig) -> torch.dtype:
+    """The dtype that a config names for its weights; float32 if it names none."""
+    return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
+
+
 def meta_model(config: PretrainedConfig) -> PreTrainedModel:
     """The stock model of a config on the meta device: all shapes, no memory."""
     with torch.device("meta"), quiet_transformers():
@@ -131,7 +142,7 @@ def build(
     """
     descriptor = descriptor or describe(config)
     own_config = child_config(config, block_configs, descriptor)
-    dtype = dtype or own_config.dtype or torch.float32
+    dtype = dtype or config_dtype(own_config)
     with torch.device(device or "cpu"), quiet_transformers():
         return child_class(descriptor, own_config)._from_config(own_config, dtype=dtype)
 

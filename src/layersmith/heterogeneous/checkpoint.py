@@ -56,7 +56,7 @@ def load(
     """
     check_files(path)
     config = read_config(path, trust_remote_code=trust_remote_code)
-    cls = model_class(config, descriptor)
+    cls: Any = model_class(config, descriptor)
     config = without_guard(config)
     try:
         with quiet_transformers():
@@ -68,7 +68,7 @@ def load(
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{path}: config.json and weights do not fit together: {_first_line(error)}") from error
-    return model.to(device) if device is not None else model
+    return model if device is None else model.to(device)
 
 
 def model_class(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> type[PreTrainedModel]:
@@ -85,7 +85,7 @@ def _completed(config: PretrainedConfig, descriptor: type[ModelDescriptor] | Non
     if getattr(config, "block_configs", None) and not hasattr(config, "layersmith"):
         from layersmith.heterogeneous.build import block_configs_of
 
-        return child_config(config, block_configs_of(config), descriptor)
+        return child_config(config, block_configs_of(config, descriptor), descriptor)
     return config
 
 
@@ -222,7 +222,8 @@ def write_subblocks(
         if (key := (tensor.data_ptr(), tensor.shape)) not in seen or tensor.numel() == 0:
             seen.add(key)
             unique[name] = tensor.detach().cpu()
-    index, total = {}, 0
+    index: dict[str, str] = {}
+    total = 0
     with saying_disk_full(folder):
         for group, names in weight_groups(descriptor, unique, num_layers).items():
             file = f"{SUBBLOCK_FOLDER}/{group}.safetensors"

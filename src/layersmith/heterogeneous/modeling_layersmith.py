@@ -1,4 +1,4 @@
-"""Models whose layers differ, for stock Transformers. Written by layersmith; this file needs only torch and Transformers.
+"""Models whose layers differ, for stock Transformers. Written by layersmith; needs only torch and Transformers.
 
 A copy of it lies in every checkpoint that layersmith writes, named in ``auto_map``, so that
 ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` builds the model where layersmith is not
@@ -145,7 +145,7 @@ def own_layers(
             finish(self, index)
 
         __init__.__wrapped__ = original  # type: ignore[attr-defined]
-        cls.__init__ = __init__  # type: ignore[method-assign, assignment]
+        cls.__init__ = __init__  # type: ignore[method-assign]
 
     with _construction:
         try:
@@ -217,7 +217,7 @@ def set_cache_slot(layer: nn.Module, slot: int) -> None:
     """Let the attention inside a decoder layer use ``slot`` of the KV cache."""
     for module in layer.modules():
         if module is not layer and type(getattr(module, "layer_idx", None)) is int:
-            module.layer_idx = slot
+            setattr(module, "layer_idx", slot)  # noqa: B010 - a plain attribute, which a Module does not declare
 
 
 # ---------------------------------------------------------------------------------------------- the plan in config.json
@@ -274,7 +274,7 @@ class HeterogeneousMixin:
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         config = without_guard(config)
         with type(self).layers_of(config):
-            super().__init__(config, *args, **kwargs)
+            super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:

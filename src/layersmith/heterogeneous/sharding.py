@@ -86,7 +86,7 @@ def load_sharded(
     check_files(path)
     config = without_guard(read_config(path))
     descriptor = descriptor or describe(config)
-    blocks = block_configs_of(config)
+    blocks = block_configs_of(config, descriptor)
     layers = layers_of_rank(len(blocks), runtime.rank, runtime.world_size)
     if not layers:
         raise UsageError(f"{path}: {len(blocks)} layers cannot be shared by {runtime.world_size} processes.")

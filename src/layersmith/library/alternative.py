@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from layersmith import schema
 from layersmith.artifacts import fingerprint
@@ -65,9 +65,9 @@ class Alternative:
         if self.kind == "linear":
             return dataclasses.replace(own, no_op=False, replace_with_linear=True)
         if self.kind == "kv_heads":
-            return dataclasses.replace(own, num_key_value_heads=self.size)  # type: ignore[call-arg]
+            return dataclasses.replace(cast(AttentionConfig, own), num_key_value_heads=self.size)
         if self.kind == "ffn_width":
-            return dataclasses.replace(own, intermediate_size=self.size)  # type: ignore[call-arg]
+            return dataclasses.replace(cast(FFNConfig, own), intermediate_size=self.size)
         return own
 
     def block_config(self, parent: BlockConfig) -> BlockConfig:

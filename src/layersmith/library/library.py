@@ -93,7 +93,7 @@ class Library:
             return self.parent.layers[i]
         layer = copy.deepcopy(self._skeleton(i, changed))
         original = self.parent.layers[i]
-        tensors = dict(original.named_parameters())
+        tensors: dict[str, torch.Tensor] = dict(original.named_parameters())
         for alternative in changed:
             tensors |= self.weights(alternative)
         state = {name: tensors[name] for name, _ in layer.named_parameters()}

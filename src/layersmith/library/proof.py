@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
@@ -66,9 +67,8 @@ def _prove_ffn(parent: Parent, i: int, axis: Axis, tokens: torch.Tensor, outputs
     for layout in layouts:
         reader = next(w for w in layout.weights if w.name == f"{axis.output}.weight")
         dead = reader.entries(torch.arange(1, axis.size, 2), axis.size)
-        difference = _compare(
-            parent, i, block, reader, dead, lambda weights, a=layout: narrow_ffn(weights, a, kept), tokens, outputs
-        )
+        narrow = partial(narrow_ffn, axis=layout, channels=kept)
+        difference = _compare(parent, i, block, reader, dead, narrow, tokens, outputs)
         if difference < _tolerance(parent):
             return layout, ""
     return (
@@ -120,7 +120,7 @@ def _compare(
     weight.data.index_fill_(reader.dim, dead.to(weight.device), 0)
     blocks = [block if j == i else own for j, own in enumerate(parent.blocks)]
     narrow = copy.deepcopy(meta_layers(parent.descriptor, parent.config, blocks)[i])  # type: ignore[arg-type]
-    tensors = dict(with_dead.named_parameters())
+    tensors: dict[str, torch.Tensor] = dict(with_dead.named_parameters())
     tensors |= slice_weights(tensors)
     narrow.load_state_dict({name: tensors[name] for name, _ in narrow.named_parameters()}, strict=False, assign=True)
     for name, buffer in original.named_buffers():

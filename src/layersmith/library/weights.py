@@ -29,7 +29,8 @@ def keep_kv_heads(weights: Mapping[str, torch.Tensor], axis: Axis, heads: torch.
     group, new_group = axis.num_heads // axis.size, axis.num_heads // len(kept)
     own = (kept[:, None] * group + torch.arange(group)).tolist()
     orphans = iter(sorted(set(range(axis.num_heads)) - {h for hs in own for h in hs}))
-    order, silent = [], []
+    order: list[int] = []
+    silent: list[int] = []
     for hs in own:
         extra = [next(orphans) for _ in range(new_group - group)]
         silent += range(len(order) + group, len(order) + new_group)

@@ -38,7 +38,10 @@ def render(report: dict[str, Any]) -> str:
         answer=_answer(report),
         costs=[_cost_row(report, *cost) for cost in _COSTS],
         budget=[_budget_row(row) for row in report["budget"]],
-        layers=[{"layer": row["layer"], "cells": [_mosaic_cell(row[s]) for s in ("attention", "ffn")]} for row in report["layers"]],
+        layers=[
+            {"layer": row["layer"], "cells": [_mosaic_cell(row[s]) for s in ("attention", "ffn")]}
+            for row in report["layers"]
+        ],
         heat=_heat_map(report["scores"]),
         recipe=json.dumps(report["recipe"], indent=2),
     )
@@ -73,9 +76,10 @@ def _answer(report: dict[str, Any]) -> str:
     parent, child = report["parent"], report["child"]
     rows = {row["metric"]: row for row in report["evaluation"]["rows"]}
     loss = rows["loss"]
+    memory = share(child["memory_bytes"], parent["memory_bytes"])
     return (
         f"{amount(child['parameters'], 'count')} of {amount(parent['parameters'], 'count')} parameters "
-        f"({share(child['parameters'], parent['parameters'])}) and {share(child['memory_bytes'], parent['memory_bytes'])} "
+        f"({share(child['parameters'], parent['parameters'])}) and {memory} "
         f"of the memory, for a loss of {number(loss['child'], 3)} instead of {number(loss['parent'], 3)} nats a token."
     )
 
@@ -99,7 +103,8 @@ def _mosaic_cell(cell: dict[str, Any]) -> dict[str, str]:
     changed = cell["kind"] != "parent"
     words = f"{cell['parent']} → {cell['child']}" if changed else cell["child"]
     method = f" ({cell['method']})" if cell.get("method") else ""
-    detail = f"{cell['parameters']:,} of {cell['parent_parameters']:,} parameters{method}; score {number(cell['score'])}"
+    size = f"{cell['parameters']:,} of {cell['parent_parameters']:,} parameters"
+    detail = f"{size}{method}; score {number(cell['score'])}"
     kept = min(1.0, max(0.0, cell["kept"]))
     background = _mix(_KEPT, kept)
     return {"words": words, "detail": detail, "kept": f"{kept:.0%}", "style": _style(background), "kind": cell["kind"]}

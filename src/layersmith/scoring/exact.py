@@ -195,8 +195,9 @@ class _Journal:
     def write(
         self, of: str, row: int, values: dict[str, float], known: dict[tuple[str, int], dict[str, float]]
     ) -> None:
-        known[of, row] = values
-        self._append({"of": of, "row": row, "values": values})
+        if (of, row) not in known:  # a batch may have been cut off in its middle
+            known[of, row] = values
+            self._append({"of": of, "row": row, "values": values})
 
     def __exit__(self, *exc: object) -> None:
         if self.file is not None:

@@ -134,16 +134,16 @@ def _solution(groups: Sequence[Group], chosen: Sequence[int], fixed: Mapping[str
 def _not_dominated(group: Group, costs: Sequence[str]) -> list[int]:
     """Candidates that no other of the group is at least as good as in everything that counts.
 
-    Of equals the parent is kept, else the first.
+    Of equals the first is kept. The parent always is: among equal scores the fewest changes are wanted.
     """
     kept = []
     for i, own in enumerate(group.candidates):
         own_values = (own.score, *(own.costs[c] for c in costs))
         for j, other in enumerate(group.candidates):
             values = (other.score, *(other.costs[c] for c in costs))
-            if i == j or any(a > b for a, b in zip(values, own_values, strict=True)):
+            if own.is_parent or i == j or any(a > b for a, b in zip(values, own_values, strict=True)):
                 continue
-            if values != own_values or (other.is_parent, -j) > (own.is_parent, -i):
+            if values != own_values or other.is_parent or j < i:
                 break
         else:
             kept.append(i)
@@ -223,7 +223,7 @@ class _Program:
             # In units of their greatest common divisor, costs are as small as they can be while they stay whole.
             values = [self.groups[g].candidates[i].costs[cost] for g, i in self.columns]
             unit = math.gcd(*values) or 1
-            scale = max(1, room // unit)
+            scale = float(max(1, room // unit))
             at_most(np.array([v // unit / scale for v in values]), (room // unit) / scale)
         if score_limit is not None:
             scale = score_limit or 1.0

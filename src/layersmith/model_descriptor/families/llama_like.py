@@ -6,6 +6,7 @@ import re
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import nn
 
 from layersmith.block_config import BlockConfig
@@ -36,8 +37,9 @@ class _LlamaLike(ModelDescriptor):
 
     @staticmethod
     def init_rotary_embedding(model: nn.Module, runtime: Any) -> None:
-        rotary_class: Any = type(model.model.rotary_emb)
-        model.model.rotary_emb = rotary_class(config=model.config, device=runtime.device)
+        rotary_class: Any = type(model.get_submodule("model.rotary_emb"))
+        with torch.device(runtime.device):
+            model.set_submodule("model.rotary_emb", rotary_class(config=model.config))
 
     @staticmethod
     def input_embedding_name() -> str:

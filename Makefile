@@ -1,0 +1,37 @@
+# Two commands do all the set-up on a fresh machine with Python 3.11 or later:
+#   make demo    compress a small code model that comes with layersmith
+#   make test    run the tests
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN = $(VENV)/bin
+READY = $(VENV)/.ready
+
+.PHONY: demo test check lint types install clean
+
+demo: $(READY)
+	$(BIN)/layersmith demo runs/demo
+
+test: $(READY)
+	$(BIN)/pytest -n 2 --dist worksteal
+
+check: lint types test
+
+lint: $(READY)
+	$(BIN)/ruff format --check src tests training
+	$(BIN)/ruff check src tests training
+
+types: $(READY)
+	$(BIN)/mypy
+
+install: $(READY)
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit("layersmith needs Python 3.11 or later; set PYTHON=" if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $(READY)
+
+clean:
+	rm -rf $(VENV) runs

@@ -1,0 +1,83 @@
+"""Counted costs equal what a realized model holds."""
+
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES, NO_ATTENTION, block, child_model
+from transformers import DynamicCache, PretrainedConfig
+
+import layersmith
+from layersmith import BlockConfig
+from layersmith.costs.counted import Workload, subblock_costs, total
+from layersmith.model_descriptor.axes import find_axes
+
+VARIANTS = {
+    "parent": [block()] * 4,
+    "mixed": [
+        block({"num_key_value_heads": 2}, {"intermediate_size": 16}),
+        block(NO_ATTENTION),
+        block({"replace_with_linear": True}, {"no_op": True}),
+        block(None, {"replace_with_linear": True}),
+    ],
+    "nothing": [block(NO_ATTENTION, {"no_op": True})] * 4,
+}
+
+
+def costs_of(config: PretrainedConfig, blocks: list[BlockConfig], workload: Workload, dtype: torch.dtype) -> Any:
+    descriptor = layersmith.describe(config)
+    axes = find_axes(descriptor, config, layersmith.block_configs(config))
+    head_dims = [own.kv.head_dim for own in axes]
+    layers, fixed = subblock_costs(descriptor, config, blocks, dtype, workload, head_dims)
+    return layers, fixed, total([*(part for layer in layers for part in layer.values()), fixed])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_parameters_and_bytes(family: str, variant: str, dtype: torch.dtype) -> None:
+    config = FAMILIES[family]()
+    model = child_model(config, VARIANTS[variant]).to(dtype)
+    _, _, costs = costs_of(config, VARIANTS[variant], Workload(), dtype)
+    assert costs["parameters"] == costs["active_parameters"] == sum(p.numel() for p in model.parameters())
+    assert costs["weight_bytes"] == sum(p.numel() * p.element_size() for p in model.parameters())
+    assert costs["memory_bytes"] == costs["weight_bytes"] + costs["kv_cache_bytes"]
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kv_cache(family: str, variant: str) -> None:
+    """Equal to the tensors in the cache after a forward of that many tokens."""
+    config = FAMILIES[family]()
+    model = child_model(config, VARIANTS[variant])
+    window = getattr(config, "sliding_window", None)
+    # A dynamic cache keeps one token less than the window, since the next one is on its way.
+    batch, context = 3, 21 if window is None else window - 1
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        model(torch.ones(batch, context, dtype=torch.long), past_key_values=cache, use_cache=True)
+    held = sum(
+        t.numel() * t.element_size() for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)
+    )
+    _, _, costs = costs_of(config, VARIANTS[variant], Workload(batch, context), torch.float32)
+    assert costs["kv_cache_bytes"] == held
+
+
+def test_windows_bound_the_cache() -> None:
+    config = FAMILIES["qwen2_windows"]()  # layers 2 and 3 see 8 tokens
+    _, _, costs = costs_of(config, [block()] * 4, Workload(1, 100), torch.float32)
+    assert costs["kv_cache_bytes"] == 2 * 4 * 4 * 4 * (100 + 100 + 8 + 8)
+
+
+def test_tied_weights_count_once() -> None:
+    tied, untied = FAMILIES["llama_tied"](), FAMILIES["llama_tied"](tie_word_embeddings=False)
+    difference = (
+        costs_of(untied, [block()] * 4, Workload(), torch.float32)[1]["parameters"]
+        - costs_of(tied, [block()] * 4, Workload(), torch.float32)[1]["parameters"]
+    )
+    assert difference == 512 * 32
+
+
+def test_a_removed_subblock_costs_nothing() -> None:
+    layers, _, _ = costs_of(FAMILIES["qwen3"](), VARIANTS["mixed"], Workload(), torch.float32)
+    assert set(layers[1]["attention"].values()) == {0}
+    assert set(layers[2]["ffn"].values()) == {0}
+    assert layers[2]["attention"]["parameters"] == 32 * 32 + 32  # the map, and the norm before it

@@ -1,0 +1,100 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from layersmith.execution import exchanged, forward
+from layersmith.library.library import Library, build_library, survey
+from layersmith.parent import load_parent
+from layersmith.recipe import LibraryRecipe
+from layersmith.runtime import Runtime
+from layersmith.scoring.exact import losses, score_library, standard_error
+from layersmith.scoring.metrics import METRICS, measure, reference
+
+TOKENS = torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(4))
+
+
+@pytest.fixture
+def library(make_parent: Callable[..., Path], family: str) -> Library:
+    parent = load_parent(make_parent(family), Runtime(torch.device("cpu"), torch.float32))
+    recipe = LibraryRecipe(ffn_fractions=(0.5,))
+    return build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=3)
+
+
+def test_scores_equal_a_run_of_the_whole_model(library: Library) -> None:
+    """Starting in the middle gives what starting at the beginning gives, by definitions written out here."""
+    parent = library.parent
+    scores = score_library(library, TOKENS, batch_sequences=6)
+    p_logits, p_hidden = forward(parent, TOKENS)
+    p = p_logits.double().log_softmax(-1)
+    for score in scores[::3]:
+        with exchanged(parent, library.layers([score.alternative])):
+            logits, hidden = forward(parent, TOKENS)
+        q = logits.double().log_softmax(-1)
+        if score.alternative.kind == "parent":
+            assert torch.equal(logits, p_logits)
+            continue
+        kl = (p.exp() * (p - q)).sum(-1).mean()
+        assert score.mean("kl_divergence") == pytest.approx(float(kl), rel=1e-3, abs=1e-6)
+        lm = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten())
+        assert score.mean("lm_loss") == pytest.approx(float(lm), rel=1e-5)
+        top = p.argmax(-1)
+        for k in (1, 5, 10):
+            among = (logits.topk(k).indices == top[..., None]).any(-1).double().mean()
+            assert score.mean(f"top_{k}_agreement") == pytest.approx(float(among), abs=0.02)
+        cosine = torch.nn.functional.cosine_similarity(hidden, p_hidden, dim=-1).mean()
+        assert score.mean("hidden_distance") == pytest.approx(1 - float(cosine), rel=1e-3, abs=1e-6)
+
+
+def test_batches_do_not_matter(library: Library) -> None:
+    one, all_at_once = (score_library(library, TOKENS, batch_sequences=n) for n in (1, 6))
+    for a, b in zip(one, all_at_once, strict=True):
+        for metric in METRICS:
+            assert a.rows[metric] == pytest.approx(b.rows[metric], rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("objective", METRICS)
+def test_the_parent_is_the_best_answer(library: Library, objective: str) -> None:
+    scores = score_library(library, TOKENS, batch_sequences=6)
+    worse = losses(scores, objective)
+    for score in scores:
+        assert worse[score.alternative.key] >= 0
+        if score.alternative.kind == "parent":
+            assert worse[score.alternative.key] == 0
+
+
+def test_interrupted_scoring_goes_on_to_the_same_scores(library: Library, tmp_path: Path) -> None:
+    whole = score_library(library, TOKENS, batch_sequences=3)
+    journal = tmp_path / "journal"
+    score_library(library, TOKENS, batch_sequences=3, journal=journal, inputs="a")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for kept in (0, 1, 2, len(lines) // 3, len(lines) // 2 + 1, len(lines) - 1):
+        # Cut in the middle of a line, as a kill does.
+        journal.write_bytes(b"".join(lines[:kept]) + lines[min(kept, len(lines) - 1)][:17])
+        again = score_library(library, TOKENS, batch_sequences=3, journal=journal, inputs="a")
+        assert [s.rows for s in again] == [s.rows for s in whole]
+        assert sorted(journal.read_bytes().splitlines()) == sorted(line.rstrip(b"\n") for line in lines)
+
+
+def test_a_journal_of_other_inputs_is_not_believed(library: Library, tmp_path: Path) -> None:
+    journal = tmp_path / "journal"
+    score_library(library, TOKENS[:3], batch_sequences=3, journal=journal, inputs="other data")
+    again = score_library(library, TOKENS, batch_sequences=3, journal=journal, inputs="this data")
+    assert [s.rows for s in again] == [s.rows for s in score_library(library, TOKENS, batch_sequences=3)]
+
+
+def test_metrics_of_a_model_against_itself() -> None:
+    logits, hidden = torch.randn(9, 50), torch.randn(9, 8)
+    ids = torch.randint(0, 50, (9,))
+    values = measure(reference(logits, hidden, ids), logits, hidden)
+    assert values["kl_divergence"] == 0
+    assert values["top_1_agreement"] == values["top_5_agreement"] == 1
+    assert values["hidden_distance"] == pytest.approx(0, abs=1e-6)
+    assert values["lm_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:])), rel=1e-5)
+
+
+def test_standard_error() -> None:
+    values = [1.0, 2.0, 4.0, 4.5]
+    assert standard_error(values) == pytest.approx(float(torch.tensor(values).std() / 2))
+    assert standard_error([1.0]) is None

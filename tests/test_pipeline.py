@@ -1,0 +1,335 @@
+"""The main job: identities of its result, interruption, and everything that can be wrong with its input."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_RECIPE
+from safetensors.torch import load_file
+
+import layersmith
+from layersmith.again import evaluate_model, report_again, search_again
+from layersmith.artifacts import read_json
+from layersmith.errors import Infeasible, InputError, LayersmithError, UsageError
+from layersmith.recipe import Recipe
+from layersmith.scoring.metrics import METRICS
+from layersmith.search.budget import parse_budget
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file of a run but the log, which has times in it."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("log.jsonl", ".lock")
+    }
+
+
+@pytest.fixture(scope="session")
+def finished(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> layersmith.Result:
+    return layersmith.compress(
+        make_parent("llama"), tmp_path_factory.mktemp("run") / "out", data=text_folder, budget=0.9, recipe=TINY_RECIPE
+    )
+
+
+def test_the_child_is_what_the_search_counted(finished: layersmith.Result) -> None:
+    child = layersmith.load(finished.child)
+    parameters = sum(p.numel() for p in child.parameters())
+    assert parameters == finished.choice.costs["parameters"]
+    assert parameters <= finished.choice.limits["parameters"] < finished.choice.parent_costs["parameters"]
+    stored = load_file(finished.child / "model.safetensors")
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == finished.choice.costs["weight_bytes"]
+    assert finished.metric("kl_divergence")["child"] > 0
+    assert finished.metric("kl_divergence")["child_standard_error"] > 0
+
+
+def test_the_run_folder_tells_everything(finished: layersmith.Result) -> None:
+    names = {path.name for path in finished.run.iterdir() if not path.name.startswith(".")}
+    assert names == {
+        "recipe.yaml", "run.json", "data", "library", "scores", "solution", "child", "evaluation", "report.html",
+        "report.json", "log.jsonl",
+    }  # fmt: skip
+    header = read_json(finished.run / "run.json")
+    assert header["versions"]["torch"] == torch.__version__
+    assert header["seed"] == 0
+    assert Recipe.read(finished.run / "recipe.yaml") == Recipe.read(TINY_RECIPE)
+    assert (finished.child / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize("family", ["llama_tied", "mistral", "qwen2", "qwen2_windows", "qwen3"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_family(
+    family: str, dtype: torch.dtype, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    parent = make_parent(family, dtype=dtype, shard="30KB", num_hidden_layers=3)
+    result = layersmith.compress(
+        parent, tmp_path / "run", data=text_folder, budget={"memory": "0.7", "batch": 2, "context": 64}, recipe=TINY_RECIPE
+    )
+    child = layersmith.load(result.child)
+    assert child.dtype == dtype
+    assert sum(p.numel() for p in child.parameters()) == result.choice.costs["parameters"]
+    assert result.choice.costs["memory_bytes"] <= result.choice.limits["memory_bytes"]
+
+
+def test_the_whole_budget_gives_the_parent(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    parent = make_parent("qwen3", dtype=torch.bfloat16)
+    for objective in METRICS:
+        recipe = TINY_RECIPE | {"scoring": {"objective": objective}}
+        if (tmp_path / "run").exists():
+            shutil.rmtree(tmp_path / "run")
+        result = layersmith.compress(parent, tmp_path / "run", data=text_folder, budget="1.0", recipe=recipe)
+        assert all(a.kind == "parent" for a in result.choice.alternatives)
+        assert result.choice.score == 0
+        before, after = load_file(parent / "model.safetensors"), load_file(result.child / "model.safetensors")
+        assert before.keys() == after.keys()
+        assert all(torch.equal(before[name], after[name]) for name in before)
+        assert result.metric("kl_divergence")["child"] == pytest.approx(0, abs=1e-7)
+
+
+def test_a_finished_run_is_kept(finished: layersmith.Result, make_parent: Callable, text_folder: Path) -> None:
+    before = contents(finished.run)
+    again = layersmith.compress(make_parent("llama"), finished.run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    assert contents(again.run) == before
+    kept = [json.loads(line) for line in (finished.run / "log.jsonl").read_text().splitlines()][-6:]
+    assert {record["event"] for record in kept} == {"kept"}
+
+
+@pytest.mark.parametrize("change", ["budget", "recipe", "data", "parent"])
+def test_a_run_of_something_else_is_not_touched(
+    change: str, finished: layersmith.Result, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    before = contents(finished.run)
+    given: dict[str, Any] = {"data": text_folder, "budget": 0.9, "recipe": TINY_RECIPE}
+    parent = make_parent("llama")
+    if change == "budget":
+        given["budget"] = 0.85
+    elif change == "recipe":
+        given["recipe"] = TINY_RECIPE | {"library": {"ffn_fractions": [0.5]}}
+    elif change == "data":
+        shutil.copytree(text_folder, tmp_path / "other")
+        (tmp_path / "other" / "more.txt").write_text("something else " * 200)
+        given["data"] = tmp_path / "other"
+    else:
+        parent = make_parent("llama", rms_norm_eps=1e-5)
+    with pytest.raises(InputError, match=f"another {change}"):
+        layersmith.compress(parent, finished.run, **given)
+    assert contents(finished.run) == before
+
+
+SCRIPT = """
+import sys, json
+import layersmith
+layersmith.compress(sys.argv[1], sys.argv[2], data=sys.argv[3], budget=0.9, recipe=json.loads(sys.argv[4]))
+"""
+
+
+def test_killed_at_any_point_it_ends_with_the_same_bytes(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    parent, recipe = make_parent("qwen2"), TINY_RECIPE | {"scoring": {"batch_tokens": 32}}
+    arguments = [str(parent), "OUT", str(text_folder), json.dumps(recipe)]
+    whole = layersmith.compress(parent, tmp_path / "whole", data=text_folder, budget=0.9, recipe=recipe)
+
+    def start(out: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-c", SCRIPT, *[str(out) if a == "OUT" else a for a in arguments]]
+        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
+
+    out = tmp_path / "killed"
+    # Kill it as soon as each of these appears, then at odd moments, in one and the same run.
+    signs = ["run.json", "data", "library", "scores.partial", "scores", "solution", "child", "evaluation"]
+    kills = 0
+    for sign in signs:
+        process = start(out)
+        while process.poll() is None:
+            if (out / sign).exists():
+                time.sleep(0.02)
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+                break
+            time.sleep(0.002)
+    assert kills >= 3
+    process = start(out)
+    assert process.wait() == 0, process.communicate()
+    assert contents(out) == contents(whole.run)
+
+
+def test_another_budget_from_the_same_run(finished: layersmith.Result, tmp_path: Path) -> None:
+    library, choice = search_again(finished.run, parse_budget(params="0.8"), out=tmp_path / "smaller")
+    child = layersmith.load(tmp_path / "smaller")
+    assert sum(p.numel() for p in child.parameters()) == choice.costs["parameters"] <= choice.limits["parameters"]
+    _, again = search_again(finished.run, parse_budget(params="0.9"))
+    assert again.alternatives == finished.choice.alternatives
+    _, by_cache = search_again(finished.run, parse_budget(kv_cache="0.5", batch=3, context=77))
+    assert by_cache.costs["kv_cache_bytes"] <= by_cache.parent_costs["kv_cache_bytes"] // 2
+    with pytest.raises(Infeasible):
+        search_again(finished.run, parse_budget(params="0.05"))
+    with pytest.raises(InputError, match="already there"):
+        search_again(finished.run, parse_budget(params="0.9"), out=tmp_path / "smaller")
+    with pytest.raises(UsageError, match="Did you mean"):
+        search_again(finished.run, parse_budget(params="0.9"), objective="kl_divergense")
+
+
+def test_a_smaller_budget_never_scores_better(finished: layersmith.Result) -> None:
+    scores = [search_again(finished.run, parse_budget(params=str(f)))[1].score for f in (1.0, 0.95, 0.9, 0.85, 0.8)]
+    assert scores == sorted(scores)
+    assert scores[0] == 0
+
+
+def test_report_and_evaluation_of_a_run(
+    finished: layersmith.Result, make_parent: Callable[..., Path], text_folder: Path
+) -> None:
+    before = (finished.run / "report.html").read_bytes()
+    (finished.run / "report.html").unlink()
+    assert report_again(finished.run).read_bytes() == before
+    table = evaluate_model(finished.child, text_folder, make_parent("llama"), sequences=4, sequence_length=32)
+    row = next(r for r in table["rows"] if r["metric"] == "kl_divergence")
+    assert row["child"] == pytest.approx(finished.metric("kl_divergence")["child"], rel=1e-4)
+    alone = evaluate_model(make_parent("llama"), text_folder, sequences=4, sequence_length=32)
+    assert next(r for r in alone["rows"] if r["metric"] == "kl_divergence")["child"] == pytest.approx(0, abs=1e-7)
+
+
+# ---------------------------------------------------------------------------------------------- what can be wrong
+
+
+def broken_parent(harm: str, parent: Path, folder: Path) -> Path:
+    shutil.copytree(parent, folder)
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if harm == "no weights":
+        weights.unlink()
+    elif harm == "truncated weights":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif harm == "shapes disagree":
+        config.write_text(config.read_text().replace('"intermediate_size": 64', '"intermediate_size": 72'))
+    elif harm == "layers disagree":
+        config.write_text(config.read_text().replace('"num_hidden_layers": 4', '"num_hidden_layers": 3'))
+    elif harm == "no config":
+        config.unlink()
+    elif harm == "config is not JSON":
+        config.write_text("{")
+    elif harm == "unknown family":
+        config.write_text(config.read_text().replace('"model_type": "llama"', '"model_type": "lama"'))
+    elif harm == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    elif harm == "nothing there":
+        shutil.rmtree(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        "no weights", "truncated weights", "shapes disagree", "layers disagree", "no config", "config is not JSON",
+        "unknown family", "no tokenizer", "nothing there",
+    ],
+)  # fmt: skip
+def test_broken_parents(harm: str, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
+    parent = broken_parent(harm, make_parent("llama"), tmp_path / "parent")
+    with pytest.raises(LayersmithError) as refused:
+        layersmith.compress(parent, tmp_path / "out", data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    assert str(tmp_path) in str(refused.value)
+    assert "\n" not in str(refused.value)
+    assert refused.value.exit_code == 2
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_bad_input(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
+    parent, out = make_parent("llama"), tmp_path / "out"
+    good: dict[str, Any] = {"data": text_folder, "budget": 0.9, "recipe": TINY_RECIPE}
+    (tmp_path / "empty.txt").write_text("")
+    (tmp_path / "recipe.yaml").write_text("data:\n  sequence_lenght: 32\n")
+    (tmp_path / "broken.yaml").write_text("data: [")
+    for change, match in (
+        ({"data": tmp_path / "empty.txt"}, "no text in it"),
+        ({"data": tmp_path / "missing.txt"}, "no such file"),
+        ({"recipe": tmp_path / "recipe.yaml"}, "Did you mean 'sequence_length'"),
+        ({"recipe": tmp_path / "broken.yaml"}, "not a YAML recipe"),
+        ({"recipe": tmp_path / "missing.yaml"}, "no such recipe"),
+        ({"recipe": {"scoring": {"objective": "beauty"}}}, "not one of"),
+        ({"recipe": {"library": {"keep_layers": [9]}}}, "no layer 9"),
+        ({"recipe": {"library": {"ffn_fractions": [1.5]}}}, "ffn_fractions"),
+        ({"recipe": {"device": "abacus"}}, "abacus"),
+        ({"recipe": {"seed": "one"}}, "seed"),
+        ({"budget": "7 parsecs"}, "parsecs"),
+        ({"budget": {"memory": "-3GiB"}}, "more than nothing"),
+        ({"budget": 0.01}, "smallest child"),
+    ):
+        with pytest.raises(LayersmithError, match=match) as refused:
+            layersmith.compress(parent, out, **good | change)
+        assert "\n" not in str(refused.value)
+        assert not out.exists()
+    out.mkdir()
+    (out / "precious").write_text("x")
+    with pytest.raises(InputError, match="not a run"):
+        layersmith.compress(parent, out, **good)
+    assert [path.name for path in out.iterdir()] == ["precious"]
+
+
+def test_recipes() -> None:
+    recipe = Recipe()
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    changed = dataclasses.replace(recipe, seed=3)
+    assert Recipe.read(changed) is changed
+    assert Recipe.read({"seed": 3}) == changed
+
+
+def test_a_full_disk_is_one_sentence(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path, run_python: Callable
+) -> None:
+    """With the largest file limited to a size that no part of the work fits in, as where the disk is full."""
+    script = """
+import errno, json, sys
+import layersmith
+from layersmith import artifacts
+real, written = artifacts.os.fsync, 0
+def full(handle):
+    global written
+    written += 1
+    if written > int(sys.argv[5]):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    real(handle)
+artifacts.os.fsync = full
+try:
+    layersmith.compress(sys.argv[1], sys.argv[2], data=sys.argv[3], budget=0.9, recipe=json.loads(sys.argv[4]))
+except layersmith.errors.InputError as error:
+    print(error)
+"""
+    whole = layersmith.compress(make_parent("llama"), tmp_path / "whole", data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    out = tmp_path / "out"
+    for files in (0, 3, 9, 16):
+        arguments = [str(make_parent("llama")), str(out), str(text_folder), json.dumps(TINY_RECIPE), str(files)]
+        done = run_python(script, *arguments)
+        assert "no space left on the disk" in done.stdout, done.stderr
+        assert not [path for path in out.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
+    assert layersmith.compress(
+        make_parent("llama"), out, data=text_folder, budget=0.9, recipe=TINY_RECIPE
+    ).run == out
+    assert contents(out) == contents(whole.run)
+
+
+def test_two_processes_do_not_share_a_run(
+    finished: layersmith.Result, make_parent: Callable[..., Path], text_folder: Path
+) -> None:
+    import fcntl
+
+    with open(finished.run / ".lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(InputError, match="another process"):
+            layersmith.compress(make_parent("llama"), finished.run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+
+
