@@ -186,11 +186,9 @@ def main() -> None:
     except KeyboardInterrupt:
         _fail("interrupted; run the same command again to go on", 130)
     except Exception as error:
-        from click import ClickException
-
-        if isinstance(error, ClickException):
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # usage errors of typer, whose click is its own
             error.show()
-            sys.exit(2)
+            sys.exit(error.exit_code)
         if isinstance(error, OSError) and error.errno == 28:
             _fail("no space left on the disk. Free some and run the same command again.", 2)
         raise

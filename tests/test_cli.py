@@ -1,0 +1,128 @@
+"""The command line as a user sees it: real processes, their output, their exit codes."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import TINY_RECIPE
+
+import layersmith
+
+COMMAND = [sys.executable, "-c", "from layersmith.cli import main; main()"]
+
+
+def layersmith_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return subprocess.run(
+        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, timeout=300
+    )
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Path:
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(TINY_RECIPE))
+    return tmp_path / "recipe.yaml"
+
+
+def test_the_commands_one_after_another(
+    make_parent: Callable[..., Path], text_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    parent, run = make_parent("qwen3"), tmp_path / "run"
+    inspected = layersmith_command("inspect", parent)
+    assert inspected.returncode == 0, inspected.stderr
+    for expected in ("Qwen3ForCausalLM", "8 heads, 4 KV heads of 8", "width 64", "no-op", "embeddings"):
+        assert expected in inspected.stdout
+
+    given = ["compress", parent, run, "--data", text_folder, "--params", "0.85", "--recipe", recipe]
+    dry = layersmith_command(*given, "--dry-run")
+    assert dry.returncode == 0, dry.stderr
+    assert "can be reached" in dry.stdout
+    assert "nothing was written" in dry.stdout
+    assert not run.exists()
+
+    done = layersmith_command(*given)
+    assert done.returncode == 0, done.stderr
+    assert f"child:  {run / 'child'}" in done.stdout
+    assert "KL divergence" in done.stdout
+    assert "score: done in" in done.stdout
+    assert "Traceback" not in done.stderr
+
+    searched = layersmith_command("search", run, "--params", "0.8", "--out", tmp_path / "smaller")
+    assert searched.returncode == 0, searched.stderr
+    assert "=>" in searched.stdout
+    assert "proven optimal" in searched.stdout
+    assert layersmith.load(tmp_path / "smaller") is not None
+
+    judged = layersmith_command(
+        "evaluate", tmp_path / "smaller", "--parent", parent, "--data", text_folder,
+        "--sequences", 4, "--sequence-length", 32,
+    )  # fmt: skip
+    assert judged.returncode == 0, judged.stderr
+    assert "Perplexity" in judged.stdout
+
+    reported = layersmith_command("report", run)
+    assert reported.stdout.strip() == str(run / "report.html"), reported.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--params", "0"], 2, "more than nothing"),
+        (["--params", "1.5"], 2, "at most 1"),
+        (["--memory", "-3GiB"], 2, "more than nothing"),
+        (["--params", "7 parsecs"], 2, "not a unit"),
+        (["--params", "0.01"], 3, "smallest child"),
+        ([], 2, "no budget"),
+        (["--params", "0.9", "--batch", "0"], 2, "batch"),
+        (["--params", "0.9", "--device", "abacus"], 2, "abacus"),
+        (["--params", "0.9", "--colour", "blue"], 2, "--colour"),
+        (["--params", "0.9", "--recipe", "nowhere.yaml"], 2, "no such recipe"),
+        (["--params", "0.9", "--descriptor", "no.such:Thing"], 2, "no.such"),
+    ],
+)
+def test_errors_are_one_sentence_and_an_exit_code(
+    arguments: list[str], code: int, words: str, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    done = layersmith_command("compress", make_parent("llama"), tmp_path / "run", "--data", text_folder, *arguments)
+    assert done.returncode == code, done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_descriptor_from_the_working_folder(
+    make_parent: Callable[..., Path], text_folder: Path, recipe: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from layersmith.model_descriptor.families.llama_like import LlamaModelDescriptor\n"
+        "from layersmith import ModelDescriptor\n"
+        "class Mine(LlamaModelDescriptor):\n"
+        "    attn_no_op_post_init = staticmethod(ModelDescriptor.attn_no_op_post_init)\n"
+    )
+    done = layersmith_command(
+        "compress", make_parent("llama"), tmp_path / "run", "--data", text_folder, "--params", "0.9",
+        "--recipe", recipe, "--descriptor", "mine:Mine", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "no attention no-op" in done.stdout
+
+
+def test_commands_on_what_is_not_a_run(tmp_path: Path) -> None:
+    for command in (["search", tmp_path, "--params", "0.5"], ["report", tmp_path]):
+        done = layersmith_command(*command)
+        assert done.returncode == 2
+        assert "not a run folder" in done.stderr
+    done = layersmith_command("inspect", tmp_path / "nowhere")
+    assert done.returncode == 2
+    assert "no such folder" in done.stderr
+
+
+def test_help_is_quick_and_complete() -> None:
+    done = layersmith_command("--help")
+    assert done.returncode == 0
+    for command in ("compress", "inspect", "search", "evaluate", "report", "demo"):
+        assert command in done.stdout
