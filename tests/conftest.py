@@ -11,7 +11,7 @@ import ast
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -119,9 +119,7 @@ def tokenizer(text_folder: Path) -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
-def make_parent(
-    tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast
-) -> Callable[..., Path]:
+def make_parent(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> Callable[..., Path]:
     """Write a parent checkpoint of a family; remembers those it has written."""
     written: dict[tuple[Any, ...], Path] = {}
 
@@ -139,7 +137,7 @@ def make_parent(
 
 
 @pytest.fixture
-def run_python(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedProcess[str]]]:
+def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a script in a process of its own."""
 
     def run(script: str, *arguments: str, without_layersmith: bool = False) -> subprocess.CompletedProcess[str]:
@@ -150,7 +148,7 @@ def run_python(tmp_path: Path) -> Iterator[Callable[..., subprocess.CompletedPro
             [sys.executable, "-c", script, *arguments], capture_output=True, text=True, env=environment, timeout=300
         )
 
-    yield run
+    return run
 
 
 TINY_RECIPE: dict[str, Any] = {

@@ -59,7 +59,9 @@ def test_chats(tmp_path: Path, record: dict) -> None:
 
 
 def test_chats_go_through_the_template(tmp_path: Path, tokenizer: Any) -> None:
-    source = lines(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": f"word {i} " * 9}]} for i in range(60)])
+    source = lines(
+        tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": f"word {i} " * 9}]} for i in range(60)]
+    )
     with pytest.raises(UsageError, match="no chat template"):
         prepare(source, tokenizer, **SIZES)
     template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
@@ -93,7 +95,11 @@ def test_documents_stay_in_one_split(tmp_path: Path, tokenizer: Any) -> None:
     source = lines(tmp_path / "n.jsonl", [{"text": f"n{i} " * 30} for i in range(100)] * 2)
     splits = prepare(source, tokenizer, **SIZES)
     seen = [
-        {word for word in tokenizer.decode(rows.flatten()).replace("<end>", " ").split() if word in {f"n{i}" for i in range(100)}}
+        {
+            word
+            for word in tokenizer.decode(rows.flatten()).replace("<end>", " ").split()
+            if word in {f"n{i}" for i in range(100)}
+        }
         for rows in (splits.calibration, splits.scoring, splits.evaluation)
     ]
     assert all(seen)

@@ -75,7 +75,11 @@ def test_every_family(
 ) -> None:
     parent = make_parent(family, dtype=dtype, shard="30KB", num_hidden_layers=3)
     result = layersmith.compress(
-        parent, tmp_path / "run", data=text_folder, budget={"memory": "0.7", "batch": 2, "context": 64}, recipe=TINY_RECIPE
+        parent,
+        tmp_path / "run",
+        data=text_folder,
+        budget={"memory": "0.7", "batch": 2, "context": 64},
+        recipe=TINY_RECIPE,
     )
     child = layersmith.load(result.child)
     assert child.dtype == dtype
@@ -83,9 +87,7 @@ def test_every_family(
     assert result.choice.costs["memory_bytes"] <= result.choice.limits["memory_bytes"]
 
 
-def test_the_whole_budget_gives_the_parent(
-    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
-) -> None:
+def test_the_whole_budget_gives_the_parent(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
     parent = make_parent("qwen3", dtype=torch.bfloat16)
     for objective in METRICS:
         recipe = TINY_RECIPE | {"scoring": {"objective": objective}}
@@ -169,7 +171,7 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(
 
 
 def test_another_budget_from_the_same_run(finished: layersmith.Result, tmp_path: Path) -> None:
-    library, choice = search_again(finished.run, parse_budget(params="0.8"), out=tmp_path / "smaller")
+    _, choice = search_again(finished.run, parse_budget(params="0.8"), out=tmp_path / "smaller")
     child = layersmith.load(tmp_path / "smaller")
     assert sum(p.numel() for p in child.parameters()) == choice.costs["parameters"] <= choice.limits["parameters"]
     _, again = search_again(finished.run, parse_budget(params="0.9"))
@@ -309,16 +311,16 @@ try:
 except layersmith.errors.InputError as error:
     print(error)
 """
-    whole = layersmith.compress(make_parent("llama"), tmp_path / "whole", data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    whole = layersmith.compress(
+        make_parent("llama"), tmp_path / "whole", data=text_folder, budget=0.9, recipe=TINY_RECIPE
+    )
     out = tmp_path / "out"
     for files in (0, 3, 9, 16):
         arguments = [str(make_parent("llama")), str(out), str(text_folder), json.dumps(TINY_RECIPE), str(files)]
         done = run_python(script, *arguments)
         assert "no space left on the disk" in done.stdout, done.stderr
         assert not [path for path in out.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
-    assert layersmith.compress(
-        make_parent("llama"), out, data=text_folder, budget=0.9, recipe=TINY_RECIPE
-    ).run == out
+    assert layersmith.compress(make_parent("llama"), out, data=text_folder, budget=0.9, recipe=TINY_RECIPE).run == out
     assert contents(out) == contents(whole.run)
 
 
@@ -331,5 +333,3 @@ def test_two_processes_do_not_share_a_run(
         fcntl.flock(lock, fcntl.LOCK_EX)
         with pytest.raises(InputError, match="another process"):
             layersmith.compress(make_parent("llama"), finished.run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
-
-

@@ -1,6 +1,6 @@
 """Train the small code model that layersmith ships, from nothing but this machine's Python.
 
-    python training/train_demo_model.py --out src/layersmith/demo/model --minutes 60
+    python training/train_demo_model.py --out src/layersmith/demo/demo-model --minutes 60
 
 Data: every ``.py`` file of the standard library (site-packages left out). One module in forty is
 held out, chosen by a hash of its path, so that the same modules are held out on every machine; the

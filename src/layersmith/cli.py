@@ -160,7 +160,7 @@ def report(run: Annotated[Path, typer.Argument(help="Folder of a run that `compr
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder of the run.")] = Path("runs/demo"),
-    params: Annotated[str, typer.Option(help="Parameters of the child.")] = "0.75",
+    params: Annotated[str, typer.Option(help="Parameters of the child.")] = "0.7",
 ) -> None:
     """Compress a small code model that comes with layersmith; nothing is downloaded."""
     from layersmith.demo.job import run_demo

@@ -18,6 +18,7 @@ from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.data import check_vocabulary, load_tokenizer, prepare
 from layersmith.evaluation.compare import compare, complete
+from layersmith.heterogeneous.build import quiet_transformers
 from layersmith.heterogeneous.checkpoint import check_files, load
 from layersmith.library.library import Library, Survey, build_library, survey
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -108,7 +109,7 @@ def compress(
         solution_inputs = fingerprint([score_inputs, choice.to_dict()])
         run.do("solution", solution_inputs, lambda folder: write_solution(folder, choice, costs))
 
-        realize(run, "child", solution_inputs, library, choice, tokenizer, recipe)
+        realize(run, solution_inputs, library, choice, tokenizer, recipe, progress)
         evaluation = evaluate_child(run, solution_inputs, model, recipe, tokens.evaluation, tokenizer, progress)
         return finish(run, library, scores, choice, evaluation, recipe)
 
@@ -221,7 +222,9 @@ def write_solution(folder: Path, choice: Choice, costs: CostTable) -> None:
     write_json(folder / "costs.json", costs.to_dict())
 
 
-def realize(run: Run, name: str, inputs: str, library: Library, choice: Choice, tokenizer: Any, recipe: Recipe) -> None:
+def realize(
+    run: Run, inputs: str, library: Library, choice: Choice, tokenizer: Any, recipe: Recipe, progress: Progress
+) -> None:
     """Write the child in the parent's dtype, and check that it is what the search counted."""
 
     def make(folder: Path) -> None:
@@ -230,10 +233,13 @@ def realize(run: Run, name: str, inputs: str, library: Library, choice: Choice, 
         counted = sum(parameter.numel() for parameter in child.parameters())
         if counted != choice.costs["parameters"]:
             raise RuntimeError(f"the child has {counted} parameters, the search counted {choice.costs['parameters']}")
-        child.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        with quiet_transformers():
+            child.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        advance(1)
 
-    run.do(name, inputs, make)
+    with progress.stage("realize", 1, "child") as advance:
+        run.do("child", inputs, make)
 
 
 def at_stored_dtype(parent: Parent, recipe: Recipe) -> Parent:

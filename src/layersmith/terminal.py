@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from layersmith.artifacts import read_json
 from layersmith.inspection import Inspection
 from layersmith.library.library import Library
 from layersmith.report.collect import describe_subblock, format_cost
@@ -25,6 +26,7 @@ _LABELS = {
 def print_result(console: Console, result: Any, with_samples: bool = False) -> None:
     """Parent against child, and where everything lies."""
     choice: Choice = result.choice
+    print_layers(console, read_json(result.run / "report.json")["layers"])
     table = Table(title="parent against child", title_justify="left")
     for heading in ("", "parent", "child", ""):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -49,6 +51,18 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
     console.print(f"report: {result.report}", markup=False, highlight=False, soft_wrap=True)
 
 
+def print_layers(console: Console, layers: list[dict[str, Any]]) -> None:
+    """A solution, layer by layer: what was, what is."""
+    table = Table(title="solution", title_justify="left")
+    for heading in ("layer", "attention", "FFN"):
+        table.add_column(heading)
+    for row in layers:
+        cells = [row["attention"], row["ffn"]]
+        words = [c["child"] if c["kind"] == "parent" else f"{c['parent']} => {c['child']}" for c in cells]
+        table.add_row(str(row["layer"]), *words)
+    console.print(table)
+
+
 def print_samples(console: Console, samples: list[dict[str, str]]) -> None:
     """What parent and child write after the same prompt."""
     for sample in samples:
@@ -64,18 +78,16 @@ def with_noise(value: float, error: float | None, sign: str = "") -> str:
 
 
 def print_choice(console: Console, library: Library, choice: Choice) -> None:
-    """A solution, layer by layer: what was, what is."""
-    table = Table(title="solution", title_justify="left")
-    for heading in ("layer", "attention", "FFN"):
-        table.add_column(heading)
-    by_layer: dict[int, list[str]] = {}
+    """A solution and its costs."""
+    layers: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
     for alternative in choice.alternatives:
         parent = type(alternative)(alternative.layer, alternative.subblock, "parent")
-        before, after = describe_subblock(library, parent), describe_subblock(library, alternative)
-        by_layer.setdefault(alternative.layer, []).append(before if before == after else f"{before} => {after}")
-    for layer, words in by_layer.items():
-        table.add_row(str(layer), *words)
-    console.print(table)
+        layers[alternative.layer][alternative.subblock] = {
+            "kind": alternative.kind,
+            "parent": describe_subblock(library, parent),
+            "child": describe_subblock(library, alternative),
+        }
+    print_layers(console, layers)
     for name, label in _LABELS.items():
         before_cost, after_cost = choice.parent_costs[name], choice.costs[name]
         share = after_cost / before_cost if before_cost else 0.0

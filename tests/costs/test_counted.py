@@ -55,7 +55,10 @@ def test_kv_cache(family: str, variant: str) -> None:
     with torch.no_grad():
         model(torch.ones(batch, context, dtype=torch.long), past_key_values=cache, use_cache=True)
     held = sum(
-        t.numel() * t.element_size() for layer in cache.layers if layer.is_initialized for t in (layer.keys, layer.values)
+        t.numel() * t.element_size()
+        for layer in cache.layers
+        if layer.is_initialized
+        for t in (layer.keys, layer.values)
     )
     _, _, costs = costs_of(config, VARIANTS[variant], Workload(batch, context), torch.float32)
     assert costs["kv_cache_bytes"] == held

@@ -118,7 +118,9 @@ def test_a_checkpoint_without_a_plan_is_built_by_the_descriptor(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("heterogeneous", [True, False])
-@pytest.mark.parametrize("harm", ["missing weight", "extra weight", "truncated", "missing file", "other shape", "empty"])
+@pytest.mark.parametrize(
+    "harm", ["missing weight", "extra weight", "truncated", "missing file", "other shape", "empty"]
+)
 def test_damage_is_refused(harm: str, heterogeneous: bool, tmp_path: Path) -> None:
     config = FAMILIES["llama"]()
     model = child_model(config, BLOCKS) if heterogeneous else stock_model(config)

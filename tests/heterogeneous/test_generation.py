@@ -60,7 +60,9 @@ def test_left_padding(model: Any) -> None:
     mask = torch.ones_like(ids)
     mask[0, :6] = 0
     generated = model.generate(ids, attention_mask=mask, max_new_tokens=8, min_new_tokens=8, do_sample=False)
-    alone = model.generate(short, max_new_tokens=8, min_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(short))
+    alone = model.generate(
+        short, max_new_tokens=8, min_new_tokens=8, do_sample=False, attention_mask=torch.ones_like(short)
+    )
     other = model.generate(
         IDS[1:, :18], max_new_tokens=8, min_new_tokens=8, do_sample=False, attention_mask=torch.ones(1, 18).long()
     )

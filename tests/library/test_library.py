@@ -112,9 +112,7 @@ def test_costs_of_channels_are_true_errors() -> None:
     for removed in ([3], [0, 7], [1, 2, 3, 8, 11]):
         error = (a[:, removed] @ w[:, removed].T).square().sum(1).mean()
         torch.testing.assert_close(costs[removed][:, removed].sum().float(), error, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(
-        ranking.channel_costs(w, (a * a).mean(0)), costs.diagonal(), rtol=1e-6, atol=1e-6
-    )
+    torch.testing.assert_close(ranking.channel_costs(w, (a * a).mean(0)), costs.diagonal(), rtol=1e-6, atol=1e-6)
     pairs = ranking.channel_costs(w, a.T @ a / len(a), unit=3)
     torch.testing.assert_close(pairs[1, 2], costs[3:6, 6:9].sum())
 
@@ -126,7 +124,7 @@ def test_iterative_removal_is_greedy_in_the_true_error() -> None:
     removed: list[int] = []
     for _ in range(9):
         rest = [j for j in range(9) if j not in removed]
-        best = min(rest, key=lambda j: float(costs[removed + [j]][:, removed + [j]].sum()))
+        best = min(rest, key=lambda j: float(costs[[*removed, j]][:, [*removed, j]].sum()))
         removed.append(best)
     assert ranking.by_iterative_removal(costs).tolist() == removed[::-1]
 
@@ -201,7 +199,9 @@ def test_a_child_can_be_a_parent(make_parent: Callable[..., Path], tmp_path: Pat
     library = library_of(open_parent(make_parent, "qwen3"))
     places = {(a.layer, a.subblock, a.kind): a for a in library.alternatives}
     layersmith.save(
-        library.compose([places[0, "attention", "no_op"], places[1, "attention", "kv_heads"], places[2, "ffn", "no_op"]]),
+        library.compose(
+            [places[0, "attention", "no_op"], places[1, "attention", "kv_heads"], places[2, "ffn", "no_op"]]
+        ),
         tmp_path / "child",
     )
     parent = load_parent(tmp_path / "child", CPU)

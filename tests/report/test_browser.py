@@ -12,13 +12,16 @@ from test_html import sample_report
 
 from layersmith.report.html import render
 
-BROWSER = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+BROWSER = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
 # The page in a frame of the wanted width, since a window cannot be as narrow as a phone.
-FRAME = """<!doctype html><body style="margin:0"><iframe id="f" style="width:{width}px;height:3000px;border:0" srcdoc="{page}">
-</iframe><pre id="result"></pre><script>
+FRAME = """<!doctype html><body style="margin:0">
+<iframe id="f" style="width:{width}px;height:3000px;border:0" srcdoc="{page}"></iframe><pre id="result"></pre><script>
 addEventListener("load", () => {{
   const page = document.getElementById("f").contentDocument;
-  const wide = [...page.querySelectorAll("body *")].filter(e => !e.closest(".scroll") && e.getBoundingClientRect().right > {width} + 1);
+  const outside = e => !e.closest(".scroll") && e.getBoundingClientRect().right > {width} + 1;
+  const wide = [...page.querySelectorAll("body *")].filter(outside);
   document.getElementById("result").textContent = JSON.stringify({{
     width: page.documentElement.scrollWidth, title: page.title, rows: page.querySelectorAll("tbody tr").length,
     wide: wide.map(e => e.tagName + "." + e.className)}});
@@ -34,7 +37,10 @@ def test_fits_its_window(width: int, tmp_path: Path) -> None:
     flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
              "--disable-background-networking", "--disable-component-update", "--virtual-time-budget=3000"]  # fmt: skip
     done = subprocess.run(
-        [str(BROWSER), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", f"file://{tmp_path / 'frame.html'}"],
+        [
+            str(BROWSER), *flags, f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom",
+            f"file://{tmp_path / 'frame.html'}",
+        ],
         capture_output=True, text=True, timeout=120,
     )  # fmt: skip
     found = re.search(r'<pre id="result">(.*?)</pre>', done.stdout, re.DOTALL)

@@ -13,7 +13,8 @@ def sample_report(**changes: Any) -> dict[str, Any]:
         {
             "layer": i,
             "attention": {
-                "parent": "4 KV heads", "child": "no-op" if i == 1 else "2 KV heads", "kind": "no_op" if i == 1 else "kv_heads",
+                "parent": "4 KV heads", "child": "no-op" if i == 1 else "2 KV heads",
+                "kind": "no_op" if i == 1 else "kv_heads",
                 "method": "" if i == 1 else "pool", "kept": 0.0 if i == 1 else 0.8, "parameters": 0 if i == 1 else 800,
                 "parent_parameters": 1000, "score": 0.25,
             },
@@ -35,7 +36,9 @@ def sample_report(**changes: Any) -> dict[str, Any]:
         "child": {"name": "child", **costs, "parameters": 3_340_000},
         "batch": 1,
         "context": 4096,
-        "budget": [{"label": "parameters", "limit": 3_341_000, "unit": "count", "used": 3_340_000, "parent": 4_771_392}],
+        "budget": [
+            {"label": "parameters", "limit": 3_341_000, "unit": "count", "used": 3_340_000, "parent": 4_771_392},
+        ],
         "evaluation": {
             "tokens": 16384,
             "sequences": 64,

@@ -1,4 +1,4 @@
-"""The demo: the main job on the model in ``demo/model``, with this machine's Python library as data."""
+"""The demo: the main job on the model in ``demo/demo-model``, with this machine's Python library as data."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from layersmith.pipeline import Result, compress
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DataRecipe, Recipe
 
-MODEL = Path(__file__).parent / "model"
-PROMPTS = ('def read_config(path):\n    """Read a configuration file and return a dictionary."""\n',)
+MODEL = Path(__file__).parent / "demo-model"
+PROMPTS = ("def read_file(path):\n    with open(path",)
 
 
 def recipe(evaluation_source: str | Path) -> Recipe:
@@ -56,7 +56,7 @@ def split_library(folder: Path) -> tuple[Path, Path]:
     return places[False], places[True]
 
 
-def run_demo(out: str | Path, params: str = "0.75", progress: Progress = SILENT) -> Result:
+def run_demo(out: str | Path, params: str = "0.7", progress: Progress = SILENT) -> Result:
     """Compress the demo model; :func:`layersmith.compress` with everything filled in."""
     seen, held_out = split_library(Path(out).with_name(f"{Path(out).name}-text"))
     return compress(MODEL, out, data=seen, budget=params, recipe=recipe(held_out), progress=progress)

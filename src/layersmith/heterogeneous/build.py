@@ -23,9 +23,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 
 
-def block_configs_of(
-    config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None
-) -> list[BlockConfig]:
+def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> list[BlockConfig]:
     """The block config of every layer that a config describes.
 
     A heterogeneous config carries them; any other has the same block in every layer.
