@@ -1,0 +1,64 @@
+"""What the README tells people to type is what there is."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+COMMANDS = [line for block in BLOCKS for line in block.splitlines() if line.startswith("layersmith ")]
+IN_TABLE = re.findall(r"^\| `(layersmith [^`]+)` \|", README, re.MULTILINE)
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", "from layersmith.cli import main; main()", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=300)
+
+
+def test_there_are_commands() -> None:
+    assert len(COMMANDS) >= 2
+    assert len(IN_TABLE) >= 5
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_on_a_model_that_is_here(
+    command: str, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    """As written, but for the hub's model and data, and without doing the work."""
+    words = shlex.split(command)[1:]
+    words[1], words[2] = str(make_parent("qwen3")), str(tmp_path / "run")
+    words[words.index("--data") + 1] = str(text_folder)
+    if "--memory" in words:
+        words[words.index("--memory") + 1] = "0.8"
+    done = run(*words, "--dry-run")
+    assert done.returncode == 0, done.stderr
+    assert "can be reached" in done.stdout
+
+
+@pytest.mark.parametrize("command", IN_TABLE)
+def test_options_exist(command: str) -> None:
+    words = shlex.split(command.replace("[", "").replace("]", ""))[1:]
+    known = run(words[0], "--help")
+    assert known.returncode == 0
+    for option in (word for word in words if word.startswith("--")):
+        assert option in known.stdout, option
+
+
+def test_make_targets_and_links_exist() -> None:
+    for target in re.findall(r"^make (\w+)", README, re.MULTILINE):
+        done = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+        assert (ROOT / link).exists(), link
+
+
+def test_the_six_files_are_as_long_as_a_reader_can_bear() -> None:
+    for path in (ROOT / "src").rglob("*.py"):
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, path
