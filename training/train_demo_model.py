@@ -167,9 +167,8 @@ def main() -> None:
     module.to(torch.bfloat16).float()  # what is shipped is what is measured
     held_out_nats, error, count = held_out_loss(model, held_out_tokens, args.sequence_length)
     bits_per_byte = held_out_nats / math.log(2) / held_out_bytes_per_token
-    print(
-        f"held out: {held_out_nats:.4f} +- {error:.4f} nats a token, {bits_per_byte:.4f} bits a byte over {count:,} tokens"
-    )
+    print(f"held out: {held_out_nats:.4f} +- {error:.4f} nats a token over {count:,} tokens")
+    print(f"held out: {bits_per_byte:.4f} bits a byte")
     result = {
         "parameters": sum(p.numel() for p in model.parameters()),
         "python": platform.python_version(),
