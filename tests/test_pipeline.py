@@ -21,6 +21,7 @@ import layersmith
 from layersmith.again import evaluate_model, report_again, search_again
 from layersmith.artifacts import read_json
 from layersmith.errors import Infeasible, InputError, LayersmithError, UsageError
+from layersmith.pipeline import STAGES, stages
 from layersmith.recipe import Recipe
 from layersmith.scoring.metrics import METRICS
 from layersmith.search.budget import parse_budget
@@ -168,6 +169,34 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(
     process = start(out)
     assert process.wait() == 0, process.communicate()
     assert contents(out) == contents(whole.run)
+
+
+def test_stages_one_at_a_time(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
+    """Stopped after each stage and started again, it ends with the same bytes, wherever the data lies by then."""
+    parent = make_parent("llama")
+    whole = layersmith.compress(parent, tmp_path / "whole", data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    for stage in STAGES:
+        for reached in stages(parent, tmp_path / "steps", text_folder, 0.9, TINY_RECIPE):
+            if reached == stage:
+                break
+        assert (tmp_path / "steps" / stage).is_dir()
+        assert not (tmp_path / "steps" / "report.html").exists()
+    shutil.copytree(text_folder, tmp_path / "moved")
+    again = layersmith.compress(parent, tmp_path / "steps", data=tmp_path / "moved", budget=0.9, recipe=TINY_RECIPE)
+    assert contents(again.run) == contents(whole.run)
+
+
+def test_only_what_we_wrote_is_cleaned_up(
+    finished: layersmith.Result, make_parent: Callable[..., Path], text_folder: Path
+) -> None:
+    (finished.run / ".git").mkdir()
+    (finished.run / ".child.abc123").mkdir()
+    (finished.run / ".run.json.xyz").write_text("half")
+    layersmith.compress(make_parent("llama"), finished.run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    assert (finished.run / ".git").is_dir()
+    assert not (finished.run / ".child.abc123").exists()
+    assert not (finished.run / ".run.json.xyz").exists()
+    (finished.run / ".git").rmdir()
 
 
 def test_another_budget_from_the_same_run(finished: layersmith.Result, tmp_path: Path) -> None:

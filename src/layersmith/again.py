@@ -7,7 +7,7 @@ from typing import Any
 
 from layersmith import pipeline
 from layersmith.artifacts import read_json
-from layersmith.data import load_tokenizer, prepare
+from layersmith.data import evaluation_rows, load_tokenizer
 from layersmith.errors import InputError, UsageError, did_you_mean
 from layersmith.evaluation.compare import compare
 from layersmith.heterogeneous.checkpoint import load, save
@@ -109,14 +109,7 @@ def evaluate_model(
     loaded = load(model, dtype=runtime.dtype, device=runtime.device).eval()
     reference = load(parent, dtype=runtime.dtype, device=runtime.device).eval() if parent is not None else loaded
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
-    rows = prepare(
-        data,
-        load_tokenizer(model),
-        sequence_length=min(sequence_length, longest),
-        calibration_sequences=1,
-        scoring_sequences=1,
-        evaluation_sequences=sequences,
-        seed=seed,
-    ).evaluation
+    length = min(sequence_length, longest)
+    rows = evaluation_rows(data, load_tokenizer(model), sequence_length=length, sequences=sequences, seed=seed)
     batch = max(1, 4096 // rows.shape[1])
     return compare(reference, loaded, rows, batch_sequences=batch, progress=progress).to_dict()

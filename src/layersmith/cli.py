@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from layersmith.errors import LayersmithError
+from layersmith.errors import LayersmithError, UsageError, did_you_mean
 from layersmith.progress import Progress
 
 if TYPE_CHECKING:
@@ -59,6 +59,9 @@ def compress(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
+    until: Annotated[
+        str | None, typer.Option(help="Stop after this stage: data, library, scores, solution, child or evaluation.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will be done and what can be reached.")] = False,
 ) -> None:
     """Make a smaller model of PARENT for a budget."""
@@ -77,10 +80,17 @@ def compress(
 
         console.print(plan(parent, out, data, chosen, budget, family), markup=False, highlight=False, soft_wrap=True)
         return
-    from layersmith.pipeline import compress as run
+    from layersmith.pipeline import STAGES, Result, stages
 
+    if until is not None and until not in STAGES:
+        raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, STAGES)}")
     with _drawn(console) as progress:
-        result = run(parent, out, data=data, budget=budget, recipe=chosen, descriptor=family, progress=progress)
+        for reached in stages(parent, out, data, budget, chosen, family, progress):
+            if isinstance(reached, Result):
+                result = reached
+            elif reached == until:
+                console.print(f"stopped after {until}; the same command without --until goes on", highlight=False)
+                return
     _print_result(console, result)
 
 

@@ -327,6 +327,30 @@ def prepare(
     return TokenSplits(rows["calibration"], rows["scoring"], rows["evaluation"], description)
 
 
+def evaluation_rows(
+    source: str | Path,
+    tokenizer: Any,
+    *,
+    sequence_length: int,
+    sequences: int,
+    seed: int,
+    field: str | None = None,
+    split: str = "train",
+) -> torch.Tensor:
+    """The rows that :func:`prepare` deals to evaluation, ``[N, T]``; all of the source may be used.
+
+    Raises:
+        InputError: nothing there, damaged, or too little for one row.
+        UsageError: no such field; chats for a tokenizer without a chat template.
+    """
+    budget = sequences * sequence_length * _CHARACTERS_PER_TOKEN
+    documents = _ordered(source, seed, field, split, budget)
+    rows, _ = _fill(_encoded(documents.values(), tokenizer, str(source)), sequences, sequence_length)
+    if not len(rows):
+        raise InputError(f"{source}: too little text for one row of {sequence_length} tokens. Give more text.")
+    return rows
+
+
 def _digest(rows: torch.Tensor) -> str:
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 

@@ -6,6 +6,7 @@ A stage that was done from the same inputs is skipped, one that was interrupted 
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,28 @@ def compress(
     Raises:
         LayersmithError: whatever the user can mend, before work starts where that is possible.
     """
+    *_, result = stages(parent, out, data, budget, recipe, descriptor, progress)
+    assert isinstance(result, Result)
+    return result
+
+
+# The stages, by the names of their folders, in their order.
+STAGES = ("data", "library", "scores", "solution", "child", "evaluation")
+
+
+def stages(
+    parent: str | Path,
+    out: str | Path,
+    data: str | Path,
+    budget: Budget | dict[str, Any] | str | float,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    descriptor: type[ModelDescriptor] | None = None,
+    progress: Progress = SILENT,
+) -> Iterator[str | Result]:
+    """:func:`compress`, one stage after another: yields the name of each when it is done, and the result last.
+
+    Whoever stops asking stops the run; the same arguments go on with it later.
+    """
     recipe, budget, run = Recipe.read(recipe), Budget.parse(budget), Run(Path(out))
     Run.check(run.folder)
     model, found, costs = examine(parent, recipe, budget, descriptor, progress)
@@ -96,22 +119,29 @@ def compress(
         "versions": versions(),
     }
     with run.open(header, recipe):
-        data_inputs = fingerprint([header["data"], recipe.seed])
+        data_inputs = fingerprint(tokens.description["sha256"])
         run.do("data", data_inputs, lambda folder: write_data(folder, tokens))
+        yield "data"
 
         library_inputs = fingerprint([model.identity, data_inputs, schema.to_data(recipe.library), run_dtype(model)])
         library = make_library(run, library_inputs, model, recipe, found, tokens.calibration, progress)
+        yield "library"
 
         score_inputs = fingerprint([library.identity, data_inputs, run_dtype(model), schema.to_data(recipe.scoring)])
         scores = make_scores(run, score_inputs, library, recipe, tokens.scoring, progress)
+        yield "scores"
 
         choice = choose(library.alternatives, losses(scores, recipe.scoring.objective), costs, budget)
         solution_inputs = fingerprint([score_inputs, choice.to_dict()])
         run.do("solution", solution_inputs, lambda folder: write_solution(folder, choice, costs))
+        yield "solution"
 
         realize(run, solution_inputs, library, choice, tokenizer, recipe, progress)
+        yield "child"
+
         evaluation = evaluate_child(run, solution_inputs, model, recipe, tokens.evaluation, tokenizer, progress)
-        return finish(run, library, scores, choice, evaluation, recipe)
+        yield "evaluation"
+        yield finish(run, library, scores, choice, evaluation, recipe)
 
 
 # ---------------------------------------------------------------------------------------------- stages

@@ -18,6 +18,7 @@ import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 import time
@@ -49,6 +50,13 @@ def versions() -> dict[str, str]:
         "safetensors": safetensors.__version__,
         "platform": f"{sys.platform} {platform.machine()}",
     }
+
+
+# Temporary names that :mod:`layersmith.artifacts` gives to what it writes in a run folder.
+_HALF_WRITTEN = re.compile(
+    r"^\.(run\.json|recipe\.yaml|report\.json|report\.html|library\.partial"
+    r"|data|library|scores|solution|child|evaluation)\.(old\.)?\w+"
+)
 
 
 class Run:
@@ -98,23 +106,26 @@ class Run:
             yield
 
     def _remove_leftovers(self) -> None:
-        # What a killed process was writing; finished files never begin with a dot.
-        for leftover in self.folder.rglob(".*"):
-            if leftover.name != ".lock" and leftover.exists():
+        """Remove what a killed process was writing, and nothing else that begins with a dot."""
+        for leftover in self.folder.glob(".*"):
+            if _HALF_WRITTEN.match(leftover.name):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
     def _check_header(self, header: dict[str, Any]) -> None:
         if not (self.folder / "run.json").is_file():
             return
         before = self.header()
-        for name, mend in (
-            ("parent", "Choose another folder"),
-            ("data", "Choose another folder"),
-            ("recipe", "Choose another folder, or restore the recipe"),
-            ("budget", "Choose another folder, or ask this run for another budget with `layersmith search`"),
-            ("versions", "Choose another folder, or run with the versions that run.json names"),
+        for name, field, mend in (  # contents count, not where they lie
+            ("parent", "identity", "Choose another folder"),
+            ("data", "sha256", "Choose another folder"),
+            ("recipe", None, "Choose another folder, or restore the recipe"),
+            ("budget", None, "Choose another folder, or ask this run for another budget with `layersmith search`"),
+            ("versions", None, "Choose another folder, or run with the versions that run.json names"),
         ):
-            if before.get(name) != header.get(name):
+            old, new = before.get(name), header.get(name)
+            if field is not None and old and new:
+                old, new = old[field], new[field]
+            if old != new:
                 raise InputError(f"{self.folder}: holds a run with another {name}. {mend}.")
 
     def header(self) -> dict[str, Any]:

@@ -11,9 +11,9 @@ from conftest import FAMILIES
 import layersmith
 from layersmith import ModelDescriptor
 from layersmith.execution import exchanged, forward
-from layersmith.library import ranking
+from layersmith.library import ranking, statistics
 from layersmith.library.alternative import Alternative, ffn_widths, kv_head_counts
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.library import Library, build_library, probes_for, survey
 from layersmith.library.weights import keep_kv_heads, narrow_ffn, pool_kv_heads
 from layersmith.parent import Parent, load_parent
 from layersmith.recipe import LibraryRecipe
@@ -165,6 +165,43 @@ def test_one_pass_or_many_give_the_same(make_parent: Callable[..., Path]) -> Non
         assert torch.equal(whole.orders[name], pieces.orders[name])
     for name in whole.maps:
         assert torch.equal(whole.maps[name], pieces.maps[name])
+
+
+def test_interrupted_statistics_go_on_to_the_same_sums(
+    make_parent: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = open_parent(make_parent, "qwen2")
+    found = survey(parent, LibraryRecipe())
+    given: dict[str, Any] = {"batch_sequences": 2, "memory_bytes": 60_000.0}
+    probes = probes_for(parent, found.axes, found.alternatives, "iterative")
+    whole = statistics.gather(parent, probes, TOKENS, **given)
+    monkeypatch.setattr(statistics, "_SAVE_EVERY_SECONDS", 0.0)
+    add, calls = statistics._add_batch, 0
+
+    def interrupted(*args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 4 == 0:
+            raise KeyboardInterrupt
+        add(*args)
+
+    monkeypatch.setattr(statistics, "_add_batch", interrupted)
+    kept = {"checkpoint": tmp_path / "sums", "inputs": "these"}
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            resumed = statistics.gather(parent, probes, TOKENS, **given, **kept)
+            break
+        except KeyboardInterrupt:
+            continue
+    assert attempts > 2
+    assert resumed.keys() == whole.keys()
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
+    # Sums of other inputs are not taken for these.
+    monkeypatch.setattr(statistics, "_add_batch", add)
+    other = statistics.gather(parent, probes, TOKENS[:4], **given, checkpoint=tmp_path / "sums", inputs="others")
+    assert not torch.equal(other["0.ffn"], whole["0.ffn"])
 
 
 def test_composition_equals_what_is_written(parent: Parent, tmp_path: Path) -> None:
