@@ -15,7 +15,7 @@ from layersmith.library.library import Library, survey
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.parent import load_parent
 from layersmith.progress import SILENT, Progress
-from layersmith.recipe import Recipe
+from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe
 from layersmith.run import Run
 from layersmith.runtime import Runtime
 from layersmith.scoring.exact import losses
@@ -92,8 +92,8 @@ def evaluate_model(
     model: str | Path,
     data: str | Path,
     parent: str | Path | None = None,
-    sequences: int = 64,
-    sequence_length: int = 512,
+    sequences: int = DataRecipe.evaluation_sequences,
+    sequence_length: int = DataRecipe.sequence_length,
     seed: int = 0,
     device: str = "auto",
     progress: Progress = SILENT,
@@ -111,5 +111,5 @@ def evaluate_model(
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
     length = min(sequence_length, longest)
     rows = evaluation_rows(data, load_tokenizer(model), sequence_length=length, sequences=sequences, seed=seed)
-    batch = max(1, 4096 // rows.shape[1])
+    batch = max(1, ScoringRecipe.batch_tokens // rows.shape[1])
     return compare(reference, loaded, rows, batch_sequences=batch, progress=progress).to_dict()

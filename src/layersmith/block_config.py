@@ -188,3 +188,8 @@ def read_block_configs(entries: object, where: str) -> list[BlockConfig]:
         entry if isinstance(entry, BlockConfig) else BlockConfig.from_dict(entry, f"{where}: block_configs[{i}]")
         for i, entry in enumerate(entries)
     ]
+
+
+def has_attention(block_config: BlockConfig) -> bool:
+    """Whether a block has an attention that writes to the KV cache."""
+    return not (block_config.attention.no_op or block_config.attention.replace_with_linear)

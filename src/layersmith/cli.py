@@ -14,6 +14,7 @@ import typer
 
 from layersmith.errors import LayersmithError, UsageError, did_you_mean
 from layersmith.progress import Progress
+from layersmith.recipe import BATCH, CONTEXT, DataRecipe
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -52,8 +53,8 @@ def compress(
     weights: Weights = None,
     kv_cache: KVCache = None,
     memory: Memory = None,
-    batch: Batch = 1,
-    context: Context = 4096,
+    batch: Batch = BATCH,
+    context: Context = CONTEXT,
     recipe: RecipeFile = None,
     seed: Annotated[int | None, typer.Option(help="Goes before the recipe's.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
@@ -97,8 +98,8 @@ def compress(
 @app.command()
 def inspect(
     parent: Parent,
-    batch: Batch = 1,
-    context: Context = 4096,
+    batch: Batch = BATCH,
+    context: Context = CONTEXT,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -117,8 +118,8 @@ def search(
     weights: Weights = None,
     kv_cache: KVCache = None,
     memory: Memory = None,
-    batch: Batch = 1,
-    context: Context = 4096,
+    batch: Batch = BATCH,
+    context: Context = CONTEXT,
     objective: Annotated[str | None, typer.Option(help="Metric to search by; default: the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the child into this folder.")] = None,
 ) -> None:
@@ -144,8 +145,8 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name of the model to judge.")],
     data: Annotated[str, typer.Option(help="Text to judge it on.")],
     parent: Annotated[str | None, typer.Option(help="Compare with this model; default: with itself only.")] = None,
-    sequences: Annotated[int, typer.Option(help="Rows of text.")] = 64,
-    sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = 512,
+    sequences: Annotated[int, typer.Option(help="Rows of text.")] = DataRecipe.evaluation_sequences,
+    sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = DataRecipe.sequence_length,
     seed: int = 0,
     device: str = "auto",
 ) -> None:

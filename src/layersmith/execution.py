@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.heterogeneous.sharding import DummyBlock
+from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.parent import Parent
 
 

@@ -13,11 +13,11 @@ from layersmith.heterogeneous.build import block_configs_of, config_dtype, stock
 from layersmith.heterogeneous.modeling_layersmith import without_guard
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative, linear_is_possible, search_space
+from layersmith.library.axes import LayerAxes, find_axes, meta_layers
 from layersmith.library.library import choose_ffn_ranking, notes_on
-from layersmith.model_descriptor.axes import LayerAxes, find_axes, meta_layers
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
-from layersmith.recipe import LibraryRecipe
+from layersmith.recipe import BATCH, CONTEXT, LibraryRecipe
 
 
 @dataclass(frozen=True)
@@ -87,8 +87,8 @@ def outline(
 
 def inspect(
     parent: str | Path,
-    batch: int = 1,
-    context: int = 4096,
+    batch: int = BATCH,
+    context: int = CONTEXT,
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:

@@ -12,6 +12,10 @@ from typing import Any, Literal
 from layersmith import schema
 from layersmith.errors import InputError, UsageError
 
+# The load for which a KV cache is counted, if none is named.
+BATCH = 1
+CONTEXT = 4096
+
 Objective = Literal[
     "kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance"
 ]

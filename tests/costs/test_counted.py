@@ -10,7 +10,7 @@ from transformers import DynamicCache, PretrainedConfig
 import layersmith
 from layersmith import BlockConfig
 from layersmith.costs.counted import Workload, subblock_costs, total
-from layersmith.model_descriptor.axes import find_axes
+from layersmith.library.axes import find_axes
 
 VARIANTS = {
     "parent": [block()] * 4,

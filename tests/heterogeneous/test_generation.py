@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, NO_ATTENTION, block, child_model
-from transformers import DynamicCache, StaticCache
+from conftest import FAMILIES, NO_ATTENTION, block, child_model, randomize
+from transformers import DynamicCache, Qwen2ForCausalLM, StaticCache
+
+import layersmith
+from layersmith.block_config import has_attention
+from layersmith.heterogeneous.patcher import deci_x_patcher
 
 LINEAR = {"replace_with_linear": True}
 IDS = torch.randint(1, 512, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -81,6 +85,24 @@ def test_generate_in_every_mode(model: Any) -> None:
         {"num_beams": 1},
     ):
         assert torch.equal(model.generate(IDS, **same, **mode), without_cache), mode
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("pattern", sorted(PATTERNS))
+def test_models_built_under_the_patcher_alone(pattern: str) -> None:
+    """With windows in some layers, and without the config that `build` writes, as long as both types remain."""
+    config = FAMILIES["qwen2_windows"]()
+    blocks = [block(attention) for attention in PATTERNS[pattern]]
+    remaining = {t for t, b in zip(config.layer_types, blocks, strict=True) if has_attention(b)}
+    if remaining != set(config.layer_types):
+        pytest.skip("a type of layer is gone, which only the config can say")
+    with deci_x_patcher(layersmith.describe(config), blocks):
+        model = randomize(Qwen2ForCausalLM(config)).eval()
+    full, cache = model(IDS).logits, DynamicCache(config=config)
+    pieces = [
+        model(IDS[:, a:b], past_key_values=cache, use_cache=True).logits for a, b in ((0, 11), (11, 12), (12, 30))
+    ]
+    close(torch.cat(pieces, 1), full)
 
 
 def test_model_without_any_attention() -> None:

@@ -16,7 +16,8 @@ SCRIPT = """
 import json, sys
 import torch
 import torch.distributed as dist
-from layersmith.heterogeneous.sharding import load_sharded, DummyBlock
+from layersmith.heterogeneous.no_op import DummyBlock
+from layersmith.heterogeneous.sharding import load_sharded
 from layersmith.runtime import Runtime
 
 dist.init_process_group("gloo")

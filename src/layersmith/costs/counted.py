@@ -12,11 +12,11 @@ from dataclasses import dataclass
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layersmith.block_config import BlockConfig
+from layersmith.block_config import BlockConfig, has_attention
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.checkpoint import weight_groups
-from layersmith.heterogeneous.patcher import has_attention
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.recipe import BATCH, CONTEXT
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
 
@@ -30,8 +30,8 @@ class Workload:
         context: tokens in the KV cache of each.
     """
 
-    batch: int = 1
-    context: int = 4096
+    batch: int = BATCH
+    context: int = CONTEXT
 
 
 def subblock_costs(

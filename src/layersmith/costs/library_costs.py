@@ -12,7 +12,7 @@ from transformers import PretrainedConfig
 from layersmith.block_config import BlockConfig
 from layersmith.costs.counted import Workload, subblock_costs, total
 from layersmith.library.alternative import Alternative
-from layersmith.model_descriptor.axes import LayerAxes
+from layersmith.library.axes import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 
 

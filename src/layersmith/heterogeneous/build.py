@@ -14,10 +14,10 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, read_block_configs
+from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, has_attention, read_block_configs
 from layersmith.errors import UnsupportedModel, UsageError
 from layersmith.heterogeneous.modeling_layersmith import cache_layer_types, heterogeneous_class, without_guard
-from layersmith.heterogeneous.patcher import deci_x_patcher, has_attention, layer_classes
+from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
 from layersmith.heterogeneous.plan import make_plan
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
@@ -99,10 +99,10 @@ def child_config(
     stock = meta_model(config)
     layers = [stock.get_submodule(descriptor.layer_block_name(i)) for i in range(len(blocks))]
     class_names = [f"{cls.__module__}.{cls.__qualname__}" for cls in layer_classes(descriptor)]
-    config.layersmith = make_plan(descriptor, language, blocks, layers, class_names)
-    config.block_configs = [block.to_dict() for block in blocks]
     if getattr(language, "layer_types", None):
         language.layer_types = cache_layer_types([has_attention(block) for block in blocks], language.layer_types)
+    config.layersmith = make_plan(descriptor, language, blocks, layers, class_names)
+    config.block_configs = [block.to_dict() for block in blocks]
     return config
 
 

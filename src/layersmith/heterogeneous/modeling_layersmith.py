@@ -188,24 +188,29 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
 # ---------------------------------------------------------------------------------------------- the KV cache
 
 
-def cache_slots(has_attention: Sequence[bool]) -> list[int]:
+def cache_slots(has_attention: Sequence[bool], layer_types: Sequence[str] | None = None) -> list[int]:
     """The cache slot of every layer.
 
-    Transformers reads the length of the sequence so far from slot 0. If layer 0 has no attention, nothing ever fills
-    that slot and every later token is taken for the first; so the first attention layer moves into it. All others
-    keep the slot of their own index.
+    Transformers reads the length of the sequence so far from slot 0, and the mask sizes of a layer type (full or
+    sliding) from the first slot of that type. If the layer there has no attention, nothing ever fills the slot and
+    every later token is taken for the first. So the first attention layer of a type moves into the first slot of the
+    type; all others keep the slot of their own index.
     """
+    types = list(layer_types) if layer_types else [""] * len(has_attention)
     slots = list(range(len(has_attention)))
-    if any(has_attention):
-        slots[list(has_attention).index(True)] = 0
+    for own in set(types):
+        members = [i for i, layer_type in enumerate(types) if layer_type == own]
+        first = next((i for i in members if has_attention[i]), None)
+        if first is not None:
+            slots[first] = members[0]
     return slots
 
 
 def cache_layer_types(has_attention: Sequence[bool], layer_types: Sequence[str]) -> list[str]:
-    """``layer_types`` such that the first slot of every type is one that is filled.
+    """``layer_types`` under which slot 0 is filled, and no type is left without attention.
 
-    Mask sizes of a type (full or sliding) are read from the first slot of that type. The type of a layer without
-    attention matters to nothing else, so it takes the type of the first attention layer, which fills slot 0.
+    The type of a layer without attention matters to its cache slot alone, so it takes the type of the first attention
+    layer, which then fills slot 0.
     """
     if not any(has_attention):
         return list(layer_types)

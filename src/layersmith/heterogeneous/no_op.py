@@ -1,8 +1,30 @@
-"""The modules that stand in for what a layer no longer has.
+"""The modules that stand in for what a layer no longer has, or for a layer that is not here.
 
-They live in the file that travels with every child, so that a child behaves the same with and without layersmith.
+Those that a child needs live in the file that travels with it, so that it behaves the same with and without layersmith.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
 
 from layersmith.heterogeneous.modeling_layersmith import MatchingZeros, Same, return_tuple_of_size
 
-__all__ = ["MatchingZeros", "Same", "return_tuple_of_size"]
+__all__ = ["DummyBlock", "MatchingZeros", "Same", "return_tuple_of_size"]
+
+
+class DummyBlock(nn.Module):
+    """A decoder layer that is not here: passes its input on and has no weights."""
+
+    def __init__(self, original_layer: nn.Module, block_index: int):
+        super().__init__()
+        self.block_index = block_index
+        for name, value in vars(original_layer).items():
+            # What a model's loop reads from its layers, e.g. ``attention_type``.
+            if not name.startswith("_") and isinstance(value, str | int | bool) and not hasattr(self, name):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.block_config import BlockConfig, read_block_configs
+from layersmith.block_config import BlockConfig, has_attention, read_block_configs
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import (
     cache_slots,
@@ -28,11 +28,6 @@ def layer_classes(descriptor: type[ModelDescriptor]) -> list[type[nn.Module]]:
     return list(classes) if isinstance(classes, list | tuple) else [classes]
 
 
-def has_attention(block_config: BlockConfig) -> bool:
-    """Whether a block has an attention that writes to the KV cache."""
-    return not (block_config.attention.no_op or block_config.attention.replace_with_linear)
-
-
 @contextmanager
 def deci_x_patcher(
     model_descriptor: type[ModelDescriptor], block_configs: Sequence[BlockConfig | dict[str, Any]]
@@ -48,11 +43,14 @@ def deci_x_patcher(
         UnsupportedModel: a block config asks for a no-op that the descriptor does not have.
     """
     blocks = read_block_configs(list(block_configs), "deci_x_patcher")
-    slots = cache_slots([has_attention(block) for block in blocks])
+    present = [has_attention(block) for block in blocks]
+    slots = cache_slots(present)
 
     def configure(config: PretrainedConfig, index: int) -> PretrainedConfig:
+        nonlocal slots
         if index >= len(blocks):  # e.g. the layers of a multi-token-prediction head
             return config
+        slots = cache_slots(present, getattr(config, "layer_types", None))
         return with_overrides(config, model_descriptor.block_config_to_layer_overrides(blocks[index]))
 
     def finish(layer: nn.Module, index: int) -> None:

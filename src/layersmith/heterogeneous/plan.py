@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.block_config import BlockConfig
+from layersmith.block_config import BlockConfig, has_attention
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import cache_slots
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -126,9 +126,9 @@ def make_plan(
         layer_class_names: full names of the decoder layer classes.
     """
     from layersmith import __version__
-    from layersmith.heterogeneous.patcher import has_attention
 
-    slots = cache_slots([has_attention(block) for block in block_configs])
+    present = [has_attention(block) for block in block_configs]
+    slots = cache_slots(present, getattr(config, "layer_types", None))
     records = []
     for layer, block, slot in zip(layers, block_configs, slots, strict=True):
         modules: dict[str, dict[str, Any]] = {}

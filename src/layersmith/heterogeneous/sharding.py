@@ -6,7 +6,6 @@ Shapes: B batch, T tokens, D hidden, V vocabulary.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,25 +15,11 @@ from torch import nn
 from layersmith.errors import InputError, UsageError
 from layersmith.heterogeneous.build import block_configs_of, build, decoder_layers, quiet_transformers
 from layersmith.heterogeneous.checkpoint import check_files, weight_groups, weight_map
-from layersmith.heterogeneous.modeling_layersmith import Same, without_guard
+from layersmith.heterogeneous.modeling_layersmith import without_guard
+from layersmith.heterogeneous.no_op import Same
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.runtime import Runtime
-
-
-class DummyBlock(nn.Module):
-    """A decoder layer that is not here: passes its input on and has no weights."""
-
-    def __init__(self, original_layer: nn.Module, block_index: int):
-        super().__init__()
-        self.block_index = block_index
-        for name, value in vars(original_layer).items():
-            # What a model's loop reads from its layers, e.g. ``attention_type``.
-            if not name.startswith("_") and isinstance(value, str | int | bool) and not hasattr(self, name):
-                setattr(self, name, value)
-
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return hidden_states
 
 
 def layers_of_rank(num_layers: int, rank: int, world_size: int) -> range:

@@ -11,7 +11,7 @@ from layersmith import schema
 from layersmith.artifacts import fingerprint
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UsageError
-from layersmith.model_descriptor.axes import LayerAxes
+from layersmith.library.axes import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import LibraryRecipe
 

@@ -21,10 +21,10 @@ from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
 from layersmith.library.alternative import Alternative, linear_is_possible, search_space
+from layersmith.library.axes import LayerAxes, find_axes, meta_layers
 from layersmith.library.proof import prove
 from layersmith.library.statistics import Probe, gather
 from layersmith.library.weights import keep_kv_heads, narrow_ffn, pool_kv_heads
-from layersmith.model_descriptor.axes import LayerAxes, find_axes, meta_layers
 from layersmith.parent import Parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import LibraryRecipe

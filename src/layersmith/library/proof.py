@@ -17,8 +17,8 @@ from torch import nn
 
 from layersmith.block_config import AttentionConfig, FFNConfig
 from layersmith.execution import first_tensor, forward_with, layer_outputs
+from layersmith.library.axes import Axis, LayerAxes, WeightAxis, layer_shapes, meta_layers
 from layersmith.library.weights import keep_kv_heads, narrow_ffn
-from layersmith.model_descriptor.axes import Axis, LayerAxes, WeightAxis, layer_shapes, meta_layers
 from layersmith.parent import Parent
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 
 import torch
 
-from layersmith.model_descriptor.axes import Axis
+from layersmith.library.axes import Axis
 
 
 def narrow_ffn(weights: Mapping[str, torch.Tensor], axis: Axis, channels: torch.Tensor) -> dict[str, torch.Tensor]:

@@ -1,1 +1,1 @@
-"""What a model family looks like: the descriptor interface, the registry, and what is found by experiment."""
+"""What a model family looks like: the descriptor interface, the registry, and the families written by hand."""

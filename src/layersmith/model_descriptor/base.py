@@ -146,7 +146,7 @@ class ModelDescriptor(ABC):
 
         It passes its input on, and answers for the plain attributes that the model reads from its layers.
         """
-        from layersmith.heterogeneous.sharding import DummyBlock
+        from layersmith.heterogeneous.no_op import DummyBlock
 
         return DummyBlock(original_layer, block_index)
 

@@ -9,6 +9,7 @@ from decimal import Decimal, InvalidOperation
 from typing import Any
 
 from layersmith.errors import UsageError, did_you_mean
+from layersmith.recipe import BATCH, CONTEXT
 
 # Cost -> (the option and key that limits it, what it counts).
 COSTS = {
@@ -71,8 +72,8 @@ class Budget:
     """
 
     limits: tuple[Limit, ...]
-    batch: int = 1
-    context: int = 4096
+    batch: int = BATCH
+    context: int = CONTEXT
 
     def __post_init__(self) -> None:
         if not self.limits:
@@ -123,8 +124,8 @@ def parse_budget(
     weights: Any = None,
     kv_cache: Any = None,
     memory: Any = None,
-    batch: int = 1,
-    context: int = 4096,
+    batch: int = BATCH,
+    context: int = CONTEXT,
 ) -> Budget:
     """A budget from what was typed; each limit is a fraction of the parent's or an amount with a unit.
 

@@ -1,7 +1,7 @@
 from conftest import FAMILIES, block
 
 import layersmith
-from layersmith.model_descriptor.axes import find_axes
+from layersmith.library.axes import find_axes
 
 
 def axes_of(config, blocks=None):
