@@ -54,6 +54,7 @@ def test_the_child_is_what_the_search_counted(finished: layersmith.Result) -> No
     assert sum(t.numel() * t.element_size() for t in stored.values()) == finished.choice.costs["weight_bytes"]
     assert finished.metric("kl_divergence")["child"] > 0
     assert finished.metric("kl_divergence")["child_standard_error"] > 0
+    assert str(finished).endswith(f"child: {finished.child}")
 
 
 def test_the_run_folder_tells_everything(finished: layersmith.Result) -> None:

@@ -31,7 +31,7 @@ from layersmith.report.html import render
 from layersmith.run import Run, versions
 from layersmith.runtime import Runtime
 from layersmith.scoring.exact import Score, losses, score_library
-from layersmith.search.budget import Budget
+from layersmith.search.budget import Budget, format_count
 from layersmith.search.choose import Choice, choose
 
 
@@ -52,6 +52,14 @@ class Result:
     choice: Choice
     evaluation: dict[str, Any]
     report: Path
+
+    def __str__(self) -> str:
+        before, after = self.choice.parent_costs["parameters"], self.choice.costs["parameters"]
+        loss, kl = self.metric("loss"), self.metric("kl_divergence")
+        return (
+            f"{format_count(before)} => {format_count(after)} parameters ({after / before:.2f}x), "
+            f"loss {loss['parent']:.4f} => {loss['child']:.4f}, KL {kl['child']:.4f}; child: {self.child}"
+        )
 
     def metric(self, name: str) -> dict[str, Any]:
         """One row of the evaluation's table, e.g. ``"loss"`` or ``"kl_divergence"``."""

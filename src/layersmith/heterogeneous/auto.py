@@ -35,14 +35,9 @@ def _wrap(module: Any) -> None:
         chosen = stock(config, model_mapping)
         if getattr(config, "layersmith", None) is None and not getattr(config, "block_configs", None):
             return chosen
-        from layersmith.heterogeneous.modeling_layersmith import heterogeneous_class
-        from layersmith.heterogeneous.patcher import deci_x_patcher
-        from layersmith.model_descriptor.describe import describe
+        from layersmith.heterogeneous.build import class_for
 
-        if hasattr(config, "layersmith"):
-            return heterogeneous_class(chosen)
-        descriptor = describe(config)
-        return heterogeneous_class(chosen, lambda own: deci_x_patcher(descriptor, own.block_configs))
+        return class_for(chosen, config)
 
     get_model_class.knows_children = True  # type: ignore[attr-defined]
     module._get_model_class = get_model_class

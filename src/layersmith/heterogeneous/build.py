@@ -69,13 +69,32 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     raise UnsupportedModel(f"This version of Transformers has no causal language model for {type(config).__name__}.")
 
 
-def child_class(descriptor: type[ModelDescriptor], config: PretrainedConfig) -> type[PreTrainedModel]:
+def class_for(
+    stock: type[PreTrainedModel], config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None
+) -> type[PreTrainedModel]:
+    """The class that builds a config's model: ``stock``, made heterogeneous if the config is.
+
+    Args:
+        stock: what Transformers has for the config.
+        config: of any model.
+        descriptor: of its family; needed only where the config has block configs and no plan, or a plan with layer
+            classes that are not Transformers' own. Default: ``describe(config)``.
+    """
+    plan = getattr(config, "layersmith", None)
+    if plan is not None and all(name.startswith("transformers.") for name in plan["decoder_layers"]):
+        return heterogeneous_class(stock)
+    if plan is None and not getattr(config, "block_configs", None):
+        return stock
+    return child_class(descriptor or describe(config), stock)
+
+
+def child_class(descriptor: type[ModelDescriptor], stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The stock class, made to build the layers of a config as its ``block_configs`` say."""
 
     def layers_of(own_config: PretrainedConfig) -> Any:
         return deci_x_patcher(descriptor, own_config.block_configs)
 
-    return heterogeneous_class(stock_class(config), layers_of)
+    return heterogeneous_class(stock, layers_of)
 
 
 def child_config(
@@ -142,7 +161,7 @@ def build(
     own_config = child_config(config, block_configs, descriptor)
     dtype = dtype or config_dtype(own_config)
     with torch.device(device or "cpu"), quiet_transformers():
-        return child_class(descriptor, own_config)._from_config(own_config, dtype=dtype)
+        return child_class(descriptor, stock_class(own_config))._from_config(own_config, dtype=dtype)
 
 
 @contextmanager

@@ -19,16 +19,22 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
 from layersmith.errors import InputError, LayersmithError
-from layersmith.heterogeneous.build import child_class, child_config, meta_model, quiet_transformers, stock_class
+from layersmith.heterogeneous.build import (
+    block_configs_of,
+    child_config,
+    class_for,
+    meta_model,
+    quiet_transformers,
+    stock_class,
+)
 from layersmith.heterogeneous.modeling_layersmith import (
     HeterogeneousMixin,
-    heterogeneous_class,
     refuse_incomplete,
     without_guard,
 )
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.describe import describe, read_config
+from layersmith.model_descriptor.describe import read_config
 
 INDEX = "model.safetensors.index.json"
 SUBBLOCK_FOLDER = "subblocks_safetensors"
@@ -56,7 +62,7 @@ def load(
     """
     check_files(path)
     config = read_config(path, trust_remote_code=trust_remote_code)
-    cls: Any = model_class(config, descriptor)
+    cls: Any = class_for(stock_class(config), config, descriptor)
     config = without_guard(config)
     try:
         with quiet_transformers():
@@ -71,20 +77,9 @@ def load(
     return model if device is None else model.to(device)
 
 
-def model_class(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> type[PreTrainedModel]:
-    """The class that loads a checkpoint of this config."""
-    if hasattr(config, "layersmith"):
-        return heterogeneous_class(stock_class(config))
-    if getattr(config, "block_configs", None):
-        return child_class(descriptor or describe(config), config)
-    return stock_class(config)
-
-
 def _completed(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None) -> PretrainedConfig:
     """Add the plan to a heterogeneous config that another tool wrote."""
     if getattr(config, "block_configs", None) and not hasattr(config, "layersmith"):
-        from layersmith.heterogeneous.build import block_configs_of
-
         return child_config(config, block_configs_of(config, descriptor), descriptor)
     return config
 
