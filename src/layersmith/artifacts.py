@@ -122,12 +122,6 @@ def whole_folder(path: Path) -> Iterator[Path]:
             raise
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process left half-written directly under ``folder``."""
-    for leftover in folder.glob(".*"):
-        shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-
-
 def fingerprint(data: Any) -> str:
     """A digest of JSON data; equal data give equal digests everywhere."""
     return hashlib.sha256(json.dumps(data, sort_keys=True, separators=(",", ":")).encode()).hexdigest()[:32]

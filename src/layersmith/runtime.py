@@ -49,11 +49,3 @@ class Runtime:
         if dtype not in DTYPES:
             raise UsageError(f"dtype {dtype!r}: use one of auto, {', '.join(DTYPES)}.")
         return Runtime(chosen, DTYPES[dtype], rank, world_size)
-
-
-def free_threads() -> int:
-    """How many threads are worth using: the cores this process may run on.
-
-    Small models lose more to waiting threads than they gain; on a machine that is busy, set ``OMP_NUM_THREADS``.
-    """
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)

@@ -114,7 +114,10 @@ def test_a_checkpoint_without_a_plan_is_built_by_the_descriptor(tmp_path: Path) 
         del data[name]
     path.write_text(json.dumps(data))
     assert torch.equal(layersmith.load(tmp_path / "child").eval()(IDS).logits, model(IDS).logits)
-    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path / "child").eval()(IDS).logits, model(IDS).logits)
+    auto = AutoModelForCausalLM.from_pretrained(tmp_path / "child").eval()
+    assert torch.equal(auto(IDS).logits, model(IDS).logits)
+    auto.save_pretrained(tmp_path / "again")  # and now it has one
+    assert json.loads((tmp_path / "again" / "config.json").read_text())["layersmith"] == model.config.layersmith
 
 
 @pytest.mark.parametrize("heterogeneous", [True, False])

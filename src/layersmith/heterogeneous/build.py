@@ -94,7 +94,12 @@ def child_class(descriptor: type[ModelDescriptor], stock: type[PreTrainedModel])
     def layers_of(own_config: PretrainedConfig) -> Any:
         return deci_x_patcher(descriptor, own_config.block_configs)
 
-    return heterogeneous_class(stock, layers_of)
+    def completed(own_config: PretrainedConfig) -> PretrainedConfig:
+        if hasattr(own_config, "layersmith"):
+            return without_guard(own_config)
+        return child_config(own_config, block_configs_of(own_config, descriptor), descriptor)
+
+    return heterogeneous_class(stock, layers_of, completed)
 
 
 def child_config(

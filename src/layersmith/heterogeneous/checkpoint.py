@@ -15,13 +15,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from layersmith.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
 from layersmith.errors import InputError, LayersmithError
 from layersmith.heterogeneous.build import (
-    block_configs_of,
-    child_config,
     class_for,
     meta_model,
     quiet_transformers,
@@ -66,22 +64,13 @@ def load(
     config = without_guard(config)
     try:
         with quiet_transformers():
-            model, info = cls.from_pretrained(
-                path, config=_completed(config, descriptor), dtype=dtype or "auto", output_loading_info=True
-            )
+            model, info = cls.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True)
         refuse_incomplete(info, str(path))
     except LayersmithError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{path}: config.json and weights do not fit together: {_first_line(error)}") from error
     return model if device is None else model.to(device)
-
-
-def _completed(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None) -> PretrainedConfig:
-    """Add the plan to a heterogeneous config that another tool wrote."""
-    if getattr(config, "block_configs", None) and not hasattr(config, "layersmith"):
-        return child_config(config, block_configs_of(config, descriptor), descriptor)
-    return config
 
 
 def _first_line(error: BaseException) -> str:

@@ -275,9 +275,10 @@ class HeterogeneousMixin:
     """What a stock model class needs for layers that differ; :func:`heterogeneous_class` mixes it in."""
 
     layers_of: Callable[[PretrainedConfig], Any] = staticmethod(layers_of_plan)
+    completed: Callable[[PretrainedConfig], PretrainedConfig] = staticmethod(without_guard)
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
-        config = without_guard(config)
+        config = type(self).completed(config)
         with type(self).layers_of(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
@@ -319,19 +320,24 @@ class HeterogeneousMixin:
 
 
 def heterogeneous_class(
-    stock_class: type[PreTrainedModel], layers_of: Callable[[PretrainedConfig], Any] | None = None
+    stock_class: type[PreTrainedModel],
+    layers_of: Callable[[PretrainedConfig], Any] | None = None,
+    completed: Callable[[PretrainedConfig], PretrainedConfig] | None = None,
 ) -> type[PreTrainedModel]:
     """``stock_class`` with :class:`HeterogeneousMixin`, under the stock class's own name.
 
     Args:
         stock_class: a model class of Transformers.
         layers_of: opens the context in which a model of a given config is built; default: the config's plan.
+        completed: adds the plan to a config that has none; default: takes the guard off, no more.
     """
     if issubclass(stock_class, HeterogeneousMixin) and layers_of is None:
         return stock_class
     body: dict[str, Any] = {"__module__": stock_class.__module__, "__doc__": stock_class.__doc__}
     if layers_of is not None:
         body["layers_of"] = staticmethod(layers_of)
+    if completed is not None:
+        body["completed"] = staticmethod(completed)
     return type(stock_class.__name__, (HeterogeneousMixin, stock_class), body)
 
 

@@ -267,7 +267,7 @@ def _refuse_unreachable(
         least = fixed.get(cost, 0) + sum(min(c.costs[cost] for c in g.candidates) for g in groups)
         if least > limit:
             outside = fixed.get(cost, 0)
-            parts = f" ({_amount(cost, outside, parent_costs)} of it outside the layers)" if outside else ""
+            parts = f", of which {_amount(cost, outside, parent_costs)} outside the layers" if outside else ""
             raise Infeasible(
                 f"Infeasible: {cost.replace('_', ' ')} {_amount(cost, limit, parent_costs)}. The smallest child this "
                 f"library can give is {_amount(cost, least, parent_costs)}{parts}. Raise the budget, or allow more in "
