@@ -11,7 +11,7 @@ from layersmith.data import evaluation_rows, load_tokenizer
 from layersmith.errors import InputError, UsageError, did_you_mean
 from layersmith.evaluation.compare import compare
 from layersmith.heterogeneous.checkpoint import load, save
-from layersmith.library.library import Library, survey
+from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.parent import load_parent
 from layersmith.progress import SILENT, Progress
@@ -63,8 +63,7 @@ def search_again(
     if out is not None and Path(out).exists():
         raise InputError(f"{out}: already there. Choose another folder.")
     recipe, library = reopen(run, descriptor)
-    found = survey(library.parent, recipe.library)
-    costs = pipeline.cost_table(library.parent, found, budget)
+    costs = pipeline.cost_table(library.parent, library, budget)
     scores = pipeline.read_scores(run, library)
     choice = choose(library.alternatives, losses(scores, objective or recipe.scoring.objective), costs, budget)
     if out is not None:
@@ -85,7 +84,8 @@ def report_again(run_folder: str | Path) -> Path:
     choice = Choice.from_dict(read_json(run.folder / "solution" / "solution.json"))
     evaluation = read_json(run.folder / "evaluation" / "evaluation.json")
     scores = pipeline.read_scores(run, library)
-    return pipeline.finish(run, library, scores, choice, evaluation, recipe).report
+    costs = read_json(run.folder / "solution" / "costs.json")["alternatives"]
+    return pipeline.finish(run, library, scores, choice, costs, evaluation, recipe).report
 
 
 def evaluate_model(

@@ -86,6 +86,15 @@ def forward_with(
         return forward(parent, input_ids)
 
 
+def share_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` use the buffers of ``source`` under the same names; a ``state_dict`` does not hold all of them."""
+    wanted = {name for name, _ in target.named_buffers()}
+    for name, buffer in source.named_buffers():
+        if name in wanted:
+            module, _, own_name = name.rpartition(".")
+            target.get_submodule(module)._buffers[own_name] = buffer
+
+
 def first_tensor(output: Any) -> torch.Tensor:
     """The hidden states in what a layer or subblock returned."""
     return output if isinstance(output, torch.Tensor) else output[0]

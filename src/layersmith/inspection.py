@@ -12,9 +12,9 @@ from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype, stock_class
 from layersmith.heterogeneous.modeling_layersmith import without_guard
 from layersmith.heterogeneous.plan import SUBBLOCKS
-from layersmith.library.alternative import Alternative, linear_is_possible, search_space
+from layersmith.library.alternative import Alternative
 from layersmith.library.axes import LayerAxes, find_axes, meta_layers
-from layersmith.library.library import choose_ffn_ranking, notes_on
+from layersmith.library.library import survey_of
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.recipe import BATCH, CONTEXT, LibraryRecipe
@@ -77,12 +77,10 @@ def outline(
     blocks = block_configs_of(config, descriptor)
     axes = find_axes(descriptor, config, blocks)
     layers = meta_layers(descriptor, config, blocks)
-    linear_possible = {s: linear_is_possible(descriptor, layers, s) for s in SUBBLOCKS}
-    ranking = choose_ffn_ranking(axes, recipe)
-    alternatives = search_space(descriptor, blocks, axes, linear_possible, recipe, ranking)
+    found = survey_of(descriptor, blocks, axes, layers, recipe)
     dtype = config_dtype(config)
-    costs = count_costs(descriptor, config, blocks, alternatives, axes, dtype, workload)
-    return Outline(descriptor, alternatives, axes, costs, notes_on(descriptor, axes, linear_possible), dtype)
+    costs = count_costs(descriptor, config, blocks, found.alternatives, axes, dtype, workload)
+    return Outline(descriptor, found.alternatives, axes, costs, found.notes, dtype)
 
 
 def inspect(

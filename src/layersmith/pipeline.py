@@ -20,7 +20,7 @@ from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.data import check_vocabulary, load_tokenizer, prepare
 from layersmith.evaluation.compare import compare, complete
 from layersmith.heterogeneous.build import quiet_transformers
-from layersmith.heterogeneous.checkpoint import check_files, load
+from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.library import Library, Survey, build_library, survey
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.parent import Parent, load_parent
@@ -149,7 +149,7 @@ def stages(
 
         evaluation = evaluate_child(run, solution_inputs, model, recipe, tokens.evaluation, tokenizer, progress)
         yield "evaluation"
-        yield finish(run, library, scores, choice, evaluation, recipe)
+        yield finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -164,7 +164,6 @@ def examine(
 ) -> tuple[Parent, Survey, CostTable]:
     """Load the parent, find what can be changed in it, and make sure that the budget can be met at all."""
     seed_everything(recipe.seed)
-    check_files(parent)
     with progress.stage("describe", 1, "parent") as advance:
         model = load_parent(parent, Runtime.detect(recipe.device, recipe.dtype), descriptor, recipe.trust_remote_code)
         found = survey(model, recipe.library)
@@ -176,7 +175,8 @@ def examine(
     return model, found, costs
 
 
-def cost_table(model: Parent, found: Survey, budget: Budget) -> CostTable:
+def cost_table(model: Parent, found: Survey | Library, budget: Budget) -> CostTable:
+    """Costs of all alternatives of a search space under the load that a budget names."""
     workload = Workload(budget.batch, budget.context)
     return count_costs(
         model.descriptor, model.config, model.blocks, found.alternatives, found.axes, model.dtype, workload
@@ -314,10 +314,16 @@ def evaluate_child(
 
 
 def finish(
-    run: Run, library: Library, scores: list[Score], choice: Choice, evaluation: dict[str, Any], recipe: Recipe
+    run: Run,
+    library: Library,
+    scores: list[Score],
+    choice: Choice,
+    costs: dict[str, dict[str, int]],
+    evaluation: dict[str, Any],
+    recipe: Recipe,
 ) -> Result:
     """Write the report."""
-    report = collect(run.header(), library, scores, choice, evaluation, recipe)
+    report = collect(run.header(), library, scores, choice, costs, evaluation, recipe)
     write_json(run.folder / "report.json", report)
     write_text(run.folder / "report.html", render(report))
     return Result(run.folder, run.folder / "child", choice, evaluation, run.folder / "report.html")

@@ -98,7 +98,9 @@ class Run:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        with saying_disk_full(self.folder), open(self.folder / ".lock", "w") as lock:
+        with saying_disk_full(self.folder):
+            lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - closed by the next line's with
+        with lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedModel
 
 from layersmith.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
-from layersmith.errors import InputError, LayersmithError
+from layersmith.errors import InputError, LayersmithError, first_line
 from layersmith.heterogeneous.build import (
     class_for,
     meta_model,
@@ -69,13 +69,8 @@ def load(
     except LayersmithError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path}: config.json and weights do not fit together: {_first_line(error)}") from error
+        raise InputError(f"{path}: config.json and weights do not fit together: {first_line(error)}") from error
     return model if device is None else model.to(device)
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def check_files(path: str | os.PathLike[str]) -> None:

@@ -18,6 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
+from layersmith.errors import first_line
 from layersmith.heterogeneous.build import decoder_layers, quiet_transformers, stock_class
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
 from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
@@ -84,8 +85,8 @@ def find_axes(
     descriptor: type[ModelDescriptor], config: PretrainedConfig, blocks: Sequence[BlockConfig]
 ) -> list[LayerAxes]:
     """The axes of every layer of a model whose layers are ``blocks``."""
-    base = [layer_shapes(layer) for layer in meta_layers(descriptor, config, blocks)]
     skeleton = meta_layers(descriptor, config, blocks)
+    base = [layer_shapes(layer) for layer in skeleton]
     ffn = _narrowed(descriptor, config, blocks, "ffn")
     kv = _narrowed(descriptor, config, blocks, "attention")
     queries = _more_query_heads(descriptor, config, blocks, base, kv)
@@ -93,7 +94,7 @@ def find_axes(
     for i, block in enumerate(blocks):
         reasons: dict[str, str] = {}
         ffn_axis = _ffn_axis(skeleton[i], base[i], ffn, i, block, reasons)
-        kv_axis = _kv_axis(skeleton[i], base[i], kv, queries, i, block, config, descriptor, reasons)
+        kv_axis = _kv_axis(skeleton[i], base[i], kv, queries, i, block, reasons)
         found.append(LayerAxes(ffn_axis, kv_axis, reasons))
     return found
 
@@ -141,7 +142,7 @@ def _narrowed(
     try:
         layers = meta_layers(descriptor, config, changed)
     except Exception as error:  # whatever a family's own code raises for a size that it cannot take
-        return _Experiment([], sizes, f"a smaller size cannot be built ({_first_line(error)})")
+        return _Experiment([], sizes, f"a smaller size cannot be built ({first_line(error)})")
     return _Experiment([layer_shapes(layer) for layer in layers], sizes)
 
 
@@ -183,7 +184,7 @@ def _more_query_heads(
         with own_layers(layer_classes(descriptor), configure, lambda layer, index: None):
             layers = _build_layers(descriptor, config, len(blocks))
     except Exception as error:
-        return _Experiment([], [None] * len(blocks), f"more query heads cannot be built ({_first_line(error)})")
+        return _Experiment([], [None] * len(blocks), f"more query heads cannot be built ({first_line(error)})")
     return _Experiment([layer_shapes(layer) for layer in layers], [heads] * len(blocks))
 
 
@@ -272,8 +273,6 @@ def _kv_axis(
     queries: _Experiment,
     i: int,
     block: BlockConfig,
-    config: PretrainedConfig,
-    descriptor: type[ModelDescriptor],
     reasons: dict[str, str],
 ) -> Axis | None:
     full, size = block.attention.num_key_value_heads, narrowed.sizes[i]
@@ -304,8 +303,3 @@ def _kv_axis(
     if axis is None:
         reasons["attention"] = problem or "unknown"
     return axis
-
-
-def _first_line(error: BaseException) -> str:
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

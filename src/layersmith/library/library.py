@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from layersmith import schema
 from layersmith.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.block_config import BlockConfig
-from layersmith.execution import exchanged
+from layersmith.execution import exchanged, share_buffers
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
@@ -25,6 +25,7 @@ from layersmith.library.axes import LayerAxes, find_axes, meta_layers
 from layersmith.library.proof import prove
 from layersmith.library.statistics import Probe, gather
 from layersmith.library.weights import keep_kv_heads, narrow_ffn, pool_kv_heads
+from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.parent import Parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import LibraryRecipe
@@ -99,10 +100,7 @@ class Library:
         state = {name: tensors[name] for name, _ in layer.named_parameters()}
         state |= {name: buffer for name, buffer in original.state_dict().items() if name in dict(layer.named_buffers())}
         layer.load_state_dict(state, strict=True, assign=True)
-        for name, buffer in original.named_buffers():  # buffers that are not part of a state_dict
-            module, _, own_name = name.rpartition(".")
-            if name in dict(layer.named_buffers()):
-                layer.get_submodule(module)._buffers[own_name] = buffer
+        share_buffers(original, layer)
         return layer.eval().requires_grad_(False)
 
     def _skeleton(self, index: int, changed: Sequence[Alternative]) -> nn.Module:
@@ -137,10 +135,7 @@ class Library:
         )
         with exchanged(parent, self.layers(chosen)):
             child.load_state_dict(parent.model.state_dict(), strict=True, assign=True)
-            for name, buffer in parent.model.named_buffers():
-                module, _, own_name = name.rpartition(".")
-                if name in dict(child.named_buffers()):
-                    child.get_submodule(module)._buffers[own_name] = buffer
+            share_buffers(parent.model, child)
         child.tie_weights()
         child.generation_config = copy.deepcopy(parent.model.generation_config)
         return child.eval()
@@ -189,10 +184,21 @@ def survey(parent: Parent, recipe: LibraryRecipe) -> Survey:
     vocab_size = parent.language_config.vocab_size
     tokens = torch.arange(32)[None] * 31 % vocab_size  # any ids will do for a proof
     axes = prove(parent, find_axes(parent.descriptor, parent.config, parent.blocks), tokens)
-    linear_possible = {s: linear_is_possible(parent.descriptor, parent.layers, s) for s in SUBBLOCKS}
+    return survey_of(parent.descriptor, parent.blocks, axes, parent.layers, recipe)
+
+
+def survey_of(
+    descriptor: type[ModelDescriptor],
+    blocks: Sequence[BlockConfig],
+    axes: list[LayerAxes],
+    layers: Sequence[nn.Module],
+    recipe: LibraryRecipe,
+) -> Survey:
+    """What a recipe asks for and a model's axes allow; its layers may lie on the meta device."""
+    linear_possible = {s: linear_is_possible(descriptor, layers, s) for s in SUBBLOCKS}
     ffn_ranking = choose_ffn_ranking(axes, recipe)
-    alternatives = search_space(parent.descriptor, parent.blocks, axes, linear_possible, recipe, ffn_ranking)
-    return Survey(axes, alternatives, ffn_ranking, notes_on(parent.descriptor, axes, linear_possible))
+    alternatives = search_space(descriptor, blocks, axes, linear_possible, recipe, ffn_ranking)
+    return Survey(axes, alternatives, ffn_ranking, notes_on(descriptor, axes, linear_possible))
 
 
 def build_library(

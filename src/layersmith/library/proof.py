@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from layersmith.block_config import AttentionConfig, FFNConfig
-from layersmith.execution import first_tensor, forward_with, layer_outputs
+from layersmith.execution import first_tensor, forward_with, layer_outputs, share_buffers
 from layersmith.library.axes import Axis, LayerAxes, WeightAxis, layer_shapes, meta_layers
 from layersmith.library.weights import keep_kv_heads, narrow_ffn
 from layersmith.parent import Parent
@@ -123,9 +123,7 @@ def _compare(
     tensors: dict[str, torch.Tensor] = dict(with_dead.named_parameters())
     tensors |= slice_weights(tensors)
     narrow.load_state_dict({name: tensors[name] for name, _ in narrow.named_parameters()}, strict=False, assign=True)
-    for name, buffer in original.named_buffers():
-        module, _, own_name = name.rpartition(".")
-        narrow.get_submodule(module)._buffers[own_name] = buffer
+    share_buffers(original, narrow)
     seen: list[torch.Tensor] = []
     for layer in (with_dead, narrow.eval()):
         _run(parent, tokens, outputs, i, layer, seen)

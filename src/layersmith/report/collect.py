@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from layersmith.library.alternative import Alternative
@@ -24,6 +25,7 @@ def collect(
     library: Library,
     scores: list[Score],
     choice: Choice,
+    costs: Mapping[str, Mapping[str, int]],
     evaluation: dict[str, Any],
     recipe: Recipe,
 ) -> dict[str, Any]:
@@ -52,7 +54,7 @@ def collect(
             "sequences": evaluation["sequences"],
             "rows": evaluation["rows"],
         },
-        "layers": _layers(library, scores, choice, objective),
+        "layers": _layers(library, scores, choice, costs, objective),
         "scores": _heat_map(scores, choice, objective),
         "search": {"score": choice.score, "proven_optimal": choice.proven_optimal},
         "samples": evaluation["samples"],
@@ -80,13 +82,18 @@ def describe_subblock(library: Library, alternative: Alternative) -> str:
     return "FFN" if width is None else f"width {width}"
 
 
-def _layers(library: Library, scores: list[Score], choice: Choice, objective: str) -> list[dict[str, Any]]:
+def _layers(
+    library: Library,
+    scores: list[Score],
+    choice: Choice,
+    costs: Mapping[str, Mapping[str, int]],
+    objective: str,
+) -> list[dict[str, Any]]:
     by_key = {score.alternative.key: score for score in scores}
-    sizes = _parameters(library, choice)
     rows: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
     for alternative in choice.alternatives:
         parent = Alternative(alternative.layer, alternative.subblock, "parent")
-        own, full = sizes[alternative.key], sizes[parent.key]
+        own, full = costs[alternative.key]["parameters"], costs[parent.key]["parameters"]
         rows[alternative.layer][alternative.subblock] = {
             "parent": describe_subblock(library, parent),
             "child": describe_subblock(library, alternative),
@@ -98,23 +105,6 @@ def _layers(library: Library, scores: list[Score], choice: Choice, objective: st
             "score": by_key[alternative.key].mean(objective),
         }
     return rows
-
-
-def _parameters(library: Library, choice: Choice) -> dict[str, int]:
-    """Parameters of the chosen subblocks and of the parent's."""
-    from layersmith.costs.counted import Workload
-    from layersmith.costs.library_costs import count_costs
-
-    parent = library.parent
-    wanted = {a.key: a for a in choice.alternatives}
-    for alternative in choice.alternatives:
-        own = Alternative(alternative.layer, alternative.subblock, "parent")
-        wanted[own.key] = own
-    workload = Workload(choice.budget.batch, choice.budget.context)
-    table = count_costs(
-        parent.descriptor, parent.config, parent.blocks, list(wanted.values()), library.axes, parent.dtype, workload
-    )
-    return {key: table.by_key[key]["parameters"] for key in wanted}
 
 
 def _heat_map(scores: list[Score], choice: Choice, objective: str) -> dict[str, Any]:
