@@ -98,9 +98,9 @@ def test_a_descriptor_from_the_working_folder(
     make_parent: Callable[..., Path], text_folder: Path, recipe: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine.py").write_text(
-        "from layersmith.model_descriptor.families.llama_like import LlamaModelDescriptor\n"
-        "from layersmith import ModelDescriptor\n"
-        "class Mine(LlamaModelDescriptor):\n"
+        "from layersmith import ModelDescriptor, describe\n"
+        "from transformers import LlamaConfig\n"
+        "class Mine(describe(LlamaConfig)):\n"
         "    attn_no_op_post_init = staticmethod(ModelDescriptor.attn_no_op_post_init)\n"
     )
     done = layersmith_command(

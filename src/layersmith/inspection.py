@@ -9,7 +9,7 @@ import torch
 
 from layersmith.costs.counted import Workload, total
 from layersmith.costs.library_costs import CostTable, count_costs
-from layersmith.heterogeneous.build import block_configs_of, config_dtype, stock_class
+from layersmith.heterogeneous.build import block_configs_of, config_dtype
 from layersmith.heterogeneous.modeling_layersmith import without_guard
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative
@@ -17,6 +17,7 @@ from layersmith.library.axes import LayerAxes, find_axes, meta_layers
 from layersmith.library.library import survey_of
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
+from layersmith.model_descriptor.stock import own_config, stock_class
 from layersmith.recipe import BATCH, CONTEXT, LibraryRecipe
 
 
@@ -72,7 +73,7 @@ def outline(
     trust_remote_code: bool = False,
 ) -> Outline:
     """Find what can be changed in a model, and what everything costs, on the meta device."""
-    config = without_guard(read_config(parent, trust_remote_code=trust_remote_code))
+    config = own_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
     descriptor = descriptor or describe(config)
     blocks = block_configs_of(config, descriptor)
     axes = find_axes(descriptor, config, blocks)
@@ -97,7 +98,7 @@ def inspect(
         UnsupportedModel: no descriptor for its family.
     """
     found = outline(parent, LibraryRecipe(), Workload(batch, context), descriptor, trust_remote_code)
-    config = without_guard(read_config(parent, trust_remote_code=trust_remote_code))
+    config = own_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
     blocks = block_configs_of(config, found.descriptor)
     rows = [_row(i, found, block.attention, block.ffn) for i, block in enumerate(blocks)]
     own = {

@@ -19,10 +19,10 @@ from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.data import check_vocabulary, load_tokenizer, prepare
 from layersmith.evaluation.compare import compare, complete
-from layersmith.heterogeneous.build import quiet_transformers
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.library import Library, Survey, build_library, survey
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.parent import Parent, load_parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import Recipe

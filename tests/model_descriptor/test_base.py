@@ -113,8 +113,8 @@ def test_rotary_embedding_is_made_anew(family: str) -> None:
 
 
 def test_factory() -> None:
-    llama = layersmith.describe(FAMILIES["llama"]())
-    assert ModelDescriptorFactory.get("llama") is llama
+    llama = ModelDescriptorFactory.get("llama")
+    assert llama.layer_block_name(3) == "model.layers.3"
     assert ModelDescriptorFactory.get(llama) is llama
     with pytest.raises(UnsupportedModel, match="Did you mean 'mistral'"):
         ModelDescriptorFactory.get("mistrall")

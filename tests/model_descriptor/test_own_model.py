@@ -12,7 +12,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaMod
 
 import layersmith
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
-from layersmith.model_descriptor.families.llama_like import LlamaModelDescriptor
+from tests.model_descriptor.hand_written import LlamaModelDescriptor
 
 
 class OwnConfig(LlamaConfig):

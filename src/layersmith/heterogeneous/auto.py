@@ -40,6 +40,7 @@ def _wrap(module: Any) -> None:
         return class_for(chosen, config)
 
     get_model_class.knows_children = True  # type: ignore[attr-defined]
+    get_model_class.__wrapped__ = stock  # type: ignore[attr-defined]
     module._get_model_class = get_model_class
 
 

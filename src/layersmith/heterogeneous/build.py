@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import copy
-import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, has_attention, read_block_configs
-from layersmith.errors import UnsupportedModel, UsageError
-from layersmith.heterogeneous.modeling_layersmith import cache_layer_types, heterogeneous_class, without_guard
+from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, read_block_configs
+from layersmith.errors import UsageError
+from layersmith.heterogeneous.modeling_layersmith import (
+    as_parent,
+    cache_layer_types,
+    heterogeneous_class,
+    without_guard,
+)
 from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
-from layersmith.heterogeneous.plan import make_plan
+from layersmith.heterogeneous.plan import fills_cache, make_plan, native_layers
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
+from layersmith.model_descriptor.inferred import InferredDescriptor
+from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model
 
 
 def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> list[BlockConfig]:
@@ -35,15 +38,18 @@ def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]
     Raises:
         UsageError: the config carries block configs that are not of our schema, or not one a layer.
     """
-    config = without_guard(config)
-    language = (descriptor or describe(config)).get_language_model_config(config)
-    num_layers = language.num_hidden_layers
+    config = own_config(without_guard(config))
+    descriptor = descriptor or describe(config)
+    language = descriptor.get_language_model_config(config)
+    num_layers = num_layers_of(config, descriptor)
     entries = getattr(config, "block_configs", None) or getattr(language, "block_configs", None)
     if entries:
         blocks = read_block_configs(entries, "config.json")
         if len(blocks) != num_layers:
             raise UsageError(f"config.json: {len(blocks)} block_configs for {num_layers} layers.")
         return blocks
+    if issubclass(descriptor, InferredDescriptor):
+        return descriptor.parent_blocks()
     block = BlockConfig(
         AttentionConfig(num_key_value_heads=_whole_number(language, "num_key_value_heads")),
         FFNConfig(intermediate_size=_whole_number(language, "intermediate_size")),
@@ -51,22 +57,16 @@ def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]
     return [block] * num_layers
 
 
+def num_layers_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]) -> int:
+    """How many decoder layers a config's model has."""
+    if issubclass(descriptor, InferredDescriptor):
+        return len(descriptor.findings.of_layer)
+    return int(descriptor.get_language_model_config(config).num_hidden_layers)
+
+
 def _whole_number(config: PretrainedConfig, name: str) -> int | None:
     value = getattr(config, name, None)
     return value if type(value) is int else None
-
-
-def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that Transformers has for a causal language model of this config.
-
-    Raises:
-        UnsupportedModel: it has none.
-    """
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if type(config) in mapping:
-            found: Any = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
-    raise UnsupportedModel(f"This version of Transformers has no causal language model for {type(config).__name__}.")
 
 
 def class_for(
@@ -91,13 +91,13 @@ def class_for(
 def child_class(descriptor: type[ModelDescriptor], stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
     """The stock class, made to build the layers of a config as its ``block_configs`` say."""
 
-    def layers_of(own_config: PretrainedConfig) -> Any:
-        return deci_x_patcher(descriptor, own_config.block_configs)
+    def layers_of(child: PretrainedConfig) -> Any:
+        return deci_x_patcher(descriptor, child.block_configs)
 
-    def completed(own_config: PretrainedConfig) -> PretrainedConfig:
-        if hasattr(own_config, "layersmith"):
-            return without_guard(own_config)
-        return child_config(own_config, block_configs_of(own_config, descriptor), descriptor)
+    def completed(child: PretrainedConfig) -> PretrainedConfig:
+        if hasattr(child, "layersmith"):
+            return without_guard(child)
+        return child_config(child, block_configs_of(child, descriptor), descriptor)
 
     return heterogeneous_class(stock, layers_of, completed)
 
@@ -112,33 +112,55 @@ def child_config(
         UnsupportedModel: an alternative that the family cannot take.
     """
     descriptor = descriptor or describe(config)
-    config = without_guard(config)
+    config = as_parent(own_config(config))
     language = descriptor.get_language_model_config(config)
     blocks = read_block_configs(list(block_configs), "block_configs")
-    if len(blocks) != language.num_hidden_layers:
-        raise UsageError(f"{len(blocks)} block configs for the {language.num_hidden_layers} layers of the model.")
-    for name in ("block_configs", "layersmith", "auto_map"):
-        if hasattr(config, name):
-            delattr(config, name)
-    stock = meta_model(config)
-    layers = [stock.get_submodule(descriptor.layer_block_name(i)) for i in range(len(blocks))]
+    num_layers = num_layers_of(config, descriptor)
+    if len(blocks) != num_layers:
+        raise UsageError(f"{len(blocks)} block configs for the {num_layers} layers of the model.")
+    if own_types := getattr(language, "layer_types", None):
+        config = _with_layer_types(config, descriptor, cache_layer_types(fills_cache(descriptor, blocks), own_types))
+        language = descriptor.get_language_model_config(config)
+    layers = decoder_layers(stock_model(config), descriptor, len(blocks))
     class_names = [f"{cls.__module__}.{cls.__qualname__}" for cls in layer_classes(descriptor)]
-    if getattr(language, "layer_types", None):
-        language.layer_types = cache_layer_types([has_attention(block) for block in blocks], language.layer_types)
     config.layersmith = make_plan(descriptor, language, blocks, layers, class_names)
+    if language is not config:
+        config.layersmith["text_config"] = next(n for n, value in vars(config).items() if value is language)
     config.block_configs = [block.to_dict() for block in blocks]
     return config
+
+
+def _with_layer_types(
+    whole: PretrainedConfig, descriptor: type[ModelDescriptor], layer_types: list[str]
+) -> PretrainedConfig:
+    """A config whose layers have other types, where that makes no layer of another class.
+
+    A config of its own for a layer goes with the type.
+    """
+    own_types = list(descriptor.get_language_model_config(whole).layer_types)
+    changed = [i for i, own in enumerate(own_types) if own != layer_types[i]]
+    if not changed:
+        return whole
+    result = copy.deepcopy(whole)
+    config = descriptor.get_language_model_config(result)
+    native = {int(i): entry for i, entry in native_layers(config).items()}
+    for i in changed:
+        native.pop(i, None)
+        donor = native.get(own_types.index(layer_types[i]))
+        if donor is not None:
+            native[i] = dict(donor)
+    if getattr(config, "is_heterogeneous", False):
+        config.per_layer_config = None
+    config.layer_types = layer_types
+    if native:
+        config.per_layer_config = native
+    before, after = (decoder_layers(stock_model(c), descriptor, len(own_types)) for c in (whole, result))
+    return result if [type(layer) for layer in before] == [type(layer) for layer in after] else whole
 
 
 def config_dtype(config: PretrainedConfig) -> torch.dtype:
     """The dtype that a config names for its weights; float32 if it names none."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
-
-
-def meta_model(config: PretrainedConfig) -> PreTrainedModel:
-    """The stock model of a config on the meta device: all shapes, no memory."""
-    with torch.device("meta"), quiet_transformers():
-        return stock_class(config)._from_config(copy.deepcopy(config))
 
 
 def build(
@@ -163,27 +185,9 @@ def build(
         UnsupportedModel: the family cannot be described or cannot take an alternative.
     """
     descriptor = descriptor or describe(config)
-    own_config = child_config(config, block_configs, descriptor)
-    dtype = dtype or config_dtype(own_config)
+    child = child_config(config, block_configs, descriptor)
     with torch.device(device or "cpu"), quiet_transformers():
-        return child_class(descriptor, stock_class(own_config))._from_config(own_config, dtype=dtype)
-
-
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence Transformers' notes and progress bars; what matters in them we check ourselves."""
-    from transformers.utils import logging as transformers_logging
-
-    logger = transformers_logging.get_logger("transformers")
-    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
-    restore_bars = transformers_logging.enable_progress_bar if bars else partial(lambda: None)
-    logger.setLevel(logging.ERROR)
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-        restore_bars()
+        return child_class(descriptor, stock_class(child))._from_config(child, dtype=dtype or config_dtype(child))
 
 
 def decoder_layers(model: nn.Module, descriptor: type[ModelDescriptor], num_layers: int) -> list[nn.Module]:

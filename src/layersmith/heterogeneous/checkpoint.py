@@ -19,12 +19,7 @@ from transformers import PreTrainedModel
 
 from layersmith.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
 from layersmith.errors import InputError, LayersmithError, first_line
-from layersmith.heterogeneous.build import (
-    class_for,
-    meta_model,
-    quiet_transformers,
-    stock_class,
-)
+from layersmith.heterogeneous.build import class_for
 from layersmith.heterogeneous.modeling_layersmith import (
     HeterogeneousMixin,
     refuse_incomplete,
@@ -33,6 +28,7 @@ from layersmith.heterogeneous.modeling_layersmith import (
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import read_config
+from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model
 
 INDEX = "model.safetensors.index.json"
 SUBBLOCK_FOLDER = "subblocks_safetensors"
@@ -59,7 +55,7 @@ def load(
         InputError: files are missing or damaged, or weights and config disagree. Nothing is ever made up.
     """
     check_files(path)
-    config = read_config(path, trust_remote_code=trust_remote_code)
+    config = own_config(read_config(path, trust_remote_code=trust_remote_code))
     cls: Any = class_for(stock_class(config), config, descriptor)
     config = without_guard(config)
     try:
@@ -146,7 +142,7 @@ def save(model: PreTrainedModel, path: str | os.PathLike[str], *, tokenizer: Any
 
 
 def _refuse_unplanned(model: PreTrainedModel, folder: Path) -> None:
-    expected = {name: tensor.shape for name, tensor in meta_model(model.config).state_dict().items()}
+    expected = {name: tensor.shape for name, tensor in stock_model(model.config).state_dict().items()}
     if {name: tensor.shape for name, tensor in model.state_dict().items()} != expected:
         raise InputError(
             f"{folder}: this model's layers differ but its config does not say how, so no one could load it. "

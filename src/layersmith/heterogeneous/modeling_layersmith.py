@@ -72,12 +72,24 @@ class LinearSubblock(nn.Module):
         return self.linear(_first_tensor(args, kwargs))
 
 
-def return_tuple_of_size(cls: type[nn.Module], size: int) -> type[nn.Module]:
+class PassArgument(nn.Module):
+    """One of its arguments, by position or name: a subblock that adds the residual itself, and adds nothing to it."""
+
+    def __init__(self, argument: int | str):
+        super().__init__()
+        self.argument = argument
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return args[self.argument] if isinstance(self.argument, int) else kwargs[self.argument]
+
+
+def return_tuple_of_size(cls: type[nn.Module], size: int, as_list: bool = False) -> type[nn.Module]:
     """A subclass of ``cls`` that returns ``(output, None, ...)`` of length ``size``, as attention layers do."""
 
     class ReturnsTuple(cls):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-            return (super().forward(*args, **kwargs), *[None] * (size - 1))
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            parts = [super().forward(*args, **kwargs), *[None] * (size - 1)]
+            return parts if as_list else tuple(parts)
 
     ReturnsTuple.__name__ = ReturnsTuple.__qualname__ = f"{cls.__name__}ReturnsTuple{size}"
     return ReturnsTuple
@@ -86,13 +98,26 @@ def return_tuple_of_size(cls: type[nn.Module], size: int) -> type[nn.Module]:
 def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -> nn.Module:
     """The module that a plan's record describes.
 
-    A record is ``{"is": "zeros" | "same" | "linear", "returns": tuple size or 0}``; a linear one also has ``size``.
+    A record is ``{"is": "zeros" | "same" | "argument" | "linear", "returns": tuple size or 0}``; ``"list": True`` if
+    the tuple is a list, ``"of"`` names the argument, ``"size"`` the size of the linear map, ``"attributes"`` what the
+    model asks of the module that was there, and ``"empty"`` the weights of it whose dtype or device the model asks.
     """
-    kinds: dict[str, type[nn.Module]] = {"zeros": MatchingZeros, "same": Same, "linear": LinearSubblock}
+    kinds: dict[str, type[nn.Module]] = {
+        "zeros": MatchingZeros,
+        "same": Same,
+        "argument": PassArgument,
+        "linear": LinearSubblock,
+    }
     cls = kinds[record["is"]]
     if record.get("returns"):
-        cls = return_tuple_of_size(cls, record["returns"])
-    return cls(record["size"], dtype) if record["is"] == "linear" else cls()
+        cls = return_tuple_of_size(cls, record["returns"], record.get("list", False))
+    arguments = {"argument": [record.get("of")], "linear": [record.get("size"), dtype]}.get(record["is"], [])
+    module = cls(*arguments)
+    for name, value in record.get("attributes", {}).items():
+        setattr(module, name, value)
+    for name in record.get("empty", ()):
+        module.register_buffer(name, torch.empty(0), persistent=False)
+    return module
 
 
 # ---------------------------------------------------------------------------------------------- layers of their own
@@ -177,9 +202,13 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
     for name, value in overrides.items():
         if value is None:
             continue
-        nested = getattr(own, name, None)
+        nested = own.__dict__.get(name)
         if isinstance(nested, PretrainedConfig) and isinstance(value, dict):
             setattr(own, name, with_overrides(nested, value))
+        elif name in (getattr(own, "per_layer_attributes", None) or ()):
+            # A family whose own config differs by layer: the override holds whichever layer asks.
+            layers = own.to_dict()["per_layer_config"]
+            own.per_layer_config = {int(i): entry | {name: value} for i, entry in layers.items()}
         else:
             setattr(own, name, value)
     return own
@@ -207,22 +236,42 @@ def cache_slots(has_attention: Sequence[bool], layer_types: Sequence[str] | None
 
 
 def cache_layer_types(has_attention: Sequence[bool], layer_types: Sequence[str]) -> list[str]:
-    """``layer_types`` under which slot 0 is filled, and no type is left without attention.
+    """``layer_types`` under which no type of attention is left without a layer that fills its slots.
 
-    The type of a layer without attention matters to its cache slot alone, so it takes the type of the first attention
-    layer, which then fills slot 0.
+    The type of a layer without attention matters to its cache slot alone. So if no layer of its type has attention
+    any more, it takes the type of the first one that has.
     """
-    if not any(has_attention):
-        return list(layer_types)
-    first = layer_types[list(has_attention).index(True)]
-    return [own if present else first for own, present in zip(layer_types, has_attention, strict=True)]
+    kept = [own for own, present in zip(layer_types, has_attention, strict=True) if present and _has_keys(own)]
+    gone = {own for own in layer_types if _has_keys(own)} - set(kept)
+    return [kept[0] if kept and own in gone else own for own in layer_types]
 
 
-def set_cache_slot(layer: nn.Module, slot: int) -> None:
-    """Let the attention inside a decoder layer use ``slot`` of the KV cache."""
-    for module in layer.modules():
-        if module is not layer and type(getattr(module, "layer_idx", None)) is int:
-            setattr(module, "layer_idx", slot)  # noqa: B010 - a plain attribute, which a Module does not declare
+def _has_keys(layer_type: str) -> bool:
+    """Whether layers of a type keep keys and values, not a state."""
+    stateful = ("linear", "conv", "mamba", "recurrent", "moe", "mlp", "dummy")
+    return not any(word in layer_type for word in stateful)
+
+
+def set_cache_slot(layer: nn.Module, slot: int, within: Sequence[str] | None = None) -> None:
+    """Let the attention inside a decoder layer use ``slot`` of the KV cache.
+
+    A layer with several attentions has as many slots, one after another.
+
+    Args:
+        layer: the layer.
+        slot: of the cache.
+        within: the modules that make up the attention; default: all of the layer.
+    """
+    inside = tuple(f"{name}." for name in within or ())
+    numbered = [
+        (module, name)
+        for path, module in layer.named_modules()
+        for name in _INDEX_NAMES[:5]
+        if path and type(module.__dict__.get(name)) is int and (within is None or f"{path}.".startswith(inside))
+    ]
+    own = sorted({getattr(module, name) for module, name in numbered})
+    for module, name in numbered:
+        setattr(module, name, slot * len(own) + own.index(getattr(module, name)))
 
 
 # ---------------------------------------------------------------------------------------------- the plan in config.json
@@ -242,7 +291,7 @@ def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
             return
         for name, record in records[index]["modules"].items():
             layer.set_submodule(name, make_replacement(record))
-        set_cache_slot(layer, records[index]["cache_slot"])
+        set_cache_slot(layer, records[index]["cache_slot"], records[index].get("cached"))
 
     with own_layers([_import(name) for name in plan["decoder_layers"]], configure, finish):
         yield
@@ -256,16 +305,36 @@ def _import(name: str) -> type[nn.Module]:
 
 
 def without_guard(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a checkpoint's config without ``per_layer_config``.
+    """A copy of a checkpoint's config without the ``per_layer_config`` that layersmith wrote.
 
     That entry is there so that code which builds all layers alike stops with an error. The plan says the same and
-    more, so whoever follows the plan takes the guard off first.
+    more, so whoever follows the plan takes the guard off first. What a family's own config has there stays.
     """
     config = copy.deepcopy(config)
-    for own in (config, config.get_text_config()):
+    plan = getattr(config, "layersmith", None)
+    if plan is None and not getattr(config, "block_configs", None):
+        return config
+    for own in {id(c): c for c in (config, _text_config(config))}.values():
         if getattr(own, "is_heterogeneous", False):
-            own.per_layer_config = None
+            native = (plan or {}).get("native_per_layer_config")
+            own.per_layer_config = {int(i): entry for i, entry in native.items()} if native else None
     return config
+
+
+def as_parent(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a child's config without all that makes its layers differ; of any other config a plain copy."""
+    config = without_guard(config)
+    for name in ("block_configs", "layersmith", "auto_map"):
+        if name in config.__dict__ and (name != "auto_map" or "modeling_layersmith" in str(config.auto_map)):
+            delattr(config, name)
+    return config
+
+
+def _text_config(config: PretrainedConfig) -> PretrainedConfig:
+    try:
+        return config.get_text_config(decoder=True)
+    except ValueError:  # several of them
+        return config
 
 
 # ---------------------------------------------------------------------------------------------- model classes
@@ -310,7 +379,7 @@ class HeterogeneousMixin:
         for module in self.modules():  # type: ignore[attr-defined]
             own = getattr(module, "config", None)
             if isinstance(own, PretrainedConfig) and not isinstance(module, PreTrainedModel):
-                text_config = self.config.get_text_config()  # type: ignore[attr-defined]
+                text_config = _text_config(self.config)  # type: ignore[attr-defined]
                 own._attn_implementation_internal = text_config._attn_implementation_internal
 
     def _get_static_cache_init_shape(self) -> None:
@@ -360,8 +429,11 @@ def finish_folder(folder: Path) -> None:
     path = folder / "config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     data["auto_map"] = {**data.get("auto_map", {}), **AUTO_MAP}
-    language = data["text_config"] if "num_hidden_layers" in data.get("text_config", {}) else data
-    language["per_layer_config"] = data["layersmith"]["per_layer_config"]
+    plan = data["layersmith"]
+    language = data[plan["text_config"]] if plan.get("text_config") else data
+    native = plan.get("native_per_layer_config") or {}
+    guard = {i: native.get(i, {}) | entry for i, entry in plan["per_layer_config"].items()}
+    language["per_layer_config"] = native | guard
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / FILE_NAME).write_bytes(Path(__file__).read_bytes())
 

@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.block_config import BlockConfig, has_attention, read_block_configs
+from layersmith.block_config import BlockConfig, read_block_configs
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import (
     cache_slots,
@@ -18,7 +18,7 @@ from layersmith.heterogeneous.modeling_layersmith import (
     set_cache_slot,
     with_overrides,
 )
-from layersmith.heterogeneous.plan import linear_records
+from layersmith.heterogeneous.plan import cached_modules, fills_cache, linear_records
 from layersmith.model_descriptor.base import ModelDescriptor
 
 
@@ -43,7 +43,7 @@ def deci_x_patcher(
         UnsupportedModel: a block config asks for a no-op that the descriptor does not have.
     """
     blocks = read_block_configs(list(block_configs), "deci_x_patcher")
-    present = [has_attention(block) for block in blocks]
+    present = fills_cache(model_descriptor, blocks)
     slots = cache_slots(present)
 
     def configure(config: PretrainedConfig, index: int) -> PretrainedConfig:
@@ -55,8 +55,9 @@ def deci_x_patcher(
 
     def finish(layer: nn.Module, index: int) -> None:
         if index < len(blocks):
+            within = cached_modules(model_descriptor, layer, index, slots[index])
             _replace_subblocks(model_descriptor, layer, blocks[index])
-            set_cache_slot(layer, slots[index])
+            set_cache_slot(layer, slots[index], within)
 
     with own_layers(layer_classes(model_descriptor), configure, finish):
         yield

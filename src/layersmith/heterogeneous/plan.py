@@ -16,40 +16,42 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.modeling_layersmith import cache_slots
+from layersmith.heterogeneous.modeling_layersmith import PassArgument, cache_slots
 from layersmith.model_descriptor.base import ModelDescriptor
 
 SUBBLOCKS = ("attention", "ffn")
 
 
-def no_op_records(descriptor: type[ModelDescriptor], layer: nn.Module, subblock: str) -> dict[str, dict[str, Any]]:
-    """What the descriptor's no-op callback puts where.
+def no_op_records(descriptor: type[ModelDescriptor], layer: nn.Module, *subblocks: str) -> dict[str, dict[str, Any]]:
+    """What the descriptor's no-op callbacks put where.
 
     Args:
         descriptor: the descriptor.
         layer: a decoder layer as its class builds it, on any device; it is not changed.
-        subblock: ``"attention"`` or ``"ffn"``.
+        subblocks: ``"attention"``, ``"ffn"`` or both; both may take more away than each alone.
 
     Returns:
-        Module name in the layer to ``{"is": "zeros" | "same", "returns": tuple size or 0}``.
+        Module name in the layer to a record as ``make_replacement`` reads it.
 
     Raises:
         UnsupportedModel: there is no such callback, or it does something that cannot be written down.
     """
-    supported = descriptor.attn_no_op_supported() if subblock == "attention" else descriptor.mlp_no_op_supported()
-    if not supported:
-        raise UnsupportedModel(f"{descriptor.__name__} has no {subblock} no-op.")
+    what = " and ".join(subblocks)
     # The tensors are shared with the original: only the tree of modules is copied.
     trial = copy.deepcopy(layer, {id(tensor): tensor for tensor in [*layer.parameters(), *layer.buffers()]})
     before = dict(trial.named_modules())
     plain_before = _plain_attributes(trial)
-    (descriptor.attn_no_op_post_init if subblock == "attention" else descriptor.mlp_no_op_post_init)(trial)
+    for subblock in subblocks:
+        supported = descriptor.attn_no_op_supported() if subblock == "attention" else descriptor.mlp_no_op_supported()
+        if not supported:
+            raise UnsupportedModel(f"{descriptor.__name__} has no {subblock} no-op.")
+        (descriptor.attn_no_op_post_init if subblock == "attention" else descriptor.mlp_no_op_post_init)(trial)
     if _plain_attributes(trial) != plain_before:
-        raise UnsupportedModel(f"{descriptor.__name__}: its {subblock} no-op changes more than modules of the layer.")
+        raise UnsupportedModel(f"{descriptor.__name__}: its {what} no-op changes more than modules of the layer.")
     records: dict[str, dict[str, Any]] = {}
     for name, module in trial.named_modules():
         if before.get(name) is not module and not any(name.startswith(f"{outer}.") for outer in records):
-            records[name] = _observe(module, f"{descriptor.__name__}: the {subblock} no-op's {name}")
+            records[name] = _observe(module, f"{descriptor.__name__}: the {what} no-op's {name}")
     return records
 
 
@@ -86,26 +88,42 @@ def _plain_attributes(layer: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if isinstance(value, str | int | float | bool | type(None))}
 
 
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    """Plain values that a callback gave to a module it put in, for code that looks at what was there."""
+    hidden = set(vars(nn.Module())) | {"argument"}
+    return {name: value for name, value in _plain_attributes(module).items() if name not in hidden}
+
+
 def _observe(module: nn.Module, what: str) -> dict[str, Any]:
     """Find what a parameter-free module does by calling it."""
     if any(True for _ in module.parameters()):
         raise UnsupportedModel(f"{what} has weights; that cannot be written into a checkpoint's plan.")
+    attributes: dict[str, Any] = {"attributes": own} if (own := _own_attributes(module)) else {}
+    if empty := [name for name, buffer in module.named_buffers() if not buffer.numel()]:
+        attributes["empty"] = empty
+    argument = getattr(module, "argument", None) if isinstance(module, PassArgument) else None
     with torch.device("cpu"):  # the layer may be under construction on the meta device
         probe = torch.randn(2, 3, 8, generator=torch.Generator().manual_seed(0))
         try:
-            output = module(probe)
+            if argument is not None:
+                output = module(**{argument: probe}) if isinstance(argument, str) else module(*[probe] * (argument + 1))
+            else:
+                output = module(probe)
         except TypeError:
             output = module(hidden_states=probe)
-    returns = 0
+    returns: dict[str, Any] = {"returns": 0}
     if isinstance(output, tuple | list):
         if any(rest is not None for rest in output[1:]):
             raise UnsupportedModel(f"{what} returns more than one tensor; that cannot be written into a plan.")
-        output, returns = output[0], len(output)
+        returns = {"returns": len(output)} | ({"list": True} if isinstance(output, list) else {})
+        output = output[0]
     with torch.device("cpu"):
+        if argument is not None:
+            return {"is": "argument", "of": argument, **returns, **attributes}
         if torch.equal(output, probe):
-            return {"is": "same", "returns": returns}
+            return {"is": "same", **returns, **attributes}
         if not output.any():
-            return {"is": "zeros", "returns": returns}
+            return {"is": "zeros", **returns, **attributes}
     raise UnsupportedModel(f"{what} neither passes its input on nor gives zeros; that cannot be written into a plan.")
 
 
@@ -127,24 +145,56 @@ def make_plan(
     """
     from layersmith import __version__
 
-    present = [has_attention(block) for block in block_configs]
+    present = fills_cache(descriptor, block_configs)
     slots = cache_slots(present, getattr(config, "layer_types", None))
     records = []
     for layer, block, slot in zip(layers, block_configs, slots, strict=True):
-        modules: dict[str, dict[str, Any]] = {}
+        removed = [subblock for subblock in SUBBLOCKS if block.subblock(subblock).no_op]
+        modules = no_op_records(descriptor, layer, *removed) if removed else {}
         for subblock in SUBBLOCKS:
-            if block.subblock(subblock).no_op:
-                modules |= no_op_records(descriptor, layer, subblock)
-            elif block.subblock(subblock).replace_with_linear:
+            if block.subblock(subblock).replace_with_linear:
                 modules |= linear_records(descriptor, layer, subblock)
         overrides = {k: v for k, v in descriptor.block_config_to_layer_overrides(block).items() if v is not None}
-        records.append({"config": overrides, "modules": modules, "cache_slot": slot})
-    return {
+        record: dict[str, Any] = {"config": overrides, "modules": modules, "cache_slot": slot}
+        if (within := cached_modules(descriptor, layer, len(records), slot)) is not None:
+            record["cached"] = within
+        records.append(record)
+    plan = {
         "version": __version__,
         "decoder_layers": list(layer_class_names),
         "layers": records,
         "per_layer_config": stock_guard(descriptor, config, block_configs),
     }
+    if getattr(config, "is_heterogeneous", False):
+        plan["native_per_layer_config"] = {str(int(i)): entry for i, entry in native_layers(config).items()}
+    return plan
+
+
+def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[BlockConfig]) -> list[bool]:
+    """Whether each layer's attention writes to the KV cache.
+
+    An attention whose keys and values other layers use goes on to write them when it is removed.
+    """
+    stays = getattr(descriptor, "attention_stays", lambda index: False)
+    return [has_attention(block) or stays(i) for i, block in enumerate(block_configs)]
+
+
+def cached_modules(descriptor: type[ModelDescriptor], layer: nn.Module, index: int, slot: int) -> list[str] | None:
+    """The modules that move to another slot of the cache with an attention; None for all of the layer.
+
+    What an FFN keeps in the cache stays in its own layer's slot.
+    """
+    if slot == index or not descriptor.attn_no_op_supported():
+        return None
+    try:
+        return list(no_op_records(descriptor, layer, "attention"))
+    except UnsupportedModel:
+        return None
+
+
+def native_layers(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
+    """What a family's own config says of single layers."""
+    return dict(config.to_dict().get("per_layer_config") or {})
 
 
 def stock_guard(
@@ -154,7 +204,8 @@ def stock_guard(
 
     A removed subblock is ``skip`` beside an override of one of its sizes: stock code that knows ``skip`` has no use
     for the size, and stock code that does not stops at the size. A linear replacement has the override alone, since
-    ``skip`` would be untrue. Overrides have the canonical names of attributes; an alias would escape the guard.
+    ``skip`` would be untrue. Overrides have the canonical names of attributes; an alias would escape the guard. Some
+    configs read some attributes themselves, which then cannot differ by layer; another that the model reads stands in.
     """
     sizes = {
         "attention": _attributes_of(descriptor, BlockConfig.from_dict({"attention": {"num_key_value_heads": 1}})),
@@ -162,26 +213,66 @@ def stock_guard(
     }
     stock_names = {"attention": "attention", "ffn": "mlp"}
     canonical = getattr(config, "attribute_map", {})
+    can_differ = _CanDiffer(config)
     guard: dict[str, dict[str, Any]] = {}
     for i, block in enumerate(block_configs):
         entry: dict[str, Any] = {}
+        differs = False
         for name, value in descriptor.block_config_to_layer_overrides(block).items():
             name = canonical.get(name, name)
-            if value is not None and value != getattr(config, name, None):
-                entry[name] = value
+            own = config.__dict__.get(name)
+            if value is not None and value != own and not isinstance(value, dict | list):
+                differs = True
+                if can_differ(name):
+                    entry[name] = value
         skip = []
         for subblock in SUBBLOCKS:
-            own = block.subblock(subblock)
-            if own.no_op:
+            own_config = block.subblock(subblock)
+            if own_config.no_op:
                 skip.append(stock_names[subblock])
-            if own.no_op or own.replace_with_linear:
+            if own_config.no_op or own_config.replace_with_linear:
+                differs = True
                 # Zero differs from every size that a model can have, so Transformers keeps the override.
-                entry |= {canonical.get(name, name): 0 for name in sizes[subblock]} or {"hidden_size": 0}
+                entry |= {own: 0 for name in sizes[subblock] if can_differ(own := canonical.get(name, name))}
         if skip:
             entry["skip"] = skip
+        if differs and not entry.keys() - {"skip"} and (name := next(filter(can_differ, _READ_BY_MODELS), None)):
+            entry[name] = 0
         if entry:
             guard[str(i)] = entry
+    if guard and not can_differ.all_of(guard):
+        # Some configs want layers of a type to be alike; then all layers get what no model can be built with.
+        names = (*(canonical.get(n, n) for own in sizes.values() for n in own), *_READ_BY_MODELS)
+        alike = ({str(i): {name: 0} for i in range(len(block_configs))} for name in names)
+        guard = next(filter(can_differ.all_of, alike), {})
     return guard
+
+
+# Attributes that models read when they are built, and configs seldom do.
+_READ_BY_MODELS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "hidden_act", "hidden_size")
+
+
+class _CanDiffer:
+    """Whether a config bears an attribute that differs by layer, by trying."""
+
+    def __init__(self, config: PretrainedConfig):
+        self.config = config
+        self.known: dict[str, bool] = {}
+
+    def __call__(self, name: str) -> bool:
+        if name not in self.known:
+            self.known[name] = name in self.config.to_dict() and self.all_of({"0": {name: 0}})
+        return self.known[name]
+
+    def all_of(self, guard: dict[str, dict[str, Any]]) -> bool:
+        data = self.config.to_dict()
+        native = {str(int(i)): entry for i, entry in native_layers(self.config).items()}
+        data["per_layer_config"] = native | {i: native.get(i, {}) | entry for i, entry in guard.items()}
+        try:
+            type(self.config).from_dict(data).to_dict()
+        except Exception:  # whatever a family's own code raises
+            return False
+        return True
 
 
 def _attributes_of(descriptor: type[ModelDescriptor], block: BlockConfig) -> list[str]:

@@ -13,12 +13,13 @@ from safetensors import safe_open
 from torch import nn
 
 from layersmith.errors import InputError, UsageError
-from layersmith.heterogeneous.build import block_configs_of, build, decoder_layers, quiet_transformers
+from layersmith.heterogeneous.build import block_configs_of, build, decoder_layers
 from layersmith.heterogeneous.checkpoint import check_files, weight_groups, weight_map
 from layersmith.heterogeneous.modeling_layersmith import without_guard
 from layersmith.heterogeneous.no_op import Same
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
+from layersmith.model_descriptor.stock import own_config, quiet_transformers
 from layersmith.runtime import Runtime
 
 
@@ -69,7 +70,7 @@ def load_sharded(
         UsageError: more processes than layers.
     """
     check_files(path)
-    config = without_guard(read_config(path))
+    config = own_config(without_guard(read_config(path)))
     descriptor = descriptor or describe(config)
     blocks = block_configs_of(config, descriptor)
     layers = layers_of_rank(len(blocks), runtime.rank, runtime.world_size)

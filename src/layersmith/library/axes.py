@@ -19,10 +19,11 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import first_line
-from layersmith.heterogeneous.build import decoder_layers, quiet_transformers, stock_class
+from layersmith.heterogeneous.build import decoder_layers
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
 from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.stock import stock_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -108,9 +109,7 @@ def meta_layers(
 
 
 def _build_layers(descriptor: type[ModelDescriptor], config: PretrainedConfig, num_layers: int) -> list[nn.Module]:
-    with torch.device("meta"), quiet_transformers():
-        model = stock_class(config)._from_config(config)
-    return decoder_layers(model, descriptor, num_layers)
+    return decoder_layers(stock_model(config), descriptor, num_layers)
 
 
 def layer_shapes(layer: nn.Module) -> Shapes:

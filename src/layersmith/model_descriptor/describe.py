@@ -12,20 +12,41 @@ from layersmith.model_descriptor.factory import ModelDescriptorFactory
 
 
 def describe(model: Any) -> type[ModelDescriptor]:
-    """The descriptor of a model's family.
+    """The descriptor of a model: the one registered for its type, else one made by experiment.
 
     Args:
-        model: a path, a hub id, a ``PretrainedConfig``, or a model with a ``config``.
+        model: a path, a hub id, a ``PretrainedConfig``, a model with a ``config``, or a class of either, which stands
+            for its default config.
 
     Raises:
         InputError: there is no config at the path.
-        UnsupportedModel: no descriptor is known for its ``model_type``.
+        UnsupportedModel: what cannot be found out about the model, and why.
     """
-    config = read_config(model) if isinstance(model, str | os.PathLike) else getattr(model, "config", model)
+    config = read_config(model) if isinstance(model, str | os.PathLike) else config_of(model)
     model_type = getattr(config, "model_type", None)
     if not model_type:
         raise UnsupportedModel(f"{type(model).__name__} has no model_type; give a path, a hub id, a config or a model.")
-    return ModelDescriptorFactory.get(model_type)
+    registered = ModelDescriptorFactory.registered(model_type)
+    if registered is not None:
+        return registered
+    from layersmith.heterogeneous.modeling_layersmith import as_parent
+    from layersmith.model_descriptor.inferred import infer
+
+    try:
+        return infer(as_parent(config))
+    except UnsupportedModel as error:
+        raise UnsupportedModel(
+            f"{model_type}: {error} A descriptor written for layersmith.ModelDescriptor and registered with "
+            "ModelDescriptorFactory can say what experiment cannot find."
+        ) from error
+
+
+def config_of(model: Any) -> Any:
+    """The config in what somebody gave as a model."""
+    if isinstance(model, type):
+        config_class = getattr(model, "config_class", None) or model
+        return config_class()
+    return getattr(model, "config", model)
 
 
 def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False) -> Any:

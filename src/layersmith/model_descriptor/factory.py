@@ -1,4 +1,4 @@
-"""Which descriptor describes which model family: one literal table, and what users add to it."""
+"""Descriptors by name: those that users register; every other name that Transformers knows is described on demand."""
 
 from __future__ import annotations
 
@@ -11,14 +11,6 @@ from layersmith.model_descriptor.base import ModelDescriptor
 
 D = TypeVar("D", bound=type[ModelDescriptor])
 
-# model_type of the config -> where its descriptor is; imported on first use.
-_BUILT_IN = {
-    "llama": "layersmith.model_descriptor.families.llama_like:LlamaModelDescriptor",
-    "mistral": "layersmith.model_descriptor.families.llama_like:MistralModelDescriptor",
-    "qwen2": "layersmith.model_descriptor.families.llama_like:Qwen2ModelDescriptor",
-    "qwen3": "layersmith.model_descriptor.families.llama_like:Qwen3ModelDescriptor",
-}
-
 
 class ModelDescriptorFactory:
     """Registers descriptors by name (a config's ``model_type``) and finds them again."""
@@ -27,7 +19,7 @@ class ModelDescriptorFactory:
 
     @classmethod
     def register(cls, **descriptors: type[ModelDescriptor]) -> None:
-        """Register descriptors by name; a registered one goes before a built-in one."""
+        """Register descriptors by name; a registered one goes before an inferred one."""
         for name, descriptor in descriptors.items():
             cls.register_decorator(name)(descriptor)
 
@@ -47,27 +39,38 @@ class ModelDescriptorFactory:
 
     @classmethod
     def names(cls) -> list[str]:
-        """Every name that :meth:`get` knows."""
-        return sorted({*_BUILT_IN, *cls._registered})
+        """Every name that was registered."""
+        return sorted(cls._registered)
+
+    @classmethod
+    def registered(cls, name: str) -> type[ModelDescriptor] | None:
+        """The descriptor that was registered under ``name``, if any."""
+        return cls._registered.get(name)
 
     @classmethod
     def get(cls, name: str | type[ModelDescriptor]) -> type[ModelDescriptor]:
-        """The descriptor registered under ``name``; a descriptor class is returned as it is.
+        """The descriptor under ``name``; a descriptor class is returned as it is.
+
+        What is not registered is inferred from the default config of the model type.
 
         Raises:
-            UnsupportedModel: nothing is registered under ``name``.
+            UnsupportedModel: Transformers has no model type ``name``, or it cannot be described.
         """
         if not isinstance(name, str):
             return name
         if name in cls._registered:
             return cls._registered[name]
-        if name in _BUILT_IN:
-            module, _, attribute = _BUILT_IN[name].partition(":")
-            return getattr(import_module(module), attribute)
-        raise UnsupportedModel(
-            f"No descriptor for model type {name!r}. {did_you_mean(name, cls.names())} "
-            "Write one against layersmith.ModelDescriptor and register it with ModelDescriptorFactory."
-        )
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        if name not in CONFIG_MAPPING:
+            known = [*cls._registered, *CONFIG_MAPPING.keys()]
+            raise UnsupportedModel(
+                f"No descriptor for model type {name!r}. {did_you_mean(name, known)} "
+                "Write one against layersmith.ModelDescriptor and register it with ModelDescriptorFactory."
+            )
+        from layersmith.model_descriptor.describe import describe
+
+        return describe(CONFIG_MAPPING[name]())
 
 
 def import_descriptor(path: str) -> type[ModelDescriptor]:

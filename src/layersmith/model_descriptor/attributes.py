@@ -1,0 +1,408 @@
+"""Which config attributes set the sizes of a layer, found by building layers that differ in one attribute.
+
+Everything is built on the meta device. An attribute that changes shapes in a layer governs them; which shapes says
+what it is: the number of experts comes and goes with whole matrices, a width changes one side of them, key-value heads
+change what the projections give but not what the last one takes. The number of experts a token uses changes no shape
+and is counted in gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from layersmith.errors import UnsupportedModel
+from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
+from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
+from layersmith.model_descriptor.stock import stock_model
+from layersmith.model_descriptor.subblocks import LayerKind
+
+Path = tuple[str, ...]
+Shapes = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The attributes that set a kind of layer's sizes; None where there is none.
+
+    Attributes:
+        kv_heads: number of key-value heads.
+        width: width of a dense FFN.
+        num_experts, expert_width, shared_width, experts_per_token: of a mixture of experts.
+        config_width: what the config calls a width of 1, for the widths; some families halve what the config says.
+    """
+
+    kv_heads: Path | None = None
+    width: Path | None = None
+    num_experts: Path | None = None
+    expert_width: Path | None = None
+    shared_width: Path | None = None
+    experts_per_token: Path | None = None
+    config_width: int = 1
+
+
+@dataclass(frozen=True)
+class _Effect:
+    """What another value of an attribute does to one layer.
+
+    Attributes:
+        other: the value.
+        shapes: parameter to its new shape, where it changed.
+        came_or_went: parameters that are only in one of the two layers.
+    """
+
+    other: int
+    shapes: Shapes = field(default_factory=dict)
+    came_or_went: frozenset[str] = frozenset()
+
+    def __bool__(self) -> bool:
+        return bool(self.shapes or self.came_or_went)
+
+
+def find_sizes(
+    specimen: Specimen,
+    layer_classes: Sequence[type[nn.Module]],
+    layers_name: str,
+    kinds: Sequence[LayerKind],
+    of_layer: Sequence[int],
+) -> list[Sizes]:
+    """The attributes of every kind of layer.
+
+    Args:
+        specimen: the model.
+        layer_classes: of its decoder layers.
+        layers_name: of the list that holds them.
+        kinds: the kinds of layers.
+        of_layer: the kind of every layer.
+    """
+    layer_configs: list[PretrainedConfig] = []
+
+    def shapes(overrides: dict[str, Any]) -> list[Shapes]:
+        def configure(own: PretrainedConfig, index: int) -> PretrainedConfig:
+            layer_configs.append(own)
+            return with_overrides(own, overrides)
+
+        with own_layers(layer_classes, configure, lambda layer, index: None):
+            layers = stock_model(specimen.config).get_submodule(layers_name)
+        return [{n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in layers.children()]
+
+    try:
+        base = shapes({})
+    except TypeError:  # its layers are not built from a config
+        return [Sizes()] * len(kinds)
+    config = layer_configs[0]
+    examples = [list(of_layer).index(kind) for kind in range(len(kinds))]
+    effects: dict[Path, list[_Effect]] = {}
+    without: list[Path] = []
+    for path, value in numbers(config, len(base)):
+        for other in (2 * value, value // 2, value + 1) if value else (24,):
+            if other < 1 or other == value:
+                continue
+            try:
+                changed = shapes(nested(config, path, other))
+            except Exception:  # whatever a family's own code raises for a size that it cannot take
+                continue
+            found = [_effect(base[i], changed[i], other) for i in examples]
+            if any(found):
+                effects[path] = found
+            else:
+                without.append(path)
+            break
+    found_sizes = []
+    for k, kind in enumerate(kinds):
+        own = {path: effect[k] for path, effect in effects.items() if effect[k]}
+        trial = _Trial(specimen, layer_classes, config, f"{layers_name}.{examples[k]}.")
+        kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
+        ffn = _FFNSizes(trial, kind, base[examples[k]], own)
+        if ffn.count is None:
+            width, factor = ffn.widest(inside=False)
+            found_sizes.append(Sizes(kv_heads, width, config_width=factor))
+            continue
+        expert_width, factor = ffn.widest(inside=True)
+        shared_width, shared_factor = ffn.widest(inside=False)
+        per_token = _experts_per_token(trial, without, ffn)
+        found_sizes.append(
+            Sizes(
+                kv_heads,
+                None,
+                ffn.count,
+                expert_width,
+                shared_width if shared_factor == factor else None,
+                per_token,
+                factor,
+            )
+        )
+    return found_sizes
+
+
+def numbers(config: PretrainedConfig, num_layers: int, above: Path = ()) -> Iterator[tuple[Path, int]]:
+    """Every attribute of a config, and of the configs in it, that is a number, a number a layer, or 0 for none."""
+    for name, value in vars(config).items():
+        if name.startswith("_") or name.endswith(("_token_id", "dtype")):
+            continue
+        if isinstance(value, PretrainedConfig):
+            yield from numbers(value, num_layers, (*above, name))
+        elif type(value) is int and value >= 1:
+            yield (*above, name), value
+        elif isinstance(value, list) and len(value) == num_layers and all(type(v) is int and v > 1 for v in value):
+            yield (*above, name), value[0]
+        elif value is None:
+            yield (*above, name), 0
+
+
+def nested(config: PretrainedConfig, path: Path, value: Any) -> dict[str, Any]:
+    """Overrides that set the attribute at ``path``; an attribute with a number a layer gets it for all."""
+    own = getattr(config, path[0])
+    if len(path) > 1:
+        return {path[0]: nested(own, path[1:], value)}
+    return {path[0]: [value] * len(own) if isinstance(own, list) else value}
+
+
+def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
+    """The number at ``path``; 0 for none."""
+    own: Any = config
+    for name in path:
+        own = getattr(own, name)
+    return own[layer] if isinstance(own, list) else own or 0
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Specimens whose layers have other configs."""
+
+    specimen: Specimen
+    layer_classes: Sequence[type[nn.Module]]
+    config: PretrainedConfig
+    prefix: str
+
+    def value(self, path: Path) -> int:
+        return value_at(self.config, path)
+
+    def made(self, path: Path, value: int, seed: int = 0) -> Specimen:
+        """A specimen that has run, with another value of an attribute in every layer."""
+        overrides = nested(self.config, path, value)
+        with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
+            return Specimen(self.specimen.config, seed)
+
+    def shapes(self, path: Path, value: int) -> Shapes:
+        """The shapes of the layer with another value of an attribute."""
+        overrides = nested(self.config, path, value)
+        with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
+            layer = stock_model(self.specimen.config).get_submodule(self.prefix.removesuffix("."))
+        return {name: tuple(p.shape) for name, p in layer.named_parameters()}
+
+    def runs(self, path: Path, value: int) -> bool:
+        try:
+            self.made(path, value)
+        except UnsupportedModel:
+            return False
+        return True
+
+
+def _effect(base: Shapes, changed: Shapes, other: int) -> _Effect:
+    shapes = {name: changed[name] for name in base.keys() & changed.keys() if base[name] != changed[name]}
+    return _Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
+
+
+# ---------------------------------------------------------------------------------------------- key-value heads
+
+
+def _kv_heads(trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect]) -> Path | None:
+    """The attribute whose double, with each head's keys and values there twice, changes nothing."""
+    if kind.attention is None:
+        return None
+    for path, effect in effects.items():
+        value = trial.value(path)
+        rows = {n: (base[n][0], new[0]) for n, new in effect.shapes.items() if base[n][1:] == new[1:]}
+        if effect.came_or_went or rows.keys() != effect.shapes.keys() or effect.other != 2 * value:
+            continue
+        if any(kind.owners.get(name) != "attention" for name in rows):
+            continue
+        if not any(len(base[n]) == 2 for n in rows) or any(a % value or b <= a for a, b in rows.values()):
+            continue
+        if _carries(trial, kind, list(rows)) and all(_duplicates(trial, path, seed) for seed in (0, 1)):
+            return path
+    return None
+
+
+def _carries(trial: _Trial, kind: LayerKind, names: Sequence[str]) -> bool:
+    """Whether the attention gives the same for all tokens when these weights are zero, as without keys and values."""
+    assert kind.attention is not None
+    model = trial.specimen.model
+    weights = [model.get_parameter(trial.prefix + name) for name in names]
+    kept = [w.detach().clone() for w in weights]
+    watched = [trial.prefix + name for name in kind.attention.modules]
+    try:
+        with torch.no_grad():
+            for w in weights:
+                w.zero_()
+        outputs = []
+        for ids in (trial.specimen.ids, trial.specimen.other_ids):
+            calls = [c for c in trial.specimen.trace(ids, keep=watched) if c.name in watched]
+            outputs.append([first_tensor_of(c.output) for c in calls])
+    finally:
+        with torch.no_grad():
+            for w, old in zip(weights, kept, strict=True):
+                w.copy_(old)
+    return all(
+        a is not None and b is not None and torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs, strict=True)
+    )
+
+
+def _duplicates(trial: _Trial, path: Path, seed: int) -> bool:
+    """Whether a model with half the heads gives what one with every head there twice gives.
+
+    Where the specimen has as many heads as queries, the halved model is the one that has every head once.
+    """
+    value = trial.value(path)
+    for few, many in ((value, 2 * value), (value // 2, value)):
+        if few < 1 or 2 * few != many:
+            continue
+        try:
+            models = [trial.made(path, heads, seed) for heads in (few, many)]
+            once, twice = (dict(m.model.named_parameters()) for m in models)
+            with torch.no_grad():
+                for name, weight in once.items():
+                    same = weight.shape == twice[name].shape
+                    twice[name].copy_(weight if same else _twice(weight, few, twice[name]))
+        except (UnsupportedModel, RuntimeError, KeyError):  # it cannot run so, or is not laid out so
+            continue
+        if torch.allclose(models[0].run(), models[1].run(), atol=1e-4, rtol=1e-4):
+            return True
+    return False
+
+
+def _twice(weight: torch.Tensor, heads: int, target: torch.Tensor) -> torch.Tensor:
+    """Rows of each head twice; where a weight holds queries before keys and values, those stay."""
+    added = target.shape[0] - weight.shape[0]
+    queries = weight.shape[0] - added  # 0 where the weight is keys or values alone
+    first, rest = weight[:queries], weight[queries:]
+    parts = 1 if queries == 0 else 2
+    grouped = rest.reshape(parts, heads, -1, *weight.shape[1:]).repeat_interleave(2, 1)
+    return torch.cat([first, grouped.reshape(-1, *weight.shape[1:])])
+
+
+# ---------------------------------------------------------------------------------------------- widths and experts
+
+
+class _FFNSizes:
+    """What the attributes of one kind's FFN are: the number of experts, and widths in and beside them."""
+
+    def __init__(self, trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect]):
+        self.trial, self.base = trial, base
+        ffn = kind.ffn
+        inside = () if ffn is None else tuple(f"{n}." for n in (*ffn.modules, *(name for name, _ in ffn.replaced)))
+        self.effects = {
+            path: effect
+            for path, effect in effects.items()
+            if all(n.startswith(inside) for n in (*effect.shapes, *effect.came_or_went))
+        }
+        counts = [path for path in self.effects if self._is_count(path)]
+        self.count = max(counts, key=trial.value, default=None)
+        self.number = 0 if self.count is None else trial.value(self.count)
+        self.members = self._members()
+
+    def _is_count(self, path: Path) -> bool:
+        """Whole matrices come and go: along the first dimension of a stack of them, or as members of a list."""
+        effect, value = self.effects[path], self.trial.value(path)
+        if effect.came_or_went:
+            return value > 1 and all(any(part.isdigit() for part in n.split(".")) for n in effect.came_or_went)
+        stacked = [n for n, new in effect.shapes.items() if len(new) == 3 and new == (effect.other, *self.base[n][1:])]
+        return len(stacked) >= 2 and all(self.base[n][0] == value for n in stacked)
+
+    def _members(self) -> set[str]:
+        """Parameters of the experts."""
+        if self.count is None:
+            return set()
+        effect = self.effects[self.count]
+        lists = {_before_digit(name) for name in effect.came_or_went}
+        listed = {n for n in self.base if _before_digit(n) in lists} if lists else set()
+        return listed | {n for n in effect.shapes if len(self.base[n]) == 3}
+
+    def widest(self, inside: bool) -> tuple[Path | None, int]:
+        """The attribute that is the width of the largest matrices inside or beside the experts, and what it calls 1."""
+        found: list[tuple[int, Path, int]] = []
+        for path, effect in self.effects.items():
+            governed = {n: new for n, new in effect.shapes.items() if (n in self.members) is inside}
+            if effect.came_or_went or path == self.count or not governed:
+                continue
+            changes = {
+                n: [(a, b) for a, b in zip(self.base[n], new, strict=True) if a != b] for n, new in governed.items()
+            }
+            matrices = {n: change for n, change in changes.items() if len(self.base[n]) >= 2}
+            if len(matrices) < 2 or any(len(change) != 1 for change in changes.values()):
+                continue
+            # The narrowest matrix counts each channel once; a fused gate and up projection counts it twice.
+            before, after = min(change[0] for change in matrices.values())
+            factor, rest = divmod(effect.other, after)
+            if rest or (value := self.trial.value(path)) not in (0, factor * before):
+                continue
+            if any(a * after != b * before for ((a, b),) in changes.values()):
+                continue
+            small = max(1, before // 16) * factor
+            if value and not self._is_width_at(path, small, small // factor, matrices):
+                continue
+            elements = sum(torch.Size(self.base[n]).numel() for n in matrices)
+            found.append((elements, path, factor))
+        for _, path, factor in sorted(found, reverse=True):
+            if self.trial.runs(path, max(1, self.effects[path].other // 2)):
+                return path, factor
+        return None, 1
+
+    def _is_width_at(self, path: Path, value: int, width: int, matrices: Collection[str]) -> bool:
+        """Whether a small value is kept as it is, not rounded up."""
+        try:
+            shapes = self.trial.shapes(path, value)
+        except Exception:  # whatever a family's own code raises for a size that it cannot take
+            return False
+        return all(width in shapes[name] or 2 * width in shapes[name] for name in matrices)
+
+
+def _before_digit(name: str) -> str:
+    parts = name.split(".")
+    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
+    return ".".join(parts[:at]) if at < len(parts) else ""
+
+
+def _experts_per_token(trial: _Trial, without: Sequence[Path], experts: _FFNSizes) -> Path | None:
+    """The attribute without a shape whose change changes the number of experts that one token uses."""
+    base = _experts_used(trial, trial.specimen, experts)
+    for path in without:
+        value = trial.value(path)
+        if value != base:
+            continue
+        for other in (value - 1, value + 1):
+            if not 1 <= other <= experts.number:
+                continue
+            try:
+                used = _experts_used(trial, trial.made(path, other), experts)
+            except (UnsupportedModel, RuntimeError):
+                continue
+            if used == other:
+                return path
+    return None
+
+
+def _experts_used(trial: _Trial, specimen: Specimen, experts: _FFNSizes) -> int:
+    """How many experts get a gradient from one token."""
+    named = dict(specimen.model.named_parameters())
+    members = {n: named[trial.prefix + n] for n in sorted(experts.members)}
+    with torch.enable_grad():
+        total = specimen.forward(specimen.ids[:, :1]).square().sum()
+        grads = torch.autograd.grad(total, list(members.values()), allow_unused=True)
+    used: set[tuple[str, str]] = set()
+    counts = []
+    for (name, parameter), grad in zip(members.items(), grads, strict=True):
+        if grad is None or not grad.any():
+            continue
+        if parameter.ndim == 3:
+            counts.append(int(grad.flatten(1).any(1).sum()))
+        else:
+            before = _before_digit(name)
+            used.add((before, name.removeprefix(f"{before}.").split(".")[0]))
+    return max([*counts, len(used)])

@@ -1,0 +1,578 @@
+"""The descriptor of any model, made by experiment.
+
+``infer`` builds a small model of a config's family, finds its structure and subblocks by running it, the attributes
+that set sizes by building layers that differ in one, and puts what was found behind the interface. Each no-op is tried
+before it is offered: the model with it must give, to the bit, what the parent gives with that output silenced.
+"""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig
+
+from layersmith.artifacts import fingerprint
+from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
+from layersmith.errors import UnsupportedModel, first_line
+from layersmith.heterogeneous.modeling_layersmith import make_replacement, own_layers
+from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, nested, value_at
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.shrink import shrunk
+from layersmith.model_descriptor.specimen import Specimen, first_tensor_of, with_first_tensor
+from layersmith.model_descriptor.stock import own_config, stock_model
+from layersmith.model_descriptor.structure import Structure, find_structure
+from layersmith.model_descriptor.subblocks import LayerKind, Record, Subblock, find_kind, signature
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that experiment found of a model.
+
+    Attributes:
+        structure: names outside the layers.
+        classes: of the decoder layers.
+        signatures, kinds, sizes: of every kind of layer, in the same order.
+        of_layer: the kind of every layer.
+        groups: parameter outside the layers to ``"embedding"`` or ``"lm_head"``.
+        remote_code: whether its classes come with a checkpoint.
+        notes: what is not offered, and why.
+    """
+
+    structure: Structure
+    classes: tuple[type[nn.Module], ...]
+    signatures: tuple[Any, ...]
+    kinds: tuple[LayerKind, ...]
+    sizes: tuple[Sizes, ...]
+    of_layer: tuple[int, ...]
+    groups: dict[str, str]
+    remote_code: bool
+    notes: tuple[str, ...] = ()
+    config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
+
+    def kind_of(self, layer: nn.Module) -> LayerKind:
+        """The kind of a layer as its class builds it, whatever its sizes; some of its modules may be replaced."""
+        own = signature(layer)
+        if own in self.signatures:
+            return self.kinds[self.signatures.index(own)]
+        modules = dict(own[1])
+        agreement = {
+            k: sum(modules.get(name) == cls for name, cls in known[1])
+            for k, known in enumerate(self.signatures)
+            if known[0] == own[0] and all(name in modules for name, _ in known[1] if "." not in name)
+        }
+        if not agreement:
+            raise UnsupportedModel(f"{type(layer).__name__} is not a decoder layer of this family.")
+        return self.kinds[max(agreement, key=lambda k: agreement[k])]
+
+
+_known: dict[str, type[ModelDescriptor]] = {}
+
+
+def infer(config: PretrainedConfig) -> type[ModelDescriptor]:
+    """The descriptor of the model that a config describes; made once, then remembered.
+
+    Raises:
+        UnsupportedModel: what could not be found out, and why.
+    """
+    data = {k: v for k, v in config.to_dict().items() if k not in _NOT_STRUCTURE}
+    key = fingerprint({"class": type(config).__qualname__, "config": _plain(data)})
+    if key not in _known:
+        _known[key] = descriptor_of(find(config), config)
+    return _known[key]
+
+
+_NOT_STRUCTURE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(k): _plain(v) for k, v in value.items() if k not in _NOT_STRUCTURE}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
+
+
+def find(config: PretrainedConfig) -> Findings:
+    """Run the experiments.
+
+    Raises:
+        UnsupportedModel: what could not be found out, and why.
+    """
+    config = own_config(config)
+    try:
+        skeleton: nn.Module = stock_model(config)
+    except Exception as error:  # whatever a family's own code raises
+        raise UnsupportedModel(f"its model cannot be built from this config ({first_line(error)}).") from error
+    specimen = Specimen(shrunk(config, skeleton))
+    structure = find_structure(specimen)
+    names = [f"{structure.layers}.{i}" for i in range(structure.num_layers)]
+    signatures: list[Any] = []
+    kinds: list[LayerKind] = []
+    of_layer = []
+    for name in names:
+        own = signature(specimen.model.get_submodule(name))
+        if own not in signatures:
+            signatures.append(own)
+            kinds.append(find_kind(specimen, name))
+        of_layer.append(signatures.index(own))
+    if not any(kind.attention for kind in kinds):
+        raise UnsupportedModel(f"no layer in {structure.layers} mixes tokens: its attention is somewhere else.")
+    classes = tuple(dict.fromkeys(type(specimen.model.get_submodule(name)) for name in names))
+    notes: list[str] = []
+    for k, kind in enumerate(kinds):
+        kinds[k] = _proved(specimen, names[of_layer.index(k)], kind, notes)
+    _check_configurable(specimen.config, classes)
+    sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
+    of_layer = []
+    for layer in skeleton.get_submodule(structure.layers).children():
+        if signature(layer) not in signatures:
+            raise UnsupportedModel(f"{type(layer).__name__}: its layers are of other kinds once they have run.")
+        of_layer.append(signatures.index(signature(layer)))
+    groups = _groups(skeleton, structure)
+    remote = not type(specimen.model).__module__.startswith("transformers.")
+    return Findings(
+        structure,
+        classes,
+        tuple(signatures),
+        tuple(kinds),
+        tuple(sizes),
+        tuple(of_layer),
+        groups,
+        remote,
+        tuple(notes),
+        config,
+    )
+
+
+def _check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Module]]) -> None:
+    """Each layer must be made from a config, or layers cannot differ."""
+    try:
+        with own_layers(classes, lambda own, index: own, lambda layer, index: None):
+            stock_model(config)
+    except TypeError as error:
+        raise UnsupportedModel(f"{error}: it is put together from modules that several layers share.") from error
+
+
+def _groups(model: nn.Module, structure: Structure) -> dict[str, str]:
+    """What runs after the last layer goes with the head; everything else outside the layers with the embedding."""
+    inside = f"{structure.layers}."
+    after = tuple(f"{name}." for name in structure.after)
+    # Buffers that are saved belong somewhere too, so the state_dict counts, not the parameters.
+    names = [name for name in model.state_dict() if not name.startswith(inside)]
+    return {name: "lm_head" if name.startswith(after) else "embedding" for name in names}
+
+
+# ---------------------------------------------------------------------------------------------- proof of the no-ops
+
+
+def _proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[str]) -> LayerKind:
+    """The kind with the no-ops that hold; where taking away what is around a subblock does not, that stays."""
+    tried = {}
+    for name in ("attention", "ffn"):
+        subblock: Subblock | None = getattr(kind, name)
+        if subblock is None or not subblock.removable:
+            tried[name] = subblock
+            continue
+        around = [r for r in subblock.replaced if r[0] not in subblock.modules]
+        simple = [r for r in around if not r[1].get("returns")]
+        problem = ""
+        for kept in (around, simple, []):
+            replaced = tuple([r for r in subblock.replaced if r[0] in subblock.modules] + kept)
+            candidate = Subblock(subblock.modules, replaced)
+            asked, problem = _try_no_op(specimen, layer_name, candidate)
+            if not problem:
+                tried[name] = Subblock(subblock.modules, _with_attributes(replaced, asked))
+                break
+        else:
+            tried[name] = _last_part(specimen, layer_name, subblock) or Subblock(subblock.modules, (), problem)
+    both = [s for s in tried.values() if s is not None and s.removable]
+    shared = kind.shared if len(both) == 2 else ()
+    if len(both) == 2:
+        together = Subblock(both[0].modules + both[1].modules, both[0].replaced + both[1].replaced + shared)
+        _, problem = _try_no_op(specimen, layer_name, together)
+        if problem and shared:
+            shared = ()
+    for name, subblock in tried.items():
+        if subblock is not None and not subblock.removable:
+            notes.append(
+                f"No {name} no-op in {type(specimen.model.get_submodule(layer_name)).__name__}: {subblock.reason}."
+            )
+    return LayerKind(tried["attention"], tried["ffn"], shared, kind.owners)
+
+
+def _last_part(specimen: Specimen, layer_name: str, subblock: Subblock) -> Subblock | None:
+    """A no-op that leaves what other layers use, e.g. keys and values or a router's state, and takes what is after it.
+
+    It is the outermost module inside the subblock without which the subblock gives zeros.
+    """
+    if len(subblock.modules) != 1:
+        return None
+    outer = f"{layer_name}.{subblock.modules[0]}"
+    inside = [
+        name
+        for name, module in specimen.model.get_submodule(outer).named_modules(prefix=outer)
+        if name != outer and any(p.ndim >= 2 for p in module.parameters())
+    ]
+    for name in inside:
+        try:
+            with specimen.silenced({name: None}):
+                calls = specimen.trace(specimen.ids, keep=[outer, name])
+        except Exception:  # a family's own code may not bear zeros here
+            continue
+        outputs = {call.name: call.output for call in calls if call.name in (outer, name)}
+        given = first_tensor_of(outputs.get(outer))
+        if given is None or bool(given.any()) or name not in outputs:
+            continue
+        record = {"is": "zeros", "returns": len(outputs[name]) if isinstance(outputs[name], tuple | list) else 0}
+        around = [r for r in subblock.replaced if r[0] not in subblock.modules and not r[1].get("returns")]
+        for kept in (around, []):
+            replaced = ((name.removeprefix(f"{layer_name}."), record), *kept)
+            asked, problem = _try_no_op(specimen, layer_name, Subblock(subblock.modules, replaced))
+            if not problem:
+                replaced = _with_attributes(replaced, asked)
+                return Subblock(subblock.modules, replaced, stays=True)
+    return None
+
+
+def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple[dict[str, set[str]], str]:
+    """Run with modules replaced and with their outputs silenced; both must agree to the bit.
+
+    Returns:
+        What the model asked of the replaced modules beside calling them, and what went wrong, if anything.
+    """
+    model = specimen.model
+    layer = model.get_submodule(layer_name)
+    originals = {name: layer.get_submodule(name) for name, _ in subblock.replaced}
+    asked: dict[str, set[str]] = {name: set() for name in originals}
+    records = dict(subblock.replaced)
+    silenced = {f"{layer_name}.{name}": records.get(name, {}).get("of") for name in subblock.modules}
+    after = [f"{layer_name}.{name}" for name, record in subblock.replaced if record["is"] == "same"]
+    try:
+        # A norm after the subblock goes with it: what it makes of zeros is silenced too.
+        with specimen.silenced(silenced), silent_stay_silent(model, after):
+            wanted = specimen.run()
+        try:
+            for name, record in subblock.replaced:
+                layer.set_submodule(name, _Asked(originals[name], make_replacement(record), asked[name]))
+            seen = specimen.run()
+            with suppress(Exception), torch.no_grad():  # more may be asked where there is a cache
+                model(input_ids=specimen.ids, use_cache=True)
+            _build_asking(specimen, type(layer), subblock, asked)
+        finally:
+            for name, module in originals.items():
+                layer.set_submodule(name, module)
+    except Exception as error:  # whatever a family's own code raises
+        return asked, f"the model does not run with it ({first_line(error)})"
+    if torch.equal(wanted, seen):
+        return asked, ""
+    change = float((wanted - seen).abs().max() / wanted.abs().max())
+    return (
+        asked,
+        f"the model gives something else than with the subblock's output silenced (by {change:.0e} of its logits)",
+    )
+
+
+def _build_asking(
+    specimen: Specimen, layer_class: type[nn.Module], subblock: Subblock, asked: dict[str, set[str]]
+) -> None:
+    """Note what a model asks of a subblock's modules while it is built."""
+
+    def finish(layer: nn.Module, index: int) -> None:
+        for name, record in subblock.replaced:
+            with suppress(AttributeError):  # another kind of layer
+                layer.set_submodule(name, _Asked(layer.get_submodule(name), make_replacement(record), asked[name]))
+
+    with suppress(Exception), own_layers([layer_class], lambda own, index: own, finish):
+        stock_model(specimen.config)
+
+
+@contextmanager
+def silent_stay_silent(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
+    """While open, these modules give zeros for zeros."""
+
+    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
+        given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
+        if given and not any(bool(v.any()) for v in given):
+            return with_first_tensor(output, torch.zeros_like)
+        return None
+
+    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in names]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+class _Asked(nn.Module):
+    """Stands in with a replacement, and notes which attributes of the original are read."""
+
+    def __init__(self, original: nn.Module, replacement: nn.Module, asked: set[str]):
+        super().__init__()
+        object.__setattr__(self, "_original", original)
+        object.__setattr__(self, "_asked", asked)
+        self.replacement = replacement
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            value = getattr(object.__getattribute__(self, "_original"), name)
+            if isinstance(value, str | int | float | bool | type(None) | torch.Tensor):
+                object.__getattribute__(self, "_asked").add(name)
+            return value
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self.replacement(*args, **kwargs)
+
+
+def _with_attributes(
+    replaced: Sequence[tuple[str, Record]], asked: dict[str, set[str]]
+) -> tuple[tuple[str, Record], ...]:
+    return tuple(
+        (name, record | {"asked": sorted(asked[name])} if asked[name] else record) for name, record in replaced
+    )
+
+
+def _put(layer: nn.Module, name: str, record: Record) -> None:
+    """Put a replacement into a layer; it answers for what the model asks of the module that was there."""
+    record = dict(record)
+    original = layer.get_submodule(name)
+    values = {attribute: getattr(original, attribute) for attribute in record.pop("asked", ())}
+    plain = {attribute: value for attribute, value in values.items() if not isinstance(value, torch.Tensor)}
+    empty = [attribute for attribute, value in values.items() if isinstance(value, torch.Tensor)]
+    more = ({"attributes": plain} if plain else {}) | ({"empty": empty} if empty else {})
+    layer.set_submodule(name, make_replacement(record | more))
+
+
+# ---------------------------------------------------------------------------------------------- the descriptor
+
+
+class InferredDescriptor(ModelDescriptor):
+    """The interface over findings; every model gets a subclass with its own."""
+
+    findings: Findings
+
+    @classmethod
+    def _no_op(cls, decoder_layer: nn.Module, subblock: str) -> None:
+        kind = cls.findings.kind_of(decoder_layer)
+        own: Subblock | None = getattr(kind, subblock)
+        if own is None:
+            return  # this kind of layer has none: it does nothing already
+        if not own.removable:
+            raise UnsupportedModel(f"{type(decoder_layer).__name__} has no {subblock} no-op: {own.reason}.")
+        for name, record in own.replaced:
+            _put(decoder_layer, name, record)
+        others = [n for s in (kind.attention, kind.ffn) if s is not None and s is not own for n in s.modules]
+        if others and not any(list(decoder_layer.get_submodule(name).parameters()) for name in others):
+            for name, record in kind.shared:
+                _put(decoder_layer, name, record)
+
+    @classmethod
+    def attention_stays(cls, index: int) -> bool:
+        """Whether the attention of a layer still writes to the KV cache when its no-op has been made."""
+        attention = cls.findings.kinds[cls.findings.of_layer[index]].attention
+        return attention is not None and attention.stays
+
+    @classmethod
+    def parent_blocks(cls) -> list[BlockConfig]:
+        """The block config of every layer of the config that was described."""
+        config = cls.findings.config
+        assert config is not None
+        language = cls.get_language_model_config(config)
+        return [_block(cls.findings, language, i) for i in range(len(cls.findings.of_layer))]
+
+
+def _block(findings: Findings, config: PretrainedConfig, index: int) -> BlockConfig:
+    kind, sizes = findings.kinds[findings.of_layer[index]], findings.sizes[findings.of_layer[index]]
+
+    def number(path: Path | None, unit: int = 1) -> int | None:
+        return value_at(config, path, index) // unit or None if path is not None else None
+
+    attention = AttentionConfig(no_op=True)
+    if kind.attention is not None:
+        attention = AttentionConfig(num_key_value_heads=number(sizes.kv_heads))
+    ffn = FFNConfig(no_op=True)
+    if kind.ffn is not None and sizes.num_experts is None:
+        ffn = FFNConfig(intermediate_size=number(sizes.width, sizes.config_width))
+    elif kind.ffn is not None:
+        known = [s.experts_per_token for s in findings.sizes if s.experts_per_token]
+        per_token = sizes.experts_per_token or (known[0] if known else None)
+        moe = MoEConfig(
+            number(sizes.num_experts) or 1,
+            number(per_token) or 1,
+            number(sizes.expert_width, sizes.config_width),
+            number(sizes.shared_width, sizes.config_width),
+        )
+        ffn = FFNConfig(moe=moe)
+    return BlockConfig(attention, ffn)
+
+
+def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDescriptor]:
+    """A descriptor class over findings."""
+    structure, kinds = findings.structure, findings.kinds
+
+    def overrides(block_config: BlockConfig) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        language = Described.get_language_model_config(findings.config)
+        moe = block_config.ffn.moe
+        for sizes in findings.sizes:
+            unit = sizes.config_width
+            values = [(sizes.kv_heads, block_config.attention.num_key_value_heads, 1)]
+            if moe is None and sizes.num_experts is None:
+                values.append((sizes.width, block_config.ffn.intermediate_size, unit))
+            elif moe is not None and sizes.num_experts is not None:
+                values += [
+                    (sizes.num_experts, moe.num_local_experts, 1),
+                    (sizes.experts_per_token, moe.num_experts_per_tok, 1),
+                    (sizes.shared_width, moe.shared_expert_intermediate_dim, unit),
+                    (sizes.expert_width, moe.expert_intermediate_dim, unit),
+                ]
+            for path, value, factor in values:
+                if path is not None and value is not None:
+                    found = _merged(found, nested(language, path, value * factor))
+        return found
+
+    def init_rotary(model: nn.Module, runtime: Any) -> None:
+        _restore_buffers(model, runtime)
+
+    class Described(InferredDescriptor):
+        @staticmethod
+        def decoder_layer_cls() -> Any:
+            return findings.classes[0] if len(findings.classes) == 1 else list(findings.classes)
+
+        @staticmethod
+        def block_config_to_layer_overrides(block_config: BlockConfig) -> dict[str, Any]:
+            return overrides(block_config)
+
+        @staticmethod
+        def input_embedding_name() -> str:
+            return structure.embedding
+
+        @staticmethod
+        def output_embedding_name() -> str:
+            return structure.head
+
+        @staticmethod
+        def final_norm_name() -> str:
+            return structure.final_norm
+
+        @staticmethod
+        def layer_block_name(index: int) -> str:
+            return f"{structure.layers}.{index}"
+
+        @staticmethod
+        def layer_name_predicates(num_layers: int) -> dict[str, re.Pattern[str]]:
+            return _predicates(findings, num_layers)
+
+        @staticmethod
+        def init_rotary_embedding(model: nn.Module, runtime: Any) -> None:
+            init_rotary(model, runtime)
+
+        @staticmethod
+        def get_language_model_config(config: Any) -> Any:
+            return _language_config(config)
+
+        @staticmethod
+        def requires_trust_remote_code() -> bool:
+            return findings.remote_code
+
+    Described.findings = findings
+    for name, callback in (("attention", "attn_no_op_post_init"), ("ffn", "mlp_no_op_post_init")):
+        own = [getattr(kind, name) for kind in kinds]
+        # Where no layer has such a subblock, it is gone already.
+        if any(s is not None and s.removable for s in own) or not any(own):
+
+            def post_init(decoder_layer: nn.Module, subblock: str = name) -> None:
+                Described._no_op(decoder_layer, subblock)
+
+            setattr(Described, callback, staticmethod(post_init))
+    family = re.sub(r"[^0-9A-Za-z]+", " ", str(getattr(config, "model_type", "") or type(config).__name__)).title()
+    Described.__name__ = Described.__qualname__ = family.replace(" ", "") + "Inferred"
+    return Described
+
+
+def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    result = dict(first)
+    for name, value in second.items():
+        old = result.get(name)
+        result[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def _language_config(config: Any) -> Any:
+    """The config that the decoder layers are built from."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except (AttributeError, ValueError):
+        return config
+    return text if any(value is text for value in vars(config).values()) else config
+
+
+def _predicates(findings: Findings, num_layers: int) -> dict[str, re.Pattern[str]]:
+    groups: dict[str, list[str]] = {"embedding": [], "lm_head": []}
+    for name, group in findings.groups.items():
+        groups[group].append(re.escape(name))
+    patterns = {group: _any_of(names) for group, names in groups.items()}
+    layers = re.escape(findings.structure.layers)
+    for i in range(num_layers):
+        kind = findings.kinds[findings.of_layer[min(i, len(findings.of_layer) - 1)]]
+        for subblock in ("ffn", "attention"):
+            own = _prefixes(kind.owners, subblock)
+            patterns[f"block_{i}_{subblock}"] = re.compile(rf"^{layers}\.{i}\.(?:{'|'.join(own)})$" if own else r"(?!)")
+    return patterns
+
+
+def _any_of(names: Sequence[str]) -> re.Pattern[str]:
+    return re.compile(f"^(?:{'|'.join(names)})$" if names else r"(?!)")
+
+
+def _prefixes(owners: dict[str, str], subblock: str) -> list[str]:
+    """Patterns for all names of one owner: whole modules where a module has one owner, single names elsewhere."""
+    tree: dict[str, set[str]] = {}
+    for name, owner in owners.items():
+        parts = name.split(".")
+        for length in range(1, len(parts)):
+            tree.setdefault(".".join(parts[:length]), set()).add(owner)
+    patterns: list[str] = []
+    for name, owner in owners.items():
+        if owner != subblock:
+            continue
+        parts = name.split(".")
+        whole = next((p for n in range(1, len(parts)) if tree[p := ".".join(parts[:n])] == {subblock}), None)
+        pattern = re.escape(name) if whole is None else rf"{re.escape(whole)}\..+"
+        if pattern not in patterns:
+            patterns.append(pattern)
+    return patterns
+
+
+def _restore_buffers(model: nn.Module, runtime: Any) -> None:
+    """Give a model whose buffers were lost those of a fresh one, whose weights lie on the meta device."""
+    from accelerate import init_empty_weights
+
+    config = copy.deepcopy(model.config)
+    for name in ("layersmith", "block_configs"):
+        if hasattr(config, name):
+            delattr(config, name)
+    with init_empty_weights(include_buffers=False):
+        fresh = stock_model(config, "cpu")
+    wanted = dict(model.named_modules())
+    saved = set(model.state_dict())
+    for name, module in fresh.named_modules():
+        own = wanted.get(name)
+        for buffer_name, buffer in module._buffers.items():
+            full = f"{name}.{buffer_name}".removeprefix(".")
+            if own is not None and full not in saved and buffer_name in own._buffers and buffer is not None:
+                own._buffers[buffer_name] = buffer.to(runtime.device)
+        if own is not None:
+            # Numbers beside the buffers, e.g. a rope's scaling, may have been lost with them.
+            for plain, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(own, plain, value.to(runtime.device))

@@ -1,0 +1,75 @@
+"""The models that Transformers itself has for a config."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from layersmith.errors import UnsupportedModel
+
+
+def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
+    """The class that Transformers has for a causal language model of this config.
+
+    Raises:
+        UnsupportedModel: it has none.
+    """
+    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        if type(config) in mapping:
+            found = mapping[type(config)]
+            return found[0] if isinstance(found, tuple) else found
+    # The text config of a type whose causal model is made from that alone.
+    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, key=len, reverse=True):
+        if config.model_type.startswith(name) and name in CONFIG_MAPPING:
+            found = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]
+            if found.config_class is type(config):
+                return found
+    raise UnsupportedModel(f"This version of Transformers has no causal language model for {type(config).__name__}.")
+
+
+def own_config(config: PretrainedConfig) -> PretrainedConfig:
+    """The part of a config that its causal language model is built from.
+
+    For some multimodal types Transformers' causal model is the text model alone, built from ``text_config``.
+    """
+    wanted = stock_class(config).config_class
+    text = (getattr(config, "sub_configs", None) or {}).get("text_config")
+    if text is not None and wanted is text and type(config) is not wanted:
+        return config.get_text_config()
+    return config
+
+
+def stock_model(config: PretrainedConfig, device: str = "meta", dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """A fresh stock model of a config; on the meta device it has all shapes and takes no memory."""
+    with torch.device(device), quiet_transformers():
+        cls = stock_class(config)
+        return cls._from_config(copy.deepcopy(own_config(config)), **({} if dtype is None else {"dtype": dtype}))
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence Transformers' notes and progress bars; what matters in them we check ourselves."""
+    from transformers.utils import logging as transformers_logging
+
+    logger = transformers_logging.get_logger("transformers")
+    level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    restore_bars = transformers_logging.enable_progress_bar if bars else partial(lambda: None)
+    logger.setLevel(logging.ERROR)
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+        restore_bars()

@@ -1,0 +1,276 @@
+"""Tiny random models of every family, made from the family's own config class.
+
+The sizes are chosen by attribute names that most families share; ``SPECIAL`` has what a family needs beside them.
+This is test data: layersmith itself knows none of it.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+)
+
+LAYERS = 4
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "d_model": 64,
+    "n_embd": 64,
+    "dim_model": 64,
+    "dim": 64,
+    "num_hidden_layers": LAYERS,
+    "n_layer": LAYERS,
+    "n_layers": LAYERS,
+    "num_layers": LAYERS,
+    "decoder_layers": LAYERS,
+    "encoder_layers": 2,
+    "num_attention_heads": 4,
+    "n_head": 4,
+    "n_heads": 4,
+    "attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_attention_heads": 4,
+    "num_heads": 4,
+    "num_key_value_heads": 2,
+    "num_kv_heads": 2,
+    "multi_query_group_num": 2,
+    "head_dim": 16,
+    "dim_head": 16,
+    "kv_channels": 16,
+    "attention_head_dim": 16,
+    "global_head_dim": 16,
+    "intermediate_size": 96,
+    "ffn_dim": 96,
+    "dim_ff": 96,
+    "n_inner": 96,
+    "ffn_hidden_size": 96,
+    "d_ff": 96,
+    "decoder_ffn_dim": 96,
+    "encoder_ffn_dim": 96,
+    "block_ff_dim": 96,
+    "block_dim": 64,
+    "intermediate_size_mlp": 96,
+    "moe_intermediate_size": 32,
+    "expert_intermediate_size": 32,
+    "shared_expert_intermediate_size": 48,
+    "shared_intermediate_size": 48,
+    "expert_ffn_hidden_size": 32,
+    "moe_ffn_hidden_size": 32,
+    "ffn_intermediate_size": 96,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "n_routed_experts": 4,
+    "moe_num_experts": 4,
+    "num_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_topk": 2,
+    "moe_k": 2,
+    "top_k_experts": 2,
+    "num_experts_per_token": 2,
+    "moe_top_k": 2,
+    "n_group": 1,
+    "topk_group": 1,
+    "n_shared_experts": 1,
+    "num_shared_experts": 1,
+    "moe_num_shared_experts": 1,
+    "kv_lora_rank": 16,
+    "q_lora_rank": 24,
+    "qk_rope_head_dim": 8,
+    "qk_nope_head_dim": 8,
+    "v_head_dim": 16,
+    "first_k_dense_replace": 1,
+    "num_dense_layers": 1,
+    "moe_layer_start_index": 1,
+    "moe_layer_freq": 1,
+    "max_position_embeddings": 256,
+    "n_positions": 256,
+    "max_seq_len": 256,
+    "seq_length": 256,
+    "n_ctx": 256,
+    "sliding_window": 32,
+    "attention_window_size": 32,
+    "mamba_n_heads": 4,
+    "mamba_d_head": 32,
+    "mamba_d_state": 8,
+    "mamba_num_heads": 4,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 8,
+    "mamba_d_conv": 4,
+    "mamba_expand": 2,
+    "mamba_d_ssm": 128,
+    "mamba_chunk_size": 16,
+    "chunk_size": 16,
+    "n_mamba_heads": 2,
+    "mamba_headdim": 16,
+    "mamba_ngroups": 1,
+    "mamba_dt_rank": 8,
+    "state_size": 8,
+    "time_step_rank": 8,
+    "lru_width": 64,
+    "expand": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": 99,
+    "rotary_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "n_mels": 8,
+    "word_embed_proj_dim": 64,
+    "num_nextn_predict_layers": 0,
+    "router_hidden_size": 16,
+}
+
+# What a family needs beside, or instead of, the shared sizes.
+_MLA = {"num_key_value_heads": 4}
+_TWO_TYPES = ["sliding_attention", "full_attention"] * 2
+_GEMMA4 = {"layer_types": _TWO_TYPES, "per_layer_config": {"1": {"head_dim": 32}, "3": {"head_dim": 32}}}
+_GEMMA3N = {
+    "layer_types": _TWO_TYPES,
+    "num_kv_shared_layers": 2,
+    "intermediate_size": [96] * 4,
+    "laurel_rank": 4,
+    "activation_sparsity_pattern": [0.5, 0.0, 0.0, 0.0],
+}
+_DOTS3 = _MLA | {
+    "layer_types": ["indexed_attention", "sliding_attention"] * 2,
+    "head_dim": 16,
+    "index_topk": 8,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+    "per_layer_config": {
+        "1": {"num_attention_heads": 2, "num_key_value_heads": 2},
+        "3": {"num_attention_heads": 2, "num_key_value_heads": 2},
+    },
+}
+_QWEN4 = {
+    "layer_types": ["linear_attention", "indexed_attention"] * 2,
+    "hc_lowrank": 8,
+    "hc_count": 2,
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 16,
+    "indexer_budget": 8,
+    "indexer_compress_ratio": 2,
+}
+_ENCODER_DECODER = {"decoder_layers": LAYERS, "encoder_layers": 2, "num_hidden_layers": LAYERS}
+SPECIAL: dict[str, dict[str, Any]] = {
+    **dict.fromkeys(("axk1", "deepseek_v3", "longcat_flash", "youtu"), _MLA | {"head_dim": 8}),
+    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "minicpm3", "kimi_linear", "glm4_moe_lite"), _MLA),
+    **dict.fromkeys(("gemma4_text", "gemma4", "gemma4_unified", "gemma4_unified_text"), _GEMMA4),
+    **dict.fromkeys(("gemma4_assistant", "gemma4_unified_assistant"), _GEMMA4 | {"hidden_size_per_layer_input": 0}),
+    **dict.fromkeys(("dots3_note", "dots3_note_text"), _DOTS3),
+    **dict.fromkeys(("qwen4_exp", "qwen4_exp_text"), _QWEN4),
+    **dict.fromkeys(("gemma3n", "gemma3n_text"), _GEMMA3N),
+    "bailing_hybrid": _MLA
+    | {
+        "num_expert_group": 2,
+        "topk_group": 1,
+        "linear_num_heads": 4,
+        "linear_head_dim": 16,
+        "num_experts_per_token": 2,
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "head_dim": 8,
+    },
+    "cohere_compass_text": {
+        "rope_parameters": {
+            k: {"rope_type": "default", "rope_theta": 1e4} for k in ("full_attention", "sliding_attention")
+        },
+        "layer_types": ["full_attention", "sliding_attention"] * 2,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 1e4},
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "nemotron_h": {
+        "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp"],
+        "n_groups": 2,
+        "mamba_num_heads": 8,
+        "mamba_head_dim": 16,
+    },
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "n_mamba_heads": 8,
+        "mamba_headdim": 16,
+        "adapter_rank": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "hybrid_layer_ids": [1, 3],
+    },
+    "zamba": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "num_key_value_heads": 4,
+        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+    },
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},
+    "deepseek_v2": _MLA | {"num_experts_per_tok": 2, "first_k_dense_replace": 1},
+    "dots1": {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local"] * LAYERS},
+    "mamba2": {"num_heads": 8, "head_dim": 16},
+    "xmod": {"default_language": "en_XX"},
+    "zaya": {"num_experts_per_tok": 1},
+    "recurrent_gemma": {"block_types": ["recurrent", "attention"]},
+    "xlm": {"n_words": 99, "emb_dim": 64},
+}
+
+
+def tiny_config(model_type: str) -> PretrainedConfig:
+    """A config of ``model_type`` with a few narrow layers, of every kind of layer that its default has."""
+    return _shrunk(CONFIG_MAPPING[model_type], SPECIAL.get(model_type, {}))
+
+
+def _shrunk(cls: type[PretrainedConfig], special: dict[str, Any]) -> PretrainedConfig:
+    default = cls()
+    subs = getattr(cls, "sub_configs", {})
+    values = {name: getattr(default, name) if name in subs else value for name, value in default.to_dict().items()}
+    depth = next(
+        (values[n] for n in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if type(values.get(n)) is int),
+        None,
+    )
+    kwargs: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, PretrainedConfig):
+            if name in ("text_config", "decoder", "language_config", "llm_config") or "text" in name:
+                kwargs[name] = _shrunk(type(value), special)
+            else:
+                kwargs[name] = _shrunk(type(value), {})
+        elif name in SIZES and (type(value) is int or (value is None and name == "num_key_value_heads")):
+            kwargs[name] = SIZES[name]
+        elif isinstance(value, list) and depth and len(value) == depth and depth > LAYERS:
+            unique = list(dict.fromkeys(value))
+            kwargs[name] = (unique * LAYERS)[:LAYERS] if len(unique) <= LAYERS else value[:LAYERS]
+    if not any(isinstance(value, PretrainedConfig) and "text" in name for name, value in values.items()):
+        kwargs |= special  # names that the default does not have
+    return cls(**kwargs)
+
+
+def tiny_model(config: PretrainedConfig, seed: int = 0, std: float = 0.08) -> PreTrainedModel:
+    """A model of ``config`` with random weights, biases and norms included, in float32."""
+    causal = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING
+    auto = AutoModelForCausalLM if causal else AutoModelForImageTextToText
+    torch.manual_seed(seed)
+    model = auto.from_config(copy.deepcopy(config)).float().eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn(p.shape, generator=generator) * std)
+    return model
