@@ -123,9 +123,11 @@ class AttentionConfig(_SubblockConfig):
         no_op: the subblock is removed: the layer passes its input on.
         replace_with_linear: one ``hidden_size`` x ``hidden_size`` map stands in its place.
         num_key_value_heads: K, or None for what the model's config says.
+        num_attention_heads: H, or None for what the model's config says; the size of a head stays.
     """
 
     num_key_value_heads: int | None = None
+    num_attention_heads: int | None = None
     mamba: MambaConfig | None = None
     llama4: dict[str, Any] | None = None
 
@@ -133,8 +135,8 @@ class AttentionConfig(_SubblockConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._check_positive("num_key_value_heads")
-        self._drop_sizes_if_replaced("num_key_value_heads", "mamba", "llama4")
+        self._check_positive("num_key_value_heads", "num_attention_heads")
+        self._drop_sizes_if_replaced("num_key_value_heads", "num_attention_heads", "mamba", "llama4")
 
 
 @dataclass(frozen=True)

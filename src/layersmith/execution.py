@@ -87,8 +87,8 @@ def forward_with(
 
 
 def share_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Let ``target`` use the buffers of ``source`` under the same names; a ``state_dict`` does not hold all of them."""
-    wanted = {name for name, _ in target.named_buffers()}
+    """Let ``target`` use those buffers of ``source`` under the same names that a ``state_dict`` does not hold."""
+    wanted = {name for name, _ in target.named_buffers()} - target.state_dict().keys()
     for name, buffer in source.named_buffers():
         if name in wanted:
             module, _, own_name = name.rpartition(".")

@@ -13,8 +13,9 @@ from layersmith.heterogeneous.build import block_configs_of, config_dtype
 from layersmith.heterogeneous.modeling_layersmith import without_guard
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative
-from layersmith.library.axes import LayerAxes, find_axes, meta_layers
+from layersmith.library.axes import LayerAxes
 from layersmith.library.library import survey_of
+from layersmith.library.shapes import find_axes, meta_layers
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.stock import own_config, stock_class
@@ -131,17 +132,49 @@ def _row(i: int, found: Outline, attention: object, ffn: object) -> tuple[str, s
             what = "no-op"
         elif getattr(own, "replace_with_linear", False):
             what = "linear"
-        elif subblock == "attention":
-            axis, heads = found.axes[i].kv, getattr(own, "num_key_value_heads", None)
-            what = f"{axis.num_heads} heads, {heads} KV heads of {axis.head_dim}" if axis else f"{heads} KV heads"
         else:
-            what = f"width {getattr(own, 'intermediate_size', None)}"
+            what = _attention(found, i, own) if subblock == "attention" else _ffn(own)
         members = [a for a in found.alternatives if a.layer == i and a.subblock == subblock and a.kind != "parent"]
-        sizes = list(dict.fromkeys(str(a.size) for a in members if a.size))
-        words = ["KV heads " * (subblock == "attention") + ", ".join(sizes)] if sizes else []
-        words += [a.kind.replace("_", "-") for a in members if not a.size]
+        sizes: dict[str, list[str]] = {}
+        for a in members:
+            own_sizes = sizes.setdefault(_AXIS_WORDS.get(a.kind, a.kind.replace("_", "-")), [])
+            if a.size and str(a.size) not in own_sizes:
+                own_sizes.append(str(a.size))
+        words = [f"{name} {', '.join(own_sizes)}".strip() for name, own_sizes in sizes.items()]
         cells += [what, "; ".join(words) or "nothing else"]
     return cells[0], cells[1], cells[2], cells[3]
+
+
+_AXIS_WORDS = {
+    "kv_heads": "KV heads",
+    "head_groups": "KV heads with their query heads",
+    "query_heads": "query heads",
+    "ffn_width": "width",
+    "experts": "experts",
+    "expert_width": "expert width",
+    "shared_width": "shared width",
+    "experts_per_token": "experts a token",
+}
+
+
+def _attention(found: Outline, i: int, own: object) -> str:
+    axis = found.axes[i].kv
+    if axis is not None:
+        return f"{axis.num_heads} heads, {axis.size} KV heads of {axis.head_dim}"
+    count = getattr(own, "num_key_value_heads", None)
+    return f"{count} KV heads" if count else "as its config says"
+
+
+def _ffn(own: object) -> str:
+    moe = getattr(own, "moe", None)
+    if moe is None:
+        width = getattr(own, "intermediate_size", None)
+        return f"width {width}" if width else "as its config says"
+    shared = moe.shared_expert_intermediate_dim
+    return (
+        f"{moe.num_local_experts} experts of {moe.expert_intermediate_dim or '?'}, {moe.num_experts_per_tok} a token"
+        + (f", shared {shared}" if shared else "")
+    )
 
 
 def _merged(rows: list[tuple[str, str, str, str]]) -> list[BlockRow]:

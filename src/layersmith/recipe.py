@@ -57,6 +57,9 @@ class LibraryRecipe:
             statistics fit in ``statistics_gib``.
         kv_heads: numbers of KV heads; default: halves of the parent's down to one.
         kv_methods: ``contribution``: keep the KV heads that add most; ``pool``: average neighbours.
+        query_heads: whether there may be fewer query heads, alone or with their KV head.
+        head_fractions: to which the query heads of a KV head are reduced, and all heads where each has its own keys.
+        expert_fractions: to which the number of experts, that of a token, and the width of experts are reduced.
         linear: subblocks that one linear map may replace.
         no_op: subblocks that may be removed.
         keep_layers: layers that stay as they are.
@@ -69,6 +72,9 @@ class LibraryRecipe:
     ffn_ranking: Literal["auto", "contribution", "iterative"] = "auto"
     kv_heads: tuple[int, ...] | None = None
     kv_methods: tuple[Literal["contribution", "pool"], ...] = ("contribution", "pool")
+    query_heads: bool = True
+    head_fractions: tuple[float, ...] = (0.75, 0.5, 0.25)
+    expert_fractions: tuple[float, ...] = (0.875, 0.75, 0.5, 0.25)
     linear: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
     no_op: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
     keep_layers: tuple[int, ...] = ()
@@ -117,9 +123,10 @@ class Recipe:
         for name in ("sequence_length", "calibration_sequences", "scoring_sequences", "evaluation_sequences"):
             if getattr(data, name) < (2 if name == "sequence_length" else 1):
                 raise UsageError(f"recipe data.{name}: must be positive, got {getattr(data, name)}.")
-        for fraction in library.ffn_fractions:
-            if not 0 < fraction < 1:
-                raise UsageError(f"recipe library.ffn_fractions: {fraction} is not between 0 and 1.")
+        for name in ("ffn_fractions", "head_fractions", "expert_fractions"):
+            for fraction in getattr(library, name):
+                if not 0 < fraction < 1:
+                    raise UsageError(f"recipe library.{name}: {fraction} is not between 0 and 1.")
         for name in ("ffn_sizes", "kv_heads"):
             if any(size < 1 for size in getattr(library, name) or ()):
                 raise UsageError(f"recipe library.{name}: sizes must be positive; removal is no_op.")

@@ -10,7 +10,7 @@ from transformers import DynamicCache, PretrainedConfig
 import layersmith
 from layersmith import BlockConfig
 from layersmith.costs.counted import Workload, subblock_costs, total
-from layersmith.library.axes import find_axes
+from layersmith.library.shapes import find_axes
 
 VARIANTS = {
     "parent": [block()] * 4,
@@ -27,8 +27,7 @@ VARIANTS = {
 def costs_of(config: PretrainedConfig, blocks: list[BlockConfig], workload: Workload, dtype: torch.dtype) -> Any:
     descriptor = layersmith.describe(config)
     axes = find_axes(descriptor, config, layersmith.block_configs(config))
-    head_dims = [own.kv.head_dim for own in axes]
-    layers, fixed = subblock_costs(descriptor, config, blocks, dtype, workload, head_dims)
+    layers, fixed = subblock_costs(descriptor, config, blocks, dtype, workload, axes)
     return layers, fixed, total([*(part for layer in layers for part in layer.values()), fixed])
 
 

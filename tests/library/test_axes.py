@@ -1,7 +1,7 @@
 from conftest import FAMILIES, block
 
 import layersmith
-from layersmith.library.axes import find_axes
+from layersmith.library.shapes import find_axes
 
 
 def axes_of(config, blocks=None):
@@ -21,6 +21,7 @@ def test_axes_are_found_by_shape(family: str) -> None:
         assert axes.ffn.output == "mlp.down_proj"
         assert (axes.kv.size, axes.kv.num_heads, axes.kv.head_dim) == (4, 8, getattr(config, "head_dim", None) or 4)
         assert axes.kv.output == "self_attn.o_proj"
+        assert (axes.kv.fewer_kv, axes.kv.fewer_groups, axes.kv.fewer_queries) == (True, True, True)
         names = {w.name for w in axes.kv.weights}
         assert {"self_attn.k_proj.weight", "self_attn.v_proj.weight"} <= names
         has_bias = family.startswith("qwen2") or family == "llama_tied"
@@ -33,8 +34,10 @@ def test_reasons_where_there_is_nothing_to_narrow() -> None:
     axes = axes_of(config, blocks)
     assert axes[0].kv is None
     assert "no attention" in axes[0].reasons["attention"]
-    assert axes[1].kv is None
-    assert "one KV head" in axes[1].reasons["attention"]
+    assert axes[1].kv.size == 1
+    assert not axes[1].kv.fewer_kv
+    assert not axes[1].kv.fewer_groups
+    assert axes[1].kv.fewer_queries
     assert axes[2].ffn is None
     assert "no FFN" in axes[2].reasons["ffn"]
     assert axes[3].reasons == {}

@@ -14,7 +14,7 @@ from layersmith.execution import exchanged, forward
 from layersmith.library import ranking, statistics
 from layersmith.library.alternative import Alternative, ffn_widths, kv_head_counts
 from layersmith.library.library import Library, build_library, probes_for, survey
-from layersmith.library.weights import keep_kv_heads, narrow_ffn, pool_kv_heads
+from layersmith.library.weights import keep_groups, keep_kv_heads, keep_query_heads, narrow, pool_kv_heads
 from layersmith.parent import Parent, load_parent
 from layersmith.recipe import LibraryRecipe
 from layersmith.runtime import Runtime
@@ -46,8 +46,10 @@ def test_the_widest_alternative_is_the_parent(parent: Parent) -> None:
     axes = survey(parent, LibraryRecipe()).axes[1]
     weights = dict(parent.layers[1].named_parameters())
     for made in (
-        narrow_ffn(weights, axes.ffn, torch.randperm(64)),
+        narrow(weights, axes.ffn, [torch.randperm(64)]),
         keep_kv_heads(weights, axes.kv, torch.randperm(4)),
+        keep_groups(weights, axes.kv, torch.randperm(4)),
+        keep_query_heads(weights, axes.kv, torch.randperm(8)),
         pool_kv_heads(weights, axes.kv, 4),
     ):
         for name, tensor in made.items():
@@ -59,7 +61,7 @@ def test_dead_channels_can_go(parent: Parent) -> None:
     layer = parent.layers[2]
     with torch.no_grad():
         layer.mlp.down_proj.weight[:, 1::2] = 0
-    library.orders["2.ffn"] = torch.arange(64).view(32, 2).T.flatten()  # even channels first
+    library.orders["2.ffn.0"] = torch.arange(64).view(32, 2).T.flatten()  # even channels first
     before = forward(parent, TOKENS)[0]
     after = logits_with(parent, {2: library.layer(Alternative(2, "ffn", "ffn_width", "iterative", 32))})
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
@@ -82,6 +84,8 @@ def test_equal_heads_pool_to_the_same(parent: Parent) -> None:
     axes = library.axes[0].kv
     with torch.no_grad():
         for axis in axes.weights:
+            if {segment.part for segment in axis.segments} != {"kv"}:
+                continue
             weight = parent.layers[0].get_parameter(axis.name)
             heads = weight.view(4, axes.head_dim, -1)
             heads[1], heads[3] = heads[0], heads[2]
@@ -99,9 +103,9 @@ def test_rankings_keep_what_matters(parent: Parent) -> None:
         parent.layers[3].self_attn.o_proj.weight[:, 2 * head_dim : 4 * head_dim] *= 1e-3  # KV head 1
     for method in ("contribution", "iterative"):
         library = library_of(parent, ffn_ranking=method)
-        assert set(library.orders["3.ffn"][-len(dead) :].tolist()) == set(dead.tolist())
+        assert set(library.orders["3.ffn.0"][-len(dead) :].tolist()) == set(dead.tolist())
         assert library.orders["3.attention"][-1] == 1
-        assert sorted(library.orders["3.ffn"].tolist()) == list(range(64))
+        assert sorted(library.orders["3.ffn.0"].tolist()) == list(range(64))
 
 
 def test_costs_of_channels_are_true_errors() -> None:
@@ -201,7 +205,7 @@ def test_interrupted_statistics_go_on_to_the_same_sums(
     # Sums of other inputs are not taken for these.
     monkeypatch.setattr(statistics, "_add_batch", add)
     other = statistics.gather(parent, probes, TOKENS[:4], **given, checkpoint=tmp_path / "sums", inputs="others")
-    assert not torch.equal(other["0.ffn"], whole["0.ffn"])
+    assert not torch.equal(other["0.ffn.0"], whole["0.ffn.0"])
 
 
 def test_composition_equals_what_is_written(parent: Parent, tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.checkpoint import weight_groups
+from layersmith.library.axes import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import BATCH, CONTEXT
 
@@ -40,7 +41,7 @@ def subblock_costs(
     blocks: Sequence[BlockConfig],
     dtype: torch.dtype,
     workload: Workload,
-    head_dims: Sequence[int | None],
+    axes: Sequence[LayerAxes],
 ) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
     """Costs of every subblock of a model of these blocks, and of what is outside the layers.
 
@@ -50,7 +51,7 @@ def subblock_costs(
         blocks: one a layer.
         dtype: of the weights and the KV cache.
         workload: batch and context.
-        head_dims: size of a KV head in each layer; None where it is not known from the weights.
+        axes: of the parent's layers: they tell the size of a KV head, and which weights are experts'.
 
     Returns:
         For every layer ``{"attention": costs, "ffn": costs}``, and the costs of embeddings, head and final norm.
@@ -60,12 +61,15 @@ def subblock_costs(
     groups = weight_groups(descriptor, sizes, len(blocks))
     layers = []
     for i, block in enumerate(blocks):
-        kv_bytes = kv_cache_bytes(descriptor, config, block, i, dtype, workload, head_dims[i])
+        heads = axes[i].kv
+        kv_bytes = kv_cache_bytes(descriptor, config, block, i, dtype, workload, heads.head_dim if heads else None)
+        ffn = groups.get(f"block_{i}_ffn", ())
         layers.append(
             {
                 "attention": _costs(sizes[name] for name in groups.get(f"block_{i}_attention", ()))
                 | {"kv_cache_bytes": kv_bytes},
-                "ffn": _costs(sizes[name] for name in groups.get(f"block_{i}_ffn", ())),
+                "ffn": _costs(sizes[name] for name in ffn)
+                | {"active_parameters": _active(descriptor, block, i, axes[i], {name: sizes[name][0] for name in ffn})},
             }
         )
         for subblock in layers[-1].values():
@@ -84,12 +88,22 @@ def _costs(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
     parameters, weight_bytes = sum(s[0] for s in sizes), sum(s[1] for s in sizes)
     return {
         "parameters": parameters,
-        # All weights of a dense subblock take part in every token.
         "active_parameters": parameters,
         "weight_bytes": weight_bytes,
         "kv_cache_bytes": 0,
         "memory_bytes": weight_bytes,
     }
+
+
+def _active(
+    descriptor: type[ModelDescriptor], block: BlockConfig, index: int, axes: LayerAxes, sizes: Mapping[str, int]
+) -> int:
+    """Parameters that take part in a token: of the routed experts as many as a token uses."""
+    prefix = f"{descriptor.layer_block_name(index)}."
+    of_experts = sum(n for name, n in sizes.items() if axes.is_of_experts(name.removeprefix(prefix)))
+    moe = block.ffn.moe
+    share = of_experts * moe.num_experts_per_tok // moe.num_local_experts if moe is not None else of_experts
+    return sum(sizes.values()) - of_experts + share
 
 
 def kv_cache_bytes(
@@ -103,13 +117,16 @@ def kv_cache_bytes(
 ) -> int:
     """Keys and values of one layer: 2 * K * d * tokens * bytes.
 
-    A layer with sliding-window attention keeps at most its window.
+    A layer with sliding-window attention keeps at most its window; one that keeps a state instead counts as none.
     """
-    if not has_attention(block):
+    if not has_attention(block) or getattr(descriptor, "keeps_state", lambda index: False)(index):
         return 0
     language = descriptor.get_language_model_config(config)
-    heads = block.attention.num_key_value_heads or language.num_attention_heads
-    head_dim = head_dim or getattr(language, "head_dim", None) or language.hidden_size // language.num_attention_heads
+    own_heads = getattr(language, "num_attention_heads", None)
+    heads = block.attention.num_key_value_heads or block.attention.num_attention_heads or own_heads
+    head_dim = head_dim or getattr(language, "head_dim", None) or (own_heads and language.hidden_size // own_heads)
+    if not heads or not head_dim:
+        return 0
     tokens = workload.context
     if (window := sliding_window(language, index)) is not None:
         tokens = min(tokens, window)

@@ -44,7 +44,6 @@ def count_costs(
     workload: Workload,
 ) -> CostTable:
     """Count every alternative, one build on the meta device for each kind and size rather than for each layer."""
-    head_dims = [own.kv.head_dim if own.kv is not None else None for own in axes]
     by_variant: dict[tuple[str, str, int], list[Alternative]] = {}
     for alternative in alternatives:
         by_variant.setdefault((alternative.subblock, alternative.kind, alternative.size), []).append(alternative)
@@ -54,7 +53,7 @@ def count_costs(
         changed = list(blocks)
         for alternative in members:
             changed[alternative.layer] = alternative.block_config(blocks[alternative.layer])
-        layers, fixed = subblock_costs(descriptor, config, changed, dtype, workload, head_dims)
+        layers, fixed = subblock_costs(descriptor, config, changed, dtype, workload, axes)
         for alternative in members:
             by_key[alternative.key] = layers[alternative.layer][alternative.subblock]
     parent = total([*(by_key[a.key] for a in alternatives if a.kind == "parent"), fixed])

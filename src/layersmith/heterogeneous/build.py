@@ -49,7 +49,7 @@ def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]
             raise UsageError(f"config.json: {len(blocks)} block_configs for {num_layers} layers.")
         return blocks
     if issubclass(descriptor, InferredDescriptor):
-        return descriptor.parent_blocks()
+        return descriptor.of(as_parent(config)).parent_blocks()
     block = BlockConfig(
         AttentionConfig(num_key_value_heads=_whole_number(language, "num_key_value_heads")),
         FFNConfig(intermediate_size=_whole_number(language, "intermediate_size")),
@@ -60,7 +60,7 @@ def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]
 def num_layers_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]) -> int:
     """How many decoder layers a config's model has."""
     if issubclass(descriptor, InferredDescriptor):
-        return len(descriptor.findings.of_layer)
+        return len(descriptor.of(as_parent(config)).findings.of_layer)
     return int(descriptor.get_language_model_config(config).num_hidden_layers)
 
 

@@ -5,15 +5,27 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 from layersmith import schema
 from layersmith.artifacts import fingerprint
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UsageError
-from layersmith.library.axes import LayerAxes
+from layersmith.library.axes import HeadsAxis, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import LibraryRecipe
+
+_FIELDS = {
+    "kv_heads": "num_key_value_heads",
+    "query_heads": "num_attention_heads",
+    "ffn_width": "intermediate_size",
+}
+_EXPERT_FIELDS = {
+    "experts": "num_local_experts",
+    "expert_width": "expert_intermediate_dim",
+    "shared_width": "shared_expert_intermediate_dim",
+    "experts_per_token": "num_experts_per_tok",
+}
 
 
 @dataclass(frozen=True)
@@ -23,10 +35,13 @@ class Alternative:
     Attributes:
         layer: index of the decoder layer.
         subblock: ``attention`` or ``ffn``.
-        kind: ``parent``, ``kv_heads``, ``ffn_width``, ``linear`` or ``no_op``.
+        kind: ``parent``, ``no_op``, ``linear``; for attention ``kv_heads`` (fewer for the same query heads),
+            ``head_groups`` (fewer with their query heads) or ``query_heads`` (fewer for the same KV heads); for an FFN
+            ``ffn_width``, ``experts``, ``expert_width``, ``shared_width`` or ``experts_per_token``.
         method: how its weights come from the parent's: ``contribution``, ``iterative``, ``pool``,
             ``least_squares``; empty where there is nothing to choose.
-        size: KV heads or width that are left; 0 where that has no meaning.
+        size: heads, experts or channels that are left; 0 where that has no meaning.
+        query_heads: that are left with ``head_groups``.
     """
 
     layer: int
@@ -34,16 +49,24 @@ class Alternative:
     kind: str
     method: str = ""
     size: int = 0
+    query_heads: int = 0
 
     @property
     def name(self) -> str:
         """What it is, the same in every layer, e.g. ``"ffn 384 (iterative)"``."""
+        plural = "s" if self.size != 1 else ""
         words = {
             "parent": f"{self.subblock} as it is",
             "no_op": f"{self.subblock} no-op",
             "linear": f"{self.subblock} linear",
-            "kv_heads": f"attention {self.size} KV head{'s' if self.size != 1 else ''}",
+            "kv_heads": f"attention {self.size} KV head{plural}",
+            "head_groups": f"attention {self.size} KV head{plural} with their query heads",
+            "query_heads": f"attention {self.size} query head{plural}",
             "ffn_width": f"ffn {self.size}",
+            "experts": f"ffn {self.size} expert{plural}",
+            "expert_width": f"ffn experts of {self.size}",
+            "shared_width": f"ffn shared expert of {self.size}",
+            "experts_per_token": f"ffn {self.size} expert{plural} a token",
         }
         return words[self.kind] + (f" ({self.method})" if self.method in ("contribution", "iterative", "pool") else "")
 
@@ -59,15 +82,21 @@ class Alternative:
 
     def subblock_config(self, parent: BlockConfig) -> AttentionConfig | FFNConfig:
         """The config of the subblock with this alternative."""
-        own = parent.subblock(self.subblock)
+        own: Any = parent.subblock(self.subblock)
         if self.kind == "no_op":
             return dataclasses.replace(own, no_op=True, replace_with_linear=False)
         if self.kind == "linear":
             return dataclasses.replace(own, no_op=False, replace_with_linear=True)
-        if self.kind == "kv_heads":
-            return dataclasses.replace(cast(AttentionConfig, own), num_key_value_heads=self.size)
-        if self.kind == "ffn_width":
-            return dataclasses.replace(cast(FFNConfig, own), intermediate_size=self.size)
+        if self.kind == "head_groups":
+            # Where each query head has keys of its own, the config counts query heads alone.
+            counts = {"num_attention_heads": self.query_heads}
+            if own.num_key_value_heads is not None:
+                counts["num_key_value_heads"] = self.size
+            return dataclasses.replace(own, **counts)
+        if self.kind in _EXPERT_FIELDS:
+            return dataclasses.replace(own, moe=dataclasses.replace(own.moe, **{_EXPERT_FIELDS[self.kind]: self.size}))
+        if self.kind in _FIELDS:
+            return dataclasses.replace(own, **{_FIELDS[self.kind]: self.size})
         return own
 
     def block_config(self, parent: BlockConfig) -> BlockConfig:
@@ -97,14 +126,8 @@ def search_space(
         found += [Alternative(i, "attention", "parent"), Alternative(i, "ffn", "parent")]
         if i in recipe.keep_layers:
             continue
-        if own_axes.kv is not None:
-            for size in kv_head_counts(own_axes.kv.size, own_axes.kv.num_heads, recipe):
-                # Only counts that divide the parent's can be averages of equally many.
-                methods = [m for m in recipe.kv_methods if m != "pool" or own_axes.kv.size % size == 0]
-                found += [Alternative(i, "attention", "kv_heads", method, size) for method in methods]
-        if own_axes.ffn is not None:
-            sizes = ffn_widths(own_axes.ffn.size, recipe)
-            found += [Alternative(i, "ffn", "ffn_width", ffn_ranking, size) for size in sizes]
+        found += _of_heads(i, own_axes.kv, recipe) if own_axes.kv is not None else []
+        found += _of_ffn(i, block, own_axes, recipe, ffn_ranking)
         for subblock in ("attention", "ffn"):
             present = not (block.subblock(subblock).no_op or block.subblock(subblock).replace_with_linear)
             if present and subblock in recipe.linear and linear_possible[subblock]:
@@ -117,11 +140,64 @@ def search_space(
     return found
 
 
+def _of_heads(i: int, axis: HeadsAxis, recipe: LibraryRecipe) -> list[Alternative]:
+    found = []
+    group = axis.num_heads // axis.size
+    if axis.fewer_kv:
+        for size in kv_head_counts(axis.size, axis.num_heads, recipe):
+            # Only counts that divide the parent's can be averages of equally many.
+            methods = [m for m in recipe.kv_methods if m != "pool" or axis.size % size == 0]
+            found += [Alternative(i, "attention", "kv_heads", method, size) for method in methods]
+    if axis.fewer_groups and recipe.query_heads:
+        sizes = kv_head_counts(axis.size, axis.num_heads, recipe)
+        if not axis.fewer_kv:  # every head has keys of its own: any number will do
+            sizes = fractions_of(axis.size, recipe.head_fractions)
+        found += [Alternative(i, "attention", "head_groups", "contribution", k, k * group) for k in sizes]
+    if axis.fewer_queries and recipe.query_heads:
+        sizes = fractions_of(group, recipe.head_fractions)
+        found += [Alternative(i, "attention", "query_heads", "contribution", n * axis.size) for n in sizes]
+    return found
+
+
+def _of_ffn(i: int, block: BlockConfig, axes: LayerAxes, recipe: LibraryRecipe, ffn_ranking: str) -> list[Alternative]:
+    found: list[Alternative] = []
+    moe = block.ffn.moe
+    if axes.ffn is not None and moe is None:
+        found += [Alternative(i, "ffn", "ffn_width", ffn_ranking, size) for size in ffn_widths(axes.ffn.size, recipe)]
+    if axes.experts is not None:
+        in_group, least = axes.experts.size // axes.experts.groups, 1 if axes.experts.groups == 1 else 2
+        for count in fractions_of(in_group, recipe.expert_fractions):
+            size = count * axes.experts.groups
+            if count >= least and size >= axes.experts.per_token:
+                found.append(Alternative(i, "ffn", "experts", "iterative", size))
+        if axes.experts.fewer_per_token:
+            counts = fractions_of(axes.experts.per_token, recipe.expert_fractions)
+            found += [Alternative(i, "ffn", "experts_per_token", "", size) for size in counts]
+    for kind, axis in (("expert_width", axes.ffn if moe is not None else None), ("shared_width", axes.shared)):
+        if axis is not None:
+            multiple = recipe.ffn_multiple or width_multiple(axis.size)
+            widths = {max(multiple, round(axis.size * f / multiple) * multiple) for f in recipe.expert_fractions}
+            found += [
+                Alternative(i, "ffn", kind, "contribution", w) for w in sorted(widths, reverse=True) if w < axis.size
+            ]
+    return found
+
+
+def fractions_of(full: int, fractions: Sequence[float]) -> list[int]:
+    """Numbers below ``full``, at least 1, that are these fractions of it, most first."""
+    return sorted({n for f in fractions if 1 <= (n := round(full * f)) < full}, reverse=True)
+
+
+def width_multiple(full: int) -> int:
+    """What the widths of an FFN of width ``full`` are multiples of."""
+    return next((m for m, least in ((256, 2048), (64, 512), (16, 64)) if full >= least), 1)
+
+
 def ffn_widths(full: int, recipe: LibraryRecipe) -> list[int]:
     """The widths to try for an FFN of width ``full``, widest first."""
     if recipe.ffn_sizes is not None:
         return sorted({size for size in recipe.ffn_sizes if size < full}, reverse=True)
-    multiple = recipe.ffn_multiple or next((m for m, least in ((256, 2048), (64, 512), (16, 64)) if full >= least), 1)
+    multiple = recipe.ffn_multiple or width_multiple(full)
     rounded = {max(multiple, round(full * fraction / multiple) * multiple) for fraction in recipe.ffn_fractions}
     return sorted((size for size in rounded if size < full), reverse=True)
 

@@ -21,10 +21,19 @@ from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
 from layersmith.library.alternative import Alternative, linear_is_possible, search_space
-from layersmith.library.axes import LayerAxes, find_axes, meta_layers
+from layersmith.library.axes import Bundle, LayerAxes, Segment, WeightAxis, WidthAxis
 from layersmith.library.proof import prove
+from layersmith.library.shapes import find_axes, input_dim, meta_layers
 from layersmith.library.statistics import Probe, gather
-from layersmith.library.weights import keep_kv_heads, narrow_ffn, pool_kv_heads
+from layersmith.library.weights import (
+    keep_experts,
+    keep_groups,
+    keep_kv_heads,
+    keep_query_heads,
+    members_of,
+    narrow,
+    pool_kv_heads,
+)
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.parent import Parent
 from layersmith.progress import SILENT, Progress
@@ -39,7 +48,9 @@ class Library:
         parent: whose they are.
         axes: what can be narrowed in each layer.
         alternatives: every one, the parent's own subblocks included.
-        orders: ``"{layer}.ffn"`` or ``"{layer}.attention"`` to channels or KV heads, most important first.
+        orders: to units, most important first: ``"{layer}.ffn.{bundle}"`` and ``"{layer}.shared.{bundle}"`` to
+            channels (of each expert), ``"{layer}.attention"`` to KV heads, ``"{layer}.queries"`` to the query heads of
+            each KV head, ``"{layer}.experts"`` to experts.
         maps: ``"{layer}.{subblock}"`` to the weight ``[D, D]`` of its linear replacement.
         notes: what could not be offered, and why.
     """
@@ -76,15 +87,37 @@ class Library:
             ((module, _),) = linear_records(self.parent.descriptor, layer, alternative.subblock).items()
             weight = self.maps[f"{i}.{alternative.subblock}"].to(self.parent.runtime.device)
             return {f"{module}.linear.weight": self.parent.stored(weight)}
-        current = dict(layer.named_parameters())
-        if kind == "ffn_width":
-            assert own.ffn is not None
-            return narrow_ffn(current, own.ffn, self.orders[f"{i}.ffn"][: alternative.size])
+        current = layer.state_dict()
+        if kind in ("ffn_width", "expert_width", "shared_width"):
+            part, axis = ("shared", own.shared) if kind == "shared_width" else ("ffn", own.ffn)
+            assert axis is not None
+            kept = [
+                self.orders[f"{i}.{part}.{b}"][..., : bundle.size * alternative.size // axis.size]
+                for b, bundle in enumerate(axis.bundles)
+            ]
+            return narrow(current, axis, kept)
+        if kind == "experts_per_token":
+            return {}
+        if kind == "experts":
+            assert own.experts is not None
+            return keep_experts(current, own.experts, self._experts(i, alternative.size))
         assert own.kv is not None
+        if kind == "query_heads":
+            return keep_query_heads(
+                current, own.kv, self.orders[f"{i}.queries"][:, : alternative.size // own.kv.size].flatten()
+            )
         if alternative.method == "pool":
             pooled = pool_kv_heads(current, own.kv, alternative.size)
             return {name: self.parent.stored(weight) for name, weight in pooled.items()}
-        return keep_kv_heads(current, own.kv, self.orders[f"{i}.attention"][: alternative.size])
+        keep = keep_groups if kind == "head_groups" else keep_kv_heads
+        return keep(current, own.kv, self.orders[f"{i}.attention"][: alternative.size])
+
+    def _experts(self, i: int, count: int) -> torch.Tensor:
+        """The most important experts, equally many of each of the router's groups."""
+        axis, order = self.axes[i].experts, self.orders[f"{i}.experts"]
+        assert axis is not None
+        in_group = axis.size // axis.groups
+        return torch.cat([order[order // in_group == g][: count // axis.groups] for g in range(axis.groups)])
 
     def layer(self, *alternatives: Alternative) -> nn.Module:
         """The decoder layer with these alternatives (of one layer) in it; the rest is shared with the parent."""
@@ -94,12 +127,10 @@ class Library:
             return self.parent.layers[i]
         layer = copy.deepcopy(self._skeleton(i, changed))
         original = self.parent.layers[i]
-        tensors: dict[str, torch.Tensor] = dict(original.named_parameters())
+        tensors: dict[str, torch.Tensor] = original.state_dict()
         for alternative in changed:
             tensors |= self.weights(alternative)
-        state = {name: tensors[name] for name, _ in layer.named_parameters()}
-        state |= {name: buffer for name, buffer in original.state_dict().items() if name in dict(layer.named_buffers())}
-        layer.load_state_dict(state, strict=True, assign=True)
+        layer.load_state_dict({name: tensors[name] for name in layer.state_dict()}, strict=True, assign=True)
         share_buffers(original, layer)
         return layer.eval().requires_grad_(False)
 
@@ -239,13 +270,28 @@ def build_library(
     maps: dict[str, torch.Tensor] = {}
     for i, own in enumerate(axes):
         layer = parent.layers[i]
-        if (name := f"{i}.ffn") in means and own.ffn is not None:
-            costs = ranking.channel_costs(output_weight(layer, own.ffn.output), means[name])
-            orders[name] = _order(costs, ffn_ranking)
+        for part, axis in (("ffn", own.ffn), ("shared", own.shared)):
+            for b, bundle in enumerate(axis.bundles if axis is not None else ()):
+                name = f"{i}.{part}.{b}"
+                if name in means:
+                    costs = ranking.channel_costs(output_weight(layer, bundle), means[name])
+                    orders[name] = _order(costs, ffn_ranking)
+                elif f"{name}.channels" in means:
+                    norms = torch.stack(
+                        [_matrix(*own_weight).float().square().sum(0).cpu() for own_weight in _readers(layer, bundle)]
+                    )
+                    costs = means[f"{name}.channels"] * norms
+                    orders[name] = ranking.by_cost(costs if bundle.members else costs[0])
         if (name := f"{i}.attention") in means and own.kv is not None:
-            group = own.kv.num_heads // own.kv.size
-            costs = ranking.channel_costs(output_weight(layer, own.kv.output), means[name], own.kv.head_dim * group)
-            orders[name] = _order(costs, "iterative")
+            weight, heads = _matrix(layer.get_parameter(own.kv.reader), own.kv.reader_dim), own.kv
+            unit = weight.shape[1] // heads.num_heads
+            costs = ranking.channel_costs(weight, means[name], unit)
+            orders[f"{i}.queries"] = ranking.within_groups(costs, heads.size)
+            group = heads.num_heads // heads.size
+            by_kv = costs.view(heads.size, group, heads.size, group).sum((1, 3))
+            orders[name] = _order(by_kv, "iterative")
+        if (name := f"{i}.experts.members") in means:
+            orders[f"{i}.experts"] = _order(means[name], "iterative")
         for subblock in SUBBLOCKS:
             if (name := f"{i}.{subblock}.linear") + ".input" in means:
                 solved = ranking.least_squares(means[f"{name}.input"], means[f"{name}.output"])
@@ -255,22 +301,28 @@ def build_library(
 
 def _order(costs: torch.Tensor, method: str) -> torch.Tensor:
     if method == "iterative" and costs.ndim == 2:
-        return ranking.by_iterative_removal(costs)
+        return ranking.by_iterative_removal(costs.double())
     return ranking.by_contribution(costs)
 
 
-def output_weight(layer: nn.Module, name: str) -> torch.Tensor:
-    """The weight ``[outputs, inputs]`` of a projection, whichever way round its class stores it."""
-    module = layer.get_submodule(name)
-    weight = module.get_parameter("weight")
-    return weight.T if type(module).__name__ == "Conv1D" else weight
+def output_weight(layer: nn.Module, bundle: Bundle) -> torch.Tensor:
+    """The weight ``[outputs, inputs]`` of the projection that reads a bundle, whichever way round it is stored."""
+    return _matrix(layer.get_parameter(bundle.reader), bundle.reader_dim)
+
+
+def _matrix(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    return weight.detach().movedim(dim, 1)
+
+
+def _readers(layer: nn.Module, bundle: Bundle) -> list[tuple[torch.Tensor, int]]:
+    return members_of(layer.state_dict(), bundle, bundle.weight(bundle.reader))
 
 
 def choose_ffn_ranking(axes: Sequence[LayerAxes], recipe: LibraryRecipe) -> str:
     """What ``auto`` means: iterative where every layer's channel moments fit in the memory for statistics."""
     if recipe.ffn_ranking != "auto":
         return recipe.ffn_ranking
-    needed = sum(8 * axis.ffn.size**2 for axis in axes if axis.ffn is not None)
+    needed = sum(8 * axis.ffn.size**2 for axis in axes if axis.ffn is not None and not axis.of_experts)
     return "iterative" if needed <= recipe.statistics_gib * 1024**3 else "contribution"
 
 
@@ -278,22 +330,85 @@ def probes_for(
     parent: Parent, axes: Sequence[LayerAxes], alternatives: Sequence[Alternative], ffn_ranking: str
 ) -> list[Probe]:
     """What has to be watched to make these alternatives."""
-    kinds = {(a.layer, a.subblock, a.kind, a.method) for a in alternatives}
-    hidden = parent.language_config.hidden_size
+    kinds = {(a.layer, a.kind) for a in alternatives if a.method != "pool"}
+    linear = {(a.layer, a.subblock) for a in alternatives if a.kind == "linear"}
     probes = []
     for i, own in enumerate(axes):
-        if own.ffn is not None and any(k[:3] == (i, "ffn", "ffn_width") for k in kinds):
-            kind = "moment" if ffn_ranking == "iterative" else "energy"
-            size = own.ffn.size**2 if kind == "moment" else own.ffn.size
-            probes.append(Probe(f"{i}.ffn", i, own.ffn.output, kind, 8 * size))
-        if own.kv is not None and (i, "attention", "kv_heads", "contribution") in kinds:
-            channels = own.kv.num_heads * own.kv.head_dim
+        layer = parent.layers[i]
+        for part, axis, kind in (
+            ("ffn", own.ffn, "expert_width" if own.of_experts else "ffn_width"),
+            ("shared", own.shared, "shared_width"),
+        ):
+            if axis is not None and (i, kind) in kinds:
+                probes += _width_probes(layer, i, part, axis, ffn_ranking)
+        if own.kv is not None and kinds & {(i, "kv_heads"), (i, "head_groups"), (i, "query_heads")}:
+            channels = _matrix(layer.get_parameter(own.kv.reader), own.kv.reader_dim).shape[1]
             probes.append(Probe(f"{i}.attention", i, own.kv.output, "moment", 8 * channels**2))
+        if own.experts is not None and (i, "experts") in kinds:
+            bundle = _expert_reader(layer, own)
+            size = 8 * bundle.members * (bundle.size + bundle.members)
+            probes.append(Probe(f"{i}.experts", i, _holder(layer, own, bundle), "reader", size, bundle))
         for subblock in SUBBLOCKS:
-            if any(k[:3] == (i, subblock, "linear") for k in kinds):
-                ((module, _),) = linear_records(parent.descriptor, parent.layers[i], subblock).items()
-                probes.append(Probe(f"{i}.{subblock}.linear", i, module, "cross", 16 * hidden**2))
+            if (i, subblock) in linear:
+                ((module, record),) = linear_records(parent.descriptor, layer, subblock).items()
+                probes.append(Probe(f"{i}.{subblock}.linear", i, module, "cross", 16 * record["size"] ** 2))
     return probes
+
+
+def _width_probes(layer: nn.Module, i: int, part: str, axis: WidthAxis, ffn_ranking: str) -> list[Probe]:
+    probes = []
+    for b, bundle in enumerate(axis.bundles):
+        name, module = f"{i}.{part}.{b}", bundle.reader.removesuffix(".weight")
+        plain = not bundle.members and module != bundle.reader and input_dim(layer, bundle.reader) is not None
+        if plain:
+            kind = "moment" if ffn_ranking == "iterative" else "energy"
+            size = bundle.size**2 if kind == "moment" else bundle.size
+            probes.append(Probe(name, i, module, kind, 8 * size))
+        else:
+            size = max(1, bundle.members) * (bundle.size + bundle.members)
+            probes.append(
+                Probe(name, i, common_module(layer, [w.name for w in bundle.weights]), "reader", 8 * size, bundle)
+            )
+    return probes
+
+
+def _expert_reader(layer: nn.Module, own: LayerAxes) -> Bundle:
+    """The bundle of the routed experts with the weight by which what each adds is told.
+
+    Where their channels are not understood it is the last of their weights.
+    """
+    assert own.experts is not None
+    bundles = own.ffn.bundles if own.ffn is not None else ()
+    for bundle in bundles:
+        if bundle.members:
+            return bundle
+    stacks = [w for w in own.experts.weights if layer.state_dict()[w.name].ndim == 3]
+    if stacks:
+        last = dataclasses.replace(stacks[-1], dim=2, segments=(Segment("channels"),))
+        return Bundle(layer.state_dict()[last.name].shape[2], (last,), last.name, 2, own.experts.size, True)
+    prefix = f"{own.experts.lists[0]}.0."
+    name = [n for n, p in layer.named_parameters() if n.startswith(prefix) and p.ndim == 2][-1]
+    last = WeightAxis(name.replace(prefix, f"{own.experts.lists[0]}.{{}}."), 1, (Segment("channels"),))
+    return Bundle(layer.state_dict()[name].shape[1], (last,), last.name, 1, own.experts.size, False)
+
+
+def _holder(layer: nn.Module, own: LayerAxes, bundle: Bundle) -> str:
+    """The module that holds the experts and their router, so that what it gives is weighted."""
+    assert own.experts is not None
+    return common_module(layer, [w.name for w in (*bundle.weights, *own.experts.weights)])
+
+
+def common_module(layer: nn.Module, names: Sequence[str]) -> str:
+    """The innermost module that holds all of these weights and is more than a list of modules."""
+    parts = [name.split(".")[:-1] for name in names]
+    common: list[str] = []
+    for own in zip(*parts, strict=False):
+        if len(set(own)) > 1 or own[0] == "{}":
+            break
+        common.append(own[0])
+    while common and isinstance(layer.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
+        common.pop()
+    return ".".join(common)
 
 
 def notes_on(descriptor: Any, axes: Sequence[LayerAxes], linear_possible: Mapping[str, bool]) -> list[str]:
@@ -306,7 +421,12 @@ def notes_on(descriptor: Any, axes: Sequence[LayerAxes], linear_possible: Mappin
     for subblock, possible in linear_possible.items():
         if not possible:
             notes.append(f"No single module is the {subblock}, so no linear map replaces it.")
-    words = {"ffn": "FFNs are not narrowed", "attention": "KV heads are not reduced"}
+    words = {
+        "ffn": "FFNs are not narrowed",
+        "attention": "heads are not reduced",
+        "experts": "experts are not removed",
+        "shared": "shared experts are not narrowed",
+    }
     for subblock, what in words.items():
         by_reason: dict[str, list[int]] = {}
         for i, own in enumerate(axes):

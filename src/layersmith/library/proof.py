@@ -1,25 +1,45 @@
 """Proof that a slice means what its axis says, on the parent's own weights.
 
 If the output projection reads nothing from a channel, the channel is dead and removing it must not change what the
-layer gives. So some channels of a copy of a layer are made dead by zeroing their columns in the output projection, the
-same channels are sliced away, and both layers must agree. An axis that fails is turned off, with the reason.
+layer gives. So some channels of a copy of a layer are made dead by zeroing what reads them, the same channels are
+sliced away, and both layers must agree; so too for heads, and for experts that the router is made never to choose.
+Where shapes leave open in which order units lie, every order is tried. An axis that fails is turned off, with the
+reason.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
-from functools import partial
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import nn
 
-from layersmith.block_config import AttentionConfig, FFNConfig
+from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
+from layersmith.errors import first_line
 from layersmith.execution import first_tensor, forward_with, layer_outputs, share_buffers
-from layersmith.library.axes import Axis, LayerAxes, WeightAxis, layer_shapes, meta_layers
-from layersmith.library.weights import keep_kv_heads, narrow_ffn
+from layersmith.library.axes import REST, Bundle, ExpertsAxis, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.library.shapes import layer_shapes, meta_layers
+from layersmith.library.weights import (
+    keep_experts,
+    keep_groups,
+    keep_kv_heads,
+    keep_query_heads,
+    members_of,
+    narrow,
+    query_heads_of,
+)
 from layersmith.parent import Parent
+
+# Orders to try of what lies in a layer's weights; there are seldom more than six.
+_MOST_GUESSES = 48
+_NEVER = -1e4  # what the router must say of an expert for it never to be chosen
+
+Slice = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+Kill = Callable[[nn.Module], None]
 
 
 def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> list[LayerAxes]:
@@ -30,113 +50,470 @@ def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> li
         axes: as found on the meta device.
         tokens: ``[1, T]`` ids; a few dozen are enough.
     """
-    tokens = tokens.to(parent.runtime.device)
-    _, _, outputs = layer_outputs(parent, tokens)
-    verdicts: dict[tuple[object, ...], tuple[Axis | None, str]] = {}
+    trial = _Trial(parent, tokens.to(parent.runtime.device))
+    verdicts: dict[tuple[object, ...], LayerAxes] = {}
     proved = []
     for i, own in enumerate(axes):
         shapes = tuple(sorted(layer_shapes(parent.layers[i]).items()))
-        ffn, kv, reasons = own.ffn, own.kv, dict(own.reasons)
-        if ffn is not None:
-            key = ("ffn", type(parent.layers[i]), shapes, ffn)
-            if key not in verdicts:
-                verdicts[key] = _prove_ffn(parent, i, ffn, tokens, outputs)
-            ffn, reason = verdicts[key]
-            if ffn is None:
-                reasons["ffn"] = reason
-        if kv is not None:
-            key = ("kv", type(parent.layers[i]), shapes, kv)
-            if key not in verdicts:
-                verdicts[key] = _prove_kv(parent, i, kv, tokens, outputs)
-            kv, reason = verdicts[key]
-            if kv is None:
-                reasons["attention"] = reason
-        proved.append(LayerAxes(ffn, kv, reasons))
+        key = (type(parent.layers[i]), shapes, repr(own))
+        if key not in verdicts:
+            verdicts[key] = _prove_layer(trial, i, own)
+        proved.append(verdicts[key])
     return proved
 
 
-def _prove_ffn(parent: Parent, i: int, axis: Axis, tokens: torch.Tensor, outputs: list) -> tuple[Axis | None, str]:
-    kept = torch.arange(0, axis.size, 2)
-    block = dataclasses.replace(parent.blocks[i], ffn=FFNConfig(intermediate_size=len(kept)))
-    layouts = [axis]
-    if any(w.unit > 1 for w in axis.weights):
-        # Where a weight holds several entries a channel, two layouts are usual; the proof tells which it is.
-        flipped = tuple(dataclasses.replace(w, channels_inner=w.unit > 1) for w in axis.weights)
-        layouts.append(dataclasses.replace(axis, weights=flipped))
-    difference = float("inf")
-    for layout in layouts:
-        reader = next(w for w in layout.weights if w.name == f"{axis.output}.weight")
-        dead = reader.entries(torch.arange(1, axis.size, 2), axis.size)
-        narrow = partial(narrow_ffn, axis=layout, channels=kept)
-        difference = _compare(parent, i, block, reader, dead, narrow, tokens, outputs)
-        if difference < _tolerance(parent):
-            return layout, ""
-    return (
-        None,
-        f"removing dead channels changes the layer's output by {difference:.1e}, so the slice is not understood",
+def _prove_layer(trial: _Trial, i: int, own: LayerAxes) -> LayerAxes:
+    reasons = dict(own.reasons)
+
+    def tried(name: str, axis: Any, attempt: Callable[[_Trial, int, Any], Any]) -> Any:
+        if axis is None:
+            return None
+        try:
+            return attempt(trial, i, axis)
+        except _Fails as reason:
+            reasons[name] = str(reason)
+            return None
+
+    return LayerAxes(
+        tried("ffn", own.ffn, lambda t, j, axis: _prove_width(t, j, axis, shared=False)),
+        tried("attention", own.kv, _prove_heads),
+        tried("experts", own.experts, _prove_experts),
+        tried("shared", own.shared, lambda t, j, axis: _prove_width(t, j, axis, shared=True)),
+        reasons,
+        own.of_experts,
     )
 
 
-def _prove_kv(parent: Parent, i: int, axis: Axis, tokens: torch.Tensor, outputs: list) -> tuple[Axis | None, str]:
-    count = max(k for k in range(1, axis.size // 2 + 1) if axis.num_heads % k == 0)
-    kept = torch.arange(axis.size)[-count:]  # not the first ones, so that the order of heads is put to the test
-    block = dataclasses.replace(parent.blocks[i], attention=AttentionConfig(num_key_value_heads=count))
+class _Fails(Exception):
+    """An axis does not hold; the message says why."""
+
+
+class _Trial:
+    """A layer as the parent runs it, and layers in its place."""
+
+    def __init__(self, parent: Parent, tokens: torch.Tensor):
+        self.parent, self.tokens = parent, tokens
+        _, _, self.outputs = layer_outputs(parent, tokens)
+        self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
+        self._before: dict[int, torch.Tensor] = {}
+
+    def output(self, i: int, layer: nn.Module) -> torch.Tensor:
+        """The hidden states that a layer gives in the place of layer ``i``."""
+        seen: list[torch.Tensor] = []
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(first_tensor(output))
+            raise _Enough
+
+        handle = layer.register_forward_hook(stop)
+        try:
+            forward_with(self.parent, self.tokens, self.outputs, i, layer)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def difference(self, i: int, block: BlockConfig, kill: Kill, cut: Slice) -> float:
+        """The largest difference between layer ``i`` with dead units and with them removed, relative to its update."""
+        original = self.parent.layers[i]
+        with_dead = copy.deepcopy(original)
+        with torch.no_grad():
+            kill(with_dead)
+        narrower = self.built(i, block)
+        tensors = dict(with_dead.state_dict())
+        tensors |= cut(tensors)
+        narrower.load_state_dict({name: tensors[name] for name in narrower.state_dict()}, strict=True, assign=True)
+        share_buffers(original, narrower)
+        seen = [self.output(i, layer) for layer in (with_dead, narrower.eval())]
+        update = (seen[0] - self.before(i)).float().abs().max().clamp_min(1e-12)
+        return float((seen[0] - seen[1]).float().abs().max() / update)
+
+    def built(self, i: int, block: BlockConfig) -> nn.Module:
+        """Layer ``i`` with another block config, on the meta device."""
+        blocks = [block if own == self.parent.blocks[i] else own for own in self.parent.blocks]
+        return copy.deepcopy(meta_layers(self.parent.descriptor, self.parent.config, blocks)[i])
+
+    def before(self, i: int) -> torch.Tensor:
+        """The hidden states that layer ``i`` is given."""
+        if i not in self._before:
+            seen: list[torch.Tensor] = []
+
+            def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+                tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+                seen.append(next(t for t in tensors if t.is_floating_point() and t.ndim >= 2))
+
+            handle = self.parent.layers[i].register_forward_pre_hook(watch, with_kwargs=True)
+            try:
+                self.output(i, self.parent.layers[i])
+            finally:
+                handle.remove()
+            self._before[i] = seen[0]
+        return self._before[i]
+
+
+class _Enough(Exception):
+    """The layer has run; nothing after it is wanted."""
+
+
+def _first_that_holds(trial: _Trial, guesses: Iterator[Any], difference: Callable[[Any], float], what: str) -> Any:
+    least, problem = float("inf"), ""
+    for guess in itertools.islice(guesses, _MOST_GUESSES):
+        try:
+            found = difference(guess)
+        except (RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:
+            problem = first_line(error)  # weights do not fit, or a family's own code cannot run so
+            continue
+        if found < trial.tolerance:
+            return guess
+        least = min(least, found)
+    if least == float("inf"):
+        raise _Fails(f"removing {what} fails ({problem})")
+    raise _Fails(f"removing {what} changes the layer's output by {least:.1e}, so the slice is not understood")
+
+
+# ---------------------------------------------------------------------------------------------- widths
+
+
+def _prove_width(trial: _Trial, i: int, axis: WidthAxis, shared: bool) -> WidthAxis:
+    block = trial.parent.blocks[i]
+    size = next(axis.size // divisor for divisor in range(2, axis.size + 1) if axis.size % divisor == 0)
+    moe = block.ffn.moe
+    ffn = FFNConfig(intermediate_size=size)
+    if moe is not None:
+        name = "shared_expert_intermediate_dim" if shared else "expert_intermediate_dim"
+        ffn = FFNConfig(moe=dataclasses.replace(moe, **{name: size}))
+    narrower = dataclasses.replace(block, ffn=ffn)
+    axis = dataclasses.replace(axis, bundles=tuple(_with_reader(trial, i, b) for b in _partitioned(trial, i, axis)))
+
+    def difference(guess: WidthAxis) -> float:
+        # Every expert keeps others, so that it is put to the test that channels are not mixed up between them.
+        kept = [_some_channels(b, b.size * size // axis.size) for b in guess.bundles]
+
+        def kill(layer: nn.Module) -> None:
+            state = layer.state_dict()
+            for bundle, own in zip(guess.bundles, kept, strict=True):
+                reader = bundle.weight(bundle.reader)
+                for m, (weight, dim) in enumerate(members_of(state, bundle, reader)):
+                    gone = _others(bundle.size, own[m] if bundle.members else own)
+                    entries = reader.positions("channels", {"channels": bundle.size})[gone].flatten()
+                    weight.index_fill_(dim, entries.to(weight.device), 0)
+
+        return trial.difference(i, narrower, kill, lambda tensors: narrow(tensors, guess, kept))
+
+    proved: WidthAxis = _first_that_holds(trial, _width_guesses(axis), difference, "dead channels")
+    return proved
+
+
+def _some_channels(bundle: Bundle, count: int) -> torch.Tensor:
+    members = max(1, bundle.members)
+    every = torch.arange(bundle.size)
+    rows = torch.stack(
+        [((every[:: bundle.size // count][:count] + m) % bundle.size).sort().values for m in range(members)]
+    )
+    return rows if bundle.members else rows[0]
+
+
+def _others(size: int, kept: torch.Tensor) -> torch.Tensor:
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[kept] = False
+    return gone.nonzero().flatten()
+
+
+def _partitioned(trial: _Trial, i: int, axis: WidthAxis) -> list[Bundle]:
+    """Bundles with one reader each: an FFN of several that have channels of their own is taken apart."""
+    bundles = []
+    for bundle in axis.bundles:
+        if bundle.reader or bundle.members:
+            bundles.append(bundle)
+            continue
+        parts: dict[str, list[WeightAxis]] = {}
+        for w in bundle.weights:
+            module = w.name.rpartition(".")[0]
+            parts.setdefault(module.rpartition(".")[0], []).append(w)
+        found = [_with_reader(trial, i, dataclasses.replace(bundle, weights=tuple(own))) for own in parts.values()]
+        bundles += found if len(found) > 1 and all(own.reader for own in found) else [bundle]
+    return bundles
+
+
+def _with_reader(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
+    """The bundle with its reader: the weight of which a row is what one output is made of.
+
+    Zeroing the first row across the channels changes the first output alone; a row of any other weight changes all.
+    """
+    if bundle.reader:
+        return bundle
+    layer = trial.parent.layers[i]
+    shapes = layer_shapes(layer)
+    base = trial.output(i, layer)
+    for w in bundle.weights:
+        dims = len(shapes[w.name.format(0)]) - bool(bundle.stacked)
+        if dims != 2 or [s.part for s in w.segments] != ["channels"] or w.segments[0].unit != 1:
+            continue
+        changed = copy.deepcopy(layer)
+        with torch.no_grad():
+            for weight, dim in members_of(changed.state_dict(), bundle, w):
+                weight.select(1 - dim, 0).zero_()
+        change = (trial.output(i, changed) - base).float().abs().flatten(0, -2).amax(0)
+        touched = int((change > 1e-6 * change.max()).sum()) if float(change.max()) > 0 else 0
+        if 0 < touched <= max(1, len(change) // 8) and bool(change[0] > 0):
+            return dataclasses.replace(bundle, reader=w.name, reader_dim=w.dim)
+    if bundle.members or len(bundle.weights) > 1:
+        # After the subblock something mixes the outputs, e.g. a norm: then the one that keeps most of them.
+        return _reader_by_linearity(trial, i, bundle)
+    return bundle
+
+
+def _reader_by_linearity(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
+    """The bundle with the weight whose governed dimension is the one that the others do not end in, by shape."""
+    shapes = layer_shapes(trial.parent.layers[i])
+    narrowest = [
+        w
+        for w in bundle.weights
+        if len(shapes[w.name.format(0)]) - bool(bundle.stacked) == 2 and sum(s.unit for s in w.segments) == 1
+    ]
+    if len(narrowest) == 1:
+        return dataclasses.replace(bundle, reader=narrowest[0].name, reader_dim=narrowest[0].dim)
+    raise _Fails("the weights that its channels end in cannot be told")
+
+
+def _width_guesses(axis: WidthAxis) -> Iterator[WidthAxis]:
+    for weights in _guesses([w for b in axis.bundles for w in b.weights]):
+        rest = iter(weights)
+        yield dataclasses.replace(
+            axis,
+            bundles=tuple(dataclasses.replace(b, weights=tuple(next(rest) for _ in b.weights)) for b in axis.bundles),
+        )
+
+
+def _guesses(weights: Sequence[WeightAxis]) -> Iterator[list[WeightAxis]]:
+    """Every order in which units may lie; weights of which the same is known are laid out the same."""
+    known = [_signature(w) for w in weights]
+    options = {signature: _orders(*signature) for signature in dict.fromkeys(known)}
+    for chosen in itertools.product(*options.values()):
+        order = dict(zip(options, chosen, strict=True))
+        yield [
+            dataclasses.replace(w, segments=order[s][0], grouped=order[s][1])
+            for w, s in zip(weights, known, strict=True)
+        ]
+
+
+_Signature = tuple[tuple[tuple[str, int], ...], int]
+
+
+def _signature(w: WeightAxis) -> _Signature:
+    """Entries a unit of every part, and those of no unit."""
+    units: dict[str, int] = {}
+    for segment in w.segments:
+        if segment.part != REST:
+            units[segment.part] = units.get(segment.part, 0) + segment.unit
+    return tuple(units.items()), sum(s.unit for s in w.segments if s.part == REST)
+
+
+def _orders(units: tuple[tuple[str, int], ...], rest: int) -> list[tuple[tuple[Segment, ...], bool]]:
+    found: list[tuple[tuple[Segment, ...], bool]] = []
+    if len(units) == 1:
+        ((part, unit),) = units
+        whole = (Segment(part, unit),)
+        pieces = [(Segment(part, unit // n),) * n for n in (2, 3, 4) if unit % n == 0 and unit > 1]
+        single = [(Segment(part),) * unit] if 4 < unit <= 8 else []
+        orders = [*pieces, whole, *single] if part == "channels" else [whole, *pieces]
+        found = [(segments, False) for segments in dict.fromkeys(orders)]
+    else:
+        sizes = dict(units)
+        queries, kv = Segment("queries", sizes["queries"]), sizes["kv"]
+        split = (Segment("kv", kv // 2),) * 2 if kv % 2 == 0 else (Segment("kv", kv),)
+        found = [
+            ((queries, *split), False),
+            ((queries, Segment("kv", kv)), True),
+            ((queries, Segment("kv", kv)), False),
+            ((*split, queries), False),
+            ((Segment("kv", kv), queries), True),
+        ]
+    if not rest:
+        return found
+    return [
+        (order, grouped)
+        for segments, grouped in found
+        for order in ((*segments, Segment(REST, rest)), (Segment(REST, rest), *segments))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------- heads
+
+
+def _prove_heads(trial: _Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
+    """The axis with the layout of its heads, and with those ways of having fewer that hold."""
+    ways = [way for way in ("fewer_kv", "fewer_groups", "fewer_queries") if getattr(axis, way)]
+    held: list[str] = []
+    problem: _Fails | None = None
+    found: HeadsAxis | None = None
+    for way in ways:
+        for copies in (False, True):
+            guesses = _heads_guesses(axis) if found is None else iter([found])
+            try:
+                found = _first_that_holds(
+                    trial, guesses, lambda g, w=way, c=copies: _heads_difference(trial, i, g, w, c), "dead heads"
+                )
+                held.append(way)
+                break
+            except _Fails as reason:
+                problem = problem or reason
+    if found is None:
+        raise problem or _Fails("it has one head")
+    return dataclasses.replace(found, **{way: way in held for way in ways})
+
+
+def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
+    for weights in _guesses(axis.weights):
+        yield dataclasses.replace(axis, weights=tuple(weights))
+
+
+def _heads_difference(trial: _Trial, i: int, axis: HeadsAxis, way: str, copies: bool) -> float:
+    """What removing half the heads changes when nothing reads them.
+
+    Args:
+        trial: of the parent.
+        i: the layer.
+        axis: a guess.
+        way: which heads go.
+        copies: whether the heads that go are first made copies of those that stay. A norm over all heads together
+            then sees the same before and after.
+    """
+    block = trial.parent.blocks[i]
     group = axis.num_heads // axis.size
-    reader = next(w for w in axis.queries if w.name == f"{axis.output}.weight")
-    dead_heads = torch.tensor([h for h in range(axis.num_heads) if h // group not in kept.tolist()])
-    difference = _compare(
-        parent,
-        i,
-        block,
-        reader,
-        reader.entries(dead_heads, axis.num_heads),
-        lambda weights: keep_kv_heads(weights, axis, kept),
-        tokens,
-        outputs,
-    )
-    if difference < _tolerance(parent):
-        return axis, ""
-    return None, f"removing dead heads changes the layer's output by {difference:.1e}, so the slice is not understood"
+    if way == "fewer_queries":
+        left = max(k for k in range(1, group) if group % k == 0)
+        # Not the first ones, so that the order of heads is put to the test.
+        queries = (torch.arange(axis.size)[:, None] * group + torch.arange(group - left, group)).flatten()
+        kept = {"queries": queries}
+        attention = _attention(block, num_attention_heads=len(queries))
+        cut: Slice = lambda tensors: keep_query_heads(tensors, axis, queries)  # noqa: E731
+    else:
+        count = max(k for k in range(1, axis.size // 2 + 1) if axis.size % k == 0 and axis.num_heads % k == 0)
+        heads = torch.arange(axis.size)[-count:]
+        queries = query_heads_of(axis, heads)
+        kept = {"kv": heads, "queries": queries}
+        if way == "fewer_kv":
+            attention = _attention(block, num_key_value_heads=count)
+            cut = lambda tensors: keep_kv_heads(tensors, axis, heads)  # noqa: E731
+        else:
+            attention = groups_config(block, axis, count)
+            cut = lambda tensors: keep_groups(tensors, axis, heads)  # noqa: E731
+    gone = {"kv": _others(axis.size, kept["kv"])} if "kv" in kept else {}
+    gone["queries"] = _others(axis.num_heads, queries)
+
+    def kill(layer: nn.Module) -> None:
+        state = layer.state_dict()
+        for w in axis.weights if copies else ():
+            for part in {s.part for s in w.segments} & gone.keys() - {REST}:
+                # Query heads that lose their KV head but stay keep their own weights.
+                if w.name != axis.reader and not (way == "fewer_kv" and part == "queries"):
+                    _copy_units(state[w.name], w, part, axis.sizes, kept[part], gone[part])
+        reader = axis.weight(axis.reader)
+        entries = reader.positions("queries", axis.sizes)[gone["queries"]].flatten()
+        state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
+
+    return trial.difference(i, dataclasses.replace(block, attention=attention), kill, cut)
 
 
-def _tolerance(parent: Parent) -> float:
-    return 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
-
-
-def _compare(
-    parent: Parent,
-    i: int,
-    block: object,
-    reader: WeightAxis,
-    dead: torch.Tensor,
-    slice_weights: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]],
-    tokens: torch.Tensor,
-    outputs: list,
-) -> float:
-    """The largest difference between layer ``i`` with dead entries and with them removed, relative to its update."""
-    original = parent.layers[i]
-    with_dead = copy.deepcopy(original)
-    weight = with_dead.get_parameter(reader.name)
-    weight.data.index_fill_(reader.dim, dead.to(weight.device), 0)
-    blocks = [block if j == i else own for j, own in enumerate(parent.blocks)]
-    narrow = copy.deepcopy(meta_layers(parent.descriptor, parent.config, blocks)[i])  # type: ignore[arg-type]
-    tensors: dict[str, torch.Tensor] = dict(with_dead.named_parameters())
-    tensors |= slice_weights(tensors)
-    narrow.load_state_dict({name: tensors[name] for name, _ in narrow.named_parameters()}, strict=False, assign=True)
-    share_buffers(original, narrow)
-    seen: list[torch.Tensor] = []
-    for layer in (with_dead, narrow.eval()):
-        _run(parent, tokens, outputs, i, layer, seen)
-    before = first_tensor(outputs[i - 1]) if i else parent.model.get_input_embeddings()(tokens)
-    update = (seen[0] - before).float().abs().max().clamp_min(1e-12)
-    return float((seen[0] - seen[1]).float().abs().max() / update)
-
-
-def _run(
-    parent: Parent, tokens: torch.Tensor, outputs: list, i: int, layer: nn.Module, seen: list[torch.Tensor]
+def _copy_units(
+    weight: torch.Tensor, w: WeightAxis, part: str, sizes: dict[str, int], kept: torch.Tensor, gone: torch.Tensor
 ) -> None:
-    handle = layer.register_forward_hook(lambda module, args, output: seen.append(first_tensor(output)))
+    places = w.positions(part, sizes)
+    source = kept[torch.arange(len(gone)) % len(kept)]
+    moved = weight.movedim(w.dim, 0)
+    moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
+
+
+def _attention(block: BlockConfig, **sizes: int) -> AttentionConfig:
+    return dataclasses.replace(block.attention, **sizes)
+
+
+def groups_config(block: BlockConfig, axis: HeadsAxis, count: int) -> AttentionConfig:
+    """The attention of a block with only ``count`` KV heads and their query heads."""
+    heads = axis.num_heads // axis.size * count
+    if block.attention.num_key_value_heads is None:
+        return _attention(block, num_attention_heads=heads)
+    return _attention(block, num_key_value_heads=count, num_attention_heads=heads)
+
+
+# ---------------------------------------------------------------------------------------------- experts
+
+
+def _prove_experts(trial: _Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
+    block = trial.parent.blocks[i]
+    moe = block.ffn.moe
+    assert moe is not None
+    if axis.per_token >= axis.size:
+        raise _Fails("a token uses all experts")
+    if not axis.router:
+        raise _Fails("no weight chooses among its experts")
+    inputs = [_input_of(trial, i, name) for name in axis.router]
+
+    def difference(guess: ExpertsAxis) -> float:
+        kept = _some_experts(guess)
+        gone = _others(guess.size, kept)
+
+        def kill(layer: nn.Module) -> None:
+            state = layer.state_dict()
+            stacks = {w.name for w in guess.weights if state[w.name].ndim > 2}
+            for w in guess.weights:
+                entries = w.positions("experts", {"experts": guess.size})[gone].flatten().to(state[w.name].device)
+                if w.name in guess.router:
+                    x = inputs[guess.router.index(w.name)]
+                    # A row with which every token's product is far below all others.
+                    row = torch.linalg.lstsq(x.double(), torch.full((len(x), 1), _NEVER).double()).solution[:, 0]
+                    rows = row.to(state[w.name].dtype).expand(len(entries), -1)
+                    state[w.name].movedim(w.dim, 0)[entries] = rows
+                elif state[w.name].ndim == 1 and w.name.rpartition(".")[0] not in {
+                    n.rpartition(".")[0] for n in stacks
+                }:
+                    state[w.name][entries] = _NEVER
+
+        fewer = dataclasses.replace(moe, num_local_experts=len(kept))
+        narrower = dataclasses.replace(block, ffn=FFNConfig(moe=fewer))
+        return trial.difference(i, narrower, kill, lambda tensors: keep_experts(tensors, guess, kept))
+
+    proved: ExpertsAxis = _first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
+    return proved
+
+
+def _experts_guesses(axis: ExpertsAxis) -> Iterator[ExpertsAxis]:
+    """No groups, then groups of which the half still holds two, and as many as a token uses."""
+    least = max(axis.per_token, 1)
+    for groups in range(1, axis.size // 2 + 1):
+        if axis.size % groups or (groups > 1 and axis.size // groups < 4):
+            continue
+        if len(_some_experts(dataclasses.replace(axis, groups=groups))) < least:
+            continue
+        for weights in _guesses(axis.weights):
+            yield dataclasses.replace(axis, groups=groups, weights=tuple(weights))
+
+
+def _some_experts(axis: ExpertsAxis) -> torch.Tensor:
+    """Half the experts, or as many as a token needs; equally many of each group, not the first ones."""
+    in_group = axis.size // axis.groups
+    left = max(in_group // 2, -(-axis.per_token // axis.groups))
+    return (torch.arange(axis.groups)[:, None] * in_group + torch.arange(in_group - left, in_group)).flatten()
+
+
+def _input_of(trial: _Trial, i: int, weight: str) -> torch.Tensor:
+    """``[tokens, D]``: what goes into the module of a router's weight."""
+    layer = trial.parent.layers[i]
+    module = layer.get_submodule(weight.rpartition(".")[0])
+    width = list(layer_shapes(layer)[weight])
+    seen: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+        seen.extend(t for t in tensors if t.is_floating_point() and t.shape[-1] in width)
+
+    handle = module.register_forward_pre_hook(watch, with_kwargs=True)
     try:
-        forward_with(parent, tokens, outputs, i, layer)
+        trial.output(i, layer)
     finally:
         handle.remove()
+    if not seen:
+        raise _Fails("what its router reads cannot be told")
+    return seen[0].flatten(0, -2).float()

@@ -36,7 +36,12 @@ def channel_costs(weight: torch.Tensor, moment: torch.Tensor, unit: int = 1) -> 
 def by_contribution(costs: torch.Tensor) -> torch.Tensor:
     """Channels from the one whose removal alone costs most to the one whose removal costs least."""
     alone = costs if costs.ndim == 1 else costs.diagonal()
-    return torch.sort(alone, descending=True, stable=True).indices
+    return by_cost(alone)
+
+
+def by_cost(costs: torch.Tensor) -> torch.Tensor:
+    """Along the last dimension, from what costs most to what costs least."""
+    return torch.sort(costs, dim=-1, descending=True, stable=True).indices
 
 
 def by_iterative_removal(costs: torch.Tensor) -> torch.Tensor:
@@ -54,6 +59,16 @@ def by_iterative_removal(costs: torch.Tensor) -> torch.Tensor:
         marginal += 2 * rows[j]
         marginal[j] = float("inf")  # and stays so: it is never removed twice
     return torch.tensor(order[::-1])
+
+
+def within_groups(costs: torch.Tensor, groups: int) -> torch.Tensor:
+    """``[groups, units / groups]``: units of every group of neighbours, in the order of iterative removal in it."""
+    size = len(costs) // groups
+    rows = []
+    for g in range(groups):
+        own = slice(g * size, (g + 1) * size)
+        rows.append(by_iterative_removal(costs[own, own].contiguous()) + g * size)
+    return torch.stack(rows)
 
 
 def least_squares(input_moment: torch.Tensor, output_moment: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:

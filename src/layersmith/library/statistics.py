@@ -5,15 +5,23 @@ channels does to y in the mean square: removing the set S adds the error e = sum
 E|e|^2 = sum over i, j in S of (w_i . w_j) C_ij. For a linear map in place of a subblock x -> y, the least-squares
 solution needs E[x x^T] and E[x y^T].
 
+Of experts no module's input tells the channels, and what an expert adds to a token is weighted by the router. Let R be
+the weight that reads an expert's channels a into the output, y = sum over experts of g R a, and xi independent random
+signs. The gradient of sum(xi y) with respect to R is G = sum over tokens of xi (g a)^T. Then E|G_u|^2, over the column
+of channel u, is D times the sum over tokens of (g a_u)^2, and E[sum over d of (G_d . R_d)(G'_d . R'_d)], over rows d of
+two experts, is the sum over tokens of (g R a) . (g' R' a'): the same second moment, of experts. One backward pass of
+the FFN with respect to R gives both, from D samples.
+
 Sums are accumulated in float64; products are in float32.
 
-Shapes: N rows of activations, F channels, D hidden.
+Shapes: N rows of activations, F channels, D hidden, E experts.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +30,11 @@ import torch
 from torch import nn
 
 from layersmith.artifacts import read_tensors, write_tensors
+from layersmith.errors import UnsupportedModel
 from layersmith.execution import first_tensor
 from layersmith.heterogeneous.modeling_layersmith import _first_tensor as first_argument
+from layersmith.library.axes import Bundle
+from layersmith.library.weights import members_of
 from layersmith.parent import Parent
 from layersmith.progress import SILENT, Progress
 
@@ -38,8 +49,10 @@ class Probe:
         name: of the sum, e.g. ``"3.ffn.channels"``.
         layer: index of the decoder layer.
         module: name in the layer of the module that is watched.
-        kind: ``"moment"`` for E[a a^T], ``"energy"`` for its diagonal alone, ``"cross"`` for E[x x^T] and E[x y^T].
+        kind: ``"moment"`` for E[a a^T], ``"energy"`` for its diagonal alone, ``"cross"`` for E[x x^T] and E[x y^T],
+            ``"reader"`` for the energies of channels and the moment of experts from a gradient.
         bytes: of its sums.
+        bundle: whose reader, for ``"reader"``; the module is one that holds all of it.
     """
 
     name: str
@@ -47,6 +60,7 @@ class Probe:
     module: str
     kind: str
     bytes: int
+    bundle: Bundle | None = None
 
 
 def gather(
@@ -74,7 +88,8 @@ def gather(
 
     Returns:
         Means over the tokens, in float32: for ``moment`` ``[F, F]``, for ``energy`` ``[F]``, for ``cross`` two
-        entries ``name.input`` and ``name.output``, ``[D, D]`` each.
+        entries ``name.input`` and ``name.output``, ``[D, D]`` each, for ``reader`` two entries ``name.channels``,
+        ``[experts, F]``, and ``name.members``, ``[experts, experts]``.
     """
     passes = _passes(probes, memory_bytes)
     batches = [tokens[i : i + batch_sequences] for i in range(0, len(tokens), batch_sequences)]
@@ -87,7 +102,7 @@ def gather(
                 position = number * len(batches) + index
                 if position < done:
                     continue
-                _add_batch(parent, group, batch, sums)
+                _add_batch(parent, group, batch, sums, position)
                 advance(len(batch))
                 if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY_SECONDS:
                     write_tensors(checkpoint, sums, {"inputs": inputs, "done": str(position + 1)})
@@ -120,8 +135,12 @@ def _resume(checkpoint: Path | None, inputs: str) -> tuple[dict[str, torch.Tenso
     return read_tensors(checkpoint), int(metadata["done"])
 
 
-@torch.inference_mode()
-def _add_batch(parent: Parent, probes: Sequence[Probe], batch: torch.Tensor, sums: dict[str, torch.Tensor]) -> None:
+@torch.no_grad()
+def _add_batch(
+    parent: Parent, probes: Sequence[Probe], batch: torch.Tensor, sums: dict[str, torch.Tensor], position: int
+) -> None:
+    again = False  # while a module runs a second time, for its gradient, its parts are not watched
+
     def add(name: str, value: torch.Tensor) -> None:
         if name in sums:
             sums[name] += value.double().cpu()
@@ -130,6 +149,18 @@ def _add_batch(parent: Parent, probes: Sequence[Probe], batch: torch.Tensor, sum
 
     def hook(probe: Probe) -> Callable[..., None]:
         def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            nonlocal again
+            if again:
+                return
+            if probe.kind == "reader":
+                again = True
+                try:
+                    channels, members = _of_reader(parent, probe, module, args, kwargs, position)
+                finally:
+                    again = False
+                add(f"{probe.name}.channels", channels)
+                add(f"{probe.name}.members", members)
+                return
             x = first_argument(args, kwargs).flatten(0, -2).float()
             if probe.kind == "energy":
                 add(probe.name, x.square().sum(0))
@@ -152,3 +183,53 @@ def _add_batch(parent: Parent, probes: Sequence[Probe], batch: torch.Tensor, sum
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _of_reader(
+    parent: Parent, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sums over a batch's tokens: energies ``[experts, F]`` and the moment ``[experts, experts]``."""
+    bundle, layer = probe.bundle, parent.layers[probe.layer]
+    assert bundle is not None
+    w = bundle.weight(bundle.reader)
+    named = dict(layer.named_parameters())
+    names = [w.name.format(m) for m in range(bundle.members if bundle.members and not bundle.stacked else 1)]
+    parameters = [named[name] for name in names]
+    generator = torch.Generator().manual_seed(1_000_003 * position + probe.layer)
+    with requiring_grad(parameters), torch.enable_grad():
+        output = first_tensor(module.forward(*_detached(args), **_detached(kwargs)))
+        if not output.requires_grad:
+            raise UnsupportedModel(f"layer {probe.layer}: no gradient of its FFN reaches {w.name}.")
+        signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+        grads = torch.autograd.grad(output, parameters, signs.to(output), allow_unused=True)
+    seen = {n: p.new_zeros(p.shape) if g is None else g for n, p, g in zip(names, parameters, grads, strict=True)}
+    channels, products = [], []
+    weights = dict(zip(names, parameters, strict=True))
+    pairs = zip(members_of(seen, bundle, w), members_of(weights, bundle, w), strict=True)
+    for (grad, dim), (weight, _) in pairs:
+        g, r = (t.detach().movedim(dim, 1).float() for t in (grad, weight))  # [D, F]
+        channels.append(g.square().sum(0) / len(g))
+        products.append((g * r).sum(1))
+    rows = torch.stack(products)
+    return torch.stack(channels), rows @ rows.T
+
+
+@contextmanager
+def requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """While open, gradients can be taken with respect to these."""
+    before = [p.requires_grad for p in parameters]
+    for p in parameters:
+        p.requires_grad_(True)
+    try:
+        yield
+    finally:
+        for p, own in zip(parameters, before, strict=True):
+            p.requires_grad_(own)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone() if value.is_floating_point() else value
+    if isinstance(value, tuple):
+        return tuple(_detached(v) for v in value)
+    return {k: _detached(v) for k, v in value.items()} if isinstance(value, dict) else value

@@ -8,8 +8,8 @@ and is counted in gradients.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -35,6 +35,9 @@ class Sizes:
         width: width of a dense FFN.
         num_experts, expert_width, shared_width, experts_per_token: of a mixture of experts.
         config_width: what the config calls a width of 1, for the widths; some families halve what the config says.
+        query_heads: number of query heads, and whatever must be equal to it.
+        head_size: what sets the size of a head and has to be said when their number changes.
+        width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
     """
 
     kv_heads: Path | None = None
@@ -44,6 +47,10 @@ class Sizes:
     shared_width: Path | None = None
     experts_per_token: Path | None = None
     config_width: int = 1
+    query_heads: tuple[Path, ...] = ()
+    head_size: tuple[Path, int] | None = None
+    width_at: tuple[str, int] | None = None
+    shared_width_at: tuple[str, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -81,11 +88,13 @@ def find_sizes(
         of_layer: the kind of every layer.
     """
     layer_configs: list[PretrainedConfig] = []
+    missing: list[str] = []
 
     def shapes(overrides: dict[str, Any]) -> list[Shapes]:
         def configure(own: PretrainedConfig, index: int) -> PretrainedConfig:
             layer_configs.append(own)
-            return with_overrides(own, overrides)
+            changed = with_overrides(own, overrides)
+            return changed if overrides else _noting_what_is_missing(changed, missing)
 
         with own_layers(layer_classes, configure, lambda layer, index: None):
             layers = stock_model(specimen.config).get_submodule(layers_name)
@@ -116,28 +125,47 @@ def find_sizes(
     found_sizes = []
     for k, kind in enumerate(kinds):
         own = {path: effect[k] for path, effect in effects.items() if effect[k]}
-        trial = _Trial(specimen, layer_classes, config, f"{layers_name}.{examples[k]}.")
+        trial = _Trial(
+            specimen, layer_classes, config, f"{layers_name}.{examples[k]}.", len(base), tuple(dict.fromkeys(missing))
+        )
         kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
+        query_heads, head_size = _query_heads(trial, kind, base[examples[k]], own, kv_heads)
         ffn = _FFNSizes(trial, kind, base[examples[k]], own)
+        heads = Sizes(kv_heads, query_heads=query_heads, head_size=head_size)
         if ffn.count is None:
-            width, factor = ffn.widest(inside=False)
-            found_sizes.append(Sizes(kv_heads, width, config_width=factor))
+            width, factor, at = ffn.widest(inside=False)
+            found_sizes.append(replace(heads, width=width, config_width=factor, width_at=at))
             continue
-        expert_width, factor = ffn.widest(inside=True)
-        shared_width, shared_factor = ffn.widest(inside=False)
-        per_token = _experts_per_token(trial, without, ffn)
+        expert_width, factor, at = ffn.widest(inside=True)
+        shared_width, shared_factor, shared_at = ffn.widest(inside=False)
+        alike = shared_factor == factor
         found_sizes.append(
-            Sizes(
-                kv_heads,
-                None,
-                ffn.count,
-                expert_width,
-                shared_width if shared_factor == factor else None,
-                per_token,
-                factor,
+            replace(
+                heads,
+                num_experts=ffn.count,
+                expert_width=expert_width,
+                shared_width=shared_width if alike else None,
+                experts_per_token=_experts_per_token(trial, without, ffn),
+                config_width=factor,
+                width_at=at,
+                shared_width_at=shared_at if alike else None,
             )
         )
     return found_sizes
+
+
+def _noting_what_is_missing(config: PretrainedConfig, missing: list[str]) -> PretrainedConfig:
+    """The config, changed to note the attributes that it is asked for and does not have."""
+    cls = type(config)
+
+    class Noting(cls):  # type: ignore[misc, valid-type]
+        def __getattr__(self, name: str) -> Any:
+            if not name.startswith("_"):
+                missing.append(name)
+            raise AttributeError(name)
+
+    object.__setattr__(config, "__class__", Noting)
+    return config
 
 
 def numbers(config: PretrainedConfig, num_layers: int, above: Path = ()) -> Iterator[tuple[Path, int]]:
@@ -157,17 +185,26 @@ def numbers(config: PretrainedConfig, num_layers: int, above: Path = ()) -> Iter
 
 def nested(config: PretrainedConfig, path: Path, value: Any) -> dict[str, Any]:
     """Overrides that set the attribute at ``path``; an attribute with a number a layer gets it for all."""
-    own = getattr(config, path[0])
+    own = getattr(config, path[0], None)
     if len(path) > 1:
         return {path[0]: nested(own, path[1:], value)}
     return {path[0]: [value] * len(own) if isinstance(own, list) else value}
+
+
+def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Overrides of both, nested ones too; the second's go before."""
+    result = dict(first)
+    for name, value in second.items():
+        old = result.get(name)
+        result[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
 
 
 def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
     """The number at ``path``; 0 for none."""
     own: Any = config
     for name in path:
-        own = getattr(own, name)
+        own = getattr(own, name, None)
     return own[layer] if isinstance(own, list) else own or 0
 
 
@@ -179,19 +216,34 @@ class _Trial:
     layer_classes: Sequence[type[nn.Module]]
     config: PretrainedConfig
     prefix: str
+    num_layers: int
+    missing: tuple[str, ...]
 
     def value(self, path: Path) -> int:
         return value_at(self.config, path)
 
     def made(self, path: Path, value: int, seed: int = 0) -> Specimen:
         """A specimen that has run, with another value of an attribute in every layer."""
-        overrides = nested(self.config, path, value)
+        return self.made_with({path: value}, seed)
+
+    def made_with(self, values: Mapping[Path, int], seed: int = 0) -> Specimen:
+        """A specimen that has run, with other values of attributes in every layer."""
+        overrides = self._overrides(values)
         with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
             return Specimen(self.specimen.config, seed)
 
+    def _overrides(self, values: Mapping[Path, int]) -> dict[str, Any]:
+        overrides: dict[str, Any] = {}
+        for path, value in values.items():
+            overrides = merged(overrides, nested(self.config, path, value))
+        return overrides
+
     def shapes(self, path: Path, value: int) -> Shapes:
         """The shapes of the layer with another value of an attribute."""
-        overrides = nested(self.config, path, value)
+        return self.shapes_with({path: value})
+
+    def shapes_with(self, values: Mapping[Path, int]) -> Shapes:
+        overrides = self._overrides(values)
         with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
             layer = stock_model(self.specimen.config).get_submodule(self.prefix.removesuffix("."))
         return {name: tuple(p.shape) for name, p in layer.named_parameters()}
@@ -277,6 +329,104 @@ def _duplicates(trial: _Trial, path: Path, seed: int) -> bool:
     return False
 
 
+def _query_heads(
+    trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect], kv_heads: Path | None
+) -> tuple[tuple[Path, ...], tuple[Path, int] | None]:
+    """The attributes whose double, with each query head there twice and read at half, changes nothing.
+
+    Where the size of a head follows from their number, it has to be said as well; where each query head has keys of
+    its own, their number goes along.
+    """
+    if kind.attention is None:
+        return (), None
+    named = list(numbers(trial.config, trial.num_layers))
+    per_kv = trial.value(kv_heads) if kv_heads else 1
+    for path, effect in effects.items():
+        value = trial.value(path)
+        touched = [*effect.shapes, *effect.came_or_went]
+        if path == kv_heads or value < 2 or value % per_kv or effect.other != 2 * value:
+            continue
+        if any(kind.owners.get(name) != "attention" for name in touched):
+            continue
+        equal = [p for p, v in named if v == value and p not in (path, kv_heads)]
+        # The size of a head, read off the weights: what a head of the last projection takes.
+        sizes = sorted({n // value for shape in base.values() for n in shape if n % value == 0 and n > value})
+        unset = [(name,) for name in trial.missing] + [p for p, v in named if v == 0 and len(p) == 1]
+        pins: list[tuple[Path, int] | None] = [None, *((p, size) for p in unset for size in sizes)]
+        pins += [(p, v) for p, v in named if v in sizes and p != path]
+        for pin in dict.fromkeys(pins):
+            for together in ((path,), *((path, other) for other in equal if pin is None)):
+                if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
+                    continue
+                if all(_doubled_queries(trial, together, pin, value, seed) for seed in (0, 1)):
+                    return together, pin
+    return (), None
+
+
+def _doubles(trial: _Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, base: Shapes) -> bool:
+    """Whether twice the heads make a side of some matrix twice as long and none shorter, and a pin alone nothing."""
+    own = {pin[0]: pin[1]} if pin else {}
+    try:
+        if pin is not None and trial.shapes_with(own) != base:
+            return False
+        more = trial.shapes_with({**dict.fromkeys(paths, 2 * heads), **own})
+        if pin is not None and more == trial.shapes_with(dict.fromkeys(paths, 2 * heads)):
+            return False
+    except Exception:  # whatever a family's own code raises for a size that it cannot take
+        return False
+    if more.keys() != base.keys():
+        return False
+    pairs = [(a, b) for name, shape in base.items() for a, b in zip(shape, more[name], strict=False) if a != b]
+    return bool(pairs) and all(b > a for a, b in pairs) and any(b == 2 * a for a, b in pairs)
+
+
+def _doubled_queries(trial: _Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, seed: int) -> bool:
+    """Whether a model with every query head twice, and what reads them at half, gives the same."""
+    own = {pin[0]: pin[1]} if pin else {}
+    try:
+        once = trial.made_with({**dict.fromkeys(paths, heads), **own}, seed)
+        twice = trial.made_with({**dict.fromkeys(paths, 2 * heads), **own}, seed)
+    except UnsupportedModel:
+        return False
+    weights, doubled = (dict(m.model.named_parameters()) for m in (once, twice))
+    if weights.keys() != doubled.keys():
+        return False
+    changed = [n for n in weights if weights[n].shape != doubled[n].shape]
+    if not any(n.startswith(trial.prefix) for n in changed):
+        return False
+    wanted = once.run()
+    for layout in ("whole", "thirds", "halves", "first"):
+        try:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    target = doubled[name]
+                    same = weight.shape == target.shape
+                    target.copy_(weight if same else _every_head_twice(weight, target.shape, heads, layout))
+        except (RuntimeError, ValueError, IndexError):  # it is not laid out so
+            continue
+        if torch.allclose(wanted, twice.run(), atol=1e-4, rtol=1e-4):
+            return True
+    return False
+
+
+def _every_head_twice(weight: torch.Tensor, shape: torch.Size, heads: int, layout: str) -> torch.Tensor:
+    """Entries of every head twice along the dimension that grew; at half where they are a projection's inputs."""
+    (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
+    moved = weight.movedim(dim, 0)
+    added = shape[dim] - weight.shape[dim]
+    rest = moved[added:]  # what is not of query heads comes after them
+    moved = moved[:added]
+    parts = {"whole": 1, "thirds": 3, "halves": 2, "first": 1}[layout]
+    if len(rest) and layout != "first":
+        raise ValueError("entries of no query head")
+    # A fused projection in parts has those parts; what heads end in has none.
+    if dim == weight.ndim - 1 and weight.ndim > 1:
+        parts = 1
+    grouped = moved.reshape(parts, heads, -1, *moved.shape[1:]).repeat_interleave(2, 1)
+    result = torch.cat([grouped.reshape(-1, *moved.shape[1:]), rest]).movedim(0, dim)
+    return result / 2 if dim == weight.ndim - 1 and weight.ndim > 1 else result
+
+
 def _twice(weight: torch.Tensor, heads: int, target: torch.Tensor) -> torch.Tensor:
     """Rows of each head twice; where a weight holds queries before keys and values, those stay."""
     added = target.shape[0] - weight.shape[0]
@@ -324,9 +474,13 @@ class _FFNSizes:
         listed = {n for n in self.base if _before_digit(n) in lists} if lists else set()
         return listed | {n for n in effect.shapes if len(self.base[n]) == 3}
 
-    def widest(self, inside: bool) -> tuple[Path | None, int]:
-        """The attribute that is the width of the largest matrices inside or beside the experts, and what it calls 1."""
-        found: list[tuple[int, Path, int]] = []
+    def widest(self, inside: bool) -> tuple[Path | None, int, tuple[str, int] | None]:
+        """The attribute that is the width of the largest matrices inside or beside the experts.
+
+        Returns:
+            The attribute, what it calls a width of 1, and a weight and dimension that are as long as the width.
+        """
+        found: list[tuple[int, Path, int, tuple[str, int]]] = []
         for path, effect in self.effects.items():
             governed = {n: new for n, new in effect.shapes.items() if (n in self.members) is inside}
             if effect.came_or_went or path == self.count or not governed:
@@ -348,11 +502,15 @@ class _FFNSizes:
             if value and not self._is_width_at(path, small, small // factor, matrices):
                 continue
             elements = sum(torch.Size(self.base[n]).numel() for n in matrices)
-            found.append((elements, path, factor))
-        for _, path, factor in sorted(found, reverse=True):
-            if self.trial.runs(path, max(1, self.effects[path].other // 2)):
-                return path, factor
-        return None, 1
+            name = next(n for n, c in matrices.items() if c[0] == (before, after))
+            changed = self.effects[path].shapes[name]
+            at = name, next(d for d, (a, b) in enumerate(zip(self.base[name], changed, strict=True)) if a != b)
+            found.append((elements, path, factor, at))
+        for _, path, factor, at in sorted(found, reverse=True):
+            # A smaller one has to run: the hidden size would not, in the layers alone.
+            if self.trial.runs(path, max(1, (self.trial.value(path) or self.effects[path].other) // 2)):
+                return path, factor, at
+        return None, 1, None
 
     def _is_width_at(self, path: Path, value: int, width: int, matrices: Collection[str]) -> bool:
         """Whether a small value is kept as it is, not rounded up."""

@@ -11,7 +11,7 @@ import copy
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from layersmith.artifacts import fingerprint
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from layersmith.errors import UnsupportedModel, first_line
 from layersmith.heterogeneous.modeling_layersmith import make_replacement, own_layers
-from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, nested, value_at
+from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.shrink import shrunk
 from layersmith.model_descriptor.specimen import Specimen, first_tensor_of, with_first_tensor
@@ -43,6 +43,8 @@ class Findings:
         groups: parameter outside the layers to ``"embedding"`` or ``"lm_head"``.
         remote_code: whether its classes come with a checkpoint.
         notes: what is not offered, and why.
+        widths: of every layer the width of its FFN or experts, and of its shared experts, as its weights have it.
+        stateful: of every kind, whether its mixer keeps a state of fixed size and no keys and values.
     """
 
     structure: Structure
@@ -54,6 +56,8 @@ class Findings:
     groups: dict[str, str]
     remote_code: bool
     notes: tuple[str, ...] = ()
+    widths: tuple[tuple[int | None, int | None], ...] = ()
+    stateful: tuple[bool, ...] = ()
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
 
     def kind_of(self, layer: nn.Module) -> LayerKind:
@@ -81,11 +85,15 @@ def infer(config: PretrainedConfig) -> type[ModelDescriptor]:
     Raises:
         UnsupportedModel: what could not be found out, and why.
     """
-    data = {k: v for k, v in config.to_dict().items() if k not in _NOT_STRUCTURE}
-    key = fingerprint({"class": type(config).__qualname__, "config": _plain(data)})
+    key = _key(config)
     if key not in _known:
         _known[key] = descriptor_of(find(config), config)
     return _known[key]
+
+
+def _key(config: PretrainedConfig) -> str:
+    data = {k: v for k, v in config.to_dict().items() if k not in _NOT_STRUCTURE}
+    return fingerprint({"class": type(config).__qualname__, "config": _plain(data)})
 
 
 _NOT_STRUCTURE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
@@ -130,11 +138,17 @@ def find(config: PretrainedConfig) -> Findings:
         kinds[k] = _proved(specimen, names[of_layer.index(k)], kind, notes)
     _check_configurable(specimen.config, classes)
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
-    of_layer = []
+    small_kinds, of_layer = of_layer, []
     for layer in skeleton.get_submodule(structure.layers).children():
         if signature(layer) not in signatures:
             raise UnsupportedModel(f"{type(layer).__name__}: its layers are of other kinds once they have run.")
         of_layer.append(signatures.index(signature(layer)))
+    for k, own_sizes in enumerate(sizes):
+        layers = [m.get_submodule(f"{structure.layers}.{of_layer.index(k)}") for m in (skeleton,) if k in of_layer]
+        if own_sizes.head_size is not None and layers:
+            example = specimen.model.get_submodule(names[small_kinds.index(k)])
+            sizes[k] = _at_full_size(own_sizes, specimen.config, example, config, layers[0])
+    widths = [_widths(sizes[k], skeleton.get_submodule(f"{structure.layers}.{i}")) for i, k in enumerate(of_layer)]
     groups = _groups(skeleton, structure)
     remote = not type(specimen.model).__module__.startswith("transformers.")
     return Findings(
@@ -147,8 +161,45 @@ def find(config: PretrainedConfig) -> Findings:
         groups,
         remote,
         tuple(notes),
+        tuple(widths),
+        _stateful(specimen, [small_kinds.index(k) for k in range(len(kinds))]),
         config,
     )
+
+
+def _stateful(specimen: Specimen, layers: Sequence[int]) -> tuple[bool, ...]:
+    """Whether what these layers leave in a cache are no keys and values; False where there is no cache to look at."""
+    try:
+        with torch.no_grad():
+            cache = specimen.model(input_ids=specimen.ids, use_cache=True).past_key_values
+        slots = [cache.layers[i] for i in layers]
+    except Exception:  # a family's own code may keep no cache, or another kind
+        return (False,) * len(layers)
+    keys = [getattr(slot, "keys", None) for slot in slots]
+    return tuple(own is None or not own.numel() for own in keys)
+
+
+def _widths(sizes: Sizes, layer: nn.Module) -> tuple[int | None, int | None]:
+    shapes = {name: p.shape for name, p in layer.named_parameters()}
+    places = (sizes.width_at, sizes.shared_width_at)
+    own = [shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places]
+    return own[0], own[1]
+
+
+def _at_full_size(
+    sizes: Sizes, small: PretrainedConfig, small_layer: nn.Module, config: PretrainedConfig, layer: nn.Module
+) -> Sizes:
+    """Sizes found on a specimen with the size of a head that the model itself has."""
+    assert sizes.head_size is not None
+    path, size = sizes.head_size
+    heads = value_at(_language_config(small), sizes.query_heads[0])
+    shapes = {name: p.shape for name, p in layer.named_parameters()}
+    for name, parameter in small_layer.named_parameters():
+        for dim, length in enumerate(parameter.shape):
+            if length == heads * size and name in shapes:
+                full = shapes[name][dim] // value_at(_language_config(config), sizes.query_heads[0])
+                return replace(sizes, head_size=(path, full))
+    return replace(sizes, query_heads=(), head_size=None)
 
 
 def _check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Module]]) -> None:
@@ -382,6 +433,33 @@ class InferredDescriptor(ModelDescriptor):
         return attention is not None and attention.stays
 
     @classmethod
+    def keeps_state(cls, index: int) -> bool:
+        """Whether the mixer of a layer has a state in the cache that does not grow with the tokens."""
+        findings = cls.findings
+        return bool(findings.stateful) and findings.stateful[findings.of_layer[index]]
+
+    @classmethod
+    def of(cls, config: PretrainedConfig) -> type[InferredDescriptor]:
+        """This descriptor for the config that it was made from; for another of the family one made from that."""
+        own = cls.findings.config
+        if own is None or _key(own) == _key(config):
+            return cls
+        found = infer(config)
+        assert issubclass(found, InferredDescriptor)
+        return found
+
+    @classmethod
+    def num_query_heads(cls, index: int) -> int | None:
+        """H of a layer, if it is a number that can differ by layer or that its config names as usual."""
+        findings = cls.findings
+        config = cls.get_language_model_config(findings.config)
+        paths = findings.sizes[findings.of_layer[index]].query_heads
+        if paths:
+            return value_at(config, paths[0], index)
+        own = getattr(config, "num_attention_heads", None)
+        return own if type(own) is int else None
+
+    @classmethod
     def parent_blocks(cls) -> list[BlockConfig]:
         """The block config of every layer of the config that was described."""
         config = cls.findings.config
@@ -393,23 +471,25 @@ class InferredDescriptor(ModelDescriptor):
 def _block(findings: Findings, config: PretrainedConfig, index: int) -> BlockConfig:
     kind, sizes = findings.kinds[findings.of_layer[index]], findings.sizes[findings.of_layer[index]]
 
-    def number(path: Path | None, unit: int = 1) -> int | None:
-        return value_at(config, path, index) // unit or None if path is not None else None
+    def number(path: Path | None) -> int | None:
+        return value_at(config, path, index) or None if path is not None else None
 
     attention = AttentionConfig(no_op=True)
     if kind.attention is not None:
         attention = AttentionConfig(num_key_value_heads=number(sizes.kv_heads))
     ffn = FFNConfig(no_op=True)
+    width, shared = findings.widths[index]
     if kind.ffn is not None and sizes.num_experts is None:
-        ffn = FFNConfig(intermediate_size=number(sizes.width, sizes.config_width))
+        ffn = FFNConfig(intermediate_size=width)
     elif kind.ffn is not None:
         known = [s.experts_per_token for s in findings.sizes if s.experts_per_token]
         per_token = sizes.experts_per_token or (known[0] if known else None)
         moe = MoEConfig(
             number(sizes.num_experts) or 1,
             number(per_token) or 1,
-            number(sizes.expert_width, sizes.config_width),
-            number(sizes.shared_width, sizes.config_width),
+            width,
+            # What goes with the width of the experts is no size of its own.
+            shared if sizes.shared_width != sizes.expert_width else None,
         )
         ffn = FFNConfig(moe=moe)
     return BlockConfig(attention, ffn)
@@ -425,7 +505,12 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
         moe = block_config.ffn.moe
         for sizes in findings.sizes:
             unit = sizes.config_width
-            values = [(sizes.kv_heads, block_config.attention.num_key_value_heads, 1)]
+            attention = block_config.attention
+            values: list[tuple[Path | None, int | None, int]] = [(sizes.kv_heads, attention.num_key_value_heads, 1)]
+            if attention.num_attention_heads is not None:
+                values += [(path, attention.num_attention_heads, 1) for path in sizes.query_heads]
+                if sizes.head_size is not None and sizes.query_heads:
+                    values.append((*sizes.head_size, 1))
             if moe is None and sizes.num_experts is None:
                 values.append((sizes.width, block_config.ffn.intermediate_size, unit))
             elif moe is not None and sizes.num_experts is not None:
@@ -437,7 +522,7 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
                 ]
             for path, value, factor in values:
                 if path is not None and value is not None:
-                    found = _merged(found, nested(language, path, value * factor))
+                    found = merged(found, nested(language, path, value * factor))
         return found
 
     def init_rotary(model: nn.Module, runtime: Any) -> None:
@@ -497,14 +582,6 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
     family = re.sub(r"[^0-9A-Za-z]+", " ", str(getattr(config, "model_type", "") or type(config).__name__)).title()
     Described.__name__ = Described.__qualname__ = family.replace(" ", "") + "Inferred"
     return Described
-
-
-def _merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    result = dict(first)
-    for name, value in second.items():
-        old = result.get(name)
-        result[name] = _merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
 
 
 def _language_config(config: Any) -> Any:

@@ -1,0 +1,555 @@
+"""Finds the axes of a model's layers by building layers that differ in one size.
+
+Two models are built on the meta device that differ in one number of their block configs. The weights whose shapes
+differ are the ones that the size governs, and along which dimension; that is the slicing plan. Nothing is known by
+name. What lies along a dimension in which order is a guess here; ``library/proof.py`` tries the guesses on weights.
+
+Shapes: D hidden, F intermediate channels, H query heads, K key-value heads, E experts, d head size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+from transformers.pytorch_utils import Conv1D
+
+from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
+from layersmith.errors import first_line
+from layersmith.heterogeneous.build import decoder_layers
+from layersmith.heterogeneous.patcher import deci_x_patcher
+from layersmith.library.axes import REST, Bundle, ExpertsAxis, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.inferred import InferredDescriptor
+from layersmith.model_descriptor.stock import stock_model
+
+Shapes = dict[str, tuple[int, ...]]
+
+
+def find_axes(
+    descriptor: type[ModelDescriptor], config: PretrainedConfig, blocks: Sequence[BlockConfig]
+) -> list[LayerAxes]:
+    """The axes of every layer of a model whose layers are ``blocks``."""
+    finder = _Finder(descriptor, config, blocks)
+    return [finder.layer(i) for i in range(len(blocks))]
+
+
+def meta_layers(
+    descriptor: type[ModelDescriptor], config: PretrainedConfig, blocks: Sequence[BlockConfig]
+) -> list[nn.Module]:
+    """Decoder layers of the given blocks on the meta device."""
+    with deci_x_patcher(descriptor, list(blocks)):
+        model = stock_model(config)
+    return decoder_layers(model, descriptor, len(blocks))
+
+
+def layer_shapes(layer: nn.Module) -> Shapes:
+    """Shapes of all that a ``state_dict`` of the layer holds."""
+    return {name: tuple(tensor.shape) for name, tensor in layer.state_dict().items()}
+
+
+def input_dim(layer: nn.Module, weight: str) -> int | None:
+    """The dimension of a projection's weight that its input has; None if its class does not tell."""
+    module = layer.get_submodule(weight.rpartition(".")[0])
+    if isinstance(module, nn.Linear):
+        return 1
+    return 0 if isinstance(module, Conv1D) else None
+
+
+# What a change makes of a block: the block with another size, that size, and the one it had; None: it has no such size.
+Change = Callable[[BlockConfig, int], tuple[BlockConfig, int, int] | None]
+
+
+@dataclass(frozen=True)
+class _Experiment:
+    """Shapes of every layer with one size changed.
+
+    Attributes:
+        shapes: of every layer.
+        sizes: for every layer the size as it was and as it is; None if it has no such size.
+        problem: why there are none.
+    """
+
+    shapes: list[Shapes]
+    sizes: list[tuple[int, int] | None]
+    problem: str = ""
+
+
+@dataclass(frozen=True)
+class _Governed:
+    """A dimension that changes with a size: ``unit`` entries for each, and ``rest`` that do not belong to any."""
+
+    name: str
+    dim: int
+    unit: int
+    rest: int
+
+
+class _Finder:
+    """The experiments on one model; each is made once, when it is first wanted."""
+
+    def __init__(self, descriptor: type[ModelDescriptor], config: PretrainedConfig, blocks: Sequence[BlockConfig]):
+        self.descriptor, self.config, self.blocks = descriptor, config, blocks
+        self.language = descriptor.get_language_model_config(config)
+        self.described = descriptor.of(config) if issubclass(descriptor, InferredDescriptor) else None
+        self.skeleton = meta_layers(descriptor, config, blocks)
+        self.base = [layer_shapes(layer) for layer in self.skeleton]
+        self._made: dict[str, _Experiment] = {}
+        self._owned: list[set[str]] | None = None
+
+    def layer(self, i: int) -> LayerAxes:
+        reasons: dict[str, str] = {}
+
+        def tried(name: str, find: Callable[[int], Any]) -> Any:
+            try:
+                return find(i)
+            except _None as reason:
+                reasons[name] = str(reason)
+                return None
+
+        experts, of_experts = None, ()
+        if self.blocks[i].ffn.moe is not None:
+            experts = tried("experts", self.experts)
+            members = tried("experts", self._members)
+            of_experts = (*members.stacks, *members.lists) if members else ()
+        ffn = tried("ffn", self.width)
+        shared = tried("shared", self.shared_width) if self._has_own_shared_width(i) else None
+        return LayerAxes(ffn, tried("attention", self.heads), experts, shared, reasons, of_experts)
+
+    # ------------------------------------------------------------------------------------------ experiments
+
+    def experiment(self, name: str, change: Change) -> _Experiment:
+        if name not in self._made:
+            changed, sizes = [], []
+            for i, block in enumerate(self.blocks):
+                made = change(block, i)
+                changed.append(made[0] if made else block)
+                sizes.append((made[2], made[1]) if made else None)
+            try:
+                layers = meta_layers(self.descriptor, self.config, changed)
+                self._made[name] = _Experiment([layer_shapes(layer) for layer in layers], sizes)
+            except Exception as error:  # whatever a family's own code raises for a size that it cannot take
+                problem = f"another size cannot be built ({first_line(error)})"
+                self._made[name] = _Experiment([], sizes, problem)
+        return self._made[name]
+
+    def governed(self, made: _Experiment, i: int) -> list[_Governed]:
+        """What changed in a layer; experts that came or went are not in it.
+
+        Raises:
+            _None: a weight changed in more than one way.
+        """
+        if made.problem:
+            raise _None(made.problem)
+        sizes = made.sizes[i]
+        assert sizes is not None
+        size, other = sizes
+        found = []
+        for name, shape in self.base[i].items():
+            changed = made.shapes[i].get(name, shape)
+            if changed == shape:
+                continue
+            dims = [d for d, (a, b) in enumerate(zip(shape, changed, strict=False)) if a != b]
+            if len(dims) != 1 or len(shape) != len(changed):
+                raise _None(f"{name} changes in more than one dimension with it")
+            dim = dims[0]
+            unit, odd = divmod(shape[dim] - changed[dim], size - other)
+            if odd or unit < 1 or unit * size > shape[dim]:
+                raise _None(f"the entries of {name} do not split evenly")
+            found.append(_Governed(name, dim, unit, shape[dim] - unit * size))
+        return found
+
+    # ------------------------------------------------------------------------------------------ widths
+
+    def width(self, i: int) -> WidthAxis:
+        """The width of a dense FFN, or of experts."""
+        block = self.blocks[i]
+        if block.ffn.no_op or block.ffn.replace_with_linear:
+            raise _None("there is no FFN to narrow")
+        moe = block.ffn.moe
+        size = block.ffn.intermediate_size if moe is None else moe.expert_intermediate_dim
+        if size is None:
+            raise _None("its config has no width")
+        if size < 2:
+            raise _None("it has one channel already")
+        return self._width_axis(i, self.experiment("width", _narrower_ffn), size)
+
+    def shared_width(self, i: int) -> WidthAxis:
+        """The width of shared experts."""
+        moe = self.blocks[i].ffn.moe
+        assert moe is not None
+        size = moe.shared_expert_intermediate_dim
+        assert size is not None
+        return self._width_axis(i, self.experiment("shared", _narrower_shared), size)
+
+    def _has_own_shared_width(self, i: int) -> bool:
+        """Whether shared experts have a width that the others do not go with."""
+        moe = self.blocks[i].ffn.moe
+        if moe is None or (moe.shared_expert_intermediate_dim or 0) < 2:
+            return False
+        made, experts = self.experiment("shared", _narrower_shared), self.experiment("width", _narrower_ffn)
+        if made.problem or made.shapes[i] == self.base[i]:
+            return False
+        changed = {n for n, shape in made.shapes[i].items() if shape != self.base[i].get(n)}
+        others = {
+            n for n, shape in (experts.shapes[i] if experts.shapes else {}).items() if shape != self.base[i].get(n)
+        }
+        return not changed & others
+
+    def _width_axis(self, i: int, made: _Experiment, size: int) -> WidthAxis:
+        governed = self.governed(made, i)
+        if not governed:
+            raise _None("its width changes no weight of the layer")
+        experts = self._members(i)
+        stacked = [g for g in governed if g.name in experts.stacks]
+        listed = [g for g in governed if experts.number_of(g.name) is not None]
+        single = [g for g in governed if g not in stacked and g not in listed]
+        bundles = []
+        if stacked:
+            bundles.append(_bundle(size, stacked, experts.count, stacked=True))
+        if listed:
+            first = [
+                dataclasses.replace(g, name=experts.template(g.name)) for g in listed if experts.number_of(g.name) == 0
+            ]
+            bundles.append(_bundle(size, first, experts.count, stacked=False))
+        if single:
+            bundles.append(_bundle(size, single, 0, stacked=False))
+        return WidthAxis(size, tuple(self._with_reader(i, bundle) for bundle in bundles))
+
+    def _with_reader(self, i: int, bundle: Bundle) -> Bundle:
+        """The bundle with the only weight whose input the channels are, if its modules' classes tell."""
+        readers = []
+        for w in bundle.weights:
+            name = w.name.format(0)
+            if bundle.stacked or len(self.base[i][name]) != 2 or not name.endswith(".weight"):
+                continue
+            if input_dim(self.skeleton[i], name) == w.dim:
+                readers.append(w)
+        if len(readers) != 1:
+            return bundle
+        return dataclasses.replace(bundle, reader=readers[0].name, reader_dim=readers[0].dim)
+
+    # ------------------------------------------------------------------------------------------ experts
+
+    def experts(self, i: int) -> ExpertsAxis:
+        moe = self.blocks[i].ffn.moe
+        if moe is None or self.blocks[i].ffn.no_op or self.blocks[i].ffn.replace_with_linear:
+            raise _None("there are no experts")
+        members = self._members(i)
+        made = self.experiment("experts", _fewer_experts)
+        governed = [g for g in self.governed(made, i) if members.number_of(g.name) is None]
+        if not members.stacks and not members.lists:
+            raise _None("no stack or list of weights has one for each expert")
+        weights = tuple(_weight_axis(g, "experts", moe.num_local_experts) for g in governed)
+        router = tuple(g.name for g in governed if g.name not in members.stacks and len(self.base[i][g.name]) == 2)
+        per_token = moe.num_experts_per_tok
+        return ExpertsAxis(
+            moe.num_local_experts, weights, members.lists, router, per_token, fewer_per_token=self._fewer_per_token(i)
+        )
+
+    def _fewer_per_token(self, i: int) -> bool:
+        """Whether the number of experts that a token uses is said in a config at all."""
+        moe = self.blocks[i].ffn.moe
+        assert moe is not None
+        if moe.num_experts_per_tok < 2:
+            return False
+        fewer = dataclasses.replace(moe, num_experts_per_tok=moe.num_experts_per_tok - 1)
+        block = dataclasses.replace(self.blocks[i], ffn=FFNConfig(moe=fewer))
+        own, other = (self.descriptor.block_config_to_layer_overrides(b) for b in (self.blocks[i], block))
+        return own != other
+
+    def _members(self, i: int) -> _Members:
+        """Which weights of a layer belong to experts."""
+        moe = self.blocks[i].ffn.moe
+        if moe is None:
+            return _Members(0, (), ())
+        made = self.experiment("experts", _fewer_experts)
+        if made.problem:
+            raise _None(made.problem)
+        count = moe.num_local_experts
+        gone = self.base[i].keys() - made.shapes[i].keys()
+        lists = tuple(sorted({_before_number(name, count - 1) for name in gone} - {""}))
+        stacks = tuple(
+            name
+            for name, shape in self.base[i].items()
+            if made.shapes[i].get(name, shape) != shape and shape[0] == count and len(shape) >= 2
+            and (len(shape) == 3 or self._is_stack_of_vectors(i, name, made))
+        )  # fmt: skip
+        return _Members(count, stacks, lists)
+
+    def _is_stack_of_vectors(self, i: int, name: str, made: _Experiment) -> bool:
+        """Whether a matrix holds a bias for each of a stack of matrices beside it, rather than rows of a router."""
+        module = name.rpartition(".")[0]
+        beside = [n for n, shape in self.base[i].items() if n.rpartition(".")[0] == module and len(shape) == 3]
+        return any(made.shapes[i].get(n) != self.base[i][n] for n in beside)
+
+    # ------------------------------------------------------------------------------------------ heads
+
+    def heads(self, i: int) -> HeadsAxis:
+        """Query and key-value heads; weights that hold both say so."""
+        block = self.blocks[i]
+        if block.attention.no_op or block.attention.replace_with_linear:
+            raise _None("there is no attention to narrow")
+        count = block.attention.num_key_value_heads
+        num_heads = self._num_heads(i)
+        of_kv: list[_Governed] = []
+        why = "its config has no number of KV heads"
+        if count is not None and count > 1:
+            of_kv = self.governed(self.experiment("kv", _other_kv_heads), i)
+            why = "" if of_kv else "its number of KV heads changes no weight of the layer"
+        elif count == 1:
+            why = "it has one KV head already"
+        of_queries, no_queries = self._of_queries(i, num_heads)
+        if not of_kv and (not of_queries or (count == 1 and num_heads is None)):
+            raise _None(f"{why}; {no_queries}" if no_queries else why)
+        if num_heads is None:
+            raise _None("its config has no number of query heads")
+        if not of_kv and count is None:
+            return self._alike_heads(i, num_heads, of_queries)
+        return self._grouped_heads(i, count or 1, num_heads, of_kv, of_queries)
+
+    def _num_heads(self, i: int) -> int | None:
+        own = self.blocks[i].attention.num_attention_heads
+        if own is None and self.described is not None:
+            own = self.described.num_query_heads(i)
+        if own is None:
+            own = getattr(self.language, "num_attention_heads", None)
+        return own if type(own) is int else None
+
+    def _of_queries(self, i: int, num_heads: int | None) -> tuple[list[_Governed], str]:
+        """What changes with the number of query heads, the size of a head unchanged; or why that is not known."""
+        if num_heads is None:
+            return [], "its config has no number of query heads"
+
+        def more(block: BlockConfig, j: int) -> tuple[BlockConfig, int, int] | None:
+            own = self._num_heads(j)
+            if own is None or block.attention.no_op or block.attention.replace_with_linear:
+                return None
+            attention = dataclasses.replace(block.attention, num_attention_heads=2 * own)
+            return dataclasses.replace(block, attention=attention), 2 * own, own
+
+        made = self.experiment("queries", more)
+        try:
+            governed = self.governed(made, i) if made.sizes[i] is not None else []
+        except _None as reason:
+            return [], str(reason)
+        return governed, "" if governed else "the size of its heads follows from their number"
+
+    def _alike_heads(self, i: int, num_heads: int, of_queries: list[_Governed]) -> HeadsAxis:
+        """Every query head has keys and values of its own."""
+        weights = tuple(_weight_axis(g, "queries", num_heads) for g in of_queries)
+        reader = self._heads_reader(i, weights)
+        head_dim = reader[2]
+        return HeadsAxis(num_heads, num_heads, head_dim, weights, reader[0], reader[1], fewer_groups=num_heads > 1)
+
+    def _grouped_heads(
+        self, i: int, count: int, num_heads: int, of_kv: list[_Governed], of_queries: list[_Governed]
+    ) -> HeadsAxis:
+        if num_heads % count:
+            raise _None(f"its {num_heads} query heads are not the same number for each of {count} KV heads")
+        queries = {(g.name, g.dim): g for g in of_queries}
+        kv = {(g.name, g.dim): g for g in of_kv}
+        if not queries:
+            return self._without_query_size(i, count, num_heads, of_kv)
+        weights = []
+        for name, dim in dict.fromkeys([*queries, *kv]):
+            length = self.base[i][name][dim]
+            q, k = queries.get((name, dim)), kv.get((name, dim))
+            parts = [Segment(part, g.unit) for part, g in (("queries", q), ("kv", k)) if g is not None]
+            rest = length - sum(s.unit * (num_heads if s.part == "queries" else count) for s in parts)
+            if rest < 0:
+                raise _None(f"queries, keys and values of {name} cannot be told apart")
+            weights.append(WeightAxis(name, dim, tuple(_split_fused(parts, rest))))
+        reader = self._heads_reader(i, weights)
+        more_than_one = count > 1 and bool(of_kv)
+        return HeadsAxis(
+            count, num_heads, reader[2], tuple(weights), reader[0], reader[1],
+            fewer_kv=more_than_one, fewer_queries=num_heads > count, fewer_groups=more_than_one,
+        )  # fmt: skip
+
+    def _without_query_size(self, i: int, count: int, num_heads: int, of_kv: list[_Governed]) -> HeadsAxis:
+        """Where the number of query heads cannot differ alone: they are what as long as all of them remains."""
+        matrices = [g for g in of_kv if len(self.base[i][g.name]) == 2]
+        if not matrices:
+            raise _None("no projection gives its keys and values")
+        fused = [g for g in matrices if g.rest]
+        head_dim = fused[0].rest // num_heads if fused else matrices[0].unit
+        weights = [
+            WeightAxis(g.name, g.dim, tuple(_split_fused([Segment("kv", g.unit)], 0))) for g in of_kv if not g.rest
+        ]
+        for g in of_kv:
+            if g.rest:
+                if g.rest % num_heads:
+                    raise _None(f"queries, keys and values of {g.name} cannot be told apart")
+                parts = [Segment("queries", g.rest // num_heads), Segment("kv", g.unit)]
+                weights.append(WeightAxis(g.name, g.dim, tuple(_split_fused(parts, 0))))
+        governed = {g.name for g in of_kv}
+        length = num_heads * head_dim
+        for name in sorted(self._attention_weights(i) - governed):
+            shape = self.base[i][name]
+            matrix = f"{name.rpartition('.')[0]}.weight"
+            if length not in shape or len(shape) > 2 or matrix not in self.base[i]:
+                continue
+            own_input = input_dim(self.skeleton[i], matrix) if len(self.base[i][matrix]) == 2 else None
+            # A projection that takes as much as all heads give is the output's; the others give queries.
+            takes = own_input is not None and self.base[i][matrix][own_input] == length
+            is_reader = takes and ((not fused and self._comes_last(i, matrix)) or bool(fused))
+            if len(shape) == 2 and own_input is not None:
+                dim = own_input if is_reader else 1 - own_input
+                if shape[dim] == length:
+                    weights.append(WeightAxis(name, dim, (Segment("queries", head_dim),)))
+            elif len(shape) == 1 and own_input is not None and not is_reader:
+                weights.append(WeightAxis(name, 0, (Segment("queries", head_dim),)))
+        reader = self._heads_reader(i, weights)
+        return HeadsAxis(count, num_heads, reader[2], tuple(weights), reader[0], reader[1], fewer_kv=True)
+
+    def _comes_last(self, i: int, matrix: str) -> bool:
+        """Whether a square projection is the last of its attention in the order of construction."""
+        own = self._attention_weights(i)
+        square = [n for n in self.base[i] if n in own and self.base[i][n] == self.base[i][matrix]]
+        return square[-1] == matrix
+
+    def _attention_weights(self, i: int) -> set[str]:
+        if self._owned is None:
+            prefix = [f"{self.descriptor.layer_block_name(j)}." for j in range(len(self.blocks))]
+            names = [prefix[j] + name for j, shapes in enumerate(self.base) for name in shapes]
+            groups = self.descriptor.get_weight_groups(names, len(self.blocks))
+            self._owned = [
+                {name.removeprefix(prefix[j]) for name in groups.get(f"block_{j}_attention", ())}
+                for j in range(len(self.blocks))
+            ]
+        return self._owned[i]
+
+    def _heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int, int]:
+        """The one projection whose input the heads are: name, dimension, entries a head."""
+        readers = []
+        for w in weights:
+            if len(w.segments) == 1 and w.segments[0].part == "queries" and w.name.endswith(".weight"):
+                two = len(self.base[i][w.name]) == 2
+                if two and input_dim(self.skeleton[i], w.name) == w.dim:
+                    readers.append((w.name, w.dim, w.segments[0].unit))
+        if len(readers) != 1:
+            raise _None("the projection that its heads end in cannot be told")
+        return readers[0]
+
+
+class _None(Exception):
+    """There is no such axis; the message says why."""
+
+
+@dataclass(frozen=True)
+class _Members:
+    """Experts: how many, weights that are stacks of them, and lists of modules."""
+
+    count: int
+    stacks: tuple[str, ...]
+    lists: tuple[str, ...]
+
+    def number_of(self, name: str) -> int | None:
+        """Which expert of a list a weight belongs to."""
+        for prefix in self.lists:
+            if name.startswith(f"{prefix}."):
+                number = name.removeprefix(f"{prefix}.").split(".")[0]
+                return int(number) if number.isdigit() else None
+        return None
+
+    def template(self, name: str) -> str:
+        """The name with ``{}`` for the number of the expert."""
+        prefix = next(p for p in self.lists if name.startswith(f"{p}."))
+        _, _, own = name.removeprefix(f"{prefix}.").partition(".")
+        return f"{prefix}.{{}}.{own}"
+
+
+def _before_number(name: str, number: int) -> str:
+    """What stands before the part of a name that is ``number``."""
+    parts = name.split(".")
+    return ".".join(parts[: parts.index(str(number))]) if str(number) in parts else ""
+
+
+def _bundle(size: int, governed: Sequence[_Governed], members: int, stacked: bool) -> Bundle:
+    """Weights with the same channels; what has several entries a channel of the config has as many channels more."""
+    least = min(g.unit for g in governed)
+    weights = tuple(
+        _weight_axis(dataclasses.replace(g, unit=g.unit // least), "channels", size * least) for g in governed
+    )
+    return Bundle(size * least, weights, members=members, stacked=stacked)
+
+
+def _weight_axis(governed: _Governed, part: str, count: int) -> WeightAxis:
+    """The first guess: several entries of a unit are one after another in parts, and what is no unit's comes last."""
+    del count
+    segments = (
+        [Segment(part)] * governed.unit if governed.unit <= 3 and part == "channels" else [Segment(part, governed.unit)]
+    )
+    if governed.rest:
+        segments.append(Segment(REST, governed.rest))
+    return WeightAxis(governed.name, governed.dim, tuple(segments))
+
+
+def _split_fused(parts: Sequence[Segment], rest: int) -> list[Segment]:
+    """Queries, then keys, then values, where a weight holds them all."""
+    found: list[Segment] = []
+    for segment in parts:
+        if segment.part == "kv" and len(parts) > 1:
+            found += [Segment("kv", segment.unit // 2)] * 2 if segment.unit % 2 == 0 else [segment]
+        else:
+            found.append(segment)
+    return [*found, Segment(REST, rest)] if rest else found
+
+
+# ---------------------------------------------------------------------------------------------- changes
+
+
+def _part(size: int) -> int:
+    """The largest proper divisor, so that whatever must divide still does."""
+    return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
+
+
+def _narrower_ffn(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] | None:
+    moe = block.ffn.moe
+    size = block.ffn.intermediate_size if moe is None else moe.expert_intermediate_dim
+    if size is None or size < 2:
+        return None
+    other = _part(size)
+    ffn = FFNConfig(intermediate_size=other)
+    if moe is not None:
+        ffn = FFNConfig(moe=dataclasses.replace(moe, expert_intermediate_dim=other))
+    return dataclasses.replace(block, ffn=ffn), other, size
+
+
+def _narrower_shared(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] | None:
+    moe = block.ffn.moe
+    if moe is None or (moe.shared_expert_intermediate_dim or 0) < 2:
+        return None
+    size = moe.shared_expert_intermediate_dim
+    assert size is not None
+    other = _part(size)
+    ffn = FFNConfig(moe=dataclasses.replace(moe, shared_expert_intermediate_dim=other))
+    return dataclasses.replace(block, ffn=ffn), other, size
+
+
+def _fewer_experts(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] | None:
+    moe = block.ffn.moe
+    if moe is None or moe.num_local_experts < 2:
+        return None
+    other = _part(moe.num_local_experts)
+    fewer = MoEConfig(
+        other,
+        min(other, moe.num_experts_per_tok),
+        moe.expert_intermediate_dim,
+        moe.shared_expert_intermediate_dim,
+    )
+    return dataclasses.replace(block, ffn=FFNConfig(moe=fewer)), other, moe.num_local_experts
+
+
+def _other_kv_heads(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] | None:
+    size = block.attention.num_key_value_heads
+    if size is None or size < 2:
+        return None
+    other = _part(size)
+    attention: AttentionConfig = dataclasses.replace(block.attention, num_key_value_heads=other)
+    return dataclasses.replace(block, attention=attention), other, size

@@ -1,0 +1,106 @@
+"""Axes of families that are laid out in other ways: proved on their weights, and children made along them.
+
+The models are tiny and random; each family is here for something that none of the others has.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conformance.tiny import tiny_config, tiny_model
+
+import layersmith
+from layersmith.execution import exchanged, forward
+from layersmith.library.alternative import Alternative
+from layersmith.library.library import Library, build_library, survey
+from layersmith.model_descriptor.stock import own_config
+from layersmith.parent import Parent
+from layersmith.recipe import LibraryRecipe
+from layersmith.runtime import Runtime
+
+TOKENS = torch.randint(5, 90, (4, 24), generator=torch.Generator().manual_seed(3))
+
+# Family to the kinds of alternatives that it must have beside no-ops.
+KINDS = {
+    "gpt2": {"ffn_width"},  # Conv1D, a width that its config leaves out
+    "phi3": {"kv_heads", "head_groups", "query_heads", "ffn_width"},  # fused queries, keys, values; fused gate and up
+    "olmo2": {"kv_heads", "ffn_width"},  # a norm over all keys, norms after
+    "mixtral": {"kv_heads", "experts", "expert_width", "experts_per_token"},
+    "gpt_oss": {"kv_heads", "query_heads", "experts", "expert_width"},  # sinks, biases, gate and up interleaved
+    "deepseek_v3": {"head_groups", "experts", "expert_width"},  # latent attention, a bias for choosing, shared experts
+    "qwen2_moe": {"experts", "shared_width"},  # shared experts with a width of their own
+    "qwen3_next": {"kv_heads", "experts"},  # linear attention in some layers, gates beside queries
+    "granitemoehybrid": {"kv_heads", "experts"},  # Mamba in some layers
+}
+
+
+def parent_of(family: str) -> Parent:
+    config = own_config(tiny_config(family))
+    model = tiny_model(config).requires_grad_(False)
+    blocks = tuple(layersmith.block_configs(config))
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    return Parent("", model, torch.float32, layersmith.describe(config), blocks, family, runtime)
+
+
+@pytest.fixture(scope="module", params=sorted(KINDS))
+def library(request: pytest.FixtureRequest) -> Library:
+    parent, recipe = parent_of(request.param), LibraryRecipe(linear=())
+    return build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=2)
+
+
+def test_every_axis_is_offered(library: Library) -> None:
+    kinds = {a.kind for a in library.alternatives}
+    assert kinds >= KINDS[library.parent.identity] | {"no_op"}, library.notes
+
+
+def test_every_alternative_runs_and_changes_something(library: Library) -> None:
+    """In its place it gives finite logits that are not the parent's, and what it shares with the parent is shared."""
+    parent = library.parent
+    before = forward(parent, TOKENS)[0]
+    tried = {}
+    for alternative in library.alternatives:
+        if alternative.kind not in ("parent", "no_op"):
+            tried.setdefault((alternative.layer, alternative.kind, alternative.method), alternative)
+    for alternative in tried.values():
+        with exchanged(parent, library.layers([alternative])):
+            after = forward(parent, TOKENS)[0]
+        assert bool(after.isfinite().all()), alternative.key
+        assert not torch.equal(after, before), alternative.key
+
+
+def test_a_child_along_every_axis_is_what_was_scored(library: Library, tmp_path) -> None:
+    parent = library.parent
+    chosen: dict[tuple[int, str], Alternative] = {}
+    used: dict[str, int] = {}
+    for alternative in library.alternatives:
+        place = (alternative.layer, alternative.subblock)
+        if alternative.kind not in ("parent", "no_op"):
+            now = chosen.get(place)
+            if now is None or used.get(alternative.kind, 0) < used.get(now.kind, 0):
+                if now is not None:
+                    used[now.kind] -= 1
+                chosen[place] = alternative
+                used[alternative.kind] = used.get(alternative.kind, 0) + 1
+    with exchanged(parent, library.layers(list(chosen.values()))):
+        scored = forward(parent, TOKENS)[0]
+    child = library.compose(list(chosen.values()))
+    assert torch.equal(child(TOKENS, use_cache=False).logits, scored)
+    layersmith.save(child, tmp_path / "child")
+    again = layersmith.load(tmp_path / "child", dtype=torch.float32).eval()
+    assert torch.equal(again(TOKENS, use_cache=False).logits, scored)
+
+
+def test_experts_that_add_most_stay() -> None:
+    """An expert whose output is made ten times as large is the last to go; channels that nothing reads go first."""
+    parent = parent_of("mixtral")
+    down = parent.layers[1].get_parameter("mlp.experts.down_proj")
+    with torch.no_grad():
+        down[2] *= 10
+        down[1][:, ::2] = 0
+    recipe = LibraryRecipe(linear=())
+    library = build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=2)
+    assert int(library.orders["1.experts"][0]) == 2
+    order = library.orders["1.ffn.0"]
+    width = order.shape[1]
+    assert set(order[1, width // 2 :].tolist()) == set(range(0, width, 2))
+    assert order.shape[0] == 4
