@@ -33,7 +33,9 @@ def _wrap(module: Any) -> None:
 
     def get_model_class(config: Any, model_mapping: Any) -> Any:
         chosen = stock(config, model_mapping)
-        if getattr(config, "layersmith", None) is None and not getattr(config, "block_configs", None):
+        is_child = getattr(config, "layersmith", None) is not None or getattr(config, "block_configs", None)
+        # A checkpoint that was loaded as remote code may have left its factory in the mapping; it knows children.
+        if not is_child or not hasattr(chosen, "config_class"):
             return chosen
         from layersmith.heterogeneous.build import class_for
 

@@ -92,7 +92,8 @@ def child_class(descriptor: type[ModelDescriptor], stock: type[PreTrainedModel])
     """The stock class, made to build the layers of a config as its ``block_configs`` say."""
 
     def layers_of(child: PretrainedConfig) -> Any:
-        return deci_x_patcher(descriptor, child.block_configs)
+        slots = [record["cache_slot"] for record in child.layersmith["layers"]]
+        return deci_x_patcher(descriptor, child.block_configs, slots)
 
     def completed(child: PretrainedConfig) -> PretrainedConfig:
         if hasattr(child, "layersmith"):
@@ -118,14 +119,22 @@ def child_config(
     num_layers = num_layers_of(config, descriptor)
     if len(blocks) != num_layers:
         raise UsageError(f"{len(blocks)} block configs for the {num_layers} layers of the model.")
+    built_types: list[str] = []
     if own_types := getattr(language, "layer_types", None):
-        config = _with_layer_types(config, descriptor, cache_layer_types(fills_cache(descriptor, blocks), own_types))
+        layer_types = cache_layer_types(fills_cache(descriptor, blocks), own_types)
+        retyped = _with_layer_types(config, descriptor, layer_types)
+        before, after = (decoder_layers(stock_model(c), descriptor, len(blocks)) for c in (config, retyped))
+        if [type(layer) for layer in before] != [type(layer) for layer in after]:
+            built_types = list(own_types)
+        config, layers = retyped, before if built_types else after
         language = descriptor.get_language_model_config(config)
-    layers = decoder_layers(stock_model(config), descriptor, len(blocks))
+    else:
+        layers = decoder_layers(stock_model(config), descriptor, len(blocks))
     class_names = [f"{cls.__module__}.{cls.__qualname__}" for cls in layer_classes(descriptor)]
-    config.layersmith = make_plan(descriptor, language, blocks, layers, class_names)
-    if language is not config:
-        config.layersmith["text_config"] = next(n for n, value in vars(config).items() if value is language)
+    text_config = "" if language is config else next(n for n, value in vars(config).items() if value is language)
+    config.layersmith = make_plan(descriptor, config, blocks, layers, class_names, text_config)
+    if built_types:
+        config.layersmith["built_layer_types"] = built_types
     config.block_configs = [block.to_dict() for block in blocks]
     return config
 
@@ -133,10 +142,7 @@ def child_config(
 def _with_layer_types(
     whole: PretrainedConfig, descriptor: type[ModelDescriptor], layer_types: list[str]
 ) -> PretrainedConfig:
-    """A config whose layers have other types, where that makes no layer of another class.
-
-    A config of its own for a layer goes with the type.
-    """
+    """A config whose layers have other types; a config of its own for a layer goes with the type."""
     own_types = list(descriptor.get_language_model_config(whole).layer_types)
     changed = [i for i, own in enumerate(own_types) if own != layer_types[i]]
     if not changed:
@@ -154,8 +160,7 @@ def _with_layer_types(
     config.layer_types = layer_types
     if native:
         config.per_layer_config = native
-    before, after = (decoder_layers(stock_model(c), descriptor, len(own_types)) for c in (whole, result))
-    return result if [type(layer) for layer in before] == [type(layer) for layer in after] else whole
+    return result
 
 
 def config_dtype(config: PretrainedConfig) -> torch.dtype:

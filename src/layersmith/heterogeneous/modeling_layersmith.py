@@ -297,6 +297,25 @@ def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
         yield
 
 
+@contextmanager
+def built_layer_types(config: PretrainedConfig) -> Iterator[None]:
+    """While open, a child's config has the layer types that its layers are built by.
+
+    Where these differ from those of its cache (see :func:`cache_layer_types`), they say which class a layer has.
+    """
+    own = (getattr(config, "layersmith", None) or {}).get("built_layer_types")
+    if not own:
+        yield
+        return
+    language = _text_config(config)
+    of_cache = language.layer_types
+    language.layer_types = own
+    try:
+        yield
+    finally:
+        language.layer_types = of_cache
+
+
 def _import(name: str) -> type[nn.Module]:
     module, _, attribute = name.rpartition(".")
     if not module.startswith("transformers."):
@@ -324,6 +343,8 @@ def without_guard(config: PretrainedConfig) -> PretrainedConfig:
 def as_parent(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of a child's config without all that makes its layers differ; of any other config a plain copy."""
     config = without_guard(config)
+    if own := (getattr(config, "layersmith", None) or {}).get("built_layer_types"):
+        _text_config(config).layer_types = own
     for name in ("block_configs", "layersmith", "auto_map"):
         if name in config.__dict__ and (name != "auto_map" or "modeling_layersmith" in str(config.auto_map)):
             delattr(config, name)
@@ -348,7 +369,7 @@ class HeterogeneousMixin:
 
     def __init__(self, config: PretrainedConfig, *args: Any, **kwargs: Any) -> None:
         config = type(self).completed(config)
-        with type(self).layers_of(config):
+        with type(self).layers_of(config), built_layer_types(config):
             super().__init__(config, *args, **kwargs)  # type: ignore[call-arg]
 
     @classmethod
@@ -438,6 +459,19 @@ def finish_folder(folder: Path) -> None:
     (folder / FILE_NAME).write_bytes(Path(__file__).read_bytes())
 
 
+def model_class_in(mapping: Any, config_class: type[PretrainedConfig]) -> type[PreTrainedModel] | None:
+    """The model class that one of Transformers' auto mappings has for a config class.
+
+    Transformers registers what ``auto_map`` names in the mapping where it has nothing, so that a factory of this file
+    may stand there; that is no model class.
+    """
+    if config_class not in mapping:
+        return None
+    found = mapping[config_class]
+    found = found[0] if isinstance(found, tuple) else found
+    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+
+
 class _Factory:
     """What ``auto_map`` names: finds the stock class of the config's ``model_type`` and makes it heterogeneous."""
 
@@ -446,9 +480,7 @@ class _Factory:
     @classmethod
     def _class_for(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
         for mapping in cls.mappings:
-            if type(config) in mapping:
-                stock = mapping[type(config)]
-                stock = stock[0] if isinstance(stock, tuple) else stock
+            if (stock := model_class_in(mapping, type(config))) is not None:
                 return heterogeneous_class(stock) if hasattr(config, "layersmith") else stock
         raise ValueError(f"this version of Transformers has no model class for {type(config).__name__}")
 

@@ -30,7 +30,9 @@ def layer_classes(descriptor: type[ModelDescriptor]) -> list[type[nn.Module]]:
 
 @contextmanager
 def deci_x_patcher(
-    model_descriptor: type[ModelDescriptor], block_configs: Sequence[BlockConfig | dict[str, Any]]
+    model_descriptor: type[ModelDescriptor],
+    block_configs: Sequence[BlockConfig | dict[str, Any]],
+    cache_slots_of_layers: Sequence[int] | None = None,
 ) -> Iterator[None]:
     """While open, layer i of a model that is constructed is built as ``block_configs[i]`` says.
 
@@ -39,18 +41,24 @@ def deci_x_patcher(
     generation right when layers have no attention. The config that the model was given is not changed, and the
     decoder layer classes are as before when the context closes.
 
+    Args:
+        model_descriptor: of the family.
+        block_configs: one a layer.
+        cache_slots_of_layers: the slot of every layer; default: from the ``layer_types`` of the config.
+
     Raises:
         UnsupportedModel: a block config asks for a no-op that the descriptor does not have.
     """
     blocks = read_block_configs(list(block_configs), "deci_x_patcher")
     present = fills_cache(model_descriptor, blocks)
-    slots = cache_slots(present)
+    slots = list(cache_slots_of_layers or cache_slots(present))
 
     def configure(config: PretrainedConfig, index: int) -> PretrainedConfig:
         nonlocal slots
         if index >= len(blocks):  # e.g. the layers of a multi-token-prediction head
             return config
-        slots = cache_slots(present, getattr(config, "layer_types", None))
+        if cache_slots_of_layers is None:
+            slots = cache_slots(present, getattr(config, "layer_types", None))
         return with_overrides(config, model_descriptor.block_config_to_layer_overrides(blocks[index]))
 
     def finish(layer: nn.Module, index: int) -> None:

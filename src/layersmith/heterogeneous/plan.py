@@ -133,20 +133,23 @@ def make_plan(
     block_configs: Sequence[BlockConfig],
     layers: Sequence[nn.Module],
     layer_class_names: Sequence[str],
+    text_config: str = "",
 ) -> dict[str, Any]:
     """The entry ``layersmith`` of a child's ``config.json``.
 
     Args:
         descriptor: the parent family's descriptor.
-        config: the language model's config.
+        config: the model's config.
         block_configs: one a layer.
         layers: the decoder layers of the stock model, on the meta device.
         layer_class_names: full names of the decoder layer classes.
+        text_config: the attribute of ``config`` that is the language model's config; empty if that is ``config``.
     """
     from layersmith import __version__
 
     present = fills_cache(descriptor, block_configs)
-    slots = cache_slots(present, getattr(config, "layer_types", None))
+    language = getattr(config, text_config) if text_config else config
+    slots = cache_slots(present, getattr(language, "layer_types", None))
     records = []
     for layer, block, slot in zip(layers, block_configs, slots, strict=True):
         removed = [subblock for subblock in SUBBLOCKS if block.subblock(subblock).no_op]
@@ -163,10 +166,12 @@ def make_plan(
         "version": __version__,
         "decoder_layers": list(layer_class_names),
         "layers": records,
-        "per_layer_config": stock_guard(descriptor, config, block_configs),
+        "per_layer_config": stock_guard(descriptor, config, block_configs, text_config),
     }
-    if getattr(config, "is_heterogeneous", False):
-        plan["native_per_layer_config"] = {str(int(i)): entry for i, entry in native_layers(config).items()}
+    if text_config:
+        plan["text_config"] = text_config
+    if getattr(language, "is_heterogeneous", False):
+        plan["native_per_layer_config"] = {str(int(i)): entry for i, entry in native_layers(language).items()}
     return plan
 
 
@@ -198,7 +203,10 @@ def native_layers(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
 
 
 def stock_guard(
-    descriptor: type[ModelDescriptor], config: PretrainedConfig, block_configs: Sequence[BlockConfig]
+    descriptor: type[ModelDescriptor],
+    config: PretrainedConfig,
+    block_configs: Sequence[BlockConfig],
+    text_config: str = "",
 ) -> dict[str, dict[str, Any]]:
     """Transformers' own ``per_layer_config`` for these blocks, such that stock code cannot build them all alike.
 
@@ -206,14 +214,16 @@ def stock_guard(
     for the size, and stock code that does not stops at the size. A linear replacement has the override alone, since
     ``skip`` would be untrue. Overrides have the canonical names of attributes; an alias would escape the guard. Some
     configs read some attributes themselves, which then cannot differ by layer; another that the model reads stands in.
+    So may a multimodal config read its ``text_config``'s: what can differ is tried on the whole.
     """
+    can_differ = _CanDiffer(config, text_config)
+    config = getattr(config, text_config) if text_config else config
     sizes = {
         "attention": _attributes_of(descriptor, BlockConfig.from_dict({"attention": {"num_key_value_heads": 1}})),
         "ffn": _attributes_of(descriptor, BlockConfig.from_dict({"ffn": {"intermediate_size": 1}})),
     }
     stock_names = {"attention": "attention", "ffn": "mlp"}
     canonical = getattr(config, "attribute_map", {})
-    can_differ = _CanDiffer(config)
     guard: dict[str, dict[str, Any]] = {}
     for i, block in enumerate(block_configs):
         entry: dict[str, Any] = {}
@@ -255,19 +265,22 @@ _READ_BY_MODELS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm
 class _CanDiffer:
     """Whether a config bears an attribute that differs by layer, by trying."""
 
-    def __init__(self, config: PretrainedConfig):
-        self.config = config
+    def __init__(self, config: PretrainedConfig, text_config: str):
+        self.config, self.text_config = config, text_config
+        language = getattr(config, text_config) if text_config else config
+        self.names = language.to_dict().keys()
+        self.native = {str(int(i)): entry for i, entry in native_layers(language).items()}
         self.known: dict[str, bool] = {}
 
     def __call__(self, name: str) -> bool:
         if name not in self.known:
-            self.known[name] = name in self.config.to_dict() and self.all_of({"0": {name: 0}})
+            self.known[name] = name in self.names and self.all_of({"0": {name: 0}})
         return self.known[name]
 
     def all_of(self, guard: dict[str, dict[str, Any]]) -> bool:
         data = self.config.to_dict()
-        native = {str(int(i)): entry for i, entry in native_layers(self.config).items()}
-        data["per_layer_config"] = native | {i: native.get(i, {}) | entry for i, entry in guard.items()}
+        language = data[self.text_config] if self.text_config else data
+        language["per_layer_config"] = self.native | {i: self.native.get(i, {}) | own for i, own in guard.items()}
         try:
             type(self.config).from_dict(data).to_dict()
         except Exception:  # whatever a family's own code raises

@@ -314,7 +314,11 @@ def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple
                 layer.set_submodule(name, _Asked(originals[name], make_replacement(record), asked[name]))
             seen = specimen.run()
             with suppress(Exception), torch.no_grad():  # more may be asked where there is a cache
-                model(input_ids=specimen.ids, use_cache=True)
+                mask = torch.ones_like(specimen.ids)
+                cached = model(input_ids=specimen.ids, attention_mask=mask, use_cache=True)
+                mask = torch.ones(1, mask.shape[1] + 1, dtype=mask.dtype)
+                cache = {"past_key_values": cached.past_key_values, "attention_mask": mask}
+                model(input_ids=specimen.ids[:, :1], use_cache=True, **cache)
             _build_asking(specimen, type(layer), subblock, asked)
         finally:
             for name, module in originals.items():

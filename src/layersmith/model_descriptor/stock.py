@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from layersmith.errors import UnsupportedModel
+from layersmith.heterogeneous.modeling_layersmith import model_class_in
 
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -27,9 +28,8 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
         UnsupportedModel: it has none.
     """
     for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if type(config) in mapping:
-            found = mapping[type(config)]
-            return found[0] if isinstance(found, tuple) else found
+        if (found := model_class_in(mapping, type(config))) is not None:
+            return found
     # The text config of a type whose causal model is made from that alone.
     for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, key=len, reverse=True):
         if config.model_type.startswith(name) and name in CONFIG_MAPPING:
