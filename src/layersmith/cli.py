@@ -102,8 +102,18 @@ def inspect(
     context: Context = CONTEXT,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Try everything on a small random model of the same kinds of layers.")
+    ] = False,
 ) -> None:
     """Print the blocks of a model, what can be changed in each, and where parameters and memory go."""
+    if verify:
+        from layersmith.terminal import print_verification
+        from layersmith.verification import verify as try_everything
+
+        found = try_everything(parent, _descriptor(descriptor), trust_remote_code)
+        print_verification(_console(), found)
+        raise typer.Exit(1 if found.failed else 0)
     from layersmith.inspection import inspect as look
     from layersmith.terminal import print_inspection
 

@@ -81,9 +81,27 @@ def forward_with(
     parent: Parent, input_ids: torch.Tensor, outputs: list[Any], index: int, layer: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`forward`, with ``layer`` at ``index``; earlier layers hand over the parent's ``outputs``."""
-    layers: dict[int, nn.Module] = {i: Handover(parent.layers[i], i, outputs[i]) for i in range(index)}
+    layers = _handovers(parent, outputs, index) if parent.hands_over else {}
     with exchanged(parent, {**layers, index: layer}):
         return forward(parent, input_ids)
+
+
+def _handovers(parent: Parent, outputs: list[Any], index: int) -> dict[int, nn.Module]:
+    return {i: Handover(parent.layers[i], i, outputs[i]) for i in range(index)}
+
+
+def can_hand_over(parent: Parent) -> bool:
+    """Try it with every layer: the logits must be the parent's own."""
+    input_ids = torch.arange(3, 11, device=parent.runtime.device)[None]
+    logits, _, outputs = layer_outputs(parent, input_ids)
+    try:
+        for index in range(1, len(parent.blocks)):
+            with exchanged(parent, _handovers(parent, outputs, index)):
+                if not torch.equal(forward(parent, input_ids)[0], logits):
+                    return False
+    except Exception:  # whatever a family's own code raises when something is missing
+        return False
+    return True
 
 
 def share_buffers(source: nn.Module, target: nn.Module) -> None:

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
+from layersmith.block_config import AttentionConfig, FFNConfig
 from layersmith.costs.counted import Workload, total
 from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype
 from layersmith.heterogeneous.modeling_layersmith import without_guard
 from layersmith.heterogeneous.plan import SUBBLOCKS
-from layersmith.library.alternative import Alternative
+from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.axes import LayerAxes
 from layersmith.library.library import survey_of
 from layersmith.library.shapes import find_axes, meta_layers
@@ -125,15 +126,14 @@ def inspect(
     )
 
 
-def _row(i: int, found: Outline, attention: object, ffn: object) -> tuple[str, str, str, str]:
+def _row(i: int, found: Outline, attention: AttentionConfig, ffn: FFNConfig) -> tuple[str, str, str, str]:
     cells = []
-    for subblock, own in (("attention", attention), ("ffn", ffn)):
-        if getattr(own, "no_op", False):
-            what = "no-op"
-        elif getattr(own, "replace_with_linear", False):
-            what = "linear"
-        else:
-            what = _attention(found, i, own) if subblock == "attention" else _ffn(own)
+    subblocks: tuple[tuple[str, AttentionConfig | FFNConfig], ...] = (("attention", attention), ("ffn", ffn))
+    for subblock, own in subblocks:
+        heads = found.axes[i].kv
+        what = in_words(own)
+        if subblock == "attention" and heads is not None:
+            what = f"{heads.num_heads} heads, {heads.size} KV heads of {heads.head_dim}"
         members = [a for a in found.alternatives if a.layer == i and a.subblock == subblock and a.kind != "parent"]
         sizes: dict[str, list[str]] = {}
         for a in members:
@@ -155,26 +155,6 @@ _AXIS_WORDS = {
     "shared_width": "shared width",
     "experts_per_token": "experts a token",
 }
-
-
-def _attention(found: Outline, i: int, own: object) -> str:
-    axis = found.axes[i].kv
-    if axis is not None:
-        return f"{axis.num_heads} heads, {axis.size} KV heads of {axis.head_dim}"
-    count = getattr(own, "num_key_value_heads", None)
-    return f"{count} KV heads" if count else "as its config says"
-
-
-def _ffn(own: object) -> str:
-    moe = getattr(own, "moe", None)
-    if moe is None:
-        width = getattr(own, "intermediate_size", None)
-        return f"width {width}" if width else "as its config says"
-    shared = moe.shared_expert_intermediate_dim
-    return (
-        f"{moe.num_local_experts} experts of {moe.expert_intermediate_dim or '?'}, {moe.num_experts_per_tok} a token"
-        + (f", shared {shared}" if shared else "")
-    )
 
 
 def _merged(rows: list[tuple[str, str, str, str]]) -> list[BlockRow]:

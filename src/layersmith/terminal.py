@@ -13,6 +13,7 @@ from layersmith.inspection import Inspection
 from layersmith.library.library import Library
 from layersmith.report.collect import describe_subblock, format_cost
 from layersmith.search.choose import Choice
+from layersmith.verification import Verification
 
 _LABELS = {
     "parameters": "parameters",
@@ -113,6 +114,21 @@ def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
             "" if row["difference"] is None else with_noise(row["difference"], row["difference_standard_error"], "+"),
         )
     console.print(table)
+
+
+def print_verification(console: Console, found: Verification) -> None:
+    """What was tried of a model, and what came out."""
+    console.print(f"{found.name}: {found.architecture}, described by {found.descriptor}", highlight=False)
+    console.print(f"tried on a random model of the same kinds: {found.specimen}, {found.seconds:.1f} s", style="dim")
+    table = Table(title="the whole model", title_justify="left", show_header=False)
+    for what, verdict in found.whole.items():
+        table.add_row(what, verdict)
+    console.print(table)
+    for layers, verdicts in found.layers:
+        table = Table(title=f"layers like {layers} of it", title_justify="left", show_header=False)
+        for what, verdict in verdicts.items():
+            table.add_row(what, Text(verdict, style="green" if verdict == "ok" else "yellow"))
+        console.print(table)
 
 
 def print_inspection(console: Console, found: Inspection) -> None:

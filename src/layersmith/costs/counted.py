@@ -17,6 +17,7 @@ from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.library.axes import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.stock import whole_number
 from layersmith.recipe import BATCH, CONTEXT
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
@@ -122,9 +123,9 @@ def kv_cache_bytes(
     if not has_attention(block) or getattr(descriptor, "keeps_state", lambda index: False)(index):
         return 0
     language = descriptor.get_language_model_config(config)
-    own_heads = getattr(language, "num_attention_heads", None)
+    own_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
     heads = block.attention.num_key_value_heads or block.attention.num_attention_heads or own_heads
-    head_dim = head_dim or getattr(language, "head_dim", None) or (own_heads and language.hidden_size // own_heads)
+    head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (own_heads or 1)
     if not heads or not head_dim:
         return 0
     tokens = workload.context

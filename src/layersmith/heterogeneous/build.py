@@ -23,7 +23,7 @@ from layersmith.heterogeneous.plan import fills_cache, make_plan, native_layers
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.model_descriptor.inferred import InferredDescriptor
-from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model
+from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model, whole_number
 
 
 def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> list[BlockConfig]:
@@ -51,8 +51,8 @@ def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]
     if issubclass(descriptor, InferredDescriptor):
         return descriptor.of(as_parent(config)).parent_blocks()
     block = BlockConfig(
-        AttentionConfig(num_key_value_heads=_whole_number(language, "num_key_value_heads")),
-        FFNConfig(intermediate_size=_whole_number(language, "intermediate_size")),
+        AttentionConfig(num_key_value_heads=whole_number(language, "num_key_value_heads")),
+        FFNConfig(intermediate_size=whole_number(language, "intermediate_size")),
     )
     return [block] * num_layers
 
@@ -62,11 +62,6 @@ def num_layers_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]) -
     if issubclass(descriptor, InferredDescriptor):
         return len(descriptor.of(as_parent(config)).findings.of_layer)
     return int(descriptor.get_language_model_config(config).num_hidden_layers)
-
-
-def _whole_number(config: PretrainedConfig, name: str) -> int | None:
-    value = getattr(config, name, None)
-    return value if type(value) is int else None
 
 
 def class_for(

@@ -5,6 +5,7 @@ Those that a child needs live in the file that travels with it, so that it behav
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,8 +22,14 @@ class DummyBlock(nn.Module):
     def __init__(self, original_layer: nn.Module, block_index: int):
         super().__init__()
         self.block_index = block_index
-        for name, value in vars(original_layer).items():
-            # What a model's loop reads from its layers, e.g. ``attention_type``.
+        # What a model's loop reads from its layers, e.g. ``attention_type``; with some families it is computed.
+        values = dict(vars(original_layer))
+        for cls in type(original_layer).__mro__[: type(original_layer).__mro__.index(nn.Module)]:
+            for name, attribute in vars(cls).items():
+                if isinstance(attribute, property):
+                    with suppress(Exception):  # whatever a family's own code raises
+                        values.setdefault(name, getattr(original_layer, name))
+        for name, value in values.items():
             if not name.startswith("_") and isinstance(value, str | int | bool) and not hasattr(self, name):
                 setattr(self, name, value)
 

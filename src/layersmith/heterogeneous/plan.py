@@ -66,20 +66,22 @@ def linear_records(descriptor: type[ModelDescriptor], layer: nn.Module, subblock
             f"{descriptor.__name__}: no single module is the {subblock}; no linear map can replace it."
         )
     ((name, record),) = zeros.items()
-    return {name: {"is": "linear", "returns": record["returns"], "size": hidden_size_of(layer.get_submodule(name))}}
+    return {name: {"is": "linear", "returns": record["returns"], "size": hidden_size_of(layer)}}
 
 
-def hidden_size_of(subblock: nn.Module) -> int:
-    """D: the size that every matrix of a subblock has on one of its sides."""
-    shapes = [set(p.shape) for p in subblock.parameters() if p.ndim >= 2]
-    common = set.intersection(*shapes) if shapes else set()
-    config = getattr(subblock, "config", None)
-    for value in (getattr(config, "hidden_size", None), getattr(subblock, "hidden_size", None)):
-        if value in common:
-            return int(value)
-    if len(common) != 1:
-        raise UnsupportedModel(f"{type(subblock).__name__}: its hidden size cannot be told from its weights.")
-    return int(common.pop())
+def hidden_size_of(layer: nn.Module) -> int:
+    """D: the size that most matrices of a decoder layer have on one of their sides."""
+    counts: dict[int, int] = {}
+    for parameter in layer.parameters():
+        for size in set(parameter.shape) if parameter.ndim >= 2 else ():
+            counts[size] = counts.get(size, 0) + 1
+    if not counts:
+        raise UnsupportedModel(f"{type(layer).__name__}: its hidden size cannot be told from its weights.")
+    for module in layer.modules():
+        own = getattr(getattr(module, "config", None), "hidden_size", None)
+        if own in counts:
+            return int(own)
+    return max(counts, key=lambda size: counts[size])
 
 
 def _plain_attributes(layer: nn.Module) -> dict[str, Any]:

@@ -105,6 +105,24 @@ class Alternative:
         return dataclasses.replace(parent, **changes)
 
 
+def in_words(config: AttentionConfig | FFNConfig) -> str:
+    """What a subblock of this config is, in a word or two."""
+    if config.no_op or config.replace_with_linear:
+        return "no-op" if config.no_op else "linear"
+    if isinstance(config, AttentionConfig):
+        kv, queries = config.num_key_value_heads, config.num_attention_heads
+        words = [
+            f"{n} {what}{'s' if n != 1 else ''}" for n, what in ((queries, "head"), (kv, "KV head")) if n is not None
+        ]
+        return ", ".join(words) or "attention"
+    moe = config.moe
+    if moe is None:
+        return "FFN" if config.intermediate_size is None else f"width {config.intermediate_size}"
+    of = f" of {moe.expert_intermediate_dim}" if moe.expert_intermediate_dim is not None else ""
+    shared = f", shared {moe.shared_expert_intermediate_dim}" if moe.shared_expert_intermediate_dim is not None else ""
+    return f"{moe.num_local_experts} experts{of}, {moe.num_experts_per_tok} a token{shared}"
+
+
 def search_space(
     descriptor: type[ModelDescriptor],
     blocks: Sequence[BlockConfig],

@@ -13,7 +13,8 @@ import copy
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -76,7 +77,7 @@ def _prove_layer(trial: _Trial, i: int, own: LayerAxes) -> LayerAxes:
 
     return LayerAxes(
         tried("ffn", own.ffn, lambda t, j, axis: _prove_width(t, j, axis, shared=False)),
-        tried("attention", own.kv, _prove_heads),
+        tried("attention", own.kv, lambda t, j, axis: _prove_heads(t, j, axis, reasons)),
         tried("experts", own.experts, _prove_experts),
         tried("shared", own.shared, lambda t, j, axis: _prove_width(t, j, axis, shared=True)),
         reasons,
@@ -93,6 +94,7 @@ class _Trial:
 
     def __init__(self, parent: Parent, tokens: torch.Tensor):
         self.parent, self.tokens = parent, tokens
+        parent.hands_over  # noqa: B018  (tried now, not while a layer is watched)
         _, _, self.outputs = layer_outputs(parent, tokens)
         self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
         self._before: dict[int, torch.Tensor] = {}
@@ -156,7 +158,10 @@ class _Enough(Exception):
     """The layer has run; nothing after it is wanted."""
 
 
-def _first_that_holds(trial: _Trial, guesses: Iterator[Any], difference: Callable[[Any], float], what: str) -> Any:
+G = TypeVar("G")
+
+
+def _first_that_holds(trial: _Trial, guesses: Iterator[G], difference: Callable[[G], float], what: str) -> G:
     least, problem = float("inf"), ""
     for guess in itertools.islice(guesses, _MOST_GUESSES):
         try:
@@ -186,23 +191,43 @@ def _prove_width(trial: _Trial, i: int, axis: WidthAxis, shared: bool) -> WidthA
     narrower = dataclasses.replace(block, ffn=ffn)
     axis = dataclasses.replace(axis, bundles=tuple(_with_reader(trial, i, b) for b in _partitioned(trial, i, axis)))
 
-    def difference(guess: WidthAxis) -> float:
+    def difference(guess: WidthAxis, copies: bool) -> float:
         # Every expert keeps others, so that it is put to the test that channels are not mixed up between them.
         kept = [_some_channels(b, b.size * size // axis.size) for b in guess.bundles]
 
         def kill(layer: nn.Module) -> None:
             state = layer.state_dict()
             for bundle, own in zip(guess.bundles, kept, strict=True):
-                reader = bundle.weight(bundle.reader)
-                for m, (weight, dim) in enumerate(members_of(state, bundle, reader)):
-                    gone = _others(bundle.size, own[m] if bundle.members else own)
-                    entries = reader.positions("channels", {"channels": bundle.size})[gone].flatten()
-                    weight.index_fill_(dim, entries.to(weight.device), 0)
+                for w in bundle.weights:
+                    places = w.positions("channels", {"channels": bundle.size})
+                    for m, (weight, dim) in enumerate(members_of(state, bundle, w)):
+                        left = own[m] if bundle.members else own
+                        gone = _others(bundle.size, left)
+                        if w.name == bundle.reader:
+                            weight.index_fill_(dim, places[gone].flatten().to(weight.device), 0)
+                        elif copies:
+                            _copy_units(weight, dim, places, left, gone)
 
         return trial.difference(i, narrower, kill, lambda tensors: narrow(tensors, guess, kept))
 
-    proved: WidthAxis = _first_that_holds(trial, _width_guesses(axis), difference, "dead channels")
-    return proved
+    return _dead_or_copies(trial, lambda: _width_guesses(axis), difference, "dead channels")
+
+
+def _dead_or_copies(
+    trial: _Trial, guesses: Callable[[], Iterator[G]], difference: Callable[..., float], what: str
+) -> G:
+    """The first guess with which what nothing reads can go.
+
+    If there is none, units that go are first made copies of those that stay: a norm over all of them together, or
+    another statistic of them, then sees the same before and after.
+    """
+    try:
+        return _first_that_holds(trial, guesses(), partial(difference, copies=False), what)
+    except _Fails as reason:
+        try:
+            return _first_that_holds(trial, guesses(), partial(difference, copies=True), what)
+        except _Fails:
+            raise reason from None
 
 
 def _some_channels(bundle: Bundle, count: int) -> torch.Tensor:
@@ -342,26 +367,29 @@ def _orders(units: tuple[tuple[str, int], ...], rest: int) -> list[tuple[tuple[S
 # ---------------------------------------------------------------------------------------------- heads
 
 
-def _prove_heads(trial: _Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
+def _prove_heads(trial: _Trial, i: int, axis: HeadsAxis, reasons: dict[str, str]) -> HeadsAxis:
     """The axis with the layout of its heads, and with those ways of having fewer that hold."""
     ways = [way for way in ("fewer_kv", "fewer_groups", "fewer_queries") if getattr(axis, way)]
     held: list[str] = []
     problem: _Fails | None = None
     found: HeadsAxis | None = None
     for way in ways:
-        for copies in (False, True):
-            guesses = _heads_guesses(axis) if found is None else iter([found])
-            try:
-                found = _first_that_holds(
-                    trial, guesses, lambda g, w=way, c=copies: _heads_difference(trial, i, g, w, c), "dead heads"
-                )
-                held.append(way)
-                break
-            except _Fails as reason:
-                problem = problem or reason
+        known = found
+        guesses = partial(_heads_guesses, axis) if known is None else lambda known=known: iter([known])
+        try:
+            found = _dead_or_copies(trial, guesses, partial(_heads_difference, trial, i, way), "dead heads")
+            held.append(way)
+        except _Fails as reason:
+            problem = problem or reason
+            reasons["kv_heads" if way == "fewer_kv" else "query_heads"] = str(reason)
     if found is None:
         raise problem or _Fails("it has one head")
-    return dataclasses.replace(found, **{way: way in held for way in ways})
+    return dataclasses.replace(
+        found,
+        fewer_kv="fewer_kv" in held,
+        fewer_groups="fewer_groups" in held,
+        fewer_queries="fewer_queries" in held,
+    )
 
 
 def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
@@ -369,16 +397,15 @@ def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
         yield dataclasses.replace(axis, weights=tuple(weights))
 
 
-def _heads_difference(trial: _Trial, i: int, axis: HeadsAxis, way: str, copies: bool) -> float:
+def _heads_difference(trial: _Trial, i: int, way: str, axis: HeadsAxis, copies: bool) -> float:
     """What removing half the heads changes when nothing reads them.
 
     Args:
         trial: of the parent.
         i: the layer.
-        axis: a guess.
         way: which heads go.
-        copies: whether the heads that go are first made copies of those that stay. A norm over all heads together
-            then sees the same before and after.
+        axis: a guess.
+        copies: whether the heads that go are first made copies of those that stay.
     """
     block = trial.parent.blocks[i]
     group = axis.num_heads // axis.size
@@ -409,7 +436,7 @@ def _heads_difference(trial: _Trial, i: int, axis: HeadsAxis, way: str, copies: 
             for part in {s.part for s in w.segments} & gone.keys() - {REST}:
                 # Query heads that lose their KV head but stay keep their own weights.
                 if w.name != axis.reader and not (way == "fewer_kv" and part == "queries"):
-                    _copy_units(state[w.name], w, part, axis.sizes, kept[part], gone[part])
+                    _copy_units(state[w.name], w.dim, w.positions(part, axis.sizes), kept[part], gone[part])
         reader = axis.weight(axis.reader)
         entries = reader.positions("queries", axis.sizes)[gone["queries"]].flatten()
         state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
@@ -417,16 +444,13 @@ def _heads_difference(trial: _Trial, i: int, axis: HeadsAxis, way: str, copies: 
     return trial.difference(i, dataclasses.replace(block, attention=attention), kill, cut)
 
 
-def _copy_units(
-    weight: torch.Tensor, w: WeightAxis, part: str, sizes: dict[str, int], kept: torch.Tensor, gone: torch.Tensor
-) -> None:
-    places = w.positions(part, sizes)
+def _copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor) -> None:
     source = kept[torch.arange(len(gone)) % len(kept)]
-    moved = weight.movedim(w.dim, 0)
+    moved = weight.movedim(dim, 0)
     moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
 
 
-def _attention(block: BlockConfig, **sizes: int) -> AttentionConfig:
+def _attention(block: BlockConfig, **sizes: Any) -> AttentionConfig:
     return dataclasses.replace(block.attention, **sizes)
 
 
@@ -450,6 +474,8 @@ def _prove_experts(trial: _Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
     if not axis.router:
         raise _Fails("no weight chooses among its experts")
     inputs = [_input_of(trial, i, name) for name in axis.router]
+    modules = {w.name.rpartition(".")[0] for w in axis.weights if len(layer_shapes(trial.parent.layers[i])[w.name]) > 2}
+    of_experts = {w.name for w in axis.weights if w.name.rpartition(".")[0] in modules}
 
     def difference(guess: ExpertsAxis) -> float:
         kept = _some_experts(guess)
@@ -457,7 +483,6 @@ def _prove_experts(trial: _Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
 
         def kill(layer: nn.Module) -> None:
             state = layer.state_dict()
-            stacks = {w.name for w in guess.weights if state[w.name].ndim > 2}
             for w in guess.weights:
                 entries = w.positions("experts", {"experts": guess.size})[gone].flatten().to(state[w.name].device)
                 if w.name in guess.router:
@@ -466,17 +491,14 @@ def _prove_experts(trial: _Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
                     row = torch.linalg.lstsq(x.double(), torch.full((len(x), 1), _NEVER).double()).solution[:, 0]
                     rows = row.to(state[w.name].dtype).expand(len(entries), -1)
                     state[w.name].movedim(w.dim, 0)[entries] = rows
-                elif state[w.name].ndim == 1 and w.name.rpartition(".")[0] not in {
-                    n.rpartition(".")[0] for n in stacks
-                }:
-                    state[w.name][entries] = _NEVER
+                elif state[w.name].numel() == guess.size and w.name not in of_experts:
+                    state[w.name].view(-1)[entries] = _NEVER  # what the router adds to an expert's score
 
         fewer = dataclasses.replace(moe, num_local_experts=len(kept))
         narrower = dataclasses.replace(block, ffn=FFNConfig(moe=fewer))
         return trial.difference(i, narrower, kill, lambda tensors: keep_experts(tensors, guess, kept))
 
-    proved: ExpertsAxis = _first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
-    return proved
+    return _first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
 
 
 def _experts_guesses(axis: ExpertsAxis) -> Iterator[ExpertsAxis]:

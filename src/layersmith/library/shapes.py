@@ -25,7 +25,7 @@ from layersmith.heterogeneous.patcher import deci_x_patcher
 from layersmith.library.axes import REST, Bundle, ExpertsAxis, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
-from layersmith.model_descriptor.stock import stock_model
+from layersmith.model_descriptor.stock import stock_model, whole_number
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -61,7 +61,7 @@ def input_dim(layer: nn.Module, weight: str) -> int | None:
 
 
 # What a change makes of a block: the block with another size, that size, and the one it had; None: it has no such size.
-Change = Callable[[BlockConfig, int], tuple[BlockConfig, int, int] | None]
+Change = Callable[[BlockConfig, int, bool], tuple[BlockConfig, int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -118,23 +118,28 @@ class _Finder:
             of_experts = (*members.stacks, *members.lists) if members else ()
         ffn = tried("ffn", self.width)
         shared = tried("shared", self.shared_width) if self._has_own_shared_width(i) else None
-        return LayerAxes(ffn, tried("attention", self.heads), experts, shared, reasons, of_experts)
+        heads = tried("attention", lambda j: self.heads(j, reasons))
+        return LayerAxes(ffn, heads, experts, shared, reasons, of_experts)
 
     # ------------------------------------------------------------------------------------------ experiments
 
     def experiment(self, name: str, change: Change) -> _Experiment:
+        """Layers with another size: a smaller one, or twice as large where a family cannot take that."""
         if name not in self._made:
-            changed, sizes = [], []
-            for i, block in enumerate(self.blocks):
-                made = change(block, i)
-                changed.append(made[0] if made else block)
-                sizes.append((made[2], made[1]) if made else None)
-            try:
-                layers = meta_layers(self.descriptor, self.config, changed)
-                self._made[name] = _Experiment([layer_shapes(layer) for layer in layers], sizes)
-            except Exception as error:  # whatever a family's own code raises for a size that it cannot take
-                problem = f"another size cannot be built ({first_line(error)})"
-                self._made[name] = _Experiment([], sizes, problem)
+            problem = ""
+            for larger in (False, True):
+                changed, sizes = [], []
+                for i, block in enumerate(self.blocks):
+                    made = change(block, i, larger)
+                    changed.append(made[0] if made else block)
+                    sizes.append((made[2], made[1]) if made else None)
+                try:
+                    layers = meta_layers(self.descriptor, self.config, changed)
+                    self._made[name] = _Experiment([layer_shapes(layer) for layer in layers], sizes)
+                    break
+                except Exception as error:  # whatever a family's own code raises for a size that it cannot take
+                    problem = problem or f"another size cannot be built ({first_line(error)})"
+                    self._made[name] = _Experiment([], sizes, problem)
         return self._made[name]
 
     def governed(self, made: _Experiment, i: int) -> list[_Governed]:
@@ -245,7 +250,9 @@ class _Finder:
         if not members.stacks and not members.lists:
             raise _None("no stack or list of weights has one for each expert")
         weights = tuple(_weight_axis(g, "experts", moe.num_local_experts) for g in governed)
-        router = tuple(g.name for g in governed if g.name not in members.stacks and len(self.base[i][g.name]) == 2)
+        shapes = self.base[i]
+        matrices = [g.name for g in governed if len(shapes[g.name]) == 2 and min(shapes[g.name]) > 1]
+        router = tuple(name for name in matrices if name not in members.stacks)
         per_token = moe.num_experts_per_tok
         return ExpertsAxis(
             moe.num_local_experts, weights, members.lists, router, per_token, fewer_per_token=self._fewer_per_token(i)
@@ -271,8 +278,8 @@ class _Finder:
         if made.problem:
             raise _None(made.problem)
         count = moe.num_local_experts
-        gone = self.base[i].keys() - made.shapes[i].keys()
-        lists = tuple(sorted({_before_number(name, count - 1) for name in gone} - {""}))
+        gone = self.base[i].keys() ^ made.shapes[i].keys()
+        lists = tuple(sorted({_before_numbers(name) for name in gone} - {""}))
         stacks = tuple(
             name
             for name, shape in self.base[i].items()
@@ -289,7 +296,7 @@ class _Finder:
 
     # ------------------------------------------------------------------------------------------ heads
 
-    def heads(self, i: int) -> HeadsAxis:
+    def heads(self, i: int, reasons: dict[str, str]) -> HeadsAxis:
         """Query and key-value heads; weights that hold both say so."""
         block = self.blocks[i]
         if block.attention.no_op or block.attention.replace_with_linear:
@@ -297,17 +304,21 @@ class _Finder:
         count = block.attention.num_key_value_heads
         num_heads = self._num_heads(i)
         of_kv: list[_Governed] = []
-        why = "its config has no number of KV heads"
+        why = "each query head has keys and values of its own"
+        if self.described is not None and self.described.attention_stays(i):
+            why = "later layers use its keys and values"
         if count is not None and count > 1:
             of_kv = self.governed(self.experiment("kv", _other_kv_heads), i)
             why = "" if of_kv else "its number of KV heads changes no weight of the layer"
         elif count == 1:
             why = "it has one KV head already"
         of_queries, no_queries = self._of_queries(i, num_heads)
-        if not of_kv and (not of_queries or (count == 1 and num_heads is None)):
-            raise _None(f"{why}; {no_queries}" if no_queries else why)
-        if num_heads is None:
-            raise _None("its config has no number of query heads")
+        if why:
+            reasons["kv_heads"] = why
+        if no_queries:
+            reasons["query_heads"] = no_queries
+        if num_heads is None or not (of_kv or of_queries):
+            raise _None("; ".join(filter(None, (why, no_queries))))
         if not of_kv and count is None:
             return self._alike_heads(i, num_heads, of_queries)
         return self._grouped_heads(i, count or 1, num_heads, of_kv, of_queries)
@@ -316,16 +327,14 @@ class _Finder:
         own = self.blocks[i].attention.num_attention_heads
         if own is None and self.described is not None:
             own = self.described.num_query_heads(i)
-        if own is None:
-            own = getattr(self.language, "num_attention_heads", None)
-        return own if type(own) is int else None
+        return whole_number(self.language, "num_attention_heads") if own is None else own
 
     def _of_queries(self, i: int, num_heads: int | None) -> tuple[list[_Governed], str]:
         """What changes with the number of query heads, the size of a head unchanged; or why that is not known."""
         if num_heads is None:
             return [], "its config has no number of query heads"
 
-        def more(block: BlockConfig, j: int) -> tuple[BlockConfig, int, int] | None:
+        def more(block: BlockConfig, j: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
             own = self._num_heads(j)
             if own is None or block.attention.no_op or block.attention.replace_with_linear:
                 return None
@@ -464,10 +473,11 @@ class _Members:
         return f"{prefix}.{{}}.{own}"
 
 
-def _before_number(name: str, number: int) -> str:
-    """What stands before the part of a name that is ``number``."""
+def _before_numbers(name: str) -> str:
+    """What stands before the last part of a name that is a number."""
     parts = name.split(".")
-    return ".".join(parts[: parts.index(str(number))]) if str(number) in parts else ""
+    numbers = [at for at, part in enumerate(parts) if part.isdigit()]
+    return ".".join(parts[: numbers[-1]]) if numbers else ""
 
 
 def _bundle(size: int, governed: Sequence[_Governed], members: int, stacked: bool) -> Bundle:
@@ -504,39 +514,41 @@ def _split_fused(parts: Sequence[Segment], rest: int) -> list[Segment]:
 # ---------------------------------------------------------------------------------------------- changes
 
 
-def _part(size: int) -> int:
-    """The largest proper divisor, so that whatever must divide still does."""
+def _other(size: int, larger: bool) -> int:
+    """The largest proper divisor, so that whatever must divide still does; or twice the size."""
+    if larger:
+        return 2 * size
     return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
 
 
-def _narrower_ffn(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] | None:
+def _narrower_ffn(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
     moe = block.ffn.moe
     size = block.ffn.intermediate_size if moe is None else moe.expert_intermediate_dim
     if size is None or size < 2:
         return None
-    other = _part(size)
+    other = _other(size, larger)
     ffn = FFNConfig(intermediate_size=other)
     if moe is not None:
         ffn = FFNConfig(moe=dataclasses.replace(moe, expert_intermediate_dim=other))
     return dataclasses.replace(block, ffn=ffn), other, size
 
 
-def _narrower_shared(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] | None:
+def _narrower_shared(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
     moe = block.ffn.moe
     if moe is None or (moe.shared_expert_intermediate_dim or 0) < 2:
         return None
     size = moe.shared_expert_intermediate_dim
     assert size is not None
-    other = _part(size)
+    other = _other(size, larger)
     ffn = FFNConfig(moe=dataclasses.replace(moe, shared_expert_intermediate_dim=other))
     return dataclasses.replace(block, ffn=ffn), other, size
 
 
-def _fewer_experts(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] | None:
+def _fewer_experts(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
     moe = block.ffn.moe
     if moe is None or moe.num_local_experts < 2:
         return None
-    other = _part(moe.num_local_experts)
+    other = _other(moe.num_local_experts, larger)
     fewer = MoEConfig(
         other,
         min(other, moe.num_experts_per_tok),
@@ -546,10 +558,10 @@ def _fewer_experts(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] |
     return dataclasses.replace(block, ffn=FFNConfig(moe=fewer)), other, moe.num_local_experts
 
 
-def _other_kv_heads(block: BlockConfig, i: int) -> tuple[BlockConfig, int, int] | None:
+def _other_kv_heads(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
     size = block.attention.num_key_value_heads
     if size is None or size < 2:
         return None
-    other = _part(size)
+    other = _other(size, larger)
     attention: AttentionConfig = dataclasses.replace(block.attention, num_key_value_heads=other)
     return dataclasses.replace(block, attention=attention), other, size

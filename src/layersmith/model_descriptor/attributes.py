@@ -376,8 +376,15 @@ def _doubles(trial: _Trial, paths: Sequence[Path], pin: tuple[Path, int] | None,
         return False
     if more.keys() != base.keys():
         return False
-    pairs = [(a, b) for name, shape in base.items() for a, b in zip(shape, more[name], strict=False) if a != b]
-    return bool(pairs) and all(b > a for a, b in pairs) and any(b == 2 * a for a, b in pairs)
+    changes = [
+        (dim if len(shape) == 2 else -1, a, b)
+        for name, shape in base.items()
+        for dim, (a, b) in enumerate(zip(shape, more[name], strict=False))
+        if a != b
+    ]
+    # Heads come out of one matrix and go into another.
+    sides = {dim for dim, _, _ in changes}
+    return {0, 1} <= sides and any(b == 2 * a for _, a, b in changes) and all(b > a for _, a, b in changes)
 
 
 def _doubled_queries(trial: _Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, seed: int) -> bool:

@@ -26,7 +26,7 @@ from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merg
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.shrink import shrunk
 from layersmith.model_descriptor.specimen import Specimen, first_tensor_of, with_first_tensor
-from layersmith.model_descriptor.stock import own_config, stock_model
+from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
 from layersmith.model_descriptor.structure import Structure, find_structure
 from layersmith.model_descriptor.subblocks import LayerKind, Record, Subblock, find_kind, signature
 
@@ -460,8 +460,7 @@ class InferredDescriptor(ModelDescriptor):
         paths = findings.sizes[findings.of_layer[index]].query_heads
         if paths:
             return value_at(config, paths[0], index)
-        own = getattr(config, "num_attention_heads", None)
-        return own if type(own) is int else None
+        return whole_number(config, "num_attention_heads")
 
     @classmethod
     def parent_blocks(cls) -> list[BlockConfig]:
@@ -480,7 +479,8 @@ def _block(findings: Findings, config: PretrainedConfig, index: int) -> BlockCon
 
     attention = AttentionConfig(no_op=True)
     if kind.attention is not None:
-        attention = AttentionConfig(num_key_value_heads=number(sizes.kv_heads))
+        # Keys and values that later layers use are of a size that those layers are built for.
+        attention = AttentionConfig(num_key_value_heads=None if kind.attention.stays else number(sizes.kv_heads))
     ffn = FFNConfig(no_op=True)
     width, shared = findings.widths[index]
     if kind.ffn is not None and sizes.num_experts is None:

@@ -58,6 +58,15 @@ def stock_model(config: PretrainedConfig, device: str = "meta", dtype: torch.dty
         return cls._from_config(copy.deepcopy(own_config(config)), **({} if dtype is None else {"dtype": dtype}))
 
 
+def whole_number(config: PretrainedConfig, name: str) -> int | None:
+    """A config's attribute if it has it, it is a whole number, and it is the same for all layers."""
+    try:
+        value = getattr(config, name, None)
+    except Exception:  # Transformers refuses to give one that differs by layer
+        return None
+    return value if type(value) is int else None
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence Transformers' notes and progress bars; what matters in them we check ourselves."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from layersmith.library.alternative import Alternative
+from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
 from layersmith.scoring.exact import Score
@@ -67,19 +67,7 @@ def collect(
 
 def describe_subblock(library: Library, alternative: Alternative) -> str:
     """What a subblock is with this alternative, in a word or two."""
-    if alternative.kind == "no_op":
-        return "no-op"
-    if alternative.kind == "linear":
-        return "linear"
-    block = library.parent.blocks[alternative.layer]
-    own = alternative.subblock_config(block)
-    if own.no_op or own.replace_with_linear:
-        return "no-op" if own.no_op else "linear"
-    if alternative.subblock == "attention":
-        heads = getattr(own, "num_key_value_heads", None)
-        return "attention" if heads is None else f"{heads} KV head{'s' if heads != 1 else ''}"
-    width = getattr(own, "intermediate_size", None)
-    return "FFN" if width is None else f"width {width}"
+    return in_words(alternative.subblock_config(library.parent.blocks[alternative.layer]))
 
 
 def _layers(
