@@ -201,6 +201,7 @@ _NEMOTRON = {
     "mamba_num_heads": 8,
     "mamba_head_dim": 16,
 }
+_LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 _QWEN4 = {
     "layer_types": ["linear_attention", "indexed_attention"] * 2,
     "hc_lowrank": 8,
@@ -268,7 +269,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), _LFM2),
     **dict.fromkeys(("nemotron_h", "nemotron_h_omni"), _NEMOTRON),
     "zamba2": {
         "attention_hidden_size": 128,
