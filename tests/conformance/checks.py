@@ -6,7 +6,9 @@ nothing passes by being skipped.
 
 from __future__ import annotations
 
+import inspect
 import os
+import re
 import tempfile
 import time
 import traceback
@@ -142,7 +144,8 @@ def _examine(verdict: Verdict) -> None:
 
 def _words(error: BaseException) -> str:
     place = traceback.extract_tb(error.__traceback__)[-1]
-    text = " ".join(str(error).split())[:160]
+    text = re.sub(r"/\S*/tmp\w+/", "", " ".join(str(error).split()))  # folders that are gone
+    text = text if len(text) <= 300 else f"{text[:300].rstrip()} ..."
     if isinstance(error, LayersmithError | AssertionError):
         return text or f"{type(error).__name__} at {Path(place.filename).name}:{place.lineno}"
     return f"{type(error).__name__}: {text} ({Path(place.filename).name}:{place.lineno})"
@@ -315,10 +318,12 @@ class _Examination:
     def _pieces(self, model: nn.Module, cache: Any, pieces: Sequence[int]) -> None:
         ids = self.ids[:, : sum(pieces)]
         full = model(input_ids=ids, use_cache=False).logits
+        takes = inspect.signature(model.forward).parameters
+        argument = next((name for name in ("cache_params", "state") if name in takes), "past_key_values")
         start, seen = 0, []
         for piece in pieces:
             part = ids[:, start : start + piece]
-            seen.append(model(input_ids=part, past_key_values=cache, use_cache=True).logits[:, -1])
+            seen.append(model(input_ids=part, use_cache=True, **{argument: cache}).logits[:, -1])
             start += piece
         ends = torch.tensor(pieces).cumsum(0) - 1
         _close(torch.stack(seen, 1), full[:, ends])
@@ -356,12 +361,15 @@ class _Examination:
     def _generation(self, model: nn.Module) -> None:
         """Greedy generation takes the largest logit of a full forward pass, token by token."""
         prompt, more = self.ids[:, :8], 6
+        # Some families force tokens at the beginning or end.
+        model.generation_config.forced_bos_token_id = model.generation_config.forced_eos_token_id = None
         told = {"max_new_tokens": more, "min_new_tokens": more, "do_sample": False, "pad_token_id": 0}
         told |= {"output_logits": True, "return_dict_in_generate": True}
         given = model.generate(prompt, attention_mask=torch.ones_like(prompt), **told)  # type: ignore[operator]
         full = model(input_ids=given.sequences, use_cache=False).logits[:, 7:-1]
         _close(torch.stack(given.logits, 1), full)
-        full[..., [model.config.get_text_config(decoder=True).eos_token_id or 0]] = -torch.inf  # it may not end early
+        ends = model.generation_config.eos_token_id
+        full[..., ends if ends is not None else []] = -torch.inf  # it may not end early
         chosen = full.gather(-1, given.sequences[:, 8:, None])[..., 0]
         behind = (full.amax(-1) - chosen) / full.abs().nan_to_num(posinf=0).amax()
         assert behind.max() < 2e-3, "a token was generated that has not the largest logit"
