@@ -135,7 +135,7 @@ def rendered(verdicts: Sequence[Verdict], made_with: dict[str, str]) -> str:
         _listing(verdicts, _parents_failures, "Nothing."),
         "## Refused",
         "layersmith says so, with the reason, before it changes anything.",
-        _listing(verdicts, lambda v: [v.refused] if v.refused else [], "None."),
+        _listing(verdicts, lambda v: [_reason(v)] if v.refused else [], "None."),
         "## Stock parents that do not run on text alone",
         _listing(verdicts, lambda v: [v.parent] if v.parent else [], "None."),
         "## What is not offered, and why",
@@ -192,9 +192,9 @@ def _summary(counted: Sequence[Verdict], others: Sequence[Verdict], images: Sequ
 
 def _why_not_whole(verdict: Verdict) -> str:
     if verdict.refused or verdict.parent:
-        return _cleaned(verdict.refused or verdict.parent)
+        return _cleaned(_reason(verdict) or verdict.parent)
     failed = [name for name in ("describe", *WANTED) if not _passes(verdict.results.get(name, OK))]
-    return "; ".join(f"{name}: {_cleaned(verdict.results[name])}" for name in failed)
+    return _cleaned("; ".join(f"{name}: {verdict.results[name].rstrip('.')}" for name in failed))
 
 
 def _definitions() -> str:
@@ -279,13 +279,22 @@ def _not_offered(verdict: Verdict) -> list[str]:
 
 
 def _listing(verdicts: Sequence[Verdict], lines: Callable[[Verdict], list[str]], nothing: str) -> str:
-    items = [f"- `{v.model_type}`: {'; '.join(_cleaned(line) for line in own)}" for v in verdicts if (own := lines(v))]
+    items = [
+        f"- `{v.model_type}`: {_cleaned('; '.join(line.rstrip('.') for line in own))}"
+        for v in verdicts
+        if (own := lines(v))
+    ]
     return "\n".join(items) or nothing
 
 
+def _reason(verdict: Verdict) -> str:
+    """Why a family is refused, without what is said of every refused one."""
+    text = re.sub(r" A descriptor written for layersmith\.ModelDescriptor and registered.*", "", verdict.refused)
+    return text.removeprefix(f"{verdict.model_type}: ")
+
+
 def _cleaned(text: str) -> str:
-    """Without what is said of every refused type, and in one line that Markdown leaves as it is."""
-    text = re.sub(r" A descriptor written for layersmith\.ModelDescriptor and registered.*", "", text)
+    """One line that Markdown leaves as it is."""
     return re.sub(r"([<>|*_])", r"\\\1", " ".join(text.split())).rstrip(".") + "."
 
 
