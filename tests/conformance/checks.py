@@ -338,27 +338,33 @@ class _Examination:
             getattr(self, f"_{name.replace(' ', '_')}")(model)
 
     def _pieces(self, model: nn.Module, cache: Any, pieces: Sequence[int]) -> None:
+        """Logits piece by piece, by way of a cache (None: the one that the model makes), against those of one pass."""
         ids = self.ids[:, : sum(pieces)]
         full = model(input_ids=ids, use_cache=False).logits
-        takes = inspect.signature(model.forward).parameters
-        argument = next((name for name in ("cache_params", "state") if name in takes), "past_key_values")
+        name = _cache_argument(model)
         start, seen = 0, []
         for piece in pieces:
-            part = ids[:, start : start + piece]
-            told: dict[str, Any] = {argument: cache}
+            told: dict[str, Any] = {} if cache is None else {name: cache}
             if self.tell_positions:
                 told["position_ids"] = torch.arange(start, start + piece)[None]
-            seen.append(model(input_ids=part, use_cache=True, **told).logits[:, -1])
+            output = model(input_ids=ids[:, start : start + piece], use_cache=True, **told)
+            cache = output.get(name, cache)
+            seen.append(output.logits[:, -1])
             start += piece
         ends = torch.tensor(pieces).cumsum(0) - 1
         _close(torch.stack(seen, 1), full[:, ends])
 
+    def _cache_for(self, model: nn.Module) -> Any:
+        """None where the model makes a cache itself and returns it."""
+        made = model(input_ids=self.ids[:, :2], use_cache=True).get(_cache_argument(model))
+        return DynamicCache(config=model.config) if made is None else None
+
     def _continuation(self, model: nn.Module) -> None:
-        self._pieces(model, DynamicCache(config=model.config), [7, 1, 1, 1])
-        self._pieces(model, DynamicCache(config=model.config), [7, 1, 5, 1, 9])
+        self._pieces(model, self._cache_for(model), [7, 1, 1, 1])
+        self._pieces(model, self._cache_for(model), [7, 1, 5, 1, 9])
 
     def _chunked_prefill(self, model: nn.Module) -> None:
-        self._pieces(model, DynamicCache(config=model.config), [8, 8, 8])
+        self._pieces(model, self._cache_for(model), [8, 8, 8])
 
     def _static_cache(self, model: nn.Module) -> None:
         self._pieces(model, StaticCache(config=model.config, max_cache_len=40), [7, 1, 1, 1])
@@ -492,6 +498,11 @@ def _load_as_stock(path: Path) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
     finally:
         auto_factory._get_model_class = wrapped
+
+
+def _cache_argument(model: nn.Module) -> str:
+    takes = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache_params", "state") if name in takes), "past_key_values")
 
 
 def _stretched(pattern: Sequence[str], length: int) -> list[str]:
