@@ -7,13 +7,22 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test check lint types install clean
+.PHONY: demo test check conformance families lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal
+
+# Puts every model type that Transformers knows to all checks and writes docs/families.md: half an hour on two cores.
+# Interrupted, it goes on from where it was.
+conformance: $(READY)
+	$(BIN)/python -m tests.conformance
+
+# A few types only, and nothing written: make families TYPES="llama gpt2"
+families: $(READY)
+	$(BIN)/python -m tests.conformance $(or $(TYPES),$(error say which: make families TYPES="llama gpt2"))
 
 check: lint types test
 

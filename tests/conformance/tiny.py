@@ -102,8 +102,7 @@ SIZES: dict[str, Any] = {
     "max_seq_len": 256,
     "seq_length": 256,
     "n_ctx": 256,
-    "sliding_window": 32,
-    "sliding_window_size": 32,
+    "sliding_window": 12,  # shorter than the texts of the checks
     "swa_num_attention_heads": 4,
     "swa_num_key_value_heads": 2,
     "swa_head_dim": 16,
@@ -201,6 +200,7 @@ _NEMOTRON = {
     "mamba_num_heads": 8,
     "mamba_head_dim": 16,
 }
+_LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 _QWEN4 = {
     "layer_types": ["linear_attention", "indexed_attention"] * 2,
     "hc_lowrank": 8,
@@ -268,7 +268,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 48, "moe_num_experts": 4, "moe_top_k": 2},
     },
-    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    **dict.fromkeys(("lfm2", "lfm2_moe", "lfm2_vl"), _LFM2),
     **dict.fromkeys(("nemotron_h", "nemotron_h_omni"), _NEMOTRON),
     "zamba2": {
         "attention_hidden_size": 128,
