@@ -157,6 +157,15 @@ def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
     }
 
 
+def over_layers(verdicts: Sequence[dict[str, str]]) -> dict[str, str]:
+    """What holds of a model: ``"ok"`` where it holds of some layer, else the reasons of all of them."""
+    merged = {}
+    for what in verdicts[0]:
+        own = list(dict.fromkeys(v[what] for v in verdicts))
+        merged[what] = OK if OK in own else "; ".join(own)
+    return merged
+
+
 def _verdict(attempt: Callable[[], str]) -> str:
     try:
         return attempt()

@@ -29,10 +29,15 @@ import layersmith
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UnsupportedModel
 from layersmith.heterogeneous.build import decoder_layers
+from layersmith.library.proof import prove
+from layersmith.library.shapes import find_axes
 from layersmith.model_descriptor.inferred import InferredDescriptor, silent_stay_silent
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import own_config
 from layersmith.model_descriptor.subblocks import Subblock
+from layersmith.parent import Parent
+from layersmith.runtime import Runtime
+from layersmith.verification import axis_verdicts, over_layers, sample_tokens
 from tests.conformance.kinds import is_language_model_only, kind_of
 from tests.conformance.tiny import tiny_config, tiny_model
 
@@ -130,6 +135,10 @@ def _examine(verdict: Verdict) -> None:
     first = [k.attention.modules[0] for k in descriptor.findings.kinds if k.attention]
     verdict.mixers = sorted(set(first))
     examination = _Examination(config, model, descriptor)
+    try:
+        verdict.axes = examination.axes()
+    except Exception as error:
+        verdict.results["axes"] = _words(error)
     for name in CHECKS:
         try:
             examination.check(name)
@@ -166,6 +175,17 @@ class _Examination:
         generator = torch.Generator().manual_seed(5)
         vocab = min(90, int(descriptor.get_language_model_config(config).vocab_size))
         self.ids = torch.randint(5, vocab, (2, 24), generator=generator)
+
+    def axes(self) -> dict[str, str]:
+        """What the proof on this model's weights leaves of every axis."""
+        own = tuple(self.blocks)
+        runtime = Runtime(torch.device("cpu"), torch.float32)
+        parent = Parent("", self.model.requires_grad_(False), torch.float32, self.descriptor, own, "", runtime)
+        try:
+            found = prove(parent, find_axes(self.descriptor, self.config, own), sample_tokens(parent, 12))
+        finally:
+            self.model.requires_grad_(True)
+        return over_layers([axis_verdicts(axes, block) for axes, block in zip(found, own, strict=True)])
 
     def check(self, name: str) -> None:
         """One of ``CHECKS``.
