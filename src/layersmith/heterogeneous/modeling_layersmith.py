@@ -214,6 +214,25 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
     return own
 
 
+def resize(layer: nn.Module, shapes: dict[str, list[int]]) -> None:
+    """Give weights of a layer other shapes, for sizes that no config attribute says; what they hold is fresh.
+
+    Plain numbers of their modules that were equal to a size that changes, e.g. ``in_features``, change with it.
+    """
+    for name, shape in shapes.items():
+        path, _, own_name = name.rpartition(".")
+        module = layer.get_submodule(path)
+        old = module.get_parameter(own_name)
+        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        if not new.is_meta:
+            nn.init.normal_(new, std=0.02)
+        setattr(module, own_name, nn.Parameter(new, requires_grad=old.requires_grad))
+        changed = {a: b for a, b in zip(old.shape, shape, strict=True) if a != b}
+        for attribute, value in list(vars(module).items()):
+            if type(value) is int and value in changed:
+                setattr(module, attribute, changed[value])
+
+
 # ---------------------------------------------------------------------------------------------- the KV cache
 
 
@@ -289,6 +308,7 @@ def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
     def finish(layer: nn.Module, index: int) -> None:
         if index >= len(records):
             return
+        resize(layer, records[index].get("shapes", {}))
         for name, record in records[index]["modules"].items():
             layer.set_submodule(name, make_replacement(record))
         set_cache_slot(layer, records[index]["cache_slot"], records[index].get("cached"))

@@ -15,10 +15,11 @@ from layersmith.heterogeneous.modeling_layersmith import (
     cache_slots,
     make_replacement,
     own_layers,
+    resize,
     set_cache_slot,
     with_overrides,
 )
-from layersmith.heterogeneous.plan import cached_modules, fills_cache, linear_records
+from layersmith.heterogeneous.plan import cached_modules, fills_cache, linear_records, new_shapes
 from layersmith.model_descriptor.base import ModelDescriptor
 
 
@@ -63,6 +64,7 @@ def deci_x_patcher(
 
     def finish(layer: nn.Module, index: int) -> None:
         if index < len(blocks):
+            resize(layer, new_shapes(model_descriptor, layer, blocks[index]))
             within = cached_modules(model_descriptor, layer, index, slots[index])
             _replace_subblocks(model_descriptor, layer, blocks[index])
             set_cache_slot(layer, slots[index], within)

@@ -7,7 +7,7 @@ is observed: the layer's module tree before and after is compared, and what was 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -152,7 +152,7 @@ def make_plan(
     present = fills_cache(descriptor, block_configs)
     language = getattr(config, text_config) if text_config else config
     slots = cache_slots(present, getattr(language, "layer_types", None))
-    records = []
+    records: list[dict[str, Any]] = []
     for layer, block, slot in zip(layers, block_configs, slots, strict=True):
         removed = [subblock for subblock in SUBBLOCKS if block.subblock(subblock).no_op]
         modules = no_op_records(descriptor, layer, *removed) if removed else {}
@@ -161,6 +161,8 @@ def make_plan(
                 modules |= linear_records(descriptor, layer, subblock)
         overrides = {k: v for k, v in descriptor.block_config_to_layer_overrides(block).items() if v is not None}
         record: dict[str, Any] = {"config": overrides, "modules": modules, "cache_slot": slot}
+        if shapes := new_shapes(descriptor, layer, block):
+            record["shapes"] = shapes
         if (within := cached_modules(descriptor, layer, len(records), slot)) is not None:
             record["cached"] = within
         records.append(record)
@@ -168,13 +170,25 @@ def make_plan(
         "version": __version__,
         "decoder_layers": list(layer_class_names),
         "layers": records,
-        "per_layer_config": stock_guard(descriptor, config, block_configs, text_config),
+        "per_layer_config": stock_guard(
+            descriptor,
+            config,
+            block_configs,
+            text_config,
+            [i for i, record in enumerate(records) if "shapes" in record],
+        ),
     }
     if text_config:
         plan["text_config"] = text_config
     if getattr(language, "is_heterogeneous", False):
         plan["native_per_layer_config"] = {str(int(i)): entry for i, entry in native_layers(language).items()}
     return plan
+
+
+def new_shapes(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
+    """Weights of a freshly built layer that get another shape, where a descriptor knows sizes that no config says."""
+    resized = getattr(descriptor, "resized_weights", None)
+    return resized(layer, block) if resized is not None else {}
 
 
 def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[BlockConfig]) -> list[bool]:
@@ -209,6 +223,7 @@ def stock_guard(
     config: PretrainedConfig,
     block_configs: Sequence[BlockConfig],
     text_config: str = "",
+    reshaped: Collection[int] = (),
 ) -> dict[str, dict[str, Any]]:
     """Transformers' own ``per_layer_config`` for these blocks, such that stock code cannot build them all alike.
 
@@ -229,7 +244,7 @@ def stock_guard(
     guard: dict[str, dict[str, Any]] = {}
     for i, block in enumerate(block_configs):
         entry: dict[str, Any] = {}
-        differs = False
+        differs = i in reshaped
         for name, value in descriptor.block_config_to_layer_overrides(block).items():
             name = canonical.get(name, name)
             own = config.__dict__.get(name)

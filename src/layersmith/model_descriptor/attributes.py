@@ -37,6 +37,7 @@ class Sizes:
         config_width: what the config calls a width of 1, for the widths; some families halve what the config says.
         query_heads: number of query heads, and whatever must be equal to it.
         head_size: what sets the size of a head and has to be said when their number changes.
+        resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
     """
 
@@ -51,6 +52,7 @@ class Sizes:
     head_size: tuple[Path, int] | None = None
     width_at: tuple[str, int] | None = None
     shared_width_at: tuple[str, int] | None = None
+    resized: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -134,7 +136,9 @@ def find_sizes(
         heads = Sizes(kv_heads, query_heads=query_heads, head_size=head_size)
         if ffn.count is None:
             width, factor, at = ffn.widest(inside=False)
-            found_sizes.append(replace(heads, width=width, config_width=factor, width_at=at))
+            resized = _unsaid_width(specimen, kind, base[examples[k]]) if width is None else ()
+            at = resized[0] if resized else at
+            found_sizes.append(replace(heads, width=width, config_width=factor, width_at=at, resized=resized))
             continue
         expert_width, factor, at = ffn.widest(inside=True)
         shared_width, shared_factor, shared_at = ffn.widest(inside=False)
@@ -526,6 +530,22 @@ class _FFNSizes:
         except Exception:  # whatever a family's own code raises for a size that it cannot take
             return False
         return all(width in shapes[name] or 2 * width in shapes[name] for name in matrices)
+
+
+def _unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tuple[str, int], ...]:
+    """The weights between the matrices of an FFN, where no attribute sets its width.
+
+    Each of its matrices has the size of the hidden states on one side and the width on the other.
+    """
+    own = {name: shape for name, shape in base.items() if kind.owners.get(name) == "ffn"}
+    matrices = {name: shape for name, shape in own.items() if len(shape) == 2}
+    sides = [set(shape) for shape in matrices.values()]
+    hidden = specimen.hidden_size
+    widths = set.union(*sides) - {hidden} if len(sides) >= 2 else set()
+    if len(widths) != 1 or not all(hidden in side and len(side) == 2 for side in sides):
+        return ()
+    (width,) = widths
+    return tuple((name, shape.index(width)) for name, shape in own.items() if width in shape)
 
 
 def _before_digit(name: str) -> str:

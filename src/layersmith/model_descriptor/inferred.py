@@ -62,9 +62,13 @@ class Findings:
 
     def kind_of(self, layer: nn.Module) -> LayerKind:
         """The kind of a layer as its class builds it, whatever its sizes; some of its modules may be replaced."""
+        return self.kinds[self.number_of_kind(layer)]
+
+    def number_of_kind(self, layer: nn.Module) -> int:
+        """The place of a layer's kind among all."""
         own = signature(layer)
         if own in self.signatures:
-            return self.kinds[self.signatures.index(own)]
+            return self.signatures.index(own)
         modules = dict(own[1])
         agreement = {
             k: sum(modules.get(name) == cls for name, cls in known[1])
@@ -73,7 +77,7 @@ class Findings:
         }
         if not agreement:
             raise UnsupportedModel(f"{type(layer).__name__} is not a decoder layer of this family.")
-        return self.kinds[max(agreement, key=lambda k: agreement[k])]
+        return max(agreement, key=lambda k: agreement[k])
 
 
 _known: dict[str, type[ModelDescriptor]] = {}
@@ -435,6 +439,17 @@ class InferredDescriptor(ModelDescriptor):
         """Whether the attention of a layer still writes to the KV cache when its no-op has been made."""
         attention = cls.findings.kinds[cls.findings.of_layer[index]].attention
         return attention is not None and attention.stays
+
+    @classmethod
+    def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
+        """Weights of a freshly built layer that get another shape, for a width that no attribute says."""
+        width = block.ffn.intermediate_size
+        shapes = {}
+        for name, dim in cls.findings.sizes[cls.findings.number_of_kind(layer)].resized:
+            shape = list(layer.get_parameter(name).shape)
+            if width is not None and shape[dim] != width:
+                shapes[name] = [*shape[:dim], width, *shape[dim + 1 :]]
+        return shapes
 
     @classmethod
     def keeps_state(cls, index: int) -> bool:

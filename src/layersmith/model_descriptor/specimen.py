@@ -75,6 +75,11 @@ class Specimen:
         except (AttributeError, NotImplementedError):
             return int(self.config.get_text_config().vocab_size)
 
+    @property
+    def hidden_size(self) -> int:
+        """D: what the input embedding gives for a token."""
+        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr]
+
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         output = self.model(input_ids=ids, use_cache=False)
         return output.logits
