@@ -11,6 +11,7 @@ import ast
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,9 @@ from layersmith import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.heterogeneous.build import stock_class
 
 torch.set_num_threads(1)
+# Nothing is read from or written to the user's own cache; removed when the process ends.
+_cache = tempfile.TemporaryDirectory(prefix="layersmith-tests-")
+os.environ["LAYERSMITH_CACHE"] = _cache.name
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,

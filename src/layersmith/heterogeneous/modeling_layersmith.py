@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -479,6 +480,23 @@ def finish_folder(folder: Path) -> None:
     (folder / FILE_NAME).write_bytes(Path(__file__).read_bytes())
 
 
+def model_class_for(config: PretrainedConfig, mappings: Sequence[Any]) -> type[PreTrainedModel] | None:
+    """The class that Transformers has for a config in one of its auto mappings, the first one that has any.
+
+    A multimodal type's text config may be in none, though its causal model is built from that alone.
+    """
+    for mapping in mappings:
+        if (found := model_class_in(mapping, type(config))) is not None:
+            return found
+    for mapping in mappings:
+        for name in sorted(mapping._model_mapping, key=len, reverse=True):
+            if config.model_type.startswith(name) and name in CONFIG_MAPPING:
+                found = model_class_in(mapping, CONFIG_MAPPING[name])
+                if found is not None and found.config_class is type(config):
+                    return found
+    return None
+
+
 def model_class_in(mapping: Any, config_class: type[PretrainedConfig]) -> type[PreTrainedModel] | None:
     """The model class that one of Transformers' auto mappings has for a config class.
 
@@ -499,10 +517,10 @@ class _Factory:
 
     @classmethod
     def _class_for(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
-        for mapping in cls.mappings:
-            if (stock := model_class_in(mapping, type(config))) is not None:
-                return heterogeneous_class(stock) if hasattr(config, "layersmith") else stock
-        raise ValueError(f"this version of Transformers has no model class for {type(config).__name__}")
+        stock = model_class_for(config, cls.mappings)
+        if stock is None:
+            raise ValueError(f"this version of Transformers has no model class for {type(config).__name__}")
+        return heterogeneous_class(stock) if hasattr(config, "layersmith") else stock
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:

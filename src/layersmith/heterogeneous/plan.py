@@ -260,7 +260,7 @@ def stock_guard(
             if own_config.no_op or own_config.replace_with_linear:
                 differs = True
                 # Zero differs from every size that a model can have, so Transformers keeps the override.
-                entry |= {own: 0 for name in sizes[subblock] if can_differ(own := canonical.get(name, name))}
+                entry |= {size: 0 for name in sizes[subblock] if can_differ(size := canonical.get(name, name))}
         if skip:
             entry["skip"] = skip
         if differs and not entry.keys() - {"skip"} and (name := next(filter(can_differ, _READ_BY_MODELS), None)):
@@ -269,8 +269,8 @@ def stock_guard(
             guard[str(i)] = entry
     if guard and not can_differ.all_of(guard):
         # Some configs want layers of a type to be alike; then all layers get what no model can be built with.
-        names = (*(canonical.get(n, n) for own in sizes.values() for n in own), *_READ_BY_MODELS)
-        alike = ({str(i): {name: 0} for i in range(len(block_configs))} for name in names)
+        known = [canonical.get(n, n) for own in sizes.values() for n in own]
+        alike = ({str(i): {n: 0} for i in range(len(block_configs))} for n in (*known, *_READ_BY_MODELS))
         guard = next(filter(can_differ.all_of, alike), {})
     return guard
 

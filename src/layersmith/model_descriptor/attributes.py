@@ -187,7 +187,7 @@ def numbers(config: PretrainedConfig, num_layers: int, above: Path = ()) -> Iter
             yield (*above, name), 0
 
 
-def nested(config: PretrainedConfig, path: Path, value: Any) -> dict[str, Any]:
+def nested(config: Any, path: Path, value: Any) -> dict[str, Any]:
     """Overrides that set the attribute at ``path``; an attribute with a number a layer gets it for all."""
     own = getattr(config, path[0], None)
     if len(path) > 1:

@@ -18,10 +18,10 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.artifacts import fingerprint
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from layersmith.errors import UnsupportedModel, first_line
 from layersmith.heterogeneous.modeling_layersmith import make_replacement, own_layers
+from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.shrink import shrunk
@@ -84,31 +84,18 @@ _known: dict[str, type[ModelDescriptor]] = {}
 
 
 def infer(config: PretrainedConfig) -> type[ModelDescriptor]:
-    """The descriptor of the model that a config describes; made once, then remembered.
+    """The descriptor of the model that a config describes; made once, then remembered, on disk too.
 
     Raises:
         UnsupportedModel: what could not be found out, and why.
     """
-    key = _key(config)
+    key = cache.key_of(config)
     if key not in _known:
-        _known[key] = descriptor_of(find(config), config)
+        findings = cache.read(key, Findings)
+        if findings is None:
+            cache.write(key, findings := find(config))
+        _known[key] = descriptor_of(replace(findings, config=own_config(config)), config)
     return _known[key]
-
-
-def _key(config: PretrainedConfig) -> str:
-    data = {k: v for k, v in config.to_dict().items() if k not in _NOT_STRUCTURE}
-    return fingerprint({"class": type(config).__qualname__, "config": _plain(data)})
-
-
-_NOT_STRUCTURE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if k not in _NOT_STRUCTURE}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
 
 
 def find(config: PretrainedConfig) -> Findings:
@@ -313,16 +300,18 @@ def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple
         # A norm after the subblock goes with it: what it makes of zeros is silenced too.
         with specimen.silenced(silenced), silent_stay_silent(model, after):
             wanted = specimen.run()
+        filled = None
+        with suppress(Exception), torch.no_grad():
+            filled = model(input_ids=specimen.ids, use_cache=True).past_key_values
         try:
             for name, record in subblock.replaced:
                 layer.set_submodule(name, _Asked(originals[name], make_replacement(record), asked[name]))
             seen = specimen.run()
             with suppress(Exception), torch.no_grad():  # more may be asked where there is a cache
-                mask = torch.ones_like(specimen.ids)
-                cached = model(input_ids=specimen.ids, attention_mask=mask, use_cache=True)
-                mask = torch.ones(1, mask.shape[1] + 1, dtype=mask.dtype)
-                cache = {"past_key_values": cached.past_key_values, "attention_mask": mask}
-                model(input_ids=specimen.ids[:, :1], use_cache=True, **cache)
+                model(input_ids=specimen.ids, use_cache=True)
+                if filled is not None:
+                    mask = torch.ones(1, specimen.ids.shape[1] + 1, dtype=torch.long)
+                    model(input_ids=specimen.ids[:, :1], past_key_values=filled, attention_mask=mask, use_cache=True)
             _build_asking(specimen, type(layer), subblock, asked)
         finally:
             for name, module in originals.items():
@@ -461,7 +450,7 @@ class InferredDescriptor(ModelDescriptor):
     def of(cls, config: PretrainedConfig) -> type[InferredDescriptor]:
         """This descriptor for the config that it was made from; for another of the family one made from that."""
         own = cls.findings.config
-        if own is None or _key(own) == _key(config):
+        if own is None or cache.key_of(own) == cache.key_of(config):
             return cls
         found = infer(config)
         assert issubclass(found, InferredDescriptor)
@@ -653,7 +642,7 @@ def _restore_buffers(model: nn.Module, runtime: Any) -> None:
     """Give a model whose buffers were lost those of a fresh one, whose weights lie on the meta device."""
     from accelerate import init_empty_weights
 
-    config = copy.deepcopy(model.config)
+    config: Any = copy.deepcopy(model.config)
     for name in ("layersmith", "block_configs"):
         if hasattr(config, name):
             delattr(config, name)

@@ -40,7 +40,8 @@ class Call:
 
     def tensors(self) -> dict[int | str, torch.Tensor]:
         """The tensors among the arguments, by position or name."""
-        everything: dict[int | str, Any] = {**dict(enumerate(self.args)), **self.kwargs}
+        everything: dict[int | str, Any] = dict(enumerate(self.args))
+        everything.update(self.kwargs)
         return {key: value for key, value in everything.items() if isinstance(value, torch.Tensor)}
 
 
@@ -71,14 +72,14 @@ class Specimen:
 
     def _embedding_rows(self) -> int:
         try:
-            return self.model.get_input_embeddings().weight.shape[0]  # type: ignore[operator, union-attr]
+            return int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[operator]
         except (AttributeError, NotImplementedError):
             return int(self.config.get_text_config().vocab_size)
 
     @property
     def hidden_size(self) -> int:
         """D: what the input embedding gives for a token."""
-        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator, union-attr]
+        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         output = self.model(input_ids=ids, use_cache=False)

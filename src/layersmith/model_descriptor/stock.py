@@ -10,15 +10,13 @@ from functools import partial
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.modeling_layersmith import model_class_in
+from layersmith.heterogeneous.modeling_layersmith import model_class_for
 
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -27,15 +25,9 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UnsupportedModel: it has none.
     """
-    for mapping in (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
-        if (found := model_class_in(mapping, type(config))) is not None:
-            return found
-    # The text config of a type whose causal model is made from that alone.
-    for name in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, key=len, reverse=True):
-        if config.model_type.startswith(name) and name in CONFIG_MAPPING:
-            found = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[name]]
-            if found.config_class is type(config):
-                return found
+    found = model_class_for(config, (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING))
+    if found is not None:
+        return found
     raise UnsupportedModel(f"This version of Transformers has no causal language model for {type(config).__name__}.")
 
 

@@ -125,7 +125,7 @@ class _Examination:
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2:
                     watched = value.detach().requires_grad_()
                     taken.append(watched)
-                    (args if isinstance(place, int) else kwargs)[place] = watched  # type: ignore[index]
+                    (args if isinstance(place, int) else kwargs)[place] = watched
                     break
             return tuple(args), kwargs
 
@@ -170,7 +170,8 @@ class _Examination:
         at = min(min(self._changed_tokens(call.tensors()[key], other)) for key, other in differing.items())
         for key, other in differing.items():
             value = call.tensors()[key].clone()
-            value.select(self._token_dim(value), at).copy_(other.select(self._token_dim(value), at))
+            dim = self._token_dim(value) or 0
+            value.select(dim, at).copy_(other.select(dim, at))
             changed[key] = value
         try:
             mixed = self._changed_tokens(self._called(name, {}), self._called(name, changed)) - {at}
@@ -196,8 +197,8 @@ class _Examination:
             for place, value in itertools.chain(enumerate(args), kwargs.items()):
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and self._token_dim(value) is not None:
                     value = value.clone()
-                    value.select(self._token_dim(value), 0).add_(0.1)
-                    (args if isinstance(place, int) else kwargs)[place] = value  # type: ignore[index]
+                    value.select(self._token_dim(value) or 0, 0).add_(0.1)
+                    (args if isinstance(place, int) else kwargs)[place] = value
                     break
             return tuple(args), kwargs
 
