@@ -263,8 +263,8 @@ def stock_guard(
                 entry |= {size: 0 for name in sizes[subblock] if can_differ(size := canonical.get(name, name))}
         if skip:
             entry["skip"] = skip
-        if differs and not entry.keys() - {"skip"} and (name := next(filter(can_differ, _READ_BY_MODELS), None)):
-            entry[name] = 0
+        if differs and not entry.keys() - {"skip"} and (read := next(filter(can_differ, _READ_BY_MODELS), None)):
+            entry[read] = 0
         if entry:
             guard[str(i)] = entry
     if guard and not can_differ.all_of(guard):
