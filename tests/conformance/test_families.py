@@ -26,10 +26,7 @@ SPREAD: dict[str, tuple[str, ...]] = {
     "bart": ("left padding",),  # cross-attention that does not run, layers of an encoder-decoder
 }
 # What layersmith does not do yet. A check that is mended is taken out here.
-KNOWN: dict[str, tuple[str, ...]] = {
-    "deepseek_v3": ("heterogeneous build",),  # the width of the shared experts follows the attribute of the others'
-    "qwen2_vl": ("stock reload",),
-}
+KNOWN: dict[str, tuple[str, ...]] = {}
 KINDS = {"qwen3_next": HYBRID, "granitemoehybrid": HYBRID, "bart": "encoder-decoder"}
 
 

@@ -255,6 +255,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "bailing_hybrid": _MLA
     | {
         "num_expert_group": 2,
+        "num_experts": 8,
         "topk_group": 1,
         "linear_num_heads": 4,
         "linear_head_dim": 16,
@@ -286,6 +287,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 4,
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
+    "cwm": {"eos_token_id": 2},
+    "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "granitemoehybrid": {"layer_types": ["mamba", "attention", "mamba", "attention"]},

@@ -60,7 +60,9 @@ class Specimen:
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.model.parameters():
+                # Some families keep weights out of training; here every one has to show whether it matters.
                 if parameter.is_floating_point():
+                    parameter.requires_grad_(True)
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * _NOISE)
         vocab_size = int(self._embedding_rows())
         self.ids = (torch.arange(TOKENS)[None] * 7 + 3) % vocab_size
@@ -160,7 +162,8 @@ class Specimen:
 
     def dead(self, silenced: Mapping[str, Argument], among: str) -> set[str]:
         """Names beginning with ``among`` of parameters that do not matter for the logits while modules are silenced."""
-        wanted = {name: p for name, p in self.model.named_parameters() if name.startswith(among)}
+        named = self.model.named_parameters()
+        wanted = {name: p for name, p in named if name.startswith(among) and p.requires_grad}
         with self.silenced(silenced), torch.enable_grad():
             logits = self.forward(self.ids)
             # Weights of different signs and sizes, so that no sum cancels.
