@@ -1,0 +1,178 @@
+"""Families altered so that names mislead: what is found must be what is found of the family itself, renamed.
+
+The source of a family's modelling file is renamed as text, modules and config attributes, and run as a module of its
+own. Names are exchanged on purpose: the attention is called ``mlp`` and the FFN ``attention``.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import randomize
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto import configuration_auto, modeling_auto
+
+import layersmith
+from layersmith import BlockConfig, FFNConfig
+from layersmith.block_config import AttentionConfig
+
+# Old module name to new, in the source and so in the weights' names.
+MODULES = {
+    "self_attn": "mlp",
+    "mlp": "attention",
+    "input_layernorm": "after_norm",
+    "post_attention_layernorm": "input_layernorm",
+    "embed_tokens": "table",
+    "lm_head": "unembed",
+    "q_proj": "down_proj",
+    "o_proj": "q_proj",
+    "down_proj": "o_proj",
+    "gate_proj": "up_proj",
+    "up_proj": "gate_proj",
+    "experts": "router",
+    "gate_up_proj": "rows",
+    "qkv_proj": "everything",
+}
+ATTRIBUTES = {"num_key_value_heads": "groups", "intermediate_size": "breadth", "num_local_experts": "crowd"}
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+FAMILIES = {"llama": "Llama", "mixtral": "Mixtral", "phi3": "Phi3"}
+TOKENS = torch.arange(24).view(2, 12) * 5 % 120 + 3
+
+
+# Names by which Transformers itself finds the weights of experts.
+KEPT = {"mixtral": {"gate_up_proj", "down_proj"}}
+
+
+def modules_of(family: str) -> dict[str, str]:
+    return {old: new for old, new in MODULES.items() if old not in KEPT.get(family, ())}
+
+
+def renamed(name: str, family: str) -> str:
+    names = modules_of(family)
+    return ".".join(names.get(part, part) for part in name.split("."))
+
+
+def altered_source(module: Any, names: dict[str, str]) -> str:
+    """A module's source with words exchanged, all at once."""
+    source = inspect.getsource(module)
+    package = module.__name__.rpartition(".")[0]
+    for dots, base in (("...", "transformers"), ("..", "transformers.models"), (".", package)):
+        source = re.sub(rf"^from {re.escape(dots)}(?=\w)", f"from {base}.", source, flags=re.MULTILINE)
+        source = re.sub(rf"^from {re.escape(dots)} import", f"from {base} import", source, flags=re.MULTILINE)
+    words = re.compile(r"\b(" + "|".join(sorted(map(re.escape, names), key=len, reverse=True)) + r")\b")
+    return words.sub(lambda found: names[found.group(0)], source)
+
+
+def import_source(name: str, source: str, folder: Path) -> Any:
+    path = folder / f"{name}.py"
+    path.write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module", params=sorted(FAMILIES))
+def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Any, Any]]:
+    """Configs of a family and of the altered one."""
+    family, class_name = request.param, FAMILIES[request.param]
+    folder = tmp_path_factory.mktemp(family)
+    base = f"transformers.models.{family}"
+    configuration = importlib.import_module(f"{base}.configuration_{family}")
+    modeling = importlib.import_module(f"{base}.modeling_{family}")
+    config_class = getattr(configuration, f"{class_name}Config")
+    new_type = f"altered_{family}"
+    source = altered_source(configuration, ATTRIBUTES)
+    source = source.replace(f'model_type = "{family}"', f'model_type = "{new_type}"')
+    source = re.sub(rf"\b{class_name}(?=[A-Z])", f"Odd{class_name}", source)
+    source = re.sub(r"attribute_map = \{[^}]*\}", "attribute_map = {}", source)
+    new_class = getattr(import_source(f"configuration_{new_type}", source, folder), f"Odd{class_name}Config")
+    source = altered_source(modeling, modules_of(family) | ATTRIBUTES)
+    source = source.replace(f"from {base}.configuration_{family} import", f"from configuration_{new_type} import")
+    source = re.sub(rf"\b{class_name}(?=[A-Z])", f"Odd{class_name}", source)
+    altered = import_source(f"modeling_{new_type}", source, folder)
+    AutoConfig.register(new_type, new_class)
+    model_class = getattr(altered, f"Odd{class_name}ForCausalLM")
+    AutoModelForCausalLM.register(new_class, model_class)
+    yield config_class(**SIZES), new_class(**{ATTRIBUTES.get(name, name): value for name, value in SIZES.items()})
+    configuration_auto.CONFIG_MAPPING._extra_content.pop(new_type, None)
+    modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(new_class, None)
+
+
+def models_of(pair: tuple[Any, Any]) -> tuple[Any, Any]:
+    """The family's model and the altered one with the same weights."""
+    from layersmith.model_descriptor.stock import stock_model
+
+    models = [randomize(stock_model(config, "cpu", torch.float32)).eval() for config in pair]
+    weights = {renamed(name, pair[0].model_type): tensor for name, tensor in models[0].state_dict().items()}
+    models[1].load_state_dict(weights, strict=True)
+    return models[0], models[1]
+
+
+def test_the_altered_model_computes_the_same(pair: tuple[Any, Any]) -> None:
+    model, altered = models_of(pair)
+    assert torch.equal(model(TOKENS).logits, altered(TOKENS).logits)
+
+
+def test_groups_are_the_same_renamed(pair: tuple[Any, Any]) -> None:
+    groups = []
+    for model in models_of(pair):
+        descriptor = layersmith.describe(model.config)
+        groups.append(descriptor.get_weight_groups(model.state_dict(), 3))
+        assert descriptor.attn_no_op_supported()
+        assert descriptor.mlp_no_op_supported()
+    assert {group: {renamed(n, pair[0].model_type) for n in names} for group, names in groups[0].items()} == {
+        group: set(names) for group, names in groups[1].items()
+    }
+
+
+def test_sizes_are_the_same(pair: tuple[Any, Any]) -> None:
+    own, altered = (layersmith.block_configs(config) for config in pair)
+    assert own == altered
+    assert own[0].attention.num_key_value_heads == 2
+
+
+def test_children_are_the_same_renamed(pair: tuple[Any, Any]) -> None:
+    """Of the same block configs, with the same weights: the same logits."""
+    blocks = layersmith.block_configs(pair[0])
+    ffn = blocks[0].ffn
+    narrow = FFNConfig(intermediate_size=16)
+    if ffn.moe is not None:
+        import dataclasses
+
+        narrow = FFNConfig(moe=dataclasses.replace(ffn.moe, num_local_experts=4, expert_intermediate_dim=16))
+    changed = [
+        BlockConfig(AttentionConfig(no_op=True), narrow),
+        BlockConfig(AttentionConfig(num_key_value_heads=1), FFNConfig(no_op=True)),
+        blocks[2],
+    ]
+    children = [randomize(layersmith.build(config, changed)).eval() for config in pair]
+    weights = {renamed(name, pair[0].model_type): tensor for name, tensor in children[0].state_dict().items()}
+    children[1].load_state_dict(weights, strict=True)
+    assert torch.equal(children[0](TOKENS).logits, children[1](TOKENS).logits)
+    assert torch.equal(children[0](TOKENS, use_cache=False).logits, children[0](TOKENS).logits)
