@@ -16,6 +16,7 @@ from layersmith.heterogeneous.modeling_layersmith import (
     as_parent,
     cache_layer_types,
     heterogeneous_class,
+    remote_code,
     without_guard,
 )
 from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
@@ -130,6 +131,8 @@ def child_config(
     config.layersmith = make_plan(descriptor, config, blocks, layers, class_names, text_config)
     if built_types:
         config.layersmith["built_layer_types"] = built_types
+    if remote := remote_code(config):
+        config.layersmith["remote"] = remote
     config.block_configs = [block.to_dict() for block in blocks]
     return config
 

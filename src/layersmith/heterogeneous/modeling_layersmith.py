@@ -366,9 +366,12 @@ def as_parent(config: PretrainedConfig) -> PretrainedConfig:
     config = without_guard(config)
     if own := (getattr(config, "layersmith", None) or {}).get("built_layer_types"):
         _text_config(config).layer_types = own
+    remote = (getattr(config, "layersmith", None) or {}).get("remote")
     for name in ("block_configs", "layersmith", "auto_map"):
         if name in config.__dict__ and (name != "auto_map" or "modeling_layersmith" in str(config.auto_map)):
             delattr(config, name)
+    if remote:
+        config.auto_map = dict(remote)
     return config
 
 
@@ -413,6 +416,8 @@ class HeterogeneousMixin:
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As the stock method; the folder also gets this file and the guard against building it without."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
+        for cls in (type(self), type(self.config)):  # type: ignore[attr-defined]
+            copy_remote_code(cls, Path(save_directory))
         finish_folder(Path(save_directory))
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
@@ -480,6 +485,37 @@ def finish_folder(folder: Path) -> None:
     (folder / FILE_NAME).write_bytes(Path(__file__).read_bytes())
 
 
+def remote_code(config: PretrainedConfig) -> dict[str, str]:
+    """The ``auto_map`` of a config whose classes come with its checkpoint; empty for all others.
+
+    Its config class has run from there, so running code from there was allowed.
+    """
+    if not type(config).__module__.startswith("transformers_modules."):
+        return {}
+    plan = getattr(config, "layersmith", None) or {}
+    return dict(plan.get("remote") or getattr(config, "auto_map", None) or {})
+
+
+def remote_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
+    """The causal model class that comes with a checkpoint, if there is one."""
+    name = remote_code(config).get("AutoModelForCausalLM")
+    if name is None or FILE_NAME.removesuffix(".py") in name:
+        return None
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    return get_class_from_dynamic_module(name, config._name_or_path)
+
+
+def copy_remote_code(cls: type, folder: Path) -> None:
+    """Copy the code of a class that came with a checkpoint."""
+    for base in cls.__mro__:
+        if base.__module__.startswith("transformers_modules."):
+            for file in Path(inspect.getfile(base)).parent.glob("*.py"):
+                if file.name not in ("__init__.py", FILE_NAME):
+                    (folder / file.name).write_bytes(file.read_bytes())
+            return
+
+
 def model_class_for(config: PretrainedConfig, mappings: Sequence[Any]) -> type[PreTrainedModel] | None:
     """The class that Transformers has for a config in one of its auto mappings, the first one that has any.
 
@@ -517,7 +553,7 @@ class _Factory:
 
     @classmethod
     def _class_for(cls, config: PretrainedConfig) -> type[PreTrainedModel]:
-        stock = model_class_for(config, cls.mappings)
+        stock = remote_class(config) or model_class_for(config, cls.mappings)
         if stock is None:
             raise ValueError(f"this version of Transformers has no model class for {type(config).__name__}")
         return heterogeneous_class(stock) if hasattr(config, "layersmith") else stock

@@ -11,18 +11,21 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
 
 
-def describe(model: Any) -> type[ModelDescriptor]:
+def describe(model: Any, *, trust_remote_code: bool = False) -> type[ModelDescriptor]:
     """The descriptor of a model: the one registered for its type, else one made by experiment.
 
     Args:
         model: a path, a hub id, a ``PretrainedConfig``, a model with a ``config``, or a class of either, which stands
             for its default config.
+        trust_remote_code: let Transformers run code that lies in the folder.
 
     Raises:
         InputError: there is no config at the path.
         UnsupportedModel: what cannot be found out about the model, and why.
     """
-    config = read_config(model) if isinstance(model, str | os.PathLike) else config_of(model)
+    config = config_of(model)
+    if isinstance(model, str | os.PathLike):
+        config = read_config(model, trust_remote_code=trust_remote_code)
     model_type = getattr(config, "model_type", None)
     if not model_type:
         raise UnsupportedModel(f"{type(model).__name__} has no model_type; give a path, a hub id, a config or a model.")
@@ -65,6 +68,10 @@ def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False
     try:
         return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise InputError(
+                f"{path}: its family runs code from the checkpoint. Read it, then allow it with trust_remote_code."
+            ) from error
         first_line = str(error).strip().splitlines()[0]
         raise InputError(f"{path}: its config cannot be read ({first_line})") from error
 

@@ -16,7 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.modeling_layersmith import model_class_for
+from layersmith.heterogeneous.modeling_layersmith import model_class_for, remote_class
 
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -25,7 +25,9 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     Raises:
         UnsupportedModel: it has none.
     """
-    found = model_class_for(config, (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING))
+    found = remote_class(config) or model_class_for(
+        config, (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    )
     if found is not None:
         return found
     raise UnsupportedModel(f"This version of Transformers has no causal language model for {type(config).__name__}.")
