@@ -8,6 +8,7 @@ before it is offered: the model with it must give, to the bit, what the parent g
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -225,8 +226,11 @@ def _proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[st
         around = [r for r in subblock.replaced if r[0] not in subblock.modules]
         simple = [r for r in around if not r[1].get("returns")]
         problem = ""
-        for kept in (around, simple, []):
-            replaced = tuple([r for r in subblock.replaced if r[0] in subblock.modules] + kept)
+        own = [r for r in subblock.replaced if r[0] in subblock.modules]
+        # A layer may expect a tuple of its own class of module only, and a tensor of any other.
+        bare = [(module, record | {"returns": 0}) for module, record in own]
+        for modules, kept in itertools.product((own, bare), (around, simple, [])):
+            replaced = tuple(modules + kept)
             candidate = Subblock(subblock.modules, replaced)
             asked, problem = _try_no_op(specimen, layer_name, candidate)
             if not problem:
