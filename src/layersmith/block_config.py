@@ -124,10 +124,13 @@ class AttentionConfig(_SubblockConfig):
         replace_with_linear: one ``hidden_size`` x ``hidden_size`` map stands in its place.
         num_key_value_heads: K, or None for what the model's config says.
         num_attention_heads: H, or None for what the model's config says; the size of a head stays.
+        layer_type: how far it sees, in the words of the model's config (``"sliding_attention"``,
+            ``"full_attention"``), or None for what that says of the layer.
     """
 
     num_key_value_heads: int | None = None
     num_attention_heads: int | None = None
+    layer_type: str | None = None
     mamba: MambaConfig | None = None
     llama4: dict[str, Any] | None = None
 
@@ -136,7 +139,7 @@ class AttentionConfig(_SubblockConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_positive("num_key_value_heads", "num_attention_heads")
-        self._drop_sizes_if_replaced("num_key_value_heads", "num_attention_heads", "mamba", "llama4")
+        self._drop_sizes_if_replaced("num_key_value_heads", "num_attention_heads", "layer_type", "mamba", "llama4")
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,9 @@ from torch import nn
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.parent import Parent
 
+# On a layer whose type is not the one that the parent's config says.
+LAYER_TYPE = "layersmith_layer_type"
+
 
 class Handover(DummyBlock):
     """Stands for a layer that need not run; returns a hidden state in the form in which the layer would."""
@@ -33,13 +36,26 @@ class Handover(DummyBlock):
 
 @contextmanager
 def exchanged(parent: Parent, layers: Mapping[int, nn.Module]) -> Iterator[None]:
-    """While open, the model has other decoder layers at some indices."""
+    """While open, the model has other decoder layers at some indices.
+
+    A layer with a window where there was none, or the other way round, has the mask of its own type.
+    """
     originals = {i: parent.layers[i] for i in layers}
+    types = getattr(parent.language_config, "layer_types", None)
+    changed = {
+        i: getattr(layer, LAYER_TYPE)
+        for i, layer in layers.items()
+        if isinstance(getattr(layer, LAYER_TYPE, None), str)
+    }
     try:
+        if types and changed:
+            parent.language_config.layer_types = [changed.get(i, own) for i, own in enumerate(types)]
         for i, layer in layers.items():
             parent.model.set_submodule(parent.descriptor.layer_block_name(i), layer)
         yield
     finally:
+        if types and changed:
+            parent.language_config.layer_types = types
         for i, layer in originals.items():
             parent.model.set_submodule(parent.descriptor.layer_block_name(i), layer)
 

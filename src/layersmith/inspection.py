@@ -149,6 +149,7 @@ _AXIS_WORDS = {
     "kv_heads": "KV heads",
     "head_groups": "KV heads with their query heads",
     "query_heads": "query heads",
+    "window": "window",
     "ffn_width": "width",
     "experts": "experts",
     "expert_width": "expert width",

@@ -58,6 +58,7 @@ class LibraryRecipe:
         kv_heads: numbers of KV heads; default: halves of the parent's down to one.
         kv_methods: ``contribution``: keep the KV heads that add most; ``pool``: average neighbours.
         query_heads: whether there may be fewer query heads, alone or with their KV head.
+        windows: whether attentions that see everything may get the window that others of the model have.
         head_fractions: to which the query heads of a KV head are reduced, and all heads where each has its own keys.
         expert_fractions: to which the number of experts, that of a token, and the width of experts are reduced.
         linear: subblocks that one linear map may replace.
@@ -73,6 +74,7 @@ class LibraryRecipe:
     kv_heads: tuple[int, ...] | None = None
     kv_methods: tuple[Literal["contribution", "pool"], ...] = ("contribution", "pool")
     query_heads: bool = True
+    windows: bool = True
     head_fractions: tuple[float, ...] = (0.75, 0.5, 0.25)
     expert_fractions: tuple[float, ...] = (0.875, 0.75, 0.5, 0.25)
     linear: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")

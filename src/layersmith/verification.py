@@ -139,6 +139,7 @@ def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
         "query heads": OK
         if heads and (heads.fewer_queries or heads.fewer_groups)
         else reasons.get("query_heads") or attention,
+        "window": OK if axes.window else reasons.get("window", ""),
         "FFN width": (OK if axes.ffn else reasons.get("ffn", "")) if moe is None else "its FFN consists of experts",
         "experts": (OK if axes.experts else reasons.get("experts", "")) if moe else no_experts,
         "expert width": (OK if axes.ffn else reasons.get("ffn", "")) if moe else no_experts,

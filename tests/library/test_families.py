@@ -5,9 +5,13 @@ The models are tiny and random; each family is here for something that none of t
 
 from __future__ import annotations
 
+import copy
+from pathlib import Path
+
 import pytest
 import torch
 from conformance.tiny import tiny_config, tiny_model
+from transformers import PretrainedConfig
 
 import layersmith
 from layersmith.execution import exchanged, forward
@@ -35,7 +39,10 @@ KINDS = {
 
 
 def parent_of(family: str) -> Parent:
-    config = own_config(tiny_config(family))
+    return parent_of_config(own_config(tiny_config(family)), family)
+
+
+def parent_of_config(config: PretrainedConfig, family: str) -> Parent:
     model = tiny_model(config).requires_grad_(False)
     blocks = tuple(layersmith.block_configs(config))
     runtime = Runtime(torch.device("cpu"), torch.float32)
@@ -68,7 +75,7 @@ def test_every_alternative_runs_and_changes_something(library: Library) -> None:
         assert not torch.equal(after, before), alternative.key
 
 
-def test_a_child_along_every_axis_is_what_was_scored(library: Library, tmp_path) -> None:
+def test_a_child_along_every_axis_is_what_was_scored(library: Library, tmp_path: Path) -> None:
     parent = library.parent
     chosen: dict[tuple[int, str], Alternative] = {}
     used: dict[str, int] = {}
@@ -104,3 +111,29 @@ def test_experts_that_add_most_stay() -> None:
     width = order.shape[1]
     assert set(order[1, width // 2 :].tolist()) == set(range(0, width, 2))
     assert order.shape[0] == 4
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "olmo3"])
+def test_a_window_is_the_familys_own(family: str, tmp_path: Path) -> None:
+    """As scored, as composed, as loaded again, and as the stock model whose config says so from the start."""
+    config = own_config(tiny_config(family))
+    full = [i for i, own in enumerate(config.layer_types) if own == "full_attention"]
+    config.sliding_window = 6
+    parent = parent_of_config(config, family)
+    recipe = LibraryRecipe(linear=(), query_heads=False)
+    library = Library(parent, (found := survey(parent, recipe)).axes, found.alternatives, {}, {}, found.notes)
+    (chosen,) = (a for a in found.alternatives if a.kind == "window" and a.layer == full[0])
+    with exchanged(parent, library.layers([chosen])):
+        scored = forward(parent, TOKENS)[0]
+    assert parent.config.layer_types == config.layer_types
+    assert not torch.equal(scored, forward(parent, TOKENS)[0])
+    child = library.compose([chosen])
+    assert torch.equal(child(TOKENS, use_cache=False).logits, scored)
+    layersmith.save(child, tmp_path / "child")
+    again = layersmith.load(tmp_path / "child", dtype=torch.float32).eval()
+    assert torch.equal(again(TOKENS, use_cache=False).logits, scored)
+    windowed = copy.deepcopy(config)
+    windowed.layer_types = ["sliding_attention" if i == full[0] else own for i, own in enumerate(config.layer_types)]
+    stock = tiny_model(windowed)
+    stock.load_state_dict(parent.model.state_dict())
+    assert torch.equal(stock(TOKENS, use_cache=False).logits, scored)

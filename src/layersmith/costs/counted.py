@@ -129,19 +129,19 @@ def kv_cache_bytes(
     if not heads or not head_dim:
         return 0
     tokens = workload.context
-    if (window := sliding_window(language, index)) is not None:
+    if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
         tokens = min(tokens, window)
     return 2 * heads * head_dim * workload.batch * tokens * dtype.itemsize
 
 
-def sliding_window(language: PretrainedConfig, index: int) -> int | None:
+def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:
     """The attention window of a layer, or None if it sees everything."""
     window = getattr(language, "sliding_window", None)
     types = getattr(language, "layer_types", None)
     if type(window) is not int:
         return None
     if types:
-        return window if types[index] == "sliding_attention" else None
+        return window if (layer_type or types[index]) == "sliding_attention" else None
     return window if getattr(language, "use_sliding_window", True) else None
 
 

@@ -117,7 +117,8 @@ def child_config(
         raise UsageError(f"{len(blocks)} block configs for the {num_layers} layers of the model.")
     built_types: list[str] = []
     if own_types := getattr(language, "layer_types", None):
-        layer_types = cache_layer_types(fills_cache(descriptor, blocks), own_types)
+        asked = [block.attention.layer_type or own for block, own in zip(blocks, own_types, strict=True)]
+        layer_types = cache_layer_types(fills_cache(descriptor, blocks), asked)
         retyped = _with_layer_types(config, descriptor, layer_types)
         before, after = (decoder_layers(stock_model(c), descriptor, len(blocks)) for c in (config, retyped))
         if [type(layer) for layer in before] != [type(layer) for layer in after]:

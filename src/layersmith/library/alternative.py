@@ -36,10 +36,11 @@ class Alternative:
         layer: index of the decoder layer.
         subblock: ``attention`` or ``ffn``.
         kind: ``parent``, ``no_op``, ``linear``; for attention ``kv_heads`` (fewer for the same query heads),
-            ``head_groups`` (fewer with their query heads) or ``query_heads`` (fewer for the same KV heads); for an FFN
+            ``head_groups`` (fewer with their query heads), ``query_heads`` (fewer for the same KV heads) or ``window``
+            (it sees the last tokens only); for an FFN
             ``ffn_width``, ``experts``, ``expert_width``, ``shared_width`` or ``experts_per_token``.
         method: how its weights come from the parent's: ``contribution``, ``iterative``, ``pool``,
-            ``least_squares``; empty where there is nothing to choose.
+            ``least_squares``; for a window its type in the config's words; empty where there is nothing to choose.
         size: heads, experts or channels that are left; 0 where that has no meaning.
         query_heads: that are left with ``head_groups``.
     """
@@ -59,6 +60,7 @@ class Alternative:
             "parent": f"{self.subblock} as it is",
             "no_op": f"{self.subblock} no-op",
             "linear": f"{self.subblock} linear",
+            "window": "attention with a window",
             "kv_heads": f"attention {self.size} KV head{plural}",
             "head_groups": f"attention {self.size} KV head{plural} with their query heads",
             "query_heads": f"attention {self.size} query head{plural}",
@@ -87,6 +89,8 @@ class Alternative:
             return dataclasses.replace(own, no_op=True, replace_with_linear=False)
         if self.kind == "linear":
             return dataclasses.replace(own, no_op=False, replace_with_linear=True)
+        if self.kind == "window":
+            return dataclasses.replace(own, layer_type=self.method)
         if self.kind == "head_groups":
             # Where each query head has keys of its own, the config counts query heads alone.
             counts = {"num_attention_heads": self.query_heads}
@@ -114,6 +118,7 @@ def in_words(config: AttentionConfig | FFNConfig) -> str:
         words = [
             f"{n} {what}{'s' if n != 1 else ''}" for n, what in ((queries, "head"), (kv, "KV head")) if n is not None
         ]
+        words += ["window"] if config.layer_type == "sliding_attention" else []
         return ", ".join(words) or "attention"
     moe = config.moe
     if moe is None:
@@ -145,6 +150,8 @@ def search_space(
         if i in recipe.keep_layers:
             continue
         found += _of_heads(i, own_axes.kv, recipe) if own_axes.kv is not None else []
+        if own_axes.window and recipe.windows:
+            found.append(Alternative(i, "attention", "window", own_axes.window))
         found += _of_ffn(i, block, own_axes, recipe, ffn_ranking)
         for subblock in ("attention", "ffn"):
             present = not (block.subblock(subblock).no_op or block.subblock(subblock).replace_with_linear)

@@ -195,7 +195,9 @@ class LayerAxes:
         kv: its heads.
         experts: its routed experts.
         shared: the width of shared experts, where it is a size of its own.
-        reasons: why there is none: ``"ffn"``, ``"attention"``, ``"experts"`` or ``"shared"`` to a sentence.
+        reasons: why there is none: ``"ffn"``, ``"attention"``, ``"experts"``, ``"shared"`` or ``"window"`` to a
+            sentence.
+        window: the type that its attention could have to see a window only; empty if there is none.
         of_experts: weights that are stacks of experts, and lists of them.
     """
 
@@ -204,6 +206,7 @@ class LayerAxes:
     experts: ExpertsAxis | None = None
     shared: WidthAxis | None = None
     reasons: dict[str, str] = field(default_factory=dict)
+    window: str = ""
     of_experts: tuple[str, ...] = ()
 
     def is_of_experts(self, name: str) -> bool:

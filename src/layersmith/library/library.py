@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from layersmith import schema
 from layersmith.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.block_config import BlockConfig
-from layersmith.execution import exchanged, share_buffers
+from layersmith.execution import LAYER_TYPE, exchanged, share_buffers
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
@@ -80,7 +80,7 @@ class Library:
         They are what the checkpoint will hold, in the dtype of the computation.
         """
         i, kind = alternative.layer, alternative.kind
-        if kind in ("parent", "no_op"):
+        if kind in ("parent", "no_op", "window", "experts_per_token"):
             return {}
         layer, own = self.parent.layers[i], self.axes[i]
         if kind == "linear":
@@ -96,8 +96,6 @@ class Library:
                 for b, bundle in enumerate(axis.bundles)
             ]
             return narrow(current, axis, kept)
-        if kind == "experts_per_token":
-            return {}
         if kind == "experts":
             assert own.experts is not None
             return keep_experts(current, own.experts, self._experts(i, alternative.size))
@@ -132,6 +130,9 @@ class Library:
             tensors |= self.weights(alternative)
         layer.load_state_dict({name: tensors[name] for name in layer.state_dict()}, strict=True, assign=True)
         share_buffers(original, layer)
+        for alternative in changed:
+            if alternative.kind == "window":
+                setattr(layer, LAYER_TYPE, alternative.method)
         return layer.eval().requires_grad_(False)
 
     def _skeleton(self, index: int, changed: Sequence[Alternative]) -> nn.Module:

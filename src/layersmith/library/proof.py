@@ -21,7 +21,7 @@ from torch import nn
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import first_line
-from layersmith.execution import first_tensor, forward_with, layer_outputs, share_buffers
+from layersmith.execution import LAYER_TYPE, first_tensor, forward_with, layer_outputs, share_buffers
 from layersmith.library.axes import REST, Bundle, ExpertsAxis, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
 from layersmith.library.shapes import layer_shapes, meta_layers
 from layersmith.library.weights import (
@@ -81,6 +81,7 @@ def _prove_layer(trial: _Trial, i: int, own: LayerAxes) -> LayerAxes:
         tried("experts", own.experts, _prove_experts),
         tried("shared", own.shared, lambda t, j, axis: _prove_width(t, j, axis, shared=True)),
         reasons,
+        tried("window", own.window or None, _prove_window) or "",
         own.of_experts,
     )
 
@@ -460,6 +461,26 @@ def groups_config(block: BlockConfig, axis: HeadsAxis, count: int) -> AttentionC
     if block.attention.num_key_value_heads is None:
         return _attention(block, num_attention_heads=heads)
     return _attention(block, num_key_value_heads=count, num_attention_heads=heads)
+
+
+def _prove_window(trial: _Trial, i: int, layer_type: str) -> str:
+    """The layer runs with the mask of the other type, and as long as the window holds all tokens it is no mask at all.
+
+    What it gives may still differ then, e.g. by rotary positions of its own for each type.
+    """
+    block = trial.parent.blocks[i]
+    layer = trial.built(i, dataclasses.replace(block, attention=_attention(block, layer_type=layer_type)))
+    original = trial.parent.layers[i]
+    layer.load_state_dict(original.state_dict(), strict=True, assign=True)
+    share_buffers(original, layer)
+    setattr(layer, LAYER_TYPE, layer_type)
+    try:
+        seen = trial.output(i, layer.eval())
+    except Exception as error:  # whatever a family's own code raises
+        raise _Fails(f"it does not run with a window ({first_line(error)})") from error
+    if not bool(seen.isfinite().all()):
+        raise _Fails("with a window it gives numbers that are not finite")
+    return layer_type
 
 
 # ---------------------------------------------------------------------------------------------- experts

@@ -29,6 +29,9 @@ from layersmith.model_descriptor.stock import stock_model, whole_number
 
 Shapes = dict[str, tuple[int, ...]]
 
+# Transformers' own words for what an attention sees.
+_FULL, _SLIDING = "full_attention", "sliding_attention"
+
 
 def find_axes(
     descriptor: type[ModelDescriptor], config: PretrainedConfig, blocks: Sequence[BlockConfig]
@@ -119,7 +122,8 @@ class _Finder:
         ffn = tried("ffn", self.width)
         shared = tried("shared", self.shared_width) if self._has_own_shared_width(i) else None
         heads = tried("attention", lambda j: self.heads(j, reasons))
-        return LayerAxes(ffn, heads, experts, shared, reasons, of_experts)
+        window = tried("window", self.window) or ""
+        return LayerAxes(ffn, heads, experts, shared, reasons, window, of_experts)
 
     # ------------------------------------------------------------------------------------------ experiments
 
@@ -322,6 +326,28 @@ class _Finder:
         if not of_kv and count is None:
             return self._alike_heads(i, num_heads, of_queries)
         return self._grouped_heads(i, count or 1, num_heads, of_kv, of_queries)
+
+    def window(self, i: int) -> str:
+        """The type of attention with a window, where the model has both and this layer has none."""
+        types = getattr(self.language, "layer_types", None)
+        own = self.blocks[i].attention
+        if own.no_op or own.replace_with_linear:
+            raise _None("there is no attention")
+        if not types or not {_FULL, _SLIDING} <= set(types):
+            raise _None("its model does not have both kinds of attention")
+        if (own.layer_type or types[i]) != _FULL:
+            raise _None("it does not see everything as it is")
+
+        def narrowed(block: BlockConfig, j: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
+            if types[j] != _FULL or block.attention.no_op or block.attention.replace_with_linear:
+                return None
+            attention = dataclasses.replace(block.attention, layer_type=_SLIDING)
+            return dataclasses.replace(block, attention=attention), 0, 1
+
+        made = self.experiment("window", narrowed)
+        if made.problem or made.shapes[i] != self.base[i]:
+            raise _None(made.problem or "attention with a window has other weights")
+        return _SLIDING
 
     def _num_heads(self, i: int) -> int | None:
         own = self.blocks[i].attention.num_attention_heads

@@ -515,6 +515,9 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
         found: dict[str, Any] = {}
         language = Described.get_language_model_config(findings.config)
         moe = block_config.ffn.moe
+        types = getattr(language, "layer_types", None)
+        if block_config.attention.layer_type is not None and types:
+            found["layer_types"] = [block_config.attention.layer_type] * len(types)
         for sizes in findings.sizes:
             unit = sizes.config_width
             attention = block_config.attention
