@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -97,7 +98,7 @@ def forward_with(
     parent: Parent, input_ids: torch.Tensor, outputs: list[Any], index: int, layer: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`forward`, with ``layer`` at ``index``; earlier layers hand over the parent's ``outputs``."""
-    layers = _handovers(parent, outputs, index) if parent.hands_over else {}
+    layers = _handovers(parent, outputs, index) if hands_over(parent) else {}
     with exchanged(parent, {**layers, index: layer}):
         return forward(parent, input_ids)
 
@@ -106,7 +107,20 @@ def _handovers(parent: Parent, outputs: list[Any], index: int) -> dict[int, nn.M
     return {i: Handover(parent.layers[i], i, outputs[i]) for i in range(index)}
 
 
-def can_hand_over(parent: Parent) -> bool:
+_hands_over: WeakKeyDictionary[Parent, bool] = WeakKeyDictionary()
+
+
+def hands_over(parent: Parent) -> bool:
+    """Whether a layer can run on what the layers before it gave, without them having run; tried once.
+
+    It cannot where layers leave each other more than hidden states, e.g. keys and values that later ones use.
+    """
+    if parent not in _hands_over:
+        _hands_over[parent] = _can_hand_over(parent)
+    return _hands_over[parent]
+
+
+def _can_hand_over(parent: Parent) -> bool:
     """Try it with every layer: the logits must be the parent's own."""
     input_ids = torch.arange(3, 11, device=parent.runtime.device)[None]
     logits, _, outputs = layer_outputs(parent, input_ids)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,16 +56,6 @@ class Parent:
     @property
     def layers(self) -> list[nn.Module]:
         return decoder_layers(self.model, self.descriptor, len(self.blocks))
-
-    @cached_property
-    def hands_over(self) -> bool:
-        """Whether a layer can run on what the layers before it gave, without them having run.
-
-        It cannot where layers leave each other more than hidden states, e.g. keys and values that later ones use.
-        """
-        from layersmith.execution import can_hand_over
-
-        return can_hand_over(self)
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """A computed weight as the checkpoint will hold it, in the dtype of the computation."""

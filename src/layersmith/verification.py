@@ -28,7 +28,8 @@ from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
-from layersmith.model_descriptor.inferred import InferredDescriptor, silent_stay_silent
+from layersmith.model_descriptor.inferred import InferredDescriptor
+from layersmith.model_descriptor.removal import silent_stay_silent
 from layersmith.model_descriptor.shrink import shrunk
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import own_config, stock_class, stock_model

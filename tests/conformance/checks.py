@@ -31,7 +31,8 @@ from layersmith.errors import LayersmithError, UnsupportedModel
 from layersmith.heterogeneous.build import decoder_layers
 from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes
-from layersmith.model_descriptor.inferred import InferredDescriptor, silent_stay_silent
+from layersmith.model_descriptor.inferred import InferredDescriptor
+from layersmith.model_descriptor.removal import silent_stay_silent
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import own_config
 from layersmith.model_descriptor.subblocks import Subblock

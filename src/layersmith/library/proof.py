@@ -21,7 +21,7 @@ from torch import nn
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import first_line
-from layersmith.execution import LAYER_TYPE, first_tensor, forward_with, layer_outputs, share_buffers
+from layersmith.execution import LAYER_TYPE, first_tensor, forward_with, hands_over, layer_outputs, share_buffers
 from layersmith.library.axes import REST, Bundle, ExpertsAxis, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
 from layersmith.library.shapes import layer_shapes, meta_layers
 from layersmith.library.weights import (
@@ -95,7 +95,7 @@ class _Trial:
 
     def __init__(self, parent: Parent, tokens: torch.Tensor):
         self.parent, self.tokens = parent, tokens
-        parent.hands_over  # noqa: B018  (tried now, not while a layer is watched)
+        hands_over(parent)  # tried now, not while a layer is watched
         _, _, self.outputs = layer_outputs(parent, tokens)
         self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
         self._before: dict[int, torch.Tensor] = {}

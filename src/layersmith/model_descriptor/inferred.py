@@ -1,17 +1,14 @@
 """The descriptor of any model, made by experiment.
 
 ``infer`` builds a small model of a config's family, finds its structure and subblocks by running it, the attributes
-that set sizes by building layers that differ in one, and puts what was found behind the interface. Each no-op is tried
-before it is offered: the model with it must give, to the bit, what the parent gives with that output silenced.
+that set sizes by building layers that differ in one, and puts what was found behind the interface.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -21,15 +18,16 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
 from layersmith.errors import UnsupportedModel, first_line
-from layersmith.heterogeneous.modeling_layersmith import make_replacement, own_layers
+from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
-from layersmith.model_descriptor.specimen import Specimen, first_tensor_of, with_first_tensor
+from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
 from layersmith.model_descriptor.structure import Structure, find_structure
-from layersmith.model_descriptor.subblocks import LayerKind, Record, Subblock, find_kind, signature
+from layersmith.model_descriptor.subblocks import LayerKind, Subblock, find_kind, signature
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def find(config: PretrainedConfig) -> Findings:
     classes = tuple(dict.fromkeys(type(specimen.model.get_submodule(name)) for name in names))
     notes: list[str] = []
     for k, kind in enumerate(kinds):
-        kinds[k] = _proved(specimen, names[of_layer.index(k)], kind, notes)
+        kinds[k] = proved(specimen, names[of_layer.index(k)], kind, notes)
     _check_configurable(specimen.config, classes)
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
     small_kinds, of_layer = of_layer, []
@@ -212,198 +210,6 @@ def _groups(model: nn.Module, structure: Structure) -> dict[str, str]:
     return {name: "lm_head" if name.startswith(after) else "embedding" for name in names}
 
 
-# ---------------------------------------------------------------------------------------------- proof of the no-ops
-
-
-def _proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[str]) -> LayerKind:
-    """The kind with the no-ops that hold; where taking away what is around a subblock does not, that stays."""
-    tried = {}
-    for name in ("attention", "ffn"):
-        subblock: Subblock | None = getattr(kind, name)
-        if subblock is None or not subblock.removable:
-            tried[name] = subblock
-            continue
-        around = [r for r in subblock.replaced if r[0] not in subblock.modules]
-        simple = [r for r in around if not r[1].get("returns")]
-        problem = ""
-        own = [r for r in subblock.replaced if r[0] in subblock.modules]
-        # A layer may expect a tuple of its own class of module only, and a tensor of any other.
-        bare = [(module, record | {"returns": 0}) for module, record in own]
-        for modules, kept in itertools.product((own, bare), (around, simple, [])):
-            replaced = tuple(modules + kept)
-            candidate = Subblock(subblock.modules, replaced)
-            asked, problem = _try_no_op(specimen, layer_name, candidate)
-            if not problem:
-                tried[name] = Subblock(subblock.modules, _with_attributes(replaced, asked))
-                break
-        else:
-            tried[name] = _last_part(specimen, layer_name, subblock) or Subblock(subblock.modules, (), problem)
-    both = [s for s in tried.values() if s is not None and s.removable]
-    shared = kind.shared if len(both) == 2 else ()
-    if len(both) == 2:
-        together = Subblock(both[0].modules + both[1].modules, both[0].replaced + both[1].replaced + shared)
-        _, problem = _try_no_op(specimen, layer_name, together)
-        if problem and shared:
-            shared = ()
-    for name, subblock in tried.items():
-        if subblock is not None and not subblock.removable:
-            notes.append(
-                f"No {name} no-op in {type(specimen.model.get_submodule(layer_name)).__name__}: {subblock.reason}."
-            )
-    return LayerKind(tried["attention"], tried["ffn"], shared, kind.owners)
-
-
-def _last_part(specimen: Specimen, layer_name: str, subblock: Subblock) -> Subblock | None:
-    """A no-op that leaves what other layers use, e.g. keys and values or a router's state, and takes what is after it.
-
-    It is the outermost module inside the subblock without which the subblock gives zeros.
-    """
-    if len(subblock.modules) != 1:
-        return None
-    outer = f"{layer_name}.{subblock.modules[0]}"
-    inside = [
-        name
-        for name, module in specimen.model.get_submodule(outer).named_modules(prefix=outer)
-        if name != outer and any(p.ndim >= 2 for p in module.parameters())
-    ]
-    for name in inside:
-        try:
-            with specimen.silenced({name: None}):
-                calls = specimen.trace(specimen.ids, keep=[outer, name])
-        except Exception:  # a family's own code may not bear zeros here
-            continue
-        outputs = {call.name: call.output for call in calls if call.name in (outer, name)}
-        given = first_tensor_of(outputs.get(outer))
-        if given is None or bool(given.any()) or name not in outputs:
-            continue
-        record = {"is": "zeros", "returns": len(outputs[name]) if isinstance(outputs[name], tuple | list) else 0}
-        around = [r for r in subblock.replaced if r[0] not in subblock.modules and not r[1].get("returns")]
-        for kept in (around, []):
-            replaced = ((name.removeprefix(f"{layer_name}."), record), *kept)
-            asked, problem = _try_no_op(specimen, layer_name, Subblock(subblock.modules, replaced))
-            if not problem:
-                replaced = _with_attributes(replaced, asked)
-                return Subblock(subblock.modules, replaced, stays=True)
-    return None
-
-
-def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple[dict[str, set[str]], str]:
-    """Run with modules replaced and with their outputs silenced; both must agree to the bit.
-
-    Returns:
-        What the model asked of the replaced modules beside calling them, and what went wrong, if anything.
-    """
-    model = specimen.model
-    layer = model.get_submodule(layer_name)
-    originals = {name: layer.get_submodule(name) for name, _ in subblock.replaced}
-    asked: dict[str, set[str]] = {name: set() for name in originals}
-    records = dict(subblock.replaced)
-    silenced = {f"{layer_name}.{name}": records.get(name, {}).get("of") for name in subblock.modules}
-    after = [f"{layer_name}.{name}" for name, record in subblock.replaced if record["is"] == "same"]
-    try:
-        # A norm after the subblock goes with it: what it makes of zeros is silenced too.
-        with specimen.silenced(silenced), silent_stay_silent(model, after):
-            wanted = specimen.run()
-        filled = None
-        with suppress(Exception), torch.no_grad():
-            filled = model(input_ids=specimen.ids, use_cache=True).past_key_values
-        try:
-            for name, record in subblock.replaced:
-                layer.set_submodule(name, _Asked(originals[name], make_replacement(record), asked[name]))
-            seen = specimen.run()
-            with suppress(Exception), torch.no_grad():  # more may be asked where there is a cache
-                model(input_ids=specimen.ids, use_cache=True)
-                if filled is not None:
-                    mask = torch.ones(1, specimen.ids.shape[1] + 1, dtype=torch.long)
-                    model(input_ids=specimen.ids[:, :1], past_key_values=filled, attention_mask=mask, use_cache=True)
-            _build_asking(specimen, type(layer), subblock, asked)
-        finally:
-            for name, module in originals.items():
-                layer.set_submodule(name, module)
-    except Exception as error:  # whatever a family's own code raises
-        return asked, f"the model does not run with it ({first_line(error)})"
-    if torch.equal(wanted, seen):
-        return asked, ""
-    change = float((wanted - seen).abs().max() / wanted.abs().max())
-    return (
-        asked,
-        f"the model gives something else than with the subblock's output silenced (by {change:.0e} of its logits)",
-    )
-
-
-def _build_asking(
-    specimen: Specimen, layer_class: type[nn.Module], subblock: Subblock, asked: dict[str, set[str]]
-) -> None:
-    """Note what a model asks of a subblock's modules while it is built."""
-
-    def finish(layer: nn.Module, index: int) -> None:
-        for name, record in subblock.replaced:
-            with suppress(AttributeError):  # another kind of layer
-                layer.set_submodule(name, _Asked(layer.get_submodule(name), make_replacement(record), asked[name]))
-
-    with suppress(Exception), own_layers([layer_class], lambda own, index: own, finish):
-        stock_model(specimen.config)
-
-
-@contextmanager
-def silent_stay_silent(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """While open, these modules give zeros for zeros."""
-
-    def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
-        given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
-        if given and not any(bool(v.any()) for v in given):
-            return with_first_tensor(output, torch.zeros_like)
-        return None
-
-    handles = [model.get_submodule(name).register_forward_hook(hook, with_kwargs=True) for name in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-class _Asked(nn.Module):
-    """Stands in with a replacement, and notes which attributes of the original are read."""
-
-    def __init__(self, original: nn.Module, replacement: nn.Module, asked: set[str]):
-        super().__init__()
-        object.__setattr__(self, "_original", original)
-        object.__setattr__(self, "_asked", asked)
-        self.replacement = replacement
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            value = getattr(object.__getattribute__(self, "_original"), name)
-            if isinstance(value, str | int | float | bool | type(None) | torch.Tensor):
-                object.__getattribute__(self, "_asked").add(name)
-            return value
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.replacement(*args, **kwargs)
-
-
-def _with_attributes(
-    replaced: Sequence[tuple[str, Record]], asked: dict[str, set[str]]
-) -> tuple[tuple[str, Record], ...]:
-    return tuple(
-        (name, record | {"asked": sorted(asked[name])} if asked[name] else record) for name, record in replaced
-    )
-
-
-def _put(layer: nn.Module, name: str, record: Record) -> None:
-    """Put a replacement into a layer; it answers for what the model asks of the module that was there."""
-    record = dict(record)
-    original = layer.get_submodule(name)
-    values = {attribute: getattr(original, attribute) for attribute in record.pop("asked", ())}
-    plain = {attribute: value for attribute, value in values.items() if not isinstance(value, torch.Tensor)}
-    empty = [attribute for attribute, value in values.items() if isinstance(value, torch.Tensor)]
-    more = ({"attributes": plain} if plain else {}) | ({"empty": empty} if empty else {})
-    layer.set_submodule(name, make_replacement(record | more))
-
-
 # ---------------------------------------------------------------------------------------------- the descriptor
 
 
@@ -421,11 +227,11 @@ class InferredDescriptor(ModelDescriptor):
         if not own.removable:
             raise UnsupportedModel(f"{type(decoder_layer).__name__} has no {subblock} no-op: {own.reason}.")
         for name, record in own.replaced:
-            _put(decoder_layer, name, record)
+            put(decoder_layer, name, record)
         others = [n for s in (kind.attention, kind.ffn) if s is not None and s is not own for n in s.modules]
         if others and not any(list(decoder_layer.get_submodule(name).parameters()) for name in others):
             for name, record in kind.shared:
-                _put(decoder_layer, name, record)
+                put(decoder_layer, name, record)
 
     @classmethod
     def attention_stays(cls, index: int) -> bool:
