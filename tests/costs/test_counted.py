@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.tiny import tiny_config
 from conftest import FAMILIES, NO_ATTENTION, block, child_model
 from transformers import DynamicCache, PretrainedConfig
 
@@ -83,3 +84,16 @@ def test_a_removed_subblock_costs_nothing() -> None:
     assert set(layers[1]["attention"].values()) == {0}
     assert set(layers[2]["ffn"].values()) == {0}
     assert layers[2]["attention"]["parameters"] == 32 * 32 + 32  # the map, and the norm before it
+
+
+def test_latent_attention_keeps_what_all_heads_are_made_of() -> None:
+    config = tiny_config("deepseek_v3")
+    blocks = layersmith.block_configs(config)
+    model = layersmith.build(config, blocks).eval()
+    cache = DynamicCache(config=config)
+    with torch.no_grad():
+        model(torch.ones(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
+    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    assert cache.layers[0].keys.shape != cache.layers[0].values.shape
+    _, _, costs = costs_of(config, blocks, Workload(2, 7), torch.float32)
+    assert costs["kv_cache_bytes"] == held

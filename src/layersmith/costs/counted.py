@@ -116,22 +116,26 @@ def kv_cache_bytes(
     workload: Workload,
     head_dim: int | None,
 ) -> int:
-    """Keys and values of one layer: 2 * K * d * tokens * bytes.
+    """Keys and values of one layer: K * (d + d of the keys) * tokens * bytes, d the size of a value head.
 
     A layer with sliding-window attention keeps at most its window; one that keeps a state instead counts as none.
+    Latent attention keeps what all its heads are made of, once a token.
     """
     if not has_attention(block) or getattr(descriptor, "keeps_state", lambda index: False)(index):
         return 0
     language = descriptor.get_language_model_config(config)
+    tokens = workload.context
+    if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
+        tokens = min(tokens, window)
+    if (latent := getattr(descriptor, "latent_cache", lambda index: None)(index)) is not None:
+        return latent * workload.batch * tokens * dtype.itemsize
     own_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
     heads = block.attention.num_key_value_heads or block.attention.num_attention_heads or own_heads
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (own_heads or 1)
     if not heads or not head_dim:
         return 0
-    tokens = workload.context
-    if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
-        tokens = min(tokens, window)
-    return 2 * heads * head_dim * workload.batch * tokens * dtype.itemsize
+    numbers = getattr(descriptor, "cached_numbers", lambda index: 2.0)(index)
+    return round(numbers * heads * head_dim) * workload.batch * tokens * dtype.itemsize
 
 
 def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:

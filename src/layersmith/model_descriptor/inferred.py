@@ -44,6 +44,8 @@ class Findings:
         notes: what is not offered, and why.
         widths: of every layer the width of its FFN or experts, and of its shared experts, as its weights have it.
         stateful: of every kind, whether its mixer keeps a state of fixed size and no keys and values.
+        cached: of every kind, the numbers in the cache for each one of a value head: 2 where keys are as long.
+        latent: of every kind, the numbers in the cache for a token if they are not one by one the heads'.
     """
 
     structure: Structure
@@ -57,6 +59,8 @@ class Findings:
     notes: tuple[str, ...] = ()
     widths: tuple[tuple[int | None, int | None], ...] = ()
     stateful: tuple[bool, ...] = ()
+    cached: tuple[float, ...] = ()
+    latent: tuple[int | None, ...] = ()
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
 
     def kind_of(self, layer: nn.Module) -> LayerKind:
@@ -139,6 +143,19 @@ def find(config: PretrainedConfig) -> Findings:
             example = specimen.model.get_submodule(names[small_kinds.index(k)])
             sizes[k] = _at_full_size(own_sizes, specimen.config, example, config, layers[0])
     widths = [_widths(sizes[k], skeleton.get_submodule(f"{structure.layers}.{i}")) for i, k in enumerate(of_layer)]
+    examples = [small_kinds.index(k) for k in range(len(kinds))]
+    in_cache = _in_cache(specimen, examples, sizes)
+    latent = [
+        _at_full_length(
+            own.latent,
+            kinds[k],
+            specimen.model.get_submodule(names[examples[k]]),
+            skeleton.get_submodule(f"{structure.layers}.{of_layer.index(k)}"),
+        )
+        if own.latent and k in of_layer
+        else None
+        for k, own in enumerate(in_cache)
+    ]
     groups = _groups(skeleton, structure)
     remote = not type(specimen.model).__module__.startswith("transformers.")
     return Findings(
@@ -152,21 +169,57 @@ def find(config: PretrainedConfig) -> Findings:
         remote,
         tuple(notes),
         tuple(widths),
-        _stateful(specimen, [small_kinds.index(k) for k in range(len(kinds))]),
+        tuple(own.stateful for own in in_cache),
+        tuple(own.numbers for own in in_cache),
+        tuple(latent),
         config,
     )
 
 
-def _stateful(specimen: Specimen, layers: Sequence[int]) -> tuple[bool, ...]:
-    """Whether what these layers leave in a cache are no keys and values; False where there is no cache to look at."""
+@dataclass(frozen=True)
+class _InCache:
+    """What a layer leaves in the cache.
+
+    Attributes:
+        stateful: a state of fixed size, no keys and values.
+        numbers: for each one of a value head; 2 where keys are as long as values.
+        latent: numbers for a token that all heads share; 0 if each KV head has its own.
+    """
+
+    stateful: bool = False
+    numbers: float = 2.0
+    latent: int = 0
+
+
+def _in_cache(specimen: Specimen, layers: Sequence[int], sizes: Sequence[Sizes]) -> list[_InCache]:
+    """Look at the cache after a run; where there is none, they are taken for keys and values of one length."""
     try:
         with torch.no_grad():
             cache = specimen.model(input_ids=specimen.ids, use_cache=True).past_key_values
         slots = [cache.layers[i] for i in layers]
     except Exception:  # a family's own code may keep no cache, or another kind
-        return (False,) * len(layers)
-    keys = [getattr(slot, "keys", None) for slot in slots]
-    return tuple(own is None or not own.numel() for own in keys)
+        return [_InCache()] * len(layers)
+    found = []
+    for slot, own in zip(slots, sizes, strict=True):
+        keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
+        if not isinstance(keys, torch.Tensor) or not keys.numel():
+            found.append(_InCache(stateful=True))
+        elif not isinstance(values, torch.Tensor) or keys.ndim != 4 or values.ndim != 4 or not values.shape[-1]:
+            found.append(_InCache())
+        elif keys.shape[1] == 1 and own.query_heads and own.kv_heads is None:
+            found.append(_InCache(latent=keys.shape[-1] + values.shape[-1]))
+        else:
+            found.append(_InCache(numbers=1.0 + keys.shape[-1] / values.shape[-1]))
+    return found
+
+
+def _at_full_length(length: int, kind: LayerKind, small: nn.Module, large: nn.Module) -> int | None:
+    """A length of a specimen's layer in the model itself: that of a weight of the attention that is as long."""
+    shapes = {name: p.shape for name, p in large.named_parameters()}
+    for name, parameter in small.named_parameters():
+        if kind.owners.get(name) == "attention" and length in parameter.shape and name in shapes:
+            return int(shapes[name][list(parameter.shape).index(length)])
+    return None
 
 
 def _widths(sizes: Sizes, layer: nn.Module) -> tuple[int | None, int | None]:
@@ -255,6 +308,18 @@ class InferredDescriptor(ModelDescriptor):
         """Whether the mixer of a layer has a state in the cache that does not grow with the tokens."""
         findings = cls.findings
         return bool(findings.stateful) and findings.stateful[findings.of_layer[index]]
+
+    @classmethod
+    def cached_numbers(cls, index: int) -> float:
+        """Numbers in the KV cache for each one of a value head; keys may be longer or shorter than values."""
+        findings = cls.findings
+        return findings.cached[findings.of_layer[index]] if findings.cached else 2.0
+
+    @classmethod
+    def latent_cache(cls, index: int) -> int | None:
+        """Numbers in the KV cache for a token that all heads of a layer share; None if each KV head has its own."""
+        findings = cls.findings
+        return findings.latent[findings.of_layer[index]] if findings.latent else None
 
     @classmethod
     def of(cls, config: PretrainedConfig) -> type[InferredDescriptor]:
