@@ -1,1 +1,1 @@
-"""Descriptors written by hand."""
+"""Descriptors for families that experiment cannot tell. There is none; each would say here why it exists."""
