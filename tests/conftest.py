@@ -31,6 +31,7 @@ from transformers import (
 import layersmith
 from layersmith import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.heterogeneous.build import stock_class
+from layersmith.model_descriptor.factory import ModelDescriptorFactory
 
 torch.set_num_threads(1)
 # Nothing is read from or written to the user's own cache; removed when the process ends.
@@ -89,6 +90,12 @@ def stock_model(config: PretrainedConfig, seed: int = 0) -> Any:
 
 def child_model(config: PretrainedConfig, blocks: list[BlockConfig], seed: int = 0) -> Any:
     return randomize(layersmith.build(config, blocks), seed).eval()
+
+
+@pytest.fixture(autouse=True)
+def own_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test registers is gone after it."""
+    monkeypatch.setattr(ModelDescriptorFactory, "_registered", dict(ModelDescriptorFactory._registered))
 
 
 @pytest.fixture(params=sorted(FAMILIES))

@@ -64,7 +64,8 @@ def write(verdicts: Sequence[Verdict], folder: Path = DOCS) -> None:
     write_json(
         folder / "families.json", {"versions": versions(), "families": [dataclasses.asdict(v) for v in verdicts]}
     )
-    write_text(folder / "families.md", rendered(verdicts, versions()))
+    # From what was kept, so that it is the same whenever it is rendered again.
+    write_text(folder / "families.md", rendered(*read(folder)))
 
 
 def read(folder: Path = DOCS) -> tuple[list[Verdict], dict[str, str]]:

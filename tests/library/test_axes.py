@@ -11,7 +11,7 @@ def axes_of(config, blocks=None):
 def test_axes_are_found_by_shape(family: str) -> None:
     config = FAMILIES[family]()
     for axes in axes_of(config):
-        assert axes.reasons == {}
+        assert axes.reasons.keys() <= {"window"}
         assert axes.ffn.size == 64
         assert {(w.name, w.dim) for w in axes.ffn.weights} == {
             ("mlp.gate_proj.weight", 0),
@@ -40,4 +40,4 @@ def test_reasons_where_there_is_nothing_to_narrow() -> None:
     assert axes[1].kv.fewer_queries
     assert axes[2].ffn is None
     assert "no FFN" in axes[2].reasons["ffn"]
-    assert axes[3].reasons == {}
+    assert axes[3].reasons.keys() <= {"window"}

@@ -296,10 +296,12 @@ class InferredDescriptor(ModelDescriptor):
     def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
         """Weights of a freshly built layer that get another shape, for a width that no attribute says."""
         width = block.ffn.intermediate_size
+        if width is None or not any(sizes.resized for sizes in cls.findings.sizes):
+            return {}
         shapes = {}
         for name, dim in cls.findings.sizes[cls.findings.number_of_kind(layer)].resized:
             shape = list(layer.get_parameter(name).shape)
-            if width is not None and shape[dim] != width:
+            if shape[dim] != width:
                 shapes[name] = [*shape[:dim], width, *shape[dim + 1 :]]
         return shapes
 
