@@ -388,20 +388,22 @@ class _Examination:
             elif parameter in dead_ffn:
                 owner = "ffn"
             else:
-                owner = self._by_order(parameter, first_ffn, bool(attention))
+                owner = self._by_order(parameter, first_ffn, attention)
             owners[parameter] = owner
         return owners
 
-    def _by_order(self, parameter: str, first_ffn: int | None, has_attention: bool) -> str:
-        """Weights that matter without either subblock go with the one that they run nearest to."""
+    def _by_order(self, parameter: str, first_ffn: int | None, attention: Sequence[str]) -> str:
+        """Weights that matter without either subblock go with the one that they run before, or else in or after."""
         if first_ffn is None:
             return "attention"
-        if not has_attention:
+        if not attention:
             return "ffn"
+        after_attention = max(self.calls[name].end for name in attention)
         module = parameter
         while module := module.rpartition(".")[0]:
             if module in self.calls:
-                return "attention" if self.calls[module].begin < first_ffn else "ffn"
+                begin = self.calls[module].begin
+                return "attention" if begin < first_ffn and begin < after_attention else "ffn"
         return "ffn"
 
     # ------------------------------------------------------------------------------------------ the no-op
