@@ -208,9 +208,12 @@ def cached_modules(descriptor: type[ModelDescriptor], layer: nn.Module, index: i
     if slot == index or not descriptor.attn_no_op_supported():
         return None
     try:
-        return list(no_op_records(descriptor, layer, "attention"))
+        moved = list(no_op_records(descriptor, layer, "attention"))
     except UnsupportedModel:
         return None
+    # A no-op that leaves what other layers use replaces less than what keeps things in the cache.
+    whole = getattr(descriptor, "attention_modules", lambda layer: ())(layer)
+    return list(dict.fromkeys((*whole, *moved)))
 
 
 def native_layers(config: PretrainedConfig) -> dict[str, dict[str, Any]]:

@@ -125,7 +125,7 @@ def find(config: PretrainedConfig) -> Findings:
             kinds.append(find_kind(specimen, name))
         of_layer.append(signatures.index(own))
     if not any(kind.attention for kind in kinds):
-        raise UnsupportedModel(f"no layer in {structure.layers} mixes tokens: its attention is somewhere else.")
+        raise UnsupportedModel(_without_attention(specimen, structure.layers))
     classes = tuple(dict.fromkeys(type(specimen.model.get_submodule(name)) for name in names))
     notes: list[str] = []
     for k, kind in enumerate(kinds):
@@ -245,6 +245,21 @@ def _at_full_size(
     return replace(sizes, query_heads=(), head_size=None)
 
 
+def _without_attention(specimen: Specimen, layers: str) -> str:
+    """Why no attention was found."""
+    first = f"{layers}.0"
+    own, other = (
+        next(call for call in specimen.trace(ids, keep=[first]) if call.name == first).tensors().values()
+        for ids in (specimen.ids, specimen.other_ids)
+    )
+    taken = [pair for pair in zip(own, other, strict=False) if pair[0].is_floating_point() and pair[0].ndim >= 2]
+    if taken and torch.equal(*taken[0]):
+        return (
+            f"the layers in {layers} are not given the text: it goes to an encoder, and they see what that makes of it."
+        )
+    return f"no layer in {layers} is seen to let one token of the text see another: its attention is somewhere else."
+
+
 def _check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Module]]) -> None:
     """Each layer must be made from a config, or layers cannot differ."""
     try:
@@ -291,6 +306,12 @@ class InferredDescriptor(ModelDescriptor):
         """Whether the attention of a layer still writes to the KV cache when its no-op has been made."""
         attention = cls.findings.kinds[cls.findings.of_layer[index]].attention
         return attention is not None and attention.stays
+
+    @classmethod
+    def attention_modules(cls, layer: nn.Module) -> tuple[str, ...]:
+        """The modules of a layer, as its class builds it, that do the work of its attention."""
+        attention = cls.findings.kind_of(layer).attention
+        return () if attention is None else attention.modules
 
     @classmethod
     def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:

@@ -5,6 +5,7 @@ A model with the no-op must give, to the bit, what it gives with the subblock's 
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -30,7 +31,7 @@ def proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[str
             continue
         around = [r for r in subblock.replaced if r[0] not in subblock.modules]
         simple = [r for r in around if not r[1].get("returns")]
-        problem = ""
+        reason = ""
         own = [r for r in subblock.replaced if r[0] in subblock.modules]
         # A layer may expect a tuple of its own class of module only, and a tensor of any other.
         bare = [(module, record | {"returns": 0}) for module, record in own]
@@ -38,11 +39,12 @@ def proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[str
             replaced = tuple(modules + kept)
             candidate = Subblock(subblock.modules, replaced)
             asked, problem = _try_no_op(specimen, layer_name, candidate)
+            reason = reason or problem
             if not problem:
                 tried[name] = Subblock(subblock.modules, _with_attributes(replaced, asked))
                 break
         else:
-            tried[name] = _last_part(specimen, layer_name, subblock) or Subblock(subblock.modules, (), problem)
+            tried[name] = _last_part(specimen, layer_name, subblock) or Subblock(subblock.modules, (), reason)
     both = [s for s in tried.values() if s is not None and s.removable]
     shared = kind.shared if len(both) == 2 else ()
     if len(both) == 2:
@@ -109,9 +111,11 @@ def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple
         # A norm after the subblock goes with it: what it makes of zeros is silenced too.
         with specimen.silenced(silenced), silent_stay_silent(model, after):
             wanted = specimen.run()
-        filled = None
+        filled, caches = None, False
         with suppress(Exception), torch.no_grad():
-            filled = model(input_ids=specimen.ids, use_cache=True).past_key_values
+            cached = model(input_ids=specimen.ids, use_cache=True)
+            caches = True
+            filled = cached.past_key_values
         try:
             for name, record in subblock.replaced:
                 layer.set_submodule(name, _Asked(originals[name], make_replacement(record), asked[name]))
@@ -128,7 +132,7 @@ def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple
     except Exception as error:  # whatever a family's own code raises
         return asked, f"the model does not run with it ({first_line(error)})"
     if torch.equal(wanted, seen):
-        return asked, ""
+        return asked, _afresh(specimen, layer_name, subblock, asked, caches)
     change = float((wanted - seen).abs().max() / wanted.abs().max())
     return (
         asked,
@@ -148,6 +152,35 @@ def _build_asking(
 
     with suppress(Exception), own_layers([layer_class], lambda own, index: own, finish):
         stock_model(specimen.config)
+
+
+def _afresh(specimen: Specimen, layer_name: str, subblock: Subblock, asked: dict[str, set[str]], caches: bool) -> str:
+    """What goes wrong in the first run of a model with the no-op, or when it fills a cache, if anything.
+
+    The first run may ask for what no later one does, e.g. to scale the weights of all layers.
+    """
+    fresh = stock_model(specimen.config, "cpu", torch.float32).eval()
+    real = copy.deepcopy(fresh)
+    layer = fresh.get_submodule(layer_name)
+    for name, record in subblock.replaced:
+        layer.set_submodule(name, _Asked(layer.get_submodule(name), make_replacement(record), asked[name]))
+    with suppress(Exception), torch.no_grad():
+        fresh(input_ids=specimen.ids, use_cache=False)
+    for name, record in _with_attributes(subblock.replaced, asked):
+        put(real.get_submodule(layer_name), name, record)
+    with torch.no_grad():
+        try:
+            real(input_ids=specimen.ids, use_cache=False)
+        except Exception as error:  # whatever a family's own code raises
+            return f"the model does not run with it ({first_line(error)})"
+        try:
+            real(input_ids=specimen.ids, use_cache=True)
+        except (AttributeError, TypeError, KeyError) as error:  # it misses something; a cache may say no for others
+            if caches:
+                return f"the model does not fill its cache with it ({first_line(error)})"
+        except Exception:
+            pass
+    return ""
 
 
 @contextmanager

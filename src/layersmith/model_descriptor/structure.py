@@ -81,7 +81,7 @@ def _find_layers(model: nn.Module, calls: list[Call]) -> tuple[str, int]:
     for call in calls:
         counts[call.name] = counts.get(call.name, 0) + 1
     found: list[tuple[int, str, int]] = []
-    looped = ""
+    looped = idle = ""
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
@@ -93,12 +93,16 @@ def _find_layers(model: nn.Module, calls: list[Call]) -> tuple[str, int]:
             found.append((size, name, len(module)))
         elif runs and all(n > 1 for n in runs):
             looped = name
+        elif any(runs) and not all(runs) and len({type(layer) for layer in module}) > 1 and not idle:
+            idle = f"{runs.count(0)} of the {len(runs)} layers in {name}"
     if not found:
         if looped:
             raise UnsupportedModel(
                 f"the layers in {looped} run more than once in a forward pass; one that is replaced would change all "
                 "its passes."
             )
+        if idle:
+            raise UnsupportedModel(f"on text alone {idle} do not run, and what does not run cannot be seen.")
         raise UnsupportedModel("no list of modules runs one after another, so its layers cannot be told.")
     _, name, length = max(found)
     return name, length
