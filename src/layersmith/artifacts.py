@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -120,6 +120,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise
+
+
+def plain(value: Any, without: Sequence[str] = ()) -> Any:
+    """JSON data of a config; what JSON has no word for becomes a string, and some keys are left out at any depth."""
+    if isinstance(value, dict):
+        return {str(k): plain(v, without) for k, v in value.items() if k not in without}
+    if isinstance(value, list | tuple):
+        return [plain(v, without) for v in value]
+    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
 
 
 def fingerprint(data: Any) -> str:

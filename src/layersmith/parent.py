@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layersmith.artifacts import file_digest, fingerprint
+from layersmith.artifacts import file_digest, fingerprint, plain
 from layersmith.block_config import BlockConfig
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.build import block_configs_of, decoder_layers
@@ -97,7 +97,7 @@ def identity_of(path: str | Path, config: PretrainedConfig) -> str:
     files = weight_files(folder) if folder.is_dir() else []
     total = sum(file.stat().st_size for file in files)
     digests = {file.name: file_digest(file) if total <= _WHOLE_HASH_BYTES else _ends_digest(file) for file in files}
-    return fingerprint({"config": _plain(data), "files": digests, "hub": None if files else str(path)})
+    return fingerprint({"config": plain(data), "files": digests, "hub": None if files else str(path)})
 
 
 def _ends_digest(file: Path) -> str:
@@ -106,11 +106,3 @@ def _ends_digest(file: Path) -> str:
         start = opened.read(header_bytes + 1024**2)
         opened.seek(max(0, file.stat().st_size - 1024**2))
         return fingerprint([file.stat().st_size, start.hex(), opened.read().hex()])
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)

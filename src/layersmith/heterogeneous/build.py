@@ -116,17 +116,17 @@ def child_config(
     if len(blocks) != num_layers:
         raise UsageError(f"{len(blocks)} block configs for the {num_layers} layers of the model.")
     built_types: list[str] = []
+    layers = decoder_layers(stock_model(config), descriptor, len(blocks))
     if own_types := getattr(language, "layer_types", None):
         asked = [block.attention.layer_type or own for block, own in zip(blocks, own_types, strict=True)]
         layer_types = cache_layer_types(fills_cache(descriptor, blocks), asked)
         retyped = _with_layer_types(config, descriptor, layer_types)
-        before, after = (decoder_layers(stock_model(c), descriptor, len(blocks)) for c in (config, retyped))
-        if [type(layer) for layer in before] != [type(layer) for layer in after]:
-            built_types = list(own_types)
-        config, layers = retyped, before if built_types else after
-        language = descriptor.get_language_model_config(config)
-    else:
-        layers = decoder_layers(stock_model(config), descriptor, len(blocks))
+        if retyped is not config:
+            after = decoder_layers(stock_model(retyped), descriptor, len(blocks))
+            if [type(layer) for layer in layers] != [type(layer) for layer in after]:
+                built_types = list(own_types)
+            config, layers = retyped, layers if built_types else after
+            language = descriptor.get_language_model_config(config)
     class_names = [f"{cls.__module__}.{cls.__qualname__}" for cls in layer_classes(descriptor)]
     text_config = "" if language is config else next(n for n, value in vars(config).items() if value is language)
     config.layersmith = make_plan(descriptor, config, blocks, layers, class_names, text_config)

@@ -17,6 +17,11 @@ import torch
 REST = "rest"
 
 
+def largest_part(size: int) -> int:
+    """The largest proper divisor, so that whatever must divide a size still does."""
+    return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
+
+
 @dataclass(frozen=True)
 class Segment:
     """Neighbouring entries of a dimension that belong to the units of one part, unit after unit.
@@ -78,15 +83,34 @@ class WeightAxis:
         return result
 
 
+class _WithReader:
+    """What has weights by name, one of which reads all the units into the subblock's output."""
+
+    weights: tuple[WeightAxis, ...]
+    reader: str
+
+    def weight(self, name: str) -> WeightAxis:
+        return next(w for w in self.weights if w.name == name)
+
+    @property
+    def reader_dim(self) -> int:
+        """The dimension of the reader that counts units."""
+        return self.weight(self.reader).dim
+
+    @property
+    def output(self) -> str:
+        """Name, in the layer, of the module whose input holds the units."""
+        return self.reader.removesuffix(".weight")
+
+
 @dataclass(frozen=True)
-class Bundle:
+class Bundle(_WithReader):
     """Weights that share their channels: an FFN, all routed experts with channels of their own each, a shared expert.
 
     Attributes:
         size: channels.
         weights: what is sliced.
         reader: the weight that reads the channels into the subblock's output; empty until it is proved.
-        reader_dim: the dimension of it that counts channels.
         members: experts in it; 0 where there is only one FFN.
         stacked: whether the members lie along the first dimension of each weight, not in a list of modules.
     """
@@ -94,12 +118,8 @@ class Bundle:
     size: int
     weights: tuple[WeightAxis, ...]
     reader: str = ""
-    reader_dim: int = -1
     members: int = 0
     stacked: bool = False
-
-    def weight(self, name: str) -> WeightAxis:
-        return next(w for w in self.weights if w.name == name)
 
 
 @dataclass(frozen=True)
@@ -121,11 +141,11 @@ class WidthAxis:
     @property
     def output(self) -> str:
         """Name, in the layer, of the module whose input holds the channels of the first bundle."""
-        return self.bundles[0].reader.removesuffix(".weight")
+        return self.bundles[0].output
 
 
 @dataclass(frozen=True)
-class HeadsAxis:
+class HeadsAxis(_WithReader):
     """The heads of an attention.
 
     Attributes:
@@ -134,7 +154,6 @@ class HeadsAxis:
         head_dim: d, of a KV head in the cache.
         weights: what holds heads, each weight once.
         reader: the weight that reads the heads into the subblock's output.
-        reader_dim: the dimension of it that counts heads.
         fewer_kv: whether there can be fewer KV heads for the same query heads.
         fewer_queries: whether there can be fewer query heads for the same KV heads.
         fewer_groups: whether KV heads can go with their query heads.
@@ -145,22 +164,13 @@ class HeadsAxis:
     head_dim: int
     weights: tuple[WeightAxis, ...]
     reader: str = ""
-    reader_dim: int = -1
     fewer_kv: bool = False
     fewer_queries: bool = False
     fewer_groups: bool = False
 
     @property
-    def output(self) -> str:
-        """Name, in the layer, of the module whose input holds the heads."""
-        return self.reader.removesuffix(".weight")
-
-    @property
     def sizes(self) -> dict[str, int]:
         return {"kv": self.size, "queries": self.num_heads}
-
-    def weight(self, name: str) -> WeightAxis:
-        return next(w for w in self.weights if w.name == name)
 
 
 @dataclass(frozen=True)

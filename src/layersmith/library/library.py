@@ -359,7 +359,7 @@ def probes_for(
 def _width_probes(layer: nn.Module, i: int, part: str, axis: WidthAxis, ffn_ranking: str) -> list[Probe]:
     probes = []
     for b, bundle in enumerate(axis.bundles):
-        name, module = f"{i}.{part}.{b}", bundle.reader.removesuffix(".weight")
+        name, module = f"{i}.{part}.{b}", bundle.output
         plain = not bundle.members and module != bundle.reader and input_dim(layer, bundle.reader) is not None
         if plain:
             kind = "moment" if ffn_ranking == "iterative" else "energy"
@@ -386,11 +386,11 @@ def _expert_reader(layer: nn.Module, own: LayerAxes) -> Bundle:
     stacks = [w for w in own.experts.weights if layer.state_dict()[w.name].ndim == 3]
     if stacks:
         last = dataclasses.replace(stacks[-1], dim=2, segments=(Segment("channels"),))
-        return Bundle(layer.state_dict()[last.name].shape[2], (last,), last.name, 2, own.experts.size, True)
+        return Bundle(layer.state_dict()[last.name].shape[2], (last,), last.name, own.experts.size, True)
     prefix = f"{own.experts.lists[0]}.0."
     name = [n for n, p in layer.named_parameters() if n.startswith(prefix) and p.ndim == 2][-1]
     last = WeightAxis(name.replace(prefix, f"{own.experts.lists[0]}.{{}}."), 1, (Segment("channels"),))
-    return Bundle(layer.state_dict()[name].shape[1], (last,), last.name, 1, own.experts.size, False)
+    return Bundle(layer.state_dict()[name].shape[1], (last,), last.name, own.experts.size, False)
 
 
 def _holder(layer: nn.Module, own: LayerAxes, bundle: Bundle) -> str:

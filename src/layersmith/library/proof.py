@@ -19,10 +19,21 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
+from layersmith.block_config import BlockConfig
 from layersmith.errors import first_line
 from layersmith.execution import LAYER_TYPE, first_tensor, forward_with, hands_over, layer_outputs, share_buffers
-from layersmith.library.axes import REST, Bundle, ExpertsAxis, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.library.alternative import Alternative
+from layersmith.library.axes import (
+    REST,
+    Bundle,
+    ExpertsAxis,
+    HeadsAxis,
+    LayerAxes,
+    Segment,
+    WeightAxis,
+    WidthAxis,
+    largest_part,
+)
 from layersmith.library.shapes import layer_shapes, meta_layers
 from layersmith.library.weights import (
     keep_experts,
@@ -99,6 +110,7 @@ class _Trial:
         _, _, self.outputs = layer_outputs(parent, tokens)
         self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
         self._before: dict[int, torch.Tensor] = {}
+        self._skeletons: dict[str, nn.Module] = {}
 
     def output(self, i: int, layer: nn.Module) -> torch.Tensor:
         """The hidden states that a layer gives in the place of layer ``i``."""
@@ -133,9 +145,12 @@ class _Trial:
         return float((seen[0] - seen[1]).float().abs().max() / update)
 
     def built(self, i: int, block: BlockConfig) -> nn.Module:
-        """Layer ``i`` with another block config, on the meta device."""
-        blocks = [block if own == self.parent.blocks[i] else own for own in self.parent.blocks]
-        return copy.deepcopy(meta_layers(self.parent.descriptor, self.parent.config, blocks)[i])
+        """Layer ``i`` with another block config, on the meta device; the same for every guess."""
+        key = f"{i} {block.to_json()}"
+        if key not in self._skeletons:
+            blocks = [block if own == self.parent.blocks[i] else own for own in self.parent.blocks]
+            self._skeletons[key] = meta_layers(self.parent.descriptor, self.parent.config, blocks)[i]
+        return copy.deepcopy(self._skeletons[key])
 
     def before(self, i: int) -> torch.Tensor:
         """The hidden states that layer ``i`` is given."""
@@ -183,13 +198,9 @@ def _first_that_holds(trial: _Trial, guesses: Iterator[G], difference: Callable[
 
 def _prove_width(trial: _Trial, i: int, axis: WidthAxis, shared: bool) -> WidthAxis:
     block = trial.parent.blocks[i]
-    size = next(axis.size // divisor for divisor in range(2, axis.size + 1) if axis.size % divisor == 0)
-    moe = block.ffn.moe
-    ffn = FFNConfig(intermediate_size=size)
-    if moe is not None:
-        name = "shared_expert_intermediate_dim" if shared else "expert_intermediate_dim"
-        ffn = FFNConfig(moe=dataclasses.replace(moe, **{name: size}))
-    narrower = dataclasses.replace(block, ffn=ffn)
+    size = largest_part(axis.size)
+    kind = "shared_width" if shared else "ffn_width" if block.ffn.moe is None else "expert_width"
+    narrower = Alternative(i, "ffn", kind, size=size).block_config(block)
     axis = dataclasses.replace(axis, bundles=tuple(_with_reader(trial, i, b) for b in _partitioned(trial, i, axis)))
 
     def difference(guess: WidthAxis, copies: bool) -> float:
@@ -283,15 +294,15 @@ def _with_reader(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
         change = (trial.output(i, changed) - base).float().abs().flatten(0, -2).amax(0)
         touched = int((change > 1e-6 * change.max()).sum()) if float(change.max()) > 0 else 0
         if 0 < touched <= max(1, len(change) // 8) and bool(change[0] > 0):
-            return dataclasses.replace(bundle, reader=w.name, reader_dim=w.dim)
+            return dataclasses.replace(bundle, reader=w.name)
     if bundle.members or len(bundle.weights) > 1:
-        # After the subblock something mixes the outputs, e.g. a norm: then the one that keeps most of them.
-        return _reader_by_linearity(trial, i, bundle)
+        # After the subblock something mixes the outputs, e.g. a norm; then shapes have to tell.
+        return _reader_by_shape(trial, i, bundle)
     return bundle
 
 
-def _reader_by_linearity(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
-    """The bundle with the weight whose governed dimension is the one that the others do not end in, by shape."""
+def _reader_by_shape(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
+    """The bundle with the only matrix that has one entry a channel, as beside a fused gate and up projection."""
     shapes = layer_shapes(trial.parent.layers[i])
     narrowest = [
         w
@@ -299,7 +310,7 @@ def _reader_by_linearity(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
         if len(shapes[w.name.format(0)]) - bool(bundle.stacked) == 2 and sum(s.unit for s in w.segments) == 1
     ]
     if len(narrowest) == 1:
-        return dataclasses.replace(bundle, reader=narrowest[0].name, reader_dim=narrowest[0].dim)
+        return dataclasses.replace(bundle, reader=narrowest[0].name)
     raise _Fails("the weights that its channels end in cannot be told")
 
 
@@ -408,25 +419,24 @@ def _heads_difference(trial: _Trial, i: int, way: str, axis: HeadsAxis, copies: 
         axis: a guess.
         copies: whether the heads that go are first made copies of those that stay.
     """
-    block = trial.parent.blocks[i]
     group = axis.num_heads // axis.size
     if way == "fewer_queries":
-        left = max(k for k in range(1, group) if group % k == 0)
+        left = largest_part(group)
         # Not the first ones, so that the order of heads is put to the test.
         queries = (torch.arange(axis.size)[:, None] * group + torch.arange(group - left, group)).flatten()
         kept = {"queries": queries}
-        attention = _attention(block, num_attention_heads=len(queries))
+        fewer = Alternative(i, "attention", "query_heads", size=len(queries))
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, queries)  # noqa: E731
     else:
-        count = max(k for k in range(1, axis.size // 2 + 1) if axis.size % k == 0 and axis.num_heads % k == 0)
+        count = largest_part(axis.size)
         heads = torch.arange(axis.size)[-count:]
         queries = query_heads_of(axis, heads)
         kept = {"kv": heads, "queries": queries}
         if way == "fewer_kv":
-            attention = _attention(block, num_key_value_heads=count)
+            fewer = Alternative(i, "attention", "kv_heads", size=count)
             cut = lambda tensors: keep_kv_heads(tensors, axis, heads)  # noqa: E731
         else:
-            attention = groups_config(block, axis, count)
+            fewer = Alternative(i, "attention", "head_groups", size=count, query_heads=count * group)
             cut = lambda tensors: keep_groups(tensors, axis, heads)  # noqa: E731
     gone = {"kv": _others(axis.size, kept["kv"])} if "kv" in kept else {}
     gone["queries"] = _others(axis.num_heads, queries)
@@ -442,7 +452,7 @@ def _heads_difference(trial: _Trial, i: int, way: str, axis: HeadsAxis, copies: 
         entries = reader.positions("queries", axis.sizes)[gone["queries"]].flatten()
         state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
 
-    return trial.difference(i, dataclasses.replace(block, attention=attention), kill, cut)
+    return trial.difference(i, fewer.block_config(trial.parent.blocks[i]), kill, cut)
 
 
 def _copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor) -> None:
@@ -451,25 +461,13 @@ def _copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torc
     moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
 
 
-def _attention(block: BlockConfig, **sizes: Any) -> AttentionConfig:
-    return dataclasses.replace(block.attention, **sizes)
-
-
-def groups_config(block: BlockConfig, axis: HeadsAxis, count: int) -> AttentionConfig:
-    """The attention of a block with only ``count`` KV heads and their query heads."""
-    heads = axis.num_heads // axis.size * count
-    if block.attention.num_key_value_heads is None:
-        return _attention(block, num_attention_heads=heads)
-    return _attention(block, num_key_value_heads=count, num_attention_heads=heads)
-
-
 def _prove_window(trial: _Trial, i: int, layer_type: str) -> str:
     """The layer runs with the mask of the other type, and as long as the window holds all tokens it is no mask at all.
 
     What it gives may still differ then, e.g. by rotary positions of its own for each type.
     """
-    block = trial.parent.blocks[i]
-    layer = trial.built(i, dataclasses.replace(block, attention=_attention(block, layer_type=layer_type)))
+    windowed = Alternative(i, "attention", "window", layer_type)
+    layer = trial.built(i, windowed.block_config(trial.parent.blocks[i]))
     original = trial.parent.layers[i]
     layer.load_state_dict(original.state_dict(), strict=True, assign=True)
     share_buffers(original, layer)
@@ -488,8 +486,6 @@ def _prove_window(trial: _Trial, i: int, layer_type: str) -> str:
 
 def _prove_experts(trial: _Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
     block = trial.parent.blocks[i]
-    moe = block.ffn.moe
-    assert moe is not None
     if axis.per_token >= axis.size:
         raise _Fails("a token uses all experts")
     if not axis.router:
@@ -515,9 +511,8 @@ def _prove_experts(trial: _Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
                 elif state[w.name].numel() == guess.size and w.name not in of_experts:
                     state[w.name].view(-1)[entries] = _NEVER  # what the router adds to an expert's score
 
-        fewer = dataclasses.replace(moe, num_local_experts=len(kept))
-        narrower = dataclasses.replace(block, ffn=FFNConfig(moe=fewer))
-        return trial.difference(i, narrower, kill, lambda tensors: keep_experts(tensors, guess, kept))
+        fewer = Alternative(i, "ffn", "experts", size=len(kept)).block_config(block)
+        return trial.difference(i, fewer, kill, lambda tensors: keep_experts(tensors, guess, kept))
 
     return _first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
 

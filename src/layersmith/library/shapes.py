@@ -18,11 +18,22 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
+from layersmith.block_config import BlockConfig, FFNConfig
 from layersmith.errors import first_line
 from layersmith.heterogeneous.build import decoder_layers
 from layersmith.heterogeneous.patcher import deci_x_patcher
-from layersmith.library.axes import REST, Bundle, ExpertsAxis, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.library.alternative import Alternative
+from layersmith.library.axes import (
+    REST,
+    Bundle,
+    ExpertsAxis,
+    HeadsAxis,
+    LayerAxes,
+    Segment,
+    WeightAxis,
+    WidthAxis,
+    largest_part,
+)
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.stock import stock_model, whole_number
@@ -240,7 +251,7 @@ class _Finder:
                 readers.append(w)
         if len(readers) != 1:
             return bundle
-        return dataclasses.replace(bundle, reader=readers[0].name, reader_dim=readers[0].dim)
+        return dataclasses.replace(bundle, reader=readers[0].name)
 
     # ------------------------------------------------------------------------------------------ experts
 
@@ -253,7 +264,7 @@ class _Finder:
         governed = [g for g in self.governed(made, i) if members.number_of(g.name) is None]
         if not members.stacks and not members.lists:
             raise _None("no stack or list of weights has one for each expert")
-        weights = tuple(_weight_axis(g, "experts", moe.num_local_experts) for g in governed)
+        weights = tuple(_weight_axis(g, "experts") for g in governed)
         shapes = self.base[i]
         matrices = [g.name for g in governed if len(shapes[g.name]) == 2 and min(shapes[g.name]) > 1]
         router = tuple(name for name in matrices if name not in members.stacks)
@@ -268,8 +279,8 @@ class _Finder:
         assert moe is not None
         if moe.num_experts_per_tok < 2:
             return False
-        fewer = dataclasses.replace(moe, num_experts_per_tok=moe.num_experts_per_tok - 1)
-        block = dataclasses.replace(self.blocks[i], ffn=FFNConfig(moe=fewer))
+        fewer = Alternative(i, "ffn", "experts_per_token", size=moe.num_experts_per_tok - 1)
+        block = fewer.block_config(self.blocks[i])
         own, other = (self.descriptor.block_config_to_layer_overrides(b) for b in (self.blocks[i], block))
         return own != other
 
@@ -341,8 +352,7 @@ class _Finder:
         def narrowed(block: BlockConfig, j: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
             if types[j] != _FULL or block.attention.no_op or block.attention.replace_with_linear:
                 return None
-            attention = dataclasses.replace(block.attention, layer_type=_SLIDING)
-            return dataclasses.replace(block, attention=attention), 0, 1
+            return Alternative(j, "attention", "window", _SLIDING).block_config(block), 0, 1
 
         made = self.experiment("window", narrowed)
         if made.problem or made.shapes[i] != self.base[i]:
@@ -364,8 +374,7 @@ class _Finder:
             own = self._num_heads(j)
             if own is None or block.attention.no_op or block.attention.replace_with_linear:
                 return None
-            attention = dataclasses.replace(block.attention, num_attention_heads=2 * own)
-            return dataclasses.replace(block, attention=attention), 2 * own, own
+            return Alternative(j, "attention", "query_heads", size=2 * own).block_config(block), 2 * own, own
 
         made = self.experiment("queries", more)
         try:
@@ -376,10 +385,9 @@ class _Finder:
 
     def _alike_heads(self, i: int, num_heads: int, of_queries: list[_Governed]) -> HeadsAxis:
         """Every query head has keys and values of its own."""
-        weights = tuple(_weight_axis(g, "queries", num_heads) for g in of_queries)
-        reader = self._heads_reader(i, weights)
-        head_dim = reader[2]
-        return HeadsAxis(num_heads, num_heads, head_dim, weights, reader[0], reader[1], fewer_groups=num_heads > 1)
+        weights = tuple(_weight_axis(g, "queries") for g in of_queries)
+        reader, head_dim = self._heads_reader(i, weights)
+        return HeadsAxis(num_heads, num_heads, head_dim, weights, reader, fewer_groups=num_heads > 1)
 
     def _grouped_heads(
         self, i: int, count: int, num_heads: int, of_kv: list[_Governed], of_queries: list[_Governed]
@@ -399,10 +407,10 @@ class _Finder:
             if rest < 0:
                 raise _None(f"queries, keys and values of {name} cannot be told apart")
             weights.append(WeightAxis(name, dim, tuple(_split_fused(parts, rest))))
-        reader = self._heads_reader(i, weights)
+        reader, head_dim = self._heads_reader(i, weights)
         more_than_one = count > 1 and bool(of_kv)
         return HeadsAxis(
-            count, num_heads, reader[2], tuple(weights), reader[0], reader[1],
+            count, num_heads, head_dim, tuple(weights), reader,
             fewer_kv=more_than_one, fewer_queries=num_heads > count, fewer_groups=more_than_one,
         )  # fmt: skip
 
@@ -439,8 +447,8 @@ class _Finder:
                     weights.append(WeightAxis(name, dim, (Segment("queries", head_dim),)))
             elif len(shape) == 1 and own_input is not None and not is_reader:
                 weights.append(WeightAxis(name, 0, (Segment("queries", head_dim),)))
-        reader = self._heads_reader(i, weights)
-        return HeadsAxis(count, num_heads, reader[2], tuple(weights), reader[0], reader[1], fewer_kv=True)
+        reader, head_dim = self._heads_reader(i, weights)
+        return HeadsAxis(count, num_heads, head_dim, tuple(weights), reader, fewer_kv=True)
 
     def _comes_last(self, i: int, matrix: str) -> bool:
         """Whether a square projection is the last of its attention in the order of construction."""
@@ -459,14 +467,14 @@ class _Finder:
             ]
         return self._owned[i]
 
-    def _heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int, int]:
-        """The one projection whose input the heads are: name, dimension, entries a head."""
+    def _heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int]:
+        """The one projection whose input the heads are: name, entries a head."""
         readers = []
         for w in weights:
             if len(w.segments) == 1 and w.segments[0].part == "queries" and w.name.endswith(".weight"):
                 two = len(self.base[i][w.name]) == 2
                 if two and input_dim(self.skeleton[i], w.name) == w.dim:
-                    readers.append((w.name, w.dim, w.segments[0].unit))
+                    readers.append((w.name, w.segments[0].unit))
         if len(readers) != 1:
             raise _None("the projection that its heads end in cannot be told")
         return readers[0]
@@ -509,15 +517,12 @@ def _before_numbers(name: str) -> str:
 def _bundle(size: int, governed: Sequence[_Governed], members: int, stacked: bool) -> Bundle:
     """Weights with the same channels; what has several entries a channel of the config has as many channels more."""
     least = min(g.unit for g in governed)
-    weights = tuple(
-        _weight_axis(dataclasses.replace(g, unit=g.unit // least), "channels", size * least) for g in governed
-    )
+    weights = tuple(_weight_axis(dataclasses.replace(g, unit=g.unit // least), "channels") for g in governed)
     return Bundle(size * least, weights, members=members, stacked=stacked)
 
 
-def _weight_axis(governed: _Governed, part: str, count: int) -> WeightAxis:
+def _weight_axis(governed: _Governed, part: str) -> WeightAxis:
     """The first guess: several entries of a unit are one after another in parts, and what is no unit's comes last."""
-    del count
     segments = (
         [Segment(part)] * governed.unit if governed.unit <= 3 and part == "channels" else [Segment(part, governed.unit)]
     )
@@ -541,53 +546,41 @@ def _split_fused(parts: Sequence[Segment], rest: int) -> list[Segment]:
 
 
 def _other(size: int, larger: bool) -> int:
-    """The largest proper divisor, so that whatever must divide still does; or twice the size."""
-    if larger:
-        return 2 * size
-    return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
+    return 2 * size if larger else largest_part(size)
 
 
 def _narrower_ffn(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
     moe = block.ffn.moe
-    size = block.ffn.intermediate_size if moe is None else moe.expert_intermediate_dim
-    if size is None or size < 2:
-        return None
-    other = _other(size, larger)
-    ffn = FFNConfig(intermediate_size=other)
-    if moe is not None:
-        ffn = FFNConfig(moe=dataclasses.replace(moe, expert_intermediate_dim=other))
-    return dataclasses.replace(block, ffn=ffn), other, size
+    if moe is None:
+        return _changed(block, i, "ffn", "ffn_width", block.ffn.intermediate_size, larger)
+    return _changed(block, i, "ffn", "expert_width", moe.expert_intermediate_dim, larger)
 
 
 def _narrower_shared(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
     moe = block.ffn.moe
-    if moe is None or (moe.shared_expert_intermediate_dim or 0) < 2:
-        return None
-    size = moe.shared_expert_intermediate_dim
-    assert size is not None
-    other = _other(size, larger)
-    ffn = FFNConfig(moe=dataclasses.replace(moe, shared_expert_intermediate_dim=other))
-    return dataclasses.replace(block, ffn=ffn), other, size
+    size = moe.shared_expert_intermediate_dim if moe is not None else None
+    return _changed(block, i, "ffn", "shared_width", size, larger)
 
 
 def _fewer_experts(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
     moe = block.ffn.moe
     if moe is None or moe.num_local_experts < 2:
         return None
-    other = _other(moe.num_local_experts, larger)
-    fewer = MoEConfig(
-        other,
-        min(other, moe.num_experts_per_tok),
-        moe.expert_intermediate_dim,
-        moe.shared_expert_intermediate_dim,
-    )
-    return dataclasses.replace(block, ffn=FFNConfig(moe=fewer)), other, moe.num_local_experts
+    # A token cannot use more than there are; what it uses changes no shape.
+    per_token = min(moe.num_experts_per_tok, _other(moe.num_local_experts, larger))
+    enough = dataclasses.replace(block, ffn=FFNConfig(moe=dataclasses.replace(moe, num_experts_per_tok=per_token)))
+    return _changed(enough, i, "ffn", "experts", moe.num_local_experts, larger)
 
 
 def _other_kv_heads(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
-    size = block.attention.num_key_value_heads
+    return _changed(block, i, "attention", "kv_heads", block.attention.num_key_value_heads, larger)
+
+
+def _changed(
+    block: BlockConfig, i: int, subblock: str, kind: str, size: int | None, larger: bool
+) -> tuple[BlockConfig, int, int] | None:
+    """The block with an alternative of another size; None where there is no size, or it is 1."""
     if size is None or size < 2:
         return None
     other = _other(size, larger)
-    attention: AttentionConfig = dataclasses.replace(block.attention, num_key_value_heads=other)
-    return dataclasses.replace(block, attention=attention), other, size
+    return Alternative(i, subblock, kind, size=other).block_config(block), other, size

@@ -24,7 +24,7 @@ import transformers
 from transformers import PretrainedConfig
 
 import layersmith
-from layersmith.artifacts import file_digest, fingerprint, write_json
+from layersmith.artifacts import file_digest, fingerprint, plain, write_json
 from layersmith.errors import LayersmithError
 from layersmith.heterogeneous import modeling_layersmith
 from layersmith.model_descriptor.stock import stock_class
@@ -56,7 +56,7 @@ def key_of(config: PretrainedConfig) -> str:
     return fingerprint(
         {
             "class": [type(config).__module__, type(config).__qualname__],
-            "config": _plain(config.to_dict()),
+            "config": plain(config.to_dict(), _NOT_STRUCTURE),
             "model": [model_class.__module__, model_class.__qualname__, _code_of(model_class.__module__)],
             "layersmith": [layersmith.__version__, _own_code()],
             "torch": torch.__version__,
@@ -90,15 +90,6 @@ def write(key: str, value: Any) -> None:
             write_json(folder / f"{key}.json", {"digest": fingerprint(stored), "findings": stored})
     except (LayersmithError, OSError, TypeError, ValueError, ImportError, AttributeError):
         return
-
-
-def _plain(value: Any) -> Any:
-    """JSON data of what a config says of structure."""
-    if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items() if k not in _NOT_STRUCTURE}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return value if isinstance(value, str | int | float | bool | type(None)) else str(value)
 
 
 # ---------------------------------------------------------------------------------------------- digests of code

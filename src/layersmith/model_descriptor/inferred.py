@@ -137,25 +137,28 @@ def find(config: PretrainedConfig) -> Findings:
         if signature(layer) not in signatures:
             raise UnsupportedModel(f"{type(layer).__name__}: its layers are of other kinds once they have run.")
         of_layer.append(signatures.index(signature(layer)))
-    for k, own_sizes in enumerate(sizes):
-        layers = [m.get_submodule(f"{structure.layers}.{of_layer.index(k)}") for m in (skeleton,) if k in of_layer]
-        if own_sizes.head_size is not None and layers:
-            example = specimen.model.get_submodule(names[small_kinds.index(k)])
-            sizes[k] = _at_full_size(own_sizes, specimen.config, example, config, layers[0])
-    widths = [_widths(sizes[k], skeleton.get_submodule(f"{structure.layers}.{i}")) for i, k in enumerate(of_layer)]
     examples = [small_kinds.index(k) for k in range(len(kinds))]
+
+    def at_full_length(length: int, k: int) -> int | None:
+        small = specimen.model.get_submodule(names[examples[k]])
+        large = skeleton.get_submodule(f"{structure.layers}.{of_layer.index(k)}")
+        return _at_full_length(length, kinds[k], small, large)
+
+    for k, own_sizes in enumerate(sizes):
+        if own_sizes.head_size is not None and k in of_layer:
+            path, size = own_sizes.head_size
+            small_heads, heads = (
+                value_at(_language_config(c), own_sizes.query_heads[0]) for c in (specimen.config, config)
+            )
+            length = at_full_length(small_heads * size, k)
+            sizes[k] = (
+                replace(own_sizes, query_heads=(), head_size=None)
+                if length is None
+                else replace(own_sizes, head_size=(path, length // heads))
+            )
+    widths = [_widths(sizes[k], skeleton.get_submodule(f"{structure.layers}.{i}")) for i, k in enumerate(of_layer)]
     in_cache = _in_cache(specimen, examples, sizes)
-    latent = [
-        _at_full_length(
-            own.latent,
-            kinds[k],
-            specimen.model.get_submodule(names[examples[k]]),
-            skeleton.get_submodule(f"{structure.layers}.{of_layer.index(k)}"),
-        )
-        if own.latent and k in of_layer
-        else None
-        for k, own in enumerate(in_cache)
-    ]
+    latent = [at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(in_cache)]
     groups = _groups(skeleton, structure)
     remote = not type(specimen.model).__module__.startswith("transformers.")
     return Findings(
@@ -227,22 +230,6 @@ def _widths(sizes: Sizes, layer: nn.Module) -> tuple[int | None, int | None]:
     places = (sizes.width_at, sizes.shared_width_at)
     own = [shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places]
     return own[0], own[1]
-
-
-def _at_full_size(
-    sizes: Sizes, small: PretrainedConfig, small_layer: nn.Module, config: PretrainedConfig, layer: nn.Module
-) -> Sizes:
-    """Sizes found on a specimen with the size of a head that the model itself has."""
-    assert sizes.head_size is not None
-    path, size = sizes.head_size
-    heads = value_at(_language_config(small), sizes.query_heads[0])
-    shapes = {name: p.shape for name, p in layer.named_parameters()}
-    for name, parameter in small_layer.named_parameters():
-        for dim, length in enumerate(parameter.shape):
-            if length == heads * size and name in shapes:
-                full = shapes[name][dim] // value_at(_language_config(config), sizes.query_heads[0])
-                return replace(sizes, head_size=(path, full))
-    return replace(sizes, query_heads=(), head_size=None)
 
 
 def _without_attention(specimen: Specimen, layers: str) -> str:
