@@ -199,7 +199,9 @@ def _index_argument(arguments: dict[str, Any]) -> int | None:
 
 def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
     """A copy of a config with some attributes set; a mapping for a nested config sets its attributes."""
-    own = copy.deepcopy(config)
+    # A child's plan speaks of all layers and is only read: copies for every layer of it would be most of the work.
+    shared = [config.__dict__.get(name) for name in ("layersmith", "block_configs")]
+    own = copy.deepcopy(config, {id(part): part for part in shared if part is not None})
     for name, value in overrides.items():
         if value is None:
             continue
