@@ -143,6 +143,7 @@ def own_layers(
     The classes are as before when the context closes, however it closes.
     """
     originals = [(cls, cls.__init__, "__init__" in vars(cls)) for cls in layer_classes]
+    built_from: dict[int, tuple[nn.Module, PretrainedConfig]] = {}  # with the module, so that its id stays its own
     under_construction: set[int] = set()  # a listed class may call another listed class's __init__
     constructed = 0
 
@@ -168,12 +169,13 @@ def own_layers(
                 original(*bound.args, **bound.kwargs)
             finally:
                 under_construction.discard(id(self))
+            built_from.update((id(m), (m, bound.arguments[config_name])) for m in self.modules())
             finish(self, index)
 
         __init__.__wrapped__ = original  # type: ignore[attr-defined]
         cls.__init__ = __init__  # type: ignore[method-assign]
 
-    with _construction:
+    with _construction, _initialized_by(built_from):
         try:
             for cls, original, _ in originals:
                 patch(cls, original)
@@ -184,6 +186,31 @@ def own_layers(
                     cls.__init__ = original  # type: ignore[method-assign]
                 else:
                     del cls.__init__
+
+
+@contextmanager
+def _initialized_by(built_from: dict[int, tuple[nn.Module, PretrainedConfig]]) -> Iterator[None]:
+    """While open, a model starts the weights of a module by the config that the module was built from.
+
+    Some families read sizes off the model's own config there, e.g. how many numbers a mixer's heads start with.
+    """
+    original = PreTrainedModel._initialize_weights
+
+    def _initialize_weights(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        _, own = built_from.get(id(module), (module, None))
+        models = self.config
+        if own is not None and type(own) is type(models):
+            self.config = own
+        try:
+            original(self, module, *args, **kwargs)
+        finally:
+            self.config = models
+
+    PreTrainedModel._initialize_weights = _initialize_weights  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        PreTrainedModel._initialize_weights = original  # type: ignore[method-assign]
 
 
 def _config_argument(arguments: dict[str, Any]) -> str | None:

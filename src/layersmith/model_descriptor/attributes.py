@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
+from layersmith.model_descriptor.mixers import MixerSizes, find_mixer
 from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind
@@ -39,6 +40,7 @@ class Sizes:
         head_size: what sets the size of a head and has to be said when their number changes.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
+        mixer: of a Mamba or linear-attention mixer that keeps a state.
     """
 
     kv_heads: Path | None = None
@@ -53,6 +55,7 @@ class Sizes:
     width_at: tuple[str, int] | None = None
     shared_width_at: tuple[str, int] | None = None
     resized: tuple[tuple[str, int], ...] = ()
+    mixer: MixerSizes | None = None
 
 
 @dataclass(frozen=True)
@@ -133,7 +136,10 @@ def find_sizes(
         kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
         query_heads, head_size = _query_heads(trial, kind, base[examples[k]], own, kv_heads)
         ffn = _FFNSizes(trial, kind, base[examples[k]], own)
-        heads = Sizes(kv_heads, query_heads=query_heads, head_size=head_size)
+        mixer = find_mixer(trial, kind, base[examples[k]], own)
+        if query_heads and mixer is not None and (mixer.num_heads or mixer.state_dim) and mixer.is_alone:
+            query_heads, head_size = (), None
+        heads = Sizes(kv_heads, query_heads=query_heads, head_size=head_size, mixer=mixer)
         if ffn.count is None:
             width, factor, at = ffn.widest(inside=False)
             resized = _unsaid_width(specimen, kind, base[examples[k]]) if width is None else ()

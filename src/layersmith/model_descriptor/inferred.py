@@ -16,12 +16,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MoEConfig
+from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MambaConfig, MoEConfig
 from layersmith.errors import UnsupportedModel, first_line
 from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.mixers import in_proportion, mamba_config
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
 from layersmith.model_descriptor.specimen import Specimen
@@ -46,6 +47,7 @@ class Findings:
         stateful: of every kind, whether its mixer keeps a state of fixed size and no keys and values.
         cached: of every kind, the numbers in the cache for each one of a value head: 2 where keys are as long.
         latent: of every kind, the numbers in the cache for a token if they are not one by one the heads'.
+        mixers: of every layer the sizes of its Mamba or linear-attention mixer, in the words of its config record.
     """
 
     structure: Structure
@@ -61,6 +63,7 @@ class Findings:
     stateful: tuple[bool, ...] = ()
     cached: tuple[float, ...] = ()
     latent: tuple[int | None, ...] = ()
+    mixers: tuple[dict[str, int] | None, ...] = ()
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
 
     def kind_of(self, layer: nn.Module) -> LayerKind:
@@ -175,6 +178,10 @@ def find(config: PretrainedConfig) -> Findings:
         tuple(own.stateful for own in in_cache),
         tuple(own.numbers for own in in_cache),
         tuple(latent),
+        tuple(
+            _mixer(sizes[k], config, i, skeleton.get_submodule(f"{structure.layers}.{i}"))
+            for i, k in enumerate(of_layer)
+        ),
         config,
     )
 
@@ -230,6 +237,18 @@ def _widths(sizes: Sizes, layer: nn.Module) -> tuple[int | None, int | None]:
     places = (sizes.width_at, sizes.shared_width_at)
     own = [shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places]
     return own[0], own[1]
+
+
+def _mixer(sizes: Sizes, config: PretrainedConfig, index: int, layer: nn.Module) -> dict[str, int] | None:
+    """The sizes of a layer's mixer as a ``MambaConfig`` has them; None if it has none or they are not known."""
+    own = sizes.mixer
+    if own is None:
+        return None
+    language = _language_config(config)
+    paths = {"num_heads": own.num_heads[:1], "state_dim": (own.state_dim,), "num_groups": (own.num_groups,)}
+    numbers = {name: value_at(language, path, index) for name, found in paths.items() for path in found if path}
+    found = mamba_config(own, numbers, {name: tuple(p.shape) for name, p in layer.named_parameters()})
+    return None if found is None else found.to_dict()
 
 
 def _without_attention(specimen: Specimen, layers: str) -> str:
@@ -369,7 +388,11 @@ def _block(findings: Findings, config: PretrainedConfig, index: int) -> BlockCon
     attention = AttentionConfig(no_op=True)
     if kind.attention is not None:
         # Keys and values that later layers use are of a size that those layers are built for.
-        attention = AttentionConfig(num_key_value_heads=None if kind.attention.stays else number(sizes.kv_heads))
+        mixer = findings.mixers[index] if findings.mixers else None
+        attention = AttentionConfig(
+            num_key_value_heads=None if kind.attention.stays else number(sizes.kv_heads),
+            mamba=None if mixer is None else MambaConfig(**mixer),
+        )
     ffn = FFNConfig(no_op=True)
     width, shared = findings.widths[index]
     if kind.ffn is not None and sizes.num_experts is None:
@@ -419,6 +442,8 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
             for path, value, factor in values:
                 if path is not None and value is not None:
                     found = merged(found, nested(language, path, value * factor))
+            for path, size in _mixer_values(sizes, attention.mamba, language):
+                found = merged(found, nested(language, path, size))
         return found
 
     def init_rotary(model: nn.Module, runtime: Any) -> None:
@@ -478,6 +503,20 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
     family = re.sub(r"[^0-9A-Za-z]+", " ", str(getattr(config, "model_type", "") or type(config).__name__)).title()
     Described.__name__ = Described.__qualname__ = family.replace(" ", "") + "Inferred"
     return Described
+
+
+def _mixer_values(sizes: Sizes, mamba: MambaConfig | None, config: Any) -> list[tuple[Path, int | float]]:
+    """What a mixer's sizes ask of the attributes; those that are as the config has them stay unsaid."""
+    own = sizes.mixer
+    if own is None or mamba is None:
+        return []
+    values: list[tuple[Path, int | float]] = []
+    if own.num_heads:
+        old = value_at(config, own.num_heads[0])
+        values += [(path, in_proportion(value_at(config, path), mamba.num_heads, old)) for path in own.num_heads]
+    pairs = ((own.state_dim, mamba.state_dim), (own.head_dim, mamba.head_dim), (own.num_groups, mamba.num_groups))
+    values += [(path, size) for path, size in pairs if path is not None]
+    return [(path, size) for path, size in values if size != value_at(config, path)]
 
 
 def _language_config(config: Any) -> Any:

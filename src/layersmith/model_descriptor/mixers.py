@@ -1,0 +1,205 @@
+"""Which config attributes set the sizes of a Mamba or linear-attention mixer, found by what they do to its state.
+
+Such a mixer keeps a state of fixed size in the cache: ``[B, H, P, N]``, or ``[B, H, N, P]``, or ``[B, P, N]`` where
+there are no heads. What the mixer's last projection takes is H * P long. So an attribute whose double makes H and that
+length twice as long is the number of heads; one that makes another dimension longer and not that length is the size of
+the state. Heads of one group share what writes to the state and what reads it: N entries of each, for every group.
+
+Shapes: H heads, P size of a head, N size of the state, G groups.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import permutations
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from layersmith.block_config import MambaConfig
+from layersmith.model_descriptor.specimen import Specimen
+from layersmith.model_descriptor.subblocks import LayerKind
+
+if TYPE_CHECKING:
+    from layersmith.model_descriptor.attributes import Path, Shapes, _Effect, _Trial
+
+
+@dataclass(frozen=True)
+class MixerSizes:
+    """The attributes that set a mixer's sizes; None or empty where there is none that can differ alone.
+
+    Attributes:
+        num_heads: the number of heads, and what has to go with it in proportion, e.g. the width of all of them.
+        state_dim, head_dim, num_groups: N, P and G.
+        reader: the weight, in the layer, that reads the heads; its second dimension is H * P long.
+        headless: whether the state has no dimension for heads: there is one.
+        square: whether the state is as large as a head because both are one attribute.
+        groups: G as the specimen's weights have it.
+        is_alone: whether the layer keeps no keys and values beside the state.
+    """
+
+    num_heads: tuple[tuple[str, ...], ...] = ()
+    state_dim: tuple[str, ...] | None = None
+    head_dim: tuple[str, ...] | None = None
+    num_groups: tuple[str, ...] | None = None
+    reader: str = ""
+    headless: bool = False
+    square: bool = False
+    groups: int = 1
+    is_alone: bool = True
+
+
+def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Path, _Effect]) -> MixerSizes | None:
+    """The attributes of a kind of layer's mixer; None if it has none with a state in the cache."""
+    index = int(trial.prefix.rstrip(".").rpartition(".")[2])
+    state = _state(trial.specimen, index) if kind.attention is not None else None
+    if state is None or len(state) not in (3, 4):
+        return None
+    reader = _reader(trial, kind, base, state)
+    if reader is None:
+        return None
+    length = base[reader][1]
+    headless = len(state) == 3
+    heads = 1 if headless else state[1]
+    own = [
+        path
+        for path, effect in effects.items()
+        if not effect.came_or_went and all(kind.owners.get(name) == "attention" for name in effect.shapes)
+    ]
+
+    def tried(values: dict[Path, Any]) -> tuple[list[int], int, Shapes] | None:
+        """Dimensions of the state that are twice as long then, how long the reader is, and the shapes."""
+        try:
+            shapes = trial.shapes_with(values)
+            seen = _state(trial.made_with(values), index)
+        except Exception:  # whatever a family's own code raises for sizes that do not go together
+            return None
+        if seen is None or len(seen) != len(state) or any(b not in (a, 2 * a) for a, b in zip(state, seen, strict=True)):
+            return None
+        return [d for d, (a, b) in enumerate(zip(state, seen, strict=True)) if a != b], shapes[reader][1], shapes
+
+    doubled = {path: tried({path: 2 * trial.value(path)}) for path in own}
+    sizes: dict[str, Any] = {}
+    written = 2 * heads  # entries that write to one of the state and read it, of all groups
+    for path, found in doubled.items():
+        value = trial.value(path)
+        if found is None or len(found[0]) != 1 or value != state[found[0][0]]:
+            continue
+        (dim,), new_length, shapes = found
+        if dim == 1 and not headless:
+            if new_length == 2 * length:
+                sizes.setdefault("num_heads", (path,))
+        elif new_length == length:
+            sizes.setdefault("state_dim", path)
+            written = _rows(base, shapes) // value
+        elif new_length == 2 * length and not headless:
+            sizes.setdefault("head_dim", path)
+    if not headless and "num_heads" not in sizes:
+        for pair in _pairs(trial, own, heads):
+            found = tried({path: 2 * trial.value(path) for path in pair})
+            if found is not None and found[0] == [1] and found[1] == 2 * length:
+                sizes["num_heads"] = pair
+                break
+    square = "state_dim" not in sizes and not headless and any(f is not None and f[0] == [2, 3] for f in doubled.values())
+    groups = max(1, written // 2)
+    if "state_dim" in sizes and not headless:
+        entries = 2 * trial.value(sizes["state_dim"])
+        for path in own:
+            if trial.value(path) == groups and (path,) != sizes.get("num_heads") and _is_groups(
+                trial, path, index, base, state, entries
+            ):
+                sizes["num_groups"] = path
+                break
+    alone = _keeps_no_keys(trial.specimen, index)
+    return MixerSizes(**sizes, reader=reader, headless=headless, square=square, groups=groups, is_alone=alone)
+
+
+def _pairs(trial: _Trial, own: list[Path], heads: int) -> Iterator[tuple[Path, Path]]:
+    for first, second in permutations(own, 2):
+        if trial.value(first) == heads and trial.value(second):
+            yield first, second
+
+
+def _is_groups(trial: _Trial, path: Path, index: int, base: Shapes, state: tuple[int, ...], entries: int) -> bool:
+    """Whether another number adds or takes so many rows for each, runs, and leaves the state as it is."""
+    value = trial.value(path)
+    for other in (2 * value, value // 2):
+        if other < 1:
+            continue
+        try:
+            shapes = trial.shapes_with({path: other})
+            if _rows(base, shapes) == entries * (other - value) and _state(trial.made(path, other), index) == state:
+                return True
+        except Exception:  # whatever a family's own code raises for sizes that do not go together
+            continue
+    return False
+
+
+def _rows(base: Shapes, changed: Shapes) -> int:
+    """Rows that all matrices together have more."""
+    return sum(changed[name][0] - shape[0] for name, shape in base.items() if len(shape) == 2 and name in changed)
+
+
+def _keeps_no_keys(specimen: Specimen, index: int) -> bool:
+    with torch.no_grad():
+        slot = specimen.model(input_ids=specimen.ids, use_cache=True).past_key_values.layers[index]
+    keys = getattr(slot, "keys", None)
+    return not isinstance(keys, torch.Tensor) or not keys.numel()
+
+
+def _state(specimen: Specimen, index: int) -> tuple[int, ...] | None:
+    """The shape of the state that a layer leaves in the cache; None if it leaves none."""
+    try:
+        with torch.no_grad():
+            cache = specimen.model(input_ids=specimen.ids, use_cache=True).past_key_values
+        states = [s for s in cache.layers[index].recurrent_states.values() if s is not None]
+    except Exception:  # a family's own code may keep no cache, or another kind
+        return None
+    return tuple(states[0].shape) if len(states) == 1 else None
+
+
+def _reader(trial: _Trial, kind: LayerKind, base: Shapes, state: tuple[int, ...]) -> str | None:
+    """The weight of the last linear map that runs in a module of the attention and takes all the heads."""
+    assert kind.attention is not None
+    lengths = {state[1]} if len(state) == 3 else {state[1] * state[2], state[1] * state[3]}
+    specimen = trial.specimen
+    linear = {name for name, module in specimen.model.named_modules() if isinstance(module, nn.Linear)}
+    called = [call.name for call in specimen.trace(specimen.ids, keep=()) if call.name in linear]
+    for module in kind.attention.modules:
+        inside = [name for name in called if name.startswith(f"{trial.prefix}{module}.")]
+        weight = f"{inside[-1]}.weight".removeprefix(trial.prefix) if inside else ""
+        if weight in base and base[weight][1] in lengths:
+            return weight
+    return None
+
+
+def mamba_config(sizes: MixerSizes, numbers: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> MambaConfig | None:
+    """A mixer's sizes in a model itself; None where one of them is not known.
+
+    Args:
+        sizes: of its kind.
+        numbers: ``num_heads``, ``state_dim`` and ``num_groups``, as far as attributes say them.
+        shapes: of the layer.
+    """
+    if sizes.reader not in shapes or not (sizes.num_heads or sizes.state_dim):
+        return None
+    heads = 1 if sizes.headless else numbers.get("num_heads")
+    if not heads or shapes[sizes.reader][1] % heads:
+        return None
+    head_dim = shapes[sizes.reader][1] // heads
+    state = numbers.get("state_dim") or (head_dim if sizes.square else None)
+    groups = numbers.get("num_groups") or (heads if sizes.square else sizes.groups)
+    return MambaConfig(state, heads, head_dim, groups) if state else None
+
+
+def in_proportion(value: int, new: int, old: int) -> int | float:
+    """``value * new / old``; a number that is not whole is the least one above it, so that its products are not less."""
+    exact = Fraction(value * new, old)
+    if exact.denominator == 1:
+        return int(exact)
+    near = float(exact)
+    return near if Fraction(near) >= exact else math.nextafter(near, math.inf)
