@@ -59,7 +59,9 @@ class LibraryRecipe:
         kv_methods: ``contribution``: keep the KV heads that add most; ``pool``: average neighbours.
         query_heads: whether there may be fewer query heads, alone or with their KV head.
         windows: whether attentions that see everything may get the window that others of the model have.
-        head_fractions: to which the query heads of a KV head are reduced, and all heads where each has its own keys.
+        mixers: whether Mamba and linear-attention mixers may have fewer heads and a smaller state.
+        head_fractions: to which the query heads of a KV head are reduced, and all heads where each has its own keys;
+            for mixers the heads of a group, the groups, and the state.
         expert_fractions: to which the number of experts, that of a token, and the width of experts are reduced.
         linear: subblocks that one linear map may replace.
         no_op: subblocks that may be removed.
@@ -75,6 +77,7 @@ class LibraryRecipe:
     kv_methods: tuple[Literal["contribution", "pool"], ...] = ("contribution", "pool")
     query_heads: bool = True
     windows: bool = True
+    mixers: bool = True
     head_fractions: tuple[float, ...] = (0.75, 0.5, 0.25)
     expert_fractions: tuple[float, ...] = (0.875, 0.75, 0.5, 0.25)
     linear: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")

@@ -134,12 +134,15 @@ def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
     """The axes of a layer: ``"ok"``, or the reason why there is none."""
     reasons, moe, heads = axes.reasons, block.ffn.moe, axes.kv
     no_experts = "its FFN has no experts"
+    no_mixer = "it has no mixer that keeps a state"
     attention = reasons.get("attention", "")
     return {
         "KV heads": OK if heads and heads.fewer_kv else reasons.get("kv_heads") or attention,
         "query heads": OK
         if heads and (heads.fewer_queries or heads.fewer_groups)
         else reasons.get("query_heads") or attention,
+        "mixer heads": OK if axes.mixer else reasons.get("mixer", no_mixer),
+        "state sizes": OK if axes.state else reasons.get("state", no_mixer),
         "window": OK if axes.window else reasons.get("window", ""),
         "FFN width": (OK if axes.ffn else reasons.get("ffn", "")) if moe is None else "its FFN consists of experts",
         "experts": (OK if axes.experts else reasons.get("experts", "")) if moe else no_experts,

@@ -32,6 +32,7 @@ AXES = (
     "expert width",
     "experts per token",
     "shared width",
+    "mixer heads",
     "state sizes",
     "window",
 )

@@ -20,6 +20,7 @@ _FIELDS = {
     "query_heads": "num_attention_heads",
     "ffn_width": "intermediate_size",
 }
+_MIXER_FIELDS = {"mixer_heads": "num_heads", "mixer_groups": "num_groups", "state_size": "state_dim"}
 _EXPERT_FIELDS = {
     "experts": "num_local_experts",
     "expert_width": "expert_intermediate_dim",
@@ -37,12 +38,12 @@ class Alternative:
         subblock: ``attention`` or ``ffn``.
         kind: ``parent``, ``no_op``, ``linear``; for attention ``kv_heads`` (fewer for the same query heads),
             ``head_groups`` (fewer with their query heads), ``query_heads`` (fewer for the same KV heads) or ``window``
-            (it sees the last tokens only); for an FFN
-            ``ffn_width``, ``experts``, ``expert_width``, ``shared_width`` or ``experts_per_token``.
+            (it sees the last tokens only); for a Mamba or linear-attention mixer ``mixer_heads`` (fewer for the same
+            groups), ``mixer_groups`` (fewer groups with their heads) or ``state_size``; for an FFN ``ffn_width``, ``experts``, ``expert_width``, ``shared_width`` or ``experts_per_token``.
         method: how its weights come from the parent's: ``contribution``, ``iterative``, ``pool``,
             ``least_squares``; for a window its type in the config's words; empty where there is nothing to choose.
-        size: heads, experts or channels that are left; 0 where that has no meaning.
-        query_heads: that are left with ``head_groups``.
+        size: heads, groups, experts, channels, or numbers of the state that are left; 0 where that has no meaning.
+        query_heads: that are left with ``head_groups``; heads that are with ``mixer_groups``.
     """
 
     layer: int
@@ -64,6 +65,9 @@ class Alternative:
             "kv_heads": f"attention {self.size} KV head{plural}",
             "head_groups": f"attention {self.size} KV head{plural} with their query heads",
             "query_heads": f"attention {self.size} query head{plural}",
+            "mixer_heads": f"attention {self.size} mixer head{plural}",
+            "mixer_groups": f"attention {self.size} group{plural} of mixer heads",
+            "state_size": f"attention state of {self.size}",
             "ffn_width": f"ffn {self.size}",
             "experts": f"ffn {self.size} expert{plural}",
             "expert_width": f"ffn experts of {self.size}",
@@ -97,6 +101,11 @@ class Alternative:
             if own.num_key_value_heads is not None:
                 counts["num_key_value_heads"] = self.size
             return dataclasses.replace(own, **counts)
+        if self.kind in _MIXER_FIELDS:
+            sizes = {_MIXER_FIELDS[self.kind]: self.size}
+            if self.kind == "mixer_groups":
+                sizes["num_heads"] = self.query_heads
+            return dataclasses.replace(own, mamba=dataclasses.replace(own.mamba, **sizes))
         if self.kind in _EXPERT_FIELDS:
             return dataclasses.replace(own, moe=dataclasses.replace(own.moe, **{_EXPERT_FIELDS[self.kind]: self.size}))
         if self.kind in _FIELDS:
@@ -119,6 +128,8 @@ def in_words(config: AttentionConfig | FFNConfig) -> str:
             f"{n} {what}{'s' if n != 1 else ''}" for n, what in ((queries, "head"), (kv, "KV head")) if n is not None
         ]
         words += ["window"] if config.layer_type == "sliding_attention" else []
+        if (mamba := config.mamba) is not None:
+            words += [f"{mamba.num_heads} mixer head{'s' if mamba.num_heads != 1 else ''}, state {mamba.state_dim}"]
         return ", ".join(words) or "attention"
     moe = config.moe
     if moe is None:
@@ -150,6 +161,7 @@ def search_space(
         if i in recipe.keep_layers:
             continue
         found += _of_heads(i, own_axes.kv, recipe) if own_axes.kv is not None else []
+        found += _of_mixer(i, own_axes, recipe) if recipe.mixers else []
         if own_axes.window and recipe.windows:
             found.append(Alternative(i, "attention", "window", own_axes.window))
         found += _of_ffn(i, block, own_axes, recipe, ffn_ranking)
@@ -181,6 +193,27 @@ def _of_heads(i: int, axis: HeadsAxis, recipe: LibraryRecipe) -> list[Alternativ
     if axis.fewer_queries and recipe.query_heads:
         sizes = fractions_of(group, recipe.head_fractions)
         found += [Alternative(i, "attention", "query_heads", "contribution", n * axis.size) for n in sizes]
+    return found
+
+
+def _of_mixer(i: int, axes: LayerAxes, recipe: LibraryRecipe) -> list[Alternative]:
+    found = []
+    if axes.mixer is not None:
+        groups, group = axes.mixer.size, axes.mixer.num_heads // axes.mixer.size
+        if axes.mixer.fewer_queries:
+            counts = fractions_of(group, recipe.head_fractions)
+            found += [Alternative(i, "attention", "mixer_heads", "contribution", n * groups) for n in counts]
+        if axes.mixer.fewer_groups:
+            counts = fractions_of(groups, recipe.head_fractions)
+            found += [Alternative(i, "attention", "mixer_groups", "contribution", n, n * group) for n in counts]
+    if axes.state is not None:
+        multiple = width_multiple(axes.state.size)
+        sizes = {max(multiple, round(axes.state.size * f / multiple) * multiple) for f in recipe.head_fractions}
+        found += [
+            Alternative(i, "attention", "state_size", "contribution", n)
+            for n in sorted(sizes, reverse=True)
+            if n < axes.state.size
+        ]
     return found
 
 

@@ -17,6 +17,10 @@ import torch
 REST = "rest"
 
 
+class NoAxis(Exception):
+    """There is no such axis; the message says why."""
+
+
 def largest_part(size: int) -> int:
     """The largest proper divisor, so that whatever must divide a size still does."""
     return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
@@ -27,7 +31,7 @@ class Segment:
     """Neighbouring entries of a dimension that belong to the units of one part, unit after unit.
 
     Attributes:
-        part: ``"channels"``, ``"kv"``, ``"queries"``, ``"experts"``, or ``"rest"`` for entries of no unit.
+        part: ``"channels"``, ``"kv"``, ``"queries"``, ``"experts"``, ``"state"``, or ``"rest"`` for entries of no unit.
         unit: entries a unit; for the rest, all of them.
     """
 
@@ -146,7 +150,7 @@ class WidthAxis:
 
 @dataclass(frozen=True)
 class HeadsAxis(_WithReader):
-    """The heads of an attention.
+    """The heads of an attention, or of a mixer whose groups of heads are then the KV heads, and its heads the queries.
 
     Attributes:
         size: K.
@@ -171,6 +175,25 @@ class HeadsAxis(_WithReader):
     @property
     def sizes(self) -> dict[str, int]:
         return {"kv": self.size, "queries": self.num_heads}
+
+
+@dataclass(frozen=True)
+class StateAxis:
+    """The size of the state that a Mamba or linear-attention mixer keeps for every entry of a head.
+
+    Attributes:
+        size: N.
+        weights: what has entries for each of the state, in every group of heads; those along the first dimension of a
+            weight write to the state and read it.
+    """
+
+    size: int
+    weights: tuple[WeightAxis, ...]
+
+    @property
+    def makers(self) -> tuple[WeightAxis, ...]:
+        """The weights that write to the state and read it."""
+        return tuple(w for w in self.weights if w.dim == 0)
 
 
 @dataclass(frozen=True)
@@ -205,10 +228,12 @@ class LayerAxes:
         kv: its heads.
         experts: its routed experts.
         shared: the width of shared experts, where it is a size of its own.
-        reasons: why there is none: ``"ffn"``, ``"attention"``, ``"experts"``, ``"shared"`` or ``"window"`` to a
-            sentence.
+        reasons: why there is none: ``"ffn"``, ``"attention"``, ``"experts"``, ``"shared"``, ``"window"``, ``"mixer"``
+            or ``"state"`` to a sentence.
         window: the type that its attention could have to see a window only; empty if there is none.
         of_experts: weights that are stacks of experts, and lists of them.
+        mixer: the heads of its Mamba or linear-attention mixer.
+        state: the size of that mixer's state.
     """
 
     ffn: WidthAxis | None
@@ -218,6 +243,8 @@ class LayerAxes:
     reasons: dict[str, str] = field(default_factory=dict)
     window: str = ""
     of_experts: tuple[str, ...] = ()
+    mixer: HeadsAxis | None = None
+    state: StateAxis | None = None
 
     def is_of_experts(self, name: str) -> bool:
         """Whether a weight belongs to the routed experts, of which a token uses some."""

@@ -21,7 +21,7 @@ from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
 from layersmith.library.alternative import Alternative, linear_is_possible, search_space
-from layersmith.library.axes import Bundle, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.library.axes import Bundle, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
 from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes, input_dim, meta_layers
 from layersmith.library.statistics import Probe, gather
@@ -30,6 +30,7 @@ from layersmith.library.weights import (
     keep_groups,
     keep_kv_heads,
     keep_query_heads,
+    keep_state,
     members_of,
     narrow,
     pool_kv_heads,
@@ -50,7 +51,8 @@ class Library:
         alternatives: every one, the parent's own subblocks included.
         orders: to units, most important first: ``"{layer}.ffn.{bundle}"`` and ``"{layer}.shared.{bundle}"`` to
             channels (of each expert), ``"{layer}.attention"`` to KV heads, ``"{layer}.queries"`` to the query heads of
-            each KV head, ``"{layer}.experts"`` to experts.
+            each KV head, ``"{layer}.experts"`` to experts, ``"{layer}.mixer"`` to groups of mixer heads,
+            ``"{layer}.mixer_heads"`` to the heads of each group, ``"{layer}.state"`` to the numbers of a state.
         maps: ``"{layer}.{subblock}"`` to the weight ``[D, D]`` of its linear replacement.
         notes: what could not be offered, and why.
     """
@@ -99,6 +101,15 @@ class Library:
         if kind == "experts":
             assert own.experts is not None
             return keep_experts(current, own.experts, self._experts(i, alternative.size))
+        if kind == "state_size":
+            assert own.state is not None
+            return keep_state(current, own.state, self.orders[f"{i}.state"][: alternative.size])
+        if kind in ("mixer_heads", "mixer_groups"):
+            assert own.mixer is not None
+            if kind == "mixer_groups":
+                return keep_groups(current, own.mixer, self.orders[f"{i}.mixer"][: alternative.size])
+            in_group = alternative.size // own.mixer.size
+            return keep_query_heads(current, own.mixer, self.orders[f"{i}.mixer_heads"][:, :in_group].flatten())
         assert own.kv is not None
         if kind == "query_heads":
             return keep_query_heads(
@@ -283,14 +294,14 @@ def build_library(
                     )
                     costs = means[f"{name}.channels"] * norms
                     orders[name] = ranking.by_cost(costs if bundle.members else costs[0])
-        if (name := f"{i}.attention") in means and own.kv is not None:
-            weight, heads = _matrix(layer.get_parameter(own.kv.reader), own.kv.reader_dim), own.kv
-            unit = weight.shape[1] // heads.num_heads
-            costs = ranking.channel_costs(weight, means[name], unit)
-            orders[f"{i}.queries"] = ranking.within_groups(costs, heads.size)
-            group = heads.num_heads // heads.size
-            by_kv = costs.view(heads.size, group, heads.size, group).sum((1, 3))
-            orders[name] = _order(by_kv, "iterative")
+        for heads, name, within in (
+            (own.kv, f"{i}.attention", f"{i}.queries"),
+            (own.mixer, f"{i}.mixer", f"{i}.mixer_heads"),
+        ):
+            if heads is not None and name in means:
+                orders[name], orders[within] = _head_orders(layer, heads, means[name])
+        if (name := f"{i}.state") in means:
+            orders[name] = ranking.by_cost(means[name])
         if (name := f"{i}.experts.members") in means:
             orders[f"{i}.experts"] = _order(means[name], "iterative")
         for subblock in SUBBLOCKS:
@@ -298,6 +309,15 @@ def build_library(
                 solved = ranking.least_squares(means[f"{name}.input"], means[f"{name}.output"])
                 maps[f"{i}.{subblock}"] = solved.float()
     return Library(parent, axes, alternatives, orders, maps, found.notes)
+
+
+def _head_orders(layer: nn.Module, heads: HeadsAxis, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """KV heads, and the query heads of each: most important first."""
+    weight = _matrix(layer.get_parameter(heads.reader), heads.reader_dim)
+    costs = ranking.channel_costs(weight, moment, weight.shape[1] // heads.num_heads)
+    group = heads.num_heads // heads.size
+    by_kv = costs.view(heads.size, group, heads.size, group).sum((1, 3))
+    return _order(by_kv, "iterative"), ranking.within_groups(costs, heads.size)
 
 
 def _order(costs: torch.Tensor, method: str) -> torch.Tensor:
@@ -342,9 +362,16 @@ def probes_for(
         ):
             if axis is not None and (i, kind) in kinds:
                 probes += _width_probes(layer, i, part, axis, ffn_ranking)
-        if own.kv is not None and kinds & {(i, "kv_heads"), (i, "head_groups"), (i, "query_heads")}:
-            channels = _matrix(layer.get_parameter(own.kv.reader), own.kv.reader_dim).shape[1]
-            probes.append(Probe(f"{i}.attention", i, own.kv.output, "moment", 8 * channels**2))
+        for heads, name, of_kind in (
+            (own.kv, f"{i}.attention", ("kv_heads", "head_groups", "query_heads")),
+            (own.mixer, f"{i}.mixer", ("mixer_heads", "mixer_groups")),
+        ):
+            if heads is not None and kinds & {(i, kind) for kind in of_kind}:
+                channels = _matrix(layer.get_parameter(heads.reader), heads.reader_dim).shape[1]
+                probes.append(Probe(name, i, heads.output, "moment", 8 * channels**2))
+        if own.state is not None and (i, "state_size") in kinds:
+            module = common_module(layer, [w.name for w in own.state.weights])
+            probes.append(Probe(f"{i}.state", i, module, "state", 8 * own.state.size, state=own.state))
         if own.experts is not None and (i, "experts") in kinds:
             bundle = _expert_reader(layer, own)
             size = 8 * bundle.members * (bundle.size + bundle.members)
@@ -427,6 +454,8 @@ def notes_on(descriptor: Any, axes: Sequence[LayerAxes], linear_possible: Mappin
         "attention": "heads are not reduced",
         "experts": "experts are not removed",
         "shared": "shared experts are not narrowed",
+        "mixer": "heads of mixers are not reduced",
+        "state": "states of mixers are not made smaller",
     }
     for subblock, what in words.items():
         by_reason: dict[str, list[int]] = {}

@@ -34,6 +34,7 @@ from layersmith.library.axes import (
     WidthAxis,
     largest_part,
 )
+from layersmith.library.mixer_proof import prove_mixer, prove_state
 from layersmith.library.shapes import layer_shapes, meta_layers
 from layersmith.library.weights import (
     keep_experts,
@@ -44,15 +45,10 @@ from layersmith.library.weights import (
     narrow,
     query_heads_of,
 )
+from layersmith.library.trial import Fails, Slice, Trial, copy_units, dead_or_copies, first_that_holds, others
 from layersmith.parent import Parent
 
-# Orders to try of what lies in a layer's weights; there are seldom more than six.
-_MOST_GUESSES = 48
 _NEVER = -1e4  # what the router must say of an expert for it never to be chosen
-
-Slice = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
-Kill = Callable[[nn.Module], None]
-
 
 def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> list[LayerAxes]:
     """The axes that hold, by experiment on one layer of every distinct shape.
@@ -62,7 +58,7 @@ def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> li
         axes: as found on the meta device.
         tokens: ``[1, T]`` ids; a few dozen are enough.
     """
-    trial = _Trial(parent, tokens.to(parent.runtime.device))
+    trial = Trial(parent, tokens.to(parent.runtime.device))
     verdicts: dict[tuple[object, ...], LayerAxes] = {}
     proved = []
     for i, own in enumerate(axes):
@@ -74,15 +70,15 @@ def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> li
     return proved
 
 
-def _prove_layer(trial: _Trial, i: int, own: LayerAxes) -> LayerAxes:
+def _prove_layer(trial: Trial, i: int, own: LayerAxes) -> LayerAxes:
     reasons = dict(own.reasons)
 
-    def tried(name: str, axis: Any, attempt: Callable[[_Trial, int, Any], Any]) -> Any:
+    def tried(name: str, axis: Any, attempt: Callable[[Trial, int, Any], Any]) -> Any:
         if axis is None:
             return None
         try:
             return attempt(trial, i, axis)
-        except _Fails as reason:
+        except Fails as reason:
             reasons[name] = str(reason)
             return None
 
@@ -94,109 +90,15 @@ def _prove_layer(trial: _Trial, i: int, own: LayerAxes) -> LayerAxes:
         reasons,
         tried("window", own.window or None, _prove_window) or "",
         own.of_experts,
+        tried("mixer", own.mixer, prove_mixer),
+        tried("state", own.state, prove_state),
     )
-
-
-class _Fails(Exception):
-    """An axis does not hold; the message says why."""
-
-
-class _Trial:
-    """A layer as the parent runs it, and layers in its place."""
-
-    def __init__(self, parent: Parent, tokens: torch.Tensor):
-        self.parent, self.tokens = parent, tokens
-        hands_over(parent)  # tried now, not while a layer is watched
-        _, _, self.outputs = layer_outputs(parent, tokens)
-        self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
-        self._before: dict[int, torch.Tensor] = {}
-        self._skeletons: dict[str, nn.Module] = {}
-
-    def output(self, i: int, layer: nn.Module) -> torch.Tensor:
-        """The hidden states that a layer gives in the place of layer ``i``."""
-        seen: list[torch.Tensor] = []
-
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(first_tensor(output))
-            raise _Enough
-
-        handle = layer.register_forward_hook(stop)
-        try:
-            forward_with(self.parent, self.tokens, self.outputs, i, layer)
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
-
-    def difference(self, i: int, block: BlockConfig, kill: Kill, cut: Slice) -> float:
-        """The largest difference between layer ``i`` with dead units and with them removed, relative to its update."""
-        original = self.parent.layers[i]
-        with_dead = copy.deepcopy(original)
-        with torch.no_grad():
-            kill(with_dead)
-        narrower = self.built(i, block)
-        tensors = dict(with_dead.state_dict())
-        tensors |= cut(tensors)
-        narrower.load_state_dict({name: tensors[name] for name in narrower.state_dict()}, strict=True, assign=True)
-        share_buffers(original, narrower)
-        seen = [self.output(i, layer) for layer in (with_dead, narrower.eval())]
-        update = (seen[0] - self.before(i)).float().abs().max().clamp_min(1e-12)
-        return float((seen[0] - seen[1]).float().abs().max() / update)
-
-    def built(self, i: int, block: BlockConfig) -> nn.Module:
-        """Layer ``i`` with another block config, on the meta device; the same for every guess."""
-        key = f"{i} {block.to_json()}"
-        if key not in self._skeletons:
-            blocks = [block if own == self.parent.blocks[i] else own for own in self.parent.blocks]
-            self._skeletons[key] = meta_layers(self.parent.descriptor, self.parent.config, blocks)[i]
-        return copy.deepcopy(self._skeletons[key])
-
-    def before(self, i: int) -> torch.Tensor:
-        """The hidden states that layer ``i`` is given."""
-        if i not in self._before:
-            seen: list[torch.Tensor] = []
-
-            def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
-                tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-                seen.append(next(t for t in tensors if t.is_floating_point() and t.ndim >= 2))
-
-            handle = self.parent.layers[i].register_forward_pre_hook(watch, with_kwargs=True)
-            try:
-                self.output(i, self.parent.layers[i])
-            finally:
-                handle.remove()
-            self._before[i] = seen[0]
-        return self._before[i]
-
-
-class _Enough(Exception):
-    """The layer has run; nothing after it is wanted."""
-
-
-G = TypeVar("G")
-
-
-def _first_that_holds(trial: _Trial, guesses: Iterator[G], difference: Callable[[G], float], what: str) -> G:
-    least, problem = float("inf"), ""
-    for guess in itertools.islice(guesses, _MOST_GUESSES):
-        try:
-            found = difference(guess)
-        except (RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:
-            problem = first_line(error)  # weights do not fit, or a family's own code cannot run so
-            continue
-        if found < trial.tolerance:
-            return guess
-        least = min(least, found)
-    if least == float("inf"):
-        raise _Fails(f"removing {what} fails ({problem})")
-    raise _Fails(f"removing {what} changes the layer's output by {least:.1e}, so the slice is not understood")
 
 
 # ---------------------------------------------------------------------------------------------- widths
 
 
-def _prove_width(trial: _Trial, i: int, axis: WidthAxis, shared: bool) -> WidthAxis:
+def _prove_width(trial: Trial, i: int, axis: WidthAxis, shared: bool) -> WidthAxis:
     block = trial.parent.blocks[i]
     size = largest_part(axis.size)
     kind = "shared_width" if shared else "ffn_width" if block.ffn.moe is None else "expert_width"
@@ -214,32 +116,15 @@ def _prove_width(trial: _Trial, i: int, axis: WidthAxis, shared: bool) -> WidthA
                     places = w.positions("channels", {"channels": bundle.size})
                     for m, (weight, dim) in enumerate(members_of(state, bundle, w)):
                         left = own[m] if bundle.members else own
-                        gone = _others(bundle.size, left)
+                        gone = others(bundle.size, left)
                         if w.name == bundle.reader:
                             weight.index_fill_(dim, places[gone].flatten().to(weight.device), 0)
                         elif copies:
-                            _copy_units(weight, dim, places, left, gone)
+                            copy_units(weight, dim, places, left, gone)
 
         return trial.difference(i, narrower, kill, lambda tensors: narrow(tensors, guess, kept))
 
-    return _dead_or_copies(trial, lambda: _width_guesses(axis), difference, "dead channels")
-
-
-def _dead_or_copies(
-    trial: _Trial, guesses: Callable[[], Iterator[G]], difference: Callable[..., float], what: str
-) -> G:
-    """The first guess with which what nothing reads can go.
-
-    If there is none, units that go are first made copies of those that stay: a norm over all of them together, or
-    another statistic of them, then sees the same before and after.
-    """
-    try:
-        return _first_that_holds(trial, guesses(), partial(difference, copies=False), what)
-    except _Fails as reason:
-        try:
-            return _first_that_holds(trial, guesses(), partial(difference, copies=True), what)
-        except _Fails:
-            raise reason from None
+    return dead_or_copies(trial, lambda: _width_guesses(axis), difference, "dead channels")
 
 
 def _some_channels(bundle: Bundle, count: int) -> torch.Tensor:
@@ -251,13 +136,7 @@ def _some_channels(bundle: Bundle, count: int) -> torch.Tensor:
     return rows if bundle.members else rows[0]
 
 
-def _others(size: int, kept: torch.Tensor) -> torch.Tensor:
-    gone = torch.ones(size, dtype=torch.bool)
-    gone[kept] = False
-    return gone.nonzero().flatten()
-
-
-def _partitioned(trial: _Trial, i: int, axis: WidthAxis) -> list[Bundle]:
+def _partitioned(trial: Trial, i: int, axis: WidthAxis) -> list[Bundle]:
     """Bundles with one reader each: an FFN of several that have channels of their own is taken apart."""
     bundles = []
     for bundle in axis.bundles:
@@ -273,7 +152,7 @@ def _partitioned(trial: _Trial, i: int, axis: WidthAxis) -> list[Bundle]:
     return bundles
 
 
-def _with_reader(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
+def _with_reader(trial: Trial, i: int, bundle: Bundle) -> Bundle:
     """The bundle with its reader: the weight of which a row is what one output is made of.
 
     Zeroing the first row across the channels changes the first output alone; a row of any other weight changes all.
@@ -301,7 +180,7 @@ def _with_reader(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
     return bundle
 
 
-def _reader_by_shape(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
+def _reader_by_shape(trial: Trial, i: int, bundle: Bundle) -> Bundle:
     """The bundle with the only matrix that has one entry a channel, as beside a fused gate and up projection."""
     shapes = layer_shapes(trial.parent.layers[i])
     narrowest = [
@@ -311,7 +190,7 @@ def _reader_by_shape(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
     ]
     if len(narrowest) == 1:
         return dataclasses.replace(bundle, reader=narrowest[0].name)
-    raise _Fails("the weights that its channels end in cannot be told")
+    raise Fails("the weights that its channels end in cannot be told")
 
 
 def _width_guesses(axis: WidthAxis) -> Iterator[WidthAxis]:
@@ -379,23 +258,23 @@ def _orders(units: tuple[tuple[str, int], ...], rest: int) -> list[tuple[tuple[S
 # ---------------------------------------------------------------------------------------------- heads
 
 
-def _prove_heads(trial: _Trial, i: int, axis: HeadsAxis, reasons: dict[str, str]) -> HeadsAxis:
+def _prove_heads(trial: Trial, i: int, axis: HeadsAxis, reasons: dict[str, str]) -> HeadsAxis:
     """The axis with the layout of its heads, and with those ways of having fewer that hold."""
     ways = [way for way in ("fewer_kv", "fewer_groups", "fewer_queries") if getattr(axis, way)]
     held: list[str] = []
-    problem: _Fails | None = None
+    problem: Fails | None = None
     found: HeadsAxis | None = None
     for way in ways:
         known = found
         guesses = partial(_heads_guesses, axis) if known is None else lambda known=known: iter([known])
         try:
-            found = _dead_or_copies(trial, guesses, partial(_heads_difference, trial, i, way), "dead heads")
+            found = dead_or_copies(trial, guesses, partial(_heads_difference, trial, i, way), "dead heads")
             held.append(way)
-        except _Fails as reason:
+        except Fails as reason:
             problem = problem or reason
             reasons["kv_heads" if way == "fewer_kv" else "query_heads"] = str(reason)
     if found is None:
-        raise problem or _Fails("it has one head")
+        raise problem or Fails("it has one head")
     return dataclasses.replace(
         found,
         fewer_kv="fewer_kv" in held,
@@ -409,7 +288,7 @@ def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
         yield dataclasses.replace(axis, weights=tuple(weights))
 
 
-def _heads_difference(trial: _Trial, i: int, way: str, axis: HeadsAxis, copies: bool) -> float:
+def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool) -> float:
     """What removing half the heads changes when nothing reads them.
 
     Args:
@@ -438,8 +317,8 @@ def _heads_difference(trial: _Trial, i: int, way: str, axis: HeadsAxis, copies: 
         else:
             fewer = Alternative(i, "attention", "head_groups", size=count, query_heads=count * group)
             cut = lambda tensors: keep_groups(tensors, axis, heads)  # noqa: E731
-    gone = {"kv": _others(axis.size, kept["kv"])} if "kv" in kept else {}
-    gone["queries"] = _others(axis.num_heads, queries)
+    gone = {"kv": others(axis.size, kept["kv"])} if "kv" in kept else {}
+    gone["queries"] = others(axis.num_heads, queries)
 
     def kill(layer: nn.Module) -> None:
         state = layer.state_dict()
@@ -447,7 +326,7 @@ def _heads_difference(trial: _Trial, i: int, way: str, axis: HeadsAxis, copies: 
             for part in {s.part for s in w.segments} & gone.keys() - {REST}:
                 # Query heads that lose their KV head but stay keep their own weights.
                 if w.name != axis.reader and not (way == "fewer_kv" and part == "queries"):
-                    _copy_units(state[w.name], w.dim, w.positions(part, axis.sizes), kept[part], gone[part])
+                    copy_units(state[w.name], w.dim, w.positions(part, axis.sizes), kept[part], gone[part])
         reader = axis.weight(axis.reader)
         entries = reader.positions("queries", axis.sizes)[gone["queries"]].flatten()
         state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
@@ -455,13 +334,7 @@ def _heads_difference(trial: _Trial, i: int, way: str, axis: HeadsAxis, copies: 
     return trial.difference(i, fewer.block_config(trial.parent.blocks[i]), kill, cut)
 
 
-def _copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor) -> None:
-    source = kept[torch.arange(len(gone)) % len(kept)]
-    moved = weight.movedim(dim, 0)
-    moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
-
-
-def _prove_window(trial: _Trial, i: int, layer_type: str) -> str:
+def _prove_window(trial: Trial, i: int, layer_type: str) -> str:
     """The layer runs with the mask of the other type, and as long as the window holds all tokens it is no mask at all.
 
     What it gives may still differ then, e.g. by rotary positions of its own for each type.
@@ -475,28 +348,28 @@ def _prove_window(trial: _Trial, i: int, layer_type: str) -> str:
     try:
         seen = trial.output(i, layer.eval())
     except Exception as error:  # whatever a family's own code raises
-        raise _Fails(f"it does not run with a window ({first_line(error)})") from error
+        raise Fails(f"it does not run with a window ({first_line(error)})") from error
     if not bool(seen.isfinite().all()):
-        raise _Fails("with a window it gives numbers that are not finite")
+        raise Fails("with a window it gives numbers that are not finite")
     return layer_type
 
 
 # ---------------------------------------------------------------------------------------------- experts
 
 
-def _prove_experts(trial: _Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
+def _prove_experts(trial: Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
     block = trial.parent.blocks[i]
     if axis.per_token >= axis.size:
-        raise _Fails("a token uses all experts")
+        raise Fails("a token uses all experts")
     if not axis.router:
-        raise _Fails("no weight chooses among its experts")
+        raise Fails("no weight chooses among its experts")
     inputs = [_input_of(trial, i, name) for name in axis.router]
     modules = {w.name.rpartition(".")[0] for w in axis.weights if len(layer_shapes(trial.parent.layers[i])[w.name]) > 2}
     of_experts = {w.name for w in axis.weights if w.name.rpartition(".")[0] in modules}
 
     def difference(guess: ExpertsAxis) -> float:
         kept = _some_experts(guess)
-        gone = _others(guess.size, kept)
+        gone = others(guess.size, kept)
 
         def kill(layer: nn.Module) -> None:
             state = layer.state_dict()
@@ -514,7 +387,7 @@ def _prove_experts(trial: _Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
         fewer = Alternative(i, "ffn", "experts", size=len(kept)).block_config(block)
         return trial.difference(i, fewer, kill, lambda tensors: keep_experts(tensors, guess, kept))
 
-    return _first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
+    return first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
 
 
 def _experts_guesses(axis: ExpertsAxis) -> Iterator[ExpertsAxis]:
@@ -536,7 +409,7 @@ def _some_experts(axis: ExpertsAxis) -> torch.Tensor:
     return (torch.arange(axis.groups)[:, None] * in_group + torch.arange(in_group - left, in_group)).flatten()
 
 
-def _input_of(trial: _Trial, i: int, weight: str) -> torch.Tensor:
+def _input_of(trial: Trial, i: int, weight: str) -> torch.Tensor:
     """``[tokens, D]``: what goes into the module of a router's weight."""
     layer = trial.parent.layers[i]
     module = layer.get_submodule(weight.rpartition(".")[0])
@@ -553,5 +426,5 @@ def _input_of(trial: _Trial, i: int, weight: str) -> torch.Tensor:
     finally:
         handle.remove()
     if not seen:
-        raise _Fails("what its router reads cannot be told")
+        raise Fails("what its router reads cannot be told")
     return seen[0].flatten(0, -2).float()

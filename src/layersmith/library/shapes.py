@@ -29,11 +29,13 @@ from layersmith.library.axes import (
     ExpertsAxis,
     HeadsAxis,
     LayerAxes,
+    NoAxis,
     Segment,
     WeightAxis,
     WidthAxis,
     largest_part,
 )
+from layersmith.library.mixers import mixer_heads, mixer_state
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.stock import stock_model, whole_number
@@ -48,7 +50,7 @@ def find_axes(
     descriptor: type[ModelDescriptor], config: PretrainedConfig, blocks: Sequence[BlockConfig]
 ) -> list[LayerAxes]:
     """The axes of every layer of a model whose layers are ``blocks``."""
-    finder = _Finder(descriptor, config, blocks)
+    finder = Finder(descriptor, config, blocks)
     return [finder.layer(i) for i in range(len(blocks))]
 
 
@@ -79,7 +81,7 @@ Change = Callable[[BlockConfig, int, bool], tuple[BlockConfig, int, int] | None]
 
 
 @dataclass(frozen=True)
-class _Experiment:
+class Experiment:
     """Shapes of every layer with one size changed.
 
     Attributes:
@@ -94,7 +96,7 @@ class _Experiment:
 
 
 @dataclass(frozen=True)
-class _Governed:
+class Governed:
     """A dimension that changes with a size: ``unit`` entries for each, and ``rest`` that do not belong to any."""
 
     name: str
@@ -103,7 +105,7 @@ class _Governed:
     rest: int
 
 
-class _Finder:
+class Finder:
     """The experiments on one model; each is made once, when it is first wanted."""
 
     def __init__(self, descriptor: type[ModelDescriptor], config: PretrainedConfig, blocks: Sequence[BlockConfig]):
@@ -112,7 +114,7 @@ class _Finder:
         self.described = descriptor.of(config) if issubclass(descriptor, InferredDescriptor) else None
         self.skeleton = meta_layers(descriptor, config, blocks)
         self.base = [layer_shapes(layer) for layer in self.skeleton]
-        self._made: dict[str, _Experiment] = {}
+        self._made: dict[str, Experiment] = {}
         self._owned: list[set[str]] | None = None
 
     def layer(self, i: int) -> LayerAxes:
@@ -121,7 +123,7 @@ class _Finder:
         def tried(name: str, find: Callable[[int], Any]) -> Any:
             try:
                 return find(i)
-            except _None as reason:
+            except NoAxis as reason:
                 reasons[name] = str(reason)
                 return None
 
@@ -134,11 +136,20 @@ class _Finder:
         shared = tried("shared", self.shared_width) if self._has_own_shared_width(i) else None
         heads = tried("attention", lambda j: self.heads(j, reasons))
         window = tried("window", self.window) or ""
-        return LayerAxes(ffn, heads, experts, shared, reasons, window, of_experts)
+        mixer = tried("mixer", lambda j: mixer_heads(self, j)) if self.keeps_state(i) else None
+        state = tried("state", lambda j: mixer_state(self, j)) if self.keeps_state(i) else None
+        return LayerAxes(ffn, heads, experts, shared, reasons, window, of_experts, mixer, state)
+
+    def keeps_state(self, i: int) -> bool:
+        """Whether a layer has a mixer with a state of fixed size."""
+        own = self.blocks[i].attention
+        if own.no_op or own.replace_with_linear:
+            return False
+        return own.mamba is not None or (self.described is not None and self.described.has_mixer(i))
 
     # ------------------------------------------------------------------------------------------ experiments
 
-    def experiment(self, name: str, change: Change) -> _Experiment:
+    def experiment(self, name: str, change: Change) -> Experiment:
         """Layers with another size: a smaller one, or twice as large where a family cannot take that."""
         if name not in self._made:
             problem = ""
@@ -150,21 +161,21 @@ class _Finder:
                     sizes.append((made[2], made[1]) if made else None)
                 try:
                     layers = meta_layers(self.descriptor, self.config, changed)
-                    self._made[name] = _Experiment([layer_shapes(layer) for layer in layers], sizes)
+                    self._made[name] = Experiment([layer_shapes(layer) for layer in layers], sizes)
                     break
                 except Exception as error:  # whatever a family's own code raises for a size that it cannot take
                     problem = problem or f"another size cannot be built ({first_line(error)})"
-                    self._made[name] = _Experiment([], sizes, problem)
+                    self._made[name] = Experiment([], sizes, problem)
         return self._made[name]
 
-    def governed(self, made: _Experiment, i: int) -> list[_Governed]:
+    def governed(self, made: Experiment, i: int) -> list[Governed]:
         """What changed in a layer; experts that came or went are not in it.
 
         Raises:
-            _None: a weight changed in more than one way.
+            NoAxis: a weight changed in more than one way.
         """
         if made.problem:
-            raise _None(made.problem)
+            raise NoAxis(made.problem)
         sizes = made.sizes[i]
         assert sizes is not None
         size, other = sizes
@@ -175,12 +186,12 @@ class _Finder:
                 continue
             dims = [d for d, (a, b) in enumerate(zip(shape, changed, strict=False)) if a != b]
             if len(dims) != 1 or len(shape) != len(changed):
-                raise _None(f"{name} changes in more than one dimension with it")
+                raise NoAxis(f"{name} changes in more than one dimension with it")
             dim = dims[0]
             unit, odd = divmod(shape[dim] - changed[dim], size - other)
             if odd or unit < 1 or unit * size > shape[dim]:
-                raise _None(f"the entries of {name} do not split evenly")
-            found.append(_Governed(name, dim, unit, shape[dim] - unit * size))
+                raise NoAxis(f"the entries of {name} do not split evenly")
+            found.append(Governed(name, dim, unit, shape[dim] - unit * size))
         return found
 
     # ------------------------------------------------------------------------------------------ widths
@@ -189,13 +200,13 @@ class _Finder:
         """The width of a dense FFN, or of experts."""
         block = self.blocks[i]
         if block.ffn.no_op or block.ffn.replace_with_linear:
-            raise _None("there is no FFN to narrow")
+            raise NoAxis("there is no FFN to narrow")
         moe = block.ffn.moe
         size = block.ffn.intermediate_size if moe is None else moe.expert_intermediate_dim
         if size is None:
-            raise _None("its config has no width")
+            raise NoAxis("its config has no width")
         if size < 2:
-            raise _None("it has one channel already")
+            raise NoAxis("it has one channel already")
         return self._width_axis(i, self.experiment("width", _narrower_ffn), size)
 
     def shared_width(self, i: int) -> WidthAxis:
@@ -220,10 +231,10 @@ class _Finder:
         }
         return not changed & others
 
-    def _width_axis(self, i: int, made: _Experiment, size: int) -> WidthAxis:
+    def _width_axis(self, i: int, made: Experiment, size: int) -> WidthAxis:
         governed = self.governed(made, i)
         if not governed:
-            raise _None("its width changes no weight of the layer")
+            raise NoAxis("its width changes no weight of the layer")
         experts = self._members(i)
         stacked = [g for g in governed if g.name in experts.stacks]
         listed = [g for g in governed if experts.number_of(g.name) is not None]
@@ -258,12 +269,12 @@ class _Finder:
     def experts(self, i: int) -> ExpertsAxis:
         moe = self.blocks[i].ffn.moe
         if moe is None or self.blocks[i].ffn.no_op or self.blocks[i].ffn.replace_with_linear:
-            raise _None("there are no experts")
+            raise NoAxis("there are no experts")
         members = self._members(i)
         made = self.experiment("experts", _fewer_experts)
         governed = [g for g in self.governed(made, i) if members.number_of(g.name) is None]
         if not members.stacks and not members.lists:
-            raise _None("no stack or list of weights has one for each expert")
+            raise NoAxis("no stack or list of weights has one for each expert")
         weights = tuple(_weight_axis(g, "experts") for g in governed)
         shapes = self.base[i]
         matrices = [g.name for g in governed if len(shapes[g.name]) == 2 and min(shapes[g.name]) > 1]
@@ -291,7 +302,7 @@ class _Finder:
             return _Members(0, (), ())
         made = self.experiment("experts", _fewer_experts)
         if made.problem:
-            raise _None(made.problem)
+            raise NoAxis(made.problem)
         count = moe.num_local_experts
         gone = self.base[i].keys() ^ made.shapes[i].keys()
         lists = tuple(sorted({_before_numbers(name) for name in gone} - {""}))
@@ -303,7 +314,7 @@ class _Finder:
         )  # fmt: skip
         return _Members(count, stacks, lists)
 
-    def _is_stack_of_vectors(self, i: int, name: str, made: _Experiment) -> bool:
+    def _is_stack_of_vectors(self, i: int, name: str, made: Experiment) -> bool:
         """Whether a matrix holds a bias for each of a stack of matrices beside it, rather than rows of a router."""
         module = name.rpartition(".")[0]
         beside = [n for n, shape in self.base[i].items() if n.rpartition(".")[0] == module and len(shape) == 3]
@@ -315,10 +326,10 @@ class _Finder:
         """Query and key-value heads; weights that hold both say so."""
         block = self.blocks[i]
         if block.attention.no_op or block.attention.replace_with_linear:
-            raise _None("there is no attention to narrow")
+            raise NoAxis("there is no attention to narrow")
         count = block.attention.num_key_value_heads
         num_heads = self._num_heads(i)
-        of_kv: list[_Governed] = []
+        of_kv: list[Governed] = []
         why = "each query head has keys and values of its own"
         if self.described is not None and self.described.attention_stays(i):
             why = "later layers use its keys and values"
@@ -333,7 +344,7 @@ class _Finder:
         if no_queries:
             reasons["query_heads"] = no_queries
         if num_heads is None or not (of_kv or of_queries):
-            raise _None("; ".join(filter(None, (why, no_queries))))
+            raise NoAxis("; ".join(filter(None, (why, no_queries))))
         if not of_kv and count is None:
             return self._alike_heads(i, num_heads, of_queries)
         return self._grouped_heads(i, count or 1, num_heads, of_kv, of_queries)
@@ -343,11 +354,11 @@ class _Finder:
         types = getattr(self.language, "layer_types", None)
         own = self.blocks[i].attention
         if own.no_op or own.replace_with_linear:
-            raise _None("there is no attention")
+            raise NoAxis("there is no attention")
         if not types or not {_FULL, _SLIDING} <= set(types):
-            raise _None("its model does not have both kinds of attention")
+            raise NoAxis("its model does not have both kinds of attention")
         if (own.layer_type or types[i]) != _FULL:
-            raise _None("it does not see everything as it is")
+            raise NoAxis("it does not see everything as it is")
 
         def narrowed(block: BlockConfig, j: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
             if types[j] != _FULL or block.attention.no_op or block.attention.replace_with_linear:
@@ -356,7 +367,7 @@ class _Finder:
 
         made = self.experiment("window", narrowed)
         if made.problem or made.shapes[i] != self.base[i]:
-            raise _None(made.problem or "attention with a window has other weights")
+            raise NoAxis(made.problem or "attention with a window has other weights")
         return _SLIDING
 
     def _num_heads(self, i: int) -> int | None:
@@ -365,7 +376,7 @@ class _Finder:
             own = self.described.num_query_heads(i)
         return whole_number(self.language, "num_attention_heads") if own is None else own
 
-    def _of_queries(self, i: int, num_heads: int | None) -> tuple[list[_Governed], str]:
+    def _of_queries(self, i: int, num_heads: int | None) -> tuple[list[Governed], str]:
         """What changes with the number of query heads, the size of a head unchanged; or why that is not known."""
         if num_heads is None:
             return [], "its config has no number of query heads"
@@ -379,21 +390,21 @@ class _Finder:
         made = self.experiment("queries", more)
         try:
             governed = self.governed(made, i) if made.sizes[i] is not None else []
-        except _None as reason:
+        except NoAxis as reason:
             return [], str(reason)
         return governed, "" if governed else "the size of its heads follows from their number"
 
-    def _alike_heads(self, i: int, num_heads: int, of_queries: list[_Governed]) -> HeadsAxis:
+    def _alike_heads(self, i: int, num_heads: int, of_queries: list[Governed]) -> HeadsAxis:
         """Every query head has keys and values of its own."""
         weights = tuple(_weight_axis(g, "queries") for g in of_queries)
-        reader, head_dim = self._heads_reader(i, weights)
+        reader, head_dim = self.heads_reader(i, weights)
         return HeadsAxis(num_heads, num_heads, head_dim, weights, reader, fewer_groups=num_heads > 1)
 
     def _grouped_heads(
-        self, i: int, count: int, num_heads: int, of_kv: list[_Governed], of_queries: list[_Governed]
+        self, i: int, count: int, num_heads: int, of_kv: list[Governed], of_queries: list[Governed]
     ) -> HeadsAxis:
         if num_heads % count:
-            raise _None(f"its {num_heads} query heads are not the same number for each of {count} KV heads")
+            raise NoAxis(f"its {num_heads} query heads are not the same number for each of {count} KV heads")
         queries = {(g.name, g.dim): g for g in of_queries}
         kv = {(g.name, g.dim): g for g in of_kv}
         if not queries:
@@ -405,20 +416,20 @@ class _Finder:
             parts = [Segment(part, g.unit) for part, g in (("queries", q), ("kv", k)) if g is not None]
             rest = length - sum(s.unit * (num_heads if s.part == "queries" else count) for s in parts)
             if rest < 0:
-                raise _None(f"queries, keys and values of {name} cannot be told apart")
+                raise NoAxis(f"queries, keys and values of {name} cannot be told apart")
             weights.append(WeightAxis(name, dim, tuple(_split_fused(parts, rest))))
-        reader, head_dim = self._heads_reader(i, weights)
+        reader, head_dim = self.heads_reader(i, weights)
         more_than_one = count > 1 and bool(of_kv)
         return HeadsAxis(
             count, num_heads, head_dim, tuple(weights), reader,
             fewer_kv=more_than_one, fewer_queries=num_heads > count, fewer_groups=more_than_one,
         )  # fmt: skip
 
-    def _without_query_size(self, i: int, count: int, num_heads: int, of_kv: list[_Governed]) -> HeadsAxis:
+    def _without_query_size(self, i: int, count: int, num_heads: int, of_kv: list[Governed]) -> HeadsAxis:
         """Where the number of query heads cannot differ alone: they are what as long as all of them remains."""
         matrices = [g for g in of_kv if len(self.base[i][g.name]) == 2]
         if not matrices:
-            raise _None("no projection gives its keys and values")
+            raise NoAxis("no projection gives its keys and values")
         fused = [g for g in matrices if g.rest]
         head_dim = fused[0].rest // num_heads if fused else matrices[0].unit
         weights = [
@@ -427,7 +438,7 @@ class _Finder:
         for g in of_kv:
             if g.rest:
                 if g.rest % num_heads:
-                    raise _None(f"queries, keys and values of {g.name} cannot be told apart")
+                    raise NoAxis(f"queries, keys and values of {g.name} cannot be told apart")
                 parts = [Segment("queries", g.rest // num_heads), Segment("kv", g.unit)]
                 weights.append(WeightAxis(g.name, g.dim, tuple(_split_fused(parts, 0))))
         governed = {g.name for g in of_kv}
@@ -447,7 +458,7 @@ class _Finder:
                     weights.append(WeightAxis(name, dim, (Segment("queries", head_dim),)))
             elif len(shape) == 1 and own_input is not None and not is_reader:
                 weights.append(WeightAxis(name, 0, (Segment("queries", head_dim),)))
-        reader, head_dim = self._heads_reader(i, weights)
+        reader, head_dim = self.heads_reader(i, weights)
         return HeadsAxis(count, num_heads, head_dim, tuple(weights), reader, fewer_kv=True)
 
     def _comes_last(self, i: int, matrix: str) -> bool:
@@ -467,7 +478,7 @@ class _Finder:
             ]
         return self._owned[i]
 
-    def _heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int]:
+    def heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int]:
         """The one projection whose input the heads are: name, entries a head."""
         readers = []
         for w in weights:
@@ -476,12 +487,8 @@ class _Finder:
                 if two and input_dim(self.skeleton[i], w.name) == w.dim:
                     readers.append((w.name, w.segments[0].unit))
         if len(readers) != 1:
-            raise _None("the projection that its heads end in cannot be told")
+            raise NoAxis("the projection that its heads end in cannot be told")
         return readers[0]
-
-
-class _None(Exception):
-    """There is no such axis; the message says why."""
 
 
 @dataclass(frozen=True)
@@ -514,14 +521,14 @@ def _before_numbers(name: str) -> str:
     return ".".join(parts[: numbers[-1]]) if numbers else ""
 
 
-def _bundle(size: int, governed: Sequence[_Governed], members: int, stacked: bool) -> Bundle:
+def _bundle(size: int, governed: Sequence[Governed], members: int, stacked: bool) -> Bundle:
     """Weights with the same channels; what has several entries a channel of the config has as many channels more."""
     least = min(g.unit for g in governed)
     weights = tuple(_weight_axis(dataclasses.replace(g, unit=g.unit // least), "channels") for g in governed)
     return Bundle(size * least, weights, members=members, stacked=stacked)
 
 
-def _weight_axis(governed: _Governed, part: str) -> WeightAxis:
+def _weight_axis(governed: Governed, part: str) -> WeightAxis:
     """The first guess: several entries of a unit are one after another in parts, and what is no unit's comes last."""
     segments = (
         [Segment(part)] * governed.unit if governed.unit <= 3 and part == "channels" else [Segment(part, governed.unit)]

@@ -12,6 +12,10 @@ of channel u, is D times the sum over tokens of (g a_u)^2, and E[sum over d of (
 two experts, is the sum over tokens of (g R a) . (g' R' a'): the same second moment, of experts. One backward pass of
 the FFN with respect to R gives both, from D samples.
 
+Of a mixer's state no module's output tells the numbers. Scaling all entries of the weights that write to one number u of
+the state and read it changes the output y, to first order, by its derivative; with G the gradient of sum(xi y),
+E[(sum over entries w of u of w G_w)^2] is the square of that derivative, summed over tokens and outputs.
+
 Sums are accumulated in float64; products are in float32.
 
 Shapes: N rows of activations, F channels, D hidden, E experts.
@@ -33,12 +37,13 @@ from layersmith.artifacts import read_tensors, write_tensors
 from layersmith.errors import UnsupportedModel
 from layersmith.execution import first_tensor
 from layersmith.heterogeneous.modeling_layersmith import _first_tensor as first_argument
-from layersmith.library.axes import Bundle
+from layersmith.library.axes import Bundle, StateAxis
 from layersmith.library.weights import members_of
 from layersmith.parent import Parent
 from layersmith.progress import SILENT, Progress
 
 _SAVE_EVERY_SECONDS = 20.0
+_SIGNS = 4  # samples of random signs a batch for a state; there are as many more as there are batches
 
 
 @dataclass(frozen=True)
@@ -50,9 +55,11 @@ class Probe:
         layer: index of the decoder layer.
         module: name in the layer of the module that is watched.
         kind: ``"moment"`` for E[a a^T], ``"energy"`` for its diagonal alone, ``"cross"`` for E[x x^T] and E[x y^T],
-            ``"reader"`` for the energies of channels and the moment of experts from a gradient.
+            ``"reader"`` for the energies of channels and the moment of experts from a gradient, ``"state"`` for those
+            of a mixer's state.
         bytes: of its sums.
         bundle: whose reader, for ``"reader"``; the module is one that holds all of it.
+        state: which state, for ``"state"``; the module is one that holds all of its weights.
     """
 
     name: str
@@ -61,6 +68,7 @@ class Probe:
     kind: str
     bytes: int
     bundle: Bundle | None = None
+    state: StateAxis | None = None
 
 
 def gather(
@@ -87,7 +95,7 @@ def gather(
         progress: told of rows done.
 
     Returns:
-        Means over the tokens, in float32: for ``moment`` ``[F, F]``, for ``energy`` ``[F]``, for ``cross`` two
+        Means over the tokens, in float32: for ``moment`` ``[F, F]``, for ``energy`` and ``state`` ``[F]``, for ``cross`` two
         entries ``name.input`` and ``name.output``, ``[D, D]`` each, for ``reader`` two entries ``name.channels``,
         ``[experts, F]``, and ``name.members``, ``[experts, experts]``.
     """
@@ -152,6 +160,13 @@ def _add_batch(
             nonlocal again
             if again:
                 return
+            if probe.kind == "state":
+                again = True
+                try:
+                    add(probe.name, _of_state(parent, probe, module, args, kwargs, position))
+                finally:
+                    again = False
+                return
             if probe.kind == "reader":
                 again = True
                 try:
@@ -212,6 +227,33 @@ def _of_reader(
         products.append((g * r).sum(1))
     rows = torch.stack(products)
     return torch.stack(channels), rows @ rows.T
+
+
+def _of_state(
+    parent: Parent, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int
+) -> torch.Tensor:
+    """``[F]``: sums over a batch's tokens of what each number of a state adds."""
+    state, layer = probe.state, parent.layers[probe.layer]
+    assert state is not None
+    named = dict(layer.named_parameters())
+    parameters = [named[w.name] for w in state.makers]
+    generator = torch.Generator().manual_seed(1_000_003 * position + probe.layer)
+    total = torch.zeros(state.size)
+    with requiring_grad(parameters), torch.enable_grad():
+        output = first_tensor(module.forward(*_detached(args), **_detached(kwargs)))
+        if not output.requires_grad:
+            raise UnsupportedModel(f"layer {probe.layer}: no gradient of its mixer reaches {state.makers[0].name}.")
+        for sample in range(_SIGNS):
+            signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+            again = sample + 1 < _SIGNS
+            grads = torch.autograd.grad(output, parameters, signs.to(output), retain_graph=again, allow_unused=True)
+            change = torch.zeros(state.size)
+            for w, p, g in zip(state.makers, parameters, grads, strict=True):
+                if g is not None:
+                    entries = (p.detach().float() * g.float()).movedim(w.dim, 0).flatten(1).sum(1).cpu()
+                    change += entries[w.positions("state", {"state": state.size})].sum(1)
+            total += change.square() / _SIGNS
+    return total
 
 
 @contextmanager

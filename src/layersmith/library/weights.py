@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from layersmith.library.axes import Bundle, ExpertsAxis, HeadsAxis, WeightAxis, WidthAxis
+from layersmith.library.axes import Bundle, ExpertsAxis, HeadsAxis, StateAxis, WeightAxis, WidthAxis
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -96,6 +96,12 @@ def keep_groups(weights: Tensors, axis: HeadsAxis, heads: torch.Tensor) -> dict[
 def keep_query_heads(weights: Tensors, axis: HeadsAxis, heads: torch.Tensor) -> dict[str, torch.Tensor]:
     """The attention's weights with only the given query heads, equally many for every KV head."""
     return _gather(weights, axis, {"queries": heads.sort().values})
+
+
+def keep_state(weights: Tensors, axis: StateAxis, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A mixer's weights with only some numbers of the state."""
+    ordered, sizes = kept.sort().values, {"state": axis.size}
+    return {w.name: _take(weights[w.name], w.dim, w.gathered({"state": ordered}, sizes)) for w in axis.weights}
 
 
 def pool_kv_heads(weights: Tensors, axis: HeadsAxis, num_heads: int) -> dict[str, torch.Tensor]:

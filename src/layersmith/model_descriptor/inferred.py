@@ -339,6 +339,15 @@ class InferredDescriptor(ModelDescriptor):
         return bool(findings.stateful) and findings.stateful[findings.of_layer[index]]
 
     @classmethod
+    def has_mixer(cls, index: int) -> bool:
+        """Whether a layer has a mixer that keeps a state of fixed size, with or without keys and values beside it."""
+        findings = cls.findings
+        k = findings.of_layer[index]
+        return findings.kinds[k].attention is not None and (
+            findings.sizes[k].mixer is not None or cls.keeps_state(index)
+        )
+
+    @classmethod
     def cached_numbers(cls, index: int) -> float:
         """Numbers in the KV cache for each one of a value head; keys may be longer or shorter than values."""
         findings = cls.findings

@@ -71,10 +71,12 @@ def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pa
         if not effect.came_or_went and all(kind.owners.get(name) == "attention" for name in effect.shapes)
     ]
 
-    def tried(values: dict[Path, Any]) -> tuple[list[int], int, Shapes] | None:
+    def tried(values: dict[Path, Any], heads_alone: bool = False) -> tuple[list[int], int, Shapes] | None:
         """Dimensions of the state that are twice as long then, how long the reader is, and the shapes."""
         try:
             shapes = trial.shapes_with(values)
+            if heads_alone and shapes[reader][1] != 2 * length:
+                return None
             seen = _state(trial.made_with(values), index)
         except Exception:  # whatever a family's own code raises for sizes that do not go together
             return None
@@ -100,7 +102,7 @@ def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pa
             sizes.setdefault("head_dim", path)
     if not headless and "num_heads" not in sizes:
         for pair in _pairs(trial, own, heads):
-            found = tried({path: 2 * trial.value(path) for path in pair})
+            found = tried({path: 2 * trial.value(path) for path in pair}, heads_alone=True)
             if found is not None and found[0] == [1] and found[1] == 2 * length:
                 sizes["num_heads"] = pair
                 break

@@ -1,0 +1,117 @@
+"""Proof that fewer heads of a mixer, or a smaller state, are what the axis says: what is dead can go.
+
+A head is dead if the output projection reads nothing from it. One number of the state is dead if nothing is written to
+it and nothing reads it. Where a norm sees all heads, or all of what is written, the dead ones are made copies of those
+that stay first, so that the norm sees the same before and after.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+
+import torch
+from torch import nn
+
+from layersmith.library.alternative import Alternative
+from layersmith.library.axes import HeadsAxis, StateAxis, largest_part
+from layersmith.library.mixers import head_guesses, state_guesses
+from layersmith.library.trial import Fails, Slice, Trial, copy_units, dead_or_copies, first_that_holds, others
+from layersmith.library.weights import keep_groups, keep_query_heads, keep_state, query_heads_of
+
+
+def prove_mixer(trial: Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
+    """The axis with the layout of its heads, and with those ways of having fewer that hold."""
+    held: list[str] = []
+    problem: Fails | None = None
+    found: HeadsAxis | None = None
+    for way in ("fewer_queries", "fewer_groups"):
+        if not getattr(axis, way):
+            continue
+        guesses = partial(head_guesses, axis) if found is None else lambda known=found: iter([known])
+        try:
+            found = dead_or_copies(trial, guesses, partial(_heads_difference, trial, i, way), "dead heads")
+            held.append(way)
+        except Fails as reason:
+            problem = problem or reason
+    if found is None:
+        raise problem or Fails("it has one head")
+    return dataclasses.replace(
+        found, fewer_queries="fewer_queries" in held, fewer_groups="fewer_groups" in held
+    )  # fmt: skip
+
+
+def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool) -> float:
+    """What removing heads of every group, or groups with their heads, changes when nothing reads them."""
+    group = axis.num_heads // axis.size
+    if way == "fewer_queries":
+        left = largest_part(group)
+        # Not the first ones, so that the order of heads is put to the test.
+        places = torch.arange(axis.size)[:, None] * group
+        kept = (places + torch.arange(group - left, group)).flatten()
+        gone = (places + torch.arange(group - left)).flatten()
+        # A head that goes is a copy of one of its own group.
+        source = (places + group - left + torch.arange(group - left) % left).flatten()
+        fewer = Alternative(i, "attention", "mixer_heads", size=len(kept))
+        copied = {"queries": (source, gone)}
+        cut: Slice = lambda tensors: keep_query_heads(tensors, axis, kept)  # noqa: E731
+    else:
+        count = largest_part(axis.size)
+        groups = torch.arange(axis.size)[-count:]
+        gone_groups = others(axis.size, groups)
+        source_groups = groups[torch.arange(len(gone_groups)) % count]
+        gone, source = query_heads_of(axis, gone_groups), query_heads_of(axis, source_groups)
+        fewer = Alternative(i, "attention", "mixer_groups", size=count, query_heads=count * group)
+        copied = {"kv": (source_groups, gone_groups), "queries": (source, gone)}
+        cut = lambda tensors: keep_groups(tensors, axis, groups)  # noqa: E731
+
+    def kill(layer: nn.Module) -> None:
+        state = layer.state_dict()
+        for w in axis.weights if copies else ():
+            for part, (own_source, own_gone) in copied.items():
+                if w.name != axis.reader and any(s.part == part for s in w.segments):
+                    copy_units(state[w.name], w.dim, w.positions(part, axis.sizes), own_source, own_gone)
+        reader = axis.weight(axis.reader)
+        entries = reader.positions("queries", axis.sizes)[gone].flatten()
+        state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
+
+    return trial.difference(i, fewer.block_config(trial.parent.blocks[i]), kill, cut)
+
+
+def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
+    """The axis with the layout of the state."""
+    mamba = trial.parent.blocks[i].attention.mamba
+    assert mamba is not None
+    count = largest_part(axis.size)
+    kept = torch.arange(axis.size)[-count:]
+    gone = others(axis.size, kept)
+    source = kept[torch.arange(len(gone)) % count]
+    fewer = Alternative(i, "attention", "state_size", size=count).block_config(trial.parent.blocks[i])
+
+    def difference(guess: StateAxis, silent: str) -> float:
+        def kill(layer: nn.Module) -> None:
+            state = layer.state_dict()
+            for w in guess.weights:
+                places = w.positions("state", {"state": guess.size})
+                if silent:
+                    copy_units(state[w.name], w.dim, places, source, gone)
+                if w.name == silent or (not silent and w.dim == 0):
+                    state[w.name].index_fill_(w.dim, places[gone].flatten().to(state[w.name].device), 0)
+
+        return trial.difference(i, fewer, kill, lambda tensors: keep_state(tensors, guess, kept))
+
+    # With norms of their own between what makes the entries and the state, the scale of one norm silences them.
+    shapes = trial.parent.layers[i].state_dict()
+    scales = [w.name for w in axis.weights if shapes[w.name].ndim == 1 and w.dim == 0]
+    problem: Fails | None = None
+    for silent in ("", *scales):
+        try:
+            found = first_that_holds(
+                trial, state_guesses(axis, mamba), partial(difference, silent=silent), "dead numbers of the state"
+            )
+        except Fails as reason:
+            problem = problem or reason
+        else:
+            return found
+    assert problem is not None
+    raise problem

@@ -1,0 +1,152 @@
+"""Layers in the place of a parent's, and guesses that are tried on them."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from layersmith.block_config import BlockConfig
+from layersmith.errors import first_line
+from layersmith.execution import first_tensor, forward_with, hands_over, layer_outputs, share_buffers
+from layersmith.library.shapes import meta_layers
+from layersmith.parent import Parent
+
+# Orders to try of what lies in a layer's weights; there are seldom more than six.
+_MOST_GUESSES = 48
+
+Slice = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+Kill = Callable[[nn.Module], None]
+
+
+class Fails(Exception):
+    """An axis does not hold; the message says why."""
+
+
+class Trial:
+    """A layer as the parent runs it, and layers in its place."""
+
+    def __init__(self, parent: Parent, tokens: torch.Tensor):
+        self.parent, self.tokens = parent, tokens
+        hands_over(parent)  # tried now, not while a layer is watched
+        _, _, self.outputs = layer_outputs(parent, tokens)
+        self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
+        self._before: dict[int, torch.Tensor] = {}
+        self._skeletons: dict[str, nn.Module] = {}
+
+    def output(self, i: int, layer: nn.Module) -> torch.Tensor:
+        """The hidden states that a layer gives in the place of layer ``i``."""
+        seen: list[torch.Tensor] = []
+
+        def stop(module: nn.Module, args: Any, output: Any) -> None:
+            seen.append(first_tensor(output))
+            raise _Enough
+
+        handle = layer.register_forward_hook(stop)
+        try:
+            forward_with(self.parent, self.tokens, self.outputs, i, layer)
+        except _Enough:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+    def difference(self, i: int, block: BlockConfig, kill: Kill, cut: Slice) -> float:
+        """The largest difference between layer ``i`` with dead units and with them removed, relative to its update."""
+        original = self.parent.layers[i]
+        with_dead = copy.deepcopy(original)
+        with torch.no_grad():
+            kill(with_dead)
+        narrower = self.built(i, block)
+        tensors = dict(with_dead.state_dict())
+        tensors |= cut(tensors)
+        narrower.load_state_dict({name: tensors[name] for name in narrower.state_dict()}, strict=True, assign=True)
+        share_buffers(original, narrower)
+        seen = [self.output(i, layer) for layer in (with_dead, narrower.eval())]
+        update = (seen[0] - self.before(i)).float().abs().max().clamp_min(1e-12)
+        return float((seen[0] - seen[1]).float().abs().max() / update)
+
+    def built(self, i: int, block: BlockConfig) -> nn.Module:
+        """Layer ``i`` with another block config, on the meta device; the same for every guess."""
+        key = f"{i} {block.to_json()}"
+        if key not in self._skeletons:
+            blocks = [block if own == self.parent.blocks[i] else own for own in self.parent.blocks]
+            self._skeletons[key] = meta_layers(self.parent.descriptor, self.parent.config, blocks)[i]
+        return copy.deepcopy(self._skeletons[key])
+
+    def before(self, i: int) -> torch.Tensor:
+        """The hidden states that layer ``i`` is given."""
+        if i not in self._before:
+            seen: list[torch.Tensor] = []
+
+            def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+                tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+                seen.append(next(t for t in tensors if t.is_floating_point() and t.ndim >= 2))
+
+            handle = self.parent.layers[i].register_forward_pre_hook(watch, with_kwargs=True)
+            try:
+                self.output(i, self.parent.layers[i])
+            finally:
+                handle.remove()
+            self._before[i] = seen[0]
+        return self._before[i]
+
+
+class _Enough(Exception):
+    """The layer has run; nothing after it is wanted."""
+
+
+G = TypeVar("G")
+
+
+def first_that_holds(trial: Trial, guesses: Iterator[G], difference: Callable[[G], float], what: str) -> G:
+    least, problem = float("inf"), ""
+    for guess in itertools.islice(guesses, _MOST_GUESSES):
+        try:
+            found = difference(guess)
+        except (RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:
+            problem = first_line(error)  # weights do not fit, or a family's own code cannot run so
+            continue
+        if found < trial.tolerance:
+            return guess
+        least = min(least, found)
+    if least == float("inf"):
+        raise Fails(f"removing {what} fails ({problem})")
+    raise Fails(f"removing {what} changes the layer's output by {least:.1e}, so the slice is not understood")
+
+
+def dead_or_copies(
+    trial: Trial, guesses: Callable[[], Iterator[G]], difference: Callable[..., float], what: str
+) -> G:
+    """The first guess with which what nothing reads can go.
+
+    If there is none, units that go are first made copies of those that stay: a norm over all of them together, or
+    another statistic of them, then sees the same before and after.
+    """
+    try:
+        return first_that_holds(trial, guesses(), partial(difference, copies=False), what)
+    except Fails as reason:
+        try:
+            return first_that_holds(trial, guesses(), partial(difference, copies=True), what)
+        except Fails:
+            raise reason from None
+
+
+def others(size: int, kept: torch.Tensor) -> torch.Tensor:
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[kept] = False
+    return gone.nonzero().flatten()
+
+
+def copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor) -> None:
+    """Make the units that go copies of those that stay, one after another and again from the first."""
+    source = kept[torch.arange(len(gone)) % len(kept)]
+    moved = weight.movedim(dim, 0)
+    moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
+
+
