@@ -33,8 +33,12 @@ KINDS = {
     "gpt_oss": {"kv_heads", "query_heads", "experts", "expert_width"},  # sinks, biases, gate and up interleaved
     "deepseek_v3": {"head_groups", "experts", "expert_width"},  # latent attention, a bias for choosing, shared experts
     "qwen2_moe": {"experts", "shared_width"},  # shared experts with a width of their own
-    "qwen3_next": {"kv_heads", "experts"},  # linear attention in some layers, gates beside queries
-    "granitemoehybrid": {"kv_heads", "experts"},  # Mamba in some layers
+    # Linear attention in some layers, its parts fused group by group; gates beside queries.
+    "qwen3_next": {"kv_heads", "experts", "mixer_heads", "mixer_groups", "state_size"},
+    "granitemoehybrid": {"kv_heads", "experts", "mixer_heads", "state_size"},  # Mamba in some layers
+    "nemotron_h": {"kv_heads", "ffn_width", "mixer_heads", "mixer_groups", "state_size"},  # one subblock a layer
+    "bamba": {"kv_heads", "mixer_heads", "state_size"},  # the width of all heads is said as a multiple
+    "jamba": {"kv_heads", "experts", "state_size"},  # Mamba without heads, norms of what writes to the state
 }
 
 

@@ -17,6 +17,7 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.axes import HeadsAxis, StateAxis, largest_part
 from layersmith.library.mixers import head_guesses, state_guesses
 from layersmith.library.trial import Fails, Slice, Trial, copy_units, dead_or_copies, first_that_holds, others
+from layersmith.library.trial import without_small_numbers
 from layersmith.library.weights import keep_groups, keep_query_heads, keep_state, query_heads_of
 
 
@@ -46,12 +47,13 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
     group = axis.num_heads // axis.size
     if way == "fewer_queries":
         left = largest_part(group)
-        # Not the first ones, so that the order of heads is put to the test.
-        places = torch.arange(axis.size)[:, None] * group
-        kept = (places + torch.arange(group - left, group)).flatten()
-        gone = (places + torch.arange(group - left)).flatten()
+        # Others in every group, so that the order of heads is put to the test.
+        first, places = torch.arange(axis.size)[:, None], torch.arange(axis.size)[:, None] * group
+        own = places + (first + torch.arange(group)) % group
+        gone = own[:, left:].flatten()
+        kept = own[:, :left].flatten().sort().values
         # A head that goes is a copy of one of its own group.
-        source = (places + group - left + torch.arange(group - left) % left).flatten()
+        source = own[:, torch.arange(group - left) % left].flatten()
         fewer = Alternative(i, "attention", "mixer_heads", size=len(kept))
         copied = {"queries": (source, gone)}
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, kept)  # noqa: E731
@@ -88,7 +90,7 @@ def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
     source = kept[torch.arange(len(gone)) % count]
     fewer = Alternative(i, "attention", "state_size", size=count).block_config(trial.parent.blocks[i])
 
-    def difference(guess: StateAxis, silent: str) -> float:
+    def difference(guess: StateAxis, silent: str, scaled: bool) -> float:
         def kill(layer: nn.Module) -> None:
             state = layer.state_dict()
             for w in guess.weights:
@@ -98,16 +100,21 @@ def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
                 if w.name == silent or (not silent and w.dim == 0):
                     state[w.name].index_fill_(w.dim, places[gone].flatten().to(state[w.name].device), 0)
 
-        return trial.difference(i, fewer, kill, lambda tensors: keep_state(tensors, guess, kept))
+        prepare = without_small_numbers if scaled else None
+        return trial.difference(i, fewer, kill, lambda tensors: keep_state(tensors, guess, kept), prepare)
 
-    # With norms of their own between what makes the entries and the state, the scale of one norm silences them.
+    # With norms of their own between what makes the entries and the state, the scale of one norm silences them. And
+    # where what is read is divided by the root of N, a norm takes that away again, but for what it adds to a variance.
     shapes = trial.parent.layers[i].state_dict()
     scales = [w.name for w in axis.weights if shapes[w.name].ndim == 1 and w.dim == 0]
     problem: Fails | None = None
-    for silent in ("", *scales):
+    for silent, scaled in (("", False), ("", True), *((name, False) for name in scales)):
         try:
             found = first_that_holds(
-                trial, state_guesses(axis, mamba), partial(difference, silent=silent), "dead numbers of the state"
+                trial,
+                state_guesses(axis, mamba),
+                partial(difference, silent=silent, scaled=scaled),
+                "dead numbers of the state",
             )
         except Fails as reason:
             problem = problem or reason

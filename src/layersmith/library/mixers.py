@@ -30,20 +30,17 @@ def mixer_heads(finder: Finder, i: int) -> HeadsAxis:
     """
     mamba = _sizes(finder, i)
     if mamba.num_heads == 1:
-        raise NoAxis("its state has no heads, or one")
+        raise NoAxis("its state has no heads")
     of_heads = _governed(finder, i, "mixer heads", _other_heads)
     if not of_heads:
-        raise NoAxis("no attribute of its config changes the number of its heads and nothing else")
+        raise NoAxis("no attribute of its config changes the number of its heads alone")
     count, num_heads = mamba.num_groups, mamba.num_heads
     if num_heads % count:
         raise NoAxis(f"its {num_heads} heads are not the same number for each of {count} groups")
     group = num_heads // count
     heads = {(g.name, g.dim): g for g in of_heads}
     groups = {(g.name, g.dim): g for g in _governed(finder, i, "mixer groups", _other_groups)} if count > 1 else {}
-    if count > 1 and not groups and group == 1:
-        groups_go_along = True  # each head has its own; the number of heads is that of groups too
-    else:
-        groups_go_along = False
+    groups_go_along = count > 1 and not groups and group == 1  # the number of heads is that of groups too
     weights = []
     for name, dim in dict.fromkeys([*heads, *groups]):
         pieces = [
@@ -78,14 +75,15 @@ def mixer_state(finder: Finder, i: int) -> StateAxis:
         parts = (Segment("state"),) * g.unit
         weights.append(WeightAxis(g.name, g.dim, (*parts, Segment(REST, g.rest)) if g.rest else parts))
     if not weights:
-        raise NoAxis("no attribute of its config changes the size of its state and nothing else")
+        raise NoAxis("no attribute of its config changes the size of its state alone")
     return StateAxis(mamba.state_dim, tuple(weights))
 
 
 def _sizes(finder: Finder, i: int) -> MambaConfig:
     mamba = finder.blocks[i].attention.mamba
     if mamba is None:
-        raise NoAxis("no attribute of its config changes the heads or the size of the state of its mixer, and runs")
+        problem = finder.described.mixer_problem(i) if finder.described is not None else ""
+        raise NoAxis(problem or "no attribute of its config changes the heads of its mixer or the size of its state alone")
     return mamba
 
 

@@ -19,6 +19,7 @@ from layersmith.parent import Parent
 
 # Orders to try of what lies in a layer's weights; there are seldom more than six.
 _MOST_GUESSES = 48
+_SMALL = 1e-4
 
 Slice = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 Kill = Callable[[nn.Module], None]
@@ -56,8 +57,18 @@ class Trial:
             handle.remove()
         return seen[0]
 
-    def difference(self, i: int, block: BlockConfig, kill: Kill, cut: Slice) -> float:
-        """The largest difference between layer ``i`` with dead units and with them removed, relative to its update."""
+    def difference(
+        self, i: int, block: BlockConfig, kill: Kill, cut: Slice, prepare: Kill | None = None
+    ) -> float:
+        """The largest difference between layer ``i`` with dead units and with them removed, relative to its update.
+
+        Args:
+            i: the layer.
+            block: its config with units removed.
+            kill: makes units of a layer dead.
+            cut: slices the layer's tensors.
+            prepare: done to both layers before they run.
+        """
         original = self.parent.layers[i]
         with_dead = copy.deepcopy(original)
         with torch.no_grad():
@@ -67,6 +78,8 @@ class Trial:
         tensors |= cut(tensors)
         narrower.load_state_dict({name: tensors[name] for name in narrower.state_dict()}, strict=True, assign=True)
         share_buffers(original, narrower)
+        for layer in (with_dead, narrower) if prepare is not None else ():
+            prepare(layer)
         seen = [self.output(i, layer) for layer in (with_dead, narrower.eval())]
         update = (seen[0] - self.before(i)).float().abs().max().clamp_min(1e-12)
         return float((seen[0] - seen[1]).float().abs().max() / update)
@@ -141,6 +154,14 @@ def others(size: int, kept: torch.Tensor) -> torch.Tensor:
     gone = torch.ones(size, dtype=torch.bool)
     gone[kept] = False
     return gone.nonzero().flatten()
+
+
+def without_small_numbers(layer: nn.Module) -> None:
+    """Set to zero what norms add to a variance: small plain numbers of its modules."""
+    for module in layer.modules():
+        for name, value in list(vars(module).items()):
+            if type(value) is float and 0 < value < _SMALL:
+                setattr(module, name, 0.0)
 
 
 def copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor) -> None:

@@ -22,7 +22,7 @@ from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.mixers import in_proportion, mamba_config
+from layersmith.model_descriptor.mixers import filled_cache, in_proportion, mamba_config
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
 from layersmith.model_descriptor.specimen import Specimen
@@ -204,8 +204,7 @@ class _InCache:
 def _in_cache(specimen: Specimen, layers: Sequence[int], sizes: Sequence[Sizes]) -> list[_InCache]:
     """Look at the cache after a run; where there is none, they are taken for keys and values of one length."""
     try:
-        with torch.no_grad():
-            cache = specimen.model(input_ids=specimen.ids, use_cache=True).past_key_values
+        cache = filled_cache(specimen)
         slots = [cache.layers[i] for i in layers]
     except Exception:  # a family's own code may keep no cache, or another kind
         return [_InCache()] * len(layers)
@@ -346,6 +345,12 @@ class InferredDescriptor(ModelDescriptor):
         return findings.kinds[k].attention is not None and (
             findings.sizes[k].mixer is not None or cls.keeps_state(index)
         )
+
+    @classmethod
+    def mixer_problem(cls, index: int) -> str:
+        """Why the sizes of a layer's mixer cannot differ, as far as that was seen; empty if it was not."""
+        mixer = cls.findings.sizes[cls.findings.of_layer[index]].mixer
+        return mixer.problem if mixer is not None else ""
 
     @classmethod
     def cached_numbers(cls, index: int) -> float:

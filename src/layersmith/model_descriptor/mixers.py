@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from layersmith.block_config import MambaConfig
+from layersmith.errors import first_line
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.subblocks import LayerKind
 
@@ -40,6 +41,7 @@ class MixerSizes:
         square: whether the state is as large as a head because both are one attribute.
         groups: G as the specimen's weights have it.
         is_alone: whether the layer keeps no keys and values beside the state.
+        problem: why no attribute was found, if one that looks like it does not run.
     """
 
     num_heads: tuple[tuple[str, ...], ...] = ()
@@ -51,6 +53,7 @@ class MixerSizes:
     square: bool = False
     groups: int = 1
     is_alone: bool = True
+    problem: str = ""
 
 
 def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Path, _Effect]) -> MixerSizes | None:
@@ -71,16 +74,20 @@ def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pa
         if not effect.came_or_went and all(kind.owners.get(name) == "attention" for name in effect.shapes)
     ]
 
+    problems: list[str] = []
+
     def tried(values: dict[Path, Any], heads_alone: bool = False) -> tuple[list[int], int, Shapes] | None:
         """Dimensions of the state that are twice as long then, how long the reader is, and the shapes."""
         try:
             shapes = trial.shapes_with(values)
             if heads_alone and shapes[reader][1] != 2 * length:
                 return None
-            seen = _state(trial.made_with(values), index)
-        except Exception:  # whatever a family's own code raises for sizes that do not go together
+            seen = tuple(_states(trial.made_with(values), index)[0].shape)
+        except Exception as error:  # whatever a family's own code raises for sizes that do not go together
+            if any(trial.value(path) in state[1:] for path in values):
+                problems.append(first_line(error.__cause__ or error))
             return None
-        if seen is None or len(seen) != len(state) or any(b not in (a, 2 * a) for a, b in zip(state, seen, strict=True)):
+        if len(seen) != len(state) or any(b not in (a, 2 * a) for a, b in zip(state, seen, strict=True)):
             return None
         return [d for d, (a, b) in enumerate(zip(state, seen, strict=True)) if a != b], shapes[reader][1], shapes
 
@@ -117,7 +124,10 @@ def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pa
                 sizes["num_groups"] = path
                 break
     alone = _keeps_no_keys(trial.specimen, index)
-    return MixerSizes(**sizes, reader=reader, headless=headless, square=square, groups=groups, is_alone=alone)
+    problem = f"with other sizes of its mixer it does not run ({problems[0]})" if problems and not sizes else ""
+    return MixerSizes(
+        **sizes, reader=reader, headless=headless, square=square, groups=groups, is_alone=alone, problem=problem
+    )
 
 
 def _pairs(trial: _Trial, own: list[Path], heads: int) -> Iterator[tuple[Path, Path]]:
@@ -146,19 +156,26 @@ def _rows(base: Shapes, changed: Shapes) -> int:
     return sum(changed[name][0] - shape[0] for name, shape in base.items() if len(shape) == 2 and name in changed)
 
 
-def _keeps_no_keys(specimen: Specimen, index: int) -> bool:
+def filled_cache(specimen: Specimen) -> Any:
+    """The cache that a run leaves; models without any attention call it by another name."""
     with torch.no_grad():
-        slot = specimen.model(input_ids=specimen.ids, use_cache=True).past_key_values.layers[index]
-    keys = getattr(slot, "keys", None)
+        output = specimen.model(input_ids=specimen.ids, use_cache=True)
+    return next(value for value in output.values() if hasattr(value, "layers"))
+
+
+def _keeps_no_keys(specimen: Specimen, index: int) -> bool:
+    keys = getattr(filled_cache(specimen).layers[index], "keys", None)
     return not isinstance(keys, torch.Tensor) or not keys.numel()
+
+
+def _states(specimen: Specimen, index: int) -> list[torch.Tensor]:
+    return [s for s in filled_cache(specimen).layers[index].recurrent_states.values() if s is not None]
 
 
 def _state(specimen: Specimen, index: int) -> tuple[int, ...] | None:
     """The shape of the state that a layer leaves in the cache; None if it leaves none."""
     try:
-        with torch.no_grad():
-            cache = specimen.model(input_ids=specimen.ids, use_cache=True).past_key_values
-        states = [s for s in cache.layers[index].recurrent_states.values() if s is not None]
+        states = _states(specimen, index)
     except Exception:  # a family's own code may keep no cache, or another kind
         return None
     return tuple(states[0].shape) if len(states) == 1 else None
