@@ -239,6 +239,9 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
             # A family whose own config differs by layer: the override holds whichever layer asks.
             layers = own.to_dict()["per_layer_config"]
             own.per_layer_config = {int(i): entry | {name: value} for i, entry in layers.items()}
+        elif type(value) is float and type(nested) is int:
+            # A multiple that is a whole number in every stock config, and so said to be one: a layer's own need not be.
+            own.__dict__[name] = value
         else:
             setattr(own, name, value)
     return own

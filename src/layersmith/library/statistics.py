@@ -250,7 +250,7 @@ def _of_state(
             change = torch.zeros(state.size)
             for w, p, g in zip(state.makers, parameters, grads, strict=True):
                 if g is not None:
-                    entries = (p.detach().float() * g.float()).movedim(w.dim, 0).flatten(1).sum(1).cpu()
+                    entries = (p.detach().float() * g.float()).reshape(len(p), -1).sum(1).cpu()
                     change += entries[w.positions("state", {"state": state.size})].sum(1)
             total += change.square() / _SIGNS
     return total

@@ -236,13 +236,13 @@ class _Trial:
         """A specimen that has run, with another value of an attribute in every layer."""
         return self.made_with({path: value}, seed)
 
-    def made_with(self, values: Mapping[Path, int], seed: int = 0) -> Specimen:
+    def made_with(self, values: Mapping[Path, Any], seed: int = 0) -> Specimen:
         """A specimen that has run, with other values of attributes in every layer."""
         overrides = self._overrides(values)
         with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
             return Specimen(self.specimen.config, seed)
 
-    def _overrides(self, values: Mapping[Path, int]) -> dict[str, Any]:
+    def _overrides(self, values: Mapping[Path, Any]) -> dict[str, Any]:
         overrides: dict[str, Any] = {}
         for path, value in values.items():
             overrides = merged(overrides, nested(self.config, path, value))
@@ -252,7 +252,7 @@ class _Trial:
         """The shapes of the layer with another value of an attribute."""
         return self.shapes_with({path: value})
 
-    def shapes_with(self, values: Mapping[Path, int]) -> Shapes:
+    def shapes_with(self, values: Mapping[Path, Any]) -> Shapes:
         overrides = self._overrides(values)
         with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
             layer = stock_model(self.specimen.config).get_submodule(self.prefix.removesuffix("."))

@@ -110,7 +110,7 @@ def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pa
     if not headless and "num_heads" not in sizes:
         for pair in _pairs(trial, own, heads):
             found = tried({path: 2 * trial.value(path) for path in pair}, heads_alone=True)
-            if found is not None and found[0] == [1] and found[1] == 2 * length:
+            if found is not None and found[0] == [1] and found[1] == 2 * length and _takes_shares(trial, pair, heads):
                 sizes["num_heads"] = pair
                 break
     square = "state_dim" not in sizes and not headless and any(f is not None and f[0] == [2, 3] for f in doubled.values())
@@ -134,6 +134,16 @@ def _pairs(trial: _Trial, own: list[Path], heads: int) -> Iterator[tuple[Path, P
     for first, second in permutations(own, 2):
         if trial.value(first) == heads and trial.value(second):
             yield first, second
+
+
+def _takes_shares(trial: _Trial, pair: tuple[Path, Path], heads: int) -> bool:
+    """Whether the second can be in proportion to any number of heads, where that is no whole number."""
+    new = heads + heads // 2
+    try:
+        trial.shapes_with({path: in_proportion(trial.value(path), new, heads) for path in pair})
+    except Exception:  # whatever a family's own code raises for a size that it cannot take
+        return False
+    return True
 
 
 def _is_groups(trial: _Trial, path: Path, index: int, base: Shapes, state: tuple[int, ...], entries: int) -> bool:
