@@ -458,6 +458,7 @@ class _Examination:
             heads, width, moe = block.attention.num_key_value_heads, block.ffn.intermediate_size, block.ffn.moe
             if heads is not None and heads > 1:
                 yield "number of KV heads", i, _with_attention(num_key_value_heads=heads // 2)
+            yield from self.mixer_resizings(i, block)
             if width is not None and width > 1:
                 yield "FFN width", i, _with_ffn(intermediate_size=width // 2)
             if moe is None:
@@ -474,6 +475,19 @@ class _Examination:
             if moe.shared_expert_intermediate_dim:
                 half = moe.shared_expert_intermediate_dim // 2
                 yield "width of the shared experts", i, _with_moe(shared_expert_intermediate_dim=half)
+
+    def mixer_resizings(self, i: int, block: BlockConfig) -> Iterator[tuple[str, int, Callable[[BlockConfig], BlockConfig]]]:
+        """Half the heads of a Mamba or linear-attention mixer, of each group or with it, and half its state."""
+        mamba, own = block.attention.mamba, self.descriptor.findings.sizes[self.descriptor.findings.of_layer[i]].mixer
+        if mamba is None or own is None:
+            return
+        if own.num_heads and mamba.num_heads % 2 == 0:
+            groups = mamba.num_groups
+            if (mamba.num_heads // groups) % 2:
+                groups //= 2
+            yield "number of mixer heads", i, _with_mamba(num_heads=mamba.num_heads // 2, num_groups=groups)
+        if own.state_dim and mamba.state_dim > 1:
+            yield "size of the state", i, _with_mamba(state_dim=mamba.state_dim // 2)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -536,6 +550,14 @@ def _said(pattern: Sequence[str]) -> str:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
+
+
+def _with_mamba(**sizes: int) -> Callable[[BlockConfig], BlockConfig]:
+    def change(block: BlockConfig) -> BlockConfig:
+        assert block.attention.mamba is not None
+        return replace(block, attention=replace(block.attention, mamba=replace(block.attention.mamba, **sizes)))
+
+    return change
 
 
 def _with_attention(**sizes: Any) -> Callable[[BlockConfig], BlockConfig]:
