@@ -38,7 +38,15 @@ def test_a_dense_model(tmp_path: Path) -> None:
     ((layers, verdicts),) = found.layers
     assert layers == "0, 1, 2, 3"
     wrong = {what for what, verdict in verdicts.items() if verdict != OK}
-    assert wrong == {"experts", "expert width", "experts per token", "shared width", "window"}
+    assert wrong == {
+        "experts",
+        "expert width",
+        "experts per token",
+        "shared width",
+        "mixer heads",
+        "state sizes",
+        "window",
+    }
     assert verdicts["experts"] == "its FFN has no experts"
 
 

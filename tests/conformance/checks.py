@@ -476,7 +476,9 @@ class _Examination:
                 half = moe.shared_expert_intermediate_dim // 2
                 yield "width of the shared experts", i, _with_moe(shared_expert_intermediate_dim=half)
 
-    def mixer_resizings(self, i: int, block: BlockConfig) -> Iterator[tuple[str, int, Callable[[BlockConfig], BlockConfig]]]:
+    def mixer_resizings(
+        self, i: int, block: BlockConfig
+    ) -> Iterator[tuple[str, int, Callable[[BlockConfig], BlockConfig]]]:
         """Half the heads of a Mamba or linear-attention mixer, of each group or with it, and half its state."""
         mamba, own = block.attention.mamba, self.descriptor.findings.sizes[self.descriptor.findings.of_layer[i]].mixer
         if mamba is None or own is None:

@@ -192,8 +192,9 @@ class StateAxis:
 
     @property
     def makers(self) -> tuple[WeightAxis, ...]:
-        """The weights that write to the state and read it."""
-        return tuple(w for w in self.weights if w.dim == 0)
+        """The weights that write to the state and read it: where there are such for it alone, e.g. norms, those."""
+        found = tuple(w for w in self.weights if w.dim == 0)
+        return tuple(w for w in found if len(w.segments) == 1) or found
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,9 @@ that stay first, so that the norm sees the same before and after.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,8 +18,16 @@ from torch import nn
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes import HeadsAxis, StateAxis, largest_part
 from layersmith.library.mixers import head_guesses, state_guesses
-from layersmith.library.trial import Fails, Slice, Trial, copy_units, dead_or_copies, first_that_holds, others
-from layersmith.library.trial import without_small_numbers
+from layersmith.library.trial import (
+    Fails,
+    Slice,
+    Trial,
+    copy_units,
+    dead_or_copies,
+    first_that_holds,
+    others,
+    without_small_numbers,
+)
 from layersmith.library.weights import keep_groups, keep_query_heads, keep_state, query_heads_of
 
 
@@ -31,7 +41,9 @@ def prove_mixer(trial: Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
             continue
         guesses = partial(head_guesses, axis) if found is None else lambda known=found: iter([known])
         try:
-            found = dead_or_copies(trial, guesses, partial(_heads_difference, trial, i, way), "dead heads")
+            found = dead_or_copies(
+                trial, guesses, partial(_twice, trial, partial(_heads_difference, trial, i, way)), "dead heads"
+            )
             held.append(way)
         except Fails as reason:
             problem = problem or reason
@@ -42,14 +54,20 @@ def prove_mixer(trial: Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
     )  # fmt: skip
 
 
-def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool) -> float:
+def _twice(trial: Trial, difference: Callable[..., float], guess: Any, **how: Any) -> float:
+    """The larger of two trials in which others stay: what stays in one may be dead in the parent itself."""
+    first = difference(guess, others_stay=False, **how)
+    return first if first >= trial.tolerance else max(first, difference(guess, others_stay=True, **how))
+
+
+def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool) -> float:
     """What removing heads of every group, or groups with their heads, changes when nothing reads them."""
     group = axis.num_heads // axis.size
     if way == "fewer_queries":
         left = largest_part(group)
         # Others in every group, so that the order of heads is put to the test.
         first, places = torch.arange(axis.size)[:, None], torch.arange(axis.size)[:, None] * group
-        own = places + (first + torch.arange(group)) % group
+        own = places + (first + int(others_stay) + torch.arange(group)) % group
         gone = own[:, left:].flatten()
         kept = own[:, :left].flatten().sort().values
         # A head that goes is a copy of one of its own group.
@@ -59,7 +77,7 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, kept)  # noqa: E731
     else:
         count = largest_part(axis.size)
-        groups = torch.arange(axis.size)[-count:]
+        groups = torch.arange(axis.size)[:count] if others_stay else torch.arange(axis.size)[-count:]
         gone_groups = others(axis.size, groups)
         source_groups = groups[torch.arange(len(gone_groups)) % count]
         gone, source = query_heads_of(axis, gone_groups), query_heads_of(axis, source_groups)
@@ -85,18 +103,18 @@ def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
     mamba = trial.parent.blocks[i].attention.mamba
     assert mamba is not None
     count = largest_part(axis.size)
-    kept = torch.arange(axis.size)[-count:]
-    gone = others(axis.size, kept)
-    source = kept[torch.arange(len(gone)) % count]
     fewer = Alternative(i, "attention", "state_size", size=count).block_config(trial.parent.blocks[i])
 
-    def difference(guess: StateAxis, silent: str, scaled: bool) -> float:
+    def difference(guess: StateAxis, silent: str, scaled: bool, others_stay: bool) -> float:
+        kept = torch.arange(axis.size)[:count] if others_stay else torch.arange(axis.size)[-count:]
+        gone = others(axis.size, kept)
+
         def kill(layer: nn.Module) -> None:
             state = layer.state_dict()
             for w in guess.weights:
                 places = w.positions("state", {"state": guess.size})
                 if silent:
-                    copy_units(state[w.name], w.dim, places, source, gone)
+                    copy_units(state[w.name], w.dim, places, kept, gone)
                 if w.name == silent or (not silent and w.dim == 0):
                     state[w.name].index_fill_(w.dim, places[gone].flatten().to(state[w.name].device), 0)
 
@@ -113,7 +131,7 @@ def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
             found = first_that_holds(
                 trial,
                 state_guesses(axis, mamba),
-                partial(difference, silent=silent, scaled=scaled),
+                partial(_twice, trial, difference, silent=silent, scaled=scaled),
                 "dead numbers of the state",
             )
         except Fails as reason:

@@ -83,7 +83,9 @@ def _sizes(finder: Finder, i: int) -> MambaConfig:
     mamba = finder.blocks[i].attention.mamba
     if mamba is None:
         problem = finder.described.mixer_problem(i) if finder.described is not None else ""
-        raise NoAxis(problem or "no attribute of its config changes the heads of its mixer or the size of its state alone")
+        raise NoAxis(
+            problem or "no attribute of its config changes the heads of its mixer or the size of its state alone"
+        )
     return mamba
 
 

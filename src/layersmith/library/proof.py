@@ -14,14 +14,13 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
 
-from layersmith.block_config import BlockConfig
 from layersmith.errors import first_line
-from layersmith.execution import LAYER_TYPE, first_tensor, forward_with, hands_over, layer_outputs, share_buffers
+from layersmith.execution import LAYER_TYPE, share_buffers
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes import (
     REST,
@@ -35,7 +34,8 @@ from layersmith.library.axes import (
     largest_part,
 )
 from layersmith.library.mixer_proof import prove_mixer, prove_state
-from layersmith.library.shapes import layer_shapes, meta_layers
+from layersmith.library.shapes import layer_shapes
+from layersmith.library.trial import Fails, Slice, Trial, copy_units, dead_or_copies, first_that_holds, others
 from layersmith.library.weights import (
     keep_experts,
     keep_groups,
@@ -45,10 +45,10 @@ from layersmith.library.weights import (
     narrow,
     query_heads_of,
 )
-from layersmith.library.trial import Fails, Slice, Trial, copy_units, dead_or_copies, first_that_holds, others
 from layersmith.parent import Parent
 
 _NEVER = -1e4  # what the router must say of an expert for it never to be chosen
+
 
 def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> list[LayerAxes]:
     """The axes that hold, by experiment on one layer of every distinct shape.

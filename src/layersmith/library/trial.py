@@ -57,9 +57,7 @@ class Trial:
             handle.remove()
         return seen[0]
 
-    def difference(
-        self, i: int, block: BlockConfig, kill: Kill, cut: Slice, prepare: Kill | None = None
-    ) -> float:
+    def difference(self, i: int, block: BlockConfig, kill: Kill, cut: Slice, prepare: Kill | None = None) -> float:
         """The largest difference between layer ``i`` with dead units and with them removed, relative to its update.
 
         Args:
@@ -133,9 +131,7 @@ def first_that_holds(trial: Trial, guesses: Iterator[G], difference: Callable[[G
     raise Fails(f"removing {what} changes the layer's output by {least:.1e}, so the slice is not understood")
 
 
-def dead_or_copies(
-    trial: Trial, guesses: Callable[[], Iterator[G]], difference: Callable[..., float], what: str
-) -> G:
+def dead_or_copies(trial: Trial, guesses: Callable[[], Iterator[G]], difference: Callable[..., float], what: str) -> G:
     """The first guess with which what nothing reads can go.
 
     If there is none, units that go are first made copies of those that stay: a norm over all of them together, or
@@ -169,5 +165,3 @@ def copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch
     source = kept[torch.arange(len(gone)) % len(kept)]
     moved = weight.movedim(dim, 0)
     moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
-
-

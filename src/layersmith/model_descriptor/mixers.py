@@ -113,13 +113,17 @@ def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pa
             if found is not None and found[0] == [1] and found[1] == 2 * length and _takes_shares(trial, pair, heads):
                 sizes["num_heads"] = pair
                 break
-    square = "state_dim" not in sizes and not headless and any(f is not None and f[0] == [2, 3] for f in doubled.values())
+    square = (
+        "state_dim" not in sizes and not headless and any(f is not None and f[0] == [2, 3] for f in doubled.values())
+    )
     groups = max(1, written // 2)
     if "state_dim" in sizes and not headless:
         entries = 2 * trial.value(sizes["state_dim"])
         for path in own:
-            if trial.value(path) == groups and (path,) != sizes.get("num_heads") and _is_groups(
-                trial, path, index, base, state, entries
+            if (
+                trial.value(path) == groups
+                and (path,) != sizes.get("num_heads")
+                and _is_groups(trial, path, index, base, state, entries)
             ):
                 sizes["num_groups"] = path
                 break
@@ -206,7 +210,9 @@ def _reader(trial: _Trial, kind: LayerKind, base: Shapes, state: tuple[int, ...]
     return None
 
 
-def mamba_config(sizes: MixerSizes, numbers: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> MambaConfig | None:
+def mamba_config(
+    sizes: MixerSizes, numbers: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
+) -> MambaConfig | None:
     """A mixer's sizes in a model itself; None where one of them is not known.
 
     Args:
