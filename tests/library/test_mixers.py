@@ -43,7 +43,7 @@ def gives_the_same(library: Library, kind: str, size: int) -> bool:
 
 
 class _Mamba2:
-    """Rows and channels of a Mamba-2 mixer: ``[z: H P, x: H P, B: G N, C: G N, dt: H]``, and x, B, C for the convolution."""
+    """Rows of a Mamba-2 mixer, ``[z: H P, x: H P, B: G N, C: G N, dt: H]``; its convolution has those of x, B and C."""
 
     def __init__(self, parent: Parent, name: str):
         sizes = parent.blocks[0].attention.mamba

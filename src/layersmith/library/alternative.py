@@ -39,7 +39,8 @@ class Alternative:
         kind: ``parent``, ``no_op``, ``linear``; for attention ``kv_heads`` (fewer for the same query heads),
             ``head_groups`` (fewer with their query heads), ``query_heads`` (fewer for the same KV heads) or ``window``
             (it sees the last tokens only); for a Mamba or linear-attention mixer ``mixer_heads`` (fewer for the same
-            groups), ``mixer_groups`` (fewer groups with their heads) or ``state_size``; for an FFN ``ffn_width``, ``experts``, ``expert_width``, ``shared_width`` or ``experts_per_token``.
+            groups), ``mixer_groups`` (fewer groups with their heads) or ``state_size``; for an FFN ``ffn_width``,
+            ``experts``, ``expert_width``, ``shared_width`` or ``experts_per_token``.
         method: how its weights come from the parent's: ``contribution``, ``iterative``, ``pool``,
             ``least_squares``; for a window its type in the config's words; empty where there is nothing to choose.
         size: heads, groups, experts, channels, or numbers of the state that are left; 0 where that has no meaning.

@@ -12,8 +12,8 @@ of channel u, is D times the sum over tokens of (g a_u)^2, and E[sum over d of (
 two experts, is the sum over tokens of (g R a) . (g' R' a'): the same second moment, of experts. One backward pass of
 the FFN with respect to R gives both, from D samples.
 
-Of a mixer's state no module's output tells the numbers. Scaling all entries of the weights that write to one number u of
-the state and read it changes the output y, to first order, by its derivative; with G the gradient of sum(xi y),
+Of a mixer's state no module's output tells the numbers. Scaling all entries of the weights that write to one number u
+of the state and read it changes the output y, to first order, by its derivative; with G the gradient of sum(xi y),
 E[(sum over entries w of u of w G_w)^2] is the square of that derivative, summed over tokens and outputs.
 
 Sums are accumulated in float64; products are in float32.
@@ -95,9 +95,9 @@ def gather(
         progress: told of rows done.
 
     Returns:
-        Means over the tokens, in float32: for ``moment`` ``[F, F]``, for ``energy`` and ``state`` ``[F]``, for ``cross`` two
-        entries ``name.input`` and ``name.output``, ``[D, D]`` each, for ``reader`` two entries ``name.channels``,
-        ``[experts, F]``, and ``name.members``, ``[experts, experts]``.
+        Means over the tokens, in float32: for ``moment`` ``[F, F]``, for ``energy`` and ``state`` ``[F]``, for
+        ``cross`` two entries ``name.input`` and ``name.output``, ``[D, D]`` each, for ``reader`` two entries
+        ``name.channels``, ``[experts, F]``, and ``name.members``, ``[experts, experts]``.
     """
     passes = _passes(probes, memory_bytes)
     batches = [tokens[i : i + batch_sequences] for i in range(0, len(tokens), batch_sequences)]

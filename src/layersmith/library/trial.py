@@ -76,8 +76,9 @@ class Trial:
         tensors |= cut(tensors)
         narrower.load_state_dict({name: tensors[name] for name in narrower.state_dict()}, strict=True, assign=True)
         share_buffers(original, narrower)
-        for layer in (with_dead, narrower) if prepare is not None else ():
-            prepare(layer)
+        if prepare is not None:
+            for layer in (with_dead, narrower):
+                prepare(layer)
         seen = [self.output(i, layer) for layer in (with_dead, narrower.eval())]
         update = (seen[0] - self.before(i)).float().abs().max().clamp_min(1e-12)
         return float((seen[0] - seen[1]).float().abs().max() / update)

@@ -39,7 +39,7 @@ class MixerSizes:
         reader: the weight, in the layer, that reads the heads; its second dimension is H * P long.
         headless: whether the state has no dimension for heads: there is one.
         square: whether the state is as large as a head because both are one attribute.
-        groups: G as the specimen's weights have it.
+        groups: G where no attribute says it: 1, 0 for one for each head, None if that is not known.
         is_alone: whether the layer keeps no keys and values beside the state.
         problem: why no attribute was found, if one that looks like it does not run.
     """
@@ -51,7 +51,7 @@ class MixerSizes:
     reader: str = ""
     headless: bool = False
     square: bool = False
-    groups: int = 1
+    groups: int | None = 1
     is_alone: bool = True
     problem: str = ""
 
@@ -127,10 +127,11 @@ def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pa
             ):
                 sizes["num_groups"] = path
                 break
+    known = {1: 1, heads: 0}.get(groups)
     alone = _keeps_no_keys(trial.specimen, index)
     problem = f"with other sizes of its mixer it does not run ({problems[0]})" if problems and not sizes else ""
     return MixerSizes(
-        **sizes, reader=reader, headless=headless, square=square, groups=groups, is_alone=alone, problem=problem
+        **sizes, reader=reader, headless=headless, square=square, groups=known, is_alone=alone, problem=problem
     )
 
 
@@ -227,12 +228,12 @@ def mamba_config(
         return None
     head_dim = shapes[sizes.reader][1] // heads
     state = numbers.get("state_dim") or (head_dim if sizes.square else None)
-    groups = numbers.get("num_groups") or (heads if sizes.square else sizes.groups)
-    return MambaConfig(state, heads, head_dim, groups) if state else None
+    groups = numbers.get("num_groups") or (heads if sizes.groups == 0 else sizes.groups)
+    return MambaConfig(state, heads, head_dim, groups) if state and groups else None
 
 
 def in_proportion(value: int, new: int, old: int) -> int | float:
-    """``value * new / old``; a number that is not whole is the least one above it, so that its products are not less."""
+    """``value * new / old``; if that is not whole, not the number below it, so that products are not less."""
     exact = Fraction(value * new, old)
     if exact.denominator == 1:
         return int(exact)
