@@ -36,3 +36,27 @@ def test_compress(family: str, text_folder: Path, tokenizer: PreTrainedTokenizer
         costs = result.choice.costs
         assert costs["active_parameters"] <= 0.8 * result.choice.parent_costs["active_parameters"]
         assert costs["active_parameters"] < costs["parameters"]
+
+
+def test_mixers_alone_can_meet_a_budget(text_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Layers of the child have fewer heads or a smaller state; it is counted, saved and loaded so."""
+    config = tiny_config("nemotron_h")
+    config.vocab_size = SIZES["vocab_size"]
+    tiny_model(config).save_pretrained(tmp_path / "parent")
+    tokenizer.save_pretrained(tmp_path / "parent")
+    off: dict[str, Any] = {"linear": [], "no_op": [], "kv_heads": [], "query_heads": False, "windows": False}
+    off |= {"ffn_sizes": [], "expert_fractions": []}
+    recipe = TINY_RECIPE | {"library": off}
+    result = layersmith.compress(
+        tmp_path / "parent", tmp_path / "run", data=text_folder, budget={"params": 0.95}, recipe=recipe
+    )
+    child = layersmith.load(result.child, dtype=torch.float32)
+    assert sum(p.numel() for p in child.parameters()) == result.choice.costs["parameters"]
+    parents, own = (layersmith.block_configs(c)[0].attention.mamba for c in (config, child.config))
+    assert parents is not None
+    assert own is not None
+    assert own != parents
+    assert (own.num_heads, own.state_dim) <= (parents.num_heads, parents.state_dim)
+    prompt = torch.arange(5, 17)[None]
+    text = child.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    assert torch.equal(text[:, 12:], child(text, use_cache=False).logits.argmax(-1)[:, 11:-1])

@@ -58,6 +58,14 @@ def test_dense_and_expert_layers_are_told_apart(tmp_path: Path) -> None:
     assert dense["query heads"] == OK
 
 
+def test_mixers(tmp_path: Path) -> None:
+    mamba, attention = verdicts_of("granitemoehybrid", tmp_path)
+    assert mamba["mixer heads"] == mamba["state sizes"] == OK
+    assert mamba["query heads"] == "it has a mixer that keeps a state instead of keys and values"
+    assert attention["mixer heads"] == attention["state sizes"] == "it has no mixer that keeps a state"
+    assert attention["query heads"] == OK
+
+
 def test_windows(tmp_path: Path) -> None:
     windows = {verdicts["window"] for verdicts in verdicts_of("gemma2", tmp_path)}
     assert windows == {OK, "it does not see everything as it is"}

@@ -329,7 +329,7 @@ class Finder:
             raise NoAxis("there is no attention to narrow")
         count = block.attention.num_key_value_heads
         if count is None and block.attention.mamba is not None:
-            raise NoAxis("it has a mixer that keeps a state")
+            raise NoAxis("it has a mixer that keeps a state instead of keys and values")
         num_heads = self._num_heads(i)
         of_kv: list[Governed] = []
         why = "each query head has keys and values of its own"

@@ -349,6 +349,8 @@ class InferredDescriptor(ModelDescriptor):
     @classmethod
     def mixer_problem(cls, index: int) -> str:
         """Why the sizes of a layer's mixer cannot differ, as far as that was seen; empty if it was not."""
+        if cls.findings.mixers and cls.findings.mixers[index] is not None:
+            return "its block config does not say the sizes of its mixer"
         mixer = cls.findings.sizes[cls.findings.of_layer[index]].mixer
         return mixer.problem if mixer is not None else ""
 
