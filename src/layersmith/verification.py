@@ -134,7 +134,7 @@ def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
     """The axes of a layer: ``"ok"``, or the reason why there is none."""
     reasons, moe, heads = axes.reasons, block.ffn.moe, axes.kv
     no_experts = "its FFN has no experts"
-    no_mixer = "it has no mixer that keeps a state"
+    no_mixer = "it keeps no state of fixed size in the cache"
     attention = reasons.get("attention", "")
     return {
         "KV heads": OK if heads and heads.fewer_kv else reasons.get("kv_heads") or attention,

@@ -161,7 +161,7 @@ def test_what_cannot_differ_says_why() -> None:
     parent = parent_of("jamba")
     axes = survey(parent, RECIPE).axes
     assert axis_verdicts(axes[0], parent.blocks[0])["mixer heads"] == "its state has no heads"
-    assert axis_verdicts(axes[1], parent.blocks[1])["state sizes"] == "it has no mixer that keeps a state"
+    assert axis_verdicts(axes[1], parent.blocks[1])["state sizes"] == "it keeps no state of fixed size in the cache"
 
 
 def test_a_recipe_can_leave_mixers_alone() -> None:
