@@ -7,6 +7,8 @@ installed. The layersmith package itself uses this same file.
 The checkpoint's ``config.json`` says everything that is built here, in its entry ``layersmith``: for every decoder
 layer the config attributes that differ from the model's own, the modules that are replaced, and the slot of the KV
 cache that its attention uses. No model family is known by name.
+
+It is longer than a module should be because it has to be one file.
 """
 
 from __future__ import annotations

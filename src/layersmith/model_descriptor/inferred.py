@@ -10,6 +10,7 @@ import copy
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +23,7 @@ from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.mixers import filled_cache, in_proportion, mamba_config
+from layersmith.model_descriptor.mixers import filled_cache, mamba_config, mixer_values
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
 from layersmith.model_descriptor.specimen import Specimen
@@ -458,7 +459,7 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
             for path, value, factor in values:
                 if path is not None and value is not None:
                     found = merged(found, nested(language, path, value * factor))
-            for path, size in _mixer_values(sizes, attention.mamba, language):
+            for path, size in mixer_values(sizes.mixer, attention.mamba, partial(value_at, language)):
                 found = merged(found, nested(language, path, size))
         return found
 
@@ -519,20 +520,6 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
     family = re.sub(r"[^0-9A-Za-z]+", " ", str(getattr(config, "model_type", "") or type(config).__name__)).title()
     Described.__name__ = Described.__qualname__ = family.replace(" ", "") + "Inferred"
     return Described
-
-
-def _mixer_values(sizes: Sizes, mamba: MambaConfig | None, config: Any) -> list[tuple[Path, int | float]]:
-    """What a mixer's sizes ask of the attributes; those that are as the config has them stay unsaid."""
-    own = sizes.mixer
-    if own is None or mamba is None:
-        return []
-    values: list[tuple[Path, int | float]] = []
-    if own.num_heads:
-        old = value_at(config, own.num_heads[0])
-        values += [(path, in_proportion(value_at(config, path), mamba.num_heads, old)) for path in own.num_heads]
-    pairs = ((own.state_dim, mamba.state_dim), (own.head_dim, mamba.head_dim), (own.num_groups, mamba.num_groups))
-    values += [(path, size) for path, size in pairs if path is not None]
-    return [(path, size) for path, size in values if size != value_at(config, path)]
 
 
 def _language_config(config: Any) -> Any:

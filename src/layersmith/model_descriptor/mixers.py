@@ -11,7 +11,7 @@ Shapes: H heads, P size of a head, N size of the state, G groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import permutations
@@ -230,6 +230,28 @@ def mamba_config(
     state = numbers.get("state_dim") or (head_dim if sizes.square else None)
     groups = numbers.get("num_groups") or (heads if sizes.groups == 0 else sizes.groups)
     return MambaConfig(state, heads, head_dim, groups) if state and groups else None
+
+
+def mixer_values(
+    sizes: MixerSizes | None, mamba: MambaConfig | None, value: Callable[[Path], int]
+) -> list[tuple[Path, int | float]]:
+    """What a mixer's sizes ask of the attributes; those that are as the config has them stay unsaid.
+
+    Args:
+        sizes: of its kind.
+        mamba: what is asked for.
+        value: gives what the model's config says of an attribute.
+    """
+    if sizes is None or mamba is None:
+        return []
+    values: list[tuple[Path, int | float]] = []
+    if sizes.num_heads:
+        old = value(sizes.num_heads[0])
+        values += [(path, in_proportion(value(path), mamba.num_heads, old)) for path in sizes.num_heads]
+    wanted = (mamba.state_dim, mamba.head_dim, mamba.num_groups)
+    paths = (sizes.state_dim, sizes.head_dim, sizes.num_groups)
+    values += [(path, size) for path, size in zip(paths, wanted, strict=True) if path is not None]
+    return [(path, size) for path, size in values if size != value(path)]
 
 
 def in_proportion(value: int, new: int, old: int) -> int | float:
