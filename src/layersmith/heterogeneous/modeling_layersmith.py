@@ -17,6 +17,7 @@ import inspect
 import json
 import os
 import threading
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -96,12 +97,25 @@ def return_tuple_of_size(cls: type[nn.Module], size: int, as_list: bool = False)
     return ReturnsTuple
 
 
+def return_named_tuple(cls: type[nn.Module], names: Sequence[str]) -> type[nn.Module]:
+    """A subclass of ``cls`` that returns its output as the first of a tuple whose parts have names, all others None."""
+    parts: Any = namedtuple("Parts", names)  # type: ignore[misc]
+
+    class ReturnsNamedTuple(cls):  # type: ignore[misc, valid-type]
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            return parts(super().forward(*args, **kwargs), *[None] * (len(names) - 1))
+
+    ReturnsNamedTuple.__name__ = ReturnsNamedTuple.__qualname__ = f"{cls.__name__}ReturnsNamedTuple"
+    return ReturnsNamedTuple
+
+
 def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -> nn.Module:
     """The module that a plan's record describes.
 
     A record is ``{"is": "zeros" | "same" | "argument" | "linear", "returns": tuple size or 0}``; ``"list": True`` if
-    the tuple is a list, ``"of"`` names the argument, ``"size"`` the size of the linear map, ``"attributes"`` what the
-    model asks of the module that was there, and ``"empty"`` the weights of it whose dtype or device the model asks.
+    the tuple is a list, ``"names"`` its fields if it has some, ``"of"`` names the argument, ``"size"`` the size of the
+    linear map, ``"attributes"`` what the model asks of the module that was there, and ``"empty"`` the weights of it
+    whose dtype or device the model asks.
     """
     kinds: dict[str, type[nn.Module]] = {
         "zeros": MatchingZeros,
@@ -110,7 +124,9 @@ def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -
         "linear": LinearSubblock,
     }
     cls = kinds[record["is"]]
-    if record.get("returns"):
+    if record.get("names"):
+        cls = return_named_tuple(cls, record["names"])
+    elif record.get("returns"):
         cls = return_tuple_of_size(cls, record["returns"], record.get("list", False))
     arguments = {"argument": [record.get("of")], "linear": [record.get("size"), dtype]}.get(record["is"], [])
     module = cls(*arguments)

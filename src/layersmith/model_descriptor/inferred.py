@@ -24,6 +24,7 @@ from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merg
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
+from layersmith.model_descriptor.slots import appends_to_cache
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
 from layersmith.model_descriptor.structure import Structure, find_structure
@@ -46,6 +47,7 @@ class Findings:
         stateful: of every kind, whether its mixer keeps a state of fixed size and no keys and values.
         cached: of every kind, the numbers in the cache for each one of a value head: 2 where keys are as long.
         latent: of every kind, the numbers in the cache for a token if they are not one by one the heads'.
+        appends: whether layers append to the cache in turn, so that it bears no gap.
     """
 
     structure: Structure
@@ -61,6 +63,7 @@ class Findings:
     stateful: tuple[bool, ...] = ()
     cached: tuple[float, ...] = ()
     latent: tuple[int | None, ...] = ()
+    appends: bool = False
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
 
     def kind_of(self, layer: nn.Module) -> LayerKind:
@@ -131,6 +134,7 @@ def find(config: PretrainedConfig) -> Findings:
     for k, kind in enumerate(kinds):
         kinds[k] = proved(specimen, names[of_layer.index(k)], kind, notes)
     _check_configurable(specimen.config, classes)
+    appends = appends_to_cache(specimen, names, [kinds[k] for k in of_layer])
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
     small_kinds, of_layer = of_layer, []
     for layer in skeleton.get_submodule(structure.layers).children():
@@ -175,6 +179,7 @@ def find(config: PretrainedConfig) -> Findings:
         tuple(own.stateful for own in in_cache),
         tuple(own.numbers for own in in_cache),
         tuple(latent),
+        appends,
         config,
     )
 
@@ -318,6 +323,11 @@ class InferredDescriptor(ModelDescriptor):
         """Whether the mixer of a layer has a state in the cache that does not grow with the tokens."""
         findings = cls.findings
         return bool(findings.stateful) and findings.stateful[findings.of_layer[index]]
+
+    @classmethod
+    def appends_to_cache(cls) -> bool:
+        """Whether layers append to the cache in turn, so that those after one that does not have to move up."""
+        return cls.findings.appends
 
     @classmethod
     def cached_numbers(cls, index: int) -> float:
