@@ -33,6 +33,7 @@ KINDS = {
     "gpt_oss": {"kv_heads", "query_heads", "experts", "expert_width"},  # sinks, biases, gate and up interleaved
     "deepseek_v3": {"head_groups", "experts", "expert_width"},  # latent attention, a bias for choosing, shared experts
     "qwen2_moe": {"experts", "shared_width"},  # shared experts with a width of their own
+    "dbrx": {"kv_heads", "experts", "expert_width", "experts_per_token"},  # experts flat, one after another
     "qwen3_next": {"kv_heads", "experts"},  # linear attention in some layers, gates beside queries
     "granitemoehybrid": {"kv_heads", "experts"},  # Mamba in some layers
 }

@@ -85,28 +85,25 @@ class PassArgument(nn.Module):
         return args[self.argument] if isinstance(self.argument, int) else kwargs[self.argument]
 
 
-def return_tuple_of_size(cls: type[nn.Module], size: int, as_list: bool = False) -> type[nn.Module]:
-    """A subclass of ``cls`` that returns ``(output, None, ...)`` of length ``size``, as attention layers do."""
+def return_tuple_of_size(
+    cls: type[nn.Module], size: int, as_list: bool = False, names: Sequence[str] = ()
+) -> type[nn.Module]:
+    """A subclass of ``cls`` that returns ``(output, None, ...)`` of length ``size``, as attention layers do.
+
+    Args:
+        cls: a class of modules.
+        size: of the tuple.
+        as_list: whether it is a list.
+        names: of its parts, if they have some.
+    """
+    made: Any = namedtuple("Parts", names)._make if names else list if as_list else tuple  # type: ignore[misc]
 
     class ReturnsTuple(cls):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            parts = [super().forward(*args, **kwargs), *[None] * (size - 1)]
-            return parts if as_list else tuple(parts)
+            return made([super().forward(*args, **kwargs), *[None] * (size - 1)])
 
     ReturnsTuple.__name__ = ReturnsTuple.__qualname__ = f"{cls.__name__}ReturnsTuple{size}"
     return ReturnsTuple
-
-
-def return_named_tuple(cls: type[nn.Module], names: Sequence[str]) -> type[nn.Module]:
-    """A subclass of ``cls`` that returns its output as the first of a tuple whose parts have names, all others None."""
-    parts: Any = namedtuple("Parts", names)  # type: ignore[misc]
-
-    class ReturnsNamedTuple(cls):  # type: ignore[misc, valid-type]
-        def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return parts(super().forward(*args, **kwargs), *[None] * (len(names) - 1))
-
-    ReturnsNamedTuple.__name__ = ReturnsNamedTuple.__qualname__ = f"{cls.__name__}ReturnsNamedTuple"
-    return ReturnsNamedTuple
 
 
 def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -> nn.Module:
@@ -124,10 +121,8 @@ def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -
         "linear": LinearSubblock,
     }
     cls = kinds[record["is"]]
-    if record.get("names"):
-        cls = return_named_tuple(cls, record["names"])
-    elif record.get("returns"):
-        cls = return_tuple_of_size(cls, record["returns"], record.get("list", False))
+    if record.get("returns"):
+        cls = return_tuple_of_size(cls, record["returns"], record.get("list", False), record.get("names", ()))
     arguments = {"argument": [record.get("of")], "linear": [record.get("size"), dtype]}.get(record["is"], [])
     module = cls(*arguments)
     for name, value in record.get("attributes", {}).items():

@@ -284,8 +284,7 @@ def _with_reader(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
     shapes = layer_shapes(layer)
     base = trial.output(i, layer)
     for w in bundle.weights:
-        dims = len(shapes[w.name.format(0)]) - bool(bundle.stacked)
-        if dims != 2 or [s.part for s in w.segments] != ["channels"] or w.segments[0].unit != 1:
+        if len(shapes[w.name.format(0)]) != bundle.matrix_dims or [s.part for s in w.segments] != ["channels"] or w.segments[0].unit != 1:
             continue
         changed = copy.deepcopy(layer)
         with torch.no_grad():
@@ -307,7 +306,7 @@ def _reader_by_shape(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
     narrowest = [
         w
         for w in bundle.weights
-        if len(shapes[w.name.format(0)]) - bool(bundle.stacked) == 2 and sum(s.unit for s in w.segments) == 1
+        if len(shapes[w.name.format(0)]) == bundle.matrix_dims and sum(s.unit for s in w.segments) == 1
     ]
     if len(narrowest) == 1:
         return dataclasses.replace(bundle, reader=narrowest[0].name)

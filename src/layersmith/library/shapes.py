@@ -225,12 +225,19 @@ class _Finder:
         if not governed:
             raise _None("its width changes no weight of the layer")
         experts = self._members(i)
-        stacked = [g for g in governed if g.name in experts.stacks]
+        stacked = [g for g in governed if g.name in experts.stacks and g.name not in experts.flat]
+        flat = [
+            dataclasses.replace(g, dim=1, unit=g.unit // experts.count)
+            for g in governed
+            if g.name in experts.flat and g.dim == 0 and g.unit % experts.count == 0
+        ]
         listed = [g for g in governed if experts.number_of(g.name) is not None]
-        single = [g for g in governed if g not in stacked and g not in listed]
+        single = [g for g in governed if g not in stacked and g not in listed and g.name not in experts.flat]
         bundles = []
         if stacked:
             bundles.append(_bundle(size, stacked, experts.count, stacked=True))
+        if flat:
+            bundles.append(dataclasses.replace(_bundle(size, flat, experts.count, stacked=True), flat=True))
         if listed:
             first = [
                 dataclasses.replace(g, name=experts.template(g.name)) for g in listed if experts.number_of(g.name) == 0
@@ -301,7 +308,8 @@ class _Finder:
             if made.shapes[i].get(name, shape) != shape and shape[0] == count and len(shape) >= 2
             and (len(shape) == 3 or self._is_stack_of_vectors(i, name, made))
         )  # fmt: skip
-        return _Members(count, stacks, lists)
+        flat = () if self.described is None else self.described.flat_experts(i)
+        return _Members(count, (*stacks, *flat), lists, flat)
 
     def _is_stack_of_vectors(self, i: int, name: str, made: _Experiment) -> bool:
         """Whether a matrix holds a bias for each of a stack of matrices beside it, rather than rows of a router."""
@@ -486,11 +494,12 @@ class _None(Exception):
 
 @dataclass(frozen=True)
 class _Members:
-    """Experts: how many, weights that are stacks of them, and lists of modules."""
+    """Experts: how many, weights that are stacks of them, lists of modules, and stacks with no dimension for them."""
 
     count: int
     stacks: tuple[str, ...]
     lists: tuple[str, ...]
+    flat: tuple[str, ...] = ()
 
     def number_of(self, name: str) -> int | None:
         """Which expert of a list a weight belongs to."""

@@ -18,6 +18,7 @@ from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
+from layersmith.model_descriptor.experts import before_digit, experts_used, lie_flat
 from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind
@@ -39,6 +40,7 @@ class Sizes:
         head_size: what sets the size of a head and has to be said when their number changes.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
+        flat: weights in which experts lie one after another along the first dimension, each as long as the width.
     """
 
     kv_heads: Path | None = None
@@ -53,6 +55,7 @@ class Sizes:
     width_at: tuple[str, int] | None = None
     shared_width_at: tuple[str, int] | None = None
     resized: tuple[tuple[str, int], ...] = ()
+    flat: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -153,6 +156,7 @@ def find_sizes(
                 config_width=factor,
                 width_at=at,
                 shared_width_at=shared_at if alike else None,
+                flat=ffn.flat,
             )
         )
     return found_sizes
@@ -466,6 +470,7 @@ class _FFNSizes:
         counts = [path for path in self.effects if self._is_count(path)]
         self.count = max(counts, key=trial.value, default=None)
         self.number = 0 if self.count is None else trial.value(self.count)
+        self.flat = () if self.count is None else self._flat(self.count)
         self.members = self._members()
 
     def _is_count(self, path: Path) -> bool:
@@ -474,16 +479,34 @@ class _FFNSizes:
         if effect.came_or_went:
             return value > 1 and all(any(part.isdigit() for part in n.split(".")) for n in effect.came_or_went)
         stacked = [n for n, new in effect.shapes.items() if len(new) == 3 and new == (effect.other, *self.base[n][1:])]
-        return len(stacked) >= 2 and all(self.base[n][0] == value for n in stacked)
+        return (len(stacked) >= 2 and all(self.base[n][0] == value for n in stacked)) or bool(self._flat(path))
+
+    def _flat(self, path: Path) -> tuple[str, ...]:
+        """Matrices with experts one after another along the first dimension, if the attribute is their number."""
+        effect, value = self.effects[path], self.trial.value(path)
+        rows = {n: (self.base[n][0], new[0]) for n, new in effect.shapes.items() if self.base[n][1:] == new[1:]}
+        if value < 2 or effect.came_or_went or rows.keys() != effect.shapes.keys():
+            return ()
+        if any(a % value or b * value != a * effect.other for a, b in rows.values()):
+            return ()
+        flat = tuple(n for n, (a, _) in rows.items() if a > value and len(self.base[n]) == 2)
+        # What chooses among them has one entry for each.
+        if len(flat) < 2 or len(flat) == len(rows) or not lie_flat(self.trial.specimen, self.trial.prefix, flat, value):
+            return ()
+        return flat
 
     def _members(self) -> set[str]:
         """Parameters of the experts."""
         if self.count is None:
             return set()
         effect = self.effects[self.count]
-        lists = {_before_digit(name) for name in effect.came_or_went}
-        listed = {n for n in self.base if _before_digit(n) in lists} if lists else set()
-        return listed | {n for n in effect.shapes if len(self.base[n]) == 3}
+        lists = {before_digit(name) for name in effect.came_or_went}
+        listed = {n for n in self.base if before_digit(n) in lists} if lists else set()
+        return listed | {n for n in effect.shapes if len(self.base[n]) == 3} | set(self.flat)
+
+    def _units(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape, of a single expert where experts lie flat."""
+        return (shape[0] // self.number, *shape[1:]) if name in self.flat else shape
 
     def widest(self, inside: bool) -> tuple[Path | None, int, tuple[str, int] | None]:
         """The attribute that is the width of the largest matrices inside or beside the experts.
@@ -497,7 +520,8 @@ class _FFNSizes:
             if effect.came_or_went or path == self.count or not governed:
                 continue
             changes = {
-                n: [(a, b) for a, b in zip(self.base[n], new, strict=True) if a != b] for n, new in governed.items()
+                n: [(a, b) for a, b in zip(self._units(n, self.base[n]), self._units(n, new), strict=True) if a != b]
+                for n, new in governed.items()
             }
             matrices = {n: change for n, change in changes.items() if len(self.base[n]) >= 2}
             if len(matrices) < 2 or any(len(change) != 1 for change in changes.values()):
@@ -529,7 +553,8 @@ class _FFNSizes:
             shapes = self.trial.shapes(path, value)
         except Exception:  # whatever a family's own code raises for a size that it cannot take
             return False
-        return all(width in shapes[name] or 2 * width in shapes[name] for name in matrices)
+        own = {name: self._units(name, shapes[name]) for name in matrices}
+        return all(width in shape or 2 * width in shape for shape in own.values())
 
 
 def _unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tuple[str, int], ...]:
@@ -548,15 +573,12 @@ def _unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tu
     return tuple((name, shape.index(width)) for name, shape in own.items() if width in shape)
 
 
-def _before_digit(name: str) -> str:
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[:at]) if at < len(parts) else ""
-
-
 def _experts_per_token(trial: _Trial, without: Sequence[Path], experts: _FFNSizes) -> Path | None:
     """The attribute without a shape whose change changes the number of experts that one token uses."""
-    base = _experts_used(trial, trial.specimen, experts)
+    def used(specimen: Specimen) -> int:
+        return experts_used(specimen, trial.prefix, experts.members, experts.flat, experts.number)
+
+    base = used(trial.specimen)
     for path in without:
         value = trial.value(path)
         if value != base:
@@ -565,29 +587,8 @@ def _experts_per_token(trial: _Trial, without: Sequence[Path], experts: _FFNSize
             if not 1 <= other <= experts.number:
                 continue
             try:
-                used = _experts_used(trial, trial.made(path, other), experts)
+                if used(trial.made(path, other)) == other:
+                    return path
             except (UnsupportedModel, RuntimeError):
                 continue
-            if used == other:
-                return path
     return None
-
-
-def _experts_used(trial: _Trial, specimen: Specimen, experts: _FFNSizes) -> int:
-    """How many experts get a gradient from one token."""
-    named = dict(specimen.model.named_parameters())
-    members = {n: named[trial.prefix + n] for n in sorted(experts.members)}
-    with torch.enable_grad():
-        total = specimen.forward(specimen.ids[:, :1]).square().sum()
-        grads = torch.autograd.grad(total, list(members.values()), allow_unused=True)
-    used: set[tuple[str, str]] = set()
-    counts = []
-    for (name, parameter), grad in zip(members.items(), grads, strict=True):
-        if grad is None or not grad.any():
-            continue
-        if parameter.ndim == 3:
-            counts.append(int(grad.flatten(1).any(1).sum()))
-        else:
-            before = _before_digit(name)
-            used.add((before, name.removeprefix(f"{before}.").split(".")[0]))
-    return max([*counts, len(used)])

@@ -160,7 +160,7 @@ def find(config: PretrainedConfig) -> Findings:
                 if length is None
                 else replace(own_sizes, head_size=(path, length // heads))
             )
-    widths = [_widths(sizes[k], skeleton.get_submodule(f"{structure.layers}.{i}")) for i, k in enumerate(of_layer)]
+    widths = [_widths(sizes[k], config, skeleton.get_submodule(f"{structure.layers}.{i}")) for i, k in enumerate(of_layer)]
     in_cache = _in_cache(specimen, examples, sizes)
     latent = [at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(in_cache)]
     groups = _groups(skeleton, structure)
@@ -230,10 +230,12 @@ def _at_full_length(length: int, kind: LayerKind, small: nn.Module, large: nn.Mo
     return None
 
 
-def _widths(sizes: Sizes, layer: nn.Module) -> tuple[int | None, int | None]:
+def _widths(sizes: Sizes, config: PretrainedConfig, layer: nn.Module) -> tuple[int | None, int | None]:
     shapes = {name: p.shape for name, p in layer.named_parameters()}
     places = (sizes.width_at, sizes.shared_width_at)
     own = [shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places]
+    if sizes.flat and own[0] is not None and sizes.num_experts is not None:
+        own[0] //= value_at(_language_config(config), sizes.num_experts)
     return own[0], own[1]
 
 
@@ -317,6 +319,11 @@ class InferredDescriptor(ModelDescriptor):
             if shape[dim] != width:
                 shapes[name] = [*shape[:dim], width, *shape[dim + 1 :]]
         return shapes
+
+    @classmethod
+    def flat_experts(cls, index: int) -> tuple[str, ...]:
+        """Weights of a layer in which experts lie one after another along the first dimension."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].flat
 
     @classmethod
     def keeps_state(cls, index: int) -> bool:
