@@ -491,9 +491,13 @@ class _FFNSizes:
             return ()
         flat = tuple(n for n, (a, _) in rows.items() if a > value and len(self.base[n]) == 2)
         # What chooses among them has one entry for each.
-        if len(flat) < 2 or len(flat) == len(rows) or not lie_flat(self.trial.specimen, self.trial.prefix, flat, value):
+        if len(flat) < 2 or len(flat) == len(rows):
             return ()
-        return flat
+        try:  # a token may use all that a small specimen has, but not twice as many
+            twice = self.trial.made(path, 2 * value)
+        except UnsupportedModel:
+            return ()
+        return flat if lie_flat(twice, self.trial.prefix, flat, 2 * value) else ()
 
     def _members(self) -> set[str]:
         """Parameters of the experts."""
