@@ -284,7 +284,11 @@ def _with_reader(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
     shapes = layer_shapes(layer)
     base = trial.output(i, layer)
     for w in bundle.weights:
-        if len(shapes[w.name.format(0)]) != bundle.matrix_dims or [s.part for s in w.segments] != ["channels"] or w.segments[0].unit != 1:
+        if (
+            len(shapes[w.name.format(0)]) != bundle.matrix_dims
+            or [s.part for s in w.segments] != ["channels"]
+            or w.segments[0].unit != 1
+        ):
             continue
         changed = copy.deepcopy(layer)
         with torch.no_grad():

@@ -389,7 +389,8 @@ class _Finder:
             governed = self.governed(made, i) if made.sizes[i] is not None else []
         except _None as reason:
             return [], str(reason)
-        return governed, "" if governed else "the size of its heads follows from their number"
+        seen = self.described.why_no_query_heads(i) if self.described is not None else ""
+        return governed, "" if governed else seen or "the size of its heads follows from their number"
 
     def _alike_heads(self, i: int, num_heads: int, of_queries: list[_Governed]) -> HeadsAxis:
         """Every query head has keys and values of its own."""
@@ -483,7 +484,10 @@ class _Finder:
                 two = len(self.base[i][w.name]) == 2
                 if two and input_dim(self.skeleton[i], w.name) == w.dim:
                     readers.append((w.name, w.segments[0].unit))
-        if len(readers) != 1:
+        if len(readers) > 1:
+            names = " and ".join(name for name, _ in readers)
+            raise _None(f"it has several attentions, whose heads end in {names}, and one number of heads for all")
+        if not readers:
             raise _None("the projection that its heads end in cannot be told")
         return readers[0]
 

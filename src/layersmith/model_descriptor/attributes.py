@@ -8,7 +8,7 @@ and is counted in gradients.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -19,6 +19,7 @@ from transformers import PretrainedConfig
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
 from layersmith.model_descriptor.experts import before_digit, experts_used, lie_flat
+from layersmith.model_descriptor.query_heads import find_query_heads
 from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind
@@ -38,6 +39,7 @@ class Sizes:
         config_width: what the config calls a width of 1, for the widths; some families halve what the config says.
         query_heads: number of query heads, and whatever must be equal to it.
         head_size: what sets the size of a head and has to be said when their number changes.
+        no_query_heads: why there is no number of query heads, where that was seen.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
         flat: weights in which experts lie one after another along the first dimension, each as long as the width.
@@ -56,10 +58,11 @@ class Sizes:
     shared_width_at: tuple[str, int] | None = None
     resized: tuple[tuple[str, int], ...] = ()
     flat: tuple[str, ...] = ()
+    no_query_heads: str = ""
 
 
 @dataclass(frozen=True)
-class _Effect:
+class Effect:
     """What another value of an attribute does to one layer.
 
     Attributes:
@@ -95,7 +98,22 @@ def find_sizes(
     layer_configs: list[PretrainedConfig] = []
     missing: list[str] = []
 
+    built: dict[str, list[Shapes] | Exception] = {}
+
     def shapes(overrides: dict[str, Any]) -> list[Shapes]:
+        """Shapes of all layers; kinds of layers, and attributes, ask for many of them more than once."""
+        key = repr(overrides)
+        if key not in built:
+            try:
+                built[key] = build(overrides)
+            except Exception as error:  # whatever a family's own code raises for a size that it cannot take
+                built[key] = error
+        found = built[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def build(overrides: dict[str, Any]) -> list[Shapes]:
         def configure(own: PretrainedConfig, index: int) -> PretrainedConfig:
             layer_configs.append(own)
             changed = with_overrides(own, overrides)
@@ -111,7 +129,7 @@ def find_sizes(
         return [Sizes()] * len(kinds)
     config = layer_configs[0]
     examples = [list(of_layer).index(kind) for kind in range(len(kinds))]
-    effects: dict[Path, list[_Effect]] = {}
+    effects: dict[Path, list[Effect]] = {}
     without: list[Path] = []
     for path, value in numbers(config, len(base)):
         for other in (2 * value, value // 2, value + 1) if value else (24,):
@@ -130,13 +148,20 @@ def find_sizes(
     found_sizes = []
     for k, kind in enumerate(kinds):
         own = {path: effect[k] for path, effect in effects.items() if effect[k]}
-        trial = _Trial(
-            specimen, layer_classes, config, f"{layers_name}.{examples[k]}.", len(base), tuple(dict.fromkeys(missing))
+        trial = Trial(
+            specimen,
+            layer_classes,
+            config,
+            f"{layers_name}.{examples[k]}.",
+            tuple(dict.fromkeys(missing)),
+            lambda overrides, i=examples[k]: shapes(overrides)[i],
         )
         kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
-        query_heads, head_size = _query_heads(trial, kind, base[examples[k]], own, kv_heads)
+        named = list(numbers(config, len(base)))
+        idle = {*without, *effects} - own.keys()
+        queries = find_query_heads(trial, kind, base[examples[k]], own, named, idle, kv_heads)
         ffn = _FFNSizes(trial, kind, base[examples[k]], own)
-        heads = Sizes(kv_heads, query_heads=query_heads, head_size=head_size)
+        heads = Sizes(kv_heads, query_heads=queries.paths, head_size=queries.pin, no_query_heads=queries.reason)
         if ffn.count is None:
             width, factor, at = ffn.widest(inside=False)
             resized = _unsaid_width(specimen, kind, base[examples[k]]) if width is None else ()
@@ -217,15 +242,15 @@ def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Specimens whose layers have other configs."""
+class Trial:
+    """Specimens whose layers have other configs, and the shapes of such a layer."""
 
     specimen: Specimen
     layer_classes: Sequence[type[nn.Module]]
     config: PretrainedConfig
     prefix: str
-    num_layers: int
     missing: tuple[str, ...]
+    built: Callable[[dict[str, Any]], Shapes]
 
     def value(self, path: Path) -> int:
         return value_at(self.config, path)
@@ -251,10 +276,7 @@ class _Trial:
         return self.shapes_with({path: value})
 
     def shapes_with(self, values: Mapping[Path, int]) -> Shapes:
-        overrides = self._overrides(values)
-        with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
-            layer = stock_model(self.specimen.config).get_submodule(self.prefix.removesuffix("."))
-        return {name: tuple(p.shape) for name, p in layer.named_parameters()}
+        return self.built(self._overrides(values))
 
     def runs(self, path: Path, value: int) -> bool:
         try:
@@ -264,15 +286,15 @@ class _Trial:
         return True
 
 
-def _effect(base: Shapes, changed: Shapes, other: int) -> _Effect:
+def _effect(base: Shapes, changed: Shapes, other: int) -> Effect:
     shapes = {name: changed[name] for name in base.keys() & changed.keys() if base[name] != changed[name]}
-    return _Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
+    return Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
 
 
 # ---------------------------------------------------------------------------------------------- key-value heads
 
 
-def _kv_heads(trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect]) -> Path | None:
+def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]) -> Path | None:
     """The attribute whose double, with each head's keys and values there twice, changes nothing."""
     if kind.attention is None:
         return None
@@ -290,7 +312,7 @@ def _kv_heads(trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, 
     return None
 
 
-def _carries(trial: _Trial, kind: LayerKind, names: Sequence[str]) -> bool:
+def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     """Whether the attention gives the same for all tokens when these weights are zero, as without keys and values."""
     assert kind.attention is not None
     model = trial.specimen.model
@@ -314,7 +336,7 @@ def _carries(trial: _Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     )
 
 
-def _duplicates(trial: _Trial, path: Path, seed: int) -> bool:
+def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
     """Whether a model with half the heads gives what one with every head there twice gives.
 
     Where the specimen has as many heads as queries, the halved model is the one that has every head once.
@@ -337,111 +359,6 @@ def _duplicates(trial: _Trial, path: Path, seed: int) -> bool:
     return False
 
 
-def _query_heads(
-    trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect], kv_heads: Path | None
-) -> tuple[tuple[Path, ...], tuple[Path, int] | None]:
-    """The attributes whose double, with each query head there twice and read at half, changes nothing.
-
-    Where the size of a head follows from their number, it has to be said as well; where each query head has keys of
-    its own, their number goes along.
-    """
-    if kind.attention is None:
-        return (), None
-    named = list(numbers(trial.config, trial.num_layers))
-    per_kv = trial.value(kv_heads) if kv_heads else 1
-    for path, effect in effects.items():
-        value = trial.value(path)
-        touched = [*effect.shapes, *effect.came_or_went]
-        if path == kv_heads or value < 2 or value % per_kv or effect.other != 2 * value:
-            continue
-        if any(kind.owners.get(name) != "attention" for name in touched):
-            continue
-        equal = [p for p, v in named if v == value and p not in (path, kv_heads)]
-        # The size of a head, read off the weights: what a head of the last projection takes.
-        sizes = sorted({n // value for shape in base.values() for n in shape if n % value == 0 and n > value})
-        unset = [(name,) for name in trial.missing] + [p for p, v in named if v == 0 and len(p) == 1]
-        pins: list[tuple[Path, int] | None] = [None, *((p, size) for p in unset for size in sizes)]
-        pins += [(p, v) for p, v in named if v in sizes and p != path]
-        for pin in dict.fromkeys(pins):
-            for together in ((path,), *((path, other) for other in equal if pin is None)):
-                if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
-                    continue
-                if all(_doubled_queries(trial, together, pin, value, seed) for seed in (0, 1)):
-                    return together, pin
-    return (), None
-
-
-def _doubles(trial: _Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, base: Shapes) -> bool:
-    """Whether twice the heads make a side of some matrix twice as long and none shorter, and a pin alone nothing."""
-    own = {pin[0]: pin[1]} if pin else {}
-    try:
-        if pin is not None and trial.shapes_with(own) != base:
-            return False
-        more = trial.shapes_with({**dict.fromkeys(paths, 2 * heads), **own})
-        if pin is not None and more == trial.shapes_with(dict.fromkeys(paths, 2 * heads)):
-            return False
-    except Exception:  # whatever a family's own code raises for a size that it cannot take
-        return False
-    if more.keys() != base.keys():
-        return False
-    changes = [
-        (dim if len(shape) == 2 else -1, a, b)
-        for name, shape in base.items()
-        for dim, (a, b) in enumerate(zip(shape, more[name], strict=False))
-        if a != b
-    ]
-    # Heads come out of one matrix and go into another.
-    sides = {dim for dim, _, _ in changes}
-    return {0, 1} <= sides and any(b == 2 * a for _, a, b in changes) and all(b > a for _, a, b in changes)
-
-
-def _doubled_queries(trial: _Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, seed: int) -> bool:
-    """Whether a model with every query head twice, and what reads them at half, gives the same."""
-    own = {pin[0]: pin[1]} if pin else {}
-    try:
-        once = trial.made_with({**dict.fromkeys(paths, heads), **own}, seed)
-        twice = trial.made_with({**dict.fromkeys(paths, 2 * heads), **own}, seed)
-    except UnsupportedModel:
-        return False
-    weights, doubled = (dict(m.model.named_parameters()) for m in (once, twice))
-    if weights.keys() != doubled.keys():
-        return False
-    changed = [n for n in weights if weights[n].shape != doubled[n].shape]
-    if not any(n.startswith(trial.prefix) for n in changed):
-        return False
-    wanted = once.run()
-    for layout in ("whole", "thirds", "halves", "first"):
-        try:
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    target = doubled[name]
-                    same = weight.shape == target.shape
-                    target.copy_(weight if same else _every_head_twice(weight, target.shape, heads, layout))
-        except (RuntimeError, ValueError, IndexError):  # it is not laid out so
-            continue
-        if torch.allclose(wanted, twice.run(), atol=1e-4, rtol=1e-4):
-            return True
-    return False
-
-
-def _every_head_twice(weight: torch.Tensor, shape: torch.Size, heads: int, layout: str) -> torch.Tensor:
-    """Entries of every head twice along the dimension that grew; at half where they are a projection's inputs."""
-    (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
-    moved = weight.movedim(dim, 0)
-    added = shape[dim] - weight.shape[dim]
-    rest = moved[added:]  # what is not of query heads comes after them
-    moved = moved[:added]
-    parts = {"whole": 1, "thirds": 3, "halves": 2, "first": 1}[layout]
-    if len(rest) and layout != "first":
-        raise ValueError("entries of no query head")
-    # A fused projection in parts has those parts; what heads end in has none.
-    if dim == weight.ndim - 1 and weight.ndim > 1:
-        parts = 1
-    grouped = moved.reshape(parts, heads, -1, *moved.shape[1:]).repeat_interleave(2, 1)
-    result = torch.cat([grouped.reshape(-1, *moved.shape[1:]), rest]).movedim(0, dim)
-    return result / 2 if dim == weight.ndim - 1 and weight.ndim > 1 else result
-
-
 def _twice(weight: torch.Tensor, heads: int, target: torch.Tensor) -> torch.Tensor:
     """Rows of each head twice; where a weight holds queries before keys and values, those stay."""
     added = target.shape[0] - weight.shape[0]
@@ -458,7 +375,7 @@ def _twice(weight: torch.Tensor, heads: int, target: torch.Tensor) -> torch.Tens
 class _FFNSizes:
     """What the attributes of one kind's FFN are: the number of experts, and widths in and beside them."""
 
-    def __init__(self, trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect]):
+    def __init__(self, trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]):
         self.trial, self.base = trial, base
         ffn = kind.ffn
         inside = () if ffn is None else tuple(f"{n}." for n in (*ffn.modules, *(name for name, _ in ffn.replaced)))
@@ -577,8 +494,9 @@ def _unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tu
     return tuple((name, shape.index(width)) for name, shape in own.items() if width in shape)
 
 
-def _experts_per_token(trial: _Trial, without: Sequence[Path], experts: _FFNSizes) -> Path | None:
+def _experts_per_token(trial: Trial, without: Sequence[Path], experts: _FFNSizes) -> Path | None:
     """The attribute without a shape whose change changes the number of experts that one token uses."""
+
     def used(specimen: Specimen) -> int:
         return experts_used(specimen, trial.prefix, experts.members, experts.flat, experts.number)
 

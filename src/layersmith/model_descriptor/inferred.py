@@ -160,7 +160,8 @@ def find(config: PretrainedConfig) -> Findings:
                 if length is None
                 else replace(own_sizes, head_size=(path, length // heads))
             )
-    widths = [_widths(sizes[k], config, skeleton.get_submodule(f"{structure.layers}.{i}")) for i, k in enumerate(of_layer)]
+    large = skeleton.get_submodule(structure.layers)
+    widths = [_widths(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
     in_cache = _in_cache(specimen, examples, sizes)
     latent = [at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(in_cache)]
     groups = _groups(skeleton, structure)
@@ -367,6 +368,11 @@ class InferredDescriptor(ModelDescriptor):
         if paths:
             return value_at(config, paths[0], index)
         return whole_number(config, "num_attention_heads")
+
+    @classmethod
+    def why_no_query_heads(cls, index: int) -> str:
+        """Why a layer's number of query heads cannot differ alone; empty where that was not seen."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].no_query_heads
 
     @classmethod
     def parent_blocks(cls) -> list[BlockConfig]:
