@@ -96,7 +96,8 @@ def return_tuple_of_size(
         as_list: whether it is a list.
         names: of its parts, if they have some.
     """
-    made: Any = namedtuple("Parts", names)._make if names else list if as_list else tuple  # type: ignore[misc]
+    named: Any = namedtuple("Parts", names)  # type: ignore[misc]
+    made = named._make if names else list if as_list else tuple
 
     class ReturnsTuple(cls):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -117,7 +117,7 @@ def _observe(module: nn.Module, what: str) -> dict[str, Any]:
     if isinstance(output, tuple | list):
         if any(rest is not None for rest in output[1:]):
             raise UnsupportedModel(f"{what} returns more than one tensor; that cannot be written into a plan.")
-        returns = {"returns": len(output)} | ({"list": True} if isinstance(output, list) else {})
+        returns = {"returns": len(output), **({"list": True} if isinstance(output, list) else {})}
         if names := getattr(output, "_fields", ()):
             returns["names"] = list(names)
         output = output[0]

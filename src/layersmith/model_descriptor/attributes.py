@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -154,7 +155,7 @@ def find_sizes(
             config,
             f"{layers_name}.{examples[k]}.",
             tuple(dict.fromkeys(missing)),
-            lambda overrides, i=examples[k]: shapes(overrides)[i],
+            partial(_of_layer, shapes, examples[k]),
         )
         kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
         named = list(numbers(config, len(base)))
@@ -185,6 +186,10 @@ def find_sizes(
             )
         )
     return found_sizes
+
+
+def _of_layer(shapes: Callable[[dict[str, Any]], list[Shapes]], index: int, overrides: dict[str, Any]) -> Shapes:
+    return shapes(overrides)[index]
 
 
 def _noting_what_is_missing(config: PretrainedConfig, missing: list[str]) -> PretrainedConfig:
