@@ -34,7 +34,7 @@ from layersmith.library.axes import (
     WidthAxis,
     largest_part,
 )
-from layersmith.library.shapes import layer_shapes, meta_layers
+from layersmith.library.shapes import input_dim, layer_shapes, meta_layers
 from layersmith.library.weights import (
     keep_experts,
     keep_groups,
@@ -282,6 +282,10 @@ def _with_reader(trial: _Trial, i: int, bundle: Bundle) -> Bundle:
         return bundle
     layer = trial.parent.layers[i]
     shapes = layer_shapes(layer)
+    matrices = [w for w in bundle.weights if not bundle.members and len(shapes[w.name]) == 2]
+    read_into = [w.name for w in matrices if w.name.endswith(".weight") and input_dim(layer, w.name) == w.dim]
+    if len(read_into) == 1:
+        return dataclasses.replace(bundle, reader=read_into[0])
     base = trial.output(i, layer)
     for w in bundle.weights:
         if (

@@ -131,6 +131,8 @@ class _Finder:
             members = tried("experts", self._members)
             of_experts = (*members.stacks, *members.lists) if members else ()
         ffn = tried("ffn", self.width)
+        if self.blocks[i].ffn.moe is None and (stacks := self._stacks_of(i)):
+            reasons["experts"] = stacks
         shared = tried("shared", self.shared_width) if self._has_own_shared_width(i) else None
         heads = tried("attention", lambda j: self.heads(j, reasons))
         window = tried("window", self.window) or ""
@@ -246,6 +248,13 @@ class _Finder:
         if single:
             bundles.append(_bundle(size, single, 0, stacked=False))
         return WidthAxis(size, tuple(self._with_reader(i, bundle) for bundle in bundles))
+
+    def _stacks_of(self, i: int) -> str:
+        """Why experts are not understood of which no number is known, though weights of the FFN are stacks of them."""
+        shapes = {n: s for n, s in self.base[i].items() if len(s) == 3 and n not in self._attention_weights(i)}
+        numbers = " and ".join(f"{shape[0]} in {name}" for name, shape in shapes.items())
+        several = len(shapes) > 1 and all(min(shape) > 1 for shape in shapes.values())
+        return f"its experts are stacks ({numbers}), and no attribute is the number of all" if several else ""
 
     def _with_reader(self, i: int, bundle: Bundle) -> Bundle:
         """The bundle with the only weight whose input the channels are, if its modules' classes tell."""

@@ -440,7 +440,7 @@ class _FFNSizes:
         Returns:
             The attribute, what it calls a width of 1, and a weight and dimension that are as long as the width.
         """
-        found: list[tuple[int, Path, int, tuple[str, int]]] = []
+        found: list[tuple[bool, int, Path, int, tuple[str, int]]] = []
         for path, effect in self.effects.items():
             governed = {n: new for n, new in effect.shapes.items() if (n in self.members) is inside}
             if effect.came_or_went or path == self.count or not governed:
@@ -466,8 +466,9 @@ class _FFNSizes:
             name = next(n for n, c in matrices.items() if c[0] == (before, after))
             changed = self.effects[path].shapes[name]
             at = name, next(d for d, (a, b) in enumerate(zip(self.base[name], changed, strict=True)) if a != b)
-            found.append((elements, path, factor, at))
-        for _, path, factor, at in sorted(found, reverse=True):
+            # Stacks of experts whose number is not known are not understood; what is beside them may be.
+            found.append((inside or all(len(self.base[n]) == 2 for n in matrices), elements, path, factor, at))
+        for _, _, path, factor, at in sorted(found, reverse=True):
             # A smaller one has to run: the hidden size would not, in the layers alone.
             if self.trial.runs(path, max(1, (self.trial.value(path) or self.effects[path].other) // 2)):
                 return path, factor, at

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 
 _ANY_SIZE = 24
-_UNEQUAL = (1.5, 0.5)
+_APART = 4.0
 _NOT_UNDERSTOOD = (
     "with every query head there twice the model gives something else, so where they lie is not understood"
 )
@@ -85,7 +85,7 @@ def find_query_heads(
                 if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
                     continue
                 if all(_doubled_queries(trial, together, pin, value, seed) for seed in (0, 1)):
-                    if not _doubled_queries(trial, together, pin, value, 0, scales=_UNEQUAL):
+                    if not _doubled_queries(trial, together, pin, value, 0, apart=_APART):
                         return QueryHeads(together, pin)
                     rank = True
                     break
@@ -159,7 +159,7 @@ def _doubled_queries(
     heads: int,
     seed: int,
     groups: int = 1,
-    scales: tuple[float, float] = (1.0, 1.0),
+    apart: float = 0.0,
 ) -> bool:
     """Whether a model with every query head twice, and what reads them at half, gives the same.
 
@@ -170,7 +170,8 @@ def _doubled_queries(
         heads: how many there are.
         seed: of the weights.
         groups: of the projection that reads them, each of which reads its share of the heads by the same entries.
-        scales: of what gives the one and the other of two heads; unequal ones change all but a linear map's rank.
+        apart: how far what gives the one and the other of two heads is from their mean; it changes all but a linear
+            map's rank.
     """
     own = {pin[0]: pin[1]} if pin else {}
     try:
@@ -192,7 +193,7 @@ def _doubled_queries(
                     target = doubled[name]
                     same = weight.shape == target.shape
                     target.copy_(
-                        weight if same else _every_head_twice(weight, target.shape, heads, groups, scales, layout)
+                        weight if same else _every_head_twice(weight, target.shape, heads, groups, apart, layout)
                     )
         except (RuntimeError, ValueError, IndexError):  # it is not laid out so
             continue
@@ -202,7 +203,7 @@ def _doubled_queries(
 
 
 def _every_head_twice(
-    weight: torch.Tensor, shape: torch.Size, heads: int, groups: int, scales: tuple[float, float], layout: str
+    weight: torch.Tensor, shape: torch.Size, heads: int, groups: int, apart: float, layout: str
 ) -> torch.Tensor:
     """Entries of every head twice along the dimension that grew; at half where they are a projection's inputs."""
     (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
@@ -215,7 +216,11 @@ def _every_head_twice(
         raise ValueError("entries of no query head")
     # A fused projection in parts has those parts; what heads end in has none.
     if dim == weight.ndim - 1 and weight.ndim > 1:
-        parts, heads, scales = 1, heads // groups, (0.5, 0.5)
+        parts, heads = 1, heads // groups
     grouped = moved.reshape(parts, heads, -1, *moved.shape[1:])
-    grouped = torch.stack([grouped * scale for scale in scales], 2)
+    if dim == weight.ndim - 1 and weight.ndim > 1:
+        grouped = (grouped / 2).repeat_interleave(2, 1)
+    else:
+        change = apart * grouped.std() * torch.linspace(1, 99, grouped.numel()).view_as(grouped).sin() if apart else 0
+        grouped = torch.stack([grouped + change, grouped - change], 2)
     return torch.cat([grouped.reshape(-1, *moved.shape[1:]), rest]).movedim(0, dim)
