@@ -197,7 +197,11 @@ def _doubled_queries(
                     )
         except (RuntimeError, ValueError, IndexError):  # it is not laid out so
             continue
-        if torch.allclose(wanted, twice.run(), atol=1e-4, rtol=1e-4):
+        seen = twice.run()
+        # Heads that are apart may matter little, so for a rank nothing but rounding counts as the same.
+        if apart and float((wanted - seen).abs().max()) < 1e-5 * float(wanted.abs().max()):
+            return True
+        if not apart and torch.allclose(wanted, seen, atol=1e-4, rtol=1e-4):
             return True
     return False
 
