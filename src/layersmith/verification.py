@@ -133,7 +133,7 @@ def layer_verdicts(parent: Parent, i: int, axes: LayerAxes) -> dict[str, str]:
 def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
     """The axes of a layer: ``"ok"``, or the reason why there is none."""
     reasons, moe, heads = axes.reasons, block.ffn.moe, axes.kv
-    no_experts = "its FFN has no experts"
+    no_experts = reasons.get("experts", "its FFN has no experts")
     no_mixer = "it keeps no state of fixed size in the cache"
     attention = reasons.get("attention", "")
     return {

@@ -10,8 +10,12 @@ from transformers import DynamicCache, PretrainedConfig
 
 import layersmith
 from layersmith import BlockConfig
+from layersmith.costs import library_costs
 from layersmith.costs.counted import Workload, subblock_costs, total
-from layersmith.library.shapes import find_axes
+from layersmith.costs.library_costs import count_costs
+from layersmith.library.library import survey_of
+from layersmith.library.shapes import find_axes, meta_layers
+from layersmith.recipe import LibraryRecipe
 
 VARIANTS = {
     "parent": [block()] * 4,
@@ -97,3 +101,28 @@ def test_latent_attention_keeps_what_all_heads_are_made_of() -> None:
     assert cache.layers[0].keys.shape != cache.layers[0].values.shape
     _, _, costs = costs_of(config, blocks, Workload(2, 7), torch.float32)
     assert costs["kv_cache_bytes"] == held
+
+
+@pytest.mark.parametrize("model_type", ["gemma3_text", "granitemoehybrid"])
+def test_every_alternative_costs_what_it_costs_alone(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though equal layers are counted once, and several alternatives in one model."""
+    config = tiny_config(model_type)
+    descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
+    axes = find_axes(descriptor, config, blocks)
+    found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
+    built = []
+    workload = Workload(2, 100)
+
+    def counting(*args: Any) -> Any:
+        built.append(args)
+        return subblock_costs(*args)
+
+    monkeypatch.setattr(library_costs, "subblock_costs", counting)
+    costs = count_costs(descriptor, config, blocks, found.alternatives, axes, torch.float32, workload)
+    assert list(costs.by_key) == [own.key for own in found.alternatives]
+    assert len(built) < len({(own.kind, own.size) for own in found.alternatives})
+    for own in found.alternatives:
+        changed = [own.block_config(b) if i == own.layer else b for i, b in enumerate(blocks)]
+        layers, fixed = subblock_costs(descriptor, config, changed, torch.float32, workload, axes)
+        assert costs.by_key[own.key] == layers[own.layer][own.subblock], own.key
+        assert costs.fixed == fixed

@@ -39,6 +39,7 @@ KINDS = {
     "nemotron_h": {"kv_heads", "ffn_width", "mixer_heads", "mixer_groups", "state_size"},  # one subblock a layer
     "bamba": {"kv_heads", "mixer_heads", "state_size"},  # the width of all heads is said as a multiple
     "jamba": {"kv_heads", "experts", "state_size"},  # Mamba without heads, norms of what writes to the state
+    "dbrx": {"kv_heads", "experts", "expert_width", "experts_per_token"},  # experts flat, one after another
 }
 
 
@@ -141,3 +142,13 @@ def test_a_window_is_the_familys_own(family: str, tmp_path: Path) -> None:
     stock = tiny_model(windowed)
     stock.load_state_dict(parent.model.state_dict())
     assert torch.equal(stock(TOKENS, use_cache=False).logits, scored)
+
+
+def test_what_lies_beside_stacks_that_are_not_understood() -> None:
+    """Two attentions and two dense FFNs a layer, and experts of which some are identities without weights."""
+    parent = parent_of("longcat_flash")
+    own = survey(parent, LibraryRecipe()).axes[0]
+    assert own.ffn is not None
+    assert [bundle.reader for bundle in own.ffn.bundles] == ["mlps.0.down_proj.weight", "mlps.1.down_proj.weight"]
+    assert own.reasons["experts"].startswith("its experts are stacks (6 in mlp.experts.gate_up_proj and 4 in ")
+    assert own.reasons["attention"].startswith("it has several attentions, whose heads end in self_attn.0.o_proj")

@@ -13,11 +13,13 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig, has_attention
-from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.checkpoint import weight_groups
+from layersmith.heterogeneous.modeling_layersmith import as_parent
+from layersmith.heterogeneous.patcher import deci_x_patcher
 from layersmith.library.axes import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.stock import whole_number
+from layersmith.model_descriptor.inferred import InferredDescriptor
+from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
 from layersmith.recipe import BATCH, CONTEXT
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
@@ -57,7 +59,8 @@ def subblock_costs(
     Returns:
         For every layer ``{"attention": costs, "ffn": costs}``, and the costs of embeddings, head and final norm.
     """
-    model = build(config, blocks, dtype=dtype, device="meta", descriptor=descriptor)
+    with deci_x_patcher(descriptor, list(blocks)):
+        model = stock_model(as_parent(own_config(config)), dtype=dtype)
     sizes = unique_sizes(model)
     groups = weight_groups(descriptor, sizes, len(blocks))
     layers = []
@@ -77,6 +80,32 @@ def subblock_costs(
             subblock["memory_bytes"] = subblock["weight_bytes"] + subblock["kv_cache_bytes"]
     inside = {name for group, names in groups.items() if group.startswith("block_") for name in names}
     return layers, _costs(size for name, size in sizes.items() if name not in inside)
+
+
+def layers_alike(
+    descriptor: type[ModelDescriptor],
+    config: PretrainedConfig,
+    blocks: Sequence[BlockConfig],
+    layers: Sequence[Mapping[str, Mapping[str, int]]],
+) -> list[int]:
+    """For every layer the first that is like it: what is made of the one costs what the same made of the other does.
+
+    Args:
+        descriptor: of the family.
+        config: of the parent.
+        blocks: one a layer.
+        layers: costs of the parent's layers.
+    """
+    language = descriptor.get_language_model_config(config)
+    kinds = [0] * len(blocks)
+    if issubclass(descriptor, InferredDescriptor):
+        kinds = list(descriptor.of(as_parent(own_config(config))).findings.of_layer)
+    firsts: dict[str, int] = {}
+    alike = []
+    for i, block in enumerate(blocks):
+        key = repr((kinds[i], block, layers[i], sliding_window(language, i, block.attention.layer_type)))
+        alike.append(firsts.setdefault(key, i))
+    return alike
 
 
 def unique_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:

@@ -10,7 +10,7 @@ import torch
 from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig
-from layersmith.costs.counted import Workload, subblock_costs, total
+from layersmith.costs.counted import Workload, layers_alike, subblock_costs, total
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -43,18 +43,27 @@ def count_costs(
     dtype: torch.dtype,
     workload: Workload,
 ) -> CostTable:
-    """Count every alternative, one build on the meta device for each kind and size rather than for each layer."""
-    by_variant: dict[tuple[str, str, int], list[Alternative]] = {}
-    for alternative in alternatives:
-        by_variant.setdefault((alternative.subblock, alternative.kind, alternative.size), []).append(alternative)
+    """Count every alternative; one of equal layers is built for it, and as many layers as there are in each model."""
+    parent_layers, fixed = subblock_costs(descriptor, config, blocks, dtype, workload, axes)
+    kinds = layers_alike(descriptor, config, blocks, parent_layers)
+    # For every kind of layer what it can be, and what has that subblock then.
+    wanted: dict[int, dict[tuple[str, BlockConfig], list[Alternative]]] = {kind: {} for kind in kinds}
     by_key: dict[str, dict[str, int]] = {}
-    fixed: dict[str, int] = {}
-    for members in by_variant.values():
-        changed = list(blocks)
-        for alternative in members:
-            changed[alternative.layer] = alternative.block_config(blocks[alternative.layer])
-        layers, fixed = subblock_costs(descriptor, config, changed, dtype, workload, axes)
-        for alternative in members:
-            by_key[alternative.key] = layers[alternative.layer][alternative.subblock]
+    for own in alternatives:
+        block = own.block_config(blocks[own.layer])
+        if block == blocks[own.layer]:
+            by_key[own.key] = parent_layers[own.layer][own.subblock]
+        else:
+            wanted[kinds[own.layer]].setdefault((own.subblock, block), []).append(own)
+    waiting = {kind: list(own.items()) for kind, own in wanted.items()}
+    while any(waiting.values()):
+        changed, counted = list(blocks), {}
+        for i, kind in enumerate(kinds):
+            if waiting[kind]:
+                (subblock, block), members = waiting[kind].pop()
+                changed[i], counted[i] = block, (subblock, members)
+        layers, _ = subblock_costs(descriptor, config, changed, dtype, workload, axes)
+        for i, (subblock, members) in counted.items():
+            by_key |= {own.key: layers[i][subblock] for own in members}
     parent = total([*(by_key[a.key] for a in alternatives if a.kind == "parent"), fixed])
-    return CostTable(by_key, fixed, parent)
+    return CostTable({own.key: by_key[own.key] for own in alternatives}, fixed, parent)

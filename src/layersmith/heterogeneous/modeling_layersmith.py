@@ -19,6 +19,7 @@ import inspect
 import json
 import os
 import threading
+from collections import namedtuple
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,13 +87,23 @@ class PassArgument(nn.Module):
         return args[self.argument] if isinstance(self.argument, int) else kwargs[self.argument]
 
 
-def return_tuple_of_size(cls: type[nn.Module], size: int, as_list: bool = False) -> type[nn.Module]:
-    """A subclass of ``cls`` that returns ``(output, None, ...)`` of length ``size``, as attention layers do."""
+def return_tuple_of_size(
+    cls: type[nn.Module], size: int, as_list: bool = False, names: Sequence[str] = ()
+) -> type[nn.Module]:
+    """A subclass of ``cls`` that returns ``(output, None, ...)`` of length ``size``, as attention layers do.
+
+    Args:
+        cls: a class of modules.
+        size: of the tuple.
+        as_list: whether it is a list.
+        names: of its parts, if they have some.
+    """
+    named: Any = namedtuple("Parts", names)  # type: ignore[misc]
+    made = named._make if names else list if as_list else tuple
 
     class ReturnsTuple(cls):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            parts = [super().forward(*args, **kwargs), *[None] * (size - 1)]
-            return parts if as_list else tuple(parts)
+            return made([super().forward(*args, **kwargs), *[None] * (size - 1)])
 
     ReturnsTuple.__name__ = ReturnsTuple.__qualname__ = f"{cls.__name__}ReturnsTuple{size}"
     return ReturnsTuple
@@ -102,8 +113,9 @@ def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -
     """The module that a plan's record describes.
 
     A record is ``{"is": "zeros" | "same" | "argument" | "linear", "returns": tuple size or 0}``; ``"list": True`` if
-    the tuple is a list, ``"of"`` names the argument, ``"size"`` the size of the linear map, ``"attributes"`` what the
-    model asks of the module that was there, and ``"empty"`` the weights of it whose dtype or device the model asks.
+    the tuple is a list, ``"names"`` its fields if it has some, ``"of"`` names the argument, ``"size"`` the size of the
+    linear map, ``"attributes"`` what the model asks of the module that was there, and ``"empty"`` the weights of it
+    whose dtype or device the model asks.
     """
     kinds: dict[str, type[nn.Module]] = {
         "zeros": MatchingZeros,
@@ -113,7 +125,7 @@ def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -
     }
     cls = kinds[record["is"]]
     if record.get("returns"):
-        cls = return_tuple_of_size(cls, record["returns"], record.get("list", False))
+        cls = return_tuple_of_size(cls, record["returns"], record.get("list", False), record.get("names", ()))
     arguments = {"argument": [record.get("of")], "linear": [record.get("size"), dtype]}.get(record["is"], [])
     module = cls(*arguments)
     for name, value in record.get("attributes", {}).items():

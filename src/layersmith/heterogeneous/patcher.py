@@ -12,14 +12,13 @@ from transformers import PretrainedConfig
 from layersmith.block_config import BlockConfig, read_block_configs
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import (
-    cache_slots,
     make_replacement,
     own_layers,
     resize,
     set_cache_slot,
     with_overrides,
 )
-from layersmith.heterogeneous.plan import cached_modules, fills_cache, linear_records, new_shapes
+from layersmith.heterogeneous.plan import cached_modules, fills_cache, linear_records, new_shapes, slots_of_layers
 from layersmith.model_descriptor.base import ModelDescriptor
 
 
@@ -52,14 +51,14 @@ def deci_x_patcher(
     """
     blocks = read_block_configs(list(block_configs), "deci_x_patcher")
     present = fills_cache(model_descriptor, blocks)
-    slots = list(cache_slots_of_layers or cache_slots(present))
+    slots = list(cache_slots_of_layers or slots_of_layers(model_descriptor, present))
 
     def configure(config: PretrainedConfig, index: int) -> PretrainedConfig:
         nonlocal slots
         if index >= len(blocks):  # e.g. the layers of a multi-token-prediction head
             return config
         if cache_slots_of_layers is None:
-            slots = cache_slots(present, getattr(config, "layer_types", None))
+            slots = slots_of_layers(model_descriptor, present, getattr(config, "layer_types", None))
         return with_overrides(config, model_descriptor.block_config_to_layer_overrides(blocks[index]))
 
     def finish(layer: nn.Module, index: int) -> None:

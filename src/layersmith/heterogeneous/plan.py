@@ -117,7 +117,9 @@ def _observe(module: nn.Module, what: str) -> dict[str, Any]:
     if isinstance(output, tuple | list):
         if any(rest is not None for rest in output[1:]):
             raise UnsupportedModel(f"{what} returns more than one tensor; that cannot be written into a plan.")
-        returns = {"returns": len(output)} | ({"list": True} if isinstance(output, list) else {})
+        returns = {"returns": len(output), **({"list": True} if isinstance(output, list) else {})}
+        if names := getattr(output, "_fields", ()):
+            returns["names"] = list(names)
         output = output[0]
     with torch.device("cpu"):
         if argument is not None:
@@ -151,7 +153,7 @@ def make_plan(
 
     present = fills_cache(descriptor, block_configs)
     language = getattr(config, text_config) if text_config else config
-    slots = cache_slots(present, getattr(language, "layer_types", None))
+    slots = slots_of_layers(descriptor, present, getattr(language, "layer_types", None))
     records: list[dict[str, Any]] = []
     for layer, block, slot in zip(layers, block_configs, slots, strict=True):
         removed = [subblock for subblock in SUBBLOCKS if block.subblock(subblock).no_op]
@@ -198,6 +200,15 @@ def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[Block
     """
     stays = getattr(descriptor, "attention_stays", lambda index: False)
     return [has_attention(block) or stays(i) for i, block in enumerate(block_configs)]
+
+
+def slots_of_layers(
+    descriptor: type[ModelDescriptor], present: Sequence[bool], layer_types: Sequence[str] | None = None
+) -> list[int]:
+    """The cache slot of every layer: see :func:`cache_slots`; one after another where a cache bears no gap."""
+    if getattr(descriptor, "appends_to_cache", lambda: False)():
+        return [sum(present[:i]) for i in range(len(present))]
+    return cache_slots(present, layer_types)
 
 
 def cached_modules(descriptor: type[ModelDescriptor], layer: nn.Module, index: int, slot: int) -> list[str] | None:

@@ -117,6 +117,8 @@ class Bundle(_WithReader):
         reader: the weight that reads the channels into the subblock's output; empty until it is proved.
         members: experts in it; 0 where there is only one FFN.
         stacked: whether the members lie along the first dimension of each weight, not in a list of modules.
+        flat: whether they lie there with their channels, one after another; ``dim`` is then that of a weight in which
+            members have a dimension of their own before it.
     """
 
     size: int
@@ -124,6 +126,12 @@ class Bundle(_WithReader):
     reader: str = ""
     members: int = 0
     stacked: bool = False
+    flat: bool = False
+
+    @property
+    def matrix_dims(self) -> int:
+        """Dimensions of a weight that holds a matrix, or one for each member."""
+        return 3 if self.stacked and not self.flat else 2
 
 
 @dataclass(frozen=True)

@@ -394,9 +394,10 @@ def _width_probes(layer: nn.Module, i: int, part: str, axis: WidthAxis, ffn_rank
             probes.append(Probe(name, i, module, kind, 8 * size))
         else:
             size = max(1, bundle.members) * (bundle.size + bundle.members)
-            probes.append(
-                Probe(name, i, common_module(layer, [w.name for w in bundle.weights]), "reader", 8 * size, bundle)
-            )
+            holder = common_module(layer, [w.name for w in bundle.weights])
+            if bundle.flat:  # a module around theirs takes the members apart
+                holder = holder.rpartition(".")[0]
+            probes.append(Probe(name, i, holder, "reader", 8 * size, bundle))
     return probes
 
 
@@ -414,6 +415,10 @@ def _expert_reader(layer: nn.Module, own: LayerAxes) -> Bundle:
     if stacks:
         last = dataclasses.replace(stacks[-1], dim=2, segments=(Segment("channels"),))
         return Bundle(layer.state_dict()[last.name].shape[2], (last,), last.name, own.experts.size, True)
+    if flat := [w for w in own.experts.weights if w.name in own.of_experts]:
+        last = dataclasses.replace(flat[-1], dim=1, segments=(Segment("channels"),))
+        size = layer.state_dict()[last.name].shape[0] // own.experts.size
+        return Bundle(size, (last,), last.name, own.experts.size, True, flat=True)
     prefix = f"{own.experts.lists[0]}.0."
     name = [n for n, p in layer.named_parameters() if n.startswith(prefix) and p.ndim == 2][-1]
     last = WeightAxis(name.replace(prefix, f"{own.experts.lists[0]}.{{}}."), 1, (Segment("channels"),))

@@ -34,7 +34,7 @@ from layersmith.library.axes import (
     largest_part,
 )
 from layersmith.library.mixer_proof import prove_mixer, prove_state
-from layersmith.library.shapes import layer_shapes
+from layersmith.library.shapes import input_dim, layer_shapes
 from layersmith.library.trial import Fails, Slice, Trial, copy_units, dead_or_copies, first_that_holds, others
 from layersmith.library.weights import (
     keep_experts,
@@ -161,10 +161,17 @@ def _with_reader(trial: Trial, i: int, bundle: Bundle) -> Bundle:
         return bundle
     layer = trial.parent.layers[i]
     shapes = layer_shapes(layer)
+    matrices = [w for w in bundle.weights if not bundle.members and len(shapes[w.name]) == 2]
+    read_into = [w.name for w in matrices if w.name.endswith(".weight") and input_dim(layer, w.name) == w.dim]
+    if len(read_into) == 1:
+        return dataclasses.replace(bundle, reader=read_into[0])
     base = trial.output(i, layer)
     for w in bundle.weights:
-        dims = len(shapes[w.name.format(0)]) - bool(bundle.stacked)
-        if dims != 2 or [s.part for s in w.segments] != ["channels"] or w.segments[0].unit != 1:
+        if (
+            len(shapes[w.name.format(0)]) != bundle.matrix_dims
+            or [s.part for s in w.segments] != ["channels"]
+            or w.segments[0].unit != 1
+        ):
             continue
         changed = copy.deepcopy(layer)
         with torch.no_grad():
@@ -186,7 +193,7 @@ def _reader_by_shape(trial: Trial, i: int, bundle: Bundle) -> Bundle:
     narrowest = [
         w
         for w in bundle.weights
-        if len(shapes[w.name.format(0)]) - bool(bundle.stacked) == 2 and sum(s.unit for s in w.segments) == 1
+        if len(shapes[w.name.format(0)]) == bundle.matrix_dims and sum(s.unit for s in w.segments) == 1
     ]
     if len(narrowest) == 1:
         return dataclasses.replace(bundle, reader=narrowest[0].name)

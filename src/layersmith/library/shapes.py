@@ -133,6 +133,8 @@ class Finder:
             members = tried("experts", self._members)
             of_experts = (*members.stacks, *members.lists) if members else ()
         ffn = tried("ffn", self.width)
+        if self.blocks[i].ffn.moe is None and (stacks := self._stacks_of(i)):
+            reasons["experts"] = stacks
         shared = tried("shared", self.shared_width) if self._has_own_shared_width(i) else None
         heads = tried("attention", lambda j: self.heads(j, reasons))
         window = tried("window", self.window) or ""
@@ -236,12 +238,19 @@ class Finder:
         if not governed:
             raise NoAxis("its width changes no weight of the layer")
         experts = self._members(i)
-        stacked = [g for g in governed if g.name in experts.stacks]
+        stacked = [g for g in governed if g.name in experts.stacks and g.name not in experts.flat]
+        flat = [
+            dataclasses.replace(g, dim=1, unit=g.unit // experts.count)
+            for g in governed
+            if g.name in experts.flat and g.dim == 0 and g.unit % experts.count == 0
+        ]
         listed = [g for g in governed if experts.number_of(g.name) is not None]
-        single = [g for g in governed if g not in stacked and g not in listed]
+        single = [g for g in governed if g not in stacked and g not in listed and g.name not in experts.flat]
         bundles = []
         if stacked:
             bundles.append(_bundle(size, stacked, experts.count, stacked=True))
+        if flat:
+            bundles.append(dataclasses.replace(_bundle(size, flat, experts.count, stacked=True), flat=True))
         if listed:
             first = [
                 dataclasses.replace(g, name=experts.template(g.name)) for g in listed if experts.number_of(g.name) == 0
@@ -250,6 +259,13 @@ class Finder:
         if single:
             bundles.append(_bundle(size, single, 0, stacked=False))
         return WidthAxis(size, tuple(self._with_reader(i, bundle) for bundle in bundles))
+
+    def _stacks_of(self, i: int) -> str:
+        """Why experts are not understood of which no number is known, though weights of the FFN are stacks of them."""
+        shapes = {n: s for n, s in self.base[i].items() if len(s) == 3 and n not in self._attention_weights(i)}
+        numbers = " and ".join(f"{shape[0]} in {name}" for name, shape in shapes.items())
+        several = len(shapes) > 1 and all(min(shape) > 1 for shape in shapes.values())
+        return f"its experts are stacks ({numbers}), and no attribute is the number of all" if several else ""
 
     def _with_reader(self, i: int, bundle: Bundle) -> Bundle:
         """The bundle with the only weight whose input the channels are, if its modules' classes tell."""
@@ -312,7 +328,8 @@ class Finder:
             if made.shapes[i].get(name, shape) != shape and shape[0] == count and len(shape) >= 2
             and (len(shape) == 3 or self._is_stack_of_vectors(i, name, made))
         )  # fmt: skip
-        return _Members(count, stacks, lists)
+        flat = () if self.described is None else self.described.flat_experts(i)
+        return _Members(count, (*stacks, *flat), lists, flat)
 
     def _is_stack_of_vectors(self, i: int, name: str, made: Experiment) -> bool:
         """Whether a matrix holds a bias for each of a stack of matrices beside it, rather than rows of a router."""
@@ -394,7 +411,8 @@ class Finder:
             governed = self.governed(made, i) if made.sizes[i] is not None else []
         except NoAxis as reason:
             return [], str(reason)
-        return governed, "" if governed else "the size of its heads follows from their number"
+        seen = self.described.why_no_query_heads(i) if self.described is not None else ""
+        return governed, "" if governed else seen or "the size of its heads follows from their number"
 
     def _alike_heads(self, i: int, num_heads: int, of_queries: list[Governed]) -> HeadsAxis:
         """Every query head has keys and values of its own."""
@@ -488,18 +506,22 @@ class Finder:
                 two = len(self.base[i][w.name]) == 2
                 if two and input_dim(self.skeleton[i], w.name) == w.dim:
                     readers.append((w.name, w.segments[0].unit))
-        if len(readers) != 1:
+        if len(readers) > 1:
+            names = " and ".join(name for name, _ in readers)
+            raise NoAxis(f"it has several attentions, whose heads end in {names}, and one number of heads for all")
+        if not readers:
             raise NoAxis("the projection that its heads end in cannot be told")
         return readers[0]
 
 
 @dataclass(frozen=True)
 class _Members:
-    """Experts: how many, weights that are stacks of them, and lists of modules."""
+    """Experts: how many, weights that are stacks of them, lists of modules, and stacks with no dimension for them."""
 
     count: int
     stacks: tuple[str, ...]
     lists: tuple[str, ...]
+    flat: tuple[str, ...] = ()
 
     def number_of(self, name: str) -> int | None:
         """Which expert of a list a weight belongs to."""

@@ -34,8 +34,9 @@ def narrow(weights: Tensors, axis: WidthAxis, kept: Sequence[torch.Tensor]) -> d
                 continue
             entries = [w.gathered({"channels": ordered[m]}, sizes) for m in range(bundle.members)]
             if bundle.stacked:
-                members = [_take(weights[w.name][m], w.dim - 1, e) for m, e in enumerate(entries)]
-                result[w.name] = torch.stack(members)
+                views = members_of(weights, bundle, w)
+                members = [_take(weight, dim, e) for (weight, dim), e in zip(views, entries, strict=True)]
+                result[w.name] = torch.cat(members) if bundle.flat else torch.stack(members)
             else:
                 result |= {w.name.format(m): _take(weights[w.name.format(m)], w.dim, e) for m, e in enumerate(entries)}
     return result
@@ -45,6 +46,9 @@ def members_of(weights: Tensors, bundle: Bundle, w: WeightAxis) -> list[tuple[to
     """A bundle's weight, one for each member, and the dimension of each that counts channels; all are views."""
     if not bundle.members:
         return [(weights[w.name], w.dim)]
+    if bundle.flat:
+        stack = weights[w.name].unflatten(0, (bundle.members, -1))
+        return [(stack[m], w.dim - 1) for m in range(bundle.members)]
     if bundle.stacked:
         return [(weights[w.name][m], w.dim - 1) for m in range(bundle.members)]
     return [(weights[w.name.format(m)], w.dim) for m in range(bundle.members)]

@@ -8,8 +8,9 @@ and is counted in gradients.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,9 @@ from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
+from layersmith.model_descriptor.experts import before_digit, experts_used, lie_flat
 from layersmith.model_descriptor.mixers import MixerSizes, find_mixer
+from layersmith.model_descriptor.query_heads import find_query_heads
 from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind
@@ -38,9 +41,11 @@ class Sizes:
         config_width: what the config calls a width of 1, for the widths; some families halve what the config says.
         query_heads: number of query heads, and whatever must be equal to it.
         head_size: what sets the size of a head and has to be said when their number changes.
+        no_query_heads: why there is no number of query heads, where that was seen.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
         mixer: of a Mamba or linear-attention mixer that keeps a state.
+        flat: weights in which experts lie one after another along the first dimension, each as long as the width.
     """
 
     kv_heads: Path | None = None
@@ -56,10 +61,12 @@ class Sizes:
     shared_width_at: tuple[str, int] | None = None
     resized: tuple[tuple[str, int], ...] = ()
     mixer: MixerSizes | None = None
+    flat: tuple[str, ...] = ()
+    no_query_heads: str = ""
 
 
 @dataclass(frozen=True)
-class _Effect:
+class Effect:
     """What another value of an attribute does to one layer.
 
     Attributes:
@@ -95,7 +102,22 @@ def find_sizes(
     layer_configs: list[PretrainedConfig] = []
     missing: list[str] = []
 
+    built: dict[str, list[Shapes] | Exception] = {}
+
     def shapes(overrides: dict[str, Any]) -> list[Shapes]:
+        """Shapes of all layers; kinds of layers, and attributes, ask for many of them more than once."""
+        key = repr(overrides)
+        if key not in built:
+            try:
+                built[key] = build(overrides)
+            except Exception as error:  # whatever a family's own code raises for a size that it cannot take
+                built[key] = error
+        found = built[key]
+        if isinstance(found, Exception):
+            raise found
+        return found
+
+    def build(overrides: dict[str, Any]) -> list[Shapes]:
         def configure(own: PretrainedConfig, index: int) -> PretrainedConfig:
             layer_configs.append(own)
             changed = with_overrides(own, overrides)
@@ -111,7 +133,7 @@ def find_sizes(
         return [Sizes()] * len(kinds)
     config = layer_configs[0]
     examples = [list(of_layer).index(kind) for kind in range(len(kinds))]
-    effects: dict[Path, list[_Effect]] = {}
+    effects: dict[Path, list[Effect]] = {}
     without: list[Path] = []
     for path, value in numbers(config, len(base)):
         for other in (2 * value, value // 2, value + 1) if value else (24,):
@@ -130,16 +152,29 @@ def find_sizes(
     found_sizes = []
     for k, kind in enumerate(kinds):
         own = {path: effect[k] for path, effect in effects.items() if effect[k]}
-        trial = _Trial(
-            specimen, layer_classes, config, f"{layers_name}.{examples[k]}.", len(base), tuple(dict.fromkeys(missing))
+        trial = Trial(
+            specimen,
+            layer_classes,
+            config,
+            f"{layers_name}.{examples[k]}.",
+            tuple(dict.fromkeys(missing)),
+            partial(_of_layer, shapes, examples[k]),
         )
         kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
-        query_heads, head_size = _query_heads(trial, kind, base[examples[k]], own, kv_heads)
+        named = list(numbers(config, len(base)))
+        idle = {*without, *effects} - own.keys()
+        queries = find_query_heads(trial, kind, base[examples[k]], own, named, idle, kv_heads)
         ffn = _FFNSizes(trial, kind, base[examples[k]], own)
         mixer = find_mixer(trial, kind, base[examples[k]], own)
-        if query_heads and mixer is not None and (mixer.num_heads or mixer.state_dim) and mixer.is_alone:
-            query_heads, head_size = (), None
-        heads = Sizes(kv_heads, query_heads=query_heads, head_size=head_size, mixer=mixer)
+        heads = Sizes(
+            kv_heads,
+            query_heads=queries.paths,
+            head_size=queries.pin,
+            no_query_heads=queries.reason,
+            mixer=mixer,
+        )
+        if mixer is not None and (mixer.num_heads or mixer.state_dim) and mixer.is_alone:
+            heads = replace(heads, query_heads=(), head_size=None)
         if ffn.count is None:
             width, factor, at = ffn.widest(inside=False)
             resized = _unsaid_width(specimen, kind, base[examples[k]]) if width is None else ()
@@ -159,9 +194,14 @@ def find_sizes(
                 config_width=factor,
                 width_at=at,
                 shared_width_at=shared_at if alike else None,
+                flat=ffn.flat,
             )
         )
     return found_sizes
+
+
+def _of_layer(shapes: Callable[[dict[str, Any]], list[Shapes]], index: int, overrides: dict[str, Any]) -> Shapes:
+    return shapes(overrides)[index]
 
 
 def _noting_what_is_missing(config: PretrainedConfig, missing: list[str]) -> PretrainedConfig:
@@ -219,15 +259,15 @@ def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Specimens whose layers have other configs."""
+class Trial:
+    """Specimens whose layers have other configs, and the shapes of such a layer."""
 
     specimen: Specimen
     layer_classes: Sequence[type[nn.Module]]
     config: PretrainedConfig
     prefix: str
-    num_layers: int
     missing: tuple[str, ...]
+    built: Callable[[dict[str, Any]], Shapes]
 
     def value(self, path: Path) -> int:
         return value_at(self.config, path)
@@ -253,10 +293,7 @@ class _Trial:
         return self.shapes_with({path: value})
 
     def shapes_with(self, values: Mapping[Path, Any]) -> Shapes:
-        overrides = self._overrides(values)
-        with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
-            layer = stock_model(self.specimen.config).get_submodule(self.prefix.removesuffix("."))
-        return {name: tuple(p.shape) for name, p in layer.named_parameters()}
+        return self.built(self._overrides(values))
 
     def runs(self, path: Path, value: int) -> bool:
         try:
@@ -266,15 +303,15 @@ class _Trial:
         return True
 
 
-def _effect(base: Shapes, changed: Shapes, other: int) -> _Effect:
+def _effect(base: Shapes, changed: Shapes, other: int) -> Effect:
     shapes = {name: changed[name] for name in base.keys() & changed.keys() if base[name] != changed[name]}
-    return _Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
+    return Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
 
 
 # ---------------------------------------------------------------------------------------------- key-value heads
 
 
-def _kv_heads(trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect]) -> Path | None:
+def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]) -> Path | None:
     """The attribute whose double, with each head's keys and values there twice, changes nothing."""
     if kind.attention is None:
         return None
@@ -292,7 +329,7 @@ def _kv_heads(trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, 
     return None
 
 
-def _carries(trial: _Trial, kind: LayerKind, names: Sequence[str]) -> bool:
+def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     """Whether the attention gives the same for all tokens when these weights are zero, as without keys and values."""
     assert kind.attention is not None
     model = trial.specimen.model
@@ -316,7 +353,7 @@ def _carries(trial: _Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     )
 
 
-def _duplicates(trial: _Trial, path: Path, seed: int) -> bool:
+def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
     """Whether a model with half the heads gives what one with every head there twice gives.
 
     Where the specimen has as many heads as queries, the halved model is the one that has every head once.
@@ -339,111 +376,6 @@ def _duplicates(trial: _Trial, path: Path, seed: int) -> bool:
     return False
 
 
-def _query_heads(
-    trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect], kv_heads: Path | None
-) -> tuple[tuple[Path, ...], tuple[Path, int] | None]:
-    """The attributes whose double, with each query head there twice and read at half, changes nothing.
-
-    Where the size of a head follows from their number, it has to be said as well; where each query head has keys of
-    its own, their number goes along.
-    """
-    if kind.attention is None:
-        return (), None
-    named = list(numbers(trial.config, trial.num_layers))
-    per_kv = trial.value(kv_heads) if kv_heads else 1
-    for path, effect in effects.items():
-        value = trial.value(path)
-        touched = [*effect.shapes, *effect.came_or_went]
-        if path == kv_heads or value < 2 or value % per_kv or effect.other != 2 * value:
-            continue
-        if any(kind.owners.get(name) != "attention" for name in touched):
-            continue
-        equal = [p for p, v in named if v == value and p not in (path, kv_heads)]
-        # The size of a head, read off the weights: what a head of the last projection takes.
-        sizes = sorted({n // value for shape in base.values() for n in shape if n % value == 0 and n > value})
-        unset = [(name,) for name in trial.missing] + [p for p, v in named if v == 0 and len(p) == 1]
-        pins: list[tuple[Path, int] | None] = [None, *((p, size) for p in unset for size in sizes)]
-        pins += [(p, v) for p, v in named if v in sizes and p != path]
-        for pin in dict.fromkeys(pins):
-            for together in ((path,), *((path, other) for other in equal if pin is None)):
-                if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
-                    continue
-                if all(_doubled_queries(trial, together, pin, value, seed) for seed in (0, 1)):
-                    return together, pin
-    return (), None
-
-
-def _doubles(trial: _Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, base: Shapes) -> bool:
-    """Whether twice the heads make a side of some matrix twice as long and none shorter, and a pin alone nothing."""
-    own = {pin[0]: pin[1]} if pin else {}
-    try:
-        if pin is not None and trial.shapes_with(own) != base:
-            return False
-        more = trial.shapes_with({**dict.fromkeys(paths, 2 * heads), **own})
-        if pin is not None and more == trial.shapes_with(dict.fromkeys(paths, 2 * heads)):
-            return False
-    except Exception:  # whatever a family's own code raises for a size that it cannot take
-        return False
-    if more.keys() != base.keys():
-        return False
-    changes = [
-        (dim if len(shape) == 2 else -1, a, b)
-        for name, shape in base.items()
-        for dim, (a, b) in enumerate(zip(shape, more[name], strict=False))
-        if a != b
-    ]
-    # Heads come out of one matrix and go into another.
-    sides = {dim for dim, _, _ in changes}
-    return {0, 1} <= sides and any(b == 2 * a for _, a, b in changes) and all(b > a for _, a, b in changes)
-
-
-def _doubled_queries(trial: _Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, seed: int) -> bool:
-    """Whether a model with every query head twice, and what reads them at half, gives the same."""
-    own = {pin[0]: pin[1]} if pin else {}
-    try:
-        once = trial.made_with({**dict.fromkeys(paths, heads), **own}, seed)
-        twice = trial.made_with({**dict.fromkeys(paths, 2 * heads), **own}, seed)
-    except UnsupportedModel:
-        return False
-    weights, doubled = (dict(m.model.named_parameters()) for m in (once, twice))
-    if weights.keys() != doubled.keys():
-        return False
-    changed = [n for n in weights if weights[n].shape != doubled[n].shape]
-    if not any(n.startswith(trial.prefix) for n in changed):
-        return False
-    wanted = once.run()
-    for layout in ("whole", "thirds", "halves", "first"):
-        try:
-            with torch.no_grad():
-                for name, weight in weights.items():
-                    target = doubled[name]
-                    same = weight.shape == target.shape
-                    target.copy_(weight if same else _every_head_twice(weight, target.shape, heads, layout))
-        except (RuntimeError, ValueError, IndexError):  # it is not laid out so
-            continue
-        if torch.allclose(wanted, twice.run(), atol=1e-4, rtol=1e-4):
-            return True
-    return False
-
-
-def _every_head_twice(weight: torch.Tensor, shape: torch.Size, heads: int, layout: str) -> torch.Tensor:
-    """Entries of every head twice along the dimension that grew; at half where they are a projection's inputs."""
-    (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
-    moved = weight.movedim(dim, 0)
-    added = shape[dim] - weight.shape[dim]
-    rest = moved[added:]  # what is not of query heads comes after them
-    moved = moved[:added]
-    parts = {"whole": 1, "thirds": 3, "halves": 2, "first": 1}[layout]
-    if len(rest) and layout != "first":
-        raise ValueError("entries of no query head")
-    # A fused projection in parts has those parts; what heads end in has none.
-    if dim == weight.ndim - 1 and weight.ndim > 1:
-        parts = 1
-    grouped = moved.reshape(parts, heads, -1, *moved.shape[1:]).repeat_interleave(2, 1)
-    result = torch.cat([grouped.reshape(-1, *moved.shape[1:]), rest]).movedim(0, dim)
-    return result / 2 if dim == weight.ndim - 1 and weight.ndim > 1 else result
-
-
 def _twice(weight: torch.Tensor, heads: int, target: torch.Tensor) -> torch.Tensor:
     """Rows of each head twice; where a weight holds queries before keys and values, those stay."""
     added = target.shape[0] - weight.shape[0]
@@ -460,7 +392,7 @@ def _twice(weight: torch.Tensor, heads: int, target: torch.Tensor) -> torch.Tens
 class _FFNSizes:
     """What the attributes of one kind's FFN are: the number of experts, and widths in and beside them."""
 
-    def __init__(self, trial: _Trial, kind: LayerKind, base: Shapes, effects: dict[Path, _Effect]):
+    def __init__(self, trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]):
         self.trial, self.base = trial, base
         ffn = kind.ffn
         inside = () if ffn is None else tuple(f"{n}." for n in (*ffn.modules, *(name for name, _ in ffn.replaced)))
@@ -472,6 +404,7 @@ class _FFNSizes:
         counts = [path for path in self.effects if self._is_count(path)]
         self.count = max(counts, key=trial.value, default=None)
         self.number = 0 if self.count is None else trial.value(self.count)
+        self.flat = () if self.count is None else self._flat(self.count)
         self.members = self._members()
 
     def _is_count(self, path: Path) -> bool:
@@ -480,16 +413,38 @@ class _FFNSizes:
         if effect.came_or_went:
             return value > 1 and all(any(part.isdigit() for part in n.split(".")) for n in effect.came_or_went)
         stacked = [n for n, new in effect.shapes.items() if len(new) == 3 and new == (effect.other, *self.base[n][1:])]
-        return len(stacked) >= 2 and all(self.base[n][0] == value for n in stacked)
+        return (len(stacked) >= 2 and all(self.base[n][0] == value for n in stacked)) or bool(self._flat(path))
+
+    def _flat(self, path: Path) -> tuple[str, ...]:
+        """Matrices with experts one after another along the first dimension, if the attribute is their number."""
+        effect, value = self.effects[path], self.trial.value(path)
+        rows = {n: (self.base[n][0], new[0]) for n, new in effect.shapes.items() if self.base[n][1:] == new[1:]}
+        if value < 2 or effect.came_or_went or rows.keys() != effect.shapes.keys():
+            return ()
+        if any(a % value or b * value != a * effect.other for a, b in rows.values()):
+            return ()
+        flat = tuple(n for n, (a, _) in rows.items() if a > value and len(self.base[n]) == 2)
+        # What chooses among them has one entry for each.
+        if len(flat) < 2 or len(flat) == len(rows):
+            return ()
+        try:  # a token may use all that a small specimen has, but not twice as many
+            twice = self.trial.made(path, 2 * value)
+        except UnsupportedModel:
+            return ()
+        return flat if lie_flat(twice, self.trial.prefix, flat, 2 * value) else ()
 
     def _members(self) -> set[str]:
         """Parameters of the experts."""
         if self.count is None:
             return set()
         effect = self.effects[self.count]
-        lists = {_before_digit(name) for name in effect.came_or_went}
-        listed = {n for n in self.base if _before_digit(n) in lists} if lists else set()
-        return listed | {n for n in effect.shapes if len(self.base[n]) == 3}
+        lists = {before_digit(name) for name in effect.came_or_went}
+        listed = {n for n in self.base if before_digit(n) in lists} if lists else set()
+        return listed | {n for n in effect.shapes if len(self.base[n]) == 3} | set(self.flat)
+
+    def _units(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape, of a single expert where experts lie flat."""
+        return (shape[0] // self.number, *shape[1:]) if name in self.flat else shape
 
     def widest(self, inside: bool) -> tuple[Path | None, int, tuple[str, int] | None]:
         """The attribute that is the width of the largest matrices inside or beside the experts.
@@ -497,13 +452,14 @@ class _FFNSizes:
         Returns:
             The attribute, what it calls a width of 1, and a weight and dimension that are as long as the width.
         """
-        found: list[tuple[int, Path, int, tuple[str, int]]] = []
+        found: list[tuple[bool, int, Path, int, tuple[str, int]]] = []
         for path, effect in self.effects.items():
             governed = {n: new for n, new in effect.shapes.items() if (n in self.members) is inside}
             if effect.came_or_went or path == self.count or not governed:
                 continue
             changes = {
-                n: [(a, b) for a, b in zip(self.base[n], new, strict=True) if a != b] for n, new in governed.items()
+                n: [(a, b) for a, b in zip(self._units(n, self.base[n]), self._units(n, new), strict=True) if a != b]
+                for n, new in governed.items()
             }
             matrices = {n: change for n, change in changes.items() if len(self.base[n]) >= 2}
             if len(matrices) < 2 or any(len(change) != 1 for change in changes.values()):
@@ -522,8 +478,9 @@ class _FFNSizes:
             name = next(n for n, c in matrices.items() if c[0] == (before, after))
             changed = self.effects[path].shapes[name]
             at = name, next(d for d, (a, b) in enumerate(zip(self.base[name], changed, strict=True)) if a != b)
-            found.append((elements, path, factor, at))
-        for _, path, factor, at in sorted(found, reverse=True):
+            # Stacks of experts whose number is not known are not understood; what is beside them may be.
+            found.append((inside or all(len(self.base[n]) == 2 for n in matrices), elements, path, factor, at))
+        for _, _, path, factor, at in sorted(found, reverse=True):
             # A smaller one has to run: the hidden size would not, in the layers alone.
             if self.trial.runs(path, max(1, (self.trial.value(path) or self.effects[path].other) // 2)):
                 return path, factor, at
@@ -535,7 +492,8 @@ class _FFNSizes:
             shapes = self.trial.shapes(path, value)
         except Exception:  # whatever a family's own code raises for a size that it cannot take
             return False
-        return all(width in shapes[name] or 2 * width in shapes[name] for name in matrices)
+        own = {name: self._units(name, shapes[name]) for name in matrices}
+        return all(width in shape or 2 * width in shape for shape in own.values())
 
 
 def _unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tuple[str, int], ...]:
@@ -554,15 +512,13 @@ def _unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tu
     return tuple((name, shape.index(width)) for name, shape in own.items() if width in shape)
 
 
-def _before_digit(name: str) -> str:
-    parts = name.split(".")
-    at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
-    return ".".join(parts[:at]) if at < len(parts) else ""
-
-
-def _experts_per_token(trial: _Trial, without: Sequence[Path], experts: _FFNSizes) -> Path | None:
+def _experts_per_token(trial: Trial, without: Sequence[Path], experts: _FFNSizes) -> Path | None:
     """The attribute without a shape whose change changes the number of experts that one token uses."""
-    base = _experts_used(trial, trial.specimen, experts)
+
+    def used(specimen: Specimen) -> int:
+        return experts_used(specimen, trial.prefix, experts.members, experts.flat, experts.number)
+
+    base = used(trial.specimen)
     for path in without:
         value = trial.value(path)
         if value != base:
@@ -571,29 +527,8 @@ def _experts_per_token(trial: _Trial, without: Sequence[Path], experts: _FFNSize
             if not 1 <= other <= experts.number:
                 continue
             try:
-                used = _experts_used(trial, trial.made(path, other), experts)
+                if used(trial.made(path, other)) == other:
+                    return path
             except (UnsupportedModel, RuntimeError):
                 continue
-            if used == other:
-                return path
     return None
-
-
-def _experts_used(trial: _Trial, specimen: Specimen, experts: _FFNSizes) -> int:
-    """How many experts get a gradient from one token."""
-    named = dict(specimen.model.named_parameters())
-    members = {n: named[trial.prefix + n] for n in sorted(experts.members)}
-    with torch.enable_grad():
-        total = specimen.forward(specimen.ids[:, :1]).square().sum()
-        grads = torch.autograd.grad(total, list(members.values()), allow_unused=True)
-    used: set[tuple[str, str]] = set()
-    counts = []
-    for (name, parameter), grad in zip(members.items(), grads, strict=True):
-        if grad is None or not grad.any():
-            continue
-        if parameter.ndim == 3:
-            counts.append(int(grad.flatten(1).any(1).sum()))
-        else:
-            before = _before_digit(name)
-            used.add((before, name.removeprefix(f"{before}.").split(".")[0]))
-    return max([*counts, len(used)])

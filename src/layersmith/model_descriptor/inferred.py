@@ -26,6 +26,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.mixers import filled_cache, mamba_config, mixer_values
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
+from layersmith.model_descriptor.slots import appends_to_cache
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
 from layersmith.model_descriptor.structure import Structure, find_structure
@@ -49,6 +50,7 @@ class Findings:
         cached: of every kind, the numbers in the cache for each one of a value head: 2 where keys are as long.
         latent: of every kind, the numbers in the cache for a token if they are not one by one the heads'.
         mixers: of every layer the sizes of its Mamba or linear-attention mixer, in the words of its config record.
+        appends: whether layers append to the cache in turn, so that it bears no gap.
     """
 
     structure: Structure
@@ -65,6 +67,7 @@ class Findings:
     cached: tuple[float, ...] = ()
     latent: tuple[int | None, ...] = ()
     mixers: tuple[dict[str, int] | None, ...] = ()
+    appends: bool = False
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
 
     def kind_of(self, layer: nn.Module) -> LayerKind:
@@ -135,6 +138,7 @@ def find(config: PretrainedConfig) -> Findings:
     for k, kind in enumerate(kinds):
         kinds[k] = proved(specimen, names[of_layer.index(k)], kind, notes)
     _check_configurable(specimen.config, classes)
+    appends = appends_to_cache(specimen, names, [kinds[k] for k in of_layer])
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
     small_kinds, of_layer = of_layer, []
     for layer in skeleton.get_submodule(structure.layers).children():
@@ -160,7 +164,8 @@ def find(config: PretrainedConfig) -> Findings:
                 if length is None
                 else replace(own_sizes, head_size=(path, length // heads))
             )
-    widths = [_widths(sizes[k], skeleton.get_submodule(f"{structure.layers}.{i}")) for i, k in enumerate(of_layer)]
+    large = skeleton.get_submodule(structure.layers)
+    widths = [_widths(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
     in_cache = _in_cache(specimen, examples, sizes)
     latent = [at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(in_cache)]
     groups = _groups(skeleton, structure)
@@ -183,6 +188,7 @@ def find(config: PretrainedConfig) -> Findings:
             _mixer(sizes[k], config, i, skeleton.get_submodule(f"{structure.layers}.{i}"))
             for i, k in enumerate(of_layer)
         ),
+        appends,
         config,
     )
 
@@ -232,10 +238,12 @@ def _at_full_length(length: int, kind: LayerKind, small: nn.Module, large: nn.Mo
     return None
 
 
-def _widths(sizes: Sizes, layer: nn.Module) -> tuple[int | None, int | None]:
+def _widths(sizes: Sizes, config: PretrainedConfig, layer: nn.Module) -> tuple[int | None, int | None]:
     shapes = {name: p.shape for name, p in layer.named_parameters()}
     places = (sizes.width_at, sizes.shared_width_at)
     own = [shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places]
+    if sizes.flat and own[0] is not None and sizes.num_experts is not None:
+        own[0] //= value_at(_language_config(config), sizes.num_experts)
     return own[0], own[1]
 
 
@@ -333,6 +341,11 @@ class InferredDescriptor(ModelDescriptor):
         return shapes
 
     @classmethod
+    def flat_experts(cls, index: int) -> tuple[str, ...]:
+        """Weights of a layer in which experts lie one after another along the first dimension."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].flat
+
+    @classmethod
     def keeps_state(cls, index: int) -> bool:
         """Whether the mixer of a layer has a state in the cache that does not grow with the tokens."""
         findings = cls.findings
@@ -354,6 +367,11 @@ class InferredDescriptor(ModelDescriptor):
             return "its block config does not say the sizes of its mixer"
         mixer = cls.findings.sizes[cls.findings.of_layer[index]].mixer
         return mixer.problem if mixer is not None else ""
+
+    @classmethod
+    def appends_to_cache(cls) -> bool:
+        """Whether layers append to the cache in turn, so that those after one that does not have to move up."""
+        return cls.findings.appends
 
     @classmethod
     def cached_numbers(cls, index: int) -> float:
@@ -386,6 +404,11 @@ class InferredDescriptor(ModelDescriptor):
         if paths:
             return value_at(config, paths[0], index)
         return whole_number(config, "num_attention_heads")
+
+    @classmethod
+    def why_no_query_heads(cls, index: int) -> str:
+        """Why a layer's number of query heads cannot differ alone; empty where that was not seen."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].no_query_heads
 
     @classmethod
     def parent_blocks(cls) -> list[BlockConfig]:

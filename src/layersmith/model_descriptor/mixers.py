@@ -26,7 +26,7 @@ from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.subblocks import LayerKind
 
 if TYPE_CHECKING:
-    from layersmith.model_descriptor.attributes import Path, Shapes, _Effect, _Trial
+    from layersmith.model_descriptor.attributes import Path, Shapes, Effect, Trial
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class MixerSizes:
     problem: str = ""
 
 
-def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Path, _Effect]) -> MixerSizes | None:
+def find_mixer(trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[Path, Effect]) -> MixerSizes | None:
     """The attributes of a kind of layer's mixer; None if it has none with a state in the cache."""
     index = int(trial.prefix.rstrip(".").rpartition(".")[2])
     state = _state(trial.specimen, index) if kind.attention is not None else None
@@ -135,13 +135,13 @@ def find_mixer(trial: _Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pa
     )
 
 
-def _pairs(trial: _Trial, own: list[Path], heads: int) -> Iterator[tuple[Path, Path]]:
+def _pairs(trial: Trial, own: list[Path], heads: int) -> Iterator[tuple[Path, Path]]:
     for first, second in permutations(own, 2):
         if trial.value(first) == heads and trial.value(second):
             yield first, second
 
 
-def _takes_shares(trial: _Trial, pair: tuple[Path, Path], heads: int) -> bool:
+def _takes_shares(trial: Trial, pair: tuple[Path, Path], heads: int) -> bool:
     """Whether the second can be in proportion to any number of heads, where that is no whole number."""
     new = heads + heads // 2
     try:
@@ -151,7 +151,7 @@ def _takes_shares(trial: _Trial, pair: tuple[Path, Path], heads: int) -> bool:
     return True
 
 
-def _is_groups(trial: _Trial, path: Path, index: int, base: Shapes, state: tuple[int, ...], entries: int) -> bool:
+def _is_groups(trial: Trial, path: Path, index: int, base: Shapes, state: tuple[int, ...], entries: int) -> bool:
     """Whether another number adds or takes so many rows for each, runs, and leaves the state as it is."""
     value = trial.value(path)
     for other in (2 * value, value // 2):
@@ -196,7 +196,7 @@ def _state(specimen: Specimen, index: int) -> tuple[int, ...] | None:
     return tuple(states[0].shape) if len(states) == 1 else None
 
 
-def _reader(trial: _Trial, kind: LayerKind, base: Shapes, state: tuple[int, ...]) -> str | None:
+def _reader(trial: Trial, kind: LayerKind, base: Shapes, state: tuple[int, ...]) -> str | None:
     """The weight of the last linear map that runs in a module of the attention and takes all the heads."""
     assert kind.attention is not None
     lengths = {state[1]} if len(state) == 3 else {state[1] * state[2], state[1] * state[3]}

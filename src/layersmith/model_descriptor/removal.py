@@ -34,7 +34,7 @@ def proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[str
         reason = ""
         own = [r for r in subblock.replaced if r[0] in subblock.modules]
         # A layer may expect a tuple of its own class of module only, and a tensor of any other.
-        bare = [(module, record | {"returns": 0}) for module, record in own]
+        bare = [(module, {k: v for k, v in record.items() if k not in ("returns", "names")}) for module, record in own]
         for modules, kept in itertools.product((own, bare), (around, simple, [])):
             replaced = tuple(modules + kept)
             candidate = Subblock(subblock.modules, replaced)

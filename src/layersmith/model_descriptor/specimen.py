@@ -161,15 +161,32 @@ class Specimen:
                 handle.remove()
 
     def dead(self, silenced: Mapping[str, Argument], among: str) -> set[str]:
-        """Names beginning with ``among`` of parameters that do not matter for the logits while modules are silenced."""
+        """Names beginning with ``among`` of parameters that do not matter for the logits while modules are silenced.
+
+        Gradients tell; where the model gives none, e.g. since its layers compute them in a way of their own that is
+        for training only, each parameter is changed instead.
+        """
         named = self.model.named_parameters()
         wanted = {name: p for name, p in named if name.startswith(among) and p.requires_grad}
         with self.silenced(silenced), torch.enable_grad():
             logits = self.forward(self.ids)
             # Weights of different signs and sizes, so that no sum cancels.
             weights = torch.linspace(-1, 1, logits.numel()).view_as(logits).sin()
-            grads = torch.autograd.grad((logits * weights).sum(), list(wanted.values()), allow_unused=True)
+            try:
+                grads = torch.autograd.grad((logits * weights).sum(), list(wanted.values()), allow_unused=True)
+            except Exception:  # whatever a family's own code raises
+                return {name for name, p in wanted.items() if not self._matters(p, logits)}
         return {name for name, grad in zip(wanted, grads, strict=True) if grad is None or not grad.any()}
+
+    def _matters(self, parameter: torch.Tensor, logits: torch.Tensor) -> bool:
+        """Whether the logits are others once a parameter is another."""
+        kept = parameter.detach().clone()
+        with torch.no_grad():
+            try:
+                parameter.add_(torch.linspace(1, 2, kept.numel()).view_as(kept))
+                return not torch.equal(self.forward(self.ids), logits)
+            finally:
+                parameter.copy_(kept)
 
 
 def _copied(value: Any) -> Any:
@@ -187,7 +204,8 @@ def with_first_tensor(output: Any, change: Callable[[torch.Tensor], torch.Tensor
         return change(output)
     if isinstance(output, tuple | list):
         first = next(i for i, part in enumerate(output) if isinstance(part, torch.Tensor))
-        return type(output)([change(part) if i == first else part for i, part in enumerate(output)])
+        made = getattr(output, "_make", type(output))  # a tuple whose parts have names
+        return made([change(part) if i == first else part for i, part in enumerate(output)])
     raise UnsupportedModel(f"a module returns {type(output).__name__}, in which no tensor can be exchanged")
 
 

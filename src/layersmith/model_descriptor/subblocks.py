@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -116,14 +117,19 @@ class _Examination:
         return {name.removeprefix(self.prefix) for name in found} - self.always_dead
 
     def _keeps_stream(self, name: str) -> bool:
-        """Whether the layer's input still reaches the logits when a module gives zeros."""
+        """Whether the layer's input still reaches the logits when a module gives zeros.
+
+        Gradients tell; where the model gives none, the input is changed instead.
+        """
         taken: list[torch.Tensor] = []
+        added = 0.0
 
         def watch(module: nn.Module, args: Any, kwargs: Any) -> Any:
             args = list(args)
             for place, value in itertools.chain(enumerate(args), kwargs.items()):
                 if isinstance(value, torch.Tensor) and value.is_floating_point() and value.ndim >= 2:
-                    watched = value.detach().requires_grad_()
+                    change = torch.linspace(-1, 1, value.numel()).view_as(value)
+                    watched = (value.detach() + added * change).requires_grad_()
                     taken.append(watched)
                     (args if isinstance(place, int) else kwargs)[place] = watched
                     break
@@ -133,14 +139,19 @@ class _Examination:
         try:
             with self.specimen.silenced({self.prefix + name: None}), torch.enable_grad():
                 logits = self.specimen.forward(self.specimen.ids)
-                if not taken or not logits.requires_grad:
+                if not taken:
                     return False
-                (grad,) = torch.autograd.grad(logits.square().sum(), taken, allow_unused=True)
+                grad = None
+                with suppress(Exception):  # whatever a family's own code raises
+                    (grad,) = torch.autograd.grad(logits.square().sum(), taken[0], allow_unused=True)
+                if grad is None:
+                    added = 1.0
+                    return not torch.equal(self.specimen.forward(self.specimen.ids), logits)
         except Exception:  # a family's own code may not bear zeros here
             return False
         finally:
             handle.remove()
-        return grad is not None and bool(grad.any())
+        return bool(grad.any())
 
     def _differing(self, name: str) -> dict[int | str, torch.Tensor]:
         """Tensor arguments of a module's call that depend on the tokens, with their values for the other tokens."""
@@ -449,6 +460,8 @@ class _Examination:
 
 
 def _form(output: Any) -> dict[str, Any]:
-    """How many things a module returns, and whether in a list."""
+    """How many things a module returns, and whether in a list or by which names."""
     form: dict[str, Any] = {"returns": len(output) if isinstance(output, tuple | list) else 0}
+    if names := getattr(output, "_fields", ()):
+        form["names"] = list(names)
     return form | {"list": True} if isinstance(output, list) else form

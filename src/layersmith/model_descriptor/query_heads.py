@@ -1,0 +1,230 @@
+"""The number of query heads: the attribute whose double, with every head there twice, changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from layersmith.errors import UnsupportedModel
+from layersmith.model_descriptor.subblocks import LayerKind
+
+if TYPE_CHECKING:
+    from layersmith.model_descriptor.attributes import Effect, Path, Shapes, Trial
+
+
+_ANY_SIZE = 24
+_APART = 4.0
+_NOT_UNDERSTOOD = (
+    "with every query head there twice the model gives something else, so where they lie is not understood"
+)
+
+
+@dataclass(frozen=True)
+class QueryHeads:
+    """What was found.
+
+    Attributes:
+        paths: the attributes; none where there is no such number.
+        pin: what sets the size of a head and has to be said when their number changes.
+        reason: why there are none, where that was seen.
+    """
+
+    paths: tuple[Path, ...] = ()
+    pin: tuple[Path, int] | None = None
+    reason: str = ""
+
+
+def find_query_heads(
+    trial: Trial,
+    kind: LayerKind,
+    base: Shapes,
+    effects: Mapping[Path, Effect],
+    named: Sequence[tuple[Path, int]],
+    idle: Collection[Path],
+    kv_heads: Path | None,
+) -> QueryHeads:
+    """The attributes whose double, with each query head there twice and read at half, changes nothing.
+
+    Where the size of a head follows from their number, it has to be said as well; where each query head has keys of
+    its own, their number goes along.
+
+    Args:
+        trial: of the model.
+        kind: of layer.
+        base: shapes of such a layer.
+        effects: what other values of attributes do to it.
+        named: all attributes that are numbers.
+        idle: those of them that do nothing to it.
+        kv_heads: the attribute that is the number of KV heads.
+    """
+    if kind.attention is None:
+        return QueryHeads()
+    reasons: list[str] = []
+    unset = [(name,) for name in trial.missing if _sets_sizes(trial, (name,), base)]
+    unset += [p for p, v in named if v == 0 and len(p) == 1 and p not in idle]
+    per_kv = trial.value(kv_heads) if kv_heads else 1
+    for path, effect in effects.items():
+        value, rank = trial.value(path), False
+        touched = [*effect.shapes, *effect.came_or_went]
+        if path == kv_heads or value < 2 or value % per_kv or effect.other != 2 * value:
+            continue
+        if any(kind.owners.get(name) != "attention" for name in touched):
+            continue
+        equal = [p for p, v in named if v == value and p not in (path, kv_heads)]
+        # The size of a head, read off the weights: what a head of the last projection takes.
+        sizes = sorted({n // value for shape in base.values() for n in shape if n % value == 0 and n > value})
+        pins: list[tuple[Path, int] | None] = [None, *((p, size) for p in unset for size in sizes)]
+        pins += [(p, v) for p, v in named if v in sizes and p != path and p not in idle]
+        for pin in dict.fromkeys(pins):
+            for together in ((path,), *((path, other) for other in equal if pin is None)):
+                if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
+                    continue
+                if all(_doubled_queries(trial, together, pin, value, seed) for seed in (0, 1)):
+                    if not _doubled_queries(trial, together, pin, value, 0, apart=_APART):
+                        return QueryHeads(together, pin)
+                    rank = True
+                    break
+            if rank:
+                break
+        if not rank and _doubles(trial, (path,), None, value, base):
+            reasons += [_in_groups(trial, path, value, base)]
+    return QueryHeads(reason=max(reasons, key=lambda reason: reason != _NOT_UNDERSTOOD, default=""))
+
+
+def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
+    """Whether an attribute that a config does not have sets sizes of a layer, once it has it."""
+    try:
+        return trial.shapes_with({path: _ANY_SIZE}) != base
+    except Exception:  # whatever a family's own code raises for a size that it cannot take
+        return True
+
+
+def _in_groups(trial: Trial, path: Path, heads: int, base: Shapes) -> str:
+    """Why heads whose number can be doubled are not understood: they may end in a projection of several groups."""
+    (name, *_) = [
+        name
+        for name, (shape, more) in _changes(base, trial.shapes_with({path: 2 * heads})).items()
+        if len(shape) == 2 and more[1] > shape[1]
+    ]
+    module = trial.specimen.model.get_submodule((trial.prefix + name).rpartition(".")[0])
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)  # such a projection has no groups
+    for groups in (n for n in range(2, heads + 1) if heads % n == 0 and not plain):
+        if all(_doubled_queries(trial, (path,), None, heads, seed, groups) for seed in (0, 1)):
+            return f"its heads end in groups of {name}, each of which reads other heads by the same entries"
+    return _NOT_UNDERSTOOD
+
+
+def _changes(base: Shapes, other: Shapes) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
+    return {name: (shape, other[name]) for name, shape in base.items() if shape != other[name]}
+
+
+def _doubles(trial: Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, base: Shapes) -> bool:
+    """Whether twice the heads make a side of some matrix twice as long and none shorter, and a pin alone nothing.
+
+    What reads them has at least two entries for each: with one it is a rank, of which entries may be there twice too.
+    """
+    own = {pin[0]: pin[1]} if pin else {}
+    try:
+        if pin is not None and trial.shapes_with(own) != base:
+            return False
+        more = trial.shapes_with({**dict.fromkeys(paths, 2 * heads), **own})
+        if pin is not None and more == trial.shapes_with(dict.fromkeys(paths, 2 * heads)):
+            return False
+    except Exception:  # whatever a family's own code raises for a size that it cannot take
+        return False
+    if more.keys() != base.keys():
+        return False
+    changes = [
+        (dim if len(shape) == 2 else -1, a, b)
+        for name, shape in base.items()
+        for dim, (a, b) in enumerate(zip(shape, more[name], strict=False))
+        if a != b
+    ]
+    # Heads come out of one matrix and go into another.
+    sides = {dim for dim, _, _ in changes}
+    if not {0, 1} <= sides or not any(dim == 1 and a >= 2 * heads for dim, a, _ in changes):
+        return False
+    return any(b == 2 * a for _, a, b in changes) and all(b > a for _, a, b in changes)
+
+
+def _doubled_queries(
+    trial: Trial,
+    paths: Sequence[Path],
+    pin: tuple[Path, int] | None,
+    heads: int,
+    seed: int,
+    groups: int = 1,
+    apart: float = 0.0,
+) -> bool:
+    """Whether a model with every query head twice, and what reads them at half, gives the same.
+
+    Args:
+        trial: of the model.
+        paths: of their number.
+        pin: of their size.
+        heads: how many there are.
+        seed: of the weights.
+        groups: of the projection that reads them, each of which reads its share of the heads by the same entries.
+        apart: how far what gives the one and the other of two heads is from their mean; it changes all but a linear
+            map's rank.
+    """
+    own = {pin[0]: pin[1]} if pin else {}
+    try:
+        once = trial.made_with({**dict.fromkeys(paths, heads), **own}, seed)
+        twice = trial.made_with({**dict.fromkeys(paths, 2 * heads), **own}, seed)
+    except UnsupportedModel:
+        return False
+    weights, doubled = (dict(m.model.named_parameters()) for m in (once, twice))
+    if weights.keys() != doubled.keys():
+        return False
+    changed = [n for n in weights if weights[n].shape != doubled[n].shape]
+    if not any(n.startswith(trial.prefix) for n in changed):
+        return False
+    wanted = once.run()
+    for layout in ("whole", "thirds", "halves", "first"):
+        try:
+            with torch.no_grad():
+                for name, weight in weights.items():
+                    target = doubled[name]
+                    same = weight.shape == target.shape
+                    target.copy_(
+                        weight if same else _every_head_twice(weight, target.shape, heads, groups, apart, layout)
+                    )
+        except (RuntimeError, ValueError, IndexError):  # it is not laid out so
+            continue
+        seen = twice.run()
+        # Heads that are apart may matter little, so for a rank nothing but rounding counts as the same.
+        if apart and float((wanted - seen).abs().max()) < 1e-5 * float(wanted.abs().max()):
+            return True
+        if not apart and torch.allclose(wanted, seen, atol=1e-4, rtol=1e-4):
+            return True
+    return False
+
+
+def _every_head_twice(
+    weight: torch.Tensor, shape: torch.Size, heads: int, groups: int, apart: float, layout: str
+) -> torch.Tensor:
+    """Entries of every head twice along the dimension that grew; at half where they are a projection's inputs."""
+    (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
+    moved = weight.movedim(dim, 0)
+    added = shape[dim] - weight.shape[dim]
+    rest = moved[added:]  # what is not of query heads comes after them
+    moved = moved[:added]
+    parts = {"whole": 1, "thirds": 3, "halves": 2, "first": 1}[layout]
+    if len(rest) and layout != "first":
+        raise ValueError("entries of no query head")
+    # A fused projection in parts has those parts; what heads end in has none.
+    if dim == weight.ndim - 1 and weight.ndim > 1:
+        parts, heads = 1, heads // groups
+    grouped = moved.reshape(parts, heads, -1, *moved.shape[1:])
+    if dim == weight.ndim - 1 and weight.ndim > 1:
+        grouped = (grouped / 2).repeat_interleave(2, 1)
+    else:
+        change = apart * grouped.std() * torch.linspace(1, 99, grouped.numel()).view_as(grouped).sin() if apart else 0
+        grouped = torch.stack([grouped + change, grouped - change], 2)
+    return torch.cat([grouped.reshape(-1, *moved.shape[1:]), rest]).movedim(0, dim)
