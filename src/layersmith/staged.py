@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layersmith.arithmetic import Arithmetic
 from layersmith.execution import LAYER_TYPE, first_tensor, hands_over, layer_outputs
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.library.alternative import Alternative
@@ -136,6 +137,7 @@ class StagedParent:
         library: of alternatives for its layers.
         layers: its decoder layers.
         vocab_size: V, of its logits.
+        arithmetic: counts what is run.
     """
 
     def __init__(self, library: Library):
@@ -149,6 +151,7 @@ class StagedParent:
         for i in range(len(self.layers)):
             container, _, name = parent.descriptor.layer_block_name(i).rpartition(".")
             self._places.append((parent.model.get_submodule(container)._modules, name))
+        self.arithmetic = Arithmetic()
         self._stages: dict[int, Stages] = {}
         self._types = getattr(parent.language_config, "layer_types", None)
         self._norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
@@ -193,13 +196,16 @@ class StagedParent:
         own_type, call = getattr(module, LAYER_TYPE, None), batch.calls[i]
         if isinstance(own_type, str) and self._types:
             call = batch.calls[list(self._types).index(own_type)]
-        return call.of(module, hidden)
+        return self.arithmetic.count(key_of(module, hidden), lambda: call.of(module, hidden))
 
     def head(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[B, T, V]`` and what the head reads, from what the last layer gives.
 
         For all tokens or some neighbouring ones; ``input_ids`` are theirs.
         """
+        return self.arithmetic.count(("head", hidden.shape), lambda: self._head(input_ids, hidden))
+
+    def _head(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self._plain_head:
             read = self._norm(hidden)
             return self._output(read), read
@@ -279,6 +285,11 @@ class StagedParent:
         return self.library.layer(alternative, Alternative(alternative.layer, other, "no_op"))
 
 
+def key_of(module: nn.Module, hidden: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for modules that do as many operations on hidden states of this shape."""
+    return (type(module), hidden.shape, tuple(p.shape for p in module.parameters()))
+
+
 def _equal(made: torch.Tensor, whole: torch.Tensor, given: torch.Tensor) -> bool:
     update = (whole - given).float().abs().max().clamp_min(1e-12)
     return bool((made - whole).float().abs().max() <= _TOLERANCE.get(whole.dtype, 3e-2) * update)
@@ -306,4 +317,5 @@ def take_apart(library: Library, input_ids: torch.Tensor) -> StagedParent | None
                 return None
     except Exception:  # whatever a family's own code raises when it is not run as it expects
         return None
+    staged.arithmetic = Arithmetic()
     return staged

@@ -115,6 +115,7 @@ def _heat_map(scores: list[Score], choice: Choice, objective: str) -> dict[str, 
                     "chosen": score.alternative.key in chosen,
                     "metrics": {metric: score.mean(metric) for metric in METRICS if metric in score.rows},
                     "exact_rows": score.exact_rows,
+                    "rows": len(score.rows[objective]),
                 }
             )
         rows.append(row)

@@ -63,10 +63,11 @@ def _run_staged(
 ) -> Iterator[Measured]:
     batch = staged.start(rows)
     inputs = [batch.embedded]
-    for i in range(len(staged.layers)):
-        inputs.append(staged.run(batch, i, inputs[-1]))
-    reference = Reference.of(*staged.head(rows, inputs[-1]), rows)
-    yield Measured(None, _measured(staged, reference, rows, inputs[-1][None])[0])
+    with staged.arithmetic.needs():
+        for i in range(len(staged.layers)):
+            inputs.append(staged.run(batch, i, inputs[-1]))
+        reference = Reference.of(*staged.head(rows, inputs[-1]), rows)
+    yield Measured(None, as_rows(row_means([measure(reference, reference.logits.clone(), reference.hidden)])))
     by_layer: dict[int, list[Alternative]] = {}
     for alternative in alternatives:
         by_layer.setdefault(alternative.layer, []).append(alternative)
@@ -77,9 +78,10 @@ def _run_staged(
             group = own[at : at + together]
             if middle is None and stages.layout == "sequence" and any(a.subblock == "ffn" for a in group):
                 middle = staged.run(batch, i, inputs[i], stages.attention)
-            hidden = torch.stack([staged.replaced(batch, a, inputs[i], middle) for a in group])
-            hidden = _rest(staged, batch, i, hidden)
-            measured = _measured(staged, reference, rows, hidden)
+            with staged.arithmetic.needs():
+                hidden = torch.stack([staged.replaced(batch, a, inputs[i], middle) for a in group])
+                hidden = _rest(staged, batch, i, hidden)
+                measured = _measured(staged, reference, rows, hidden)
             yield from (Measured(a, own_rows) for a, own_rows in zip(group, measured, strict=True))
 
 

@@ -60,10 +60,14 @@ def score_library(
     staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
     work = _Work(library, staged, tokens, recipe, pending)
     with Journal(journal, inputs) as known:
-        if not work.by_estimates:
+        if work.by_estimates:
+            scores = work.estimated(known, seed, progress)
+        else:
             work.exact(known, {a.identity: len(tokens) for a in pending}, progress, "score")
-            return [_exact_score(a, known, len(tokens)) for a in library.alternatives]
-        return work.estimated(known, seed, progress)
+            scores = [_exact_score(a, known, len(tokens)) for a in library.alternatives]
+    if staged is not None and staged.arithmetic.done:
+        progress.note(f"scoring: {staged.arithmetic}; {work.in_words(scores)}")
+    return scores
 
 
 @dataclass
@@ -91,6 +95,14 @@ class _Work:
         output = self.library.parent.model.get_output_embeddings()
         head = sum(p.numel() for p in output.parameters()) if output is not None else 0
         return (sum(layers[alternative.layer :]) + head) / (sum(layers) + head)
+
+    def in_words(self, scores: Sequence[Score]) -> str:
+        """How alternatives were scored."""
+        own = [s for s in scores if s.alternative.kind != _PARENT]
+        if not self.by_estimates:
+            return f"{len(own)} alternatives exactly"
+        exact = sum(s.exact_rows > 0 for s in own)
+        return f"{len(own)} alternatives by second order, {exact} of them also exactly on some rows"
 
     def batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         size = max(1, self.recipe.batch_tokens // self.tokens.shape[1])

@@ -28,13 +28,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.exact import span_tokens_of
-from layersmith.staged import Batch, StagedParent
+from layersmith.staged import Batch, StagedParent, key_of
 
 # Enough to tell how large a change is beside the hidden states that it is made to.
 _PROBE_TOKENS = 32
@@ -187,7 +188,7 @@ def estimate(
     Returns:
         Identity of an alternative to ``[B]`` float64.
     """
-    with torch.no_grad():
+    with torch.no_grad(), staged.arithmetic.needs():
         batch = staged.start(rows)
         inputs = [batch.embedded]
         for i in range(len(staged.layers)):
@@ -232,7 +233,7 @@ class _Pass:
     def __init__(
         self, layer: _Layer, subblock: str, own: Sequence[Alternative], found: Survey, given: torch.Tensor
     ) -> None:
-        self.layer, self.own, self.found = layer, own, found
+        self.layer, self.subblock, self.own, self.found = layer, subblock, own, found
         self.silent = [a for a in own if a.identity in found.silencing]
         readers = sorted({name for a in self.silent for name in found.silencing[a.identity].entries})
         self.given = given.detach().requires_grad_()
@@ -245,7 +246,8 @@ class _Pass:
         wanted = [self.given, *self.inputs.values()]
         grads = []
         for k, g in enumerate(cotangents):
-            grads.append(torch.autograd.grad(self.output, wanted, g, retain_graph=k + 1 < len(cotangents)))
+            keep = k + 1 < len(cotangents)
+            grads.append(self._gradients(wanted, g, keep))
         with torch.no_grad():
             if self.silent:
                 masks = _masks(self.silent, self.found, {name: x.shape[-1] for name, x in self.inputs.items()})
@@ -257,10 +259,17 @@ class _Pass:
                     _add(sums, self.silent, torch.stack(products).sum(0).unbind(-1))
             for a in self.own:
                 if a.identity not in self.found.silencing:
-                    change = (self.layer.changed(a, self.given.detach()) - self.output).float()
+                    with self.layer.staged.arithmetic.needs():
+                        change = (self.layer.changed(a, self.given.detach()) - self.output).float()
                     for g in cotangents:
                         _add(sums, [a], [torch.linalg.vecdot(g.float(), change)])
         return [own_grads[0] for own_grads in grads]
+
+    def _gradients(self, wanted: list[torch.Tensor], g: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
+        module = self.layer.stage(self.subblock) or self.layer.staged.layers[self.layer.i]
+        with self.layer.staged.arithmetic.needs():
+            back = partial(torch.autograd.grad, self.output, wanted, g, retain_graph=keep)
+            return self.layer.staged.arithmetic.count(("back", *key_of(module, g)), back)
 
 
 @contextmanager
@@ -312,16 +321,17 @@ def _of_the_head(
     for start in range(0, length, span_tokens):
         end = min(length, start + span_tokens)
         part = hidden[:, start:end].detach().requires_grad_()
-        with torch.enable_grad():
+        with torch.enable_grad(), staged.arithmetic.needs():
             logits, _ = staged.head(rows[:, start:end], part)
         p = logits.detach().float().softmax(-1)
         root = p.sqrt()
         for k, own in enumerate(generators):
             signed = _signs(own, end - start, p.shape[-1], p.device) * root
-            along = torch.linalg.vecdot(root, signed)[..., None]
+            along = signed.sum(-1, keepdim=True)
             v = torch.addcmul(signed, p, along, value=-1, out=signed).to(logits.dtype)
-            keep = k + 1 < len(generators)
-            (result[k][:, start:end],) = torch.autograd.grad(logits, part, v, retain_graph=keep)
+            back = partial(torch.autograd.grad, logits, part, v, retain_graph=k + 1 < len(generators))
+            with staged.arithmetic.needs():
+                (result[k][:, start:end],) = staged.arithmetic.count(("back", "head", part.shape), back)
     return result
 
 

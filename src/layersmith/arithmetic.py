@@ -1,0 +1,68 @@
+"""Floating-point operations: those that a result needs, and those that were done for it.
+
+What a module does on hidden states of a shape is counted once, by watching the matrix products and attentions that it
+calls; from then on it is known. Elementwise work is not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop, sdpa_flop
+
+T = TypeVar("T")
+
+# PyTorch counts those of GPUs itself, and not these.
+_ON_A_CPU: dict[Any, Any] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+}
+
+
+class Arithmetic:
+    """A tally.
+
+    Attributes:
+        done: operations so far.
+        needed: those among them that the result could not do without.
+    """
+
+    def __init__(self) -> None:
+        self.done = self.needed = 0.0
+        self._known: dict[Hashable, float] = {}
+        self._is_needed = False
+
+    def count(self, key: Hashable, run: Callable[[], T]) -> T:
+        """Run something, and add the operations of everything with this key."""
+        if key in self._known:
+            result = run()
+        else:
+            with FlopCounterMode(display=False, custom_mapping=_ON_A_CPU) as counter:
+                result = run()
+            self._known[key] = float(counter.get_total_flops())
+        self.done += self._known[key]
+        if self._is_needed:
+            self.needed += self._known[key]
+        return result
+
+    @contextmanager
+    def needs(self) -> Iterator[None]:
+        """While open, what is counted is needed."""
+        before, self._is_needed = self._is_needed, True
+        try:
+            yield
+        finally:
+            self._is_needed = before
+
+    def __str__(self) -> str:
+        return f"{_flops(self.needed)} needed, {_flops(self.done)} done ({self.done / max(self.needed, 1.0):.2f}x)"
+
+
+def _flops(value: float) -> str:
+    for scale, name in ((1e15, "PFLOP"), (1e12, "TFLOP")):
+        if value >= scale:
+            return f"{value / scale:.2f} {name}"
+    return f"{value / 1e9:.2f} GFLOP"
