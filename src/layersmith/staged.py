@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from layersmith.arithmetic import Arithmetic
+from layersmith.errors import first_line
 from layersmith.execution import LAYER_TYPE, first_tensor, hands_over, layer_outputs
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.library.alternative import Alternative
@@ -295,14 +296,22 @@ def _equal(made: torch.Tensor, whole: torch.Tensor, given: torch.Tensor) -> bool
     return bool((made - whole).float().abs().max() <= _TOLERANCE.get(whole.dtype, 3e-2) * update)
 
 
+class CannotTakeApart(Exception):
+    """A parent does not give layer by layer what it gives as a whole; the message says why."""
+
+
 @torch.no_grad()
-def take_apart(library: Library, input_ids: torch.Tensor) -> StagedParent | None:
-    """The parent taken apart, if so it gives what it gives as a whole; tried on rows ``[B, T]``, B at least 2."""
+def take_apart(library: Library, input_ids: torch.Tensor) -> StagedParent:
+    """The parent taken apart, if so it gives what it gives as a whole; tried on rows ``[B, T]``, B at least 2.
+
+    Raises:
+        CannotTakeApart: it does not.
+    """
     parent = library.parent
     if not hands_over(parent):
-        return None
+        raise CannotTakeApart("its layers leave each other more than hidden states")
+    expected = parent.model(input_ids=input_ids, use_cache=False).logits
     try:
-        expected = parent.model(input_ids=input_ids, use_cache=False).logits
         staged = StagedParent(library)
         batch = staged.start(input_ids)
         hidden = batch.embedded.repeat(2, 1, 1)
@@ -310,12 +319,13 @@ def take_apart(library: Library, input_ids: torch.Tensor) -> StagedParent | None
         for i in range(len(staged.layers)):
             hidden = staged.run(twice, i, hidden)
         half = max(1, input_ids.shape[1] // 2)
+        made = []
         for own in hidden.view(2, *batch.embedded.shape):
             parts = [(input_ids[:, :half], own[:, :half]), (input_ids[:, half:], own[:, half:])]
-            logits = torch.cat([staged.head(ids, part)[0] for ids, part in parts if ids.shape[1]], 1)
-            if not _equal(logits, expected, torch.zeros_like(expected)):
-                return None
-    except Exception:  # whatever a family's own code raises when it is not run as it expects
-        return None
+            made.append(torch.cat([staged.head(ids, part)[0] for ids, part in parts if ids.shape[1]], 1))
+    except Exception as error:  # whatever a family's own code raises when it is not run as it expects
+        raise CannotTakeApart(f"a layer cannot be called by itself: {first_line(error)}") from error
+    if not all(_equal(logits, expected, torch.zeros_like(expected)) for logits in made):
+        raise CannotTakeApart("called one by one, its layers give something else")
     staged.arithmetic = Arithmetic()
     return staged

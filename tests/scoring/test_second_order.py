@@ -26,9 +26,7 @@ def library_of(path: Path, recipe: LibraryRecipe, tokens: torch.Tensor = TOKENS)
 
 
 def of_stages(library: Library, tokens: torch.Tensor = TOKENS) -> StagedParent:
-    staged = take_apart(library, tokens[:2])
-    assert staged is not None
-    return staged
+    return take_apart(library, tokens[:2])
 
 
 def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: str) -> None:
@@ -88,9 +86,7 @@ def test_small_changes_are_estimated_right_in_every_layout(model_type: str, tmp_
     tokens = torch.randint(3, vocab_size, (4, 40), generator=torch.Generator().manual_seed(1))
     library = library_of(tmp_path, LibraryRecipe(ffn_fractions=(0.75, 0.5)), tokens)
     exact = score_library(library, tokens, ScoringRecipe(mode="exact", batch_tokens=80))
-    staged = take_apart(library, tokens[:2])
-    if staged is None:
-        pytest.fail(f"{model_type} cannot be taken apart")
+    staged = of_stages(library, tokens)
     alternatives = [a for a in library.alternatives if a.kind != "parent"]
     found = look(staged, alternatives, tokens)
     seeds = [[100 * k + row for row in range(len(tokens))] for k in range(8)]

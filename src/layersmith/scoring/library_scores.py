@@ -23,7 +23,7 @@ from layersmith.scoring.exact import run_exactly
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
 from layersmith.scoring.score import Journal, Score
 from layersmith.scoring.second_order import estimate, look
-from layersmith.staged import StagedParent, take_apart
+from layersmith.staged import CannotTakeApart, StagedParent, take_apart
 
 _PARENT = "parent"
 _ESTIMATE = "second order "  # before the identity of an alternative
@@ -57,7 +57,11 @@ def score_library(
         Scores in the order of the library's alternatives.
     """
     pending = [a for a in library.alternatives if a.kind != _PARENT]
-    staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
+    staged: StagedParent | None = None
+    try:
+        staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
+    except CannotTakeApart as reason:
+        progress.note(f"scoring runs the whole model for every alternative, because {reason}.")
     work = _Work(library, staged, tokens, recipe, pending)
     with Journal(journal, inputs) as known:
         if work.by_estimates:
