@@ -135,7 +135,8 @@ def peer(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Puzzletron's scoring stage on candidates that change one subblock."""
     common = [
         args.peer_python, args.peer_driver, "--hf", args.parent, "--data", args.text, "--work", str(work),
-        "--dtype", "float32", "--threads", "1", "--ffn", ",".join(map(str, args.ffn)), "--kv", ",".join(map(str, args.kv)),
+        "--dtype", "float32", "--threads", "1",
+        "--ffn", ",".join(map(str, args.ffn)), "--kv", ",".join(map(str, args.kv)),
         "--hook", "independent", "--act-samples", "8", "--score-samples", str(args.rows), "--mbs", str(args.peer_mbs),
         "--block-size", str(args.length), "--descriptor", args.peer_descriptor,
     ]  # fmt: skip
@@ -251,26 +252,21 @@ def table(result: dict[str, Any]) -> str:
                 f"| layersmith, {name.replace('_', ' ')} | {own['cpu_seconds']:.1f} | {passes:.1f} | {own['said']} |"
             )
     if own := result.get("peer"):
-        scale = count / own["candidates"]
-        for what, seconds in (
-            ("", own["cpu_seconds"]),
-            (", garbage collection left out", own["cpu_seconds"] - own["gc_seconds"]),
-        ):
-            note = f"{own['candidates']} candidates run" + (f", scaled by {scale:.2f}" if scale != 1 else "")
-            lines.append(
-                f"| puzzletron{what} | {scale * seconds:.1f} | {scale * seconds / result['forward_seconds']:.1f} | {note} |"
-            )
+        scale, without = count / own["candidates"], own["cpu_seconds"] - own["gc_seconds"]
+        note = f"{own['candidates']} candidates run" + (f", scaled by {scale:.2f}" if scale != 1 else "")
+        for what, seconds in (("", own["cpu_seconds"]), (", garbage collection left out", without)):
+            passes = scale * seconds / result["forward_seconds"]
+            lines.append(f"| puzzletron{what} | {scale * seconds:.1f} | {passes:.1f} | {note} |")
         for name in ("second_order", "exact"):
             if name in result:
-                ratio = scale * (own["cpu_seconds"] - own["gc_seconds"]) / result[name]["cpu_seconds"]
-                pairs = (
-                    own["pairs"]
-                    / own["candidates"]
-                    * (own["cpu_seconds"] - own["gc_seconds"])
-                    / result[name]["cpu_seconds"]
-                )
-                lines += ["", f"Puzzletron without garbage collection takes {ratio:.1f} times the CPU seconds of {name.replace('_', ' ')} "
-                          f"scoring for the same alternatives, and {pairs:.0f} times for all its {own['pairs']} pairs (scaled)."]  # fmt: skip
+                ratio = scale * without / result[name]["cpu_seconds"]
+                pairs = own["pairs"] / own["candidates"] * without / result[name]["cpu_seconds"]
+                lines += [
+                    "",
+                    f"Puzzletron without garbage collection takes {ratio:.1f} times the CPU seconds of "
+                    f"{name.replace('_', ' ')} scoring for the same alternatives, and {pairs:.0f} times for all its "
+                    f"{own['pairs']} pairs (scaled).",
+                ]
     if exact := result.get("exact"):
         f = exact["fidelity"]
         lines += [

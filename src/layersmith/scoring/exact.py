@@ -36,30 +36,33 @@ class Measured:
 
 
 def run_exactly(
-    library: Library,
-    staged: StagedParent | None,
-    alternatives: Sequence[Alternative],
-    rows: torch.Tensor,
-    together: int,
+    library: Library, staged: StagedParent | None, groups: Sequence[Sequence[Alternative]], rows: torch.Tensor
 ) -> Iterator[Measured]:
     """Metrics of alternatives on rows ``[B, T]``; the parent's own first.
 
     Args:
         library: of the alternatives.
         staged: the parent taken apart; None where it cannot be.
-        alternatives: in any order.
+        groups: alternatives of one layer each that go on in one batch.
         rows: token ids.
-        together: alternatives of a layer that go on in one batch.
     """
     if staged is None:
-        yield from _run_whole(library, alternatives, rows)
+        yield from _run_whole(library, [a for group in groups for a in group], rows)
     else:
-        yield from _run_staged(staged, alternatives, rows, together)
+        yield from _run_staged(staged, groups, rows)
+
+
+def in_groups(alternatives: Sequence[Alternative], together: int) -> list[list[Alternative]]:
+    """Alternatives by layer, so many at a time."""
+    by_layer: dict[int, list[Alternative]] = {}
+    for alternative in alternatives:
+        by_layer.setdefault(alternative.layer, []).append(alternative)
+    return [own[at : at + together] for _, own in sorted(by_layer.items()) for at in range(0, len(own), together)]
 
 
 @torch.no_grad()
 def _run_staged(
-    staged: StagedParent, alternatives: Sequence[Alternative], rows: torch.Tensor, together: int
+    staged: StagedParent, groups: Sequence[Sequence[Alternative]], rows: torch.Tensor
 ) -> Iterator[Measured]:
     batch = staged.start(rows)
     inputs = [batch.embedded]
@@ -68,21 +71,21 @@ def _run_staged(
             inputs.append(staged.run(batch, i, inputs[-1]))
         reference = Reference.of(*staged.head(rows, inputs[-1]), rows)
     yield Measured(None, as_rows(row_means([measure(reference, reference.logits.clone(), reference.hidden)])))
-    by_layer: dict[int, list[Alternative]] = {}
-    for alternative in alternatives:
-        by_layer.setdefault(alternative.layer, []).append(alternative)
-    for i, own in sorted(by_layer.items()):
+    middle: tuple[int, torch.Tensor] | None = None  # of the last layer that needed it
+    for group in groups:
+        i = group[0].layer
         stages = staged.stages(i, batch, inputs[i])
-        middle = None
-        for at in range(0, len(own), together):
-            group = own[at : at + together]
-            if middle is None and stages.layout == "sequence" and any(a.subblock == "ffn" for a in group):
-                middle = staged.run(batch, i, inputs[i], stages.attention)
-            with staged.arithmetic.needs():
-                hidden = torch.stack([staged.replaced(batch, a, inputs[i], middle) for a in group])
-                hidden = _rest(staged, batch, i, hidden)
-                measured = _measured(staged, reference, rows, hidden)
-            yield from (Measured(a, own_rows) for a, own_rows in zip(group, measured, strict=True))
+        if (
+            stages.layout == "sequence"
+            and any(a.subblock == "ffn" for a in group)
+            and (middle is None or middle[0] != i)
+        ):
+            middle = (i, staged.run(batch, i, inputs[i], stages.attention))
+        own_middle = None if middle is None else middle[1]
+        with staged.arithmetic.needs():
+            hidden = torch.stack([staged.replaced(batch, a, inputs[i], own_middle) for a in group])
+            measured = _measured(staged, reference, rows, _rest(staged, batch, i, hidden))
+        yield from (Measured(a, own_rows) for a, own_rows in zip(group, measured, strict=True))
 
 
 def _rest(staged: StagedParent, batch: Batch, i: int, hidden: torch.Tensor) -> torch.Tensor:

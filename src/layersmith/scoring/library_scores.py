@@ -19,7 +19,7 @@ from layersmith.library.library import Library
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import ScoringRecipe
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
-from layersmith.scoring.exact import run_exactly
+from layersmith.scoring.exact import in_groups, run_exactly
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
 from layersmith.scoring.score import Journal, Score
 from layersmith.scoring.second_order import estimate, look
@@ -135,12 +135,13 @@ class _Work:
             for places in self._exact_batches(wanted):
                 rows = [order[p] for p in places]
                 own = [a for a in self.pending if wanted.get(a.identity, 0) > places[0]]
-                missing = [a for a in own if not all(known.has(a.identity, [r]) for r in rows)]
-                advance(sum(steps[a.identity] for a in own if a not in missing) * len(rows))
-                if not missing and all(known.has(_PARENT, [r]) for r in rows):
+                # Groups do not hang on what is known already, or an interrupted run would round in another way.
+                groups = in_groups(own, max(1, self.recipe.batch_tokens // (len(rows) * length)))
+                missing = [g for g in groups if not all(known.has(a.identity, rows) for a in g)]
+                advance(sum(steps[a.identity] for g in groups if g not in missing for a in g) * len(rows))
+                if not missing and known.has(_PARENT, rows):
                     continue
-                together = max(1, self.recipe.batch_tokens // (len(rows) * length))
-                found = run_exactly(self.library, self.staged, missing, self.tokens[rows].to(device), together)
+                found = run_exactly(self.library, self.staged, missing, self.tokens[rows].to(device))
                 for measured in found:
                     of = _PARENT if measured.alternative is None else measured.alternative.identity
                     for row, values in zip(rows, measured.rows, strict=True):

@@ -28,7 +28,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 
 import torch
 from torch import nn
@@ -77,8 +76,11 @@ class _Layer:
         """What runs without alternatives; None for the layer as a whole."""
         return None if self.stages.layout == "whole" else getattr(self.stages, subblock)
 
+    def module(self, subblock: str) -> nn.Module:
+        return self.stage(subblock) or self.staged.layers[self.i]
+
     def run(self, subblock: str, hidden: torch.Tensor) -> torch.Tensor:
-        return self.staged.run(self.batch, self.i, hidden, self.stage(subblock))
+        return self.staged.run(self.batch, self.i, hidden, self.module(subblock))
 
     def changed(self, alternative: Alternative, hidden: torch.Tensor) -> torch.Tensor:
         module = self.staged.module_of(alternative, self.stages)
@@ -266,10 +268,10 @@ class _Pass:
         return [own_grads[0] for own_grads in grads]
 
     def _gradients(self, wanted: list[torch.Tensor], g: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
-        module = self.layer.stage(self.subblock) or self.layer.staged.layers[self.layer.i]
-        with self.layer.staged.arithmetic.needs():
-            back = partial(torch.autograd.grad, self.output, wanted, g, retain_graph=keep)
-            return self.layer.staged.arithmetic.count(("back", *key_of(module, g)), back)
+        module, arithmetic = self.layer.module(self.subblock), self.layer.staged.arithmetic
+        with arithmetic.needs():
+            arithmetic.count_backward(key_of(module, g))
+        return torch.autograd.grad(self.output, wanted, g, retain_graph=keep)
 
 
 @contextmanager
@@ -329,9 +331,10 @@ def _of_the_head(
             signed = _signs(own, end - start, p.shape[-1], p.device) * root
             along = signed.sum(-1, keepdim=True)
             v = torch.addcmul(signed, p, along, value=-1, out=signed).to(logits.dtype)
-            back = partial(torch.autograd.grad, logits, part, v, retain_graph=k + 1 < len(generators))
+            keep = k + 1 < len(generators)
+            (result[k][:, start:end],) = torch.autograd.grad(logits, part, v, retain_graph=keep)
             with staged.arithmetic.needs():
-                (result[k][:, start:end],) = staged.arithmetic.count(("back", "head", part.shape), back)
+                staged.arithmetic.count_backward(("head", part.shape))
     return result
 
 
