@@ -1,7 +1,8 @@
 """Floating-point operations: those that a result needs, and those that were done for it.
 
 What a module does on hidden states of a shape is counted once, by watching the matrix products and attentions that it
-calls; from then on it is known. Elementwise work is not counted. A backward pass to what a module was given takes as many
+calls; from then on it is known. Elementwise work is not counted. A backward pass to what a module was given takes as
+many
 operations as its matrices did, and two and a half times those of its attentions; it is not watched itself, because
 under watch PyTorch takes other kernels for it, which round differently.
 """
