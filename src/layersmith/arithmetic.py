@@ -2,8 +2,7 @@
 
 What a module does on hidden states of a shape is counted once, by watching the matrix products and attentions that it
 calls; from then on it is known. Elementwise work is not counted. A backward pass to what a module was given takes as
-many
-operations as its matrices did, and two and a half times those of its attentions; it is not watched itself, because
+many operations as its matrices did, and two and a half times those of its attentions; it is not watched itself, because
 under watch PyTorch takes other kernels for it, which round differently.
 """
 
