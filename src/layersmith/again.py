@@ -18,8 +18,8 @@ from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe
 from layersmith.run import Run
 from layersmith.runtime import Runtime
-from layersmith.scoring.exact import losses
 from layersmith.scoring.metrics import METRICS
+from layersmith.scoring.score import losses
 from layersmith.search.budget import Budget
 from layersmith.search.choose import Choice, choose
 

@@ -58,6 +58,9 @@ def compress(
     recipe: RecipeFile = None,
     seed: Annotated[int | None, typer.Option(help="Goes before the recipe's.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
+    scoring: Annotated[
+        str | None, typer.Option(help="auto, exact or second_order: how alternatives are scored; before the recipe's.")
+    ] = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
     until: Annotated[
@@ -69,7 +72,7 @@ def compress(
     from layersmith.recipe import Recipe
     from layersmith.search.budget import parse_budget
 
-    chosen = _with_options(Recipe.read(recipe), seed, device, eval_data, trust_remote_code)
+    chosen = _with_options(Recipe.read(recipe), seed, device, eval_data, trust_remote_code, scoring)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory,
         batch=batch, context=context,
@@ -235,8 +238,13 @@ def _descriptor(path: str | None) -> Any:
     return import_descriptor(path)
 
 
-def _with_options(recipe: Any, seed: int | None, device: str | None, eval_data: str | None, trust: bool) -> Any:
+def _with_options(
+    recipe: Any, seed: int | None, device: str | None, eval_data: str | None, trust: bool, scoring: str | None
+) -> Any:
     import dataclasses
+
+    from layersmith import schema
+    from layersmith.recipe import ScoringRecipe
 
     changes: dict[str, Any] = {}
     if seed is not None:
@@ -247,6 +255,10 @@ def _with_options(recipe: Any, seed: int | None, device: str | None, eval_data: 
         changes["trust_remote_code"] = True
     if eval_data is not None:
         changes["data"] = dataclasses.replace(recipe.data, evaluation_source=eval_data)
+    if scoring is not None:
+        changes["scoring"] = schema.parse(
+            ScoringRecipe, schema.to_data(recipe.scoring) | {"mode": scoring}, "--scoring"
+        )
     return dataclasses.replace(recipe, **changes)
 
 

@@ -30,7 +30,8 @@ from layersmith.report.collect import collect
 from layersmith.report.html import render
 from layersmith.run import Run, versions
 from layersmith.runtime import Runtime
-from layersmith.scoring.exact import Score, losses, score_library
+from layersmith.scoring.library_scores import score_library
+from layersmith.scoring.score import Score, losses
 from layersmith.search.budget import Budget, format_count
 from layersmith.search.choose import Choice, choose
 
@@ -239,20 +240,22 @@ def make_scores(
         scores = score_library(
             library,
             tokens,
-            batch_sequences=batch_sequences(recipe, tokens),
+            recipe.scoring,
+            seed=recipe.seed,
             journal=run.partial("scores"),
             inputs=inputs,
             progress=progress,
         )
-        write_json(folder / "scores.json", [{"of": s.alternative.key, "rows": s.rows} for s in scores])
+        data = [{"of": s.alternative.key, "rows": s.rows, "exact_rows": s.exact_rows, "error": s.error} for s in scores]
+        write_json(folder / "scores.json", data)
 
     run.do("scores", inputs, make)
     return read_scores(run, library)
 
 
 def read_scores(run: Run, library: Library) -> list[Score]:
-    records = {record["of"]: record["rows"] for record in read_json(run.folder / "scores" / "scores.json")}
-    return [Score(alternative, records[alternative.key]) for alternative in library.alternatives]
+    records = {record.pop("of"): record for record in read_json(run.folder / "scores" / "scores.json")}
+    return [Score(alternative, **records[alternative.key]) for alternative in library.alternatives]
 
 
 def write_solution(folder: Path, choice: Choice, costs: CostTable) -> None:

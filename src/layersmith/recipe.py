@@ -92,10 +92,20 @@ class ScoringRecipe:
 
     Attributes:
         objective: what the search minimises the sum of.
+        mode: ``exact`` runs the model with every alternative on every row; ``second_order`` estimates KL divergence
+            from a few backward passes and corrects it by exact runs where they tell most; ``auto`` is
+            ``second_order`` where it can be had and saves work. Other objectives need ``exact``.
+        samples: backward passes of ``second_order``.
+        exact_passes: work that its exact runs may take, in forward passes of the parent over the scoring rows.
+        precision: relative standard error of every score at which no more is run exactly.
         batch_tokens: tokens in one forward pass.
     """
 
     objective: Objective = "kl_divergence"
+    mode: Literal["auto", "exact", "second_order"] = "auto"
+    samples: int = 1
+    exact_passes: float = 4.0
+    precision: float = 0.05
     batch_tokens: int = 4096
 
 
@@ -137,8 +147,15 @@ class Recipe:
                 raise UsageError(f"recipe library.{name}: sizes must be positive; removal is no_op.")
         if library.ffn_multiple is not None and library.ffn_multiple < 1:
             raise UsageError("recipe library.ffn_multiple: must be positive.")
-        if self.scoring.batch_tokens < 1 or library.statistics_gib <= 0:
-            raise UsageError("recipe: scoring.batch_tokens and library.statistics_gib must be positive.")
+        scoring = self.scoring
+        if min(scoring.batch_tokens, scoring.samples) < 1 or library.statistics_gib <= 0:
+            raise UsageError(
+                "recipe: scoring.batch_tokens, scoring.samples and library.statistics_gib must be positive."
+            )
+        if scoring.exact_passes < 0 or scoring.precision < 0:
+            raise UsageError("recipe: scoring.exact_passes and scoring.precision cannot be negative.")
+        if scoring.mode == "second_order" and scoring.objective != "kl_divergence":
+            raise UsageError(f"recipe scoring.mode: second_order knows kl_divergence only, not {scoring.objective}.")
 
     def to_dict(self) -> dict[str, Any]:
         return schema.to_data(self)

@@ -7,12 +7,18 @@ import torch
 from layersmith.execution import exchanged, forward
 from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import load_parent
-from layersmith.recipe import LibraryRecipe
+from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.runtime import Runtime
-from layersmith.scoring.exact import losses, score_library, standard_error
-from layersmith.scoring.metrics import METRICS, measure, reference
+from layersmith.scoring.library_scores import score_library
+from layersmith.scoring.metrics import METRICS, Reference, measure, row_means
+from layersmith.scoring.score import losses, standard_error
 
 TOKENS = torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(4))
+
+
+def exact(rows: int) -> ScoringRecipe:
+    """So many rows in one forward pass."""
+    return ScoringRecipe(mode="exact", batch_tokens=rows * TOKENS.shape[1])
 
 
 @pytest.fixture
@@ -25,7 +31,7 @@ def library(make_parent: Callable[..., Path], family: str) -> Library:
 def test_scores_equal_a_run_of_the_whole_model(library: Library) -> None:
     """Starting in the middle gives what starting at the beginning gives, by definitions written out here."""
     parent = library.parent
-    scores = score_library(library, TOKENS, batch_sequences=6)
+    scores = score_library(library, TOKENS, exact(6))
     p_logits, p_hidden = forward(parent, TOKENS)
     p = p_logits.double().log_softmax(-1)
     for score in scores[::3]:
@@ -48,7 +54,7 @@ def test_scores_equal_a_run_of_the_whole_model(library: Library) -> None:
 
 
 def test_batches_do_not_matter(library: Library) -> None:
-    one, all_at_once = (score_library(library, TOKENS, batch_sequences=n) for n in (1, 6))
+    one, all_at_once = (score_library(library, TOKENS, exact(n)) for n in (1, 6))
     for a, b in zip(one, all_at_once, strict=True):
         for metric in METRICS:
             assert a.rows[metric] == pytest.approx(b.rows[metric], rel=1e-3, abs=1e-5)
@@ -56,7 +62,7 @@ def test_batches_do_not_matter(library: Library) -> None:
 
 @pytest.mark.parametrize("objective", METRICS)
 def test_the_parent_is_the_best_answer(library: Library, objective: str) -> None:
-    scores = score_library(library, TOKENS, batch_sequences=6)
+    scores = score_library(library, TOKENS, exact(6))
     worse = losses(scores, objective)
     for score in scores:
         assert worse[score.alternative.key] >= 0
@@ -65,33 +71,59 @@ def test_the_parent_is_the_best_answer(library: Library, objective: str) -> None
 
 
 def test_interrupted_scoring_goes_on_to_the_same_scores(library: Library, tmp_path: Path) -> None:
-    whole = score_library(library, TOKENS, batch_sequences=3)
+    whole = score_library(library, TOKENS, exact(3))
     journal = tmp_path / "journal"
-    score_library(library, TOKENS, batch_sequences=3, journal=journal, inputs="a")
+    score_library(library, TOKENS, exact(3), journal=journal, inputs="a")
     lines = journal.read_bytes().splitlines(keepends=True)
     for kept in (0, 1, 2, len(lines) // 3, len(lines) // 2 + 1, len(lines) - 1):
         # Cut in the middle of a line, as a kill does.
         journal.write_bytes(b"".join(lines[:kept]) + lines[min(kept, len(lines) - 1)][:17])
-        again = score_library(library, TOKENS, batch_sequences=3, journal=journal, inputs="a")
+        again = score_library(library, TOKENS, exact(3), journal=journal, inputs="a")
         assert [s.rows for s in again] == [s.rows for s in whole]
         assert sorted(journal.read_bytes().splitlines()) == sorted(line.rstrip(b"\n") for line in lines)
 
 
 def test_a_journal_of_other_inputs_is_not_believed(library: Library, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    score_library(library, TOKENS[:3], batch_sequences=3, journal=journal, inputs="other data")
-    again = score_library(library, TOKENS, batch_sequences=3, journal=journal, inputs="this data")
-    assert [s.rows for s in again] == [s.rows for s in score_library(library, TOKENS, batch_sequences=3)]
+    score_library(library, TOKENS[:3], exact(3), journal=journal, inputs="other data")
+    again = score_library(library, TOKENS, exact(3), journal=journal, inputs="this data")
+    assert [s.rows for s in again] == [s.rows for s in score_library(library, TOKENS, exact(3))]
 
 
 def test_metrics_of_a_model_against_itself() -> None:
-    logits, hidden = torch.randn(9, 50), torch.randn(9, 8)
-    ids = torch.randint(0, 50, (9,))
-    values = measure(reference(logits, hidden, ids), logits, hidden)
+    logits, hidden = torch.randn(1, 9, 50), torch.randn(1, 9, 8)
+    ids = torch.randint(0, 50, (1, 9))
+    values = {
+        k: float(v) for k, v in row_means([measure(Reference.of(logits, hidden, ids), logits.clone(), hidden)]).items()
+    }
     assert values["kl_divergence"] == 0
     assert values["top_1_agreement"] == values["top_5_agreement"] == 1
     assert values["hidden_distance"] == pytest.approx(0, abs=1e-6)
-    assert values["lm_loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(logits[:-1], ids[1:])), rel=1e-5)
+    loss = torch.nn.functional.cross_entropy(logits[0, :-1], ids[0, 1:])
+    assert values["lm_loss"] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_metrics_by_their_definitions() -> None:
+    """Far apart and near each other, in spans, and with tokens that have no probability at all."""
+    generator = torch.Generator().manual_seed(1)
+    for distance in (0.01, 1.0, 10.0):
+        logits = 4 * torch.randn(2, 12, 40, generator=generator)
+        other = logits + distance * torch.randn(2, 12, 40, generator=generator)
+        logits[..., -3:] = other[..., -3:] = -torch.inf
+        hidden, changed = torch.randn(2, 2, 12, 8, generator=generator)
+        ids = torch.randint(0, 37, (2, 12), generator=generator)
+        reference = Reference.of(logits, hidden, ids)
+        spans = [
+            measure(reference.span(i, i + 5), other[:, i : i + 5].clone(), changed[:, i : i + 5]) for i in (0, 5, 10)
+        ]
+        found = row_means(spans)
+        log_p, log_q = (z[..., :-3].double().log_softmax(-1) for z in (logits, other))
+        kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+        assert found["kl_divergence"].tolist() == pytest.approx(kl.mean(-1).tolist(), rel=1e-4, abs=1e-7)
+        loss = -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mean(-1)
+        assert found["lm_loss"].tolist() == pytest.approx(loss.tolist(), rel=1e-5)
+        among = (log_q.topk(5).indices == log_p.argmax(-1)[..., None]).any(-1).double().mean(-1)
+        assert found["top_5_agreement"].tolist() == pytest.approx(among.tolist())
 
 
 def test_standard_error() -> None:

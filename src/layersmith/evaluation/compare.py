@@ -15,8 +15,8 @@ import torch
 from transformers import PreTrainedModel
 
 from layersmith.progress import SILENT, Progress
-from layersmith.scoring.exact import standard_error
-from layersmith.scoring.metrics import measure, reference
+from layersmith.scoring.metrics import Reference, as_rows, measure, row_means
+from layersmith.scoring.score import standard_error
 
 _LABELS = {
     "kl_divergence": "KL divergence to the parent (nats a token)",
@@ -126,9 +126,10 @@ def compare(
             logits, hidden = _run(parent, batch)
             changed, changed_hidden = _run(child, batch)
             for j in range(len(batch)):
-                own = reference(logits[j], hidden[j], batch[j])
-                parent_loss.append(measure(own, logits[j], hidden[j])["lm_loss"])
-                child_rows.append(measure(own, changed[j], changed_hidden[j]))
+                one = slice(j, j + 1)
+                own = Reference.of(logits[one], hidden[one], batch[one])
+                parent_loss += row_means([measure(own, logits[one].clone(), hidden[one])])["lm_loss"].tolist()
+                child_rows += as_rows(row_means([measure(own, changed[one], changed_hidden[one])]))
             advance(len(batch))
     return Comparison(
         len(tokens),

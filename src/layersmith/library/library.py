@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith import schema
 from layersmith.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
@@ -34,6 +34,7 @@ from layersmith.library.weights import (
     members_of,
     narrow,
     pool_kv_heads,
+    query_heads_of,
 )
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.parent import Parent
@@ -121,6 +122,40 @@ class Library:
         keep = keep_groups if kind == "head_groups" else keep_kv_heads
         return keep(current, own.kv, self.orders[f"{i}.attention"][: alternative.size])
 
+    def silenced(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
+        """Which entries of the input of which modules of the layer become zero, where there is nothing more to it.
+
+        None where an alternative does something else. That nothing in between sees the units that are gone, e.g. a
+        norm over all of them, remains to be tried.
+        """
+        i, kind = alternative.layer, alternative.kind
+        own = self.axes[i]
+        if kind in ("ffn_width", "shared_width"):
+            part, axis = ("shared", own.shared) if kind == "shared_width" else ("ffn", own.ffn)
+            assert axis is not None
+            result = {}
+            for b, bundle in enumerate(axis.bundles):
+                if bundle.members or not self._reads_its_input(i, bundle.reader):
+                    return None
+                gone = self.orders[f"{i}.{part}.{b}"][bundle.size * alternative.size // axis.size :]
+                reader = bundle.weight(bundle.reader)
+                result[bundle.output] = reader.positions("channels", {"channels": bundle.size})[gone].flatten()
+            return result
+        if kind not in ("kv_heads", "head_groups", "query_heads") or alternative.method == "pool" or own.kv is None:
+            return None
+        if not self._reads_its_input(i, own.kv.reader):
+            return None
+        if kind == "query_heads":
+            gone = self.orders[f"{i}.queries"][:, alternative.size // own.kv.size :].flatten()
+        else:
+            gone = query_heads_of(own.kv, self.orders[f"{i}.attention"][alternative.size :])
+        places = own.kv.weight(own.kv.reader).positions("queries", own.kv.sizes)
+        return {own.kv.output: places[gone].flatten()}
+
+    def _reads_its_input(self, i: int, weight: str) -> bool:
+        """Whether a weight is that of a linear map, whose input holds what it reads."""
+        return weight.endswith(".weight") and input_dim(self.parent.layers[i], weight) is not None
+
     def _experts(self, i: int, count: int) -> torch.Tensor:
         """The most important experts, equally many of each of the router's groups."""
         axis, order = self.axes[i].experts, self.orders[f"{i}.experts"]
@@ -134,7 +169,11 @@ class Library:
         changed = [a for a in alternatives if a.kind != "parent"]
         if not changed:
             return self.parent.layers[i]
-        layer = copy.deepcopy(self._skeleton(i, changed))
+        skeleton = self._skeleton(i, changed)
+        configs = {
+            id(own): own for m in skeleton.modules() for own in vars(m).values() if isinstance(own, PretrainedConfig)
+        }
+        layer = copy.deepcopy(skeleton, configs)
         original = self.parent.layers[i]
         tensors: dict[str, torch.Tensor] = original.state_dict()
         for alternative in changed:

@@ -8,8 +8,8 @@ from typing import Any
 from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
-from layersmith.scoring.exact import Score
 from layersmith.scoring.metrics import METRICS
+from layersmith.scoring.score import Score
 from layersmith.search.budget import format_bytes, format_count
 from layersmith.search.choose import Choice
 
@@ -113,7 +113,9 @@ def _heat_map(scores: list[Score], choice: Choice, objective: str) -> dict[str, 
                     "value": score.mean(objective),
                     "standard_error": score.standard_error(objective),
                     "chosen": score.alternative.key in chosen,
-                    "metrics": {metric: score.mean(metric) for metric in METRICS},
+                    "metrics": {metric: score.mean(metric) for metric in METRICS if metric in score.rows},
+                    "exact_rows": score.exact_rows,
+                    "rows": len(score.rows[objective]),
                 }
             )
         rows.append(row)

@@ -131,17 +131,26 @@ def _heat_map(scores: dict[str, Any]) -> dict[str, Any]:
             if cell is None or cell["value"] is None or not math.isfinite(cell["value"]):
                 cells.append(None)
                 continue
+            value = with_noise(cell["value"], cell.get("standard_error"))
             place = (math.log(badness(cell["value"])) - low) / ((high - low) or 1.0)
             cells.append(
                 {
                     "text": _short(cell["value"]),
-                    "title": f"layer {layer}, {column}: {with_noise(cell['value'], cell.get('standard_error'))}",
+                    "title": f"layer {layer}, {column}: {value}{_how(cell)}",
                     "style": _style(_mix(_HEAT, place)),
                     "chosen": cell["chosen"],
                 }
             )
         rows.append({"layer": layer, "cells": cells})
     return {"columns": scores["columns"], "rows": rows, "objective": scores["objective"], "unit": scores["unit"]}
+
+
+def _how(cell: dict[str, Any]) -> str:
+    """How a score came about, in brackets."""
+    exact, rows = cell.get("exact_rows"), cell.get("rows")
+    if exact is None or exact == rows:
+        return ""
+    return f" (estimated; run exactly on {exact} of {rows} rows)" if exact else " (estimated)"
 
 
 def _short(value: float) -> str:

@@ -1,62 +1,122 @@
 """What is measured when a model stands beside its parent.
 
-Shapes: T tokens, D hidden, V vocabulary.
+With d = z - z', the parent's logits minus the other's, and p the parent's probabilities,
+
+    KL(p || q) = E_p[d] + log E_p[exp(-d)] = log(1 + E_p[exp(E_p[d] - d) - 1])
+
+which needs no log-probabilities of either and loses no digits where both are nearly the same.
+
+Shapes: B rows, T tokens, t a span of them, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 METRICS = ("kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance")
 _TOP = (1, 5, 10)
+# Logits below this are as good as minus infinity, which some families give to tokens that do not exist.
+_LOWEST = -1e4
+# exp of more than this is near the end of float32; a divergence of so many nats is not told from a larger one.
+_MOST_NATS = 80.0
+
+
+Rows = list[dict[str, float]]
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the parent says on one row.
+    """What the parent says on rows of tokens.
 
     Attributes:
-        log_probabilities: ``[T, V]`` float32.
-        top: ``[T]`` its most likely next token.
-        hidden: ``[T, D]`` float32, what its head reads.
-        labels: ``[T - 1]`` the tokens that did follow.
+        logits: ``[B, T, V]``.
+        probabilities: ``[B, T, V]`` float32.
+        log_normalizers: ``[B, T]`` float32, the logarithm of the sum of exponentials of the logits.
+        top: ``[B, T]`` its most likely next token.
+        hidden: ``[B, T, D]``, what its head reads.
+        labels: ``[B, T]`` the tokens that did follow; -1 at the end.
+        has_lowest: whether some logits were raised to a lowest value.
     """
 
-    log_probabilities: torch.Tensor
+    logits: torch.Tensor
+    probabilities: torch.Tensor
+    log_normalizers: torch.Tensor
     top: torch.Tensor
     hidden: torch.Tensor
     labels: torch.Tensor
+    has_lowest: bool = False
+
+    @staticmethod
+    def of(logits: torch.Tensor, hidden: torch.Tensor, input_ids: torch.Tensor) -> Reference:
+        """From the parent's logits and hidden states on rows ``[B, T]``."""
+        labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -1)], 1)
+        has_lowest = bool(logits.amin() < _LOWEST)
+        if has_lowest:
+            logits = logits.clamp_min(_LOWEST)
+        probabilities, log_normalizers = logits.float().softmax(-1), logits.float().logsumexp(-1)
+        return Reference(logits, probabilities, log_normalizers, logits.argmax(-1), hidden, labels, has_lowest)
+
+    def span(self, start: int, end: int) -> Reference:
+        """Some neighbouring tokens of every row; views."""
+        return dataclasses.replace(
+            self,
+            logits=self.logits[:, start:end],
+            probabilities=self.probabilities[:, start:end],
+            log_normalizers=self.log_normalizers[:, start:end],
+            top=self.top[:, start:end],
+            hidden=self.hidden[:, start:end],
+            labels=self.labels[:, start:end],
+        )
 
 
-def reference(logits: torch.Tensor, hidden: torch.Tensor, input_ids: torch.Tensor) -> Reference:
-    """From the parent's logits ``[T, V]`` and hidden states ``[T, D]`` on a row ``[T]``."""
-    log_probabilities = logits.float().log_softmax(-1)
-    return Reference(log_probabilities, log_probabilities.argmax(-1), hidden.float(), input_ids[1:])
+def measure(parent: Reference, logits: torch.Tensor, hidden: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Metrics ``[..., B, t]`` of every token, float32.
 
-
-def measure(parent: Reference, logits: torch.Tensor, hidden: torch.Tensor) -> dict[str, float]:
-    """Means over the tokens of one row.
+    Args:
+        parent: on a span of ``t`` tokens.
+        logits: ``[..., B, t, V]``; overwritten.
+        hidden: ``[..., B, t, D]``, what the head reads.
 
     ``kl_divergence``: sum over v of p(v) (log p(v) - log q(v)), p the parent's, in nats.
-    ``lm_loss``: minus log q of the token that did follow, in nats; over T - 1 tokens.
-    ``top_k_agreement``: share of tokens where the parent's most likely next token is among the k most likely.
+    ``lm_loss``: minus log q of the token that did follow, in nats; nan after the last token.
+    ``top_k_agreement``: whether the parent's most likely next token is among the k most likely.
     ``hidden_distance``: one minus the cosine between the hidden states that the heads read.
     """
-    log_q = logits.float().log_softmax(-1)
-    log_p = parent.log_probabilities
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1)
+    logits = logits.float().clamp_min_(_LOWEST) if parent.has_lowest else logits.float()
+    shape = logits.shape[:-1]
+    p = parent.probabilities
     # The rank of the parent's token: how many are strictly more likely.
-    rank = (log_q > log_q.gather(-1, parent.top[:, None])).sum(-1)
-    cosine = torch.nn.functional.cosine_similarity(hidden.float(), parent.hidden, dim=-1)
-    values = {
-        "kl_divergence": kl.double().mean(),
-        "lm_loss": -log_q[:-1].gather(-1, parent.labels[:, None]).double().mean(),
-        **{f"top_{k}_agreement": (rank < k).double().mean() for k in _TOP},
-        "hidden_distance": (1 - cosine).double().mean(),
+    at_top = logits.gather(-1, parent.top.expand(shape)[..., None])
+    rank = torch.gt(logits, at_top, out=torch.empty_like(logits)).sum(-1)  # in float32: many times faster than bools
+    at_label = logits.gather(-1, parent.labels.clamp_min(0).expand(shape)[..., None])[..., 0]
+    d = torch.sub(parent.logits.float(), logits, out=logits)
+    mean = torch.linalg.vecdot(p, d)
+    d -= mean[..., None]
+    kl = torch.linalg.vecdot(p, d.neg_().clamp_max_(_MOST_NATS).exp_().sub_(1)).log1p()
+    log_normalizers = parent.log_normalizers + kl - mean
+    loss = log_normalizers - at_label
+    cosine = torch.nn.functional.cosine_similarity(hidden.float(), parent.hidden.float(), dim=-1)
+    return {
+        "kl_divergence": kl,
+        "lm_loss": loss.masked_fill(parent.labels < 0, torch.nan),
+        **{f"top_{k}_agreement": (rank < k).float() for k in _TOP},
+        "hidden_distance": 1 - cosine,
     }
-    return {name: float(value) for name, value in values.items()}
+
+
+def row_means(spans: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Means ``[..., B]`` over all tokens of a row, float64, from what :func:`measure` gives for its spans."""
+    return {name: torch.cat([span[name] for span in spans], -1).double().nanmean(-1) for name in METRICS}
+
+
+def as_rows(means: dict[str, torch.Tensor]) -> Rows:
+    """``[B]`` values of every metric, as one mapping a row."""
+    values = {name: means[name].tolist() for name in METRICS}
+    return [{name: values[name][j] for name in METRICS} for j in range(len(values[METRICS[0]]))]
 
 
 def loss_of(metric: str, value: float, parent_value: float) -> float:

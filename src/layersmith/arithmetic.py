@@ -1,0 +1,85 @@
+"""Floating-point operations: those that a result needs, and those that were done for it.
+
+What a module does on hidden states of a shape is counted once, by watching the matrix products and attentions that it
+calls; from then on it is known. Elementwise work is not counted. A backward pass to what a module was given takes as
+many operations as its matrices did, and two and a half times those of its attentions; it is not watched itself, because
+under watch PyTorch takes other kernels for it, which round differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+
+T = TypeVar("T")
+
+
+def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(query, key, value))
+
+
+# PyTorch counts those of GPUs itself, and not these.
+_ON_A_CPU: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
+# Products of a backward pass for each of the forward pass: five for two.
+_ATTENTION_BACKWARD = 2.5
+
+
+class Arithmetic:
+    """A tally.
+
+    Attributes:
+        done: operations so far.
+        needed: those among them that the result could not do without.
+    """
+
+    def __init__(self) -> None:
+        self.done = self.needed = 0.0
+        self._forward: dict[Hashable, float] = {}
+        self._backward: dict[Hashable, float] = {}
+        self._is_needed = False
+
+    def count(self, key: Hashable, run: Callable[[], T]) -> T:
+        """Run something forward, and add the operations of everything with this key."""
+        if key in self._forward:
+            result = run()
+        else:
+            with FlopCounterMode(display=False, custom_mapping=_ON_A_CPU) as counter:
+                result = run()
+            by_kind = counter.get_flop_counts().get("Global", {})
+            attention = float(sum(n for kind, n in by_kind.items() if "attention" in str(kind)))
+            self._forward[key] = float(counter.get_total_flops())
+            self._backward[key] = self._forward[key] + (_ATTENTION_BACKWARD - 1) * attention
+        self._add(self._forward[key])
+        return result
+
+    def count_backward(self, key: Hashable) -> None:
+        """Add the operations of a backward pass through something that was counted forward."""
+        self._add(self._backward[key])
+
+    def _add(self, operations: float) -> None:
+        self.done += operations
+        if self._is_needed:
+            self.needed += operations
+
+    @contextmanager
+    def needs(self) -> Iterator[None]:
+        """While open, what is counted is needed."""
+        before, self._is_needed = self._is_needed, True
+        try:
+            yield
+        finally:
+            self._is_needed = before
+
+    def __str__(self) -> str:
+        return f"{_flops(self.needed)} needed, {_flops(self.done)} done ({self.done / max(self.needed, 1.0):.2f}x)"
+
+
+def _flops(value: float) -> str:
+    for scale, name in ((1e15, "PFLOP"), (1e12, "TFLOP")):
+        if value >= scale:
+            return f"{value / scale:.2f} {name}"
+    return f"{value / 1e9:.2f} GFLOP"

@@ -1,0 +1,356 @@
+"""Second-order scores: all alternatives of all layers from one forward and a few backward passes of the parent.
+
+At the parent the divergence KL(p || q) is zero and flat, so to second order it is half of the quadratic form of the
+Fisher information. Let delta_t be what an alternative changes in the hidden states after its stage at token t, J_st the
+Jacobian of the logits at position s with respect to those hidden states, and F_s = diag(p_s) - p_s p_s^T the Fisher
+information of the parent's distribution at s. Then
+
+    KL = 1/2 sum_s (sum_t J_st delta_t)^T F_s (sum_t J_st delta_t) + O(delta^3).
+
+With signs xi_s in {-1, 1}^V, independent, v_s = sqrt(p_s) xi_s - p_s (sqrt(p_s) . xi_s) has E[v_s v_s^T] = F_s, so one
+backward pass of sum_s v_s . z_s gives g_t = sum_s J_st^T v_s with
+
+    KL ~ 1/2 E[(sum_t g_t . delta_t)^2] ~ 1/2 sum_t E[(g_t . delta_t)^2].
+
+The second step leaves out how changes at different tokens work together; their sum has a far larger variance than the
+terms that are kept. The same g serves all alternatives; it does not depend on them.
+
+What only silences units at the input a of the projection that reads them (narrower FFNs, fewer heads) needs no run of
+its own: with h = W^T g the gradient at that input, g . delta = - sum over silenced u of h_u a_u.
+
+Signs instead of labels drawn from p, which have the same second moment, vary less: docs/scoring.md has the comparison.
+
+Shapes: B rows, T tokens, D hidden, V vocabulary, F units of a reader's input, n alternatives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from layersmith.library.alternative import Alternative
+from layersmith.scoring.exact import span_tokens_of
+from layersmith.staged import Batch, StagedParent, key_of
+
+# Enough to tell how large a change is beside the hidden states that it is made to.
+_PROBE_TOKENS = 32
+
+
+@dataclass(frozen=True)
+class Silencing:
+    """What an alternative takes away, where that is all that it does.
+
+    Attributes:
+        entries: module of a layer to the entries of its input that become zero.
+    """
+
+    entries: dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """What is known of alternatives from a few tokens.
+
+    Attributes:
+        size: identity of an alternative to the root mean square over tokens of how large its change is beside the
+            hidden states after its stage.
+        silencing: of those alternatives that only silence units.
+    """
+
+    size: dict[str, float] = field(default_factory=dict)
+    silencing: dict[str, Silencing] = field(default_factory=dict)
+
+
+class _Layer:
+    """A layer's alternatives, on one batch: by stage."""
+
+    def __init__(self, staged: StagedParent, i: int, batch: Batch, hidden: torch.Tensor):
+        self.staged, self.i, self.batch = staged, i, batch
+        self.stages = staged.stages(i, batch, hidden)
+
+    def stage(self, subblock: str) -> nn.Module | None:
+        """What runs without alternatives; None for the layer as a whole."""
+        return None if self.stages.layout == "whole" else getattr(self.stages, subblock)
+
+    def module(self, subblock: str) -> nn.Module:
+        return self.stage(subblock) or self.staged.layers[self.i]
+
+    def run(self, subblock: str, hidden: torch.Tensor) -> torch.Tensor:
+        return self.staged.run(self.batch, self.i, hidden, self.module(subblock))
+
+    def changed(self, alternative: Alternative, hidden: torch.Tensor) -> torch.Tensor:
+        module = self.staged.module_of(alternative, self.stages)
+        return self.staged.run(self.batch, self.i, hidden, module)
+
+
+@torch.no_grad()
+def look(staged: StagedParent, alternatives: Sequence[Alternative], rows: torch.Tensor) -> Survey:
+    """How large every change is, and which alternatives only silence units, tried on the start of a row.
+
+    Args:
+        staged: the parent.
+        alternatives: without the parent's own.
+        rows: ``[B, T]``.
+    """
+    batch = staged.start(rows[:1, :_PROBE_TOKENS])
+    hidden, found = batch.embedded, Survey()
+    for i in range(len(staged.layers)):
+        layer = _Layer(staged, i, batch, hidden)
+        whole = staged.run(batch, i, hidden)
+        middle = layer.run("attention", hidden) if layer.stages.layout == "sequence" else hidden
+        for subblock, given in (("attention", hidden), ("ffn", middle)):
+            own = [a for a in alternatives if a.layer == i and a.subblock == subblock]
+            if not own:
+                continue
+            before = layer.run(subblock, given)
+            silent = _silencing(staged, layer, own, given, before)
+            for a in own:
+                if a.identity in silent:
+                    after = _silenced(layer, subblock, given, silent[a.identity])
+                else:
+                    after = layer.changed(a, given)
+                found.size[a.identity] = _relative(after - before, before)
+            found.silencing.update(silent)
+        hidden = whole
+    return found
+
+
+def _relative(change: torch.Tensor, beside: torch.Tensor) -> float:
+    ratio = change.float().norm(dim=-1) / beside.float().norm(dim=-1).clamp_min(1e-12)
+    return float(ratio.square().mean().sqrt())
+
+
+def _silencing(
+    staged: StagedParent, layer: _Layer, own: Sequence[Alternative], given: torch.Tensor, before: torch.Tensor
+) -> dict[str, Silencing]:
+    """Of a stage's alternatives those that only silence units; the smallest of each kind is tried."""
+    if layer.stages.layout == "whole":
+        return {}
+    kinds: dict[tuple[str, str], list[Alternative]] = {}
+    for a in own:
+        kinds.setdefault((a.kind, a.method), []).append(a)
+    result: dict[str, Silencing] = {}
+    for members in kinds.values():
+        entries = {a.identity: staged.library.silenced(a) for a in members}
+        if any(e is None for e in entries.values()):
+            continue
+        own_result = {identity: Silencing(e) for identity, e in entries.items() if e is not None}
+        smallest = min(members, key=lambda a: a.size)
+        expected = layer.changed(smallest, given)
+        made = _silenced(layer, smallest.subblock, given, own_result[smallest.identity])
+        tolerance = 1e-3 if given.dtype == torch.float32 else 5e-2
+        if (made - expected).float().abs().max() <= tolerance * (expected - before).float().abs().max():
+            result.update(own_result)
+    return result
+
+
+def _silenced(layer: _Layer, subblock: str, given: torch.Tensor, silencing: Silencing) -> torch.Tensor:
+    """What a stage gives with units of it silenced."""
+    module = layer.stage(subblock)
+    assert module is not None
+    handles = []
+    for name, entries in silencing.entries.items():
+
+        def silence(
+            reader: nn.Module, args: tuple[torch.Tensor, ...], entries: torch.Tensor = entries
+        ) -> tuple[torch.Tensor, ...]:
+            return (args[0].index_fill(-1, entries.to(args[0].device), 0), *args[1:])
+
+        handles.append(module.get_submodule(name).register_forward_pre_hook(silence))
+    try:
+        return layer.run(subblock, given)
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+# ---------------------------------------------------------------------------------------------- the sweep
+
+
+def estimate(
+    staged: StagedParent,
+    alternatives: Sequence[Alternative],
+    found: Survey,
+    rows: torch.Tensor,
+    seeds: Sequence[Sequence[int]],
+) -> dict[str, torch.Tensor]:
+    """Second-order estimates of KL in nats a token, on every row.
+
+    Args:
+        staged: the parent.
+        alternatives: without the parent's own.
+        found: what :func:`look` found of them.
+        rows: ``[B, T]`` token ids.
+        seeds: for each backward pass one seed a row.
+
+    Returns:
+        Identity of an alternative to ``[B]`` float64.
+    """
+    with torch.no_grad(), staged.arithmetic.needs():
+        batch = staged.start(rows)
+        inputs = [batch.embedded]
+        for i in range(len(staged.layers)):
+            inputs.append(staged.run(batch, i, inputs[-1]))
+    cotangents = _of_the_head(staged, rows, inputs.pop(), seeds)
+    by_place: dict[tuple[int, str], list[Alternative]] = {}
+    for a in alternatives:
+        by_place.setdefault((a.layer, a.subblock), []).append(a)
+    sums: dict[str, torch.Tensor] = {}
+    for i in reversed(range(len(staged.layers))):
+        hidden = inputs.pop()
+        layer = _Layer(staged, i, batch, hidden)
+        own = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
+        cotangents = _through(layer, own, found, hidden, cotangents, sums)
+    scale = 0.5 / (len(seeds) * rows.shape[1])
+    return {identity: total * scale for identity, total in sums.items()}
+
+
+def _through(
+    layer: _Layer,
+    own: dict[str, list[Alternative]],
+    found: Survey,
+    hidden: torch.Tensor,
+    cotangents: list[torch.Tensor],
+    sums: dict[str, torch.Tensor],
+) -> list[torch.Tensor]:
+    """Score a layer's alternatives, and take the cotangents from its output to its input."""
+    layout = layer.stages.layout
+    if layout == "whole":
+        return _Pass(layer, "attention", own["attention"] + own["ffn"], found, hidden).back(cotangents, sums)
+    attention = _Pass(layer, "attention", own["attention"], found, hidden)
+    if layout == "parallel":
+        of_both = [p.back(cotangents, sums) for p in (_Pass(layer, "ffn", own["ffn"], found, hidden), attention)]
+        return [a + b - g for a, b, g in zip(*of_both, cotangents, strict=True)]
+    cotangents = _Pass(layer, "ffn", own["ffn"], found, attention.output.detach()).back(cotangents, sums)
+    return attention.back(cotangents, sums)
+
+
+class _Pass:
+    """One stage of the parent, run so that gradients can be taken."""
+
+    def __init__(
+        self, layer: _Layer, subblock: str, own: Sequence[Alternative], found: Survey, given: torch.Tensor
+    ) -> None:
+        self.layer, self.subblock, self.own, self.found = layer, subblock, own, found
+        self.silent = [a for a in own if a.identity in found.silencing]
+        readers = sorted({name for a in self.silent for name in found.silencing[a.identity].entries})
+        self.given = given.detach().requires_grad_()
+        with torch.enable_grad(), _watched(layer.stage(subblock), readers) as self.inputs:
+            self.output = layer.run(subblock, self.given)
+
+    def back(self, cotangents: list[torch.Tensor], sums: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+        """Add what each alternative gives to its sum; returns the cotangents at what the stage was given."""
+        readers = list(self.inputs)
+        wanted = [self.given, *self.inputs.values()]
+        grads = []
+        for k, g in enumerate(cotangents):
+            keep = k + 1 < len(cotangents)
+            grads.append(self._gradients(wanted, g, keep))
+        with torch.no_grad():
+            if self.silent:
+                masks = _masks(self.silent, self.found, {name: x.shape[-1] for name, x in self.inputs.items()})
+                for _, *at_readers in grads:
+                    products = [
+                        (self.inputs[name] * at).float() @ masks[name].to(at.device)
+                        for name, at in zip(readers, at_readers, strict=True)
+                    ]
+                    _add(sums, self.silent, torch.stack(products).sum(0).unbind(-1))
+            for a in self.own:
+                if a.identity not in self.found.silencing:
+                    with self.layer.staged.arithmetic.needs():
+                        change = (self.layer.changed(a, self.given.detach()) - self.output).float()
+                    for g in cotangents:
+                        _add(sums, [a], [torch.linalg.vecdot(g.float(), change)])
+        return [own_grads[0] for own_grads in grads]
+
+    def _gradients(self, wanted: list[torch.Tensor], g: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
+        module, arithmetic = self.layer.module(self.subblock), self.layer.staged.arithmetic
+        with arithmetic.needs():
+            arithmetic.count_backward(key_of(module, g))
+        return torch.autograd.grad(self.output, wanted, g, retain_graph=keep)
+
+
+@contextmanager
+def _watched(module: nn.Module | None, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, notes what modules of a stage are given."""
+    inputs: dict[str, torch.Tensor] = {}
+    handles = []
+    for name in names:
+        assert module is not None
+
+        def note(reader: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
+            inputs[name] = args[0]
+
+        handles.append(module.get_submodule(name).register_forward_pre_hook(note))
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _masks(silent: Sequence[Alternative], found: Survey, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """For each reader ``[F, n]``: 1 where an alternative silences an entry."""
+    masks = {name: torch.zeros(size, len(silent)) for name, size in sizes.items()}
+    for column, a in enumerate(silent):
+        for name, entries in found.silencing[a.identity].entries.items():
+            masks[name][entries, column] = 1
+    return masks
+
+
+def _add(sums: dict[str, torch.Tensor], own: Sequence[Alternative], products: Sequence[torch.Tensor]) -> None:
+    """Add the squares over tokens of ``[B, T]`` products g . delta."""
+    for a, product in zip(own, products, strict=True):
+        total = product.square().sum(-1).double().cpu()
+        sums[a.identity] = sums[a.identity] + total if a.identity in sums else total
+
+
+# ---------------------------------------------------------------------------------------------- the head
+
+
+def _of_the_head(
+    staged: StagedParent, rows: torch.Tensor, hidden: torch.Tensor, seeds: Sequence[Sequence[int]]
+) -> list[torch.Tensor]:
+    """Cotangents ``[B, T, D]`` at what the last layer gives, one for each backward pass."""
+    length = rows.shape[1]
+    generators = [[torch.Generator().manual_seed(seed) for seed in own] for own in seeds]
+    result = [torch.empty_like(hidden) for _ in seeds]
+    span_tokens = span_tokens_of(rows, staged.vocab_size)
+    for start in range(0, length, span_tokens):
+        end = min(length, start + span_tokens)
+        part = hidden[:, start:end].detach().requires_grad_()
+        with torch.enable_grad(), staged.arithmetic.needs():
+            logits, _ = staged.head(rows[:, start:end], part)
+        p = logits.detach().float().softmax(-1)
+        root = p.sqrt()
+        for k, own in enumerate(generators):
+            signed = _signs(own, end - start, p.shape[-1], p.device) * root
+            along = signed.sum(-1, keepdim=True)
+            v = torch.addcmul(signed, p, along, value=-1, out=signed).to(logits.dtype)
+            keep = k + 1 < len(generators)
+            (result[k][:, start:end],) = torch.autograd.grad(logits, part, v, retain_graph=keep)
+            with staged.arithmetic.needs():
+                staged.arithmetic.count_backward(("head", part.shape))
+    return result
+
+
+_SIGN_BITS = 16
+_sign_table: dict[torch.device, torch.Tensor] = {}
+
+
+def _signs(generators: Sequence[torch.Generator], tokens: int, size: int, device: torch.device) -> torch.Tensor:
+    """``[B, tokens, size]`` of -1 and 1, each row from a generator of its own.
+
+    Sixteen at once are looked up by random bits: several times faster than to draw them one by one.
+    """
+    if device not in _sign_table:
+        bits = (torch.arange(2**_SIGN_BITS)[:, None] >> torch.arange(_SIGN_BITS)) & 1
+        _sign_table[device] = (2.0 * bits - 1).to(device)
+    words = -(-size // 64)
+    drawn = [torch.empty(tokens, words, dtype=torch.int64).random_(-(2**63), None, generator=g) for g in generators]
+    halves = torch.stack(drawn).view(torch.int16).to(device, torch.int32) + 2 ** (_SIGN_BITS - 1)
+    return torch.nn.functional.embedding(halves, _sign_table[device]).flatten(-2)[..., :size]

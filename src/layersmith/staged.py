@@ -1,0 +1,331 @@
+"""A parent taken apart: embedding, one stage of a layer after another, head.
+
+A model's own forward decides what its layers are given besides hidden states: masks, positions, rotary tables. So it is
+run once a batch with stand-ins for its layers, which note what they are given; from then on each layer is called with
+just that, as often and on whichever hidden states are wanted. The head is the same forward with the hidden states
+handed in after the last layer.
+
+A layer is split in two where its descriptor's no-ops allow: the layer without its FFN is the stage of the attention,
+the layer without its attention that of the FFN. Which of three ways the stages make up the layer is found by trying:
+
+* ``sequence``: the FFN's stage reads what the attention's gives;
+* ``parallel``: both read the layer's input, and what they add to it adds up;
+* ``whole``: neither; the layer is one stage.
+
+Shapes: B rows, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from layersmith.arithmetic import Arithmetic
+from layersmith.errors import first_line
+from layersmith.execution import LAYER_TYPE, first_tensor, hands_over, layer_outputs
+from layersmith.heterogeneous.no_op import DummyBlock
+from layersmith.library.alternative import Alternative
+from layersmith.library.library import Library
+
+_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a model gives one of its layers besides hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    def of(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        """The hidden states that a layer makes of others."""
+        if self.args:
+            return first_tensor(layer(hidden, *self.args[1:], **self.kwargs))
+        return first_tensor(layer(**{**self.kwargs, "hidden_states": hidden}))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows on their way through the model.
+
+    Attributes:
+        input_ids: ``[B, T]``.
+        embedded: ``[B, T, D]``, what the first layer is given.
+        calls: one a layer.
+    """
+
+    input_ids: torch.Tensor
+    embedded: torch.Tensor
+    calls: tuple[Call, ...]
+
+    def repeated(self, times: int) -> Batch:
+        """The same rows several times over; nothing is copied for a single row."""
+        if times == 1:
+            return self
+        num_rows = len(self.input_ids)
+
+        def repeat(value: Any) -> Any:
+            if isinstance(value, torch.Tensor) and value.ndim >= 2 and len(value) == num_rows:
+                if num_rows == 1:
+                    return value.expand(times, *value.shape[1:])
+                return value.repeat(times, *[1] * (value.ndim - 1))
+            if isinstance(value, tuple | list):
+                return type(value)(repeat(v) for v in value)
+            return {k: repeat(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+        seen: dict[int, Any] = {}  # layers are given the same objects
+
+        def once(value: Any) -> Any:
+            if id(value) not in seen:
+                seen[id(value)] = repeat(value)
+            return seen[id(value)]
+
+        calls = tuple(
+            Call((None, *map(once, c.args[1:])) if c.args else (), {k: once(v) for k, v in c.kwargs.items()})
+            for c in self.calls
+        )
+        return Batch(repeat(self.input_ids), self.embedded, calls)
+
+
+@dataclass(frozen=True)
+class Stages:
+    """How a layer is split.
+
+    Attributes:
+        layout: ``sequence``, ``parallel`` or ``whole``.
+        attention, ffn: the layer without its FFN, and without its attention; None for ``whole``.
+    """
+
+    layout: str
+    attention: nn.Module | None = None
+    ffn: nn.Module | None = None
+
+
+class _Enough(Exception):
+    """The last layer has been called; nothing after it is wanted."""
+
+
+class _StandIn(DummyBlock):
+    """Stands for a layer: notes what it is given, and hands on hidden states in the form in which the layer would."""
+
+    def __init__(self, original_layer: nn.Module, block_index: int, like: Any):
+        super().__init__(original_layer, block_index)
+        self.like = like
+        self.call: Call | None = None
+        self.stops = False
+        self.gives: torch.Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if self.gives is not None:
+            hidden = self.gives
+        else:
+            self.call = Call(args, kwargs)
+            if self.stops:
+                raise _Enough
+        return hidden if isinstance(self.like, torch.Tensor) else type(self.like)((hidden, *self.like[1:]))
+
+
+class StagedParent:
+    """See the module's docstring.
+
+    Attributes:
+        library: of alternatives for its layers.
+        layers: its decoder layers.
+        vocab_size: V, of its logits.
+        arithmetic: counts what is run.
+    """
+
+    def __init__(self, library: Library):
+        parent = self._parent = library.parent
+        self.library, self.layers = library, parent.layers
+        probe = torch.arange(3, 11, device=parent.runtime.device)[None] % parent.language_config.vocab_size
+        logits, _, outputs = layer_outputs(parent, probe)
+        self.vocab_size = logits.shape[-1]
+        self._stand_ins = [_StandIn(layer, i, outputs[i]) for i, layer in enumerate(self.layers)]
+        self._places = []
+        for i in range(len(self.layers)):
+            container, _, name = parent.descriptor.layer_block_name(i).rpartition(".")
+            self._places.append((parent.model.get_submodule(container)._modules, name))
+        self.arithmetic = Arithmetic()
+        self._stages: dict[int, Stages] = {}
+        self._types = getattr(parent.language_config, "layer_types", None)
+        self._norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
+        self._output: Any = parent.model.get_output_embeddings()
+        self._plain_head = False
+        self._plain_head = self._has_plain_head(probe)
+
+    @contextmanager
+    def _without_layers(self) -> Iterator[_StandIn]:
+        """While open, stand-ins are in the layers' places; yields the last."""
+        try:
+            for (modules, name), stand_in in zip(self._places, self._stand_ins, strict=True):
+                modules[name] = stand_in
+            yield self._stand_ins[-1]
+        finally:
+            for (modules, name), layer in zip(self._places, self.layers, strict=True):
+                modules[name] = layer
+
+    # ------------------------------------------------------------------------------------------ the way through
+
+    def start(self, input_ids: torch.Tensor) -> Batch:
+        """Embed rows ``[B, T]`` and note what each layer will be given."""
+        with self._without_layers() as last:
+            last.stops = True
+            try:
+                self._parent.model(input_ids=input_ids, use_cache=False)
+            except _Enough:
+                pass
+            finally:
+                last.stops = False
+        calls = []
+        for stand_in in self._stand_ins:
+            assert stand_in.call is not None
+            calls.append(stand_in.call)
+            stand_in.call = None
+        first = calls[0]
+        return Batch(input_ids, first.args[0] if first.args else first.kwargs["hidden_states"], tuple(calls))
+
+    def run(self, batch: Batch, i: int, hidden: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
+        """Layer ``i``, or ``module`` in its place, on hidden states ``[B, T, D]``."""
+        module = self.layers[i] if module is None else module
+        own_type, call = getattr(module, LAYER_TYPE, None), batch.calls[i]
+        if isinstance(own_type, str) and self._types:
+            call = batch.calls[list(self._types).index(own_type)]
+        return self.arithmetic.count(key_of(module, hidden), lambda: call.of(module, hidden))
+
+    def head(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Logits ``[B, T, V]`` and what the head reads, from what the last layer gives.
+
+        For all tokens or some neighbouring ones; ``input_ids`` are theirs.
+        """
+        return self.arithmetic.count(("head", hidden.shape), lambda: self._head(input_ids, hidden))
+
+    def _head(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self._plain_head:
+            read = self._norm(hidden)
+            return self._output(read), read
+        seen: list[torch.Tensor] = []
+        handle = self._norm.register_forward_hook(lambda module, args, output: seen.append(output))
+        try:
+            with self._without_layers() as last:
+                last.gives = hidden
+                try:
+                    logits: torch.Tensor = self._parent.model(input_ids=input_ids, use_cache=False).logits
+                finally:
+                    last.gives = None
+        finally:
+            handle.remove()
+        return logits, seen[-1]
+
+    @torch.no_grad()
+    def _has_plain_head(self, probe: torch.Tensor) -> bool:
+        """Whether logits are the output embedding of the normed hidden states and nothing else, by trying."""
+        hidden = self.start(probe).embedded
+        expected, read = self.head(probe, hidden)
+        return self._output is not None and torch.equal(self._output(read), expected)
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def stages(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
+        """How layer ``i`` is split; tried once, on ``hidden`` ``[B, T, D]`` that it is given."""
+        if i not in self._stages:
+            self._stages[i] = self._split(i, batch, hidden)
+        return self._stages[i]
+
+    def _split(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
+        if not self.can_split(i):
+            return Stages("whole")
+        attention, ffn = (self.library.layer(Alternative(i, other, "no_op")) for other in ("ffn", "attention"))
+        with torch.no_grad():
+            whole = self.run(batch, i, hidden)
+            after = self.run(batch, i, hidden, attention)
+            in_sequence = self.run(batch, i, after, ffn)
+            side_by_side = after + self.run(batch, i, hidden, ffn) - hidden
+        for layout, made in (("sequence", in_sequence), ("parallel", side_by_side)):
+            if _equal(made, whole, hidden):
+                return Stages(layout, attention, ffn)
+        return Stages("whole")
+
+    def can_split(self, i: int) -> bool:
+        descriptor, block = self._parent.descriptor, self._parent.blocks[i]
+        present = not any(own.no_op or own.replace_with_linear for own in (block.attention, block.ffn))
+        return present and descriptor.attn_no_op_supported() and descriptor.mlp_no_op_supported()
+
+    def replaced(
+        self, batch: Batch, alternative: Alternative, hidden: torch.Tensor, middle: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What the layer of an alternative gives with it.
+
+        Args:
+            batch: the rows.
+            alternative: of a layer whose stages are known.
+            hidden: what the layer is given.
+            middle: what its attention's stage gives, where an FFN's alternative of a ``sequence`` starts from there.
+        """
+        i = alternative.layer
+        stages = self._stages[i]
+        if stages.layout != "sequence":
+            return self.run(batch, i, hidden, self.library.layer(alternative))
+        module = self.module_of(alternative, stages)
+        if alternative.subblock == "ffn":
+            assert middle is not None
+            return self.run(batch, i, middle, module)
+        return self.run(batch, i, self.run(batch, i, hidden, module), stages.ffn)
+
+    def module_of(self, alternative: Alternative, stages: Stages) -> nn.Module:
+        """What runs in the place of the stage that an alternative changes."""
+        if stages.layout == "whole":
+            return self.library.layer(alternative)
+        other = "ffn" if alternative.subblock == "attention" else "attention"
+        return self.library.layer(alternative, Alternative(alternative.layer, other, "no_op"))
+
+
+def key_of(module: nn.Module, hidden: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for modules that do as many operations on hidden states of this shape."""
+    return (type(module), hidden.shape, tuple(p.shape for p in module.parameters()))
+
+
+def _equal(made: torch.Tensor, whole: torch.Tensor, given: torch.Tensor) -> bool:
+    update = (whole - given).float().abs().max().clamp_min(1e-12)
+    return bool((made - whole).float().abs().max() <= _TOLERANCE.get(whole.dtype, 3e-2) * update)
+
+
+class CannotTakeApart(Exception):
+    """A parent does not give layer by layer what it gives as a whole; the message says why."""
+
+
+@torch.no_grad()
+def take_apart(library: Library, input_ids: torch.Tensor) -> StagedParent:
+    """The parent taken apart, if so it gives what it gives as a whole; tried on rows ``[B, T]``, B at least 2.
+
+    Raises:
+        CannotTakeApart: it does not.
+    """
+    parent = library.parent
+    if not hands_over(parent):
+        raise CannotTakeApart("its layers leave each other more than hidden states")
+    expected = parent.model(input_ids=input_ids, use_cache=False).logits
+    try:
+        staged = StagedParent(library)
+        batch = staged.start(input_ids)
+        hidden = batch.embedded.repeat(2, 1, 1)
+        twice = batch.repeated(2)
+        for i in range(len(staged.layers)):
+            hidden = staged.run(twice, i, hidden)
+        half = max(1, input_ids.shape[1] // 2)
+        made = []
+        for own in hidden.view(2, *batch.embedded.shape):
+            parts = [(input_ids[:, :half], own[:, :half]), (input_ids[:, half:], own[:, half:])]
+            made.append(torch.cat([staged.head(ids, part)[0] for ids, part in parts if ids.shape[1]], 1))
+    except Exception as error:  # whatever a family's own code raises when it is not run as it expects
+        raise CannotTakeApart(f"a layer cannot be called by itself: {first_line(error)}") from error
+    if not all(_equal(logits, expected, torch.zeros_like(expected)) for logits in made):
+        raise CannotTakeApart("called one by one, its layers give something else")
+    staged.arithmetic = Arithmetic()
+    return staged

@@ -1,0 +1,172 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+
+from layersmith.demo.job import MODEL
+from layersmith.library.library import Library, build_library, survey
+from layersmith.parent import load_parent
+from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.runtime import Runtime
+from layersmith.scoring import library_scores
+from layersmith.scoring.library_scores import row_order, score_library
+from layersmith.scoring.second_order import _signs, estimate, look
+from layersmith.staged import StagedParent, take_apart
+from tests.conformance.tiny import tiny_config
+from tests.conftest import stock_model
+
+TOKENS = torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(4))
+
+
+def library_of(path: Path, recipe: LibraryRecipe, tokens: torch.Tensor = TOKENS) -> Library:
+    parent = load_parent(path, Runtime(torch.device("cpu"), torch.float32))
+    return build_library(parent, recipe, survey(parent, recipe), tokens, batch_sequences=3)
+
+
+def of_stages(library: Library, tokens: torch.Tensor = TOKENS) -> StagedParent:
+    return take_apart(library, tokens[:2])
+
+
+def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: str) -> None:
+    """Against Jacobians and the Fisher information written out, for the signs that are drawn."""
+    library = library_of(make_parent(family), LibraryRecipe(ffn_fractions=(0.5,)))
+    staged = of_stages(library)
+    rows = TOKENS[:1, :6]
+    alternatives = [a for a in library.alternatives if a.kind != "parent" and a.layer in (1, 3)]
+    found = look(staged, alternatives, rows)
+    estimates = estimate(staged, alternatives, found, rows, [[7]])
+    batch = staged.start(rows)
+    hidden = [batch.embedded]
+    for i in range(4):
+        hidden.append(staged.run(batch, i, hidden[-1]))
+    p = staged.head(rows, hidden[-1])[0][0].softmax(-1)
+    signed = p.sqrt() * _signs([torch.Generator().manual_seed(7)], 6, p.shape[-1], p.device)[0]
+    v = signed - p * signed.sum(-1, keepdim=True)
+    for a in alternatives:
+        stages = staged.stages(a.layer, batch, hidden[a.layer])
+        x = hidden[a.layer]
+        if a.subblock == "ffn":
+            x = staged.run(batch, a.layer, x, stages.attention)
+        after = staged.run(batch, a.layer, x, getattr(stages, a.subblock))
+        change = staged.run(batch, a.layer, x, staged.module_of(a, stages)) - after
+
+        def logits(y: torch.Tensor, a=a, stages=stages) -> torch.Tensor:
+            if a.subblock == "attention":
+                y = staged.run(batch, a.layer, y, stages.ffn)
+            for j in range(a.layer + 1, 4):
+                y = staged.run(batch, j, y)
+            return staged.head(rows, y)[0]
+
+        y = after.detach().requires_grad_()
+        (g,) = torch.autograd.grad((logits(y)[0] * v).sum(), y)
+        expected = 0.5 * (g * change).sum(-1).square().mean()
+        assert float(estimates[a.identity]) == pytest.approx(float(expected), rel=1e-3, abs=1e-9), a.key
+    assert any(a.identity in found.silencing for a in alternatives)
+
+
+def test_signs_have_the_fisher_information_as_their_second_moment() -> None:
+    p = torch.tensor([0.6, 0.3, 0.1, 0.0])
+    generators = [torch.Generator().manual_seed(row) for row in range(4)]
+    signs = _signs(generators, 20_000, 4, p.device).flatten(0, 1)
+    assert set(signs.unique().tolist()) == {-1.0, 1.0}
+    signed = p.sqrt() * signs
+    v = signed - p * signed.sum(-1, keepdim=True)
+    fisher = p.diag() - torch.outer(p, p)
+    assert torch.allclose(v.T @ v / len(v), fisher, atol=0.01)
+
+
+@pytest.mark.parametrize("model_type", ["gptj", "gemma2", "falcon", "mixtral", "olmo2", "granite", "gpt2"])
+def test_small_changes_are_estimated_right_in_every_layout(model_type: str, tmp_path: Path) -> None:
+    """Sequential, parallel, with norms after subblocks, experts: the ratio to the exact KL is one for small changes."""
+    torch.manual_seed(0)
+    stock_model(tiny_config(model_type)).save_pretrained(tmp_path)
+    vocab_size = min(500, load_parent(tmp_path, Runtime(torch.device("cpu"), torch.float32)).language_config.vocab_size)
+    tokens = torch.randint(3, vocab_size, (4, 40), generator=torch.Generator().manual_seed(1))
+    library = library_of(tmp_path, LibraryRecipe(ffn_fractions=(0.75, 0.5)), tokens)
+    exact = score_library(library, tokens, ScoringRecipe(mode="exact", batch_tokens=80))
+    staged = of_stages(library, tokens)
+    alternatives = [a for a in library.alternatives if a.kind != "parent"]
+    found = look(staged, alternatives, tokens)
+    seeds = [[100 * k + row for row in range(len(tokens))] for k in range(8)]
+    estimates = estimate(staged, alternatives, found, tokens, seeds)
+    ratios = []
+    for s in exact:
+        if (
+            s.alternative.kind != "parent"
+            and s.mean("kl_divergence") > 1e-7
+            and found.size[s.alternative.identity] < 0.1
+        ):
+            ratios.append(float(estimates[s.alternative.identity].mean()) / s.mean("kl_divergence"))
+    if ratios:
+        assert 0.5 < float(torch.tensor(ratios).median()) < 2.0, ratios
+    identities = [a.identity for a in alternatives]
+    by_identity = {s.alternative.identity: s.mean("kl_divergence") for s in exact}
+    ranks = spearmanr([float(estimates[i].mean()) for i in identities], [by_identity[i] for i in identities])
+    assert ranks[0] > 0.8
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Library, torch.Tensor]:
+    """The model that is shipped, on text of this Python's library."""
+    import argparse
+    import textwrap
+
+    from layersmith.data import load_tokenizer
+
+    tokenizer = load_tokenizer(MODEL)
+    text = Path(str(argparse.__file__)).read_text() + Path(str(textwrap.__file__)).read_text()
+    ids = torch.tensor(tokenizer(text)["input_ids"])[: 16 * 128].view(16, 128)
+    return library_of(MODEL, LibraryRecipe(ffn_fractions=(0.75, 0.5, 0.25)), ids[8:]), ids[:8]
+
+
+@pytest.fixture(scope="module")
+def truth(trained: tuple[Library, torch.Tensor]) -> dict[str, float]:
+    library, tokens = trained
+    scores = score_library(library, tokens, ScoringRecipe(mode="exact"))
+    return {s.alternative.key: s.mean("kl_divergence") for s in scores}
+
+
+def test_scores_of_a_trained_model(trained: tuple[Library, torch.Tensor], truth: dict[str, float]) -> None:
+    """Near the exact ones in rank and value, nearer than without exact runs, and as far off as they say."""
+    library, tokens = trained
+    off = []
+    for passes in (0.0, 3.0):
+        recipe = ScoringRecipe(mode="second_order", exact_passes=passes, precision=0)
+        scores = score_library(library, tokens, recipe)
+        off.append(max(abs(s.mean("kl_divergence") - truth[s.alternative.key]) for s in scores))
+    found = [s for s in scores if s.alternative.kind != "parent"]
+    exact = [truth[s.alternative.key] for s in found]
+    assert spearmanr(exact, [s.mean("kl_divergence") for s in found])[0] > 0.985
+    assert off[1] < off[0]
+    assert 0 < sum(s.exact_rows > 0 for s in found) < len(found)
+    z = [(s.mean("kl_divergence") - t) / s.error for s, t in zip(found, exact, strict=True) if s.error]
+    assert 0.4 < float(torch.tensor(z).square().mean().sqrt()) < 2.5
+
+
+def test_interrupted_at_any_line_the_scores_are_the_same(trained: tuple[Library, torch.Tensor], tmp_path: Path) -> None:
+    library, tokens = trained
+    recipe = ScoringRecipe(batch_tokens=256, exact_passes=1.0)
+    journal = tmp_path / "journal"
+    whole = score_library(library, tokens[:4], recipe, journal=journal, inputs="a")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    for kept in (1, len(lines) // 5, len(lines) // 2, len(lines) - 3):
+        journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:9])
+        again = score_library(library, tokens[:4], recipe, journal=journal, inputs="a")
+        assert [s.rows for s in again] == [s.rows for s in whole]
+
+
+def test_exact_where_nothing_is_saved_or_kl_is_not_asked_for(
+    make_parent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    library = library_of(make_parent("llama"), LibraryRecipe(ffn_fractions=(0.5,), kv_methods=("pool",), linear=()))
+    monkeypatch.setattr(library_scores, "estimate", lambda *args: pytest.fail("estimated"))
+    for recipe in (ScoringRecipe(exact_passes=1000), ScoringRecipe(objective="lm_loss"), ScoringRecipe(mode="exact")):
+        scores = score_library(library, TOKENS, recipe)
+        assert all(s.exact_rows == len(TOKENS) for s in scores)
+
+
+def test_first_rows_lie_far_apart() -> None:
+    assert row_order(8) == [0, 4, 2, 6, 1, 5, 3, 7]
+    assert sorted(row_order(13)) == list(range(13))
