@@ -26,7 +26,7 @@ from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.subblocks import LayerKind
 
 if TYPE_CHECKING:
-    from layersmith.model_descriptor.attributes import Path, Shapes, Effect, Trial
+    from layersmith.model_descriptor.attributes import Effect, Path, Shapes, Trial
 
 
 @dataclass(frozen=True)
