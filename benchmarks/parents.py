@@ -128,7 +128,7 @@ def _tokenizer(texts: dict[str, str], vocab_size: int) -> PreTrainedTokenizerFas
 def train(name: str, out: Path, steps: int | None = None, threads: int = 1, seed: int = 0) -> None:
     """Train a parent and write it as a Hugging Face folder with ``train.txt`` and ``held-out.txt`` beside it."""
     spec = PARENTS[name]
-    steps = steps or spec.steps
+    steps = spec.steps if steps is None else steps
     torch.set_num_threads(threads)
     torch.manual_seed(seed)
     order = torch.Generator().manual_seed(seed)

@@ -150,7 +150,8 @@ def peer(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     for candidate in candidates:
         (block,) = candidate["single_sequence_replacement"]["child_block_configs"]
         own = (block["attention"].get("num_key_value_heads"), block["ffn"].get("intermediate_size"))
-        if sum(a != b for a, b in zip(own, whole, strict=True)) == 1:
+        (layer,) = candidate["single_sequence_replacement"]["parent_layer_indices"]
+        if sum(a != b for a, b in zip(own, whole, strict=True)) == 1 and layer % args.every == 0:
             kept.append(candidate)
     if args.peer_candidates:
         kept = kept[:: max(1, len(kept) // args.peer_candidates)][: args.peer_candidates]
@@ -173,6 +174,7 @@ def main() -> None:
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--ffn", type=lambda s: [int(v) for v in s.split(",")], required=True, help="widths")
     parser.add_argument("--kv", type=lambda s: [int(v) for v in s.split(",")], required=True, help="KV heads")
+    parser.add_argument("--every", type=int, default=1, help="only every so many layers have alternatives")
     parser.add_argument("--wide-library", action="store_true", help="every kind of alternative that the parent allows")
     parser.add_argument("--no-exact", action="store_true", help="leave out what needs exact scores of everything")
     parser.add_argument("--no-children", action="store_true")
