@@ -7,13 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conformance.tiny import tiny_config
 from conftest import FAMILIES, NO_ATTENTION, block, child_model, stock_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, DbrxForCausalLM, LlamaForCausalLM
 
 import layersmith
 from layersmith.errors import InputError
 from layersmith.heterogeneous.checkpoint import read_subblocks, write_subblocks
+from layersmith.library.alternative import Alternative
 
 IDS = torch.arange(20)[None] * 7 % 512
 BLOCKS = [
@@ -215,3 +217,15 @@ def test_auto_classes_know_children_whichever_is_imported_first(run_python: Call
         done = run_python(f"{imports}\nimport sys\n{load}\nprint('loaded')", str(tmp_path / "child"))
         assert "loaded" in done.stdout, done.stderr
     shutil.rmtree(tmp_path / "child")
+
+
+def test_stock_code_stops_at_a_size_in_a_nested_config_that_changes_no_shape(tmp_path: Path) -> None:
+    config = tiny_config("dbrx")
+    blocks = layersmith.block_configs(config)
+    blocks[1] = Alternative(1, "ffn", "experts_per_token", size=1).block_config(blocks[1])
+    child = child_model(config, blocks)
+    layersmith.save(child, tmp_path / "child")
+    with pytest.raises(Exception, match="d_model"):
+        DbrxForCausalLM.from_pretrained(tmp_path / "child")
+    again = layersmith.load(tmp_path / "child").eval()
+    assert torch.equal(again(IDS % 90, use_cache=False).logits, child(IDS % 90, use_cache=False).logits)

@@ -255,6 +255,7 @@ def stock_guard(
     }
     stock_names = {"attention": "attention", "ffn": "mlp"}
     canonical = getattr(config, "attribute_map", {})
+    read_by_models = [canonical.get(name, name) for name in _READ_BY_MODELS]
     guard: dict[str, dict[str, Any]] = {}
     for i, block in enumerate(block_configs):
         entry: dict[str, Any] = {}
@@ -262,7 +263,9 @@ def stock_guard(
         for name, value in descriptor.block_config_to_layer_overrides(block).items():
             name = canonical.get(name, name)
             own = config.__dict__.get(name)
-            if value is not None and value != own and not isinstance(value, dict | list):
+            if isinstance(value, dict):
+                differs = differs or _differs(own, value)  # in a config of its own, of which an entry is no override
+            elif value is not None and value != own and not isinstance(value, list):
                 differs = True
                 if can_differ(name):
                     entry[name] = value
@@ -277,20 +280,26 @@ def stock_guard(
                 entry |= {size: 0 for name in sizes[subblock] if can_differ(size := canonical.get(name, name))}
         if skip:
             entry["skip"] = skip
-        if differs and not entry.keys() - {"skip"} and (read := next(filter(can_differ, _READ_BY_MODELS), None)):
+        if differs and not entry.keys() - {"skip"} and (read := next(filter(can_differ, read_by_models), None)):
             entry[read] = 0
         if entry:
             guard[str(i)] = entry
     if guard and not can_differ.all_of(guard):
         # Some configs want layers of a type to be alike; then all layers get what no model can be built with.
         known = [canonical.get(n, n) for own in sizes.values() for n in own]
-        alike = ({str(i): {n: 0} for i in range(len(block_configs))} for n in (*known, *_READ_BY_MODELS))
+        alike = ({str(i): {n: 0} for i in range(len(block_configs))} for n in (*known, *read_by_models))
         guard = next(filter(can_differ.all_of, alike), {})
     return guard
 
 
 # Attributes that models read when they are built, and configs seldom do.
 _READ_BY_MODELS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "hidden_act", "hidden_size")
+
+
+def _differs(config: Any, overrides: dict[str, Any]) -> bool:
+    """Whether an override in a nested config is another value than it has."""
+    own = {name: getattr(config, name, None) for name in overrides}
+    return any(_differs(own[n], v) if isinstance(v, dict) else v not in (None, own[n]) for n, v in overrides.items())
 
 
 class _CanDiffer:
