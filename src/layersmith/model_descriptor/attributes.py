@@ -304,7 +304,8 @@ class Trial:
 
 
 def _effect(base: Shapes, changed: Shapes, other: int) -> Effect:
-    shapes = {name: changed[name] for name in base.keys() & changed.keys() if base[name] != changed[name]}
+    # In the order of the layer's weights: that of a set would differ from process to process.
+    shapes = {name: changed[name] for name in base if name in changed and base[name] != changed[name]}
     return Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
 
 
