@@ -27,8 +27,8 @@ families: $(READY)
 check: lint types test
 
 lint: $(READY)
-	$(BIN)/ruff format --check src tests training
-	$(BIN)/ruff check src tests training
+	$(BIN)/ruff format --check src tests training benchmarks
+	$(BIN)/ruff check src tests training benchmarks
 
 types: $(READY)
 	$(BIN)/mypy

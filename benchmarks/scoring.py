@@ -229,9 +229,32 @@ def main() -> None:
     result["peak_rss_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
     if args.peer_python and args.peer_driver:
         result["peer"] = peer(args, args.out.with_suffix(".peer"))
+    if "exact" in result:
+        points = result["exact"]["fidelity"]["points"]
+        plot(points, f"{result['parent']}: {count} alternatives", args.out.with_suffix(".svg"))
     args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
     args.out.write_text(table(result))
     print(table(result))
+
+
+def plot(points: Sequence[tuple[str, float, float]], title: str, out: Path) -> None:
+    """Scores against exact KL, on logarithmic scales."""
+    import altair
+
+    rows = [
+        {"exact KL": truth, "score": found, "kind": key.partition(": ")[2].split()[0], "alternative": key}
+        for key, truth, found in points
+        if truth > 0 and found > 0
+    ]
+    scale = altair.Scale(type="log")
+    marks = altair.Chart(altair.Data(values=rows), title=title).mark_point(size=18)
+    marks = marks.encode(
+        x=altair.X("exact KL:Q", scale=scale), y=altair.Y("score:Q", scale=scale), color="kind:N", shape="kind:N"
+    )
+    ends = [{"exact KL": v, "score": v} for v in (min(r["exact KL"] for r in rows), max(r["exact KL"] for r in rows))]
+    line = altair.Chart(altair.Data(values=ends)).mark_line(color="gray", strokeDash=[4, 3])
+    line = line.encode(x=altair.X("exact KL:Q", scale=scale), y=altair.Y("score:Q", scale=scale))
+    (line + marks).properties(width=420, height=360).save(str(out))
 
 
 def table(result: dict[str, Any]) -> str:

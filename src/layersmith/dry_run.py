@@ -17,6 +17,7 @@ from layersmith.recipe import Recipe
 from layersmith.report.collect import format_cost
 from layersmith.run import Run
 from layersmith.runtime import Runtime
+from layersmith.scoring.library_scores import SWEEP_PASSES
 from layersmith.search.budget import Budget
 from layersmith.search.choose import choose
 
@@ -87,7 +88,10 @@ def _smallest(found: Any, name: str) -> int:
 
 
 def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
-    """Two operations for each weight and token, by stage. An alternative runs its own layer and those after it."""
+    """Two operations for each weight and token, by stage.
+
+    An alternative that is run exactly runs its own layer and those after it; estimates of all cost a few passes.
+    """
     data, layers = recipe.data, len(found.axes)
     inside = [0] * layers
     for alternative in found.alternatives:
@@ -97,6 +101,9 @@ def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
     whole = sum(inside) + head
     suffix = [sum(inside[i:]) + head for i in range(layers)]
     scored = sum(suffix[a.layer] for a in found.alternatives if a.kind != "parent") + whole
+    if recipe.scoring.mode != "exact" and recipe.scoring.objective == "kl_divergence":
+        estimated = (SWEEP_PASSES + recipe.scoring.exact_passes) * whole
+        scored = estimated if recipe.scoring.mode == "second_order" else min(scored, estimated)
     length = data.sequence_length
     return {
         "statistics": 2.0 * whole * data.calibration_sequences * length,

@@ -29,7 +29,7 @@ _PARENT = "parent"
 _ESTIMATE = "second order "  # before the identity of an alternative
 KL = "kl_divergence"
 # About what a second-order sweep costs in forward passes; where fewer exact ones do, there is nothing to save.
-_SWEEP_PASSES = 6.0
+SWEEP_PASSES = 6.0
 
 
 def score_library(
@@ -91,7 +91,7 @@ class _Work:
             return False
         if self.recipe.mode == "second_order":
             return True
-        return sum(map(self.cost, self.pending)) > _SWEEP_PASSES + self.recipe.exact_passes
+        return sum(map(self.cost, self.pending)) > SWEEP_PASSES + self.recipe.exact_passes
 
     def cost(self, alternative: Alternative) -> float:
         """Of an exact run on all rows, in forward passes of the parent."""

@@ -25,7 +25,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, F units of a reader's input, n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -98,6 +98,7 @@ def look(staged: StagedParent, alternatives: Sequence[Alternative], rows: torch.
     """
     batch = staged.start(rows[:1, :_PROBE_TOKENS])
     hidden, found = batch.embedded, Survey()
+    tried: dict[Hashable, bool] = {}
     for i in range(len(staged.layers)):
         layer = _Layer(staged, i, batch, hidden)
         whole = staged.run(batch, i, hidden)
@@ -107,7 +108,7 @@ def look(staged: StagedParent, alternatives: Sequence[Alternative], rows: torch.
             if not own:
                 continue
             before = layer.run(subblock, given)
-            silent = _silencing(staged, layer, own, given, before)
+            silent = _silencing(staged, layer, own, given, before, tried)
             for a in own:
                 if a.identity in silent:
                     after = _silenced(layer, subblock, given, silent[a.identity])
@@ -125,25 +126,37 @@ def _relative(change: torch.Tensor, beside: torch.Tensor) -> float:
 
 
 def _silencing(
-    staged: StagedParent, layer: _Layer, own: Sequence[Alternative], given: torch.Tensor, before: torch.Tensor
+    staged: StagedParent,
+    layer: _Layer,
+    own: Sequence[Alternative],
+    given: torch.Tensor,
+    before: torch.Tensor,
+    tried: dict[Hashable, bool],
 ) -> dict[str, Silencing]:
-    """Of a stage's alternatives those that only silence units; the smallest of each kind is tried."""
+    """Of a stage's alternatives those that only silence units.
+
+    The smallest of each kind is tried, in one layer of every distinct shape; ``tried`` remembers.
+    """
     if layer.stages.layout == "whole":
         return {}
     kinds: dict[tuple[str, str], list[Alternative]] = {}
     for a in own:
         kinds.setdefault((a.kind, a.method), []).append(a)
     result: dict[str, Silencing] = {}
-    for members in kinds.values():
+    for kind, members in kinds.items():
         entries = {a.identity: staged.library.silenced(a) for a in members}
         if any(e is None for e in entries.values()):
             continue
         own_result = {identity: Silencing(e) for identity, e in entries.items() if e is not None}
         smallest = min(members, key=lambda a: a.size)
-        expected = layer.changed(smallest, given)
-        made = _silenced(layer, smallest.subblock, given, own_result[smallest.identity])
-        tolerance = 1e-3 if given.dtype == torch.float32 else 5e-2
-        if (made - expected).float().abs().max() <= tolerance * (expected - before).float().abs().max():
+        key = (kind, smallest.size, key_of(staged.layers[layer.i], given))
+        if key not in tried:
+            expected = layer.changed(smallest, given)
+            made = _silenced(layer, smallest.subblock, given, own_result[smallest.identity])
+            tolerance = 1e-3 if given.dtype == torch.float32 else 5e-2
+            most = (expected - before).float().abs().max()
+            tried[key] = bool((made - expected).float().abs().max() <= tolerance * most)
+        if tried[key]:
             result.update(own_result)
     return result
 
