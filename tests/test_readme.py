@@ -59,6 +59,8 @@ def test_make_targets_and_links_exist() -> None:
         assert (ROOT / link).exists(), link
 
 
-def test_the_six_files_are_as_long_as_a_reader_can_bear() -> None:
+def test_modules_are_as_long_as_a_reader_can_bear() -> None:
+    """At most 600 lines, unless the module says why not; what travels with a checkpoint has to be one file."""
     for path in (ROOT / "src").rglob("*.py"):
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 600, path
+        text = path.read_text(encoding="utf-8")
+        assert len(text.splitlines()) <= 600 or "It is longer than a module should be because" in text, path

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import PretrainedConfig
 from transformers.pytorch_utils import Conv1D
 
-from layersmith.block_config import BlockConfig, FFNConfig
+from layersmith.block_config import BlockConfig
 from layersmith.errors import first_line
 from layersmith.heterogeneous.build import decoder_layers
 from layersmith.heterogeneous.patcher import deci_x_patcher
@@ -33,8 +33,8 @@ from layersmith.library.axes import (
     Segment,
     WeightAxis,
     WidthAxis,
-    largest_part,
 )
+from layersmith.library.changes import Change, fewer_experts, narrower_ffn, narrower_shared, other_kv_heads
 from layersmith.library.mixers import mixer_heads, mixer_state
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
@@ -74,10 +74,6 @@ def input_dim(layer: nn.Module, weight: str) -> int | None:
     if isinstance(module, nn.Linear):
         return 1
     return 0 if isinstance(module, Conv1D) else None
-
-
-# What a change makes of a block: the block with another size, that size, and the one it had; None: it has no such size.
-Change = Callable[[BlockConfig, int, bool], tuple[BlockConfig, int, int] | None]
 
 
 @dataclass(frozen=True)
@@ -209,7 +205,7 @@ class Finder:
             raise NoAxis("its config has no width")
         if size < 2:
             raise NoAxis("it has one channel already")
-        return self._width_axis(i, self.experiment("width", _narrower_ffn), size)
+        return self._width_axis(i, self.experiment("width", narrower_ffn), size)
 
     def shared_width(self, i: int) -> WidthAxis:
         """The width of shared experts."""
@@ -217,14 +213,14 @@ class Finder:
         assert moe is not None
         size = moe.shared_expert_intermediate_dim
         assert size is not None
-        return self._width_axis(i, self.experiment("shared", _narrower_shared), size)
+        return self._width_axis(i, self.experiment("shared", narrower_shared), size)
 
     def _has_own_shared_width(self, i: int) -> bool:
         """Whether shared experts have a width that the others do not go with."""
         moe = self.blocks[i].ffn.moe
         if moe is None or (moe.shared_expert_intermediate_dim or 0) < 2:
             return False
-        made, experts = self.experiment("shared", _narrower_shared), self.experiment("width", _narrower_ffn)
+        made, experts = self.experiment("shared", narrower_shared), self.experiment("width", narrower_ffn)
         if made.problem or made.shapes[i] == self.base[i]:
             return False
         changed = {n for n, shape in made.shapes[i].items() if shape != self.base[i].get(n)}
@@ -287,7 +283,7 @@ class Finder:
         if moe is None or self.blocks[i].ffn.no_op or self.blocks[i].ffn.replace_with_linear:
             raise NoAxis("there are no experts")
         members = self._members(i)
-        made = self.experiment("experts", _fewer_experts)
+        made = self.experiment("experts", fewer_experts)
         governed = [g for g in self.governed(made, i) if members.number_of(g.name) is None]
         if not members.stacks and not members.lists:
             raise NoAxis("no stack or list of weights has one for each expert")
@@ -316,7 +312,7 @@ class Finder:
         moe = self.blocks[i].ffn.moe
         if moe is None:
             return _Members(0, (), ())
-        made = self.experiment("experts", _fewer_experts)
+        made = self.experiment("experts", fewer_experts)
         if made.problem:
             raise NoAxis(made.problem)
         count = moe.num_local_experts
@@ -353,7 +349,7 @@ class Finder:
         if self.described is not None and self.described.attention_stays(i):
             why = "later layers use its keys and values"
         if count is not None and count > 1:
-            of_kv = self.governed(self.experiment("kv", _other_kv_heads), i)
+            of_kv = self.governed(self.experiment("kv", other_kv_heads), i)
             why = "" if of_kv else "its number of KV heads changes no weight of the layer"
         elif count == 1:
             why = "it has one KV head already"
@@ -571,47 +567,3 @@ def _split_fused(parts: Sequence[Segment], rest: int) -> list[Segment]:
         else:
             found.append(segment)
     return [*found, Segment(REST, rest)] if rest else found
-
-
-# ---------------------------------------------------------------------------------------------- changes
-
-
-def _other(size: int, larger: bool) -> int:
-    return 2 * size if larger else largest_part(size)
-
-
-def _narrower_ffn(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
-    moe = block.ffn.moe
-    if moe is None:
-        return _changed(block, i, "ffn", "ffn_width", block.ffn.intermediate_size, larger)
-    return _changed(block, i, "ffn", "expert_width", moe.expert_intermediate_dim, larger)
-
-
-def _narrower_shared(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
-    moe = block.ffn.moe
-    size = moe.shared_expert_intermediate_dim if moe is not None else None
-    return _changed(block, i, "ffn", "shared_width", size, larger)
-
-
-def _fewer_experts(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
-    moe = block.ffn.moe
-    if moe is None or moe.num_local_experts < 2:
-        return None
-    # A token cannot use more than there are; what it uses changes no shape.
-    per_token = min(moe.num_experts_per_tok, _other(moe.num_local_experts, larger))
-    enough = dataclasses.replace(block, ffn=FFNConfig(moe=dataclasses.replace(moe, num_experts_per_tok=per_token)))
-    return _changed(enough, i, "ffn", "experts", moe.num_local_experts, larger)
-
-
-def _other_kv_heads(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
-    return _changed(block, i, "attention", "kv_heads", block.attention.num_key_value_heads, larger)
-
-
-def _changed(
-    block: BlockConfig, i: int, subblock: str, kind: str, size: int | None, larger: bool
-) -> tuple[BlockConfig, int, int] | None:
-    """The block with an alternative of another size; None where there is no size, or it is 1."""
-    if size is None or size < 2:
-        return None
-    other = _other(size, larger)
-    return Alternative(i, subblock, kind, size=other).block_config(block), other, size

@@ -23,10 +23,10 @@ from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.mixers import filled_cache, mamba_config, mixer_values
+from layersmith.model_descriptor.mixers import mamba_config, mixer_values
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
-from layersmith.model_descriptor.slots import appends_to_cache
+from layersmith.model_descriptor.slots import appends_to_cache, in_cache
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
 from layersmith.model_descriptor.structure import Structure, find_structure
@@ -166,8 +166,8 @@ def find(config: PretrainedConfig) -> Findings:
             )
     large = skeleton.get_submodule(structure.layers)
     widths = [_widths(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
-    in_cache = _in_cache(specimen, examples, sizes)
-    latent = [at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(in_cache)]
+    seen_in_cache = in_cache(specimen, examples, sizes)
+    latent = [at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(seen_in_cache)]
     groups = _groups(skeleton, structure)
     remote = not type(specimen.model).__module__.startswith("transformers.")
     return Findings(
@@ -181,8 +181,8 @@ def find(config: PretrainedConfig) -> Findings:
         remote,
         tuple(notes),
         tuple(widths),
-        tuple(own.stateful for own in in_cache),
-        tuple(own.numbers for own in in_cache),
+        tuple(own.stateful for own in seen_in_cache),
+        tuple(own.numbers for own in seen_in_cache),
         tuple(latent),
         tuple(
             _mixer(sizes[k], config, i, skeleton.get_submodule(f"{structure.layers}.{i}"))
@@ -191,42 +191,6 @@ def find(config: PretrainedConfig) -> Findings:
         appends,
         config,
     )
-
-
-@dataclass(frozen=True)
-class _InCache:
-    """What a layer leaves in the cache.
-
-    Attributes:
-        stateful: a state of fixed size, no keys and values.
-        numbers: for each one of a value head; 2 where keys are as long as values.
-        latent: numbers for a token that all heads share; 0 if each KV head has its own.
-    """
-
-    stateful: bool = False
-    numbers: float = 2.0
-    latent: int = 0
-
-
-def _in_cache(specimen: Specimen, layers: Sequence[int], sizes: Sequence[Sizes]) -> list[_InCache]:
-    """Look at the cache after a run; where there is none, they are taken for keys and values of one length."""
-    try:
-        cache = filled_cache(specimen)
-        slots = [cache.layers[i] for i in layers]
-    except Exception:  # a family's own code may keep no cache, or another kind
-        return [_InCache()] * len(layers)
-    found = []
-    for slot, own in zip(slots, sizes, strict=True):
-        keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
-        if not isinstance(keys, torch.Tensor) or not keys.numel():
-            found.append(_InCache(stateful=True))
-        elif not isinstance(values, torch.Tensor) or keys.ndim != 4 or values.ndim != 4 or not values.shape[-1]:
-            found.append(_InCache())
-        elif keys.shape[1] == 1 and own.query_heads and own.kv_heads is None:
-            found.append(_InCache(latent=keys.shape[-1] + values.shape[-1]))
-        else:
-            found.append(_InCache(numbers=1.0 + keys.shape[-1] / values.shape[-1]))
-    return found
 
 
 def _at_full_length(length: int, kind: LayerKind, small: nn.Module, large: nn.Module) -> int | None:
