@@ -167,7 +167,9 @@ def find(config: PretrainedConfig) -> Findings:
     large = skeleton.get_submodule(structure.layers)
     widths = [_widths(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
     seen_in_cache = in_cache(specimen, examples, sizes)
-    latent = [at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(seen_in_cache)]
+    latent = [
+        at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(seen_in_cache)
+    ]
     groups = _groups(skeleton, structure)
     remote = not type(specimen.model).__module__.startswith("transformers.")
     return Findings(
