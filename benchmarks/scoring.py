@@ -195,7 +195,9 @@ def main() -> None:
     needed = (3 * args.rows + 16) * args.length
     all_rows = torch.tensor(ids[:needed]).view(-1, args.length)
     calibration, rows, unseen = all_rows.split([2 * args.rows, args.rows, 16])
-    recipe = LibraryRecipe() if args.wide_library else LibraryRecipe(
+    kept = tuple(i for i in range(len(parent.blocks)) if i % args.every)
+    recipe = LibraryRecipe(keep_layers=kept) if args.wide_library else LibraryRecipe(
+        keep_layers=kept,
         ffn_sizes=tuple(args.ffn), kv_heads=tuple(args.kv), kv_methods=("contribution",), ffn_ranking="contribution",
         query_heads=False, windows=False, linear=(),
     )  # fmt: skip
