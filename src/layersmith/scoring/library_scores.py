@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -95,10 +96,16 @@ class _Work:
 
     def cost(self, alternative: Alternative) -> float:
         """Of an exact run on all rows, in forward passes of the parent."""
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in self.library.parent.layers]
-        output = self.library.parent.model.get_output_embeddings()
+        return self._rest_of_a_pass[alternative.layer]
+
+    @cached_property
+    def _rest_of_a_pass(self) -> list[float]:
+        """For each layer the share of the parent's weights that lie in it and after it."""
+        parent = self.library.parent
+        layers = [sum(p.numel() for p in layer.parameters()) for layer in parent.layers]
+        output = parent.model.get_output_embeddings()
         head = sum(p.numel() for p in output.parameters()) if output is not None else 0
-        return (sum(layers[alternative.layer :]) + head) / (sum(layers) + head)
+        return [(sum(layers[i:]) + head) / (sum(layers) + head) for i in range(len(layers))]
 
     def in_words(self, scores: Sequence[Score]) -> str:
         """How alternatives were scored."""
