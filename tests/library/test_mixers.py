@@ -42,6 +42,15 @@ def gives_the_same(library: Library, kind: str, size: int) -> bool:
     return torch.allclose(after, before, atol=1e-5 * float(before.abs().max()))
 
 
+def test_every_alternative_can_be_built_where_layers_have_one_subblock_each() -> None:
+    parent = parent_of("nemotron_h")
+    library = build_library(parent, LibraryRecipe(), survey(parent, LibraryRecipe()), TOKENS, batch_sequences=2)
+    assert any(a.kind == "linear" for a in library.alternatives)
+    for alternative in library.alternatives:
+        with exchanged(parent, library.layers([alternative])):
+            assert bool(forward(parent, TOKENS)[0].isfinite().all()), alternative.key
+
+
 class _Mamba2:
     """Rows of a Mamba-2 mixer, ``[z: H P, x: H P, B: G N, C: G N, dt: H]``; its convolution has those of x, B and C."""
 

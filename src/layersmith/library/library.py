@@ -186,11 +186,14 @@ class Library:
         return layer.eval().requires_grad_(False)
 
     def _skeleton(self, index: int, changed: Sequence[Alternative]) -> nn.Module:
-        """The layer on the meta device. All layers are built with the same change at once, and kept."""
+        """The layer on the meta device. All layers that have the subblock are built so at once, and kept."""
         configs = {a.subblock: a.subblock_config(self.parent.blocks[index]) for a in changed}
         key = fingerprint({subblock: config.to_dict() for subblock, config in configs.items()})
         if key not in self._skeletons:
-            blocks = [dataclasses.replace(block, **configs) for block in self.parent.blocks]  # type: ignore[arg-type]
+            blocks = []
+            for block in self.parent.blocks:
+                there: dict[str, Any] = {s: c for s, c in configs.items() if not block.subblock(s).no_op}
+                blocks.append(dataclasses.replace(block, **there))
             self._skeletons[key] = meta_layers(self.parent.descriptor, self.parent.config, blocks)
         return self._skeletons[key][index]
 
