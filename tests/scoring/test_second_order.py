@@ -77,7 +77,7 @@ def test_signs_have_the_fisher_information_as_their_second_moment() -> None:
     assert torch.allclose(v.T @ v / len(v), fisher, atol=0.01)
 
 
-@pytest.mark.parametrize("model_type", ["gptj", "gemma2", "falcon", "mixtral", "olmo2", "granite", "gpt2"])
+@pytest.mark.parametrize("model_type", ["gptj", "gemma2", "falcon", "mixtral", "olmo2", "granite", "gpt2", "qwen2_moe"])
 def test_small_changes_are_estimated_right_in_every_layout(model_type: str, tmp_path: Path) -> None:
     """Sequential, parallel, with norms after subblocks, experts: the ratio to the exact KL is one for small changes."""
     torch.manual_seed(0)
@@ -91,6 +91,7 @@ def test_small_changes_are_estimated_right_in_every_layout(model_type: str, tmp_
     found = look(staged, alternatives, tokens)
     seeds = [[100 * k + row for row in range(len(tokens))] for k in range(8)]
     estimates = estimate(staged, alternatives, found, tokens, seeds)
+    assert {tuple(values.shape) for values in estimates.values()} == {(len(tokens),)}
     ratios = []
     for s in exact:
         if (

@@ -152,10 +152,14 @@ def _silencing(
         key = (kind, smallest.size, key_of(staged.layers[layer.i], given))
         if key not in tried:
             expected = layer.changed(smallest, given)
-            made = _silenced(layer, smallest.subblock, given, own_result[smallest.identity])
+            silencing = own_result[smallest.identity]
+            with _watched(layer.stage(smallest.subblock), list(silencing.entries)) as inputs:
+                made = _silenced(layer, smallest.subblock, given, silencing)
             tolerance = 1e-3 if given.dtype == torch.float32 else 5e-2
             most = (expected - before).float().abs().max()
-            tried[key] = bool((made - expected).float().abs().max() <= tolerance * most)
+            is_alike = bool((made - expected).float().abs().max() <= tolerance * most)
+            # A reader that is given some tokens only, or some twice, does not tell which is which.
+            tried[key] = is_alike and all(x[..., 0].numel() == given[..., 0].numel() for x in inputs.values())
         if tried[key]:
             result.update(own_result)
     return result
@@ -271,7 +275,9 @@ class _Pass:
                         (self.inputs[name] * at).float() @ masks[name].to(at.device)
                         for name, at in zip(readers, at_readers, strict=True)
                     ]
-                    _add(sums, self.silent, torch.stack(products).sum(0).unbind(-1))
+                    # Some modules are given the tokens of all rows in one dimension.
+                    total = torch.stack(products).sum(0).view(*self.given.shape[:2], -1)
+                    _add(sums, self.silent, total.unbind(-1))
             for a in self.own:
                 if a.identity not in self.found.silencing:
                     with self.layer.staged.arithmetic.needs():
