@@ -41,7 +41,8 @@ def exchanged(parent: Parent, layers: Mapping[int, nn.Module]) -> Iterator[None]
 
     A layer with a window where there was none, or the other way round, has the mask of its own type.
     """
-    originals = {i: parent.layers[i] for i in layers}
+    own_layers = parent.layers
+    originals = {i: own_layers[i] for i in layers}
     types = getattr(parent.language_config, "layer_types", None)
     changed = {
         i: getattr(layer, LAYER_TYPE)
@@ -61,8 +62,7 @@ def exchanged(parent: Parent, layers: Mapping[int, nn.Module]) -> Iterator[None]
             parent.model.set_submodule(parent.descriptor.layer_block_name(i), layer)
 
 
-@torch.inference_mode()
-def forward(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def logits_and_hidden(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits ``[B, T, V]`` and the hidden states ``[B, T, D]`` that the head reads, of the model as it stands."""
     seen: list[torch.Tensor] = []
     norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
@@ -72,6 +72,9 @@ def forward(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torc
     finally:
         handle.remove()
     return logits, seen[-1]
+
+
+forward = torch.inference_mode()(logits_and_hidden)
 
 
 @torch.inference_mode()

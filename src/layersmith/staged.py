@@ -27,7 +27,7 @@ from torch import nn
 
 from layersmith.arithmetic import Arithmetic
 from layersmith.errors import first_line
-from layersmith.execution import LAYER_TYPE, first_tensor, hands_over, layer_outputs
+from layersmith.execution import LAYER_TYPE, exchanged, first_tensor, hands_over, layer_outputs, logits_and_hidden
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -41,6 +41,12 @@ class Call:
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+
+    @property
+    def hidden(self) -> torch.Tensor:
+        """The hidden states that it came with."""
+        hidden: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
+        return hidden
 
     def of(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The hidden states that a layer makes of others."""
@@ -121,13 +127,12 @@ class _StandIn(DummyBlock):
         self.gives: torch.Tensor | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        if self.gives is not None:
-            hidden = self.gives
-        else:
+        hidden = self.gives
+        if hidden is None:
             self.call = Call(args, kwargs)
             if self.stops:
                 raise _Enough
+            hidden = self.call.hidden
         return hidden if isinstance(self.like, torch.Tensor) else type(self.like)((hidden, *self.like[1:]))
 
 
@@ -148,10 +153,6 @@ class StagedParent:
         logits, _, outputs = layer_outputs(parent, probe)
         self.vocab_size = logits.shape[-1]
         self._stand_ins = [_StandIn(layer, i, outputs[i]) for i, layer in enumerate(self.layers)]
-        self._places = []
-        for i in range(len(self.layers)):
-            container, _, name = parent.descriptor.layer_block_name(i).rpartition(".")
-            self._places.append((parent.model.get_submodule(container)._modules, name))
         self.arithmetic = Arithmetic()
         self._stages: dict[int, Stages] = {}
         self._types = getattr(parent.language_config, "layer_types", None)
@@ -163,13 +164,8 @@ class StagedParent:
     @contextmanager
     def _without_layers(self) -> Iterator[_StandIn]:
         """While open, stand-ins are in the layers' places; yields the last."""
-        try:
-            for (modules, name), stand_in in zip(self._places, self._stand_ins, strict=True):
-                modules[name] = stand_in
+        with exchanged(self._parent, dict(enumerate(self._stand_ins))):
             yield self._stand_ins[-1]
-        finally:
-            for (modules, name), layer in zip(self._places, self.layers, strict=True):
-                modules[name] = layer
 
     # ------------------------------------------------------------------------------------------ the way through
 
@@ -188,8 +184,14 @@ class StagedParent:
             assert stand_in.call is not None
             calls.append(stand_in.call)
             stand_in.call = None
-        first = calls[0]
-        return Batch(input_ids, first.args[0] if first.args else first.kwargs["hidden_states"], tuple(calls))
+        return Batch(input_ids, calls[0].hidden, tuple(calls))
+
+    def hidden_states(self, batch: Batch) -> list[torch.Tensor]:
+        """What each layer is given, and what the last one gives: ``[B, T, D]`` each."""
+        states = [batch.embedded]
+        for i in range(len(self.layers)):
+            states.append(self.run(batch, i, states[-1]))
+        return states
 
     def run(self, batch: Batch, i: int, hidden: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
         """Layer ``i``, or ``module`` in its place, on hidden states ``[B, T, D]``."""
@@ -210,18 +212,12 @@ class StagedParent:
         if self._plain_head:
             read = self._norm(hidden)
             return self._output(read), read
-        seen: list[torch.Tensor] = []
-        handle = self._norm.register_forward_hook(lambda module, args, output: seen.append(output))
-        try:
-            with self._without_layers() as last:
-                last.gives = hidden
-                try:
-                    logits: torch.Tensor = self._parent.model(input_ids=input_ids, use_cache=False).logits
-                finally:
-                    last.gives = None
-        finally:
-            handle.remove()
-        return logits, seen[-1]
+        with self._without_layers() as last:
+            last.gives = hidden
+            try:
+                return logits_and_hidden(self._parent, input_ids)
+            finally:
+                last.gives = None
 
     @torch.no_grad()
     def _has_plain_head(self, probe: torch.Tensor) -> bool:

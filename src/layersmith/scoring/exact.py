@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 
@@ -43,7 +44,7 @@ def run_exactly(
     Args:
         library: of the alternatives.
         staged: the parent taken apart; None where it cannot be.
-        groups: alternatives of one layer each that go on in one batch.
+        groups: alternatives of one layer each that go on in one batch; those of a layer follow each other.
         rows: token ids.
     """
     if staged is None:
@@ -65,27 +66,21 @@ def _run_staged(
     staged: StagedParent, groups: Sequence[Sequence[Alternative]], rows: torch.Tensor
 ) -> Iterator[Measured]:
     batch = staged.start(rows)
-    inputs = [batch.embedded]
     with staged.arithmetic.needs():
-        for i in range(len(staged.layers)):
-            inputs.append(staged.run(batch, i, inputs[-1]))
+        inputs = staged.hidden_states(batch)
         reference = Reference.of(*staged.head(rows, inputs[-1]), rows)
-    yield Measured(None, as_rows(row_means([measure(reference, reference.logits.clone(), reference.hidden)])))
-    middle: tuple[int, torch.Tensor] | None = None  # of the last layer that needed it
-    for group in groups:
-        i = group[0].layer
+    own_spans = [reference.span(start, end) for start, end in spans(rows, staged.vocab_size)]
+    yield Measured(None, as_rows(row_means([measure(own, own.logits.clone(), own.hidden) for own in own_spans])))
+    for i, of_layer in groupby(groups, key=lambda group: group[0].layer):
+        own = list(of_layer)
         stages = staged.stages(i, batch, inputs[i])
-        if (
-            stages.layout == "sequence"
-            and any(a.subblock == "ffn" for a in group)
-            and (middle is None or middle[0] != i)
-        ):
-            middle = (i, staged.run(batch, i, inputs[i], stages.attention))
-        own_middle = None if middle is None else middle[1]
-        with staged.arithmetic.needs():
-            hidden = torch.stack([staged.replaced(batch, a, inputs[i], own_middle) for a in group])
-            measured = _measured(staged, reference, rows, _rest(staged, batch, i, hidden))
-        yield from (Measured(a, own_rows) for a, own_rows in zip(group, measured, strict=True))
+        starts_there = stages.layout == "sequence" and any(a.subblock == "ffn" for group in own for a in group)
+        middle = staged.run(batch, i, inputs[i], stages.attention) if starts_there else None
+        for group in own:
+            with staged.arithmetic.needs():
+                hidden = torch.stack([staged.replaced(batch, a, inputs[i], middle) for a in group])
+                measured = _measured(staged, reference, rows, _rest(staged, batch, i, hidden))
+            yield from (Measured(a, own_rows) for a, own_rows in zip(group, measured, strict=True))
 
 
 def _rest(staged: StagedParent, batch: Batch, i: int, hidden: torch.Tensor) -> torch.Tensor:
@@ -100,22 +95,22 @@ def _rest(staged: StagedParent, batch: Batch, i: int, hidden: torch.Tensor) -> t
 
 def _measured(staged: StagedParent, reference: Reference, rows: torch.Tensor, hidden: torch.Tensor) -> list[Rows]:
     """For each of A hidden states ``[A, B, T, D]`` that the last layer gives, the metrics of every row."""
-    length = rows.shape[1]
-    span_tokens = span_tokens_of(rows, staged.vocab_size)
     result = []
     for own in hidden:
-        spans = []
-        for start in range(0, length, span_tokens):
-            end = min(length, start + span_tokens)
+        found = []
+        for start, end in spans(rows, staged.vocab_size):
             logits, read = staged.head(rows[:, start:end], own[:, start:end])
-            spans.append(measure(reference.span(start, end), logits, read))
-        result.append(as_rows(row_means(spans)))
+            found.append(measure(reference.span(start, end), logits, read))
+        result.append(as_rows(row_means(found)))
     return result
 
 
-def span_tokens_of(rows: torch.Tensor, vocab_size: int) -> int:
-    """Neighbouring tokens of rows ``[B, T]`` whose logits are held at once."""
-    return max(1, _SPAN_BYTES.get(rows.device.type, _SPAN_BYTES["cuda"]) // (4 * vocab_size * len(rows)))
+def spans(rows: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, int]]:
+    """Start and end of neighbouring tokens of rows ``[B, T]`` whose logits are held at once."""
+    num_rows, length = rows.shape
+    size = max(1, _SPAN_BYTES.get(rows.device.type, _SPAN_BYTES["cuda"]) // (4 * vocab_size * num_rows))
+    for start in range(0, length, size):
+        yield start, min(length, start + size)
 
 
 @torch.inference_mode()

@@ -64,12 +64,12 @@ def score_library(
     except CannotTakeApart as reason:
         progress.note(f"scoring runs the whole model for every alternative, because {reason}.")
     work = _Work(library, staged, tokens, recipe, pending)
-    with Journal(journal, inputs) as known:
+    with Journal(journal, inputs) as results:
         if work.by_estimates:
-            scores = work.estimated(known, seed, progress)
+            scores = work.estimated(results, seed, progress)
         else:
-            work.exact(known, {a.identity: len(tokens) for a in pending}, progress, "score")
-            scores = [_exact_score(a, known, len(tokens)) for a in library.alternatives]
+            work.exact(results, {a.identity: len(tokens) for a in pending}, progress, "score")
+            scores = [_exact_score(a, results, len(tokens)) for a in library.alternatives]
     if staged is not None and staged.arithmetic.done:
         progress.note(f"scoring: {staged.arithmetic}; {work.in_words(scores)}")
     return scores
@@ -122,11 +122,11 @@ class _Work:
 
     # ------------------------------------------------------------------------------------------ exact
 
-    def exact(self, known: Journal, wanted: dict[str, int], progress: Progress, stage: str) -> None:
+    def exact(self, results: Journal, wanted: dict[str, int], progress: Progress, stage: str) -> None:
         """Run alternatives exactly, each on the first of the rows in their order.
 
         Args:
-            known: where results are, and go.
+            results: those that are there already; new ones are added.
             wanted: identity to a number of rows.
             progress: told of layers run.
             stage: its name.
@@ -144,15 +144,18 @@ class _Work:
                 own = [a for a in self.pending if wanted.get(a.identity, 0) > places[0]]
                 # Groups do not hang on what is known already, or an interrupted run would round in another way.
                 groups = in_groups(own, max(1, self.recipe.batch_tokens // (len(rows) * length)))
-                missing = [g for g in groups if not all(known.has(a.identity, rows) for a in g)]
-                advance(sum(steps[a.identity] for g in groups if g not in missing for a in g) * len(rows))
-                if not missing and known.has(_PARENT, rows):
+                missing = []
+                for group in groups:
+                    if all(results.has(a.identity, rows) for a in group):
+                        advance(sum(steps[a.identity] for a in group) * len(rows))
+                    else:
+                        missing.append(group)
+                if not missing and results.has(_PARENT, rows):
                     continue
                 found = run_exactly(self.library, self.staged, missing, self.tokens[rows].to(device))
                 for measured in found:
                     of = _PARENT if measured.alternative is None else measured.alternative.identity
-                    for row, values in zip(rows, measured.rows, strict=True):
-                        known.write(of, row, [values])
+                    results.write(of, rows, measured.rows)
                     if measured.alternative is not None:
                         advance(steps[of] * len(rows))
 
@@ -164,7 +167,7 @@ class _Work:
 
     # ------------------------------------------------------------------------------------------ estimates
 
-    def estimated(self, known: Journal, seed: int, progress: Progress) -> list[Score]:
+    def estimated(self, results: Journal, seed: int, progress: Progress) -> list[Score]:
         """Estimates for all, exact runs for those that tell most, and what follows for the others."""
         assert self.staged is not None
         num_rows = len(self.tokens)
@@ -172,15 +175,16 @@ class _Work:
         with progress.stage("score", num_rows, "sequences") as advance:
             found = look(self.staged, self.pending, self.tokens[:1].to(device))
             for rows in self.batches(range(num_rows)):
-                if not all(known.has(_ESTIMATE + a.identity, rows) for a in self.pending):
+                if not all(results.has(_ESTIMATE + a.identity, rows) for a in self.pending):
                     seeds = [[_row_seed(seed, k, row) for row in rows] for k in range(self.recipe.samples)]
                     values = estimate(self.staged, self.pending, found, self.tokens[rows].to(device), seeds)
                     for a in self.pending:
                         estimates = [{KL: float(v)} for v in values[a.identity]]
-                        known.write(_ESTIMATE + a.identity, rows[0], estimates)
+                        results.write(_ESTIMATE + a.identity, rows, estimates)
                 advance(len(rows))
         by_row = {
-            a.identity: [known.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)] for a in self.pending
+            a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
+            for a in self.pending
         }
         before = prior(
             self.pending,
@@ -190,18 +194,18 @@ class _Work:
         costs = [self.cost(a) / num_rows for a in self.pending]
         chosen = choose_runs(before, costs, num_rows, self.recipe.exact_passes, self.recipe.precision)
         runs = {self.pending[index].identity: n for index, n in chosen.items()}
-        self.exact(known, runs, progress, "rescore")
-        return self._corrected(known, by_row, before, runs)
+        self.exact(results, runs, progress, "rescore")
+        return self._corrected(results, by_row, before, runs)
 
     def _corrected(
-        self, known: Journal, by_row: dict[str, list[float]], before: Prior, runs: dict[str, int]
+        self, results: Journal, by_row: dict[str, list[float]], before: Prior, runs: dict[str, int]
     ) -> list[Score]:
         num_rows = len(self.tokens)
         order = row_order(num_rows)
         observed: dict[int, tuple[float, int]] = {}
         for index, a in enumerate(self.pending):
             if n := runs.get(a.identity, 0):
-                exact = math.fsum(known.known[a.identity, row][KL] for row in order[:n])
+                exact = math.fsum(results.known[a.identity, row][KL] for row in order[:n])
                 estimated = math.fsum(by_row[a.identity][row] for row in order[:n])
                 if exact > 0 and estimated > 0:
                     observed[index] = (math.log(exact / estimated), n)
@@ -215,7 +219,7 @@ class _Work:
                 float(deviation[index]) * math.fsum(v for r, v in enumerate(values) if r not in exact_rows) / num_rows
             )
             for row in exact_rows:
-                values[row] = known.known[a.identity, row][KL]
+                values[row] = results.known[a.identity, row][KL]
             scores[a.identity] = Score(a, {KL: values}, len(exact_rows), error)
         of_parent = {KL: [0.0] * num_rows}
         return [scores.get(a.identity) or Score(a, of_parent, num_rows) for a in self.library.alternatives]
@@ -232,9 +236,9 @@ def _row_seed(seed: int, sample: int, row: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {sample} {row}".encode()).digest()[:7], "big")
 
 
-def _exact_score(alternative: Alternative, known: Journal, num_rows: int) -> Score:
+def _exact_score(alternative: Alternative, results: Journal, num_rows: int) -> Score:
     identity = _PARENT if alternative.kind == _PARENT else alternative.identity
-    rows = {metric: [known.known[identity, row][metric] for row in range(num_rows)] for metric in METRICS}
+    rows = {metric: [results.known[identity, row][metric] for row in range(num_rows)] for metric in METRICS}
     if alternative.kind == _PARENT:
         # By definition, not by rounding.
         rows |= {metric: [value] * num_rows for metric, value in PARENT_VALUES.items()}

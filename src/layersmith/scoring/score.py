@@ -107,9 +107,9 @@ class Journal:
     def has(self, of: str, rows: Iterable[int]) -> bool:
         return all((of, row) in self.known for row in rows)
 
-    def write(self, of: str, first_row: int, rows: Sequence[Values]) -> None:
-        """Results on neighbouring rows; those that are known already stay."""
-        for row, values in enumerate(rows, first_row):
+    def write(self, of: str, rows: Sequence[int], results: Sequence[Values]) -> None:
+        """Results on rows; those that are known already stay."""
+        for row, values in zip(rows, results, strict=True):
             if (of, row) not in self.known:  # a batch may have been cut off in its middle
                 self.known[of, row] = values
                 self._append({"of": of, "row": row, "values": values})

@@ -25,30 +25,24 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, F units of a reader's input, n
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
 
 from layersmith.library.alternative import Alternative
-from layersmith.scoring.exact import span_tokens_of
+from layersmith.scoring.exact import spans
 from layersmith.staged import Batch, StagedParent, key_of
 
 # Enough to tell how large a change is beside the hidden states that it is made to.
 _PROBE_TOKENS = 32
 
 
-@dataclass(frozen=True)
-class Silencing:
-    """What an alternative takes away, where that is all that it does.
-
-    Attributes:
-        entries: module of a layer to the entries of its input that become zero.
-    """
-
-    entries: dict[str, torch.Tensor]
+# What an alternative takes away: module of a layer to the entries of its input that become zero.
+Silencing = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -58,7 +52,7 @@ class Survey:
     Attributes:
         size: identity of an alternative to the root mean square over tokens of how large its change is beside the
             hidden states after its stage.
-        silencing: of those alternatives that only silence units.
+        silencing: of those alternatives that do nothing more.
     """
 
     size: dict[str, float] = field(default_factory=dict)
@@ -72,12 +66,10 @@ class _Layer:
         self.staged, self.i, self.batch = staged, i, batch
         self.stages = staged.stages(i, batch, hidden)
 
-    def stage(self, subblock: str) -> nn.Module | None:
-        """What runs without alternatives; None for the layer as a whole."""
-        return None if self.stages.layout == "whole" else getattr(self.stages, subblock)
-
     def module(self, subblock: str) -> nn.Module:
-        return self.stage(subblock) or self.staged.layers[self.i]
+        """What runs without alternatives."""
+        module: nn.Module = self.staged.layers[self.i]
+        return module if self.stages.layout == "whole" else getattr(self.stages, subblock)
 
     def run(self, subblock: str, hidden: torch.Tensor) -> torch.Tensor:
         return self.staged.run(self.batch, self.i, hidden, self.module(subblock))
@@ -145,15 +137,15 @@ def _silencing(
     result: dict[str, Silencing] = {}
     for kind, members in kinds.items():
         entries = {a.identity: staged.library.silenced(a) for a in members}
-        if any(e is None for e in entries.values()):
+        own_result = {identity: e for identity, e in entries.items() if e is not None}
+        if len(own_result) < len(members):
             continue
-        own_result = {identity: Silencing(e) for identity, e in entries.items() if e is not None}
         smallest = min(members, key=lambda a: a.size)
         key = (kind, smallest.size, key_of(staged.layers[layer.i], given))
         if key not in tried:
             expected = layer.changed(smallest, given)
             silencing = own_result[smallest.identity]
-            with _watched(layer.stage(smallest.subblock), list(silencing.entries)) as inputs:
+            with _watched(layer.module(smallest.subblock), list(silencing)) as inputs:
                 made = _silenced(layer, smallest.subblock, given, silencing)
             tolerance = 1e-3 if given.dtype == torch.float32 else 5e-2
             most = (expected - before).float().abs().max()
@@ -167,19 +159,39 @@ def _silencing(
 
 def _silenced(layer: _Layer, subblock: str, given: torch.Tensor, silencing: Silencing) -> torch.Tensor:
     """What a stage gives with units of it silenced."""
-    module = layer.stage(subblock)
-    assert module is not None
-    handles = []
-    for name, entries in silencing.entries.items():
 
-        def silence(
-            reader: nn.Module, args: tuple[torch.Tensor, ...], entries: torch.Tensor = entries
-        ) -> tuple[torch.Tensor, ...]:
-            return (args[0].index_fill(-1, entries.to(args[0].device), 0), *args[1:])
+    def silence(name: str, given: torch.Tensor) -> torch.Tensor:
+        return given.index_fill(-1, silencing[name].to(given.device), 0)
 
-        handles.append(module.get_submodule(name).register_forward_pre_hook(silence))
-    try:
+    with _inputs_changed(layer.module(subblock), list(silencing), silence):
         return layer.run(subblock, given)
+
+
+@contextmanager
+def _watched(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
+    """While open, notes what modules of a stage are given."""
+    inputs: dict[str, torch.Tensor] = {}
+
+    def note(name: str, given: torch.Tensor) -> torch.Tensor:
+        inputs[name] = given
+        return given
+
+    with _inputs_changed(module, names, note):
+        yield inputs
+
+
+@contextmanager
+def _inputs_changed(
+    module: nn.Module, names: Sequence[str], change: Callable[[str, torch.Tensor], torch.Tensor]
+) -> Iterator[None]:
+    """While open, modules of a stage are given what ``change`` makes of their names and inputs."""
+
+    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+        return lambda reader, args: (change(name, args[0]), *args[1:])
+
+    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        yield
     finally:
         for handle in handles:
             handle.remove()
@@ -209,9 +221,7 @@ def estimate(
     """
     with torch.no_grad(), staged.arithmetic.needs():
         batch = staged.start(rows)
-        inputs = [batch.embedded]
-        for i in range(len(staged.layers)):
-            inputs.append(staged.run(batch, i, inputs[-1]))
+        inputs = staged.hidden_states(batch)
     cotangents = _of_the_head(staged, rows, inputs.pop(), seeds)
     by_place: dict[tuple[int, str], list[Alternative]] = {}
     for a in alternatives:
@@ -254,19 +264,17 @@ class _Pass:
     ) -> None:
         self.layer, self.subblock, self.own, self.found = layer, subblock, own, found
         self.silent = [a for a in own if a.identity in found.silencing]
-        readers = sorted({name for a in self.silent for name in found.silencing[a.identity].entries})
+        readers = sorted({name for a in self.silent for name in found.silencing[a.identity]})
         self.given = given.detach().requires_grad_()
-        with torch.enable_grad(), _watched(layer.stage(subblock), readers) as self.inputs:
+        with torch.enable_grad(), _watched(layer.module(subblock), readers) as self.inputs:
             self.output = layer.run(subblock, self.given)
 
     def back(self, cotangents: list[torch.Tensor], sums: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Add what each alternative gives to its sum; returns the cotangents at what the stage was given."""
         readers = list(self.inputs)
         wanted = [self.given, *self.inputs.values()]
-        grads = []
-        for k, g in enumerate(cotangents):
-            keep = k + 1 < len(cotangents)
-            grads.append(self._gradients(wanted, g, keep))
+        last = len(cotangents) - 1
+        grads = [self._gradients(wanted, g, keep=k < last) for k, g in enumerate(cotangents)]
         with torch.no_grad():
             if self.silent:
                 masks = _masks(self.silent, self.found, {name: x.shape[-1] for name, x in self.inputs.items()})
@@ -293,30 +301,11 @@ class _Pass:
         return torch.autograd.grad(self.output, wanted, g, retain_graph=keep)
 
 
-@contextmanager
-def _watched(module: nn.Module | None, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """While open, notes what modules of a stage are given."""
-    inputs: dict[str, torch.Tensor] = {}
-    handles = []
-    for name in names:
-        assert module is not None
-
-        def note(reader: nn.Module, args: tuple[torch.Tensor, ...], name: str = name) -> None:
-            inputs[name] = args[0]
-
-        handles.append(module.get_submodule(name).register_forward_pre_hook(note))
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def _masks(silent: Sequence[Alternative], found: Survey, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
     """For each reader ``[F, n]``: 1 where an alternative silences an entry."""
     masks = {name: torch.zeros(size, len(silent)) for name, size in sizes.items()}
     for column, a in enumerate(silent):
-        for name, entries in found.silencing[a.identity].entries.items():
+        for name, entries in found.silencing[a.identity].items():
             masks[name][entries, column] = 1
     return masks
 
@@ -335,12 +324,9 @@ def _of_the_head(
     staged: StagedParent, rows: torch.Tensor, hidden: torch.Tensor, seeds: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
     """Cotangents ``[B, T, D]`` at what the last layer gives, one for each backward pass."""
-    length = rows.shape[1]
     generators = [[torch.Generator().manual_seed(seed) for seed in own] for own in seeds]
     result = [torch.empty_like(hidden) for _ in seeds]
-    span_tokens = span_tokens_of(rows, staged.vocab_size)
-    for start in range(0, length, span_tokens):
-        end = min(length, start + span_tokens)
+    for start, end in spans(rows, staged.vocab_size):
         part = hidden[:, start:end].detach().requires_grad_()
         with torch.enable_grad(), staged.arithmetic.needs():
             logits, _ = staged.head(rows[:, start:end], part)
