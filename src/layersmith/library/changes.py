@@ -16,7 +16,8 @@ from layersmith.library.axes import largest_part
 Change = Callable[[BlockConfig, int, bool], tuple[BlockConfig, int, int] | None]
 
 
-def _other(size: int, larger: bool) -> int:
+def other_size(size: int, larger: bool) -> int:
+    """Twice a size, or its largest proper divisor."""
     return 2 * size if larger else largest_part(size)
 
 
@@ -38,7 +39,7 @@ def fewer_experts(block: BlockConfig, i: int, larger: bool) -> tuple[BlockConfig
     if moe is None or moe.num_local_experts < 2:
         return None
     # A token cannot use more than there are; what it uses changes no shape.
-    per_token = min(moe.num_experts_per_tok, _other(moe.num_local_experts, larger))
+    per_token = min(moe.num_experts_per_tok, other_size(moe.num_local_experts, larger))
     enough = dataclasses.replace(block, ffn=FFNConfig(moe=dataclasses.replace(moe, num_experts_per_tok=per_token)))
     return _changed(enough, i, "ffn", "experts", moe.num_local_experts, larger)
 
@@ -53,5 +54,5 @@ def _changed(
     """The block with an alternative of another size; None where there is no size, or it is 1."""
     if size is None or size < 2:
         return None
-    other = _other(size, larger)
+    other = other_size(size, larger)
     return Alternative(i, subblock, kind, size=other).block_config(block), other, size

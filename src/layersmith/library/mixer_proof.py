@@ -7,7 +7,6 @@ that stay first, so that the norm sees the same before and after.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,9 +22,9 @@ from layersmith.library.trial import (
     Slice,
     Trial,
     copy_units,
-    dead_or_copies,
     first_that_holds,
     others,
+    ways_that_hold,
     without_small_numbers,
 )
 from layersmith.library.weights import keep_groups, keep_query_heads, keep_state, query_heads_of
@@ -33,25 +32,11 @@ from layersmith.library.weights import keep_groups, keep_query_heads, keep_state
 
 def prove_mixer(trial: Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
     """The axis with the layout of its heads, and with those ways of having fewer that hold."""
-    held: list[str] = []
-    problem: Fails | None = None
-    found: HeadsAxis | None = None
-    for way in ("fewer_queries", "fewer_groups"):
-        if not getattr(axis, way):
-            continue
-        guesses = partial(head_guesses, axis) if found is None else lambda known=found: iter([known])
-        try:
-            found = dead_or_copies(
-                trial, guesses, partial(_twice, trial, partial(_heads_difference, trial, i, way)), "dead heads"
-            )
-            held.append(way)
-        except Fails as reason:
-            problem = problem or reason
-    if found is None:
-        raise problem or Fails("it has one head")
-    return dataclasses.replace(
-        found, fewer_queries="fewer_queries" in held, fewer_groups="fewer_groups" in held
-    )  # fmt: skip
+
+    def difference(way: str, guess: HeadsAxis, copies: bool) -> float:
+        return _twice(trial, partial(_heads_difference, trial, i, way), guess, copies=copies)
+
+    return ways_that_hold(trial, axis, ("fewer_queries", "fewer_groups"), head_guesses(axis), difference)
 
 
 def _twice(trial: Trial, difference: Callable[..., float], guess: Any, **how: Any) -> float:

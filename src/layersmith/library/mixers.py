@@ -11,10 +11,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from layersmith.block_config import BlockConfig, MambaConfig
-from layersmith.library.axes import REST, HeadsAxis, NoAxis, Segment, StateAxis, WeightAxis, largest_part
+from layersmith.library.axes import REST, HeadsAxis, NoAxis, Segment, StateAxis, WeightAxis
+from layersmith.library.changes import other_size
 
 if TYPE_CHECKING:
     from layersmith.library.shapes import Finder, Governed
@@ -39,7 +41,11 @@ def mixer_heads(finder: Finder, i: int) -> HeadsAxis:
         raise NoAxis(f"its {num_heads} heads are not the same number for each of {count} groups")
     group = num_heads // count
     heads = {(g.name, g.dim): g for g in of_heads}
-    groups = {(g.name, g.dim): g for g in _governed(finder, i, "mixer groups", _other_groups)} if count > 1 else {}
+    groups = (
+        {(g.name, g.dim): g for g in _governed(finder, i, "mixer groups", partial(_other, "num_groups"))}
+        if count > 1
+        else {}
+    )
     groups_go_along = count > 1 and not groups and group == 1  # the number of heads is that of groups too
     weights = []
     for name, dim in dict.fromkeys([*heads, *groups]):
@@ -71,7 +77,7 @@ def mixer_state(finder: Finder, i: int) -> StateAxis:
     if mamba.state_dim < 2:
         raise NoAxis("its state has one number already")
     weights = []
-    for g in _governed(finder, i, "state", _other_state):
+    for g in _governed(finder, i, "state", partial(_other, "state_dim")):
         parts = (Segment("state"),) * g.unit
         weights.append(WeightAxis(g.name, g.dim, (*parts, Segment(REST, g.rest)) if g.rest else parts))
     if not weights:
@@ -108,22 +114,16 @@ def _other_heads(own: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int]
     if own.num_heads < 2:
         return None
     group = own.num_heads // own.num_groups
-    other = 2 * own.num_heads if larger or group == 1 else largest_part(group) * own.num_groups
+    other = other_size(own.num_heads, True) if group == 1 else other_size(group, larger) * own.num_groups
     return dataclasses.replace(own, num_heads=other), other, own.num_heads
 
 
-def _other_groups(own: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
-    if own.num_groups < 2:
+def _other(field: str, own: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
+    size = getattr(own, field)
+    if size < 2:
         return None
-    other = 2 * own.num_groups if larger else largest_part(own.num_groups)
-    return dataclasses.replace(own, num_groups=other), other, own.num_groups
-
-
-def _other_state(own: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
-    if own.state_dim < 2:
-        return None
-    other = 2 * own.state_dim if larger else largest_part(own.state_dim)
-    return dataclasses.replace(own, state_dim=other), other, own.state_dim
+    other = other_size(size, larger)
+    return dataclasses.replace(own, **{field: other}), other, size
 
 
 def _pieces(part: str, unit: int, size: int) -> tuple[Segment, ...]:

@@ -35,7 +35,16 @@ from layersmith.library.axes import (
 )
 from layersmith.library.mixer_proof import prove_mixer, prove_state
 from layersmith.library.shapes import input_dim, layer_shapes
-from layersmith.library.trial import Fails, Slice, Trial, copy_units, dead_or_copies, first_that_holds, others
+from layersmith.library.trial import (
+    Fails,
+    Slice,
+    Trial,
+    copy_units,
+    dead_or_copies,
+    first_that_holds,
+    others,
+    ways_that_hold,
+)
 from layersmith.library.weights import (
     keep_experts,
     keep_groups,
@@ -267,27 +276,12 @@ def _orders(units: tuple[tuple[str, int], ...], rest: int) -> list[tuple[tuple[S
 
 def _prove_heads(trial: Trial, i: int, axis: HeadsAxis, reasons: dict[str, str]) -> HeadsAxis:
     """The axis with the layout of its heads, and with those ways of having fewer that hold."""
-    ways = [way for way in ("fewer_kv", "fewer_groups", "fewer_queries") if getattr(axis, way)]
-    held: list[str] = []
-    problem: Fails | None = None
-    found: HeadsAxis | None = None
-    for way in ways:
-        known = found
-        guesses = partial(_heads_guesses, axis) if known is None else lambda known=known: iter([known])
-        try:
-            found = dead_or_copies(trial, guesses, partial(_heads_difference, trial, i, way), "dead heads")
-            held.append(way)
-        except Fails as reason:
-            problem = problem or reason
-            reasons["kv_heads" if way == "fewer_kv" else "query_heads"] = str(reason)
-    if found is None:
-        raise problem or Fails("it has one head")
-    return dataclasses.replace(
-        found,
-        fewer_kv="fewer_kv" in held,
-        fewer_groups="fewer_groups" in held,
-        fewer_queries="fewer_queries" in held,
-    )
+
+    def refused(way: str, reason: str) -> None:
+        reasons["kv_heads" if way == "fewer_kv" else "query_heads"] = reason
+
+    ways = ("fewer_kv", "fewer_groups", "fewer_queries")
+    return ways_that_hold(trial, axis, ways, _heads_guesses(axis), partial(_heads_difference, trial, i), refused)
 
 
 def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:

@@ -160,21 +160,14 @@ def _add_batch(
             nonlocal again
             if again:
                 return
-            if probe.kind == "state":
+            if probe.kind in _FROM_GRADIENTS:
                 again = True
                 try:
-                    add(probe.name, _of_state(parent, probe, module, args, kwargs, position))
+                    sums_of_batch = _FROM_GRADIENTS[probe.kind](parent, probe, module, args, kwargs, position)
                 finally:
                     again = False
-                return
-            if probe.kind == "reader":
-                again = True
-                try:
-                    channels, members = _of_reader(parent, probe, module, args, kwargs, position)
-                finally:
-                    again = False
-                add(f"{probe.name}.channels", channels)
-                add(f"{probe.name}.members", members)
+                for name, value in sums_of_batch.items():
+                    add(name, value)
                 return
             x = first_argument(args, kwargs).flatten(0, -2).float()
             if probe.kind == "energy":
@@ -202,21 +195,15 @@ def _add_batch(
 
 def _of_reader(
     parent: Parent, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Sums over a batch's tokens: energies ``[experts, F]`` and the moment ``[experts, experts]``."""
-    bundle, layer = probe.bundle, parent.layers[probe.layer]
+    bundle = probe.bundle
     assert bundle is not None
     w = bundle.weight(bundle.reader)
-    named = dict(layer.named_parameters())
+    named = dict(parent.layers[probe.layer].named_parameters())
     names = [w.name.format(m) for m in range(bundle.members if bundle.members and not bundle.stacked else 1)]
     parameters = [named[name] for name in names]
-    generator = torch.Generator().manual_seed(1_000_003 * position + probe.layer)
-    with requiring_grad(parameters), torch.enable_grad():
-        output = first_tensor(module.forward(*_detached(args), **_detached(kwargs)))
-        if not output.requires_grad:
-            raise UnsupportedModel(f"layer {probe.layer}: no gradient of its FFN reaches {w.name}.")
-        signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
-        grads = torch.autograd.grad(output, parameters, signs.to(output), allow_unused=True)
+    (grads,) = _signed_gradients(probe, module, args, kwargs, position, parameters, 1)
     seen = {n: p.new_zeros(p.shape) if g is None else g for n, p, g in zip(names, parameters, grads, strict=True)}
     channels, products = [], []
     weights = dict(zip(names, parameters, strict=True))
@@ -226,34 +213,54 @@ def _of_reader(
         channels.append(g.square().sum(0) / len(g))
         products.append((g * r).sum(1))
     rows = torch.stack(products)
-    return torch.stack(channels), rows @ rows.T
+    return {f"{probe.name}.channels": torch.stack(channels), f"{probe.name}.members": rows @ rows.T}
 
 
 def _of_state(
     parent: Parent, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int
-) -> torch.Tensor:
+) -> dict[str, torch.Tensor]:
     """``[F]``: sums over a batch's tokens of what each number of a state adds."""
-    state, layer = probe.state, parent.layers[probe.layer]
+    state = probe.state
     assert state is not None
-    named = dict(layer.named_parameters())
+    named = dict(parent.layers[probe.layer].named_parameters())
     parameters = [named[w.name] for w in state.makers]
-    generator = torch.Generator().manual_seed(1_000_003 * position + probe.layer)
     total = torch.zeros(state.size)
+    for grads in _signed_gradients(probe, module, args, kwargs, position, parameters, _SIGNS):
+        change = torch.zeros(state.size)
+        for w, p, g in zip(state.makers, parameters, grads, strict=True):
+            if g is not None:
+                entries = (p.detach().float() * g.float()).reshape(len(p), -1).sum(1).cpu()
+                change += entries[w.positions("state", {"state": state.size})].sum(1)
+        total += change.square() / _SIGNS
+    return {probe.name: total}
+
+
+_FROM_GRADIENTS = {"reader": _of_reader, "state": _of_state}
+
+
+def _signed_gradients(
+    probe: Probe,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    position: int,
+    parameters: Sequence[nn.Parameter],
+    samples: int,
+) -> list[tuple[torch.Tensor | None, ...]]:
+    """Gradients of a module's output times random signs, with respect to parameters of it; as often as asked."""
+    generator = torch.Generator().manual_seed(1_000_003 * position + probe.layer)
     with requiring_grad(parameters), torch.enable_grad():
         output = first_tensor(module.forward(*_detached(args), **_detached(kwargs)))
         if not output.requires_grad:
-            raise UnsupportedModel(f"layer {probe.layer}: no gradient of its mixer reaches {state.makers[0].name}.")
-        for sample in range(_SIGNS):
+            raise UnsupportedModel(f"layer {probe.layer}: no gradient of {probe.module} reaches the weights in it.")
+        found: list[tuple[torch.Tensor | None, ...]] = []
+        for sample in range(samples):
             signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
-            again = sample + 1 < _SIGNS
-            grads = torch.autograd.grad(output, parameters, signs.to(output), retain_graph=again, allow_unused=True)
-            change = torch.zeros(state.size)
-            for w, p, g in zip(state.makers, parameters, grads, strict=True):
-                if g is not None:
-                    entries = (p.detach().float() * g.float()).reshape(len(p), -1).sum(1).cpu()
-                    change += entries[w.positions("state", {"state": state.size})].sum(1)
-            total += change.square() / _SIGNS
-    return total
+            keep = sample + 1 < samples
+            found.append(
+                torch.autograd.grad(output, parameters, signs.to(output), retain_graph=keep, allow_unused=True)
+            )
+    return found
 
 
 @contextmanager

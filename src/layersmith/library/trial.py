@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,6 +15,7 @@ from torch import nn
 from layersmith.block_config import BlockConfig
 from layersmith.errors import first_line
 from layersmith.execution import first_tensor, forward_with, hands_over, layer_outputs, share_buffers
+from layersmith.library.axes import HeadsAxis
 from layersmith.library.shapes import meta_layers
 from layersmith.parent import Parent
 
@@ -145,6 +147,44 @@ def dead_or_copies(trial: Trial, guesses: Callable[[], Iterator[G]], difference:
             return first_that_holds(trial, guesses(), partial(difference, copies=True), what)
         except Fails:
             raise reason from None
+
+
+def ways_that_hold(
+    trial: Trial,
+    axis: HeadsAxis,
+    ways: Sequence[str],
+    guesses: Iterable[HeadsAxis],
+    difference: Callable[..., float],
+    refused: Callable[[str, str], None] = lambda way, reason: None,
+) -> HeadsAxis:
+    """The axis with the layout of its heads, and with those ways of having fewer that hold.
+
+    Args:
+        trial: of the layer.
+        axis: as found.
+        ways: in the order in which they are tried.
+        guesses: axes with the layouts that there may be; the first that holds for a way is kept for the next.
+        difference: what a way, by a guess, changes; is also told whether units that go are made copies.
+        refused: told of a way that does not hold, and why.
+    """
+    held: list[str] = []
+    problem: Fails | None = None
+    options = list(itertools.islice(guesses, _MOST_GUESSES))
+    for way in ways:
+        if not getattr(axis, way):
+            continue
+        try:
+            found = dead_or_copies(trial, partial(iter, options), partial(difference, way), "dead heads")
+        except Fails as reason:
+            problem = problem or reason
+            refused(way, str(reason))
+        else:
+            options = [found]
+            held.append(way)
+    if not held:
+        raise problem or Fails("it has one head")
+    holds: dict[str, Any] = {way: way in held for way in ways}
+    return dataclasses.replace(options[0], **holds)
 
 
 def others(size: int, kept: torch.Tensor) -> torch.Tensor:
