@@ -12,7 +12,6 @@ import argparse
 import ast
 import hashlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,11 +20,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from training.train_demo_model import END, pack, standard_library
+from training.train_demo_model import held_out_loss, optimizers_of, pack, standard_library, train_tokenizer
 
 _HELD_OUT_EVERY = 25
 
@@ -112,19 +110,6 @@ def _docstrings() -> Iterator[tuple[str, str]]:
 # ---------------------------------------------------------------------------------------------- training
 
 
-def _tokenizer(texts: dict[str, str], vocab_size: int) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
-    )
-    tokenizer.train_from_iterator(texts.values(), trainer)
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=END, eos_token=END, pad_token=END, model_max_length=1024
-    )
-
-
 def train(name: str, out: Path, steps: int | None = None, threads: int = 1, seed: int = 0) -> None:
     """Train a parent and write it as a Hugging Face folder with ``train.txt`` and ``held-out.txt`` beside it."""
     spec = PARENTS[name]
@@ -141,17 +126,12 @@ def train(name: str, out: Path, steps: int | None = None, threads: int = 1, seed
         chosen[text_name] = training[text_name]
         if budget < 0:
             break
-    tokenizer = _tokenizer(chosen, spec.vocab_size)
+    tokenizer = train_tokenizer(chosen, spec.vocab_size)
     tokens = pack(tokenizer, chosen, order)
-    unseen = pack(tokenizer, held_out, None)[: 64 * spec.sequence_length].view(-1, spec.sequence_length)
+    unseen = pack(tokenizer, held_out, None)[: 64 * spec.sequence_length]
     config = CONFIG_MAPPING[spec.model_type](vocab_size=spec.vocab_size, **spec.sizes)
     model = AutoModelForCausalLM.from_config(config)
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=spec.learning_rate, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=spec.learning_rate / 5, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizers = optimizers_of(model, spec.learning_rate, spec.learning_rate / 5)
     groups = [group for o in optimizers for group in o.param_groups]
     peak = [group["lr"] for group in groups]
     parameters = sum(p.numel() for p in model.parameters())
@@ -173,11 +153,8 @@ def train(name: str, out: Path, steps: int | None = None, threads: int = 1, seed
         if (step + 1) % 50 == 0:
             speed = (step + 1) * batch.numel() / (time.monotonic() - started)
             print(f"step {step + 1} of {steps}: loss {loss.item():.3f}, {speed:,.0f} tokens/s", flush=True)
-    model.eval()
-    with torch.inference_mode():
-        losses = torch.stack([model(input_ids=row[None], labels=row[None]).loss for row in unseen])
-    error = losses.std().item() / math.sqrt(len(losses))
-    print(f"held out: {losses.mean().item():.3f} +- {error:.3f} nats a token", flush=True)
+    unseen_loss, error, _ = held_out_loss(model, unseen, spec.sequence_length)
+    print(f"held out: {unseen_loss:.3f} +- {error:.3f} nats a token", flush=True)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
     tokenizer.save_pretrained(out)
@@ -186,7 +163,7 @@ def train(name: str, out: Path, steps: int | None = None, threads: int = 1, seed
     record = {
         "parent": name, "parameters": parameters, "steps": steps, "seed": seed, "threads": threads,
         "tokens": steps * spec.batch * spec.sequence_length,
-        "held_out_loss": round(losses.mean().item(), 4), "held_out_loss_standard_error": round(error, 4),
+        "held_out_loss": round(unseen_loss, 4), "held_out_loss_standard_error": round(error, 4),
     }  # fmt: skip
     (out / "training.json").write_text(json.dumps(record, indent=1) + "\n")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 END = "<|endoftext|>"
 VOCAB_SIZE = 4096
@@ -52,13 +52,13 @@ def standard_library() -> tuple[dict[str, str], dict[str, str]]:
     return training, held_out
 
 
-def train_tokenizer(texts: dict[str, str]) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: dict[str, str], vocab_size: int = VOCAB_SIZE) -> PreTrainedTokenizerFast:
     """A byte-level BPE over the training texts; it can spell any input."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+        vocab_size=vocab_size, special_tokens=[END], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     tokenizer.train_from_iterator(texts.values(), trainer)
     return PreTrainedTokenizerFast(
@@ -91,7 +91,17 @@ def pack(tokenizer: PreTrainedTokenizerFast, texts: dict[str, str], order: torch
     return torch.tensor([token for i in indices for token in [*encoded[i], tokenizer.eos_token_id]])
 
 
-def held_out_loss(model: LlamaForCausalLM, tokens: torch.Tensor, sequence_length: int) -> tuple[float, float, int]:
+def optimizers_of(model: torch.nn.Module, muon_lr: float, adam_lr: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for all else."""
+    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
+    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
+    return [
+        torch.optim.Muon(matrices, lr=muon_lr, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def held_out_loss(model: PreTrainedModel, tokens: torch.Tensor, sequence_length: int) -> tuple[float, float, int]:
     """Mean loss in nats a token, its standard error over sequences, and the number of tokens."""
     rows = tokens[: len(tokens) // sequence_length * sequence_length].view(-1, sequence_length)
     model.eval()
@@ -125,12 +135,7 @@ def main() -> None:
 
     model = LlamaForCausalLM(model_config())
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n]
-    others = [p for n, p in model.named_parameters() if p.ndim != 2 or "embed" in n]
-    optimizers = [
-        torch.optim.Muon(matrices, lr=args.muon_lr, momentum=0.95, weight_decay=0.01),
-        torch.optim.AdamW(others, lr=args.adam_lr, betas=(0.9, 0.95), weight_decay=0.0),
-    ]
+    optimizers = optimizers_of(model, args.muon_lr, args.adam_lr)
     peak = [group["lr"] for o in optimizers for group in o.param_groups]
 
     def rows(step_rows: torch.Tensor) -> torch.Tensor:
