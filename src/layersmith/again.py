@@ -13,7 +13,6 @@ from layersmith.evaluation.compare import compare
 from layersmith.heterogeneous.checkpoint import load, save
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.parent import load_parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe
 from layersmith.run import Run
@@ -35,9 +34,7 @@ def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[R
     for stage in ("library", "scores"):
         if stage not in header["stages"]:
             raise InputError(f"{run.folder}: its {stage} are not finished. Run the same compress command again.")
-    parent = load_parent(
-        header["parent"]["path"], Runtime.detect(recipe.device, recipe.dtype), descriptor, recipe.trust_remote_code
-    )
+    parent = pipeline.open_parent(header["parent"]["path"], recipe, run.folder, descriptor)
     if parent.identity != header["parent"]["identity"]:
         raise InputError(f"{parent.path}: not the parent of {run.folder} any more; its weights or config changed.")
     return recipe, Library.read(run.folder / "library", parent)
@@ -68,7 +65,7 @@ def search_again(
     choice = choose(library.alternatives, losses(scores, objective or recipe.scoring.objective), costs, budget)
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
-            own = library.with_parent(pipeline.at_stored_dtype(library.parent, recipe))
+            own = library.with_parent(pipeline.at_stored_dtype(library.parent, recipe, run.folder))
             save(own.compose(choice.alternatives), out, tokenizer=load_tokenizer(library.parent.path))
             advance(1)
     return library, choice

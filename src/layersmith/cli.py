@@ -61,6 +61,10 @@ def compress(
     scoring: Annotated[
         str | None, typer.Option(help="auto, exact or second_order: how alternatives are scored; before the recipe's.")
     ] = None,
+    stream: Annotated[
+        str | None,
+        typer.Option(help="auto, never or always: read a layer at a time from the disk; goes before the recipe's."),
+    ] = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
     until: Annotated[
@@ -72,7 +76,7 @@ def compress(
     from layersmith.recipe import Recipe
     from layersmith.search.budget import parse_budget
 
-    chosen = _with_options(Recipe.read(recipe), seed, device, eval_data, trust_remote_code, scoring)
+    chosen = _with_options(Recipe.read(recipe), seed, device, eval_data, trust_remote_code, scoring, stream)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory,
         batch=batch, context=context,
@@ -239,7 +243,13 @@ def _descriptor(path: str | None) -> Any:
 
 
 def _with_options(
-    recipe: Any, seed: int | None, device: str | None, eval_data: str | None, trust: bool, scoring: str | None
+    recipe: Any,
+    seed: int | None,
+    device: str | None,
+    eval_data: str | None,
+    trust: bool,
+    scoring: str | None,
+    stream: str | None,
 ) -> Any:
     import dataclasses
 
@@ -251,6 +261,8 @@ def _with_options(
         changes["seed"] = seed
     if device is not None:
         changes["device"] = device
+    if stream is not None:
+        changes["stream"] = stream
     if trust:
         changes["trust_remote_code"] = True
     if eval_data is not None:

@@ -19,6 +19,7 @@ from layersmith.heterogeneous.checkpoint import load, weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.runtime import Runtime
+from layersmith.streaming import WeightStream, load_streamed
 
 # Up to this size weights are hashed whole; above, each file's header, size and ends are.
 _WHOLE_HASH_BYTES = 2 * 1024**3
@@ -35,6 +36,8 @@ class Parent:
         descriptor: of its family.
         blocks: the block config of every layer.
         identity: digest of its config and weights.
+        runtime: device and dtype of the computation.
+        stream: what gives layers their weights where these stay on the disk; None where they lie in memory.
     """
 
     path: str
@@ -44,6 +47,7 @@ class Parent:
     blocks: tuple[BlockConfig, ...]
     identity: str
     runtime: Runtime
+    stream: WeightStream | None = None
 
     @property
     def config(self) -> PretrainedConfig:
@@ -57,27 +61,65 @@ class Parent:
     def layers(self) -> list[nn.Module]:
         return decoder_layers(self.model, self.descriptor, len(self.blocks))
 
+    def layer(self, i: int) -> nn.Module:
+        """A decoder layer with its weights in memory."""
+        layer = self.layers[i]
+        if self.stream is not None:
+            self.stream.need(layer)
+        return layer
+
+    def let_go(self) -> None:
+        """Free the memory of weights that stay on the disk; they are read again when a layer runs."""
+        if self.stream is not None:
+            self.stream.release()
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Its ``state_dict()``; those weights that stay on the disk are mapped into memory, as they are stored."""
+        result: dict[str, torch.Tensor] = self.model.state_dict()
+        if self.stream is not None:
+            self.stream.release()
+            files = self.stream.files
+            result |= {name: files.view(name).to(self.runtime.dtype) for name, t in result.items() if t.is_meta}
+        return result
+
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """A computed weight as the checkpoint will hold it, in the dtype of the computation."""
         return tensor.to(self.dtype).to(self.runtime.dtype)
 
 
 def load_parent(
-    path: str | Path, runtime: Runtime, descriptor: type[ModelDescriptor] | None = None, trust_remote_code: bool = False
+    path: str | Path,
+    runtime: Runtime,
+    descriptor: type[ModelDescriptor] | None = None,
+    trust_remote_code: bool = False,
+    *,
+    stream_near: Path | None = None,
 ) -> Parent:
     """Load and check a parent.
+
+    Args:
+        path: checkpoint folder or hub id.
+        runtime: device and dtype of the computation.
+        descriptor: of the family; default: described.
+        trust_remote_code: let Transformers run code from the checkpoint.
+        stream_near: weights stay on the disk until a layer runs; those that must be converted lie near this folder.
 
     Raises:
         InputError: files are missing or damaged, or config and weights disagree.
         UnsupportedModel: its family cannot be described, or needs remote code that is not allowed.
     """
-    model = load(path, descriptor=descriptor, trust_remote_code=trust_remote_code)
-    descriptor = descriptor or describe(model)
+    stream: WeightStream | None = None
+    if stream_near is None:
+        model = load(path, descriptor=descriptor, trust_remote_code=trust_remote_code)
+        descriptor = descriptor or describe(model)
+        dtype = model.dtype
+        module: nn.Module = model
+        module.to(device=runtime.device, dtype=runtime.dtype).eval().requires_grad_(False)
+    else:
+        descriptor = descriptor or describe(path, trust_remote_code=trust_remote_code)
+        model, dtype, stream = load_streamed(path, runtime, descriptor, stream_near, trust_remote_code)
     if descriptor.requires_trust_remote_code() and not trust_remote_code:
         raise UnsupportedModel(f"{path}: its family runs code from the checkpoint. Allow it with trust_remote_code.")
-    dtype = model.dtype
-    module: nn.Module = model
-    module.to(device=runtime.device, dtype=runtime.dtype).eval().requires_grad_(False)
     blocks = tuple(block_configs_of(model.config, descriptor))
     for i in range(len(blocks)):
         name = descriptor.layer_block_name(i)
@@ -86,7 +128,7 @@ def load_parent(
         except AttributeError as error:
             raise UnsupportedModel(f"{descriptor.__name__}: the model has no layer {name!r} ({error}).") from error
     descriptor.get_weight_groups(model.state_dict(), len(blocks))
-    return Parent(str(path), model, dtype, descriptor, blocks, identity_of(path, model.config), runtime)
+    return Parent(str(path), model, dtype, descriptor, blocks, identity_of(path, model.config), runtime, stream)
 
 
 def identity_of(path: str | Path, config: PretrainedConfig) -> str:

@@ -34,6 +34,7 @@ from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import Score, losses
 from layersmith.search.budget import Budget, format_count
 from layersmith.search.choose import Choice, choose
+from layersmith.streaming import is_too_large, load_streamed
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def stages(
     """
     recipe, budget, run = Recipe.read(recipe), Budget.parse(budget), Run(Path(out))
     Run.check(run.folder)
-    model, found, costs = examine(parent, recipe, budget, descriptor, progress)
+    model, found, costs = examine(parent, recipe, budget, descriptor, progress, run.folder)
     tokenizer = load_tokenizer(parent, trust_remote_code=recipe.trust_remote_code)
     tokens = read_data(data, recipe, model, tokenizer, progress)
 
@@ -162,18 +163,30 @@ def examine(
     budget: Budget,
     descriptor: type[ModelDescriptor] | None,
     progress: Progress = SILENT,
+    near: Path | None = None,
 ) -> tuple[Parent, Survey, CostTable]:
     """Load the parent, find what can be changed in it, and make sure that the budget can be met at all."""
     seed_everything(recipe.seed)
     with progress.stage("describe", 1, "parent") as advance:
-        model = load_parent(parent, Runtime.detect(recipe.device, recipe.dtype), descriptor, recipe.trust_remote_code)
+        model = open_parent(parent, recipe, near or Path.cwd(), descriptor)
         found = survey(model, recipe.library)
         costs = cost_table(model, found, budget)
         choose(found.alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget)  # raises Infeasible
         advance(1)
+    if model.stream is not None:
+        progress.note("the parent's weights stay on the disk; a layer at a time is read.")
     for note in found.notes:
         progress.note(note)
     return model, found, costs
+
+
+def open_parent(
+    parent: str | Path, recipe: Recipe, near: Path, descriptor: type[ModelDescriptor] | None = None
+) -> Parent:
+    """Load a parent as a recipe says; what has to lie on the disk for it lies near a folder."""
+    runtime = Runtime.detect(recipe.device, recipe.dtype)
+    streams = recipe.stream == "always" or (recipe.stream == "auto" and is_too_large(parent, runtime))
+    return load_parent(parent, runtime, descriptor, recipe.trust_remote_code, stream_near=near if streams else None)
 
 
 def cost_table(model: Parent, found: Survey | Library, budget: Budget) -> CostTable:
@@ -269,13 +282,13 @@ def realize(
     """Write the child in the parent's dtype, and check that it is what the search counted."""
 
     def make(folder: Path) -> None:
-        own = library.with_parent(at_stored_dtype(library.parent, recipe))
+        own = library.with_parent(at_stored_dtype(library.parent, recipe, run.folder))
         child = own.compose(choice.alternatives)
         counted = sum(parameter.numel() for parameter in child.parameters())
         if counted != choice.costs["parameters"]:
             raise RuntimeError(f"the child has {counted} parameters, the search counted {choice.costs['parameters']}")
         with quiet_transformers():
-            child.save_pretrained(folder)
+            child.save_pretrained(folder, **shards(library.parent))
             tokenizer.save_pretrained(folder)
         advance(1)
 
@@ -283,7 +296,12 @@ def realize(
         run.do("child", inputs, make)
 
 
-def at_stored_dtype(parent: Parent, recipe: Recipe) -> Parent:
+def shards(parent: Parent) -> dict[str, Any]:
+    """How a child is cut into files: as usual, or so that few of its weights are in memory at once."""
+    return {} if parent.stream is None else {"max_shard_size": "500MB"}
+
+
+def at_stored_dtype(parent: Parent, recipe: Recipe, near: Path) -> Parent:
     """The parent in its checkpoint's dtype.
 
     From a wider dtype, in which it may be loaded, the way back is exact; otherwise it is read again.
@@ -291,7 +309,8 @@ def at_stored_dtype(parent: Parent, recipe: Recipe) -> Parent:
     if parent.runtime.dtype == parent.dtype:
         return parent
     runtime = Runtime(torch.device("cpu"), parent.dtype)
-    return load_parent(parent.path, runtime, parent.descriptor, recipe.trust_remote_code)
+    stream_near = None if parent.stream is None else near
+    return load_parent(parent.path, runtime, parent.descriptor, recipe.trust_remote_code, stream_near=stream_near)
 
 
 def evaluate_child(
@@ -300,12 +319,16 @@ def evaluate_child(
     """Compare the child, as it lies on the disk, with its parent."""
 
     def make(folder: Path) -> None:
-        child = load(run.folder / "child", dtype=model.runtime.dtype, device=model.runtime.device).eval()
+        child: Any
+        if model.stream is None:
+            child = load(run.folder / "child", dtype=model.runtime.dtype, device=model.runtime.device).eval()
+        else:
+            child, _, _ = load_streamed(run.folder / "child", model.runtime, model.descriptor, run.folder)
         comparison = compare(
             model.model, child, tokens, batch_sequences=batch_sequences(recipe, tokens), progress=progress
         )
         samples = []
-        if recipe.completion_tokens:
+        if recipe.completion_tokens and model.stream is None:  # each token would read all weights
             prompts = recipe.prompts or (tokenizer.decode(tokens[0][: min(48, len(tokens[0]) // 2)]),)
             for prompt in prompts:
                 written = [complete(m, tokenizer, prompt, recipe.completion_tokens) for m in (model.model, child)]

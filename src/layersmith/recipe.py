@@ -98,7 +98,8 @@ class ScoringRecipe:
         samples: backward passes of ``second_order``.
         exact_passes: work that its exact runs may take, in forward passes of the parent over the scoring rows.
         precision: relative standard error of every score at which no more is run exactly.
-        batch_tokens: tokens in one forward pass.
+        batch_tokens: tokens in one forward pass; fewer where they would take much beside the parent's weights.
+        spill_gib: disk for hidden states between layers, where the parent's weights stay on the disk.
     """
 
     objective: Objective = "kl_divergence"
@@ -107,6 +108,7 @@ class ScoringRecipe:
     exact_passes: float = 4.0
     precision: float = 0.05
     batch_tokens: int = 4096
+    spill_gib: float = 16.0
 
 
 @dataclass(frozen=True)
@@ -120,6 +122,8 @@ class Recipe:
         completion_tokens: length of the sample that parent and child write for the report; 0 for none.
         prompts: what they continue; default: the start of an evaluation row.
         trust_remote_code: let Transformers run code that lies in the parent's folder.
+        stream: whether the parent's weights stay on the disk until a layer runs; ``auto``: where they would take more
+            than three quarters of the memory that is free.
     """
 
     data: DataRecipe = field(default_factory=DataRecipe)
@@ -131,6 +135,7 @@ class Recipe:
     completion_tokens: int = 48
     prompts: tuple[str, ...] = ()
     trust_remote_code: bool = False
+    stream: Literal["auto", "never", "always"] = "auto"
 
     def __post_init__(self) -> None:
         schema.check_fields(self)

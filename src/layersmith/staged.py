@@ -48,6 +48,11 @@ class Call:
         hidden: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
         return hidden
 
+    def without_hidden(self) -> Call:
+        """The rest alone; hidden states need not be held on to."""
+        kwargs = {name: value for name, value in self.kwargs.items() if name != "hidden_states"}
+        return Call((None, *self.args[1:]) if self.args else (), kwargs)
+
     def of(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         """The hidden states that a layer makes of others."""
         if self.args:
@@ -62,7 +67,7 @@ class Batch:
     Attributes:
         input_ids: ``[B, T]``.
         embedded: ``[B, T, D]``, what the first layer is given.
-        calls: one a layer.
+        calls: one a layer, without hidden states.
     """
 
     input_ids: torch.Tensor
@@ -91,10 +96,7 @@ class Batch:
                 seen[id(value)] = repeat(value)
             return seen[id(value)]
 
-        calls = tuple(
-            Call((None, *map(once, c.args[1:])) if c.args else (), {k: once(v) for k, v in c.kwargs.items()})
-            for c in self.calls
-        )
+        calls = tuple(Call(tuple(map(once, c.args)), {k: once(v) for k, v in c.kwargs.items()}) for c in self.calls)
         return Batch(repeat(self.input_ids), self.embedded, calls)
 
 
@@ -143,6 +145,7 @@ class StagedParent:
         library: of alternatives for its layers.
         layers: its decoder layers.
         vocab_size: V, of its logits.
+        bytes_of_a_token: in hidden states.
         arithmetic: counts what is run.
     """
 
@@ -153,8 +156,11 @@ class StagedParent:
         logits, _, outputs = layer_outputs(parent, probe)
         self.vocab_size = logits.shape[-1]
         self._stand_ins = [_StandIn(layer, i, outputs[i]) for i, layer in enumerate(self.layers)]
+        hidden = first_tensor(outputs[0])
+        self.bytes_of_a_token = hidden.element_size() * hidden.shape[-1]
         self.arithmetic = Arithmetic()
         self._stages: dict[int, Stages] = {}
+        self._layouts: dict[int, str] = {}
         self._types = getattr(parent.language_config, "layer_types", None)
         self._norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
         self._output: Any = parent.model.get_output_embeddings()
@@ -184,7 +190,7 @@ class StagedParent:
             assert stand_in.call is not None
             calls.append(stand_in.call)
             stand_in.call = None
-        return Batch(input_ids, calls[0].hidden, tuple(calls))
+        return Batch(input_ids, calls[0].hidden, tuple(call.without_hidden() for call in calls))
 
     def hidden_states(self, batch: Batch) -> list[torch.Tensor]:
         """What each layer is given, and what the last one gives: ``[B, T, D]`` each."""
@@ -231,13 +237,19 @@ class StagedParent:
     def stages(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
         """How layer ``i`` is split; tried once, on ``hidden`` ``[B, T, D]`` that it is given."""
         if i not in self._stages:
+            if self._parent.stream is not None:
+                self._stages.clear()  # stages hold on to their layer's weights
             self._stages[i] = self._split(i, batch, hidden)
+            self._layouts[i] = self._stages[i].layout
         return self._stages[i]
 
     def _split(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
-        if not self.can_split(i):
+        layout = self._layouts.get(i)
+        if layout == "whole" or not self.can_split(i):
             return Stages("whole")
         attention, ffn = (self.library.layer(Alternative(i, other, "no_op")) for other in ("ffn", "attention"))
+        if layout is not None:
+            return Stages(layout, attention, ffn)
         with torch.no_grad():
             whole = self.run(batch, i, hidden)
             after = self.run(batch, i, hidden, attention)
@@ -253,8 +265,18 @@ class StagedParent:
         present = not any(own.no_op or own.replace_with_linear for own in (block.attention, block.ffn))
         return present and descriptor.attn_no_op_supported() and descriptor.mlp_no_op_supported()
 
+    def replacement(self, alternative: Alternative) -> nn.Module:
+        """What runs in the place of its layer, or of its stage where the layer is a ``sequence``."""
+        stages = self._stages[alternative.layer]
+        return self.module_of(alternative, stages) if stages.layout == "sequence" else self.library.layer(alternative)
+
     def replaced(
-        self, batch: Batch, alternative: Alternative, hidden: torch.Tensor, middle: torch.Tensor | None
+        self,
+        batch: Batch,
+        alternative: Alternative,
+        hidden: torch.Tensor,
+        middle: torch.Tensor | None,
+        module: nn.Module | None = None,
     ) -> torch.Tensor:
         """What the layer of an alternative gives with it.
 
@@ -263,12 +285,13 @@ class StagedParent:
             alternative: of a layer whose stages are known.
             hidden: what the layer is given.
             middle: what its attention's stage gives, where an FFN's alternative of a ``sequence`` starts from there.
+            module: its :meth:`replacement`, if that was made before.
         """
         i = alternative.layer
         stages = self._stages[i]
+        module = self.replacement(alternative) if module is None else module
         if stages.layout != "sequence":
-            return self.run(batch, i, hidden, self.library.layer(alternative))
-        module = self.module_of(alternative, stages)
+            return self.run(batch, i, hidden, module)
         if alternative.subblock == "ffn":
             assert middle is not None
             return self.run(batch, i, middle, module)

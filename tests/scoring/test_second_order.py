@@ -13,6 +13,7 @@ from layersmith.runtime import Runtime
 from layersmith.scoring import library_scores
 from layersmith.scoring.library_scores import row_order, score_library
 from layersmith.scoring.second_order import _signs, estimate, look
+from layersmith.scoring.states import States
 from layersmith.staged import StagedParent, take_apart
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
@@ -36,7 +37,7 @@ def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: st
     rows = TOKENS[:1, :6]
     alternatives = [a for a in library.alternatives if a.kind != "parent" and a.layer in (1, 3)]
     found = look(staged, alternatives, rows)
-    estimates = estimate(staged, alternatives, found, rows, [[7]])
+    (estimates,) = estimate(staged, alternatives, found, [rows], [[[7]]], States())
     batch = staged.start(rows)
     hidden = [batch.embedded]
     for i in range(4):
@@ -90,7 +91,7 @@ def test_small_changes_are_estimated_right_in_every_layout(model_type: str, tmp_
     alternatives = [a for a in library.alternatives if a.kind != "parent"]
     found = look(staged, alternatives, tokens)
     seeds = [[100 * k + row for row in range(len(tokens))] for k in range(8)]
-    estimates = estimate(staged, alternatives, found, tokens, seeds)
+    (estimates,) = estimate(staged, alternatives, found, [tokens], [seeds], States())
     assert {tuple(values.shape) for values in estimates.values()} == {(len(tokens),)}
     ratios = []
     for s in exact:

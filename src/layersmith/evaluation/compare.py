@@ -120,9 +120,10 @@ def compare(
     """Evaluate a child against its parent on ``tokens`` ``[N, T]``; both on one device and in evaluation mode."""
     parent_loss: list[float] = []
     child_rows: list[dict[str, float]] = []
+    device = next(p.device for p in parent.parameters() if not p.is_meta)  # some may stay on the disk
     with progress.stage("evaluate", len(tokens), "sequences") as advance:
         for start in range(0, len(tokens), batch_sequences):
-            batch = tokens[start : start + batch_sequences].to(parent.device)
+            batch = tokens[start : start + batch_sequences].to(device)
             logits, hidden = _run(parent, batch)
             changed, changed_hidden = _run(child, batch)
             for j in range(len(batch)):

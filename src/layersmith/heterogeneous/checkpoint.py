@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
 from layersmith.errors import InputError, LayersmithError, first_line
@@ -54,19 +54,31 @@ def load(
     Raises:
         InputError: files are missing or damaged, or weights and config disagree. Nothing is ever made up.
     """
+    cls, config = class_of(path, descriptor, trust_remote_code)
+    model = read_weights(cls, path, config, dtype=dtype or "auto")
+    return model if device is None else model.to(device)
+
+
+def class_of(
+    path: str | os.PathLike[str], descriptor: type[ModelDescriptor] | None, trust_remote_code: bool
+) -> tuple[Any, PretrainedConfig]:
+    """The class that loads a checkpoint, and the config that it is given; its files are all there."""
     check_files(path)
     config = own_config(read_config(path, trust_remote_code=trust_remote_code))
-    cls: Any = class_for(stock_class(config), config, descriptor)
-    config = without_guard(config)
+    return class_for(stock_class(config), config, descriptor), without_guard(config)
+
+
+def read_weights(cls: Any, path: str | os.PathLike[str], config: PretrainedConfig, **how: Any) -> Any:
+    """``cls.from_pretrained``, whole or refused."""
     try:
         with quiet_transformers():
-            model, info = cls.from_pretrained(path, config=config, dtype=dtype or "auto", output_loading_info=True)
+            model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **how)
         refuse_incomplete(info, str(path))
     except LayersmithError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise InputError(f"{path}: config.json and weights do not fit together: {first_line(error)}") from error
-    return model if device is None else model.to(device)
+    return model
 
 
 def check_files(path: str | os.PathLike[str]) -> None:

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layersmith import schema
 from layersmith.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.block_config import BlockConfig
-from layersmith.execution import LAYER_TYPE, exchanged, share_buffers
+from layersmith.execution import LAYER_TYPE, share_buffers
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
@@ -85,7 +85,7 @@ class Library:
         i, kind = alternative.layer, alternative.kind
         if kind in ("parent", "no_op", "window", "experts_per_token"):
             return {}
-        layer, own = self.parent.layers[i], self.axes[i]
+        layer, own = self.parent.layer(i), self.axes[i]
         if kind == "linear":
             ((module, _),) = linear_records(self.parent.descriptor, layer, alternative.subblock).items()
             weight = self.maps[f"{i}.{alternative.subblock}"].to(self.parent.runtime.device)
@@ -168,13 +168,13 @@ class Library:
         i = alternatives[0].layer
         changed = [a for a in alternatives if a.kind != "parent"]
         if not changed:
-            return self.parent.layers[i]
+            return self.parent.layer(i)
         skeleton = self._skeleton(i, changed)
         configs = {
             id(own): own for m in skeleton.modules() for own in vars(m).values() if isinstance(own, PretrainedConfig)
         }
         layer = copy.deepcopy(skeleton, configs)
-        original = self.parent.layers[i]
+        original = self.parent.layer(i)
         tensors: dict[str, torch.Tensor] = original.state_dict()
         for alternative in changed:
             tensors |= self.weights(alternative)
@@ -218,9 +218,12 @@ class Library:
         child = build(
             parent.config, self.blocks(chosen), dtype=parent.runtime.dtype, device="meta", descriptor=parent.descriptor
         )
-        with exchanged(parent, self.layers(chosen)):
-            child.load_state_dict(parent.model.state_dict(), strict=True, assign=True)
-            share_buffers(parent.model, child)
+        tensors = parent.tensors()
+        for alternative in chosen:
+            prefix = parent.descriptor.layer_block_name(alternative.layer)
+            tensors |= {f"{prefix}.{name}": weight for name, weight in self.weights(alternative).items()}
+        child.load_state_dict({name: tensors[name] for name in child.state_dict()}, strict=True, assign=True)
+        share_buffers(parent.model, child)
         child.tie_weights()
         child.generation_config = copy.deepcopy(parent.model.generation_config)
         return child.eval()
@@ -323,7 +326,7 @@ def build_library(
     orders: dict[str, torch.Tensor] = {}
     maps: dict[str, torch.Tensor] = {}
     for i, own in enumerate(axes):
-        layer = parent.layers[i]
+        layer = parent.layer(i)
         for part, axis in (("ffn", own.ffn), ("shared", own.shared)):
             for b, bundle in enumerate(axis.bundles if axis is not None else ()):
                 name = f"{i}.{part}.{b}"

@@ -168,7 +168,7 @@ def _with_reader(trial: Trial, i: int, bundle: Bundle) -> Bundle:
     """
     if bundle.reader:
         return bundle
-    layer = trial.parent.layers[i]
+    layer = trial.parent.layer(i)
     shapes = layer_shapes(layer)
     matrices = [w for w in bundle.weights if not bundle.members and len(shapes[w.name]) == 2]
     read_into = [w.name for w in matrices if w.name.endswith(".weight") and input_dim(layer, w.name) == w.dim]
@@ -342,7 +342,7 @@ def _prove_window(trial: Trial, i: int, layer_type: str) -> str:
     """
     windowed = Alternative(i, "attention", "window", layer_type)
     layer = trial.built(i, windowed.block_config(trial.parent.blocks[i]))
-    original = trial.parent.layers[i]
+    original = trial.parent.layer(i)
     layer.load_state_dict(original.state_dict(), strict=True, assign=True)
     share_buffers(original, layer)
     setattr(layer, LAYER_TYPE, layer_type)
@@ -412,7 +412,7 @@ def _some_experts(axis: ExpertsAxis) -> torch.Tensor:
 
 def _input_of(trial: Trial, i: int, weight: str) -> torch.Tensor:
     """``[tokens, D]``: what goes into the module of a router's weight."""
-    layer = trial.parent.layers[i]
+    layer = trial.parent.layer(i)
     module = layer.get_submodule(weight.rpartition(".")[0])
     width = list(layer_shapes(layer)[weight])
     seen: list[torch.Tensor] = []

@@ -200,7 +200,7 @@ def _of_reader(
     bundle = probe.bundle
     assert bundle is not None
     w = bundle.weight(bundle.reader)
-    named = dict(parent.layers[probe.layer].named_parameters())
+    named = dict(parent.layer(probe.layer).named_parameters())
     names = [w.name.format(m) for m in range(bundle.members if bundle.members and not bundle.stacked else 1)]
     parameters = [named[name] for name in names]
     (grads,) = _signed_gradients(probe, module, args, kwargs, position, parameters, 1)
@@ -222,7 +222,7 @@ def _of_state(
     """``[F]``: sums over a batch's tokens of what each number of a state adds."""
     state = probe.state
     assert state is not None
-    named = dict(parent.layers[probe.layer].named_parameters())
+    named = dict(parent.layer(probe.layer).named_parameters())
     parameters = [named[w.name] for w in state.makers]
     total = torch.zeros(state.size)
     for grads in _signed_gradients(probe, module, args, kwargs, position, parameters, _SIGNS):

@@ -69,8 +69,9 @@ class Trial:
             cut: slices the layer's tensors.
             prepare: done to both layers before they run.
         """
-        original = self.parent.layers[i]
+        original = self.parent.layer(i)
         with_dead = copy.deepcopy(original)
+        self.parent.let_go()
         with torch.no_grad():
             kill(with_dead)
         narrower = self.built(i, block)
@@ -81,8 +82,10 @@ class Trial:
         if prepare is not None:
             for layer in (with_dead, narrower):
                 prepare(layer)
-        seen = [self.output(i, layer) for layer in (with_dead, narrower.eval())]
+        seen = [self.output(i, with_dead), self.output(i, narrower.eval())]
+        del with_dead, narrower, tensors
         update = (seen[0] - self.before(i)).float().abs().max().clamp_min(1e-12)
+        self.parent.let_go()
         return float((seen[0] - seen[1]).float().abs().max() / update)
 
     def built(self, i: int, block: BlockConfig) -> nn.Module:
@@ -104,7 +107,7 @@ class Trial:
 
             handle = self.parent.layers[i].register_forward_pre_hook(watch, with_kwargs=True)
             try:
-                self.output(i, self.parent.layers[i])
+                self.output(i, self.parent.layer(i))
             finally:
                 handle.remove()
             self._before[i] = seen[0]

@@ -66,13 +66,16 @@ def quiet_transformers() -> Iterator[None]:
     """Silence Transformers' notes and progress bars; what matters in them we check ourselves."""
     from transformers.utils import logging as transformers_logging
 
-    logger = transformers_logging.get_logger("transformers")
+    logger, accelerate = transformers_logging.get_logger("transformers"), logging.getLogger("accelerate")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
+    own_level = accelerate.level
     restore_bars = transformers_logging.enable_progress_bar if bars else partial(lambda: None)
     logger.setLevel(logging.ERROR)
+    accelerate.setLevel(logging.ERROR)
     transformers_logging.disable_progress_bar()
     try:
         yield
     finally:
         logger.setLevel(level)
+        accelerate.setLevel(own_level)
         restore_bars()

@@ -5,6 +5,9 @@ parent gives, and all that follows from it alone, is computed once for a batch o
 together through the layers after it; the head and the metrics run on spans of tokens, so that logits of a whole batch
 are held for the parent alone.
 
+Where the parent's weights stay on the disk, a layer is done with everything that goes through it before the next is
+read: with the parent's own rows, and with alternatives of all layers before it.
+
 Where a parent cannot be taken apart (see :mod:`layersmith.staged`) the whole model is run with a layer exchanged.
 
 Shapes: B rows, T tokens, D hidden, V vocabulary, A alternatives.
@@ -12,7 +15,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, A alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -21,7 +24,8 @@ import torch
 from layersmith.execution import forward_with, layer_outputs
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
+from layersmith.scoring.metrics import Reference, Rows, as_rows, labels_of, measure, row_means
+from layersmith.scoring.states import States, start_all
 from layersmith.staged import Batch, StagedParent
 
 # Logits that are held at once for what is not the parent.
@@ -81,6 +85,124 @@ def _run_staged(
                 hidden = torch.stack([staged.replaced(batch, a, inputs[i], middle) for a in group])
                 measured = _measured(staged, reference, rows, _rest(staged, batch, i, hidden))
             yield from (Measured(a, own_rows) for a, own_rows in zip(group, measured, strict=True))
+
+
+# ---------------------------------------------------------------------------------------------- layer by layer
+
+
+@dataclass(frozen=True)
+class Job:
+    """Rows ``[B, T]``, and alternatives to run on them."""
+
+    rows: torch.Tensor
+    alternatives: Sequence[Alternative]
+
+
+@torch.no_grad()
+def run_layer_by_layer(
+    staged: StagedParent, jobs: Sequence[Job], states: States, most_bytes: float, advance: Callable[[float], None]
+) -> Iterator[tuple[int, Measured]]:
+    """Metrics of alternatives on the rows of several batches; the parent's own first, then by waves of alternatives.
+
+    A wave reads each layer from its first alternative's on once.
+
+    Args:
+        staged: the parent taken apart.
+        jobs: what is to be run.
+        states: where hidden states wait.
+        most_bytes: that those of a wave may take.
+        advance: told of layers run, times rows.
+
+    Yields:
+        The number of the job, and what was measured.
+    """
+    started = start_all(staged, [job.rows for job in jobs], states)
+    depth = len(staged.layers)
+    for n, job in enumerate(jobs):
+        (own,) = _by_spans(staged, job.rows, states.get(("parent", depth, n)), [])
+        yield n, Measured(None, own)
+    for wave in _waves(staged, jobs, most_bytes):
+        for j in range(wave[0][0].layer, depth):
+            for alternative, numbers in wave:
+                if alternative.layer < j:
+                    for n in numbers:
+                        hidden = staged.run(started[n], j, states.get((alternative.identity, n)))
+                        states.put((alternative.identity, n), hidden)
+                        advance(len(jobs[n].rows))
+            _begin(staged, started, [own for own in wave if own[0].layer == j], states)
+            for alternative, numbers in wave:
+                if alternative.layer == j:
+                    advance(sum(len(jobs[n].rows) for n in numbers))
+        for n, job in enumerate(jobs):
+            run = [alternative for alternative, numbers in wave if n in numbers]
+            changed = [states.pop((alternative.identity, n)) for alternative in run]
+            _, *measured = _by_spans(staged, job.rows, states.get(("parent", depth, n)), changed)
+            advance(len(run) * len(job.rows))
+            for alternative, rows in zip(run, measured, strict=True):
+                yield n, Measured(alternative, rows)
+
+
+def _waves(
+    staged: StagedParent, jobs: Sequence[Job], most_bytes: float
+) -> Iterator[list[tuple[Alternative, list[int]]]]:
+    """Alternatives with the numbers of their jobs, by layer, as many as may wait at once."""
+    by_identity: dict[str, tuple[Alternative, list[int]]] = {}
+    for n, job in enumerate(jobs):
+        for alternative in job.alternatives:
+            by_identity.setdefault(alternative.identity, (alternative, []))[1].append(n)
+    wave: list[tuple[Alternative, list[int]]] = []
+    used = 0
+    for alternative, numbers in sorted(by_identity.values(), key=lambda own: own[0].layer):
+        size = sum(jobs[n].rows.numel() for n in numbers) * staged.bytes_of_a_token
+        if wave and used + size > most_bytes:
+            yield wave
+            wave, used = [], 0
+        wave.append((alternative, numbers))
+        used += size
+    if wave:
+        yield wave
+
+
+def _begin(
+    staged: StagedParent, started: Sequence[Batch], own: Sequence[tuple[Alternative, list[int]]], states: States
+) -> None:
+    """Run a layer with each of its alternatives."""
+    middles: set[int] = set()
+    for alternative, numbers in own:
+        i, module = alternative.layer, None
+        for n in numbers:
+            hidden = states.get(("parent", i, n))
+            stages = staged.stages(i, started[n], hidden)
+            if module is None:
+                module = staged.replacement(alternative)
+            middle = None
+            if stages.layout == "sequence" and alternative.subblock == "ffn":
+                if n not in middles:
+                    middles.add(n)
+                    states.put(("middle", n), staged.run(started[n], i, hidden, stages.attention))
+                middle = states.get(("middle", n))
+            states.put((alternative.identity, n), staged.replaced(started[n], alternative, hidden, middle, module))
+    for n in middles:
+        states.pop(("middle", n))
+
+
+def _by_spans(
+    staged: StagedParent, rows: torch.Tensor, of_parent: torch.Tensor, others: Sequence[torch.Tensor]
+) -> list[Rows]:
+    """Metrics of the parent's own and of other hidden states ``[B, T, D]``; no logits but those of a span are held."""
+    found: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(1 + len(others))]
+    labels = labels_of(rows)
+    for start, end in spans(rows, staged.vocab_size):
+        ids = rows[:, start:end]
+        logits, read = staged.head(ids, of_parent[:, start:end])
+        reference = Reference.of(logits, read, ids, labels[:, start:end])
+        found[0].append(measure(reference, logits.clone(), read))
+        for metrics, hidden in zip(found[1:], others, strict=True):
+            metrics.append(measure(reference, *staged.head(ids, hidden[:, start:end])))
+    return [as_rows(row_means(metrics)) for metrics in found]
+
+
+# ---------------------------------------------------------------------------------------------- by batches
 
 
 def _rest(staged: StagedParent, batch: Batch, i: int, hidden: torch.Tensor) -> torch.Tensor:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,13 +18,15 @@ import torch
 
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
+from layersmith.parent import Parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import ScoringRecipe
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
-from layersmith.scoring.exact import in_groups, run_exactly
+from layersmith.scoring.exact import Job, in_groups, run_exactly, run_layer_by_layer
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
 from layersmith.scoring.score import Journal, Score
-from layersmith.scoring.second_order import estimate, look
+from layersmith.scoring.second_order import Survey, estimate, look
+from layersmith.scoring.states import States, StatesOnDisk
 from layersmith.staged import CannotTakeApart, StagedParent, take_apart
 
 _PARENT = "parent"
@@ -31,6 +34,10 @@ _ESTIMATE = "second order "  # before the identity of an alternative
 KL = "kl_divergence"
 # About what a second-order sweep costs in forward passes; where fewer exact ones do, there is nothing to save.
 SWEEP_PASSES = 6.0
+# What tokens that run at once may take: this where it is much beside the weights, else a share of those.
+_SMALL_BYTES = 256 * 1024**2
+_SHARE_OF_WEIGHTS = 0.1
+_STREAMED_BYTES = 64 * 1024**2
 
 
 def score_library(
@@ -63,7 +70,7 @@ def score_library(
         staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
     except CannotTakeApart as reason:
         progress.note(f"scoring runs the whole model for every alternative, because {reason}.")
-    work = _Work(library, staged, tokens, recipe, pending)
+    work = _Work(library, staged, tokens, recipe, pending, journal.parent if journal else Path(tempfile.gettempdir()))
     with Journal(journal, inputs) as results:
         if work.by_estimates:
             scores = work.estimated(results, seed, progress)
@@ -84,6 +91,7 @@ class _Work:
     tokens: torch.Tensor
     recipe: ScoringRecipe
     pending: list[Alternative]
+    folder: Path
 
     @property
     def by_estimates(self) -> bool:
@@ -116,9 +124,26 @@ class _Work:
         return f"{len(own)} alternatives by second order, {exact} of them also exactly on some rows"
 
     def batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
-        size = max(1, self.recipe.batch_tokens // self.tokens.shape[1])
+        size = max(1, self.tokens_at_once // self.tokens.shape[1])
         for start in range(0, len(rows), size):
             yield list(rows[start : start + size])
+
+    @cached_property
+    def tokens_at_once(self) -> int:
+        """Of the recipe's, so many that what a layer makes of them stays small beside the parent's weights."""
+        parent = self.library.parent
+        weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
+        most = _STREAMED_BYTES if self.streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
+        vocab_size = self.staged.vocab_size if self.staged is not None else parent.language_config.vocab_size
+        return int(min(self.recipe.batch_tokens, max(1, most // _bytes_of_a_token(parent, vocab_size))))
+
+    @property
+    def streamed(self) -> bool:
+        """Whether each layer is read once for all that goes through it."""
+        return self.library.parent.stream is not None and self.staged is not None
+
+    def states(self) -> States:
+        return StatesOnDisk(self.folder) if self.streamed else States()
 
     # ------------------------------------------------------------------------------------------ exact
 
@@ -139,11 +164,14 @@ class _Work:
         device = self.library.parent.runtime.device
         length = self.tokens.shape[1]
         with progress.stage(stage, total, "layer passes") as advance:
+            if self.streamed:
+                self._exact_by_layers(results, wanted, steps, advance)
+                return
             for places in self._exact_batches(wanted):
                 rows = [order[p] for p in places]
                 own = [a for a in self.pending if wanted.get(a.identity, 0) > places[0]]
                 # Groups do not hang on what is known already, or an interrupted run would round in another way.
-                groups = in_groups(own, max(1, self.recipe.batch_tokens // (len(rows) * length)))
+                groups = in_groups(own, max(1, self.tokens_at_once // (len(rows) * length)))
                 missing = []
                 for group in groups:
                     if all(results.has(a.identity, rows) for a in group):
@@ -158,6 +186,25 @@ class _Work:
                     results.write(of, rows, measured.rows)
                     if measured.alternative is not None:
                         advance(steps[of] * len(rows))
+
+    def _exact_by_layers(
+        self, results: Journal, wanted: dict[str, int], steps: dict[str, int], advance: Callable[[float], None]
+    ) -> None:
+        assert self.staged is not None
+        order = row_order(len(self.tokens))
+        jobs, rows_of = [], []
+        for places in self._exact_batches(wanted):
+            rows = [order[p] for p in places]
+            own = [a for a in self.pending if wanted.get(a.identity, 0) > places[0]]
+            missing = [a for a in own if not results.has(a.identity, rows)]
+            advance(sum(steps[a.identity] * len(rows) for a in own if a not in missing))
+            if missing or not results.has(_PARENT, rows):
+                jobs.append(Job(self.tokens[rows].to(self.library.parent.runtime.device), missing))
+                rows_of.append(rows)
+        most = self.recipe.spill_gib * 1024**3
+        for n, measured in run_layer_by_layer(self.staged, jobs, self.states(), most, advance):
+            of = _PARENT if measured.alternative is None else measured.alternative.identity
+            results.write(of, rows_of[n], measured.rows)
 
     def _exact_batches(self, wanted: dict[str, int]) -> Iterator[list[int]]:
         """Places in the order of rows; all rows of a batch are wanted by the same alternatives."""
@@ -174,14 +221,11 @@ class _Work:
         device = self.library.parent.runtime.device
         with progress.stage("score", num_rows, "sequences") as advance:
             found = look(self.staged, self.pending, self.tokens[:1].to(device))
-            for rows in self.batches(range(num_rows)):
-                if not all(results.has(_ESTIMATE + a.identity, rows) for a in self.pending):
-                    seeds = [[_row_seed(seed, k, row) for row in rows] for k in range(self.recipe.samples)]
-                    values = estimate(self.staged, self.pending, found, self.tokens[rows].to(device), seeds)
-                    for a in self.pending:
-                        estimates = [{KL: float(v)} for v in values[a.identity]]
-                        results.write(_ESTIMATE + a.identity, rows, estimates)
-                advance(len(rows))
+            for together in self._swept_together(num_rows):
+                missing = [r for r in together if not self._has_estimates(results, r)]
+                if missing:
+                    self._sweep(results, found, missing, seed)
+                advance(sum(map(len, together)))
         by_row = {
             a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
             for a in self.pending
@@ -196,6 +240,31 @@ class _Work:
         runs = {self.pending[index].identity: n for index, n in chosen.items()}
         self.exact(results, runs, progress, "rescore")
         return self._corrected(results, by_row, before, runs)
+
+    def _swept_together(self, num_rows: int) -> Iterator[list[list[int]]]:
+        """Batches that go through a layer before the next is run: one by one where layers lie in memory."""
+        assert self.staged is not None
+        batches = list(self.batches(range(num_rows)))
+        size = 1
+        if self.streamed:
+            # What every layer is given, and the gradients.
+            waiting = len(self.staged.layers) + 1 + self.recipe.samples
+            of_batch = waiting * len(batches[0]) * self.tokens.shape[1] * self.staged.bytes_of_a_token
+            size = max(1, int(self.recipe.spill_gib * 1024**3 / of_batch))
+        for start in range(0, len(batches), size):
+            yield batches[start : start + size]
+
+    def _has_estimates(self, results: Journal, rows: Sequence[int]) -> bool:
+        return all(results.has(_ESTIMATE + a.identity, rows) for a in self.pending)
+
+    def _sweep(self, results: Journal, found: Survey, batches: Sequence[list[int]], seed: int) -> None:
+        assert self.staged is not None
+        seeds = [[[_row_seed(seed, k, row) for row in rows] for k in range(self.recipe.samples)] for rows in batches]
+        tokens = [self.tokens[rows].to(self.library.parent.runtime.device) for rows in batches]
+        values = estimate(self.staged, self.pending, found, tokens, seeds, self.states())
+        for rows, own in zip(batches, values, strict=True):
+            for a in self.pending:
+                results.write(_ESTIMATE + a.identity, rows, [{KL: float(v)} for v in own[a.identity]])
 
     def _corrected(
         self, results: Journal, by_row: dict[str, list[float]], before: Prior, runs: dict[str, int]
@@ -223,6 +292,13 @@ class _Work:
             scores[a.identity] = Score(a, {KL: values}, len(exact_rows), error)
         of_parent = {KL: [0.0] * num_rows}
         return [scores.get(a.identity) or Score(a, of_parent, num_rows) for a in self.library.alternatives]
+
+
+def _bytes_of_a_token(parent: Parent, vocab_size: int) -> float:
+    """About what a token takes while gradients go through a layer, or while the parent's logits are at hand."""
+    item = parent.runtime.dtype.itemsize
+    widest = max(sum(p.shape[-2] for p in layer.parameters() if p.ndim > 1) for layer in parent.layers)
+    return max(3.0 * item * widest, 8.0 * vocab_size)
 
 
 def row_order(num_rows: int) -> list[int]:

@@ -51,9 +51,11 @@ class Reference:
     has_lowest: bool = False
 
     @staticmethod
-    def of(logits: torch.Tensor, hidden: torch.Tensor, input_ids: torch.Tensor) -> Reference:
-        """From the parent's logits and hidden states on rows ``[B, T]``."""
-        labels = torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -1)], 1)
+    def of(
+        logits: torch.Tensor, hidden: torch.Tensor, input_ids: torch.Tensor, labels: torch.Tensor | None = None
+    ) -> Reference:
+        """From the parent's logits and hidden states on rows ``[B, T]``, or on a span of them with its labels."""
+        labels = labels_of(input_ids) if labels is None else labels
         has_lowest = bool(logits.amin() < _LOWEST)
         if has_lowest:
             logits = logits.clamp_min(_LOWEST)
@@ -71,6 +73,11 @@ class Reference:
             hidden=self.hidden[:, start:end],
             labels=self.labels[:, start:end],
         )
+
+
+def labels_of(input_ids: torch.Tensor) -> torch.Tensor:
+    """``[B, T]``: the token that follows each; -1 at the end."""
+    return torch.cat([input_ids[:, 1:], torch.full_like(input_ids[:, :1], -1)], 1)
 
 
 def measure(parent: Reference, logits: torch.Tensor, hidden: torch.Tensor) -> dict[str, torch.Tensor]:

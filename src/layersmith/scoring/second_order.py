@@ -35,6 +35,7 @@ from torch import nn
 
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.exact import spans
+from layersmith.scoring.states import States, start_all
 from layersmith.staged import Batch, StagedParent, key_of
 
 # Enough to tell how large a change is beside the hidden states that it is made to.
@@ -204,36 +205,48 @@ def estimate(
     staged: StagedParent,
     alternatives: Sequence[Alternative],
     found: Survey,
-    rows: torch.Tensor,
-    seeds: Sequence[Sequence[int]],
-) -> dict[str, torch.Tensor]:
+    batches: Sequence[torch.Tensor],
+    seeds: Sequence[Sequence[Sequence[int]]],
+    states: States,
+) -> list[dict[str, torch.Tensor]]:
     """Second-order estimates of KL in nats a token, on every row.
+
+    A layer is done with all batches before the next begins.
 
     Args:
         staged: the parent.
         alternatives: without the parent's own.
         found: what :func:`look` found of them.
-        rows: ``[B, T]`` token ids.
-        seeds: for each backward pass one seed a row.
+        batches: rows of token ids, ``[B, T]`` each.
+        seeds: for each batch and each backward pass one seed a row.
+        states: where hidden states wait.
 
     Returns:
-        Identity of an alternative to ``[B]`` float64.
+        For each batch identity of an alternative to ``[B]`` float64.
     """
-    with torch.no_grad(), staged.arithmetic.needs():
-        batch = staged.start(rows)
-        inputs = staged.hidden_states(batch)
-    cotangents = _of_the_head(staged, rows, inputs.pop(), seeds)
+    numbers = range(len(batches))
+    depth = len(staged.layers)
+    started = start_all(staged, batches, states)
+    for n, (rows, own_seeds) in enumerate(zip(batches, seeds, strict=True)):
+        for k, g in enumerate(_of_the_head(staged, rows, states.pop(("parent", depth, n)), own_seeds)):
+            states.put(("gradient", k, n), g)
     by_place: dict[tuple[int, str], list[Alternative]] = {}
     for a in alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
-    sums: dict[str, torch.Tensor] = {}
-    for i in reversed(range(len(staged.layers))):
-        hidden = inputs.pop()
-        layer = _Layer(staged, i, batch, hidden)
+    sums: list[dict[str, torch.Tensor]] = [{} for _ in numbers]
+    for i in reversed(range(depth)):
         own = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
-        cotangents = _through(layer, own, found, hidden, cotangents, sums)
-    scale = 0.5 / (len(seeds) * rows.shape[1])
-    return {identity: total * scale for identity, total in sums.items()}
+        for n in numbers:
+            hidden = states.pop(("parent", i, n))
+            layer = _Layer(staged, i, started[n], hidden)
+            cotangents = [states.pop(("gradient", k, n)) for k in range(len(seeds[n]))]
+            for k, g in enumerate(_through(layer, own, found, hidden, cotangents, sums[n])):
+                states.put(("gradient", k, n), g)
+    for n in numbers:
+        for k in range(len(seeds[n])):
+            states.pop(("gradient", k, n))
+    scales = [0.5 / (len(own) * rows.shape[1]) for own, rows in zip(seeds, batches, strict=True)]
+    return [{a: total * scale for a, total in own.items()} for own, scale in zip(sums, scales, strict=True)]
 
 
 def _through(

@@ -1,0 +1,105 @@
+"""Hidden states that wait for the next layer: in memory, or in a file where the parent's weights stay on the disk."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Hashable, Sequence
+from pathlib import Path
+
+import torch
+
+from layersmith.artifacts import saying_disk_full
+from layersmith.staged import Batch, StagedParent
+
+
+class States:
+    """Tensors by what they are of, in memory."""
+
+    def __init__(self) -> None:
+        self._tensors: dict[Hashable, torch.Tensor] = {}
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
+        self._tensors[key] = tensor
+
+    def get(self, key: Hashable) -> torch.Tensor:
+        return self._tensors[key]
+
+    def pop(self, key: Hashable) -> torch.Tensor:
+        """As :meth:`get`, and nobody will ask for it again."""
+        return self._tensors.pop(key)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    start: int
+    bytes: int
+    shape: torch.Size
+    dtype: torch.dtype
+    device: torch.device
+
+
+class StatesOnDisk(States):
+    """Tensors by what they are of, in a file without a name: it goes with the process, however that ends.
+
+    Args:
+        folder: where there is room for it.
+    """
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+        with saying_disk_full(folder):
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as this is
+        self._slots: dict[Hashable, _Slot] = {}
+        self._free: dict[int, list[int]] = {}
+        self._end = 0
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
+        raw = tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        old = self._slots.pop(key, None)
+        if old is not None:
+            self._free.setdefault(old.bytes, []).append(old.start)
+        reusable = self._free.get(raw.nbytes)
+        start = reusable.pop() if reusable else self._end
+        if start == self._end:
+            self._end += raw.nbytes
+        memory, at = memoryview(raw), start  # type: ignore[arg-type]
+        with saying_disk_full(self._folder):
+            while memory:
+                done = os.pwrite(self._file.fileno(), memory, at)
+                memory, at = memory[done:], at + done
+        self._slots[key] = _Slot(start, raw.nbytes, tensor.shape, tensor.dtype, tensor.device)
+
+    def get(self, key: Hashable) -> torch.Tensor:
+        slot = self._slots[key]
+        raw = torch.empty(slot.bytes, dtype=torch.uint8)
+        memory, at = memoryview(raw.numpy()), slot.start  # type: ignore[arg-type]
+        while memory:
+            done = os.preadv(self._file.fileno(), [memory], at)
+            memory, at = memory[done:], at + done
+        return raw.view(slot.dtype).view(slot.shape).to(slot.device)
+
+    def pop(self, key: Hashable) -> torch.Tensor:
+        tensor = self.get(key)
+        slot = self._slots.pop(key)
+        self._free.setdefault(slot.bytes, []).append(slot.start)
+        return tensor
+
+
+@torch.no_grad()
+def start_all(staged: StagedParent, batches: Sequence[torch.Tensor], states: States) -> list[Batch]:
+    """Take batches through the parent: ``("parent", i, n)`` is what layer i is given of batch n, or the head after all.
+
+    A layer is done with all batches before the next begins.
+    """
+    started = []
+    with staged.arithmetic.needs():
+        for n, rows in enumerate(batches):
+            batch = staged.start(rows)
+            states.put(("parent", 0, n), batch.embedded)
+            started.append(dataclasses.replace(batch, embedded=batch.embedded.new_empty(0)))
+        for i in range(len(staged.layers)):
+            for n, batch in enumerate(started):
+                states.put(("parent", i + 1, n), staged.run(batch, i, states.get(("parent", i, n))))
+    return started

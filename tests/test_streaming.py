@@ -1,0 +1,170 @@
+"""Parents whose weights stay on the disk: the same scores and children, one layer in memory."""
+
+import gc
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY_RECIPE
+from transformers import AutoModelForCausalLM, GemmaConfig, MixtralConfig, PretrainedConfig
+
+import layersmith
+from layersmith.errors import InputError
+from layersmith.library.library import Library, build_library, survey
+from layersmith.parent import Parent, load_parent
+from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.runtime import Runtime
+from layersmith.scoring.library_scores import score_library
+from layersmith.scoring.states import States, StatesOnDisk
+from layersmith.streaming import is_too_large
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+TOKENS = torch.randint(0, 256, (6, 24), generator=torch.Generator().manual_seed(4))
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "vocab_size": 256, **HEADS}
+CONFIGS: dict[str, PretrainedConfig] = {
+    # Experts become one tensor while they are loaded; embeddings are scaled, tied, and have a padding token.
+    "mixtral": MixtralConfig(**SMALL, intermediate_size=64, num_local_experts=4),
+    "gemma": GemmaConfig(**SMALL, intermediate_size=64, head_dim=8, pad_token_id=200),
+}
+
+
+def both(path: Path, near: Path) -> list[Parent]:
+    return [load_parent(path, CPU, stream_near=where) for where in (None, near)]
+
+
+def library_of(parent: Parent) -> Library:
+    recipe = LibraryRecipe(ffn_fractions=(0.5,))
+    return build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=3)
+
+
+@pytest.fixture(params=["llama_tied", "qwen2_windows", *CONFIGS])
+def checkpoint(request: pytest.FixtureRequest, make_parent: Callable[..., Path], tmp_path: Path) -> Path:
+    if request.param not in CONFIGS:
+        return make_parent(request.param)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(CONFIGS[request.param])
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            parameter.data.mul_(6)  # every subblock matters
+    model.to(torch.bfloat16).save_pretrained(tmp_path / "parent", max_shard_size="40kB")
+    return tmp_path / "parent"
+
+
+def test_scores_and_children_are_those_of_a_parent_in_memory(checkpoint: Path, tmp_path: Path) -> None:
+    at_once, streamed = map(library_of, both(checkpoint, tmp_path))
+    assert streamed.parent.identity == at_once.parent.identity
+    assert streamed.parent.dtype == at_once.parent.dtype
+    assert streamed.identity == at_once.identity
+    for recipe in (ScoringRecipe(mode="exact"), ScoringRecipe(mode="second_order", exact_passes=3)):
+        expected, found = (score_library(own, TOKENS, recipe) for own in (at_once, streamed))
+        for a, b in zip(expected, found, strict=True):
+            assert b.exact_rows == a.exact_rows
+            for metric, values in a.rows.items():
+                assert b.rows[metric] == pytest.approx(values, rel=1e-3, abs=1e-5)
+    chosen = [next(a for a in at_once.alternatives if a.layer == i and a.subblock == s and a.kind != "parent")
+              for i in range(2) for s in ("attention", "ffn")]  # fmt: skip
+    children = [library.compose(chosen) for library in (at_once, streamed)]
+    with torch.no_grad():
+        assert torch.equal(children[0](TOKENS).logits, children[1](TOKENS).logits)
+
+
+def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path) -> None:
+    parent = load_parent(make_parent("llama"), CPU, stream_near=tmp_path)
+    of_a_layer = len(list(parent.layers[0].parameters()))
+    library = library_of(parent)
+    most = 0
+
+    def count(module: torch.nn.Module, args: object) -> None:
+        nonlocal most
+        most = max(most, sum(not p.is_meta for layer in parent.layers for p in layer.parameters()))
+
+    for layer in parent.layers:
+        layer.register_forward_pre_hook(count)
+    score_library(library, TOKENS, ScoringRecipe(mode="second_order"))
+    score_library(library, TOKENS, ScoringRecipe(mode="exact"))
+    assert most == of_a_layer
+    # Nothing holds on to the weights of layers that have run.
+    parent.let_go()
+    del library
+    gc.collect()
+    shapes = [tuple(p.shape) for p in parent.layers[0].parameters() if p.ndim == 2]
+    alive = [t for t in gc.get_objects() if type(t) is torch.nn.Parameter and not t.is_meta]
+    assert not [t for t in alive if tuple(t.shape) == shapes[0] and t.data_ptr()]
+
+
+def test_interrupted_it_goes_on_to_the_same_scores(make_parent: Callable[..., Path], tmp_path: Path) -> None:
+    library = library_of(load_parent(make_parent("llama"), CPU, stream_near=tmp_path))
+    for recipe in (
+        ScoringRecipe(mode="exact", spill_gib=30 * 24 * 32 * 4 / 1024**3, batch_tokens=48),  # a few alternatives a wave
+        ScoringRecipe(mode="second_order", spill_gib=2 * 30 * 24 * 32 * 4 / 1024**3, batch_tokens=48),
+    ):
+        journal = tmp_path / f"{recipe.mode}.journal"
+        whole = score_library(library, TOKENS, recipe, journal=journal, inputs="a")
+        lines = journal.read_bytes().splitlines(keepends=True)
+        for kept in (1, len(lines) // 3, len(lines) - 1):
+            journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:17])
+            again = score_library(library, TOKENS, recipe, journal=journal, inputs="a")
+            assert [s.rows for s in again] == [s.rows for s in whole]
+
+
+def test_the_main_job_from_the_disk(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
+    parent = make_parent("llama")
+    results = [
+        layersmith.compress(parent, tmp_path / how, data=text_folder, budget=0.8, recipe={**TINY_RECIPE, "stream": how})
+        for how in ("never", "always")
+    ]
+    assert results[0].choice.alternatives == results[1].choice.alternatives
+    for metric in ("loss", "kl_divergence"):
+        assert results[1].metric(metric)["child"] == pytest.approx(results[0].metric(metric)["child"], rel=1e-4)
+    children = [layersmith.load(result.child) for result in results]
+    with torch.no_grad():
+        assert torch.equal(children[0](TOKENS).logits, children[1](TOKENS).logits)
+    left = [p for p in tmp_path.rglob(".*") if p.name != ".lock"]
+    assert not left
+
+
+def test_what_cannot_be_read_is_said(make_parent: Callable[..., Path], tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    load_parent(make_parent("llama"), CPU).model.save_pretrained(broken)
+    weights = broken / "model.safetensors"
+    os.truncate(weights, weights.stat().st_size // 2)
+    with pytest.raises(InputError, match="truncated"):
+        load_parent(broken, CPU, stream_near=tmp_path)
+    load_parent(make_parent("llama"), CPU).model.save_pretrained(broken)
+    parent = load_parent(broken, CPU, stream_near=tmp_path)
+    os.truncate(weights, weights.stat().st_size // 2)  # in place: the file that is open
+    with pytest.raises(InputError, match="shorter"):
+        parent.layer(len(parent.blocks) - 1)
+
+
+def test_whether_weights_fit(make_parent: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = make_parent("llama")
+    model = load_parent(path, CPU).model
+    count = sum(p.numel() for p in model.parameters())
+    monkeypatch.setattr("layersmith.streaming.free_memory", lambda device: 4 * count / 0.76)
+    assert is_too_large(path, CPU)
+    assert not is_too_large(path, Runtime(torch.device("cpu"), torch.bfloat16))
+    assert not is_too_large("a/name-on-a-hub", CPU)
+
+
+def test_states_wait_in_a_file_without_a_name(tmp_path: Path) -> None:
+    kept, spilled = States(), StatesOnDisk(tmp_path)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(60):
+        size = (1 + step % 3, 5)
+        key = ("a", step % 7)
+        value = torch.randn(size, generator=generator).to(torch.bfloat16 if step % 2 else torch.float32)
+        for states in (kept, spilled):
+            states.put(key, value)
+        if step % 5 == 4:
+            assert torch.equal(kept.pop(("a", (step - 2) % 7)), spilled.pop(("a", (step - 2) % 7)))
+    for number in range(7):
+        try:
+            expected = kept.get(("a", number))
+        except KeyError:
+            continue
+        assert torch.equal(spilled.get(("a", number)), expected)
+    assert not list(tmp_path.iterdir())
