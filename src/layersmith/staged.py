@@ -201,6 +201,7 @@ class StagedParent:
 
     def run(self, batch: Batch, i: int, hidden: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
         """Layer ``i``, or ``module`` in its place, on hidden states ``[B, T, D]``."""
+        self._forget_others(i)
         module = self.layers[i] if module is None else module
         own_type, call = getattr(module, LAYER_TYPE, None), batch.calls[i]
         if isinstance(own_type, str) and self._types:
@@ -237,11 +238,15 @@ class StagedParent:
     def stages(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
         """How layer ``i`` is split; tried once, on ``hidden`` ``[B, T, D]`` that it is given."""
         if i not in self._stages:
-            if self._parent.stream is not None:
-                self._stages.clear()  # stages hold on to their layer's weights
+            self._forget_others(i)
             self._stages[i] = self._split(i, batch, hidden)
             self._layouts[i] = self._stages[i].layout
         return self._stages[i]
+
+    def _forget_others(self, i: int) -> None:
+        """Stages hold on to their layer's weights; where these stay on the disk, one layer's are kept."""
+        if self._parent.stream is not None and i not in self._stages:
+            self._stages.clear()
 
     def _split(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
         layout = self._layouts.get(i)
