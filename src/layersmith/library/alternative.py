@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,7 +144,7 @@ def search_space(
     descriptor: type[ModelDescriptor],
     blocks: Sequence[BlockConfig],
     axes: Sequence[LayerAxes],
-    linear_possible: dict[str, bool],
+    no_linear: Mapping[str, Sequence[str]],
     recipe: LibraryRecipe,
     ffn_ranking: str,
 ) -> list[Alternative]:
@@ -168,7 +168,7 @@ def search_space(
         found += _of_ffn(i, block, own_axes, recipe, ffn_ranking)
         for subblock in ("attention", "ffn"):
             present = not (block.subblock(subblock).no_op or block.subblock(subblock).replace_with_linear)
-            if present and subblock in recipe.linear and linear_possible[subblock]:
+            if present and subblock in recipe.linear and not no_linear[subblock][i]:
                 found.append(Alternative(i, subblock, "linear", "least_squares"))
             supported = (
                 descriptor.attn_no_op_supported() if subblock == "attention" else descriptor.mlp_no_op_supported()
@@ -272,12 +272,16 @@ def kv_head_counts(full: int, num_heads: int, recipe: LibraryRecipe) -> list[int
     return counts
 
 
-def linear_is_possible(descriptor: type[ModelDescriptor], layers: Sequence[Any], subblock: str) -> bool:
-    """Whether one module of the layer is the subblock, so that a linear map can stand in its place."""
-    from layersmith.heterogeneous.plan import linear_records
+def why_no_linear(descriptor: type[ModelDescriptor], layers: Sequence[Any], subblock: str) -> list[str]:
+    """For every layer why no linear map can stand in the place of its subblock; empty if one can."""
+    from layersmith.heterogeneous.plan import NO_LINEAR, linear_records
 
-    try:
-        linear_records(descriptor, layers[0], subblock)
-    except LayersmithError:
-        return False
-    return True
+    reasons = []
+    for layer in layers:
+        reason = ""
+        try:
+            linear_records(descriptor, layer, subblock)
+        except LayersmithError as error:
+            reason = str(error).removeprefix(f"{descriptor.__name__}: ").removesuffix(f"; {NO_LINEAR}.")
+        reasons.append(reason)
+    return reasons

@@ -7,9 +7,7 @@ that stay first, so that the norm sees the same before and after.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,6 +22,7 @@ from layersmith.library.trial import (
     copy_units,
     first_that_holds,
     others,
+    twice,
     ways_that_hold,
     without_small_numbers,
 )
@@ -34,15 +33,9 @@ def prove_mixer(trial: Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
     """The axis with the layout of its heads, and with those ways of having fewer that hold."""
 
     def difference(way: str, guess: HeadsAxis, copies: bool) -> float:
-        return _twice(trial, partial(_heads_difference, trial, i, way), guess, copies=copies)
+        return twice(trial, partial(_heads_difference, trial, i, way), guess, copies=copies)
 
     return ways_that_hold(trial, axis, ("fewer_queries", "fewer_groups"), head_guesses(axis), difference)
-
-
-def _twice(trial: Trial, difference: Callable[..., float], guess: Any, **how: Any) -> float:
-    """The larger of two trials in which others stay: what stays in one may be dead in the parent itself."""
-    first = difference(guess, others_stay=False, **how)
-    return first if first >= trial.tolerance else max(first, difference(guess, others_stay=True, **how))
 
 
 def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool) -> float:
@@ -116,7 +109,7 @@ def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
             found = first_that_holds(
                 trial,
                 state_guesses(axis, mamba),
-                partial(_twice, trial, difference, silent=silent, scaled=scaled),
+                partial(twice, trial, difference, silent=silent, scaled=scaled),
                 "dead numbers of the state",
             )
         except Fails as reason:

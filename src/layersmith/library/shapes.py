@@ -348,6 +348,8 @@ class Finder:
         why = "each query head has keys and values of its own"
         if self.described is not None and self.described.attention_stays(i):
             why = "later layers use its keys and values"
+        elif count is None and self._shared_kv_heads(i) not in (None, num_heads):
+            why = "the number of its KV heads cannot differ alone"
         if count is not None and count > 1:
             of_kv = self.governed(self.experiment("kv", other_kv_heads), i)
             why = "" if of_kv else "its number of KV heads changes no weight of the layer"
@@ -360,7 +362,8 @@ class Finder:
             reasons["query_heads"] = no_queries
         if num_heads is None or not (of_kv or of_queries):
             raise NoAxis("; ".join(filter(None, (why, no_queries))))
-        if not of_kv and count is None:
+        count = self._shared_kv_heads(i) if count is None else count
+        if not of_kv and count in (None, num_heads):
             return self._alike_heads(i, num_heads, of_queries)
         return self._grouped_heads(i, count or 1, num_heads, of_kv, of_queries)
 
@@ -384,6 +387,9 @@ class Finder:
         if made.problem or made.shapes[i] != self.base[i]:
             raise NoAxis(made.problem or "attention with a window has other weights")
         return _SLIDING
+
+    def _shared_kv_heads(self, i: int) -> int | None:
+        return None if self.described is None else self.described.shared_kv_heads(i)
 
     def _num_heads(self, i: int) -> int | None:
         own = self.blocks[i].attention.num_attention_heads

@@ -24,6 +24,7 @@ from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.mixers import mamba_config, mixer_values
+from layersmith.model_descriptor.patterns import weight_groups
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
 from layersmith.model_descriptor.slots import appends_to_cache, in_cache
@@ -294,6 +295,19 @@ class InferredDescriptor(ModelDescriptor):
         return () if attention is None else attention.modules
 
     @classmethod
+    def why_not_whole(cls, layer: nn.Module, subblock: str, module: str) -> str:
+        """Why a module of a layer does not do the whole work of a subblock; empty if it does."""
+        kind = cls.findings.kind_of(layer)
+        own: Subblock | None = getattr(kind, subblock)
+        if own is not None and own.stays:
+            return f"other layers use what the {subblock} makes before its last part"
+        # What is small beside it chooses or scales, as a router does, and says nothing of what goes in.
+        sizes = {n: p.numel() for n, p in layer.named_parameters() if p.ndim >= 2 and kind.owners.get(n) == subblock}
+        inside = sum(size for name, size in sizes.items() if name.startswith(f"{module}."))
+        before = [name for name, size in sizes.items() if not name.startswith(f"{module}.") and 2 * size >= inside]
+        return f"the {subblock} is made of {before[0]} too, beside {module}" if before else ""
+
+    @classmethod
     def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
         """Weights of a freshly built layer that get another shape, for a width that no attribute says."""
         width = block.ffn.intermediate_size
@@ -370,6 +384,19 @@ class InferredDescriptor(ModelDescriptor):
         if paths:
             return value_at(config, paths[0], index)
         return whole_number(config, "num_attention_heads")
+
+    @classmethod
+    def shared_kv_heads(cls, index: int) -> int | None:
+        """K of a layer in which that cannot differ alone, e.g. because other layers use its keys and values.
+
+        Where no attribute is seen to set a layer's own, it is what sets those of the others, or what a config calls so
+        as usual; that is to be tried.
+        """
+        findings = cls.findings
+        config = cls.get_language_model_config(findings.config)
+        own, *others = [findings.sizes[findings.of_layer[index]], *findings.sizes]
+        path = own.kv_heads or next((sizes.kv_heads for sizes in others if sizes.kv_heads), None)
+        return whole_number(config, "num_key_value_heads") if path is None else value_at(config, path, index) or None
 
     @classmethod
     def why_no_query_heads(cls, index: int) -> str:
@@ -482,7 +509,8 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
 
         @staticmethod
         def layer_name_predicates(num_layers: int) -> dict[str, re.Pattern[str]]:
-            return _predicates(findings, num_layers)
+            kinds_of_layers = [findings.kinds[k] for k in findings.of_layer]
+            return weight_groups(structure.layers, findings.groups, kinds_of_layers, num_layers)
 
         @staticmethod
         def init_rotary_embedding(model: nn.Module, runtime: Any) -> None:
@@ -518,43 +546,6 @@ def _language_config(config: Any) -> Any:
     except (AttributeError, ValueError):
         return config
     return text if any(value is text for value in vars(config).values()) else config
-
-
-def _predicates(findings: Findings, num_layers: int) -> dict[str, re.Pattern[str]]:
-    groups: dict[str, list[str]] = {"embedding": [], "lm_head": []}
-    for name, group in findings.groups.items():
-        groups[group].append(re.escape(name))
-    patterns = {group: _any_of(names) for group, names in groups.items()}
-    layers = re.escape(findings.structure.layers)
-    for i in range(num_layers):
-        kind = findings.kinds[findings.of_layer[min(i, len(findings.of_layer) - 1)]]
-        for subblock in ("ffn", "attention"):
-            own = _prefixes(kind.owners, subblock)
-            patterns[f"block_{i}_{subblock}"] = re.compile(rf"^{layers}\.{i}\.(?:{'|'.join(own)})$" if own else r"(?!)")
-    return patterns
-
-
-def _any_of(names: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(f"^(?:{'|'.join(names)})$" if names else r"(?!)")
-
-
-def _prefixes(owners: dict[str, str], subblock: str) -> list[str]:
-    """Patterns for all names of one owner: whole modules where a module has one owner, single names elsewhere."""
-    tree: dict[str, set[str]] = {}
-    for name, owner in owners.items():
-        parts = name.split(".")
-        for length in range(1, len(parts)):
-            tree.setdefault(".".join(parts[:length]), set()).add(owner)
-    patterns: list[str] = []
-    for name, owner in owners.items():
-        if owner != subblock:
-            continue
-        parts = name.split(".")
-        whole = next((p for n in range(1, len(parts)) if tree[p := ".".join(parts[:n])] == {subblock}), None)
-        pattern = re.escape(name) if whole is None else rf"{re.escape(whole)}\..+"
-        if pattern not in patterns:
-            patterns.append(pattern)
-    return patterns
 
 
 def _restore_buffers(model: nn.Module, runtime: Any) -> None:
