@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,13 +23,14 @@ from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.mixers import mamba_config, mixer_values
+from layersmith.model_descriptor.full_size import at_full_length_of, in_config, mixer_of, widths_of
+from layersmith.model_descriptor.mixers import mixer_values
 from layersmith.model_descriptor.patterns import weight_groups
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
-from layersmith.model_descriptor.slots import appends_to_cache, in_cache
+from layersmith.model_descriptor.slots import KeptState, appends_to_cache, in_cache
 from layersmith.model_descriptor.specimen import Specimen
-from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
+from layersmith.model_descriptor.stock import language_config, own_config, stock_model, whole_number
 from layersmith.model_descriptor.structure import Structure, find_structure
 from layersmith.model_descriptor.subblocks import LayerKind, Subblock, find_kind, signature
 
@@ -50,6 +51,8 @@ class Findings:
         stateful: of every kind, whether its mixer keeps a state of fixed size and no keys and values.
         cached: of every kind, the numbers in the cache for each one of a value head: 2 where keys are as long.
         latent: of every kind, the numbers in the cache for a token if they are not one by one the heads'.
+        empty: of every kind, whether it keeps nothing in the cache.
+        states: of every kind, what it keeps in the cache that does not grow with the tokens.
         mixers: of every layer the sizes of its Mamba or linear-attention mixer, in the words of its config record.
         appends: whether layers append to the cache in turn, so that it bears no gap.
     """
@@ -67,6 +70,8 @@ class Findings:
     stateful: tuple[bool, ...] = ()
     cached: tuple[float, ...] = ()
     latent: tuple[int | None, ...] = ()
+    empty: tuple[bool, ...] = ()
+    states: tuple[tuple[KeptState, ...], ...] = ()
     mixers: tuple[dict[str, int] | None, ...] = ()
     appends: bool = False
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
@@ -151,13 +156,17 @@ def find(config: PretrainedConfig) -> Findings:
     def at_full_length(length: int, k: int) -> int | None:
         small = specimen.model.get_submodule(names[examples[k]])
         large = skeleton.get_submodule(f"{structure.layers}.{of_layer.index(k)}")
-        return _at_full_length(length, kinds[k], small, large)
+        return at_full_length_of(length, kinds[k], small, large)
+
+    def in_full(length: int, k: int) -> int:
+        found = at_full_length(length, k) if k in of_layer else None
+        return in_config(length, specimen.config, config) if found is None else found
 
     for k, own_sizes in enumerate(sizes):
         if own_sizes.head_size is not None and k in of_layer:
             path, size = own_sizes.head_size
             small_heads, heads = (
-                value_at(_language_config(c), own_sizes.query_heads[0]) for c in (specimen.config, config)
+                value_at(language_config(c), own_sizes.query_heads[0]) for c in (specimen.config, config)
             )
             length = at_full_length(small_heads * size, k)
             sizes[k] = (
@@ -166,8 +175,8 @@ def find(config: PretrainedConfig) -> Findings:
                 else replace(own_sizes, head_size=(path, length // heads))
             )
     large = skeleton.get_submodule(structure.layers)
-    widths = [_widths(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
-    seen_in_cache = in_cache(specimen, examples, sizes)
+    widths = [widths_of(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
+    seen_in_cache = in_cache(specimen, names, examples, kinds, sizes)
     latent = [
         at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(seen_in_cache)
     ]
@@ -187,43 +196,18 @@ def find(config: PretrainedConfig) -> Findings:
         tuple(own.stateful for own in seen_in_cache),
         tuple(own.numbers for own in seen_in_cache),
         tuple(latent),
+        tuple(own.empty for own in seen_in_cache),
         tuple(
-            _mixer(sizes[k], config, i, skeleton.get_submodule(f"{structure.layers}.{i}"))
+            tuple(replace(s, shape=tuple(in_full(d, k) for d in s.shape)) for s in own.states)
+            for k, own in enumerate(seen_in_cache)
+        ),
+        tuple(
+            mixer_of(sizes[k], config, i, skeleton.get_submodule(f"{structure.layers}.{i}"))
             for i, k in enumerate(of_layer)
         ),
         appends,
         config,
     )
-
-
-def _at_full_length(length: int, kind: LayerKind, small: nn.Module, large: nn.Module) -> int | None:
-    """A length of a specimen's layer in the model itself: that of a weight of the attention that is as long."""
-    shapes = {name: p.shape for name, p in large.named_parameters()}
-    for name, parameter in small.named_parameters():
-        if kind.owners.get(name) == "attention" and length in parameter.shape and name in shapes:
-            return int(shapes[name][list(parameter.shape).index(length)])
-    return None
-
-
-def _widths(sizes: Sizes, config: PretrainedConfig, layer: nn.Module) -> tuple[int | None, int | None]:
-    shapes = {name: p.shape for name, p in layer.named_parameters()}
-    places = (sizes.width_at, sizes.shared_width_at)
-    own = [shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places]
-    if sizes.flat and own[0] is not None and sizes.num_experts is not None:
-        own[0] //= value_at(_language_config(config), sizes.num_experts)
-    return own[0], own[1]
-
-
-def _mixer(sizes: Sizes, config: PretrainedConfig, index: int, layer: nn.Module) -> dict[str, int] | None:
-    """The sizes of a layer's mixer as a ``MambaConfig`` has them; None if it has none or they are not known."""
-    own = sizes.mixer
-    if own is None:
-        return None
-    language = _language_config(config)
-    paths = {"num_heads": own.num_heads[:1], "state_dim": (own.state_dim,), "num_groups": (own.num_groups,)}
-    numbers = {name: value_at(language, path, index) for name, found in paths.items() for path in found if path}
-    found = mamba_config(own, numbers, {name: tuple(p.shape) for name, p in layer.named_parameters()})
-    return None if found is None else found.to_dict()
 
 
 def _without_attention(specimen: Specimen, layers: str) -> str:
@@ -330,6 +314,28 @@ class InferredDescriptor(ModelDescriptor):
         """Whether the mixer of a layer has a state in the cache that does not grow with the tokens."""
         findings = cls.findings
         return bool(findings.stateful) and findings.stateful[findings.of_layer[index]]
+
+    @classmethod
+    def caches_nothing(cls, index: int) -> bool:
+        """Whether a layer keeps nothing in the cache."""
+        findings = cls.findings
+        return bool(findings.empty) and findings.empty[findings.of_layer[index]]
+
+    @classmethod
+    def state_bytes(
+        cls, index: int, block: BlockConfig, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    ) -> int:
+        """Bytes a sequence that a layer keeps in the cache whatever the number of tokens.
+
+        Args:
+            index: of the layer.
+            block: what it is.
+            shapes: of its weights.
+            dtype: of the model.
+        """
+        findings = cls.findings
+        kept = findings.states[findings.of_layer[index]] if findings.states else ()
+        return sum(s.numbers(block.attention.mamba, shapes) * (s.itemsize or dtype.itemsize) for s in kept)
 
     @classmethod
     def has_mixer(cls, index: int) -> bool:
@@ -518,7 +524,7 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
 
         @staticmethod
         def get_language_model_config(config: Any) -> Any:
-            return _language_config(config)
+            return language_config(config)
 
         @staticmethod
         def requires_trust_remote_code() -> bool:
@@ -537,15 +543,6 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
     family = re.sub(r"[^0-9A-Za-z]+", " ", str(getattr(config, "model_type", "") or type(config).__name__)).title()
     Described.__name__ = Described.__qualname__ = family.replace(" ", "") + "Inferred"
     return Described
-
-
-def _language_config(config: Any) -> Any:
-    """The config that the decoder layers are built from."""
-    try:
-        text = config.get_text_config(decoder=True)
-    except (AttributeError, ValueError):
-        return config
-    return text if any(value is text for value in vars(config).values()) else config
 
 
 def _restore_buffers(model: nn.Module, runtime: Any) -> None:

@@ -179,12 +179,23 @@ def filled_cache(specimen: Specimen) -> Any:
 
 
 def _keeps_no_keys(specimen: Specimen, index: int) -> bool:
-    keys = getattr(filled_cache(specimen).layers[index], "keys", None)
+    layers = filled_cache(specimen).layers
+    keys = getattr(layers[index], "keys", None) if index < len(layers) else None
     return not isinstance(keys, torch.Tensor) or not keys.numel()
 
 
 def _states(specimen: Specimen, index: int) -> list[torch.Tensor]:
-    return [s for s in filled_cache(specimen).layers[index].recurrent_states.values() if s is not None]
+    return recurrent_states(filled_cache(specimen), index)
+
+
+def recurrent_states(cache: Any, index: int) -> list[torch.Tensor]:
+    """The states that a layer keeps of all tokens; a family's own kind of cache may hold a list with one a layer."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if states := getattr(layer, "recurrent_states", None):
+        return [state for state in states.values() if state is not None]
+    lists = [value for value in vars(cache).values() if isinstance(value, list) and value is not cache.layers]
+    entries = [own[index] for own in lists if index < len(own)]
+    return [entry for entry in entries if isinstance(entry, torch.Tensor)]
 
 
 def _state(specimen: Specimen, index: int) -> tuple[int, ...] | None:
