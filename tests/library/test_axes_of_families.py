@@ -36,10 +36,22 @@ KINDS = {
     "deepseek_v3": {"head_groups", "experts", "expert_width"},  # latent attention, a bias for choosing, shared experts
     "qwen2_moe": {"experts", "shared_width"},  # shared experts with a width of their own
     # Linear attention in some layers, its parts fused group by group; gates beside queries.
-    "qwen3_next": {"kv_heads", "experts", "mixer_heads", "mixer_groups", "state_size"},
-    "granitemoehybrid": {"kv_heads", "experts", "mixer_heads", "state_size"},  # Mamba in some layers
-    "nemotron_h": {"kv_heads", "ffn_width", "mixer_heads", "mixer_groups", "state_size"},  # one subblock a layer
-    "bamba": {"kv_heads", "mixer_heads", "state_size"},  # the width of all heads is said as a multiple
+    "qwen3_next": {"kv_heads", "experts", "mixer_heads", "mixer_groups", "mixer_head_size", "state_size"},
+    "granitemoehybrid": {"kv_heads", "experts", "mixer_heads", "mixer_head_size", "state_size"},  # Mamba in some layers
+    "nemotron_h": {
+        "kv_heads",
+        "ffn_width",
+        "mixer_heads",
+        "mixer_groups",
+        "mixer_head_size",
+        "state_size",
+    },  # one subblock a layer
+    "bamba": {
+        "kv_heads",
+        "mixer_heads",
+        "mixer_head_size",
+        "state_size",
+    },  # the width of all heads is said as a multiple
     "jamba": {"kv_heads", "experts", "state_size"},  # Mamba without heads, norms of what writes to the state
     "doge": {"query_heads"},  # query heads in groups, and a number of KV heads that cannot differ alone
     "dbrx": {"kv_heads", "experts", "expert_width", "experts_per_token"},  # experts flat, one after another

@@ -20,7 +20,12 @@ _FIELDS = {
     "query_heads": "num_attention_heads",
     "ffn_width": "intermediate_size",
 }
-_MIXER_FIELDS = {"mixer_heads": "num_heads", "mixer_groups": "num_groups", "state_size": "state_dim"}
+_MIXER_FIELDS = {
+    "mixer_heads": "num_heads",
+    "mixer_groups": "num_groups",
+    "mixer_head_size": "head_dim",
+    "state_size": "state_dim",
+}
 _EXPERT_FIELDS = {
     "experts": "num_local_experts",
     "expert_width": "expert_intermediate_dim",
@@ -39,11 +44,13 @@ class Alternative:
         kind: ``parent``, ``no_op``, ``linear``; for attention ``kv_heads`` (fewer for the same query heads),
             ``head_groups`` (fewer with their query heads), ``query_heads`` (fewer for the same KV heads) or ``window``
             (it sees the last tokens only); for a Mamba or linear-attention mixer ``mixer_heads`` (fewer for the same
-            groups), ``mixer_groups`` (fewer groups with their heads) or ``state_size``; for an FFN ``ffn_width``,
-            ``experts``, ``expert_width``, ``shared_width`` or ``experts_per_token``.
+            groups), ``mixer_groups`` (fewer groups with their heads), ``mixer_head_size`` (smaller heads) or
+            ``state_size``; for an FFN ``ffn_width``, ``experts``, ``expert_width``, ``shared_width`` or
+            ``experts_per_token``.
         method: how its weights come from the parent's: ``contribution``, ``iterative``, ``pool``,
             ``least_squares``; for a window its type in the config's words; empty where there is nothing to choose.
-        size: heads, groups, experts, channels, or numbers of the state that are left; 0 where that has no meaning.
+        size: heads, groups, experts, channels, entries of a head, or numbers of the state that are left; 0 where that
+            has no meaning.
         query_heads: that are left with ``head_groups``; heads that are with ``mixer_groups``.
     """
 
@@ -68,6 +75,7 @@ class Alternative:
             "query_heads": f"attention {self.size} query head{plural}",
             "mixer_heads": f"attention {self.size} mixer head{plural}",
             "mixer_groups": f"attention {self.size} group{plural} of mixer heads",
+            "mixer_head_size": f"attention mixer heads of {self.size}",
             "state_size": f"attention state of {self.size}",
             "ffn_width": f"ffn {self.size}",
             "experts": f"ffn {self.size} expert{plural}",
@@ -130,7 +138,8 @@ def in_words(config: AttentionConfig | FFNConfig) -> str:
         ]
         words += ["window"] if config.layer_type == "sliding_attention" else []
         if (mamba := config.mamba) is not None:
-            words += [f"{mamba.num_heads} mixer head{'s' if mamba.num_heads != 1 else ''}, state {mamba.state_dim}"]
+            heads = f"{mamba.num_heads} mixer head{'s' if mamba.num_heads != 1 else ''} of {mamba.head_dim}"
+            words += [f"{heads}, state {mamba.state_dim}"]
         return ", ".join(words) or "attention"
     moe = config.moe
     if moe is None:
@@ -207,14 +216,12 @@ def _of_mixer(i: int, axes: LayerAxes, recipe: LibraryRecipe) -> list[Alternativ
         if axes.mixer.fewer_groups:
             counts = fractions_of(groups, recipe.head_fractions)
             found += [Alternative(i, "attention", "mixer_groups", "contribution", n, n * group) for n in counts]
-    if axes.state is not None:
-        multiple = width_multiple(axes.state.size)
-        sizes = {max(multiple, round(axes.state.size * f / multiple) * multiple) for f in recipe.head_fractions}
-        found += [
-            Alternative(i, "attention", "state_size", "contribution", n)
-            for n in sorted(sizes, reverse=True)
-            if n < axes.state.size
-        ]
+    for kind, axis in (("mixer_head_size", axes.mixer_size), ("state_size", axes.state)):
+        if axis is not None:
+            multiple = width_multiple(axis.size)
+            sizes = {max(multiple, round(axis.size * f / multiple) * multiple) for f in recipe.head_fractions}
+            sizes = {n for n in sizes if n < axis.size}
+            found += [Alternative(i, "attention", kind, "contribution", n) for n in sorted(sizes, reverse=True)]
     return found
 
 

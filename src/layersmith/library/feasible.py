@@ -89,6 +89,8 @@ def any_orders(axes: Sequence[LayerAxes]) -> dict[str, torch.Tensor]:
             if heads is not None:
                 orders[f"{i}.{groups}"] = torch.arange(heads.size)
                 orders[f"{i}.{within}"] = torch.arange(heads.num_heads).view(heads.size, -1)
+        if own.mixer_size is not None:
+            orders[f"{i}.mixer_size"] = torch.arange(own.mixer_size.size).repeat(own.mixer_size.num_heads, 1)
         if own.state is not None:
             orders[f"{i}.state"] = torch.arange(own.state.size)
         if own.experts is not None:

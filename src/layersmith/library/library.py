@@ -21,7 +21,7 @@ from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
 from layersmith.library.alternative import Alternative, search_space, why_no_linear
-from layersmith.library.axes import Bundle, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.library.axes import Bundle, HeadsAxis, HeadSizeAxis, LayerAxes, Segment, WeightAxis, WidthAxis
 from layersmith.library.feasible import any_orders, by_reason, no_maps, those_that_run
 from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes, input_dim, meta_layers
@@ -29,6 +29,7 @@ from layersmith.library.statistics import Probe, gather
 from layersmith.library.weights import (
     keep_experts,
     keep_groups,
+    keep_head_size,
     keep_kv_heads,
     keep_query_heads,
     keep_state,
@@ -54,7 +55,8 @@ class Library:
         orders: to units, most important first: ``"{layer}.ffn.{bundle}"`` and ``"{layer}.shared.{bundle}"`` to
             channels (of each expert), ``"{layer}.attention"`` to KV heads, ``"{layer}.queries"`` to the query heads of
             each KV head, ``"{layer}.experts"`` to experts, ``"{layer}.mixer"`` to groups of mixer heads,
-            ``"{layer}.mixer_heads"`` to the heads of each group, ``"{layer}.state"`` to the numbers of a state.
+            ``"{layer}.mixer_heads"`` to the heads of each group, ``"{layer}.mixer_size"`` to the entries of each of
+            its heads, ``"{layer}.state"`` to the numbers of a state.
         maps: ``"{layer}.{subblock}"`` to the weight ``[D, D]`` of its linear replacement.
         notes: what could not be offered, and why.
     """
@@ -106,6 +108,9 @@ class Library:
         if kind == "state_size":
             assert own.state is not None
             return keep_state(current, own.state, self.orders[f"{i}.state"][: alternative.size])
+        if kind == "mixer_head_size":
+            assert own.mixer_size is not None
+            return keep_head_size(current, own.mixer_size, self.orders[f"{i}.mixer_size"][:, : alternative.size])
         if kind in ("mixer_heads", "mixer_groups"):
             assert own.mixer is not None
             if kind == "mixer_groups":
@@ -353,6 +358,8 @@ def build_library(
         ):
             if heads is not None and name in means:
                 orders[name], orders[within] = _head_orders(layer, heads, means[name])
+        if own.mixer_size is not None and (name := f"{i}.mixer") in means:
+            orders[f"{i}.mixer_size"] = _head_size_order(layer, own.mixer_size, means[name])
         if (name := f"{i}.state") in means:
             orders[name] = ranking.by_cost(means[name])
         if (name := f"{i}.experts.members") in means:
@@ -371,6 +378,15 @@ def _head_orders(layer: nn.Module, heads: HeadsAxis, moment: torch.Tensor) -> tu
     group = heads.num_heads // heads.size
     by_kv = costs.view(heads.size, group, heads.size, group).sum((1, 3))
     return _order(by_kv, "iterative"), ranking.within_groups(costs, heads.size)
+
+
+def _head_size_order(layer: nn.Module, axis: HeadSizeAxis, moment: torch.Tensor) -> torch.Tensor:
+    """``[H, P]``: the entries of every head, most important first."""
+    costs = ranking.channel_costs(_matrix(layer.get_parameter(axis.reader), axis.reader_dim), moment)
+    heads = costs.view(axis.num_heads, axis.size, axis.num_heads, axis.size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if axis.alike:
+        return ranking.by_iterative_removal(heads.sum(0)).repeat(axis.num_heads, 1)
+    return torch.stack([ranking.by_iterative_removal(own.contiguous()) for own in heads])
 
 
 def _order(costs: torch.Tensor, method: str) -> torch.Tensor:
@@ -417,7 +433,7 @@ def probes_for(
                 probes += _width_probes(layer, i, part, axis, ffn_ranking)
         for heads, name, of_kind in (
             (own.kv, f"{i}.attention", ("kv_heads", "head_groups", "query_heads")),
-            (own.mixer, f"{i}.mixer", ("mixer_heads", "mixer_groups")),
+            (own.mixer or own.mixer_size, f"{i}.mixer", ("mixer_heads", "mixer_groups", "mixer_head_size")),
         ):
             if heads is not None and kinds & {(i, kind) for kind in of_kind}:
                 channels = _matrix(layer.get_parameter(heads.reader), heads.reader_dim).shape[1]
@@ -517,6 +533,7 @@ def notes_on(
         "experts": "experts are not removed",
         "shared": "shared experts are not narrowed",
         "mixer": "heads of mixers are not reduced",
+        "mixer_size": "heads of mixers are not made smaller",
         "state": "states of mixers are not made smaller",
     }
     for subblock, what in words.items():

@@ -33,7 +33,7 @@ from layersmith.library.axes import (
     WidthAxis,
     largest_part,
 )
-from layersmith.library.mixer_proof import prove_mixer, prove_state
+from layersmith.library.mixer_proof import prove_head_size, prove_mixer, prove_state
 from layersmith.library.shapes import input_dim, layer_shapes
 from layersmith.library.trial import (
     Fails,
@@ -102,6 +102,7 @@ def _prove_layer(trial: Trial, i: int, own: LayerAxes) -> LayerAxes:
         own.of_experts,
         tried("mixer", own.mixer, prove_mixer),
         tried("state", own.state, prove_state),
+        tried("mixer_size", own.mixer_size, prove_head_size),
     )
 
 

@@ -35,7 +35,7 @@ from layersmith.library.axes import (
     WidthAxis,
 )
 from layersmith.library.changes import Change, fewer_experts, narrower_ffn, narrower_shared, other_kv_heads
-from layersmith.library.mixers import mixer_heads, mixer_state
+from layersmith.library.mixers import mixer_head_size, mixer_heads, mixer_state
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.stock import stock_model, whole_number
@@ -136,7 +136,8 @@ class Finder:
         window = tried("window", self.window) or ""
         mixer = tried("mixer", lambda j: mixer_heads(self, j)) if self.keeps_state(i) else None
         state = tried("state", lambda j: mixer_state(self, j)) if self.keeps_state(i) else None
-        return LayerAxes(ffn, heads, experts, shared, reasons, window, of_experts, mixer, state)
+        size = tried("mixer_size", lambda j: mixer_head_size(self, j)) if self.keeps_state(i) else None
+        return LayerAxes(ffn, heads, experts, shared, reasons, window, of_experts, mixer, state, size)
 
     def keeps_state(self, i: int) -> bool:
         """Whether a layer has a mixer with a state of fixed size."""
@@ -500,14 +501,17 @@ class Finder:
             ]
         return self._owned[i]
 
+    def takes(self, i: int, w: WeightAxis) -> bool:
+        """Whether what lies along a weight is what a projection takes."""
+        matrix = w.name.endswith(".weight") and len(self.base[i][w.name]) == 2
+        return matrix and input_dim(self.skeleton[i], w.name) == w.dim
+
     def heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int]:
         """The one projection whose input the heads are: name, entries a head."""
         readers = []
         for w in weights:
-            if len(w.segments) == 1 and w.segments[0].part == "queries" and w.name.endswith(".weight"):
-                two = len(self.base[i][w.name]) == 2
-                if two and input_dim(self.skeleton[i], w.name) == w.dim:
-                    readers.append((w.name, w.segments[0].unit))
+            if len(w.segments) == 1 and w.segments[0].part == "queries" and self.takes(i, w):
+                readers.append((w.name, w.segments[0].unit))
         if len(readers) > 1:
             names = " and ".join(name for name, _ in readers)
             raise NoAxis(f"it has several attentions, whose heads end in {names}, and one number of heads for all")

@@ -347,6 +347,12 @@ class InferredDescriptor(ModelDescriptor):
         )
 
     @classmethod
+    def square_state(cls, index: int) -> bool:
+        """Whether the state of a layer's mixer is as large as a head because both are one attribute."""
+        mixer = cls.findings.sizes[cls.findings.of_layer[index]].mixer
+        return mixer is not None and mixer.square
+
+    @classmethod
     def mixer_problem(cls, index: int) -> str:
         """Why the sizes of a layer's mixer cannot differ, as far as that was seen; empty if it was not."""
         if cls.findings.mixers and cls.findings.mixers[index] is not None:

@@ -143,6 +143,8 @@ def in_cache(
         keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
         if not isinstance(keys, torch.Tensor) or not keys.numel():
             found.append(InCache(stateful=bool(states), empty=not states))
+        elif values is None and keys.ndim == 4 and keys.shape[1] == 1:
+            found.append(InCache(latent=keys.shape[-1]))  # the values are made of the keys
         elif not isinstance(values, torch.Tensor) or keys.ndim != 4 or values.ndim != 4 or not values.shape[-1]:
             found.append(InCache())
         elif keys.shape[1] == 1 and own.query_heads and own.kv_heads is None:
