@@ -35,9 +35,9 @@ def those_that_run(library: Library, tokens: torch.Tensor) -> tuple[list[Alterna
     trial = Trial(parent, tokens.to(parent.runtime.device))
     verdicts: dict[tuple[object, ...], str] = {}
     running, refused = [], {}
+    kinds = [alike(trial, i, own) for i, own in enumerate(library.axes)]
     for alternative in library.alternatives:
-        kind = alike(trial, alternative.layer, library.axes[alternative.layer])
-        key = (kind, dataclasses.replace(alternative, layer=0))
+        key = (kinds[alternative.layer], dataclasses.replace(alternative, layer=0))
         if alternative.kind != "parent" and key not in verdicts:
             verdicts[key] = _problem(trial, library, alternative)
         if alternative.kind == "parent" or not verdicts[key]:
@@ -56,6 +56,8 @@ def _problem(trial: Trial, library: Library, alternative: Alternative) -> str:
         seen = trial.run(alternative.layer, library.layer(alternative))
     except Exception as error:  # whatever a family's own code raises
         return f"it does not run with it ({first_line(error)})"
+    finally:
+        library.parent.let_go()
     return "" if bool(seen.isfinite().all()) else "it gives numbers that are not finite with it"
 
 
