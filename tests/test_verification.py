@@ -44,6 +44,7 @@ def test_a_dense_model(tmp_path: Path) -> None:
         "experts per token",
         "shared width",
         "mixer heads",
+        "mixer head size",
         "state sizes",
         "window",
     }
@@ -64,6 +65,11 @@ def test_mixers(tmp_path: Path) -> None:
     assert mamba["query heads"] == "it has a mixer that keeps a state instead of keys and values"
     assert attention["mixer heads"] == attention["state sizes"] == "it keeps no state of fixed size in the cache"
     assert attention["query heads"] == OK
+
+
+def test_a_parent_that_has_to_be_told_positions_is(tmp_path: Path) -> None:
+    """Its first layer has no keys, and is asked how many tokens there are; ``generate`` tells it."""
+    verdicts_of("bamba", tmp_path)
 
 
 def test_windows(tmp_path: Path) -> None:

@@ -151,6 +151,7 @@ _AXIS_WORDS = {
     "query_heads": "query heads",
     "mixer_heads": "mixer heads",
     "mixer_groups": "groups of mixer heads",
+    "mixer_head_size": "size of mixer heads",
     "state_size": "state",
     "window": "window",
     "ffn_width": "width",

@@ -12,9 +12,9 @@ import re
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,19 @@ import layersmith
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UnsupportedModel
 from layersmith.heterogeneous.build import decoder_layers
-from layersmith.library.proof import prove
-from layersmith.library.shapes import find_axes
+from layersmith.library.library import Survey, survey
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.removal import silent_stay_silent
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import own_config
 from layersmith.model_descriptor.subblocks import Subblock
 from layersmith.parent import Parent
+from layersmith.recipe import LibraryRecipe
 from layersmith.runtime import Runtime
-from layersmith.verification import axis_verdicts, over_layers, sample_tokens
+from layersmith.verification import axis_verdicts, over_layers
 from tests.conformance.kinds import is_language_model_only, kind_of
+from tests.conformance.libraries import child_of_library
+from tests.conformance.resizings import resizings
 from tests.conformance.tiny import tiny_config, tiny_model
 
 OK = "ok"
@@ -53,6 +55,7 @@ CHECKS = (
     "heterogeneous build",
     "save and reload",
     "stock reload",
+    "library",
 )
 NO_OPS = {"attention no-op": "attention", "ffn no-op": "ffn", "both no-ops": "both"}
 
@@ -138,6 +141,7 @@ def _examine(verdict: Verdict) -> None:
     examination = _Examination(config, model, descriptor)
     try:
         verdict.axes = examination.axes()
+        verdict.notes += [note for note in examination.found.notes if " is not offered in " in note]
     except Exception as error:
         verdict.results["axes"] = _words(error)
     for name in CHECKS:
@@ -146,7 +150,8 @@ def _examine(verdict: Verdict) -> None:
             verdict.results[name] = OK
         except Exception as error:
             verdict.results[name] = _words(error)
-            with_positions = name in CACHE_CHECKS and examination.parent_needs_positions(name)
+            cached = "continuation" if name == "library" else name
+            with_positions = cached in CACHE_CHECKS and examination.parent_needs_positions(cached)
             try:
                 if with_positions:
                     examination.check(name)
@@ -177,16 +182,37 @@ class _Examination:
         vocab = min(90, int(descriptor.get_language_model_config(config).vocab_size))
         self.ids = torch.randint(5, vocab, (2, 24), generator=generator)
 
-    def axes(self) -> dict[str, str]:
-        """What the proof on this model's weights leaves of every axis."""
-        own = tuple(self.blocks)
+    @cached_property
+    def parent(self) -> Parent:
         runtime = Runtime(torch.device("cpu"), torch.float32)
-        parent = Parent("", self.model.requires_grad_(False), torch.float32, self.descriptor, own, "", runtime)
+        model: Any = self.model
+        return Parent("", model, torch.float32, self.descriptor, tuple(self.blocks), "", runtime)
+
+    @cached_property
+    def found(self) -> Survey:
+        """What the proof on this model's weights leaves of every axis, and the alternatives that run."""
+        with self._without_gradients():
+            return survey(self.parent, LibraryRecipe())
+
+    def axes(self) -> dict[str, str]:
+        pairs = zip(self.found.axes, self.blocks, strict=True)
+        return over_layers([axis_verdicts(axes, block) for axes, block in pairs])
+
+    @contextmanager
+    def _without_gradients(self) -> Iterator[None]:
+        self.model.requires_grad_(False)
         try:
-            found = prove(parent, find_axes(self.descriptor, self.config, own), sample_tokens(parent, 12))
+            yield
         finally:
             self.model.requires_grad_(True)
-        return over_layers([axis_verdicts(axes, block) for axes, block in zip(found, own, strict=True)])
+
+    def library(self) -> None:
+        """Every alternative runs; a child of some of them is what was seen, goes on from a cache, and is reloaded."""
+        with self._without_gradients():
+            child, has_cache = child_of_library(self.parent, self.found, self.ids)
+            if has_cache:
+                self.cache_check("continuation", child)
+            self._reloads(child)
 
     def check(self, name: str) -> None:
         """One of ``CHECKS``.
@@ -223,6 +249,8 @@ class _Examination:
         if name in CACHE_CHECKS:
             self.cache_check(name, self.model)
             return
+        if name == "library":
+            self.cache_check("continuation", self.model)
         with torch.no_grad():
             first, second = (self.model(input_ids=self.ids, use_cache=False).logits for _ in range(2))
         assert torch.equal(first, second), "two runs on the same text give different logits"
@@ -444,7 +472,7 @@ class _Examination:
         own = _shapes(self.model)
         groups = self.descriptor.get_weight_groups(own, len(self.blocks))
         together = list(self.blocks)
-        for what, i, change in self.resizings():
+        for what, i, change in resizings(self.blocks, self.descriptor.findings):
             blocks = [change(block) if j == i else block for j, block in enumerate(self.blocks)]
             subblock = "attention" if blocks[i].attention != self.blocks[i].attention else "ffn"
             seen = _shapes(layersmith.build(self.config, blocks, dtype=torch.float32, device="meta"))
@@ -460,47 +488,6 @@ class _Examination:
                 p.add_(torch.randn(p.shape, generator=generator) * 0.08)
             assert child(input_ids=self.ids, use_cache=False).logits.isfinite().all(), "logits are not finite"
         self._reloads(child)
-
-    def resizings(self) -> Iterator[tuple[str, int, Callable[[BlockConfig], BlockConfig]]]:
-        """Half of every size that the blocks give, in the first layer of each kind of layer."""
-        for i, block in enumerate(self.blocks):
-            if self.kinds[i] in self.kinds[:i]:
-                continue
-            heads, width, moe = block.attention.num_key_value_heads, block.ffn.intermediate_size, block.ffn.moe
-            if heads is not None and heads > 1:
-                yield "number of KV heads", i, _with_attention(num_key_value_heads=heads // 2)
-            yield from self.mixer_resizings(i, block)
-            if width is not None and width > 1:
-                yield "FFN width", i, _with_ffn(intermediate_size=width // 2)
-            if moe is None:
-                continue
-            if moe.num_local_experts // 2 >= moe.num_experts_per_tok:
-                yield "number of experts", i, _with_moe(num_local_experts=moe.num_local_experts // 2)
-            if (
-                moe.num_experts_per_tok > 1
-                and self.descriptor.findings.sizes[self.descriptor.findings.of_layer[i]].experts_per_token
-            ):
-                yield "experts per token", i, _with_moe(num_experts_per_tok=moe.num_experts_per_tok // 2)
-            if moe.expert_intermediate_dim:
-                yield "expert width", i, _with_moe(expert_intermediate_dim=moe.expert_intermediate_dim // 2)
-            if moe.shared_expert_intermediate_dim:
-                half = moe.shared_expert_intermediate_dim // 2
-                yield "width of the shared experts", i, _with_moe(shared_expert_intermediate_dim=half)
-
-    def mixer_resizings(
-        self, i: int, block: BlockConfig
-    ) -> Iterator[tuple[str, int, Callable[[BlockConfig], BlockConfig]]]:
-        """Half the heads of a Mamba or linear-attention mixer, of each group or with it, and half its state."""
-        mamba, own = block.attention.mamba, self.descriptor.findings.sizes[self.descriptor.findings.of_layer[i]].mixer
-        if mamba is None or own is None:
-            return
-        if own.num_heads and mamba.num_heads % 2 == 0:
-            groups = mamba.num_groups
-            if (mamba.num_heads // groups) % 2:
-                groups //= 2
-            yield "number of mixer heads", i, _with_mamba(num_heads=mamba.num_heads // 2, num_groups=groups)
-        if own.state_dim and mamba.state_dim > 1:
-            yield "size of the state", i, _with_mamba(state_dim=mamba.state_dim // 2)
 
     # ------------------------------------------------------------------------------------------ checkpoints
 
@@ -563,26 +550,6 @@ def _said(pattern: Sequence[str]) -> str:
 
 def _shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
-
-
-def _with_mamba(**sizes: int) -> Callable[[BlockConfig], BlockConfig]:
-    def change(block: BlockConfig) -> BlockConfig:
-        assert block.attention.mamba is not None
-        return replace(block, attention=replace(block.attention, mamba=replace(block.attention.mamba, **sizes)))
-
-    return change
-
-
-def _with_attention(**sizes: Any) -> Callable[[BlockConfig], BlockConfig]:
-    return lambda block: replace(block, attention=replace(block.attention, **sizes))
-
-
-def _with_ffn(**sizes: Any) -> Callable[[BlockConfig], BlockConfig]:
-    return lambda block: replace(block, ffn=replace(block.ffn, **sizes))
-
-
-def _with_moe(**sizes: Any) -> Callable[[BlockConfig], BlockConfig]:
-    return lambda block: replace(block, ffn=replace(block.ffn, moe=replace(block.ffn.moe, **sizes)))
 
 
 def _classes(descriptor: type[InferredDescriptor]) -> list[type[nn.Module]]:

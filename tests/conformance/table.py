@@ -33,6 +33,7 @@ AXES = (
     "experts per token",
     "shared width",
     "mixer heads",
+    "mixer head size",
     "state sizes",
     "window",
 )
@@ -224,7 +225,10 @@ def _definitions() -> str:
         "- **build**: each size that the block configs give is halved in the first layer of each kind: no weight of "
         "another subblock changes shape; the child with all of it runs, is saved and reloads equal.\n"
         "- **reload**: both children saved and loaded give equal logits. **stock**: so does plain Transformers by the "
-        "file in the child's folder, with layersmith's wrapping taken off."
+        "file in the child's folder, with layersmith's wrapping taken off.\n"
+        "- **library**: of the library that the default recipe makes, every alternative runs in the model, in the "
+        "first layer of each kind; a child of some of each kind gives what its layers gave in the parent, goes on from "
+        "a cache, is saved and reloads equal."
     )
 
 

@@ -103,6 +103,35 @@ def test_latent_attention_keeps_what_all_heads_are_made_of() -> None:
     assert costs["kv_cache_bytes"] == held
 
 
+@pytest.mark.parametrize("model_type", ["bamba", "qwen3_next", "falcon_h1", "minimax", "gemma3n_text"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_and_shared_keys_are_counted_as_the_cache_holds_them(model_type: str, dtype: torch.dtype) -> None:
+    """Beside keys and values, or in their place; of mixers with fewer or smaller heads, too."""
+    config = tiny_config(model_type)
+    descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
+    axes = find_axes(descriptor, config, blocks)
+    found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
+    by_kind = {a.kind: a for a in found.alternatives if a.subblock == "attention" and a.kind != "window"}
+    assert len(by_kind) > 2
+    for own in by_kind.values():
+        changed = [own.block_config(b) if i == own.layer else b for i, b in enumerate(blocks)]
+        model = layersmith.build(config, changed, dtype=torch.float32).eval().to(dtype)
+        with torch.no_grad():
+            output = model(input_ids=torch.arange(3, 12).repeat(3, 1), use_cache=True)
+        _, _, costs = costs_of(config, changed, Workload(3, 9), dtype)
+        assert costs["kv_cache_bytes"] == _bytes_in(output.past_key_values), own.key
+
+
+def _bytes_in(value: Any) -> int:
+    """Of all tensors in a cache, but for counters."""
+    if isinstance(value, torch.Tensor):
+        return value.numel() * value.element_size() if value.ndim > 1 else 0
+    if isinstance(value, dict | list | tuple):
+        return sum(_bytes_in(own) for own in (value.values() if isinstance(value, dict) else value))
+    is_part = type(value).__module__ == "transformers.cache_utils" or hasattr(value, "layers")
+    return _bytes_in(vars(value)) if is_part and not isinstance(value, type) else 0
+
+
 @pytest.mark.parametrize("model_type", ["gemma3_text", "granitemoehybrid"])
 def test_every_alternative_costs_what_it_costs_alone(model_type: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Though equal layers are counted once, and several alternatives in one model."""

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conformance.tiny import tiny_config, tiny_model
 from transformers import PretrainedConfig
+from transformers.models.llama.modeling_llama import LlamaAttention
 
 import layersmith
 from layersmith.execution import exchanged, forward
@@ -34,11 +36,24 @@ KINDS = {
     "deepseek_v3": {"head_groups", "experts", "expert_width"},  # latent attention, a bias for choosing, shared experts
     "qwen2_moe": {"experts", "shared_width"},  # shared experts with a width of their own
     # Linear attention in some layers, its parts fused group by group; gates beside queries.
-    "qwen3_next": {"kv_heads", "experts", "mixer_heads", "mixer_groups", "state_size"},
-    "granitemoehybrid": {"kv_heads", "experts", "mixer_heads", "state_size"},  # Mamba in some layers
-    "nemotron_h": {"kv_heads", "ffn_width", "mixer_heads", "mixer_groups", "state_size"},  # one subblock a layer
-    "bamba": {"kv_heads", "mixer_heads", "state_size"},  # the width of all heads is said as a multiple
+    "qwen3_next": {"kv_heads", "experts", "mixer_heads", "mixer_groups", "mixer_head_size", "state_size"},
+    "granitemoehybrid": {"kv_heads", "experts", "mixer_heads", "mixer_head_size", "state_size"},  # Mamba in some layers
+    "nemotron_h": {
+        "kv_heads",
+        "ffn_width",
+        "mixer_heads",
+        "mixer_groups",
+        "mixer_head_size",
+        "state_size",
+    },  # one subblock a layer
+    "bamba": {
+        "kv_heads",
+        "mixer_heads",
+        "mixer_head_size",
+        "state_size",
+    },  # the width of all heads is said as a multiple
     "jamba": {"kv_heads", "experts", "state_size"},  # Mamba without heads, norms of what writes to the state
+    "doge": {"query_heads"},  # query heads in groups, and a number of KV heads that cannot differ alone
     "dbrx": {"kv_heads", "experts", "expert_width", "experts_per_token"},  # experts flat, one after another
 }
 
@@ -80,6 +95,7 @@ def test_every_alternative_runs_and_changes_something(library: Library) -> None:
         assert not torch.equal(after, before), alternative.key
 
 
+@torch.no_grad()
 def test_a_child_along_every_axis_is_what_was_scored(library: Library, tmp_path: Path) -> None:
     parent = library.parent
     chosen: dict[tuple[int, str], Alternative] = {}
@@ -152,3 +168,50 @@ def test_what_lies_beside_stacks_that_are_not_understood() -> None:
     assert [bundle.reader for bundle in own.ffn.bundles] == ["mlps.0.down_proj.weight", "mlps.1.down_proj.weight"]
     assert own.reasons["experts"].startswith("its experts are stacks (6 in mlp.experts.gate_up_proj and 4 in ")
     assert own.reasons["attention"].startswith("it has several attentions, whose heads end in self_attn.0.o_proj")
+
+
+@torch.no_grad()
+def test_layers_that_use_each_others_keys() -> None:
+    """What stands in an attention's place is asked for what the attention was; what others need of it stays."""
+    parent = parent_of("gemma3n_text")  # layers 2 and 3 use the keys and values of layers 0 and 1
+    found = survey(parent, LibraryRecipe())
+    library = build_library(parent, LibraryRecipe(), found, TOKENS, batch_sequences=2)
+    kinds = {(a.layer, a.kind) for a in library.alternatives if a.subblock == "attention" and a.kind != "parent"}
+    heads_and_no_op = {(i, kind) for i in range(4) for kind in ("query_heads", "no_op")}
+    # Layer 3 looks for the keys of layer 1 under the name of what that is.
+    assert kinds == heads_and_no_op | {(2, "linear"), (3, "linear"), (3, "window")}
+    assert found.axes[1].reasons["window"] == "it does not run with a window ('full_attention')"
+    assert all(axes.kv is not None and axes.kv.size == 2 for axes in found.axes)
+    assert "The attention is not replaced by a linear map in layers 0, 1: other layers use" in "\n".join(found.notes)
+    chosen = [a for a in library.alternatives if (a.layer, a.kind) in {(2, "linear"), (1, "query_heads")}]
+    with exchanged(parent, library.layers(chosen)):
+        scored = forward(parent, TOKENS)[0]
+    assert torch.equal(library.compose(chosen)(TOKENS, use_cache=False).logits, scored)
+
+
+def test_a_linear_map_replaces_all_of_a_subblock_or_nothing() -> None:
+    parent = parent_of("biogpt")  # the two matrices of its FFN lie in the layer itself
+    found = survey(parent, LibraryRecipe())
+    assert {a.subblock for a in found.alternatives if a.kind == "linear"} == {"attention"}
+    assert any("the ffn is made of fc1.weight too, beside fc2" in note for note in found.notes)
+
+
+def test_what_does_not_run_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though the axis holds with another size."""
+    config = own_config(tiny_config("llama"))
+    config.num_key_value_heads = 1
+    parent = parent_of_config(config, "llama")
+    original = LlamaAttention.forward
+
+    def forward_of_even_heads(self: LlamaAttention, *args: Any, **kwargs: Any) -> Any:
+        if self.q_proj.out_features == 3 * self.head_dim:
+            raise ValueError("three are odd")
+        return original(self, *args, **kwargs)
+
+    monkeypatch.setattr(LlamaAttention, "forward", forward_of_even_heads)
+    found = survey(parent, LibraryRecipe())
+    assert {a.size for a in found.alternatives if a.kind == "query_heads"} == {2, 1}
+    note = (
+        "attention 3 query heads (contribution) is not offered in any layer: it does not run with it (three are odd)."
+    )
+    assert note in found.notes

@@ -94,6 +94,27 @@ def test_dead_heads_go_first(family: str) -> None:
 
 @pytest.mark.parametrize("family", MAMBA_2)
 @torch.no_grad()
+def test_dead_entries_of_heads_go_first(family: str) -> None:
+    """Half the entries of every head, others in each, are copies of their neighbours, and nothing reads them."""
+    parent = parent_of(family)
+    mixer = _Mamba2(parent, MAMBA_2[family])
+    dead = {h: [p for p in range(mixer.P) if (p + h) % 2] for h in range(mixer.H)}
+    for h, entries in dead.items():
+        places = mixer.of_head(h) | {"in_proj.weight": mixer.of_head(h)["in_proj.weight"][: 2 * mixer.P]}
+        for name in places.keys() & mixer.weights.keys() - {"A_log", "D", "dt_bias"}:
+            own = places[name].view(-1, mixer.P)  # z and x
+            neighbours = [p + 1 if p % 2 == 0 else p - 1 for p in entries]
+            mixer.weights[name][own[:, entries]] = mixer.weights[name][own[:, neighbours]]
+        mixer.weights["out_proj.weight"][:, [h * mixer.P + p for p in entries]] = 0
+    library = library_of(parent)
+    order = library.orders["0.mixer_size"]
+    assert {h: sorted(own[mixer.P // 2 :].tolist()) for h, own in enumerate(order)} == dead
+    assert gives_the_same(library, "mixer_head_size", mixer.P // 2)
+    assert not gives_the_same(library, "mixer_head_size", mixer.P // 4)
+
+
+@pytest.mark.parametrize("family", MAMBA_2)
+@torch.no_grad()
 def test_dead_numbers_of_a_state_go_first(family: str) -> None:
     parent = parent_of(family)
     mixer = _Mamba2(parent, MAMBA_2[family])
@@ -127,6 +148,26 @@ def test_dead_heads_of_linear_attention_go_first() -> None:
 
 
 @torch.no_grad()
+def test_heads_that_share_a_norm_keep_the_same_entries() -> None:
+    parent = parent_of("qwen3_next")
+    sizes = parent.blocks[0].attention.mamba
+    H, P = sizes.num_heads, sizes.head_dim
+    dead = list(range(0, P, 2))
+    weights = dict(parent.layers[0].linear_attn.named_parameters())
+    # [q: N, k: N, v: H / G P, z: H / G P] for each of G groups; the convolution has all of q, all of k, all of v.
+    N, G = sizes.state_dim, sizes.num_groups
+    fused = weights["in_proj_qkvz.weight"].view(G, 2 * N + 2 * H // G * P, -1)[:, 2 * N :].view(G, 2 * H // G, P, -1)
+    convolved = weights["conv1d.weight"][2 * G * N :].view(H, P, -1)
+    for own in (fused, convolved):
+        own[..., dead, :] = own[..., [p + 1 for p in dead], :]
+    weights["norm.weight"][dead] = weights["norm.weight"][[p + 1 for p in dead]]
+    weights["out_proj.weight"].view(-1, H, P)[..., dead] = 0
+    library = library_of(parent)
+    assert all(sorted(own[P // 2 :].tolist()) == dead for own in library.orders["0.mixer_size"])
+    assert gives_the_same(library, "mixer_head_size", P // 2)
+
+
+@torch.no_grad()
 def test_mamba_without_heads_has_a_state() -> None:
     """Nothing reads the half of it: the scale of the norm before is zero, and what it sees is there twice."""
     parent = parent_of("jamba")
@@ -152,6 +193,8 @@ def test_a_child_generates_and_loads_without_layersmith(family: str, tmp_path: P
             chosen.setdefault(alternative.layer, alternative)
     last = max(chosen)
     chosen[last] = next(a for a in library.alternatives if (a.layer, a.kind) == (last, "state_size"))
+    if family != "jamba" and (others := [i for i in chosen if i != last]):
+        chosen[others[0]] = next(a for a in library.alternatives if (a.layer, a.kind) == (others[0], "mixer_head_size"))
     child = library.compose(list(chosen.values()))
     layersmith.save(child, tmp_path / "child")
     again = _load_as_stock(tmp_path / "child")
@@ -170,6 +213,7 @@ def test_what_cannot_differ_says_why() -> None:
     parent = parent_of("jamba")
     axes = survey(parent, RECIPE).axes
     assert axis_verdicts(axes[0], parent.blocks[0])["mixer heads"] == "its state has no heads"
+    assert axis_verdicts(axes[0], parent.blocks[0])["mixer head size"] == "its state has no heads"
     assert axis_verdicts(axes[1], parent.blocks[1])["state sizes"] == "it keeps no state of fixed size in the cache"
 
 
@@ -177,7 +221,7 @@ def test_a_recipe_can_leave_mixers_alone() -> None:
     parent = parent_of("bamba")
     recipe = LibraryRecipe(mixers=False)
     kinds = {a.kind for a in survey(parent, recipe).alternatives}
-    assert not kinds & {"mixer_heads", "mixer_groups", "state_size"}
+    assert not kinds & {"mixer_heads", "mixer_groups", "mixer_head_size", "state_size"}
 
 
 def test_a_fresh_child_starts_by_the_sizes_of_its_layers() -> None:

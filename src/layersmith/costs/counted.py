@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -67,6 +68,10 @@ def subblock_costs(
     for i, block in enumerate(blocks):
         heads = axes[i].kv
         kv_bytes = kv_cache_bytes(descriptor, config, block, i, dtype, workload, heads.head_dim if heads else None)
+        if has_attention(block) and (of_states := getattr(descriptor, "state_bytes", None)) is not None:
+            layer = model.get_submodule(descriptor.layer_block_name(i))
+            shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
+            kv_bytes += workload.batch * of_states(i, block, shapes, dtype)
         ffn = groups.get(f"block_{i}_ffn", ())
         layers.append(
             {
@@ -147,23 +152,31 @@ def kv_cache_bytes(
 ) -> int:
     """Keys and values of one layer: K * (d + d of the keys) * tokens * bytes, d the size of a value head.
 
-    A layer with sliding-window attention keeps at most its window; one that keeps a state instead counts as none.
-    Latent attention keeps what all its heads are made of, once a token.
+    A layer with sliding-window attention keeps at most its window. Latent attention keeps what all its heads are made
+    of, once a token. States of fixed size are not in it. What other layers use stays when the attention is removed.
     """
-    if not has_attention(block) or getattr(descriptor, "keeps_state", lambda index: False)(index):
+
+    def known(name: str, default: Any) -> Any:
+        return getattr(descriptor, name, lambda index: default)(index)
+
+    kept = has_attention(block) or known("attention_stays", False)
+    if not kept or known("keeps_state", False) or known("caches_nothing", False):
         return 0
     language = descriptor.get_language_model_config(config)
     tokens = workload.context
     if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
         tokens = min(tokens, window)
-    if (latent := getattr(descriptor, "latent_cache", lambda index: None)(index)) is not None:
+    if (latent := known("latent_cache", None)) is not None:
         return latent * workload.batch * tokens * dtype.itemsize
     own_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
-    heads = block.attention.num_key_value_heads or block.attention.num_attention_heads or own_heads
+    # Where the number of KV heads cannot differ alone it is in no block config, and is not that of the query heads.
+    shared = known("shared_kv_heads", None)
+    heads = block.attention.num_key_value_heads or (shared if shared != known("num_query_heads", own_heads) else None)
+    heads = heads or block.attention.num_attention_heads or own_heads
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (own_heads or 1)
     if not heads or not head_dim:
         return 0
-    numbers = getattr(descriptor, "cached_numbers", lambda index: 2.0)(index)
+    numbers = known("cached_numbers", 2.0)
     return round(numbers * heads * head_dim) * workload.batch * tokens * dtype.itemsize
 
 

@@ -89,6 +89,7 @@ def _replace_subblocks(descriptor: type[ModelDescriptor], layer: nn.Module, bloc
             raise UnsupportedModel(f"{descriptor.__name__} has no FFN no-op (mlp_no_op_post_init).")
         descriptor.mlp_no_op_post_init(layer)
     for name, record in linear.items():
-        reference = next(layer.get_submodule(name).parameters())
+        # A family may make a small weight in a way that takes no notice of the device that all are to lie on.
+        reference = max(layer.get_submodule(name).parameters(), key=lambda p: p.ndim)
         replacement = make_replacement(record, reference.dtype)
         layer.set_submodule(name, replacement.to(reference.device))

@@ -20,6 +20,7 @@ from layersmith.heterogeneous.modeling_layersmith import PassArgument, cache_slo
 from layersmith.model_descriptor.base import ModelDescriptor
 
 SUBBLOCKS = ("attention", "ffn")
+NO_LINEAR = "no linear map can replace it"
 
 
 def no_op_records(descriptor: type[ModelDescriptor], layer: nn.Module, *subblocks: str) -> dict[str, dict[str, Any]]:
@@ -58,15 +59,16 @@ def no_op_records(descriptor: type[ModelDescriptor], layer: nn.Module, *subblock
 def linear_records(descriptor: type[ModelDescriptor], layer: nn.Module, subblock: str) -> dict[str, dict[str, Any]]:
     """As :func:`no_op_records`, for one linear map in the subblock's place; its norm stays.
 
-    The map stands where the no-op puts zeros. ``size`` is the hidden size.
+    The map stands where the no-op puts zeros, and answers for as much as they do of what the model asks of the module
+    that was there. ``size`` is the hidden size.
     """
     zeros = {name: r for name, r in no_op_records(descriptor, layer, subblock).items() if r["is"] == "zeros"}
     if len(zeros) != 1:
-        raise UnsupportedModel(
-            f"{descriptor.__name__}: no single module is the {subblock}; no linear map can replace it."
-        )
+        raise UnsupportedModel(f"{descriptor.__name__}: no single module is the {subblock}; {NO_LINEAR}.")
     ((name, record),) = zeros.items()
-    return {name: {"is": "linear", "returns": record["returns"], "size": hidden_size_of(layer)}}
+    if reason := getattr(descriptor, "why_not_whole", lambda layer, subblock, name: "")(layer, subblock, name):
+        raise UnsupportedModel(f"{descriptor.__name__}: {reason}; {NO_LINEAR}.")
+    return {name: record | {"is": "linear", "size": hidden_size_of(layer)}}
 
 
 def hidden_size_of(layer: nn.Module) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,12 @@ _FIELDS = {
     "query_heads": "num_attention_heads",
     "ffn_width": "intermediate_size",
 }
-_MIXER_FIELDS = {"mixer_heads": "num_heads", "mixer_groups": "num_groups", "state_size": "state_dim"}
+_MIXER_FIELDS = {
+    "mixer_heads": "num_heads",
+    "mixer_groups": "num_groups",
+    "mixer_head_size": "head_dim",
+    "state_size": "state_dim",
+}
 _EXPERT_FIELDS = {
     "experts": "num_local_experts",
     "expert_width": "expert_intermediate_dim",
@@ -39,11 +44,13 @@ class Alternative:
         kind: ``parent``, ``no_op``, ``linear``; for attention ``kv_heads`` (fewer for the same query heads),
             ``head_groups`` (fewer with their query heads), ``query_heads`` (fewer for the same KV heads) or ``window``
             (it sees the last tokens only); for a Mamba or linear-attention mixer ``mixer_heads`` (fewer for the same
-            groups), ``mixer_groups`` (fewer groups with their heads) or ``state_size``; for an FFN ``ffn_width``,
-            ``experts``, ``expert_width``, ``shared_width`` or ``experts_per_token``.
+            groups), ``mixer_groups`` (fewer groups with their heads), ``mixer_head_size`` (smaller heads) or
+            ``state_size``; for an FFN ``ffn_width``, ``experts``, ``expert_width``, ``shared_width`` or
+            ``experts_per_token``.
         method: how its weights come from the parent's: ``contribution``, ``iterative``, ``pool``,
             ``least_squares``; for a window its type in the config's words; empty where there is nothing to choose.
-        size: heads, groups, experts, channels, or numbers of the state that are left; 0 where that has no meaning.
+        size: heads, groups, experts, channels, entries of a head, or numbers of the state that are left; 0 where that
+            has no meaning.
         query_heads: that are left with ``head_groups``; heads that are with ``mixer_groups``.
     """
 
@@ -68,6 +75,7 @@ class Alternative:
             "query_heads": f"attention {self.size} query head{plural}",
             "mixer_heads": f"attention {self.size} mixer head{plural}",
             "mixer_groups": f"attention {self.size} group{plural} of mixer heads",
+            "mixer_head_size": f"attention mixer heads of {self.size}",
             "state_size": f"attention state of {self.size}",
             "ffn_width": f"ffn {self.size}",
             "experts": f"ffn {self.size} expert{plural}",
@@ -130,7 +138,8 @@ def in_words(config: AttentionConfig | FFNConfig) -> str:
         ]
         words += ["window"] if config.layer_type == "sliding_attention" else []
         if (mamba := config.mamba) is not None:
-            words += [f"{mamba.num_heads} mixer head{'s' if mamba.num_heads != 1 else ''}, state {mamba.state_dim}"]
+            heads = f"{mamba.num_heads} mixer head{'s' if mamba.num_heads != 1 else ''} of {mamba.head_dim}"
+            words += [f"{heads}, state {mamba.state_dim}"]
         return ", ".join(words) or "attention"
     moe = config.moe
     if moe is None:
@@ -144,7 +153,7 @@ def search_space(
     descriptor: type[ModelDescriptor],
     blocks: Sequence[BlockConfig],
     axes: Sequence[LayerAxes],
-    linear_possible: dict[str, bool],
+    no_linear: Mapping[str, Sequence[str]],
     recipe: LibraryRecipe,
     ffn_ranking: str,
 ) -> list[Alternative]:
@@ -168,7 +177,7 @@ def search_space(
         found += _of_ffn(i, block, own_axes, recipe, ffn_ranking)
         for subblock in ("attention", "ffn"):
             present = not (block.subblock(subblock).no_op or block.subblock(subblock).replace_with_linear)
-            if present and subblock in recipe.linear and linear_possible[subblock]:
+            if present and subblock in recipe.linear and not no_linear[subblock][i]:
                 found.append(Alternative(i, subblock, "linear", "least_squares"))
             supported = (
                 descriptor.attn_no_op_supported() if subblock == "attention" else descriptor.mlp_no_op_supported()
@@ -207,14 +216,12 @@ def _of_mixer(i: int, axes: LayerAxes, recipe: LibraryRecipe) -> list[Alternativ
         if axes.mixer.fewer_groups:
             counts = fractions_of(groups, recipe.head_fractions)
             found += [Alternative(i, "attention", "mixer_groups", "contribution", n, n * group) for n in counts]
-    if axes.state is not None:
-        multiple = width_multiple(axes.state.size)
-        sizes = {max(multiple, round(axes.state.size * f / multiple) * multiple) for f in recipe.head_fractions}
-        found += [
-            Alternative(i, "attention", "state_size", "contribution", n)
-            for n in sorted(sizes, reverse=True)
-            if n < axes.state.size
-        ]
+    for kind, axis in (("mixer_head_size", axes.mixer_size), ("state_size", axes.state)):
+        if axis is not None:
+            multiple = width_multiple(axis.size)
+            sizes = {max(multiple, round(axis.size * f / multiple) * multiple) for f in recipe.head_fractions}
+            sizes = {n for n in sizes if n < axis.size}
+            found += [Alternative(i, "attention", kind, "contribution", n) for n in sorted(sizes, reverse=True)]
     return found
 
 
@@ -272,12 +279,16 @@ def kv_head_counts(full: int, num_heads: int, recipe: LibraryRecipe) -> list[int
     return counts
 
 
-def linear_is_possible(descriptor: type[ModelDescriptor], layers: Sequence[Any], subblock: str) -> bool:
-    """Whether one module of the layer is the subblock, so that a linear map can stand in its place."""
-    from layersmith.heterogeneous.plan import linear_records
+def why_no_linear(descriptor: type[ModelDescriptor], layers: Sequence[Any], subblock: str) -> list[str]:
+    """For every layer why no linear map can stand in the place of its subblock; empty if one can."""
+    from layersmith.heterogeneous.plan import NO_LINEAR, linear_records
 
-    try:
-        linear_records(descriptor, layers[0], subblock)
-    except LayersmithError:
-        return False
-    return True
+    reasons = []
+    for layer in layers:
+        reason = ""
+        try:
+            linear_records(descriptor, layer, subblock)
+        except LayersmithError as error:
+            reason = str(error).removeprefix(f"{descriptor.__name__}: ").removesuffix(f"; {NO_LINEAR}.")
+        reasons.append(reason)
+    return reasons

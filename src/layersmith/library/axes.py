@@ -31,7 +31,8 @@ class Segment:
     """Neighbouring entries of a dimension that belong to the units of one part, unit after unit.
 
     Attributes:
-        part: ``"channels"``, ``"kv"``, ``"queries"``, ``"experts"``, ``"state"``, or ``"rest"`` for entries of no unit.
+        part: ``"channels"``, ``"kv"``, ``"queries"``, ``"experts"``, ``"state"``, ``"entries"``, or ``"rest"`` for
+            entries of no unit.
         unit: entries a unit; for the rest, all of them.
     """
 
@@ -206,6 +207,34 @@ class StateAxis:
 
 
 @dataclass(frozen=True)
+class HeadSizeAxis(_WithReader):
+    """The size of the heads of a Mamba or linear-attention mixer.
+
+    Attributes:
+        size: P.
+        num_heads: H; the entries of a head are neighbours.
+        groups: G, of neighbouring heads.
+        weights: what has ``"channels"``, P for every head, or ``"entries"``, P that all heads share.
+        reader: the weight that reads the heads into the subblock's output.
+    """
+
+    size: int
+    num_heads: int
+    groups: int
+    weights: tuple[WeightAxis, ...]
+    reader: str = ""
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"channels": self.num_heads * self.size, "entries": self.size, "kv": self.groups}
+
+    @property
+    def alike(self) -> bool:
+        """Whether all heads have to keep the same entries."""
+        return any(s.part == "entries" for w in self.weights for s in w.segments)
+
+
+@dataclass(frozen=True)
 class ExpertsAxis:
     """The routed experts of an FFN.
 
@@ -237,12 +266,13 @@ class LayerAxes:
         kv: its heads.
         experts: its routed experts.
         shared: the width of shared experts, where it is a size of its own.
-        reasons: why there is none: ``"ffn"``, ``"attention"``, ``"experts"``, ``"shared"``, ``"window"``, ``"mixer"``
-            or ``"state"`` to a sentence.
+        reasons: why there is none: ``"ffn"``, ``"attention"``, ``"experts"``, ``"shared"``, ``"window"``,
+            ``"mixer"``, ``"mixer_size"`` or ``"state"`` to a sentence.
         window: the type that its attention could have to see a window only; empty if there is none.
         of_experts: weights that are stacks of experts, and lists of them.
         mixer: the heads of its Mamba or linear-attention mixer.
         state: the size of that mixer's state.
+        mixer_size: the size of that mixer's heads.
     """
 
     ffn: WidthAxis | None
@@ -254,6 +284,7 @@ class LayerAxes:
     of_experts: tuple[str, ...] = ()
     mixer: HeadsAxis | None = None
     state: StateAxis | None = None
+    mixer_size: HeadSizeAxis | None = None
 
     def is_of_experts(self, name: str) -> bool:
         """Whether a weight belongs to the routed experts, of which a token uses some."""

@@ -20,14 +20,16 @@ from layersmith.execution import LAYER_TYPE, share_buffers
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
-from layersmith.library.alternative import Alternative, linear_is_possible, search_space
-from layersmith.library.axes import Bundle, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.library.alternative import Alternative, search_space, why_no_linear
+from layersmith.library.axes import Bundle, HeadsAxis, HeadSizeAxis, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.library.feasible import any_orders, by_reason, no_maps, those_that_run
 from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes, input_dim, meta_layers
 from layersmith.library.statistics import Probe, gather
 from layersmith.library.weights import (
     keep_experts,
     keep_groups,
+    keep_head_size,
     keep_kv_heads,
     keep_query_heads,
     keep_state,
@@ -53,7 +55,8 @@ class Library:
         orders: to units, most important first: ``"{layer}.ffn.{bundle}"`` and ``"{layer}.shared.{bundle}"`` to
             channels (of each expert), ``"{layer}.attention"`` to KV heads, ``"{layer}.queries"`` to the query heads of
             each KV head, ``"{layer}.experts"`` to experts, ``"{layer}.mixer"`` to groups of mixer heads,
-            ``"{layer}.mixer_heads"`` to the heads of each group, ``"{layer}.state"`` to the numbers of a state.
+            ``"{layer}.mixer_heads"`` to the heads of each group, ``"{layer}.mixer_size"`` to the entries of each of
+            its heads, ``"{layer}.state"`` to the numbers of a state.
         maps: ``"{layer}.{subblock}"`` to the weight ``[D, D]`` of its linear replacement.
         notes: what could not be offered, and why.
     """
@@ -64,7 +67,7 @@ class Library:
     orders: Mapping[str, torch.Tensor]
     maps: Mapping[str, torch.Tensor]
     notes: Sequence[str]
-    _skeletons: dict[str, list[nn.Module]] = field(default_factory=dict)
+    _skeletons: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
 
     @property
     def identity(self) -> str:
@@ -105,6 +108,9 @@ class Library:
         if kind == "state_size":
             assert own.state is not None
             return keep_state(current, own.state, self.orders[f"{i}.state"][: alternative.size])
+        if kind == "mixer_head_size":
+            assert own.mixer_size is not None
+            return keep_head_size(current, own.mixer_size, self.orders[f"{i}.mixer_size"][:, : alternative.size])
         if kind in ("mixer_heads", "mixer_groups"):
             assert own.mixer is not None
             if kind == "mixer_groups":
@@ -186,16 +192,20 @@ class Library:
         return layer.eval().requires_grad_(False)
 
     def _skeleton(self, index: int, changed: Sequence[Alternative]) -> nn.Module:
-        """The layer on the meta device. All layers that have the subblock are built so at once, and kept."""
-        configs = {a.subblock: a.subblock_config(self.parent.blocks[index]) for a in changed}
+        """The layer on the meta device. All layers that can be the same are built so at once, and kept."""
+        configs: dict[str, Any] = {a.subblock: a.subblock_config(self.parent.blocks[index]) for a in changed}
         key = fingerprint({subblock: config.to_dict() for subblock, config in configs.items()})
-        if key not in self._skeletons:
-            blocks = []
-            for block in self.parent.blocks:
-                there: dict[str, Any] = {s: c for s, c in configs.items() if not block.subblock(s).no_op}
-                blocks.append(dataclasses.replace(block, **there))
-            self._skeletons[key] = meta_layers(self.parent.descriptor, self.parent.config, blocks)
-        return self._skeletons[key][index]
+        if (key, index) not in self._skeletons:
+            offered = set(self.alternatives)
+            alike = [
+                i
+                for i in range(len(self.parent.blocks))
+                if i == index or all(dataclasses.replace(a, layer=i) in offered for a in changed)
+            ]
+            blocks = [dataclasses.replace(b, **configs) if i in alike else b for i, b in enumerate(self.parent.blocks)]
+            made = meta_layers(self.parent.descriptor, self.parent.config, blocks)
+            self._skeletons |= {(key, i): made[i] for i in alike}
+        return self._skeletons[key, index]
 
     def layers(self, chosen: Sequence[Alternative]) -> dict[int, nn.Module]:
         """The decoder layers in which a choice differs from the parent."""
@@ -272,7 +282,10 @@ def survey(parent: Parent, recipe: LibraryRecipe) -> Survey:
     vocab_size = parent.language_config.vocab_size
     tokens = torch.arange(32)[None] * 31 % vocab_size  # any ids will do for a proof
     axes = prove(parent, find_axes(parent.descriptor, parent.config, parent.blocks), tokens)
-    return survey_of(parent.descriptor, parent.blocks, axes, parent.layers, recipe)
+    found = survey_of(parent.descriptor, parent.blocks, axes, parent.layers, recipe)
+    maps = no_maps(parent.descriptor, parent.layers, found.alternatives)
+    alternatives, notes = those_that_run(Library(parent, axes, found.alternatives, any_orders(axes), maps, []), tokens)
+    return dataclasses.replace(found, alternatives=alternatives, notes=[*found.notes, *notes])
 
 
 def survey_of(
@@ -283,10 +296,10 @@ def survey_of(
     recipe: LibraryRecipe,
 ) -> Survey:
     """What a recipe asks for and a model's axes allow; its layers may lie on the meta device."""
-    linear_possible = {s: linear_is_possible(descriptor, layers, s) for s in SUBBLOCKS}
+    no_linear = {s: why_no_linear(descriptor, layers, s) for s in SUBBLOCKS}
     ffn_ranking = choose_ffn_ranking(axes, recipe)
-    alternatives = search_space(descriptor, blocks, axes, linear_possible, recipe, ffn_ranking)
-    return Survey(axes, alternatives, ffn_ranking, notes_on(descriptor, axes, linear_possible))
+    alternatives = search_space(descriptor, blocks, axes, no_linear, recipe, ffn_ranking)
+    return Survey(axes, alternatives, ffn_ranking, notes_on(descriptor, blocks, axes, no_linear))
 
 
 def build_library(
@@ -345,6 +358,8 @@ def build_library(
         ):
             if heads is not None and name in means:
                 orders[name], orders[within] = _head_orders(layer, heads, means[name])
+        if own.mixer_size is not None and (name := f"{i}.mixer") in means:
+            orders[f"{i}.mixer_size"] = _head_size_order(layer, own.mixer_size, means[name])
         if (name := f"{i}.state") in means:
             orders[name] = ranking.by_cost(means[name])
         if (name := f"{i}.experts.members") in means:
@@ -363,6 +378,15 @@ def _head_orders(layer: nn.Module, heads: HeadsAxis, moment: torch.Tensor) -> tu
     group = heads.num_heads // heads.size
     by_kv = costs.view(heads.size, group, heads.size, group).sum((1, 3))
     return _order(by_kv, "iterative"), ranking.within_groups(costs, heads.size)
+
+
+def _head_size_order(layer: nn.Module, axis: HeadSizeAxis, moment: torch.Tensor) -> torch.Tensor:
+    """``[H, P]``: the entries of every head, most important first."""
+    costs = ranking.channel_costs(_matrix(layer.get_parameter(axis.reader), axis.reader_dim), moment)
+    heads = costs.view(axis.num_heads, axis.size, axis.num_heads, axis.size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if axis.alike:
+        return ranking.by_iterative_removal(heads.sum(0)).repeat(axis.num_heads, 1)
+    return torch.stack([ranking.by_iterative_removal(own.contiguous()) for own in heads])
 
 
 def _order(costs: torch.Tensor, method: str) -> torch.Tensor:
@@ -409,7 +433,7 @@ def probes_for(
                 probes += _width_probes(layer, i, part, axis, ffn_ranking)
         for heads, name, of_kind in (
             (own.kv, f"{i}.attention", ("kv_heads", "head_groups", "query_heads")),
-            (own.mixer, f"{i}.mixer", ("mixer_heads", "mixer_groups")),
+            (own.mixer or own.mixer_size, f"{i}.mixer", ("mixer_heads", "mixer_groups", "mixer_head_size")),
         ):
             if heads is not None and kinds & {(i, kind) for kind in of_kind}:
                 channels = _matrix(layer.get_parameter(heads.reader), heads.reader_dim).shape[1]
@@ -489,30 +513,30 @@ def common_module(layer: nn.Module, names: Sequence[str]) -> str:
     return ".".join(common)
 
 
-def notes_on(descriptor: Any, axes: Sequence[LayerAxes], linear_possible: Mapping[str, bool]) -> list[str]:
+def notes_on(
+    descriptor: Any, blocks: Sequence[BlockConfig], axes: Sequence[LayerAxes], no_linear: Mapping[str, Sequence[str]]
+) -> list[str]:
     """Sentences about what the library does not offer."""
     notes = []
     if not descriptor.attn_no_op_supported():
         notes.append(f"{descriptor.__name__} has no attention no-op, so no attention is removed.")
     if not descriptor.mlp_no_op_supported():
         notes.append(f"{descriptor.__name__} has no FFN no-op, so no FFN is removed.")
-    for subblock, possible in linear_possible.items():
-        if not possible:
-            notes.append(f"No single module is the {subblock}, so no linear map replaces it.")
+    for subblock, reasons in no_linear.items():
+        there = [i for i, block in enumerate(blocks) if not block.subblock(subblock).no_op]
+        notes += by_reason(
+            {i: reasons[i] for i in there if reasons[i]}, len(there), f"The {subblock} is not replaced by a linear map"
+        )
     words = {
         "ffn": "FFNs are not narrowed",
         "attention": "heads are not reduced",
         "experts": "experts are not removed",
         "shared": "shared experts are not narrowed",
         "mixer": "heads of mixers are not reduced",
+        "mixer_size": "heads of mixers are not made smaller",
         "state": "states of mixers are not made smaller",
     }
     for subblock, what in words.items():
-        by_reason: dict[str, list[int]] = {}
-        for i, own in enumerate(axes):
-            if subblock in own.reasons:
-                by_reason.setdefault(own.reasons[subblock], []).append(i)
-        for reason, layers in by_reason.items():
-            where = "any layer" if len(layers) == len(axes) else f"layers {', '.join(map(str, layers))}"
-            notes.append(f"{what} in {where}: {reason}.")
+        found = {i: own.reasons[subblock] for i, own in enumerate(axes) if subblock in own.reasons}
+        notes += by_reason(found, len(axes), what)
     return notes

@@ -7,42 +7,43 @@ that stay first, so that the norm sees the same before and after.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from torch import nn
 
 from layersmith.library.alternative import Alternative
-from layersmith.library.axes import HeadsAxis, StateAxis, largest_part
-from layersmith.library.mixers import head_guesses, state_guesses
+from layersmith.library.axes import HeadsAxis, HeadSizeAxis, StateAxis, largest_part
+from layersmith.library.mixers import head_guesses, head_size_guesses, state_guesses
 from layersmith.library.trial import (
     Fails,
     Slice,
     Trial,
     copy_units,
+    dead_or_copies,
     first_that_holds,
     others,
+    twice,
     ways_that_hold,
     without_small_numbers,
 )
-from layersmith.library.weights import keep_groups, keep_query_heads, keep_state, query_heads_of
+from layersmith.library.weights import (
+    channels_of,
+    keep_groups,
+    keep_head_size,
+    keep_query_heads,
+    keep_state,
+    query_heads_of,
+)
 
 
 def prove_mixer(trial: Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
     """The axis with the layout of its heads, and with those ways of having fewer that hold."""
 
     def difference(way: str, guess: HeadsAxis, copies: bool) -> float:
-        return _twice(trial, partial(_heads_difference, trial, i, way), guess, copies=copies)
+        return twice(trial, partial(_heads_difference, trial, i, way), guess, copies=copies)
 
     return ways_that_hold(trial, axis, ("fewer_queries", "fewer_groups"), head_guesses(axis), difference)
-
-
-def _twice(trial: Trial, difference: Callable[..., float], guess: Any, **how: Any) -> float:
-    """The larger of two trials in which others stay: what stays in one may be dead in the parent itself."""
-    first = difference(guess, others_stay=False, **how)
-    return first if first >= trial.tolerance else max(first, difference(guess, others_stay=True, **how))
 
 
 def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool) -> float:
@@ -83,6 +84,44 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
     return trial.difference(i, fewer.block_config(trial.parent.blocks[i]), kill, cut)
 
 
+def prove_head_size(trial: Trial, i: int, axis: HeadSizeAxis) -> HeadSizeAxis:
+    """The axis with the layout of the entries of its heads."""
+
+    def difference(guess: HeadSizeAxis, copies: bool) -> float:
+        return twice(trial, partial(_head_size_difference, trial, i), guess, copies=copies)
+
+    return dead_or_copies(trial, lambda: head_size_guesses(axis), difference, "dead entries of heads")
+
+
+def _head_size_difference(trial: Trial, i: int, axis: HeadSizeAxis, copies: bool, others_stay: bool) -> float:
+    """What removing entries of every head changes when nothing reads them."""
+    count = largest_part(axis.size)
+    first = torch.arange(count) * (axis.size // count) if others_stay else torch.arange(axis.size - count, axis.size)
+    # Others in every head, where that may be, so that heads are not mixed up.
+    turn = torch.zeros(axis.num_heads, 1, dtype=torch.long) if axis.alike else torch.arange(axis.num_heads)[:, None]
+    kept = ((first + turn) % axis.size).sort(-1).values
+    gone = torch.stack([others(axis.size, own) for own in kept])
+    source = kept[:, torch.arange(axis.size - count) % count]
+    copied = {
+        "channels": (channels_of(axis, source), channels_of(axis, gone)),
+        "entries": (source[0], gone[0]),
+    }
+    fewer = Alternative(i, "attention", "mixer_head_size", size=count)
+
+    def kill(layer: nn.Module) -> None:
+        state = layer.state_dict()
+        for w in axis.weights if copies else ():
+            for part, (own_source, own_gone) in copied.items():
+                if w.name != axis.reader and any(s.part == part for s in w.segments):
+                    copy_units(state[w.name], w.dim, w.positions(part, axis.sizes), own_source, own_gone)
+        reader = axis.weight(axis.reader)
+        entries = reader.positions("channels", axis.sizes)[copied["channels"][1]].flatten()
+        state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
+
+    block = fewer.block_config(trial.parent.blocks[i])
+    return trial.difference(i, block, kill, lambda tensors: keep_head_size(tensors, axis, kept))
+
+
 def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
     """The axis with the layout of the state."""
     mamba = trial.parent.blocks[i].attention.mamba
@@ -116,7 +155,7 @@ def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
             found = first_that_holds(
                 trial,
                 state_guesses(axis, mamba),
-                partial(_twice, trial, difference, silent=silent, scaled=scaled),
+                partial(twice, trial, difference, silent=silent, scaled=scaled),
                 "dead numbers of the state",
             )
         except Fails as reason:

@@ -15,7 +15,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from layersmith.block_config import BlockConfig, MambaConfig
-from layersmith.library.axes import REST, HeadsAxis, NoAxis, Segment, StateAxis, WeightAxis
+from layersmith.library.axes import REST, HeadsAxis, HeadSizeAxis, NoAxis, Segment, StateAxis, WeightAxis
 from layersmith.library.changes import other_size
 
 if TYPE_CHECKING:
@@ -85,6 +85,37 @@ def mixer_state(finder: Finder, i: int) -> StateAxis:
     return StateAxis(mamba.state_dim, tuple(weights))
 
 
+def mixer_head_size(finder: Finder, i: int) -> HeadSizeAxis:
+    """The size of the heads of the mixer of layer ``i``.
+
+    Raises:
+        NoAxis: it cannot be smaller.
+    """
+    mamba = _sizes(finder, i)
+    if mamba.num_heads == 1:
+        raise NoAxis("its state has no heads")
+    if mamba.head_dim < 2:
+        raise NoAxis("its heads have one entry already")
+    weights = []
+    for g in _governed(finder, i, "mixer head size", partial(_other, "head_dim")):
+        number, odd = divmod(g.unit, mamba.num_heads)
+        if odd and g.unit > 1:
+            raise NoAxis(f"the parts of {g.name} cannot be told apart")
+        parts = (Segment("entries"),) if odd else (Segment("channels"),) * number
+        weights.append(WeightAxis(g.name, g.dim, (*parts, *([Segment(REST, g.rest)] if g.rest else []))))
+    if not weights:
+        square = finder.described is not None and finder.described.square_state(i)
+        raise NoAxis(
+            "one attribute is the size of its heads and of its state"
+            if square
+            else "no attribute of its config changes the size of its heads alone"
+        )
+    readers = [w.name for w in weights if finder.takes(i, w)]
+    if len(readers) != 1:
+        raise NoAxis("the projection that its heads end in cannot be told")
+    return HeadSizeAxis(mamba.head_dim, mamba.num_heads, mamba.num_groups, tuple(weights), readers[0])
+
+
 def _sizes(finder: Finder, i: int) -> MambaConfig:
     mamba = finder.blocks[i].attention.mamba
     if mamba is None:
@@ -147,6 +178,12 @@ def state_guesses(axis: StateAxis, mamba: MambaConfig) -> Iterator[StateAxis]:
         yield dataclasses.replace(axis, weights=weights)
 
 
+def head_size_guesses(axis: HeadSizeAxis) -> Iterator[HeadSizeAxis]:
+    """Every order in which the entries of heads may lie between what belongs to no head."""
+    for weights in _combined(axis.weights, lambda w: _head_size_layouts(w, axis.groups)):
+        yield dataclasses.replace(axis, weights=weights)
+
+
 def _combined(
     weights: Sequence[WeightAxis], layouts: Callable[[WeightAxis], list[Layout]]
 ) -> Iterator[tuple[WeightAxis, ...]]:
@@ -172,6 +209,20 @@ def _head_layouts(w: WeightAxis, groups: int) -> list[Layout]:
     if len(heads) > 1 and not narrow:
         orders.append(((Segment("queries", sum(s.unit for s in wide)), *shared, *rest), False))
     return list(dict.fromkeys(orders))
+
+
+def _head_size_layouts(w: WeightAxis, groups: int) -> list[Layout]:
+    """All that is of heads and then the rest, or the other way round; once, or group by group."""
+    parts = tuple(s for s in w.segments if s.part != REST)
+    rest = sum(s.unit for s in w.segments if s.part == REST)
+    if not rest:
+        wide = (Segment(parts[0].part, len(parts)),)
+        return [(own, False) for own in dict.fromkeys((parts, wide))]
+    orders: list[Layout] = [((*parts, Segment(REST, rest)), False), ((Segment(REST, rest), *parts), False)]
+    if groups > 1 and rest % groups == 0:
+        own_rest = Segment(REST, rest // groups)
+        orders += [((own_rest, *parts), True), ((*parts, own_rest), True)]
+    return orders
 
 
 def _state_layouts(w: WeightAxis, mamba: MambaConfig) -> list[Layout]:

@@ -33,16 +33,18 @@ from layersmith.library.axes import (
     WidthAxis,
     largest_part,
 )
-from layersmith.library.mixer_proof import prove_mixer, prove_state
+from layersmith.library.mixer_proof import prove_head_size, prove_mixer, prove_state
 from layersmith.library.shapes import input_dim, layer_shapes
 from layersmith.library.trial import (
     Fails,
     Slice,
     Trial,
+    alike,
     copy_units,
     dead_or_copies,
     first_that_holds,
     others,
+    twice,
     ways_that_hold,
 )
 from layersmith.library.weights import (
@@ -71,8 +73,7 @@ def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> li
     verdicts: dict[tuple[object, ...], LayerAxes] = {}
     proved = []
     for i, own in enumerate(axes):
-        shapes = tuple(sorted(layer_shapes(parent.layers[i]).items()))
-        key = (type(parent.layers[i]), shapes, repr(own))
+        key = alike(trial, i, own)
         if key not in verdicts:
             verdicts[key] = _prove_layer(trial, i, own)
         proved.append(verdicts[key])
@@ -101,6 +102,7 @@ def _prove_layer(trial: Trial, i: int, own: LayerAxes) -> LayerAxes:
         own.of_experts,
         tried("mixer", own.mixer, prove_mixer),
         tried("state", own.state, prove_state),
+        tried("mixer_size", own.mixer_size, prove_head_size),
     )
 
 
@@ -280,8 +282,11 @@ def _prove_heads(trial: Trial, i: int, axis: HeadsAxis, reasons: dict[str, str])
     def refused(way: str, reason: str) -> None:
         reasons["kv_heads" if way == "fewer_kv" else "query_heads"] = reason
 
+    def difference(way: str, guess: HeadsAxis, copies: bool) -> float:
+        return twice(trial, partial(_heads_difference, trial, i, way), guess, copies=copies)
+
     ways = ("fewer_kv", "fewer_groups", "fewer_queries")
-    return ways_that_hold(trial, axis, ways, _heads_guesses(axis), partial(_heads_difference, trial, i), refused)
+    return ways_that_hold(trial, axis, ways, _heads_guesses(axis), difference, refused)
 
 
 def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
@@ -289,7 +294,7 @@ def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
         yield dataclasses.replace(axis, weights=tuple(weights))
 
 
-def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool) -> float:
+def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool) -> float:
     """What removing half the heads changes when nothing reads them.
 
     Args:
@@ -298,18 +303,23 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
         way: which heads go.
         axis: a guess.
         copies: whether the heads that go are first made copies of those that stay.
+        others_stay: whether it is not the last ones that stay, but some in between: parts of heads that lie at the
+            same distance from each other may look like heads to one of both.
     """
     group = axis.num_heads // axis.size
-    if way == "fewer_queries":
-        left = largest_part(group)
+
+    def some(size: int, count: int) -> torch.Tensor:
         # Not the first ones, so that the order of heads is put to the test.
-        queries = (torch.arange(axis.size)[:, None] * group + torch.arange(group - left, group)).flatten()
+        return torch.arange(0, size, size // count)[:count] if others_stay else torch.arange(size - count, size)
+
+    if way == "fewer_queries":
+        queries = (torch.arange(axis.size)[:, None] * group + some(group, largest_part(group))).flatten()
         kept = {"queries": queries}
         fewer = Alternative(i, "attention", "query_heads", size=len(queries))
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, queries)  # noqa: E731
     else:
         count = largest_part(axis.size)
-        heads = torch.arange(axis.size)[-count:]
+        heads = some(axis.size, count)
         queries = query_heads_of(axis, heads)
         kept = {"kv": heads, "queries": queries}
         if way == "fewer_kv":
@@ -347,7 +357,7 @@ def _prove_window(trial: Trial, i: int, layer_type: str) -> str:
     share_buffers(original, layer)
     setattr(layer, LAYER_TYPE, layer_type)
     try:
-        seen = trial.output(i, layer.eval())
+        seen = trial.run(i, layer.eval())
     except Exception as error:  # whatever a family's own code raises
         raise Fails(f"it does not run with a window ({first_line(error)})") from error
     if not bool(seen.isfinite().all()):

@@ -35,7 +35,7 @@ from layersmith.library.axes import (
     WidthAxis,
 )
 from layersmith.library.changes import Change, fewer_experts, narrower_ffn, narrower_shared, other_kv_heads
-from layersmith.library.mixers import mixer_heads, mixer_state
+from layersmith.library.mixers import mixer_head_size, mixer_heads, mixer_state
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.stock import stock_model, whole_number
@@ -136,7 +136,8 @@ class Finder:
         window = tried("window", self.window) or ""
         mixer = tried("mixer", lambda j: mixer_heads(self, j)) if self.keeps_state(i) else None
         state = tried("state", lambda j: mixer_state(self, j)) if self.keeps_state(i) else None
-        return LayerAxes(ffn, heads, experts, shared, reasons, window, of_experts, mixer, state)
+        size = tried("mixer_size", lambda j: mixer_head_size(self, j)) if self.keeps_state(i) else None
+        return LayerAxes(ffn, heads, experts, shared, reasons, window, of_experts, mixer, state, size)
 
     def keeps_state(self, i: int) -> bool:
         """Whether a layer has a mixer with a state of fixed size."""
@@ -348,6 +349,8 @@ class Finder:
         why = "each query head has keys and values of its own"
         if self.described is not None and self.described.attention_stays(i):
             why = "later layers use its keys and values"
+        elif count is None and self._shared_kv_heads(i) not in (None, num_heads):
+            why = "the number of its KV heads cannot differ alone"
         if count is not None and count > 1:
             of_kv = self.governed(self.experiment("kv", other_kv_heads), i)
             why = "" if of_kv else "its number of KV heads changes no weight of the layer"
@@ -360,7 +363,8 @@ class Finder:
             reasons["query_heads"] = no_queries
         if num_heads is None or not (of_kv or of_queries):
             raise NoAxis("; ".join(filter(None, (why, no_queries))))
-        if not of_kv and count is None:
+        count = self._shared_kv_heads(i) if count is None else count
+        if not of_kv and count in (None, num_heads):
             return self._alike_heads(i, num_heads, of_queries)
         return self._grouped_heads(i, count or 1, num_heads, of_kv, of_queries)
 
@@ -384,6 +388,9 @@ class Finder:
         if made.problem or made.shapes[i] != self.base[i]:
             raise NoAxis(made.problem or "attention with a window has other weights")
         return _SLIDING
+
+    def _shared_kv_heads(self, i: int) -> int | None:
+        return None if self.described is None else self.described.shared_kv_heads(i)
 
     def _num_heads(self, i: int) -> int | None:
         own = self.blocks[i].attention.num_attention_heads
@@ -494,14 +501,17 @@ class Finder:
             ]
         return self._owned[i]
 
+    def takes(self, i: int, w: WeightAxis) -> bool:
+        """Whether what lies along a weight is what a projection takes."""
+        matrix = w.name.endswith(".weight") and len(self.base[i][w.name]) == 2
+        return matrix and input_dim(self.skeleton[i], w.name) == w.dim
+
     def heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int]:
         """The one projection whose input the heads are: name, entries a head."""
         readers = []
         for w in weights:
-            if len(w.segments) == 1 and w.segments[0].part == "queries" and w.name.endswith(".weight"):
-                two = len(self.base[i][w.name]) == 2
-                if two and input_dim(self.skeleton[i], w.name) == w.dim:
-                    readers.append((w.name, w.segments[0].unit))
+            if len(w.segments) == 1 and w.segments[0].part == "queries" and self.takes(i, w):
+                readers.append((w.name, w.segments[0].unit))
         if len(readers) > 1:
             names = " and ".join(name for name, _ in readers)
             raise NoAxis(f"it has several attentions, whose heads end in {names}, and one number of heads for all")

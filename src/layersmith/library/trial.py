@@ -15,7 +15,7 @@ from torch import nn
 from layersmith.block_config import BlockConfig
 from layersmith.errors import first_line
 from layersmith.execution import first_tensor, forward_with, hands_over, layer_outputs, share_buffers
-from layersmith.library.axes import HeadsAxis
+from layersmith.library.axes import HeadsAxis, LayerAxes
 from layersmith.library.shapes import meta_layers
 from layersmith.parent import Parent
 
@@ -58,6 +58,12 @@ class Trial:
         finally:
             handle.remove()
         return seen[0]
+
+    def run(self, i: int, layer: nn.Module) -> torch.Tensor:
+        """The logits with a layer in the place of layer ``i``; its output where no other layer takes more from it."""
+        if hands_over(self.parent):
+            return self.output(i, layer)
+        return forward_with(self.parent, self.tokens, self.outputs, i, layer)[0]
 
     def difference(self, i: int, block: BlockConfig, kill: Kill, cut: Slice, prepare: Kill | None = None) -> float:
         """The largest difference between layer ``i`` with dead units and with them removed, relative to its update.
@@ -118,6 +124,17 @@ class _Enough(Exception):
     """The layer has run; nothing after it is wanted."""
 
 
+def alike(trial: Trial, i: int, axes: LayerAxes) -> tuple[object, ...]:
+    """Equal for layers of which the same is true; those that others take more from than hidden states may differ."""
+    parent = trial.parent
+    layer = parent.layers[i]
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())
+    types = getattr(parent.language_config, "layer_types", None)
+    # Whether others look for what it leaves under the name of its type is no matter of its shapes.
+    alone = -1 if hands_over(parent) or not axes.window else i
+    return type(layer), shapes, repr(axes), repr(parent.blocks[i]), types[i] if types else "", alone
+
+
 G = TypeVar("G")
 
 
@@ -135,6 +152,12 @@ def first_that_holds(trial: Trial, guesses: Iterator[G], difference: Callable[[G
     if least == float("inf"):
         raise Fails(f"removing {what} fails ({problem})")
     raise Fails(f"removing {what} changes the layer's output by {least:.1e}, so the slice is not understood")
+
+
+def twice(trial: Trial, difference: Callable[..., float], guess: Any, **how: Any) -> float:
+    """The larger of two trials in which others stay: what stays in one may be dead in the parent itself."""
+    first = difference(guess, others_stay=False, **how)
+    return first if first >= trial.tolerance else max(first, difference(guess, others_stay=True, **how))
 
 
 def dead_or_copies(trial: Trial, guesses: Callable[[], Iterator[G]], difference: Callable[..., float], what: str) -> G:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from layersmith.library.axes import Bundle, ExpertsAxis, HeadsAxis, StateAxis, WeightAxis, WidthAxis
+from layersmith.library.axes import Bundle, ExpertsAxis, HeadsAxis, HeadSizeAxis, StateAxis, WeightAxis, WidthAxis
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -106,6 +106,24 @@ def keep_state(weights: Tensors, axis: StateAxis, kept: torch.Tensor) -> dict[st
     """A mixer's weights with only some numbers of the state."""
     ordered, sizes = kept.sort().values, {"state": axis.size}
     return {w.name: _take(weights[w.name], w.dim, w.gathered({"state": ordered}, sizes)) for w in axis.weights}
+
+
+def keep_head_size(weights: Tensors, axis: HeadSizeAxis, kept: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A mixer's weights with only some entries of every head.
+
+    Args:
+        weights: of the layer.
+        axis: which entries there are.
+        kept: ``[H, entries]`` of each head.
+    """
+    ordered = kept.sort(-1).values
+    units = {"channels": channels_of(axis, ordered), "entries": ordered[0]}
+    return {w.name: _take(weights[w.name], w.dim, w.gathered(units, axis.sizes)) for w in axis.weights}
+
+
+def channels_of(axis: HeadSizeAxis, entries: torch.Tensor) -> torch.Tensor:
+    """The channels, counted through all heads, that entries ``[H, n]`` of every head are."""
+    return (torch.arange(axis.num_heads)[:, None] * axis.size + entries).flatten()
 
 
 def pool_kv_heads(weights: Tensors, axis: HeadsAxis, num_heads: int) -> dict[str, torch.Tensor]:

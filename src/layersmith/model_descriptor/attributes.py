@@ -165,7 +165,7 @@ def find_sizes(
         idle = {*without, *effects} - own.keys()
         queries = find_query_heads(trial, kind, base[examples[k]], own, named, idle, kv_heads)
         ffn = _FFNSizes(trial, kind, base[examples[k]], own)
-        mixer = find_mixer(trial, kind, base[examples[k]], own)
+        mixer = find_mixer(trial, kind, base[examples[k]], own, without)
         heads = Sizes(
             kv_heads,
             query_heads=queries.paths,

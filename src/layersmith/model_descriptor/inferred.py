@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -23,12 +23,14 @@ from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.mixers import mamba_config, mixer_values
+from layersmith.model_descriptor.full_size import at_full_length_of, in_config, mixer_of, widths_of
+from layersmith.model_descriptor.mixers import mixer_values
+from layersmith.model_descriptor.patterns import weight_groups
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
-from layersmith.model_descriptor.slots import appends_to_cache, in_cache
+from layersmith.model_descriptor.slots import KeptState, appends_to_cache, in_cache
 from layersmith.model_descriptor.specimen import Specimen
-from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
+from layersmith.model_descriptor.stock import language_config, own_config, stock_model, whole_number
 from layersmith.model_descriptor.structure import Structure, find_structure
 from layersmith.model_descriptor.subblocks import LayerKind, Subblock, find_kind, signature
 
@@ -49,6 +51,8 @@ class Findings:
         stateful: of every kind, whether its mixer keeps a state of fixed size and no keys and values.
         cached: of every kind, the numbers in the cache for each one of a value head: 2 where keys are as long.
         latent: of every kind, the numbers in the cache for a token if they are not one by one the heads'.
+        empty: of every kind, whether it keeps nothing in the cache.
+        states: of every kind, what it keeps in the cache that does not grow with the tokens.
         mixers: of every layer the sizes of its Mamba or linear-attention mixer, in the words of its config record.
         appends: whether layers append to the cache in turn, so that it bears no gap.
     """
@@ -66,6 +70,8 @@ class Findings:
     stateful: tuple[bool, ...] = ()
     cached: tuple[float, ...] = ()
     latent: tuple[int | None, ...] = ()
+    empty: tuple[bool, ...] = ()
+    states: tuple[tuple[KeptState, ...], ...] = ()
     mixers: tuple[dict[str, int] | None, ...] = ()
     appends: bool = False
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
@@ -150,13 +156,17 @@ def find(config: PretrainedConfig) -> Findings:
     def at_full_length(length: int, k: int) -> int | None:
         small = specimen.model.get_submodule(names[examples[k]])
         large = skeleton.get_submodule(f"{structure.layers}.{of_layer.index(k)}")
-        return _at_full_length(length, kinds[k], small, large)
+        return at_full_length_of(length, kinds[k], small, large)
+
+    def in_full(length: int, k: int) -> int:
+        found = at_full_length(length, k) if k in of_layer else None
+        return in_config(length, specimen.config, config) if found is None else found
 
     for k, own_sizes in enumerate(sizes):
         if own_sizes.head_size is not None and k in of_layer:
             path, size = own_sizes.head_size
             small_heads, heads = (
-                value_at(_language_config(c), own_sizes.query_heads[0]) for c in (specimen.config, config)
+                value_at(language_config(c), own_sizes.query_heads[0]) for c in (specimen.config, config)
             )
             length = at_full_length(small_heads * size, k)
             sizes[k] = (
@@ -165,8 +175,8 @@ def find(config: PretrainedConfig) -> Findings:
                 else replace(own_sizes, head_size=(path, length // heads))
             )
     large = skeleton.get_submodule(structure.layers)
-    widths = [_widths(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
-    seen_in_cache = in_cache(specimen, examples, sizes)
+    widths = [widths_of(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
+    seen_in_cache = in_cache(specimen, names, examples, kinds, sizes)
     latent = [
         at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(seen_in_cache)
     ]
@@ -186,43 +196,18 @@ def find(config: PretrainedConfig) -> Findings:
         tuple(own.stateful for own in seen_in_cache),
         tuple(own.numbers for own in seen_in_cache),
         tuple(latent),
+        tuple(own.empty for own in seen_in_cache),
         tuple(
-            _mixer(sizes[k], config, i, skeleton.get_submodule(f"{structure.layers}.{i}"))
+            tuple(replace(s, shape=tuple(in_full(d, k) for d in s.shape)) for s in own.states)
+            for k, own in enumerate(seen_in_cache)
+        ),
+        tuple(
+            mixer_of(sizes[k], config, i, skeleton.get_submodule(f"{structure.layers}.{i}"))
             for i, k in enumerate(of_layer)
         ),
         appends,
         config,
     )
-
-
-def _at_full_length(length: int, kind: LayerKind, small: nn.Module, large: nn.Module) -> int | None:
-    """A length of a specimen's layer in the model itself: that of a weight of the attention that is as long."""
-    shapes = {name: p.shape for name, p in large.named_parameters()}
-    for name, parameter in small.named_parameters():
-        if kind.owners.get(name) == "attention" and length in parameter.shape and name in shapes:
-            return int(shapes[name][list(parameter.shape).index(length)])
-    return None
-
-
-def _widths(sizes: Sizes, config: PretrainedConfig, layer: nn.Module) -> tuple[int | None, int | None]:
-    shapes = {name: p.shape for name, p in layer.named_parameters()}
-    places = (sizes.width_at, sizes.shared_width_at)
-    own = [shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places]
-    if sizes.flat and own[0] is not None and sizes.num_experts is not None:
-        own[0] //= value_at(_language_config(config), sizes.num_experts)
-    return own[0], own[1]
-
-
-def _mixer(sizes: Sizes, config: PretrainedConfig, index: int, layer: nn.Module) -> dict[str, int] | None:
-    """The sizes of a layer's mixer as a ``MambaConfig`` has them; None if it has none or they are not known."""
-    own = sizes.mixer
-    if own is None:
-        return None
-    language = _language_config(config)
-    paths = {"num_heads": own.num_heads[:1], "state_dim": (own.state_dim,), "num_groups": (own.num_groups,)}
-    numbers = {name: value_at(language, path, index) for name, found in paths.items() for path in found if path}
-    found = mamba_config(own, numbers, {name: tuple(p.shape) for name, p in layer.named_parameters()})
-    return None if found is None else found.to_dict()
 
 
 def _without_attention(specimen: Specimen, layers: str) -> str:
@@ -294,6 +279,19 @@ class InferredDescriptor(ModelDescriptor):
         return () if attention is None else attention.modules
 
     @classmethod
+    def why_not_whole(cls, layer: nn.Module, subblock: str, module: str) -> str:
+        """Why a module of a layer does not do the whole work of a subblock; empty if it does."""
+        kind = cls.findings.kind_of(layer)
+        own: Subblock | None = getattr(kind, subblock)
+        if own is not None and own.stays:
+            return f"other layers use what the {subblock} makes before its last part"
+        # What is small beside it chooses or scales, as a router does, and says nothing of what goes in.
+        sizes = {n: p.numel() for n, p in layer.named_parameters() if p.ndim >= 2 and kind.owners.get(n) == subblock}
+        inside = sum(size for name, size in sizes.items() if name.startswith(f"{module}."))
+        before = [name for name, size in sizes.items() if not name.startswith(f"{module}.") and 2 * size >= inside]
+        return f"the {subblock} is made of {before[0]} too, beside {module}" if before else ""
+
+    @classmethod
     def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
         """Weights of a freshly built layer that get another shape, for a width that no attribute says."""
         width = block.ffn.intermediate_size
@@ -318,6 +316,28 @@ class InferredDescriptor(ModelDescriptor):
         return bool(findings.stateful) and findings.stateful[findings.of_layer[index]]
 
     @classmethod
+    def caches_nothing(cls, index: int) -> bool:
+        """Whether a layer keeps nothing in the cache."""
+        findings = cls.findings
+        return bool(findings.empty) and findings.empty[findings.of_layer[index]]
+
+    @classmethod
+    def state_bytes(
+        cls, index: int, block: BlockConfig, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    ) -> int:
+        """Bytes a sequence that a layer keeps in the cache whatever the number of tokens.
+
+        Args:
+            index: of the layer.
+            block: what it is.
+            shapes: of its weights.
+            dtype: of the model.
+        """
+        findings = cls.findings
+        kept = findings.states[findings.of_layer[index]] if findings.states else ()
+        return sum(s.numbers(block.attention.mamba, shapes) * (s.itemsize or dtype.itemsize) for s in kept)
+
+    @classmethod
     def has_mixer(cls, index: int) -> bool:
         """Whether a layer has a mixer that keeps a state of fixed size, with or without keys and values beside it."""
         findings = cls.findings
@@ -325,6 +345,12 @@ class InferredDescriptor(ModelDescriptor):
         return findings.kinds[k].attention is not None and (
             findings.sizes[k].mixer is not None or cls.keeps_state(index)
         )
+
+    @classmethod
+    def square_state(cls, index: int) -> bool:
+        """Whether the state of a layer's mixer is as large as a head because both are one attribute."""
+        mixer = cls.findings.sizes[cls.findings.of_layer[index]].mixer
+        return mixer is not None and mixer.square
 
     @classmethod
     def mixer_problem(cls, index: int) -> str:
@@ -370,6 +396,19 @@ class InferredDescriptor(ModelDescriptor):
         if paths:
             return value_at(config, paths[0], index)
         return whole_number(config, "num_attention_heads")
+
+    @classmethod
+    def shared_kv_heads(cls, index: int) -> int | None:
+        """K of a layer in which that cannot differ alone, e.g. because other layers use its keys and values.
+
+        Where no attribute is seen to set a layer's own, it is what sets those of the others, or what a config calls so
+        as usual; that is to be tried.
+        """
+        findings = cls.findings
+        config = cls.get_language_model_config(findings.config)
+        own, *others = [findings.sizes[findings.of_layer[index]], *findings.sizes]
+        path = own.kv_heads or next((sizes.kv_heads for sizes in others if sizes.kv_heads), None)
+        return whole_number(config, "num_key_value_heads") if path is None else value_at(config, path, index) or None
 
     @classmethod
     def why_no_query_heads(cls, index: int) -> str:
@@ -482,7 +521,8 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
 
         @staticmethod
         def layer_name_predicates(num_layers: int) -> dict[str, re.Pattern[str]]:
-            return _predicates(findings, num_layers)
+            kinds_of_layers = [findings.kinds[k] for k in findings.of_layer]
+            return weight_groups(structure.layers, findings.groups, kinds_of_layers, num_layers)
 
         @staticmethod
         def init_rotary_embedding(model: nn.Module, runtime: Any) -> None:
@@ -490,7 +530,7 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
 
         @staticmethod
         def get_language_model_config(config: Any) -> Any:
-            return _language_config(config)
+            return language_config(config)
 
         @staticmethod
         def requires_trust_remote_code() -> bool:
@@ -509,52 +549,6 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
     family = re.sub(r"[^0-9A-Za-z]+", " ", str(getattr(config, "model_type", "") or type(config).__name__)).title()
     Described.__name__ = Described.__qualname__ = family.replace(" ", "") + "Inferred"
     return Described
-
-
-def _language_config(config: Any) -> Any:
-    """The config that the decoder layers are built from."""
-    try:
-        text = config.get_text_config(decoder=True)
-    except (AttributeError, ValueError):
-        return config
-    return text if any(value is text for value in vars(config).values()) else config
-
-
-def _predicates(findings: Findings, num_layers: int) -> dict[str, re.Pattern[str]]:
-    groups: dict[str, list[str]] = {"embedding": [], "lm_head": []}
-    for name, group in findings.groups.items():
-        groups[group].append(re.escape(name))
-    patterns = {group: _any_of(names) for group, names in groups.items()}
-    layers = re.escape(findings.structure.layers)
-    for i in range(num_layers):
-        kind = findings.kinds[findings.of_layer[min(i, len(findings.of_layer) - 1)]]
-        for subblock in ("ffn", "attention"):
-            own = _prefixes(kind.owners, subblock)
-            patterns[f"block_{i}_{subblock}"] = re.compile(rf"^{layers}\.{i}\.(?:{'|'.join(own)})$" if own else r"(?!)")
-    return patterns
-
-
-def _any_of(names: Sequence[str]) -> re.Pattern[str]:
-    return re.compile(f"^(?:{'|'.join(names)})$" if names else r"(?!)")
-
-
-def _prefixes(owners: dict[str, str], subblock: str) -> list[str]:
-    """Patterns for all names of one owner: whole modules where a module has one owner, single names elsewhere."""
-    tree: dict[str, set[str]] = {}
-    for name, owner in owners.items():
-        parts = name.split(".")
-        for length in range(1, len(parts)):
-            tree.setdefault(".".join(parts[:length]), set()).add(owner)
-    patterns: list[str] = []
-    for name, owner in owners.items():
-        if owner != subblock:
-            continue
-        parts = name.split(".")
-        whole = next((p for n in range(1, len(parts)) if tree[p := ".".join(parts[:n])] == {subblock}), None)
-        pattern = re.escape(name) if whole is None else rf"{re.escape(whole)}\..+"
-        if pattern not in patterns:
-            patterns.append(pattern)
-    return patterns
 
 
 def _restore_buffers(model: nn.Module, runtime: Any) -> None:

@@ -11,10 +11,10 @@ Shapes: H heads, P size of a head, N size of the state, G groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import permutations
+from itertools import product
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,8 +34,8 @@ class MixerSizes:
     """The attributes that set a mixer's sizes; None or empty where there is none that can differ alone.
 
     Attributes:
-        num_heads: the number of heads, and what has to go with it in proportion, e.g. the width of all of them.
-        state_dim, head_dim, num_groups: N, P and G.
+        num_heads, head_dim: H and P, and what has to go with each in proportion, e.g. the width of all heads.
+        state_dim, num_groups: N and G.
         reader: the weight, in the layer, that reads the heads; its second dimension is H * P long.
         headless: whether the state has no dimension for heads: there is one.
         square: whether the state is as large as a head because both are one attribute.
@@ -46,7 +46,7 @@ class MixerSizes:
 
     num_heads: tuple[tuple[str, ...], ...] = ()
     state_dim: tuple[str, ...] | None = None
-    head_dim: tuple[str, ...] | None = None
+    head_dim: tuple[tuple[str, ...], ...] = ()
     num_groups: tuple[str, ...] | None = None
     reader: str = ""
     headless: bool = False
@@ -56,8 +56,19 @@ class MixerSizes:
     problem: str = ""
 
 
-def find_mixer(trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[Path, Effect]) -> MixerSizes | None:
-    """The attributes of a kind of layer's mixer; None if it has none with a state in the cache."""
+def find_mixer(
+    trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[Path, Effect], without: Sequence[Path]
+) -> MixerSizes | None:
+    """The attributes of a kind of layer's mixer; None if it has none with a state in the cache.
+
+    Args:
+        trial: makes layers with other values.
+        kind: of layer.
+        base: its shapes.
+        effects: attributes that change shapes of the layer.
+        without: attributes that alone change no shapes; one may be the size of a head where another is the width of
+            all of them.
+    """
     index = int(trial.prefix.rstrip(".").rpartition(".")[2])
     state = _state(trial.specimen, index) if kind.attention is not None else None
     if state is None or len(state) not in (3, 4):
@@ -106,12 +117,15 @@ def find_mixer(trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pat
             sizes.setdefault("state_dim", path)
             written = _rows(base, shapes) // value
         elif new_length == 2 * length and not headless:
-            sizes.setdefault("head_dim", path)
-    if not headless and "num_heads" not in sizes:
-        for pair in _pairs(trial, own, heads):
+            sizes.setdefault("head_dim", (path,))
+    for name, size, dims in (("num_heads", heads, (1,)), ("head_dim", length // heads, (2, 3))):
+        if headless or name in sizes:
+            continue
+        for pair in _pairs(trial, own if name == "num_heads" else [*own, *without], own, size):
             found = tried({path: 2 * trial.value(path) for path in pair}, heads_alone=True)
-            if found is not None and found[0] == [1] and found[1] == 2 * length and _takes_shares(trial, pair, heads):
-                sizes["num_heads"] = pair
+            alone = found is not None and len(found[0]) == 1 and found[0][0] in dims and found[1] == 2 * length
+            if alone and _takes_shares(trial, pair, size):
+                sizes[name] = pair
                 break
     square = (
         "state_dim" not in sizes and not headless and any(f is not None and f[0] == [2, 3] for f in doubled.values())
@@ -135,17 +149,17 @@ def find_mixer(trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[Pat
     )
 
 
-def _pairs(trial: Trial, own: list[Path], heads: int) -> Iterator[tuple[Path, Path]]:
-    for first, second in permutations(own, 2):
-        if trial.value(first) == heads and trial.value(second):
+def _pairs(trial: Trial, firsts: Sequence[Path], seconds: Sequence[Path], size: int) -> Iterator[tuple[Path, Path]]:
+    for first, second in product(firsts, seconds):
+        if first != second and trial.value(first) == size and trial.value(second):
             yield first, second
 
 
-def _takes_shares(trial: Trial, pair: tuple[Path, Path], heads: int) -> bool:
-    """Whether the second can be in proportion to any number of heads, where that is no whole number."""
-    new = heads + heads // 2
+def _takes_shares(trial: Trial, pair: tuple[Path, Path], size: int) -> bool:
+    """Whether the second can be in proportion to any value of the first, where that is no whole number."""
+    new = size + size // 2
     try:
-        trial.shapes_with({path: in_proportion(trial.value(path), new, heads) for path in pair})
+        trial.shapes_with({path: in_proportion(trial.value(path), new, size) for path in pair})
     except Exception:  # whatever a family's own code raises for a size that it cannot take
         return False
     return True
@@ -179,12 +193,23 @@ def filled_cache(specimen: Specimen) -> Any:
 
 
 def _keeps_no_keys(specimen: Specimen, index: int) -> bool:
-    keys = getattr(filled_cache(specimen).layers[index], "keys", None)
+    layers = filled_cache(specimen).layers
+    keys = getattr(layers[index], "keys", None) if index < len(layers) else None
     return not isinstance(keys, torch.Tensor) or not keys.numel()
 
 
 def _states(specimen: Specimen, index: int) -> list[torch.Tensor]:
-    return [s for s in filled_cache(specimen).layers[index].recurrent_states.values() if s is not None]
+    return recurrent_states(filled_cache(specimen), index)
+
+
+def recurrent_states(cache: Any, index: int) -> list[torch.Tensor]:
+    """The states that a layer keeps of all tokens; a family's own kind of cache may hold a list with one a layer."""
+    layer = cache.layers[index] if index < len(cache.layers) else None
+    if states := getattr(layer, "recurrent_states", None):
+        return [state for state in states.values() if state is not None]
+    lists = [value for value in vars(cache).values() if isinstance(value, list) and value is not cache.layers]
+    entries = [own[index] for own in lists if index < len(own)]
+    return [entry for entry in entries if isinstance(entry, torch.Tensor)]
 
 
 def _state(specimen: Specimen, index: int) -> tuple[int, ...] | None:
@@ -244,13 +269,15 @@ def mixer_values(
     """
     if sizes is None or mamba is None:
         return []
-    values: list[tuple[Path, int | float]] = []
-    if sizes.num_heads:
-        old = value(sizes.num_heads[0])
-        values += [(path, in_proportion(value(path), mamba.num_heads, old)) for path in sizes.num_heads]
-    wanted = (mamba.state_dim, mamba.head_dim, mamba.num_groups)
-    paths = (sizes.state_dim, sizes.head_dim, sizes.num_groups)
-    values += [(path, size) for path, size in zip(paths, wanted, strict=True) if path is not None]
+    shares: dict[Path, Fraction] = {}
+    for together, size in ((sizes.num_heads, mamba.num_heads), (sizes.head_dim, mamba.head_dim)):
+        for path in together:
+            shares[path] = shares.get(path, Fraction(1)) * Fraction(size, value(together[0]))
+    values: list[tuple[Path, int | float]] = [
+        (path, in_proportion(value(path), share.numerator, share.denominator)) for path, share in shares.items()
+    ]
+    wanted = ((sizes.state_dim, mamba.state_dim), (sizes.num_groups, mamba.num_groups))
+    values += [(path, size) for path, size in wanted if path is not None]
     return [(path, size) for path, size in values if size != value(path)]
 
 

@@ -7,6 +7,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -43,6 +44,15 @@ def own_config(config: PretrainedConfig) -> PretrainedConfig:
     if text is not None and wanted is text and type(config) is not wanted:
         return config.get_text_config()
     return config
+
+
+def language_config(config: Any) -> Any:
+    """The config that the decoder layers are built from."""
+    try:
+        text = config.get_text_config(decoder=True)
+    except (AttributeError, ValueError):
+        return config
+    return text if any(value is text for value in vars(config).values()) else config
 
 
 def stock_model(config: PretrainedConfig, device: str = "meta", dtype: torch.dtype | None = None) -> PreTrainedModel:
