@@ -28,6 +28,7 @@ from layersmith.progress import SILENT, Progress
 from layersmith.recipe import Recipe
 from layersmith.report.collect import collect
 from layersmith.report.html import render
+from layersmith.report.optional import read_optional
 from layersmith.run import Run, versions
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
@@ -259,16 +260,15 @@ def make_scores(
             inputs=inputs,
             progress=progress,
         )
-        data = [{"of": s.alternative.key, "rows": s.rows, "exact_rows": s.exact_rows, "error": s.error} for s in scores]
-        write_json(folder / "scores.json", data)
+        write_json(folder / "scores.json", [s.to_dict() for s in scores])
 
     run.do("scores", inputs, make)
     return read_scores(run, library)
 
 
 def read_scores(run: Run, library: Library) -> list[Score]:
-    records = {record.pop("of"): record for record in read_json(run.folder / "scores" / "scores.json")}
-    return [Score(alternative, **records[alternative.key]) for alternative in library.alternatives]
+    records = {record["of"]: record for record in read_json(run.folder / "scores" / "scores.json")}
+    return [Score.from_dict(alternative, records[alternative.key]) for alternative in library.alternatives]
 
 
 def write_solution(folder: Path, choice: Choice, costs: CostTable) -> None:
@@ -349,7 +349,7 @@ def finish(
     recipe: Recipe,
 ) -> Result:
     """Write the report."""
-    report = collect(run.header(), library, scores, choice, costs, evaluation, recipe)
+    report = collect(run.header(), library, scores, choice, costs, evaluation, recipe, read_optional(run))
     write_json(run.folder / "report.json", report)
     write_text(run.folder / "report.html", render(report))
     return Result(run.folder, run.folder / "child", choice, evaluation, run.folder / "report.html")

@@ -11,7 +11,8 @@ from rich.text import Text
 from layersmith.artifacts import read_json
 from layersmith.inspection import Inspection
 from layersmith.library.library import Library
-from layersmith.report.collect import describe_subblock, format_cost
+from layersmith.report.collect import describe_subblock
+from layersmith.report.words import format_cost
 from layersmith.search.choose import Choice
 from layersmith.verification import Verification
 
