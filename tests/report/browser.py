@@ -99,7 +99,7 @@ class Page:
 
     def wait_for(self, expression: str, seconds: float = 30.0) -> None:
         end = time.monotonic() + seconds
-        while not self.js(expression):
+        while not self.js(f"!!({expression})"):
             assert time.monotonic() < end, f"{expression} did not come true; {self.complaints}"
             time.sleep(0.05)
 

@@ -16,13 +16,13 @@ from layersmith.report.charts import heat_map, importance, mosaic
 from layersmith.report.comparisons import checked_scores, checked_sums, frontier_plot, locally, training
 from layersmith.report.plot import Plot, data_sets
 from layersmith.report.words import (
-    COST_LABELS,
     cost_label,
     cost_unit,
     format_cost,
     format_seconds,
     metric_label,
     number,
+    ordered_costs,
     share,
     with_noise,
 )
@@ -30,7 +30,7 @@ from layersmith.report.words import (
 _NOT_COSTS = ("name",)
 # What the stages of a run do, for people; a stage that is not here is called by its folder's name.
 _STAGES = {
-    "describe": "load and describe the parent",
+    "describe": "describe the parent, read the data",
     "data": "keep the data",
     "library": "library: importance, alternatives",
     "scores": "scores",
@@ -120,9 +120,7 @@ def answer(report: dict[str, Any]) -> str:
 
 
 def _cost_names(report: dict[str, Any]) -> list[str]:
-    """Known ones in their order, then others by name."""
-    names = [name for name in report["parent"] if name not in _NOT_COSTS]
-    return sorted(names, key=lambda n: (list(COST_LABELS).index(n) if n in COST_LABELS else len(COST_LABELS), n))
+    return ordered_costs(name for name in report["parent"] if name not in _NOT_COSTS)
 
 
 def _cards(report: dict[str, Any]) -> list[dict[str, str]]:

@@ -94,7 +94,9 @@ def subblock_label(name: str) -> str:
 def dashed(field: str, names: Sequence[str]) -> Any:
     import altair as alt
 
-    return alt.StrokeDash(f"{field}:N", scale=alt.Scale(domain=names, range=cycled(DASHES, len(names))), legend=None)
+    return alt.StrokeDash(
+        f"{field}:N", scale=alt.Scale(domain=names, range=cycled(DASHES, len(names))), title=None, legend=legend()
+    )
 
 
 def cycled(values: Sequence[Any], n: int) -> list[Any]:

@@ -6,6 +6,7 @@ A cost that has no name here is called by its own: its last part says its unit.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 from layersmith.search.budget import format_bytes, format_count
 
@@ -38,6 +39,12 @@ def cost_label(name: str) -> str:
     if name in COST_LABELS:
         return COST_LABELS[name]
     return _without_unit(name).replace("_", " ")
+
+
+def ordered_costs(names: Iterable[str]) -> list[str]:
+    """Known costs in their order, then others by name."""
+    known = list(COST_LABELS)
+    return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
 def cost_unit(name: str) -> str:
