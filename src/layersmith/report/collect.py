@@ -64,7 +64,7 @@ def collect(
         "importance": importance(library),
         "checks": {
             "scores": _checked_scores(scores),
-            "sums": _checked_sums(choice, evaluation, objective, optional.get("frontier")),
+            "sums": _checked_sums(choice, optional.get("as_cut") or evaluation, objective, optional.get("frontier")),
         },
         "search": {"score": choice.score, "proven_optimal": choice.proven_optimal},
         "frontier": optional.get("frontier"),

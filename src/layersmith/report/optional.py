@@ -1,4 +1,6 @@
-"""What some runs have and others have not: the frontier, distillation, and the times of stages.
+"""What some runs have and others have not: the frontier, distillation, the times of stages.
+
+What a child was before any distillation is what scores predict, so its evaluation is read here too.
 
 Each is read from where its stage writes it; what is not there is None or empty, and the report leaves it out.
 """
@@ -16,7 +18,9 @@ _POINT = ("cost", "fraction", "score", "measured")
 
 def read_optional(run: Run) -> dict[str, Any]:
     """The parts of the report's data that come from files which not every run has."""
+    as_cut = run.folder / "evaluation" / "evaluation.json"
     return {
+        "as_cut": read_json(as_cut) if as_cut.is_file() else None,
         "frontier": read_frontier(run.folder / "frontier" / "frontier.json"),
         "distillation": read_distillation(run.folder),
         "timings": run.times(),
