@@ -11,7 +11,7 @@ from rich.text import Text
 from layersmith.artifacts import read_json
 from layersmith.inspection import Inspection
 from layersmith.library.library import Library
-from layersmith.report.collect import describe_subblock
+from layersmith.report.collect import described
 from layersmith.report.words import cost_label, format_cost, ordered_costs
 from layersmith.search.choose import Choice
 from layersmith.verification import Verification
@@ -75,12 +75,8 @@ def print_choice(console: Console, library: Library, choice: Choice) -> None:
     """A solution and its costs."""
     layers: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
     for alternative in choice.alternatives:
-        parent = type(alternative)(alternative.layer, alternative.subblock, "parent")
-        layers[alternative.layer][alternative.subblock] = {
-            "kind": alternative.kind,
-            "parent": describe_subblock(library, parent),
-            "child": describe_subblock(library, alternative),
-        }
+        was, now = described(library, alternative)
+        layers[alternative.layer][alternative.subblock] = {"kind": alternative.kind, "parent": was, "child": now}
     print_layers(console, layers)
     for name in ordered_costs(choice.costs):
         before_cost, after_cost = choice.parent_costs[name], choice.costs[name]

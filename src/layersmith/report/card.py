@@ -14,10 +14,9 @@ import yaml
 
 from layersmith.artifacts import write_text
 from layersmith.heterogeneous.modeling_layersmith import FILE_NAME
-from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
-from layersmith.report.collect import describe_subblock, parent_name
+from layersmith.report.collect import described, parent_name
 from layersmith.report.words import (
     cost_label,
     format_cost,
@@ -152,8 +151,7 @@ def _front_matter(parent: str) -> dict[str, Any]:
 def _changes(library: Library, choice: Choice) -> str:
     rows: dict[int, dict[str, str]] = {}
     for alternative in choice.alternatives:
-        parent = Alternative(alternative.layer, alternative.subblock, "parent")
-        was, now = describe_subblock(library, parent), describe_subblock(library, alternative)
+        was, now = described(library, alternative)
         words = "" if alternative.kind == "parent" else f"{was} → {'removed' if now == 'no-op' else now}"
         rows.setdefault(alternative.layer, {})[alternative.subblock] = words
     return table(

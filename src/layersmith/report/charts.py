@@ -238,7 +238,9 @@ def importance(curves: Sequence[dict[str, Any]]) -> list[Plot]:
                 "layer:Q",
                 title="layer",
                 scale=alt.Scale(range=["theme:depth-0", "theme:depth-1", "theme:depth-2"], interpolate="lab"),
-                legend=alt.Legend(orient="top", gradientLength=140, tickMinStep=1, format="d"),
+                legend=alt.Legend(orient="top", gradientLength=140, tickMinStep=1, format="d")
+                if len({c["layer"] for c in own}) > 1
+                else None,
             )
         )
         targets = base.mark_line(strokeWidth=9, opacity=0).encode(tooltip=tooltip(layer="layer"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -84,9 +85,20 @@ def parent_name(header: dict[str, Any]) -> str:
     return str(header["parent"]["path"]).rstrip("/").rsplit("/", 1)[-1]
 
 
-def describe_subblock(library: Library, alternative: Alternative) -> str:
-    """What a subblock is with this alternative, in a word or two."""
-    return in_words(alternative.subblock_config(library.parent.blocks[alternative.layer]))
+def described(library: Library, alternative: Alternative) -> tuple[str, str]:
+    """What a subblock was and what it is with this alternative.
+
+    A config may leave the number of query heads to the model's own; where the alternative has another, both are said.
+    """
+    was: Any = Alternative(alternative.layer, alternative.subblock, "parent").subblock_config(
+        library.parent.blocks[alternative.layer]
+    )
+    now: Any = alternative.subblock_config(library.parent.blocks[alternative.layer])
+    heads = library.axes[alternative.layer].kv
+    unsaid = alternative.subblock == "attention" and was.num_attention_heads is None
+    if unsaid and heads is not None and now.num_attention_heads is not None:
+        was = dataclasses.replace(was, num_attention_heads=heads.num_heads)
+    return in_words(was), in_words(now)
 
 
 def _layers(
@@ -101,9 +113,10 @@ def _layers(
     for alternative in choice.alternatives:
         parent = Alternative(alternative.layer, alternative.subblock, "parent")
         own, full = costs[alternative.key], costs[parent.key]
+        was, now = described(library, alternative)
         rows[alternative.layer][alternative.subblock] = {
-            "parent": describe_subblock(library, parent),
-            "child": describe_subblock(library, alternative),
+            "parent": was,
+            "child": now,
             "kind": alternative.kind,
             "method": alternative.method,
             "kept": own["parameters"] / full["parameters"] if full["parameters"] else 1.0,
