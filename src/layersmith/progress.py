@@ -37,20 +37,21 @@ SILENT = Progress()
 def open_console() -> Console:
     """Where the command line writes: of several processes that a launcher started the first alone.
 
-    Nothing but text is written where ``NO_COLOR`` is set (https://no-color.org).
+    Nothing but text is written where ``NO_COLOR`` is set (https://no-color.org), or to a terminal that knows no more.
     """
     from rich.console import Console
 
     if int(os.environ.get("RANK") or 0) > 0:
         return Console(quiet=True)
-    return Console(force_terminal=False) if os.environ.get("NO_COLOR") else Console()
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return Console(force_terminal=False) if plain else Console()
 
 
 def shown_on(console: Console) -> Progress:
     """Progress as a live bar on a terminal, as plain lines elsewhere, and not at all where nothing is written."""
     if console.quiet:
         return SILENT
-    return Bars(console) if console.is_terminal and not console.is_dumb_terminal else Lines(console)
+    return Bars(console) if console.is_terminal else Lines(console)
 
 
 def in_time(seconds: float) -> str:
