@@ -17,6 +17,7 @@ from layersmith.heterogeneous.modeling_layersmith import FILE_NAME
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
 from layersmith.report.collect import described, parent_name
+from layersmith.report.optional import trained_alternatives
 from layersmith.report.words import (
     cost_label,
     format_cost,
@@ -56,6 +57,7 @@ def model_card(
     choice: Choice,
     recipe: Recipe,
     evaluation: dict[str, Any] | None = None,
+    learned_tokens: int = 0,
 ) -> str:
     """A child's card.
 
@@ -66,6 +68,7 @@ def model_card(
         choice: the solution.
         recipe: how it was made.
         evaluation: as in ``evaluation/evaluation.json``; None if the child was not evaluated.
+        learned_tokens: of global distillation, if there was any.
     """
     header = run.header()
     parent = str(header["parent"]["path"])
@@ -96,7 +99,7 @@ def model_card(
         "## How to load it",
         _loading((folder / FILE_NAME).is_file(), recipe.trust_remote_code),
         "## How it was made",
-        _made(header, (run.folder / "library" / "distilled.json").is_file(), choice, recipe),
+        _made(header, bool(trained_alternatives(run.folder)), learned_tokens, choice, recipe),
     ]
     yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"---\n{yaml_text}---\n\n" + "\n\n".join(lines) + "\n"
@@ -222,15 +225,18 @@ Without `trust_remote_code=True` Transformers refuses, rather than fill in weigh
 Its layers are alike, so Transformers alone loads it as any other model, by `AutoModelForCausalLM.from_pretrained`."""
 
 
-def _made(header: dict[str, Any], distilled: bool, choice: Choice, recipe: Recipe) -> str:
+def _made(header: dict[str, Any], locally: bool, learned_tokens: int, choice: Choice, recipe: Recipe) -> str:
     data, versions = header["data"], header["versions"]
     rows, length = data["sequences"], data["sequence_length"]
     proven = ", proven to be the least within the budget" if choice.proven_optimal else ""
-    trained = (
-        "Alternatives were trained against their parent subblocks (local distillation)."
-        if distilled
-        else "Nothing was trained: the weights are the parent's, cut, or solved for by least squares."
-    )
+    training = [
+        "Alternatives were trained against their parent subblocks (local distillation)." if locally else "",
+        f"The child then learned from its parent on {learned_tokens:,} tokens (global distillation)."
+        if learned_tokens
+        else "",
+    ]
+    trained = " ".join(filter(None, training))
+    trained = trained or "Nothing was trained: the weights are the parent's, cut, or solved for by least squares."
     return (
         "Every layer's alternatives were scored by what each alone does to the parent's predictions "
         f"({metric_label(recipe.scoring.objective)}), and an integer program chose one for each attention and FFN: the "

@@ -49,12 +49,23 @@ def _point(point: dict[str, Any]) -> dict[str, Any]:
 
 def read_distillation(folder: Path) -> dict[str, Any] | None:
     """Curves of training, and what local distillation did to each alternative; None if there was neither."""
-    logs = sorted((folder / "distillation").rglob("log.json"))
-    curves = [
-        {"name": log["name"], "x": log["x"], "points": log["points"]}
-        for log in map(read_json, logs)
-        if log.get("points")
-    ]
-    local = folder / "library" / "distilled.json"
-    blocks = read_json(local) if local.is_file() else []
-    return {"curves": curves, "alternatives": blocks} if curves or blocks else None
+    curves = []
+    for log in map(read_json, sorted((folder / "distillation").rglob("log.json"))):
+        for name, points in ((log["name"], log["points"]), (f"{log['name']}, held out", log.get("validation", ()))):
+            if points:
+                curves.append({"name": name, "x": log["x"], "points": points})
+    trained = trained_alternatives(folder)
+    return {"curves": curves, "alternatives": trained} if curves or trained else None
+
+
+def trained_alternatives(folder: Path) -> list[dict[str, Any]]:
+    """The alternatives of a run that local distillation trained; their error as they were cut, and after."""
+    path = folder / "library" / "distilled.json"
+    names = ("of", "layer", "subblock", "before", "after", "tokens")
+    found = []
+    for record in read_json(path) if path.is_file() else ():
+        cut = record.get("pruned")
+        record = record | {"before": record["before"] if cut is None else cut}
+        if record["tokens"] and record["before"] is not None and record["after"] is not None:
+            found.append({name: record[name] for name in names})
+    return found
