@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 from browser import BROWSER, Page, browser
+from conformance.tiny import tiny_config, tiny_model
+from conftest import SIZES, TINY_RECIPE
 from sample import full_report
+from transformers import PreTrainedTokenizerFast
 
+import layersmith
 from layersmith.report.html import render
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
@@ -67,6 +71,31 @@ def test_all_of_it_is_drawn_and_fits(page: Page, report: Path, width: int, dark:
     background = page.js("getComputedStyle(document.body).backgroundColor")
     ink = page.js("document.querySelector('[data-plot=mosaic] .mark-text text').getAttribute('fill')")
     assert (background, ink) == (("rgb(15, 19, 24)", "#e8edf2") if dark else ("rgb(255, 255, 255)", "#171c22"))
+
+
+def test_a_real_run_of_experts_scored_exactly(
+    page: Page, text_folder: Path, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    config = tiny_config("mixtral")
+    config.vocab_size = SIZES["vocab_size"]
+    tiny_model(config).save_pretrained(tmp_path / "parent")
+    tokenizer.save_pretrained(tmp_path / "parent")
+    recipe = TINY_RECIPE | {
+        "library": {"ffn_fractions": [0.5], "expert_fractions": [0.5]}, "completion_tokens": 0,
+        "scoring": {"mode": "exact", "objective": "top_5_agreement"},
+    }  # fmt: skip
+    result = layersmith.compress(tmp_path / "parent", tmp_path / "run", data=text_folder, budget=0.7, recipe=recipe)
+    page.open(result.report, width=375)
+    assert page.complaints == []
+    assert page.requests == [result.report.as_uri()]
+    assert page.js("document.documentElement.scrollWidth") <= 375
+    assert page.js(TOO_WIDE) == []
+    marks = dict(page.js(MARKS))
+    assert {"mosaic", "scores", "importance-0"} <= marks.keys()
+    assert "estimates" not in marks
+    assert all(marks.values()), marks
+    assert not page.js("!!document.querySelector('#samples')")
+    assert "experts" in page.js("document.querySelector('#table-mosaic').textContent")
 
 
 def test_hovering_over_a_layer_tells_what_it_became(page: Page, report: Path) -> None:
