@@ -15,6 +15,7 @@ from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe
+from layersmith.report.card import write_card
 from layersmith.run import Run
 from layersmith.runtime import Runtime
 from layersmith.scoring.metrics import METRICS
@@ -66,7 +67,12 @@ def search_again(
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
             own = library.with_parent(pipeline.at_stored_dtype(library.parent, recipe, run.folder))
-            save(own.compose(choice.alternatives), out, tokenizer=load_tokenizer(library.parent.path))
+            save(
+                own.compose(choice.alternatives),
+                out,
+                tokenizer=load_tokenizer(library.parent.path),
+                more=lambda folder: write_card(folder, run, library, choice, recipe),
+            )
             advance(1)
     return library, choice
 

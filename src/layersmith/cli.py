@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from layersmith.errors import LayersmithError, UsageError, did_you_mean
-from layersmith.progress import Progress
 from layersmith.recipe import BATCH, CONTEXT, DataRecipe
 
 if TYPE_CHECKING:
     from rich.console import Console
+
+    from layersmith.progress import Progress
 
 app = typer.Typer(
     help="Any Hugging Face decoder model and a budget in; a smaller model whose layers differ out.",
@@ -228,9 +228,9 @@ def _fail(message: str, code: int) -> None:
 
 
 def _console() -> Console:
-    from rich.console import Console
+    from layersmith.progress import open_console
 
-    return Console()
+    return open_console()
 
 
 def _descriptor(path: str | None) -> Any:
@@ -282,58 +282,6 @@ def _print_result(console: Console, result: Any, with_samples: bool = False) -> 
 
 @contextmanager
 def _drawn(console: Console) -> Iterator[Progress]:
-    """Progress as bars on a terminal, as plain lines elsewhere."""
-    progress = _Bars(console) if console.is_terminal else _Lines(console)
-    yield progress
+    from layersmith.progress import shown_on
 
-
-class _Lines(Progress):
-    """A line when a stage begins, every tenth of it if it is long, and when it ends."""
-
-    def __init__(self, console: Console):
-        self.console = console
-
-    def note(self, text: str) -> None:
-        self.console.print(f"note: {text}", markup=False, highlight=False, soft_wrap=True)
-
-    @contextmanager
-    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-        started = said = time.monotonic()
-        done = 0.0
-
-        def advance(steps: float) -> None:
-            nonlocal done, said
-            done += steps
-            now = time.monotonic()
-            if now - said > 15 and done < total:
-                left = (now - started) * (total - done) / max(done, 1e-9)
-                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}, about {left:,.0f} s left")
-                said = now
-
-        yield advance
-        self._say(f"{name}: done in {time.monotonic() - started:.1f} s")
-
-    def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-class _Bars(_Lines):
-    """One live bar; finished stages stay on the screen with their times."""
-
-    @contextmanager
-    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-        from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-        from rich.progress import Progress as Live
-
-        columns = (
-            TextColumn("{task.description:<11}"),
-            BarColumn(),
-            TextColumn("{task.percentage:>3.0f}%"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-        )
-        with Live(*columns, console=self.console) as live:
-            task = live.add_task(name, total=total)
-            yield lambda steps: live.advance(task, steps)
-            live.update(task, completed=total)
+    yield shown_on(console)

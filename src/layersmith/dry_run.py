@@ -14,7 +14,7 @@ from layersmith.heterogeneous.checkpoint import check_files
 from layersmith.inspection import outline
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
-from layersmith.report.collect import format_cost
+from layersmith.report.words import format_cost
 from layersmith.run import Run
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import SWEEP_PASSES

@@ -6,6 +6,7 @@ A stage that was done from the same inputs is skipped, one that was interrupted 
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.parent import Parent, load_parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import Recipe
+from layersmith.report.card import complete_card, write_card
 from layersmith.report.collect import collect
 from layersmith.report.html import render
+from layersmith.report.optional import read_optional
 from layersmith.run import Run, versions
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
@@ -116,6 +119,7 @@ def stages(
     """
     recipe, budget, run = Recipe.read(recipe), Budget.parse(budget), Run(Path(out))
     Run.check(run.folder)
+    started = time.monotonic()
     model, found, costs = examine(parent, recipe, budget, descriptor, progress, run.folder)
     tokenizer = load_tokenizer(parent, trust_remote_code=recipe.trust_remote_code)
     tokens = read_data(data, recipe, model, tokenizer, progress)
@@ -129,6 +133,7 @@ def stages(
         "versions": versions(),
     }
     with run.open(header, recipe):
+        run.log_once("describe", time.monotonic() - started)
         data_inputs = fingerprint(tokens.description["sha256"])
         run.do("data", data_inputs, lambda folder: write_data(folder, tokens))
         yield "data"
@@ -259,16 +264,15 @@ def make_scores(
             inputs=inputs,
             progress=progress,
         )
-        data = [{"of": s.alternative.key, "rows": s.rows, "exact_rows": s.exact_rows, "error": s.error} for s in scores]
-        write_json(folder / "scores.json", data)
+        write_json(folder / "scores.json", [s.to_dict() for s in scores])
 
     run.do("scores", inputs, make)
     return read_scores(run, library)
 
 
 def read_scores(run: Run, library: Library) -> list[Score]:
-    records = {record.pop("of"): record for record in read_json(run.folder / "scores" / "scores.json")}
-    return [Score(alternative, **records[alternative.key]) for alternative in library.alternatives]
+    records = {record["of"]: record for record in read_json(run.folder / "scores" / "scores.json")}
+    return [Score.from_dict(alternative, records[alternative.key]) for alternative in library.alternatives]
 
 
 def write_solution(folder: Path, choice: Choice, costs: CostTable) -> None:
@@ -290,6 +294,7 @@ def realize(
         with quiet_transformers():
             child.save_pretrained(folder, **shards(library.parent))
             tokenizer.save_pretrained(folder)
+        write_card(folder, run, library, choice, recipe)
         advance(1)
 
     with progress.stage("realize", 1, "child") as advance:
@@ -348,8 +353,9 @@ def finish(
     evaluation: dict[str, Any],
     recipe: Recipe,
 ) -> Result:
-    """Write the report."""
-    report = collect(run.header(), library, scores, choice, costs, evaluation, recipe)
+    """Write the report, and what is known by now into the child's card."""
+    complete_card(run.folder / "child", run, library, choice, recipe, evaluation)
+    report = collect(run.header(), library, scores, choice, costs, evaluation, recipe, read_optional(run))
     write_json(run.folder / "report.json", report)
     write_text(run.folder / "report.html", render(report))
     return Result(run.folder, run.folder / "child", choice, evaluation, run.folder / "report.html")

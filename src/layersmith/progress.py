@@ -1,13 +1,26 @@
-"""How a long step tells where it is. Stages report to this; only the command line draws."""
+"""How a long step tells where it is. Stages report to a :class:`Progress`; only the command line shows anything.
+
+On a terminal the stage at work has a live bar, and those that are done stay as a line each with their time. Where
+there is no terminal, or one that cannot move its cursor or is to stay plain, there are lines alone.
+"""
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import rich.progress
+    from rich.console import Console
+
+_SAY_EVERY_SECONDS = 15.0
 
 
 class Progress:
-    """Silent; :mod:`layersmith.cli` has the one that draws."""
+    """Silent."""
 
     @contextmanager
     def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
@@ -19,3 +32,134 @@ class Progress:
 
 
 SILENT = Progress()
+
+
+def open_console() -> Console:
+    """Where the command line writes: of several processes that a launcher started the first alone.
+
+    Nothing but text is written where ``NO_COLOR`` is set (https://no-color.org), or to a terminal that knows no more.
+    """
+    from rich.console import Console
+
+    if int(os.environ.get("RANK") or 0) > 0:
+        return Console(quiet=True)
+    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    return Console(force_terminal=False) if plain else Console()
+
+
+def shown_on(console: Console) -> Progress:
+    """Progress as a live bar on a terminal, as plain lines elsewhere, and not at all where nothing is written."""
+    if console.quiet:
+        return SILENT
+    return Bars(console) if console.is_terminal else Lines(console)
+
+
+def in_time(seconds: float) -> str:
+    """``4.0 s``, ``3 min 20 s``, ``2 h 05 min``."""
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class Lines(Progress):
+    """A line when a stage is done, and now and then one that says how far a long one is."""
+
+    def __init__(self, console: Console):
+        self.console = console
+
+    def note(self, text: str) -> None:
+        self._say(f"note: {text}")
+
+    @contextmanager
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+        started = said = time.monotonic()
+        done = 0.0
+
+        def advance(steps: float) -> None:
+            nonlocal done, said
+            done += steps
+            now = time.monotonic()
+            if now - said > _SAY_EVERY_SECONDS and done < total:
+                left = (now - started) * (total - done) / max(done, 1e-9)
+                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}, about {in_time(left)} left")
+                said = now
+
+        yield advance
+        self._say(f"{name}: done in {in_time(time.monotonic() - started)}")
+
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Bars(Lines):
+    """One live bar, below the lines of what is done."""
+
+    def __init__(self, console: Console):
+        super().__init__(console)
+        self._live: rich.progress.Progress | None = None
+        self._tasks: list[rich.progress.TaskID] = []
+
+    @contextmanager
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+        started = time.monotonic()
+        if self._live is None:
+            with _live(self.console) as live:
+                self._live = live
+                try:
+                    with self._task(live, name, total, unit) as advance:
+                        yield advance
+                finally:
+                    self._live = None
+        else:  # a stage within a stage has the bar while it lasts
+            with self._task(self._live, name, total, unit) as advance:
+                yield advance
+        line = f"[green]{self._tick}[/green] {name:<12}[dim]{in_time(time.monotonic() - started):>11}[/dim]"
+        self.console.print(line, highlight=False)
+
+    @contextmanager
+    def _task(
+        self, live: rich.progress.Progress, name: str, total: float, unit: str
+    ) -> Iterator[Callable[[float], None]]:
+        steps = f"of {total:,.0f} {unit}" if total > 1 and self.console.width >= 100 else ""
+        task = live.add_task(name, total=total if total > 1 else None, steps=steps)
+        for outer in self._tasks:
+            live.update(outer, visible=False)
+        self._tasks.append(task)
+        try:
+            yield lambda done: live.advance(task, done)
+        finally:
+            self._tasks.remove(task)
+            live.remove_task(task)
+            if self._tasks:
+                live.update(self._tasks[-1], visible=True)
+
+    @property
+    def _tick(self) -> str:
+        return "✓" if self.console.encoding.lower().startswith("utf") else "*"
+
+
+def _live(console: Console) -> rich.progress.Progress:
+    """A bar that is gone when its stage is; of a stage without steps it only says that it is at work."""
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import Progress as Live
+    from rich.text import Text
+
+    class Left(TimeRemainingColumn):
+        def render(self, task: Any) -> Text:
+            return Text("") if task.total is None else Text.assemble(super().render(task), (" left", "dim"))
+
+    class Share(TextColumn):
+        def render(self, task: Any) -> Text:
+            return Text("") if task.total is None else super().render(task)
+
+    return Live(
+        TextColumn("  {task.description:<12}"),
+        BarColumn(bar_width=max(6, min(40, console.width - 48))),
+        Share("{task.percentage:>3.0f}%"),
+        TextColumn("[dim]{task.fields[steps]}"),
+        TimeElapsedColumn(),
+        Left(compact=True),
+        console=console,
+        transient=True,
+    )

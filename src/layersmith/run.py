@@ -9,7 +9,7 @@ solution/         the budget, costs, and the choice
 child/            the child, a Hugging Face folder
 evaluation/       child against parent
 report.html, report.json
-log.jsonl         when stages began and ended; the one file that differs between equal runs
+log.jsonl         when stages began and ended; it and the times that the report takes from it differ between equal runs
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -157,10 +158,16 @@ class Run:
         if self.is_done(stage, inputs) and (self.folder / stage).is_dir():
             self.log(stage, "kept")
             return False
+        self._log_cut_off(stage)
         started = time.monotonic()
         self.log(stage, "begun")
-        with whole_folder(self.folder / stage) as folder:
-            make(folder)
+        try:
+            with whole_folder(self.folder / stage) as folder:
+                make(folder)
+        except BaseException:
+            with suppress(InputError):  # a full disk has been told of already
+                self.log(stage, "stopped", seconds=round(time.monotonic() - started, 2))
+            raise
         header = self.header()
         header["stages"][stage] = inputs
         write_json(self.folder / "run.json", header)
@@ -172,9 +179,52 @@ class Run:
         """A file for what a stage has done so far."""
         return self.folder / f"{stage}.partial"
 
+    # ------------------------------------------------------------------------------------------ times
+
+    def times(self) -> list[dict[str, Any]]:
+        """Wall time of each stage in the order in which they began: all attempts together, and how many were cut off.
+
+        Of an attempt that was killed, what it took is known only up to the last result that it kept.
+        """
+        stages: dict[str, dict[str, Any]] = {}
+        for record in self._records():
+            if "seconds" in record:
+                stage = stages.setdefault(
+                    record["stage"], {"stage": record["stage"], "seconds": 0.0, "interruptions": 0}
+                )
+                stage["seconds"] = round(stage["seconds"] + record["seconds"], 2)
+                stage["interruptions"] += record["event"] != "done"
+        return list(stages.values())
+
+    def log_once(self, stage: str, seconds: float) -> None:
+        """Note the time of something that every start of the run does, when it is done first."""
+        if not any(record["stage"] == stage for record in self._records()):
+            self.log(stage, "done", seconds=round(seconds, 2))
+
+    def _log_cut_off(self, stage: str) -> None:
+        """If a process was killed in this stage, note how long it is known to have been at work."""
+        last = next((r for r in reversed(self._records()) if r["stage"] == stage), None)
+        if last is not None and last["event"] == "begun":
+            began = datetime.fromisoformat(last["time"]).timestamp()
+            partial = self.partial(stage)
+            worked = max(0.0, partial.stat().st_mtime - began) if partial.is_file() else 0.0
+            self.log(stage, "killed", seconds=round(worked, 2))
+
+    def _records(self) -> list[dict[str, Any]]:
+        path = self.folder / "log.jsonl"
+        records = []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+            with suppress(ValueError):  # a line that was cut off
+                records.append(json.loads(line))
+        return records
+
     def log(self, stage: str, event: str, **more: Any) -> None:
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **more}
-        with saying_disk_full(self.folder), open(self.folder / "log.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with saying_disk_full(self.folder), open(self.folder / "log.jsonl", "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a process was killed in the middle of a line
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())

@@ -11,17 +11,10 @@ from rich.text import Text
 from layersmith.artifacts import read_json
 from layersmith.inspection import Inspection
 from layersmith.library.library import Library
-from layersmith.report.collect import describe_subblock, format_cost
+from layersmith.report.collect import described
+from layersmith.report.words import cost_label, format_cost, ordered_costs
 from layersmith.search.choose import Choice
 from layersmith.verification import Verification
-
-_LABELS = {
-    "parameters": "parameters",
-    "active_parameters": "active parameters",
-    "weight_bytes": "weight memory",
-    "kv_cache_bytes": "KV cache",
-    "memory_bytes": "memory",
-}
 
 
 def print_result(console: Console, result: Any, with_samples: bool = False) -> None:
@@ -31,10 +24,10 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
     table = Table(title="parent against child", title_justify="left")
     for heading in ("", "parent", "child", ""):
         table.add_column(heading, justify="left" if not heading else "right")
-    for name, label in _LABELS.items():
+    for name in ordered_costs(choice.costs):
         before, after = choice.parent_costs[name], choice.costs[name]
         share = f"{after / before:.2f}x" if before else ""
-        table.add_row(label, format_cost(name, before), format_cost(name, after), share)
+        table.add_row(cost_label(name), format_cost(name, before), format_cost(name, after), share)
     for metric in ("loss", "perplexity", "kl_divergence", "top_1_agreement"):
         row = result.metric(metric)
         parent = "" if row["parent"] is None else f"{row['parent']:.4f}"
@@ -82,21 +75,15 @@ def print_choice(console: Console, library: Library, choice: Choice) -> None:
     """A solution and its costs."""
     layers: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
     for alternative in choice.alternatives:
-        parent = type(alternative)(alternative.layer, alternative.subblock, "parent")
-        layers[alternative.layer][alternative.subblock] = {
-            "kind": alternative.kind,
-            "parent": describe_subblock(library, parent),
-            "child": describe_subblock(library, alternative),
-        }
+        was, now = described(library, alternative)
+        layers[alternative.layer][alternative.subblock] = {"kind": alternative.kind, "parent": was, "child": now}
     print_layers(console, layers)
-    for name, label in _LABELS.items():
+    for name in ordered_costs(choice.costs):
         before_cost, after_cost = choice.parent_costs[name], choice.costs[name]
         share = after_cost / before_cost if before_cost else 0.0
         limit = f", limit {format_cost(name, choice.limits[name])}" if name in choice.limits else ""
-        console.print(
-            f"{label}: {format_cost(name, before_cost)} => {format_cost(name, after_cost)} ({share:.2f}x{limit})",
-            highlight=False,
-        )
+        change = f"{format_cost(name, before_cost)} => {format_cost(name, after_cost)} ({share:.2f}x{limit})"
+        console.print(f"{cost_label(name)}: {change}", highlight=False)
     how = "proven optimal for these scores" if choice.proven_optimal else "the best found"
     console.print(f"sum of scores: {choice.score:.4f}, {how}", highlight=False)
 
@@ -143,7 +130,7 @@ def print_inspection(console: Console, found: Inspection) -> None:
     costs = Table(title=f"where it goes (batch {found.batch}, context {found.context:,})", title_justify="left")
     costs.add_column("")
     for name in ("parameters", "weight_bytes", "kv_cache_bytes"):
-        costs.add_column(_LABELS[name], justify="right")
+        costs.add_column(cost_label(name), justify="right")
         costs.add_column("", justify="right")
     for label, part in found.parts.items():
         cells = []

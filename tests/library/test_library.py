@@ -121,6 +121,29 @@ def test_costs_of_channels_are_true_errors() -> None:
     torch.testing.assert_close(pairs[1, 2], costs[3:6, 6:9].sum())
 
 
+def test_importance_is_the_share_of_the_true_error() -> None:
+    generator = torch.Generator().manual_seed(2)
+    m = torch.randn(40, 9, generator=generator, dtype=torch.float64)
+    costs = m.T @ m
+    order = ranking.by_iterative_removal(costs)
+    curve = ranking.error_curve(costs, order)
+    assert [left for left, _ in curve] == list(range(9, -1, -1))
+    for left, lost in curve:
+        gone = order[left:]
+        assert lost == pytest.approx(float(costs[gone][:, gone].sum() / costs.sum()), abs=1e-12)
+    alone = ranking.error_curve(costs.diagonal(), order)
+    assert [lost for _, lost in alone][:: len(alone) - 1] == pytest.approx([0, 1])
+    assert len(ranking.error_curve(torch.ones(5000), torch.arange(5000))) == 34
+
+
+def test_importance_is_kept_with_the_library(parent: Parent, tmp_path: Path) -> None:
+    library = library_of(parent)
+    assert {f"{i}.{part}" for i in range(4) for part in ("ffn.0", "attention")} <= library.importance.keys()
+    library.write(tmp_path)
+    again = Library.read(tmp_path, parent).importance
+    assert {k: [tuple(p) for p in v] for k, v in again.items()} == dict(library.importance)
+
+
 def test_iterative_removal_is_greedy_in_the_true_error() -> None:
     generator = torch.Generator().manual_seed(1)
     m = torch.randn(40, 9, generator=generator, dtype=torch.float64)

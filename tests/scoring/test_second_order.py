@@ -133,9 +133,10 @@ def truth(trained: tuple[Library, torch.Tensor]) -> dict[str, float]:
 def test_scores_of_a_trained_model(trained: tuple[Library, torch.Tensor], truth: dict[str, float]) -> None:
     """Near the exact ones in rank and value, nearer than without exact runs, and as far off as they say."""
     library, tokens = trained
-    off = []
+    off, scores = [], []
     for passes in (0.0, 3.0):
         recipe = ScoringRecipe(mode="second_order", exact_passes=passes, precision=0)
+        estimates = scores if passes else []
         scores = score_library(library, tokens, recipe)
         off.append(max(abs(s.mean("kl_divergence") - truth[s.alternative.key]) for s in scores))
     found = [s for s in scores if s.alternative.kind != "parent"]
@@ -144,6 +145,12 @@ def test_scores_of_a_trained_model(trained: tuple[Library, torch.Tensor], truth:
     assert off[1] < off[0]
     assert 0 < sum(s.exact_rows > 0 for s in found) < len(found)
     z = [(s.mean("kl_divergence") - t) / s.error for s, t in zip(found, exact, strict=True) if s.error]
+    for estimate_, s in zip(estimates, scores, strict=True):
+        rows = row_order(len(tokens))[: s.exact_rows]
+        assert (s.checked is not None) == bool(rows and s.alternative.kind != "parent")
+        if s.checked is not None:
+            means = [sum(own.rows["kl_divergence"][r] for r in rows) / len(rows) for own in (estimate_, s)]
+            assert s.checked == pytest.approx(means)
     assert 0.4 < float(torch.tensor(z).square().mean().sqrt()) < 2.5
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,13 +131,20 @@ def weight_map(folder: Path) -> dict[str, Path]:
     return found
 
 
-def save(model: PreTrainedModel, path: str | os.PathLike[str], *, tokenizer: Any = None) -> None:
+def save(
+    model: PreTrainedModel,
+    path: str | os.PathLike[str],
+    *,
+    tokenizer: Any = None,
+    more: Callable[[Path], None] | None = None,
+) -> None:
     """Write a model as a Hugging Face folder, all of it or nothing.
 
     Args:
         model: from :func:`layersmith.build`, :func:`layersmith.load`, or a stock model.
         path: the folder; it must not hold anything yet.
         tokenizer: written beside the weights if given.
+        more: writes what else belongs into the folder that it is given.
 
     Raises:
         InputError: the folder is in use, or cannot be written.
@@ -151,6 +158,8 @@ def save(model: PreTrainedModel, path: str | os.PathLike[str], *, tokenizer: Any
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
+        if more is not None:
+            more(temporary)
 
 
 def _refuse_unplanned(model: PreTrainedModel, folder: Path) -> None:

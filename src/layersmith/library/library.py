@@ -59,6 +59,7 @@ class Library:
             its heads, ``"{layer}.state"`` to the numbers of a state.
         maps: ``"{layer}.{subblock}"`` to the weight ``[D, D]`` of its linear replacement.
         notes: what could not be offered, and why.
+        importance: by the names of ``orders``, where it is known: see :func:`layersmith.library.ranking.error_curve`.
     """
 
     parent: Parent
@@ -67,6 +68,7 @@ class Library:
     orders: Mapping[str, torch.Tensor]
     maps: Mapping[str, torch.Tensor]
     notes: Sequence[str]
+    importance: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
     _skeletons: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
 
     @property
@@ -78,7 +80,7 @@ class Library:
 
     def with_parent(self, parent: Parent) -> Library:
         """The same library over another copy of the parent's weights."""
-        return Library(parent, self.axes, self.alternatives, self.orders, self.maps, self.notes)
+        return dataclasses.replace(self, parent=parent, _skeletons={})
 
     def weights(self, alternative: Alternative) -> dict[str, torch.Tensor]:
         """The weights in which the layer with this alternative differs from the parent's, by name in the layer.
@@ -245,11 +247,13 @@ class Library:
         write_tensors(folder / "tensors.safetensors", tensors)
         data = {"alternatives": [schema.to_data(a) for a in self.alternatives], "notes": list(self.notes)}
         write_json(folder / "library.json", data | {"axes": [schema.to_data(a) for a in self.axes]})
+        write_json(folder / "importance.json", {k: [list(point) for point in v] for k, v in self.importance.items()})
 
     @staticmethod
     def read(folder: Path, parent: Parent) -> Library:
         data = read_json(folder / "library.json")
         tensors = read_tensors(folder / "tensors.safetensors")
+        curves = folder / "importance.json"
         return Library(
             parent,
             [schema.parse(LayerAxes, entry, "library.json") for entry in data["axes"]],
@@ -257,6 +261,7 @@ class Library:
             {k.removeprefix("order."): v for k, v in tensors.items() if k.startswith("order.")},
             {k.removeprefix("map."): v for k, v in tensors.items() if k.startswith("map.")},
             data["notes"],
+            read_json(curves) if curves.is_file() else {},
         )
 
 
@@ -338,6 +343,7 @@ def build_library(
     )
     orders: dict[str, torch.Tensor] = {}
     maps: dict[str, torch.Tensor] = {}
+    importance: dict[str, list[tuple[int, float]]] = {}
     for i, own in enumerate(axes):
         layer = parent.layer(i)
         for part, axis in (("ffn", own.ffn), ("shared", own.shared)):
@@ -346,6 +352,7 @@ def build_library(
                 if name in means:
                     costs = ranking.channel_costs(output_weight(layer, bundle), means[name])
                     orders[name] = _order(costs, ffn_ranking)
+                    importance[name] = ranking.error_curve(costs, orders[name])
                 elif f"{name}.channels" in means:
                     norms = torch.stack(
                         [_matrix(*own_weight).float().square().sum(0).cpu() for own_weight in _readers(layer, bundle)]
@@ -357,27 +364,31 @@ def build_library(
             (own.mixer, f"{i}.mixer", f"{i}.mixer_heads"),
         ):
             if heads is not None and name in means:
-                orders[name], orders[within] = _head_orders(layer, heads, means[name])
+                orders[name], orders[within], by_head = _head_orders(layer, heads, means[name])
+                importance[name] = ranking.error_curve(by_head, orders[name])
         if own.mixer_size is not None and (name := f"{i}.mixer") in means:
             orders[f"{i}.mixer_size"] = _head_size_order(layer, own.mixer_size, means[name])
         if (name := f"{i}.state") in means:
             orders[name] = ranking.by_cost(means[name])
         if (name := f"{i}.experts.members") in means:
             orders[f"{i}.experts"] = _order(means[name], "iterative")
+            importance[f"{i}.experts"] = ranking.error_curve(means[name].double().cpu(), orders[f"{i}.experts"])
         for subblock in SUBBLOCKS:
             if (name := f"{i}.{subblock}.linear") + ".input" in means:
                 solved = ranking.least_squares(means[f"{name}.input"], means[f"{name}.output"])
                 maps[f"{i}.{subblock}"] = solved.float()
-    return Library(parent, axes, alternatives, orders, maps, found.notes)
+    return Library(parent, axes, alternatives, orders, maps, found.notes, importance)
 
 
-def _head_orders(layer: nn.Module, heads: HeadsAxis, moment: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """KV heads, and the query heads of each: most important first."""
+def _head_orders(
+    layer: nn.Module, heads: HeadsAxis, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KV heads, and the query heads of each: most important first; and the costs of KV heads."""
     weight = _matrix(layer.get_parameter(heads.reader), heads.reader_dim)
     costs = ranking.channel_costs(weight, moment, weight.shape[1] // heads.num_heads)
     group = heads.num_heads // heads.size
     by_kv = costs.view(heads.size, group, heads.size, group).sum((1, 3))
-    return _order(by_kv, "iterative"), ranking.within_groups(costs, heads.size)
+    return _order(by_kv, "iterative"), ranking.within_groups(costs, heads.size), by_kv
 
 
 def _head_size_order(layer: nn.Module, axis: HeadSizeAxis, moment: torch.Tensor) -> torch.Tensor:

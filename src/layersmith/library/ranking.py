@@ -61,6 +61,30 @@ def by_iterative_removal(costs: torch.Tensor) -> torch.Tensor:
     return torch.tensor(order[::-1])
 
 
+def error_curve(costs: torch.Tensor, order: torch.Tensor, points: int = 32) -> list[tuple[int, float]]:
+    """What removing the least important units costs, as a share of what removing all of them does.
+
+    Args:
+        costs: M, ``[n, n]``; or ``[n]``, its diagonal, where units are counted one by one.
+        order: ``[n]``, most important first.
+        points: of the curve, besides its two ends.
+
+    Returns:
+        Units left and the share, from all of them and 0.0 to none and 1.0.
+    """
+    removed = order.flip(0)
+    if costs.ndim == 1:
+        steps = costs.double()[removed]
+    else:
+        own = costs.double()[removed][:, removed]
+        steps = 2 * own.tril().sum(1) - own.diagonal()
+    total = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+    share = total / total[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    n = len(order)
+    counts = sorted({round(n * p / (points + 1)) for p in range(points + 2)})
+    return [(n - k, max(0.0, float(share[k]))) for k in counts]
+
+
 def within_groups(costs: torch.Tensor, groups: int) -> torch.Tensor:
     """``[groups, units / groups]``: units of every group of neighbours, in the order of iterative removal in it."""
     size = len(costs) // groups

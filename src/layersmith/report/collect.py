@@ -1,23 +1,21 @@
-"""Everything that a report shows, as JSON data, from what the stages gave."""
+"""Everything that a report shows, as JSON data, from what the stages gave. docs/report.md says what is in it."""
 
 from __future__ import annotations
 
+import dataclasses
+import re
 from collections.abc import Mapping
 from typing import Any
 
 from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
+from layersmith.report.words import cost_unit, format_cost, metric_unit
 from layersmith.scoring.metrics import METRICS
-from layersmith.scoring.score import Score
-from layersmith.search.budget import format_bytes, format_count
+from layersmith.scoring.score import Score, losses
 from layersmith.search.choose import Choice
 
-_UNITS = {
-    "kl_divergence": "nats a token",
-    "lm_loss": "nats a token",
-    "hidden_distance": "1 - cosine",
-}
+SCHEMA = 1
 
 
 def collect(
@@ -28,25 +26,33 @@ def collect(
     costs: Mapping[str, Mapping[str, int]],
     evaluation: dict[str, Any],
     recipe: Recipe,
+    optional: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """The report's data; :mod:`layersmith.report.html` says what is in it."""
+    """The report's data.
+
+    Args:
+        header: of the run: parent, versions, data.
+        library: the alternatives.
+        scores: of all of them.
+        choice: the solution.
+        costs: key of an alternative to its costs.
+        evaluation: as in ``evaluation/evaluation.json``.
+        recipe: of the run.
+        optional: as :func:`layersmith.report.optional.read_optional` gives it.
+    """
     before, after = choice.parent_costs, choice.costs
-    name = str(header["parent"]["path"]).rstrip("/").rsplit("/", 1)[-1]
+    name = parent_name(header)
     objective = recipe.scoring.objective
+    kept, own = format_cost("parameters", before["parameters"]), format_cost("parameters", after["parameters"])
     return {
-        "title": f"{name}: {format_count(before['parameters'])} to {format_count(after['parameters'])} parameters",
+        "schema": SCHEMA,
+        "title": f"{name}: {kept} to {own} parameters",
         "parent": {"name": name, **before},
         "child": {"name": f"{name}, child", **after},
         "batch": choice.budget.batch,
         "context": choice.budget.context,
         "budget": [
-            {
-                "label": cost,
-                "limit": limit,
-                "unit": "bytes" if cost.endswith("bytes") else "count",
-                "used": after[cost],
-                "parent": before[cost],
-            }
+            {"label": cost, "limit": limit, "unit": cost_unit(cost), "used": after[cost], "parent": before[cost]}
             for cost, limit in choice.limits.items()
         ],
         "evaluation": {
@@ -55,19 +61,44 @@ def collect(
             "rows": evaluation["rows"],
         },
         "layers": _layers(library, scores, choice, costs, objective),
-        "scores": _heat_map(scores, choice, objective),
+        "scores": _heat_map(scores, choice, costs, objective),
+        "importance": importance(library),
+        "checks": {
+            "scores": _checked_scores(scores),
+            "sums": _checked_sums(choice, optional.get("as_cut") or evaluation, objective, optional.get("frontier")),
+        },
         "search": {"score": choice.score, "proven_optimal": choice.proven_optimal},
+        "frontier": optional.get("frontier"),
+        "distillation": optional.get("distillation"),
         "samples": evaluation["samples"],
         "recipe": recipe.to_dict(),
         "environment": header["versions"]
         | {"device": str(library.parent.runtime.device.type), "dtype": str(library.parent.runtime.dtype)},
-        "warnings": [*header["data"].get("warnings", []), *library.notes],
+        "timings": list(optional.get("timings", ())),
+        "warnings": list(header["data"].get("warnings", ())),
+        "notes": list(library.notes),
     }
 
 
-def describe_subblock(library: Library, alternative: Alternative) -> str:
-    """What a subblock is with this alternative, in a word or two."""
-    return in_words(alternative.subblock_config(library.parent.blocks[alternative.layer]))
+def parent_name(header: dict[str, Any]) -> str:
+    """The last part of the parent's path or hub name."""
+    return str(header["parent"]["path"]).rstrip("/").rsplit("/", 1)[-1]
+
+
+def described(library: Library, alternative: Alternative) -> tuple[str, str]:
+    """What a subblock was and what it is with this alternative.
+
+    A config may leave the number of query heads to the model's own; where the alternative has another, both are said.
+    """
+    was: Any = Alternative(alternative.layer, alternative.subblock, "parent").subblock_config(
+        library.parent.blocks[alternative.layer]
+    )
+    now: Any = alternative.subblock_config(library.parent.blocks[alternative.layer])
+    heads = library.axes[alternative.layer].kv
+    unsaid = alternative.subblock == "attention" and was.num_attention_heads is None
+    if unsaid and heads is not None and now.num_attention_heads is not None:
+        was = dataclasses.replace(was, num_attention_heads=heads.num_heads)
+    return in_words(was), in_words(now)
 
 
 def _layers(
@@ -77,26 +108,31 @@ def _layers(
     costs: Mapping[str, Mapping[str, int]],
     objective: str,
 ) -> list[dict[str, Any]]:
-    by_key = {score.alternative.key: score for score in scores}
+    loss = losses(scores, objective)
     rows: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
     for alternative in choice.alternatives:
         parent = Alternative(alternative.layer, alternative.subblock, "parent")
-        own, full = costs[alternative.key]["parameters"], costs[parent.key]["parameters"]
+        own, full = costs[alternative.key], costs[parent.key]
+        was, now = described(library, alternative)
         rows[alternative.layer][alternative.subblock] = {
-            "parent": describe_subblock(library, parent),
-            "child": describe_subblock(library, alternative),
+            "parent": was,
+            "child": now,
             "kind": alternative.kind,
             "method": alternative.method,
-            "kept": own / full if full else 1.0,
-            "parameters": own,
-            "parent_parameters": full,
-            "score": by_key[alternative.key].mean(objective),
+            "kept": own["parameters"] / full["parameters"] if full["parameters"] else 1.0,
+            "parameters": own["parameters"],
+            "parent_parameters": full["parameters"],
+            "costs": dict(own),
+            "parent_costs": dict(full),
+            "score": loss[alternative.key],
         }
     return rows
 
 
-def _heat_map(scores: list[Score], choice: Choice, objective: str) -> dict[str, Any]:
-    chosen = {a.key for a in choice.alternatives}
+def _heat_map(
+    scores: list[Score], choice: Choice, costs: Mapping[str, Mapping[str, int]], objective: str
+) -> dict[str, Any]:
+    chosen, loss = {a.key for a in choice.alternatives}, losses(scores, objective)
     names = list(dict.fromkeys(s.alternative.name for s in scores if s.alternative.kind != "parent"))
     columns = sorted(names, key=lambda name: not name.startswith("attention"))
     layers = sorted({s.alternative.layer for s in scores})
@@ -112,16 +148,83 @@ def _heat_map(scores: list[Score], choice: Choice, objective: str) -> dict[str, 
                 else {
                     "value": score.mean(objective),
                     "standard_error": score.standard_error(objective),
+                    "loss": loss[score.alternative.key],
                     "chosen": score.alternative.key in chosen,
                     "metrics": {metric: score.mean(metric) for metric in METRICS if metric in score.rows},
                     "exact_rows": score.exact_rows,
                     "rows": len(score.rows[objective]),
+                    "costs": dict(costs[score.alternative.key]),
                 }
             )
         rows.append(row)
-    return {"objective": objective, "unit": _UNITS.get(objective, "share of tokens"), "columns": columns, "rows": rows}
+    return {"objective": objective, "unit": metric_unit(objective), "columns": columns, "rows": rows}
 
 
-def format_cost(name: str, value: int) -> str:
-    """A cost for people: ``4.77M`` or ``9.10 MiB``."""
-    return format_bytes(value) if name.endswith("bytes") else format_count(value)
+# What the curves of a library are of, by the part of their names that follows the layer.
+_PARTS = {
+    "ffn": ("ffn", "FFN channels"),
+    "shared": ("ffn", "channels of shared experts"),
+    "experts": ("ffn", "experts"),
+    "attention": ("attention", "KV heads"),
+    "mixer": ("attention", "groups of mixer heads"),
+}
+
+
+def importance(library: Library) -> list[dict[str, Any]]:
+    """A curve for each part of each layer: units left, and the share of the output's energy that is lost."""
+    curves = []
+    for name, points in library.importance.items():
+        found = re.fullmatch(r"(\d+)\.([a-z]+)(?:\.\d+)?", name)
+        if found is None or found[2] not in _PARTS or len(points) < 3:
+            continue
+        subblock, what = _PARTS[found[2]]
+        own = {"layer": int(found[1]), "subblock": subblock, "of": what, "name": name, "units": points[0][0]}
+        curves.append(own | {"points": [{"left": left, "lost": lost} for left, lost in points]})
+    return sorted(curves, key=lambda c: (list(_PARTS).index(c["name"].split(".")[1]), c["layer"], c["name"]))
+
+
+def _checked_scores(scores: list[Score]) -> list[dict[str, Any]]:
+    """Second-order estimates, as they were before any correction, against exact runs on the same rows."""
+    return [
+        {
+            "layer": s.alternative.layer,
+            "subblock": s.alternative.subblock,
+            "alternative": s.alternative.name,
+            "estimated": s.checked[0],
+            "exact": s.checked[1],
+            "rows": s.exact_rows,
+        }
+        for s in scores
+        if s.checked is not None
+    ]
+
+
+def _checked_sums(
+    choice: Choice, evaluation: dict[str, Any], objective: str, frontier: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Sums of scores against what whole models measured: this child, and those of the frontier that were run."""
+    found = []
+    measured = measured_loss(evaluation, objective)
+    if measured is not None:
+        found.append({"what": "this child", "predicted": choice.score, **measured})
+    if frontier is not None and frontier["objective"] == objective:
+        series = [("frontier", frontier["points"]), *((b["name"], b["points"]) for b in frontier["baselines"])]
+        found += [
+            {"what": name, "predicted": p["score"], "measured": p["measured"]["mean"], "error": p["measured"]["error"]}
+            for name, points in series
+            for p in points
+            if p["measured"] and p["score"] is not None
+        ]
+    return found
+
+
+def measured_loss(evaluation: dict[str, Any], objective: str) -> dict[str, float | None] | None:
+    """How much worse the child is than its parent under an objective, and the error of that."""
+    rows = {row["metric"]: row for row in evaluation["rows"]}
+    row = rows.get("loss" if objective == "lm_loss" else objective)
+    if row is None:
+        return None
+    if objective == "lm_loss":
+        return {"measured": row["difference"], "error": row["difference_standard_error"]}
+    value = 1 - row["child"] if objective.endswith("agreement") else row["child"]
+    return {"measured": value, "error": row["child_standard_error"]}

@@ -1,173 +1,222 @@
 """The report's data as one self-contained HTML page.
 
-The page needs no network and no script. What colour shows, text says too: the mosaic and the heat map are tables.
-The data is what :func:`layersmith.report.collect.collect` gives.
+The page loads nothing: Vega, which draws the plots, lies in it. Every plot has a table behind it that says the same,
+for those who cannot see it and for browsers without scripts, where the tables stand open. The data is what
+:func:`layersmith.report.collect.collect` gives.
 """
 
 from __future__ import annotations
 
 import json
-import math
+from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from layersmith.search.budget import format_bytes, format_count
-
-_COSTS = (
-    ("parameters", "Parameters", "count"),
-    ("active_parameters", "Active parameters", "count"),
-    ("weight_bytes", "Weight memory", "bytes"),
-    ("kv_cache_bytes", "KV cache", "bytes"),
-    ("memory_bytes", "Memory together", "bytes"),
+from layersmith.report.charts import heat_map, importance, mosaic
+from layersmith.report.comparisons import checked_scores, checked_sums, frontier_plot, locally, training
+from layersmith.report.plot import Plot, data_sets
+from layersmith.report.words import (
+    cost_label,
+    cost_unit,
+    format_cost,
+    format_seconds,
+    metric_label,
+    number,
+    ordered_costs,
+    share,
+    with_noise,
 )
-_DASH = "\N{EM DASH}"
-# Light to dark; each stop is a colour in sRGB.
-_HEAT = ((255, 247, 236), (253, 212, 158), (252, 141, 89), (215, 48, 31), (127, 0, 0))
-_KEPT = ((107, 114, 128), (147, 183, 224), (59, 130, 196), (23, 78, 134))
+
+_NOT_COSTS = ("name",)
+# What the stages of a run do, for people; a stage that is not here is called by its folder's name.
+_STAGES = {
+    "describe": "describe the parent, read the data",
+    "data": "keep the data",
+    "library": "library: importance, alternatives",
+    "scores": "scores",
+    "solution": "search",
+    "child": "realize",
+    "evaluation": "evaluate",
+}
 
 
 def render(report: dict[str, Any]) -> str:
     """The page; equal data give equal text."""
     from jinja2 import Environment, StrictUndefined
 
-    source = files("layersmith.report").joinpath("template.html.jinja").read_text(encoding="utf-8")
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"number": number, "noise": with_noise}
-    return environment.from_string(source).render(
+    found = plots(report)
+    every = [plot for section in found.values() for plot in section]
+    return environment.from_string(_own("template.html.jinja")).render(
         report=report,
-        answer=_answer(report),
-        costs=[_cost_row(report, *cost) for cost in _COSTS],
+        answer=answer(report),
+        cards=_cards(report),
+        costs=_cost_rows(report),
         budget=[_budget_row(row) for row in report["budget"]],
-        layers=[
-            {"layer": row["layer"], "cells": [_mosaic_cell(row[s]) for s in ("attention", "ffn")]}
-            for row in report["layers"]
-        ],
-        heat=_heat_map(report["scores"]),
+        plots=found,
+        objective=metric_label(report["scores"]["objective"]),
+        timings=_timings(report["timings"]),
         recipe=json.dumps(report["recipe"], indent=2),
+        style=_own("style.css"),
+        script=_own("draw.js"),
+        vega=vega() if every else "",
+        specs=for_script({plot.name: plot.spec for plot in every}),
+        data=for_script(data_sets(every)),
     )
 
 
-def number(value: float | None, digits: int = 4) -> str:
-    """A number for people; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return _DASH
-    if value != 0 and abs(value) < 10**-digits:
-        return f"{value:.1e}"
-    return f"{value:,.{digits}f}"
+def plots(report: dict[str, Any]) -> dict[str, list[Plot]]:
+    """The plots of each section of the page; none where there is nothing to show."""
+    frontier, distillation = report["frontier"], report["distillation"]
+    return {
+        "frontier": [frontier_plot(report)] if frontier and frontier["points"] else [],
+        "layers": [mosaic(report)],
+        "scores": [heat_map(report)] if any(c is not None for row in report["scores"]["rows"] for c in row) else [],
+        "importance": importance(report["importance"]),
+        "checks": [*checked_scores(report["checks"]["scores"]), *checked_sums(report)],
+        "distillation": [*training(distillation["curves"]), *locally(distillation["alternatives"])]
+        if distillation
+        else [],
+    }
 
 
-def with_noise(value: float | None, error: float | None, signed: bool = False) -> str:
-    """A number and its standard error."""
-    if value is None or not math.isfinite(value):
-        return _DASH
-    text = ("+" if signed and value >= 0 else "") + number(value)
-    return text if error is None else f"{text} ± {number(error)}"
+def _own(name: str) -> str:
+    return files("layersmith.report").joinpath(name).read_text(encoding="utf-8")
 
 
-def amount(value: int, unit: str) -> str:
-    return format_bytes(value) if unit == "bytes" else format_count(value)
+@cache
+def vega() -> str:
+    """Vega, Vega-Lite and Vega-Embed as one script, for the specifications that this Altair writes."""
+    import vl_convert
+
+    names = "window.vegaEmbed = vegaEmbed;"
+    return vl_convert.javascript_bundle(names)
 
 
-def share(part: float, whole: float) -> str:
-    return f"{part / whole:.0%}" if whole else _DASH
+def for_script(data: Any) -> str:
+    """JSON that can stand in a script element whatever is in it: nothing in it ends the element or begins a comment."""
+    text = json.dumps(data, separators=(",", ":"), allow_nan=False)
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def _answer(report: dict[str, Any]) -> str:
+def answer(report: dict[str, Any]) -> str:
+    """What came out, in one sentence."""
     parent, child = report["parent"], report["child"]
     rows = {row["metric"]: row for row in report["evaluation"]["rows"]}
     loss = rows["loss"]
-    memory = share(child["memory_bytes"], parent["memory_bytes"])
-    return (
-        f"{amount(child['parameters'], 'count')} of {amount(parent['parameters'], 'count')} parameters "
-        f"({share(child['parameters'], parent['parameters'])}) and {memory} "
-        f"of the memory, for a loss of {number(loss['child'], 3)} instead of {number(loss['parent'], 3)} nats a token."
-    )
+    words = [
+        f"{format_cost('parameters', child['parameters'])} of {format_cost('parameters', parent['parameters'])} "
+        f"parameters ({share(child['parameters'], parent['parameters'])})",
+        f"{share(child['memory_bytes'], parent['memory_bytes'])} of the memory",
+    ]
+    words += [
+        f"{share(child[name], parent[name])} of the {cost_label(name)} time"
+        for name in _cost_names(report)
+        if cost_unit(name) == "seconds"
+    ]
+    costs = " and ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} and {words[-1]}"
+    return f"{costs}, for a loss of {number(loss['child'], 3)} instead of {number(loss['parent'], 3)} nats a token."
 
 
-def _cost_row(report: dict[str, Any], key: str, label: str, unit: str) -> dict[str, str]:
-    before, after = report["parent"][key], report["child"][key]
-    return {"label": label, "parent": amount(before, unit), "child": amount(after, unit), "share": share(after, before)}
+def _cost_names(report: dict[str, Any]) -> list[str]:
+    return ordered_costs(name for name in report["parent"] if name not in _NOT_COSTS)
+
+
+def _cards(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The numbers that people look for first."""
+    parent, child = report["parent"], report["child"]
+    wanted = ["parameters", "memory_bytes", *(n for n in _cost_names(report) if cost_unit(n) in _MEASURED)]
+    cards = [
+        {
+            "label": cost_label(name),
+            "value": format_cost(name, child[name]),
+            "was": f"parent {format_cost(name, parent[name])}",
+            "change": change(parent[name], child[name]),
+        }
+        for name in wanted
+    ]
+    rows = {row["metric"]: row for row in report["evaluation"]["rows"]}
+    for name, digits in (("loss", 3), ("kl_divergence", 4)):
+        row = rows.get(name)
+        if row is not None:
+            before = f"parent {number(row['parent'], digits)}" if row["parent"] is not None else "parent 0"
+            error = row["child_standard_error"] if row["difference"] is None else row["difference_standard_error"]
+            cards.append(
+                {
+                    "label": "LM loss, nats a token" if name == "loss" else "KL to the parent, nats a token",
+                    "value": number(row["child"], digits),
+                    "was": before,
+                    "change": f"{with_noise(row['difference'], error, True, digits)}"
+                    if row["difference"] is not None
+                    else ("" if error is None else f"± {number(error)}"),
+                }
+            )
+    if (row := rows.get("top_1_agreement")) is not None:
+        error = row["child_standard_error"]
+        cards.append(
+            {
+                "label": "same next token",
+                "value": f"{row['child']:.1%}",
+                "was": "of the parent's first choices",
+                "change": "" if error is None else f"± {error:.1%}",
+            }
+        )
+    return cards
+
+
+_MEASURED = ("seconds", "tokens a second")
+
+
+def change(before: float, after: float) -> str:
+    """``10`` to ``7`` as ``−30%``."""
+    if not before:
+        return ""
+    percent = round(100 * (after / before - 1))
+    return "±0%" if percent == 0 else f"{'+' if percent > 0 else '−'}{abs(percent)}%"
+
+
+def _cost_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    rows = []
+    for name in _cost_names(report):
+        before, after = report["parent"][name], report["child"][name]
+        rows.append(
+            {
+                "label": cost_label(name),
+                "parent": format_cost(name, before),
+                "child": format_cost(name, after),
+                "share": share(after, before),
+            }
+        )
+    return rows
 
 
 def _budget_row(row: dict[str, Any]) -> dict[str, Any]:
+    name, whole = row["label"], row["parent"]
+    counted = row["unit"] in ("bytes", "count")
     return {
-        "label": row["label"].replace("_", " "),
-        "limit": amount(row["limit"], row["unit"]),
-        "used": amount(row["used"], row["unit"]),
-        "exact": f"{row['used']:,} of {row['limit']:,}",
+        "label": cost_label(name),
+        "limit": format_cost(name, row["limit"]),
+        "used": format_cost(name, row["used"]),
+        "exact": f"{row['used']:,} of {row['limit']:,}" if counted else "",
+        "of_parent": share(row["limit"], whole),
         "percent": min(100.0, 100.0 * row["used"] / row["limit"]) if row["limit"] else 0.0,
     }
 
 
-def _mosaic_cell(cell: dict[str, Any]) -> dict[str, str]:
-    changed = cell["kind"] != "parent"
-    words = f"{cell['parent']} → {cell['child']}" if changed else cell["child"]
-    method = f" ({cell['method']})" if cell.get("method") else ""
-    size = f"{cell['parameters']:,} of {cell['parent_parameters']:,} parameters"
-    detail = f"{size}{method}; score {number(cell['score'])}"
-    kept = min(1.0, max(0.0, cell["kept"]))
-    background = _mix(_KEPT, kept)
-    return {"words": words, "detail": detail, "kept": f"{kept:.0%}", "style": _style(background), "kind": cell["kind"]}
-
-
-def _heat_map(scores: dict[str, Any]) -> dict[str, Any]:
-    """Cells on a logarithmic scale between the smallest and the largest score."""
-    bigger_is_better = scores["objective"].endswith("agreement")
-
-    def badness(value: float) -> float:
-        return max(1 - value if bigger_is_better else value, 1e-6)
-
-    values = [
-        badness(cell["value"])
-        for row in scores["rows"]
-        for cell in row
-        if cell is not None and cell["value"] is not None and math.isfinite(cell["value"])
-    ]
-    low, high = math.log(min(values, default=1e-6)), math.log(max(values, default=1.0))
-    rows = []
-    for layer, row in enumerate(scores["rows"]):
-        cells: list[dict[str, Any] | None] = []
-        for column, cell in zip(scores["columns"], row, strict=True):
-            if cell is None or cell["value"] is None or not math.isfinite(cell["value"]):
-                cells.append(None)
-                continue
-            value = with_noise(cell["value"], cell.get("standard_error"))
-            place = (math.log(badness(cell["value"])) - low) / ((high - low) or 1.0)
-            cells.append(
-                {
-                    "text": _short(cell["value"]),
-                    "title": f"layer {layer}, {column}: {value}{_how(cell)}",
-                    "style": _style(_mix(_HEAT, place)),
-                    "chosen": cell["chosen"],
-                }
-            )
-        rows.append({"layer": layer, "cells": cells})
-    return {"columns": scores["columns"], "rows": rows, "objective": scores["objective"], "unit": scores["unit"]}
-
-
-def _how(cell: dict[str, Any]) -> str:
-    """How a score came about, in brackets."""
-    exact, rows = cell.get("exact_rows"), cell.get("rows")
-    if exact is None or exact == rows:
-        return ""
-    return f" (estimated; run exactly on {exact} of {rows} rows)" if exact else " (estimated)"
-
-
-def _short(value: float) -> str:
-    return f"{value:.1e}" if 0 < abs(value) < 0.001 else f"{value:.3f}"
-
-
-def _mix(stops: tuple[tuple[int, int, int], ...], place: float) -> tuple[int, int, int]:
-    position = min(max(place, 0.0), 1.0) * (len(stops) - 1)
-    i = min(int(position), len(stops) - 2)
-    part = position - i
-    r, g, b = (round(a + (b - a) * part) for a, b in zip(stops[i], stops[i + 1], strict=True))
-    return r, g, b
-
-
-def _style(background: tuple[int, int, int]) -> str:
-    """Background, and black or white on it, whichever has the greater contrast (WCAG 2, relative luminance)."""
-    linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in (v / 255 for v in background)]
-    luminance = 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
-    colour = "#000" if (luminance + 0.05) / 0.05 >= 1.05 / (luminance + 0.05) else "#fff"
-    return f"background:rgb{background};color:{colour}".replace(" ", "")
+def _timings(timings: list[dict[str, Any]]) -> dict[str, Any]:
+    whole = sum(t["seconds"] for t in timings)
+    longest = max((t["seconds"] for t in timings), default=0.0)
+    return {
+        "total": format_seconds(whole),
+        "rows": [
+            {
+                "stage": _STAGES.get(t["stage"], t["stage"].replace("_", " ")),
+                "time": format_seconds(t["seconds"]),
+                "share": share(t["seconds"], whole),
+                "percent": 100.0 * t["seconds"] / longest if longest else 0.0,
+                "interruptions": t["interruptions"],
+            }
+            for t in timings
+        ],
+    }

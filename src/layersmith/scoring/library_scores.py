@@ -289,7 +289,11 @@ class _Work:
             )
             for row in exact_rows:
                 values[row] = results.known[a.identity, row][KL]
-            scores[a.identity] = Score(a, {KL: values}, len(exact_rows), error)
+            checked = None
+            if exact_rows:
+                on_them = ([by_row[a.identity][row] for row in exact_rows], [values[row] for row in exact_rows])
+                checked = (math.fsum(on_them[0]) / len(exact_rows), math.fsum(on_them[1]) / len(exact_rows))
+            scores[a.identity] = Score(a, {KL: values}, len(exact_rows), error, checked)
         of_parent = {KL: [0.0] * num_rows}
         return [scores.get(a.identity) or Score(a, of_parent, num_rows) for a in self.library.alternatives]
 

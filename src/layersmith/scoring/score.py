@@ -28,12 +28,26 @@ class Score:
         rows: metric to its value on every scoring row. Exact scores have all metrics, others ``kl_divergence`` alone.
         exact_rows: rows on which it was run exactly; elsewhere its second-order estimate, corrected, stands.
         error: standard deviation of the mean KL that comes from the correction, beside the noise of the rows.
+        checked: mean KL on the rows that were run exactly, as it was estimated before any correction, and exactly;
+            None where there is no estimate or no exact run.
     """
 
     alternative: Alternative
     rows: dict[str, list[float]]
     exact_rows: int = 0
     error: float = 0.0
+    checked: tuple[float, float] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        record: dict[str, Any] = {"of": self.alternative.key, "rows": self.rows, "exact_rows": self.exact_rows}
+        return record | {"error": self.error, "checked": None if self.checked is None else list(self.checked)}
+
+    @staticmethod
+    def from_dict(alternative: Alternative, record: dict[str, Any]) -> Score:
+        checked = record.get("checked")
+        return Score(
+            alternative, record["rows"], record["exact_rows"], record["error"], tuple(checked) if checked else None
+        )
 
     def mean(self, metric: str) -> float:
         """Raises: UsageError: this metric was not measured."""

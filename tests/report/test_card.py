@@ -1,0 +1,109 @@
+"""The model card in a child's folder."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from conftest import TINY_RECIPE
+
+import layersmith
+from layersmith.again import search_again
+from layersmith.pipeline import stages
+from layersmith.report.card import base_model, data_name, license_of, table
+from layersmith.search.budget import parse_budget
+
+
+def parts(folder: Path) -> tuple[dict[str, Any], str]:
+    found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert found is not None
+    return yaml.safe_load(found[1]), found[2]
+
+
+def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
+    parent, run = make_parent("llama"), tmp_path / "run"
+    for reached in stages(parent, run, text_folder, 0.9, TINY_RECIPE):
+        if reached == "child":
+            break
+    front, text = parts(run / "child")
+    assert front["base_model"] == parent.name
+    assert front["library_name"] == "transformers"
+    assert "layersmith" in front["tags"]
+    assert "license" not in front
+    assert "Not evaluated." in text
+    assert "Transformers alone and the one small modelling file" in text
+
+    result = layersmith.compress(parent, run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    front, text = parts(result.child)
+    loss = result.metric("loss")
+    assert f"{loss['child']:.4f} ± {loss['child_standard_error']:.4f}" in text
+    assert "Not evaluated." not in text
+    changed = [a for a in result.choice.alternatives if a.kind != "parent"]
+    assert text.count("→") == len(changed) > 0
+    assert str(tmp_path) not in text
+    assert str(text_folder) not in text
+
+    own = (result.child / "README.md").read_text() + "\nEdited by hand.\n"
+    (result.child / "README.md").write_text(own)
+    layersmith.compress(parent, run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    assert (result.child / "README.md").read_text() == own
+
+    search_again(run, parse_budget(params="0.8"), out=tmp_path / "smaller")
+    assert "Not evaluated." in parts(tmp_path / "smaller")[1]
+    code = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(code) == 2
+    names: dict[str, Any] = {}
+    exec(code[0].replace("path/to/this/folder", str(result.child)), names)
+    assert sum(p.numel() for p in names["model"].parameters()) == result.choice.costs["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("card", "config", "expected"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [a]\n---\ntext", {}, {"license": "apache-2.0"}),
+        ("---\nlicense: other\nlicense_name: own\nlicense_link: LICENSE\n---\n", {"license": "mit"},
+         {"license": "other", "license_name": "own", "license_link": "LICENSE"}),
+        ("no front matter, license: mit", {}, {}),
+        ("---\nlicense: [a\n---\n", {}, {}),
+        ("---\n- license\n---\n", {"license": "mit"}, {"license": "mit"}),
+        (None, {"license": None}, {}),
+    ],
+)  # fmt: skip
+def test_only_a_licence_that_the_parent_names(
+    card: str | None, config: dict[str, Any], expected: dict[str, str], tmp_path: Path
+) -> None:
+    if card is not None:
+        (tmp_path / "README.md").write_text(card)
+    assert license_of(str(tmp_path), config) == expected
+
+
+def test_names(tmp_path: Path) -> None:
+    assert base_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
+    assert base_model(f"{tmp_path}/models--Qwen--Qwen3-0.6B/snapshots/abc123") == "Qwen/Qwen3-0.6B"
+    assert base_model(str(tmp_path)) == tmp_path.name
+    assert data_name("org/data") == "org/data"
+    assert data_name(tmp_path / "texts") == "texts"
+    assert license_of("no/such-model", {}) == license_of("../not a name", {}) == {}
+
+
+def test_nothing_breaks_out_of_a_table() -> None:
+    rows = table(["a", "b"], [["x|y\nz", "<b>*`"]]).splitlines()
+    assert rows == ["| a | b |", "| --- | ---: |", r"| x\|y z | \<b\>\*\` |"]
+
+
+def test_hostile_names_in_the_front_matter(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
+    parent = tmp_path / "a: [b] <script>alert(1)"
+    parent.symlink_to(make_parent("llama"))
+    result = layersmith.compress(parent, tmp_path / "run", data=text_folder, budget=1.0, recipe=TINY_RECIPE)
+    front, text = parts(result.child)
+    assert isinstance(front["base_model"], str)
+    assert "<script>" not in text
+    assert "Nothing was changed" in text
+    page = result.report.read_text(encoding="utf-8")
+    assert "<script>alert(1)" not in page
+    assert json.loads((result.run / "report.json").read_text())["parent"]["name"] == parent.name
