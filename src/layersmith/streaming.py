@@ -22,6 +22,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +171,7 @@ class WeightStream:
 
     def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], files: Files, device: torch.device):
         self.files, self.device = files, device
+        _give_back()
         self._units: dict[nn.Module, list[tuple[nn.Module, str, str]]] = {}
         self._resident: nn.Module | None = None
         names = {id(module): name for name, module in model.named_modules()}
@@ -236,10 +238,25 @@ class WeightStream:
         return only_what_is_read
 
 
+_M_MMAP_THRESHOLD = -3
+_OWN_MAPPING_BYTES = 1024**2
+
+
+@cache
+def _c_library() -> Any:
+    """GNU's C library, told to map large pieces of memory one by one: others stay with the process once let go of."""
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        library.mallopt(_M_MMAP_THRESHOLD, _OWN_MAPPING_BYTES)
+        return library
+    except (OSError, AttributeError):
+        return None
+
+
 def _give_back() -> None:
-    """Give memory that was let go of back to the system; the C library may keep it in pieces that nothing fits."""
-    with suppress(OSError, AttributeError):  # another C library than GNU's
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    """Give memory that was let go of back to the system."""
+    if (library := _c_library()) is not None:
+        library.malloc_trim(0)
 
 
 def _emptied(module: nn.Module, args: Any, output: Any) -> None:
