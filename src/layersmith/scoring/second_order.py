@@ -110,6 +110,7 @@ def look(staged: StagedParent, alternatives: Sequence[Alternative], rows: torch.
                 found.size[a.identity] = _relative(after - before, before)
             found.silencing.update(silent)
         hidden = whole
+        del layer  # it holds on to weights
     return found
 
 
@@ -242,6 +243,7 @@ def estimate(
             cotangents = [states.pop(("gradient", k, n)) for k in range(len(seeds[n]))]
             for k, g in enumerate(_through(layer, own, found, hidden, cotangents, sums[n])):
                 states.put(("gradient", k, n), g)
+            del layer, hidden, cotangents, g  # they hold on to weights
     for n in numbers:
         for k in range(len(seeds[n])):
             states.pop(("gradient", k, n))
