@@ -17,7 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layersmith import schema
 from layersmith.errors import InputError, UsageError
+from layersmith.mixture import interleave, read_mixture
 
 if TYPE_CHECKING:
     import torch
@@ -317,13 +319,16 @@ def prepare(
         rows = _deal_rows(_read_tokens(Path(source), sequence_length), wanted, seed, str(source), warnings)
     else:
         budget = sum(wanted.values()) * sequence_length * _CHARACTERS_PER_TOKEN
-        documents = _ordered(source, seed, field, split, budget)
-        held_out = _ordered(evaluation_source, seed, None, split, budget) if evaluation_source is not None else {}
+        documents = _ordered(source, tokenizer, seed, field, split, budget, warnings)
+        held_out: dict[bytes, Document] = {}
+        if evaluation_source is not None:
+            held_out = _ordered(evaluation_source, tokenizer, seed, None, split, budget, warnings)
         documents = {digest: text for digest, text in documents.items() if digest not in held_out}
         rows = _deal(documents, held_out, tokenizer, wanted, sequence_length, str(source), warnings)
     description = {
         "source": str(source),
         "evaluation_source": None if evaluation_source is None else str(evaluation_source),
+        "mixture": schema.to_data(read_mixture(source)),
         "sequence_length": sequence_length,
         "seed": seed,
         "sequences": {name: len(rows[name]) for name in _SPLITS},
@@ -350,7 +355,7 @@ def evaluation_rows(
         UsageError: no such field; chats for a tokenizer without a chat template.
     """
     budget = sequences * sequence_length * _CHARACTERS_PER_TOKEN
-    documents = _ordered(source, seed, field, split, budget)
+    documents = _ordered(source, tokenizer, seed, field, split, budget, [])
     rows, _ = _fill(_encoded(documents.values(), tokenizer, str(source)), sequences, sequence_length)
     if not len(rows):
         raise InputError(f"{source}: too little text for one row of {sequence_length} tokens. Give more text.")
@@ -361,13 +366,47 @@ def _digest(rows: torch.Tensor) -> str:
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
-def _ordered(source: str | Path, seed: int, field: str | None, split: str, budget: int) -> dict[bytes, Document]:
-    """Distinct documents by digest, in an order that depends on the seed and the texts alone."""
+def _ordered(
+    source: str | Path,
+    tokenizer: Any,
+    seed: int,
+    field: str | None,
+    split: str,
+    budget: int,
+    warnings: list[str],
+) -> dict[bytes, Document]:
+    """Distinct documents by digest, in an order that depends on the seed and the texts alone; those of a mixture
+    alternate.
+    """
+    mixture = read_mixture(source)
+    if mixture is None:
+        return _ordered_part(source, seed, field, split, budget)
+    parts = [_ordered_part(part.source, seed, part.field, part.split, budget) for part in mixture]
+    tokens = [_estimated_tokens(part, tokenizer, str(source)) for part in parts]
+    documents, ended = interleave(parts, [part.weight for part in mixture], tokens)
+    if ended is not None:
+        warnings.append(f"{source}: {mixture[ended].source} ends first, and the mixture with it.")
+    return documents
+
+
+def _estimated_tokens(documents: Mapping[bytes, Document], tokenizer: Any, where: str) -> dict[bytes, float]:
+    """Tokens of each document, from its length and what the first few have for theirs."""
+    sample = list(islice(documents.values(), 64))
+    characters = sum(len(_text_of(document)) for document in sample)
+    rate = sum(map(len, _encoded(sample, tokenizer, where))) / max(1, characters)
+    return {digest: rate * len(_text_of(document)) for digest, document in documents.items()}
+
+
+def _text_of(document: Document) -> str:
+    return document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+
+
+def _ordered_part(source: str | Path, seed: int, field: str | None, split: str, budget: int) -> dict[bytes, Document]:
     is_local = Path(source).expanduser().exists()
     documents: dict[bytes, Document] = {}
     characters = 0
     for document in read_documents(source, field=field, split=split):
-        text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+        text = _text_of(document)
         if not text.strip():
             continue
         documents.setdefault(hashlib.sha256(text.encode()).digest(), document)

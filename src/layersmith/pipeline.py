@@ -5,6 +5,7 @@ A stage that was done from the same inputs is skipped, one that was interrupted 
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterator
@@ -156,7 +157,16 @@ def stages(
 
         evaluation = evaluate_child(run, solution_inputs, model, recipe, tokens.evaluation, tokenizer, progress)
         yield "evaluation"
-        yield finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
+        result = finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
+        if recipe.distillation.tokens:
+            from layersmith.distill import distill_child  # it stands on this module
+
+            distilled = distill_child(run, model, recipe, data, progress)
+            yield "distilled"
+            evaluation = distilled.after | {"samples": evaluation["samples"]}
+            result = finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
+            result = dataclasses.replace(result, child=distilled.child)
+        yield result
 
 
 # ---------------------------------------------------------------------------------------------- stages

@@ -1,0 +1,1 @@
+"""Training: a whole child against its parent."""
