@@ -18,7 +18,9 @@ CONTEXT = 4096
 # Tokens of `distill` where neither command nor recipe names a number.
 DISTILLATION_TOKENS = 1_000_000
 # The learning rate of distillation times the hidden size.
-WIDTH_RATE = 0.3
+WIDTH_RATE = 0.15
+# Tokens in a step of distillation, if none are named: a share of all, between two bounds.
+STEP_SHARE, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1 / 200, 2048, 524_288
 
 Objective = Literal[
     "kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance"
@@ -125,12 +127,15 @@ class DistillationRecipe:
         hidden: weight of one minus the cosine of hidden states, mean over layers.
         lm: weight of the loss on the next token.
         temperature: at which predictions are compared.
+        optimizer: ``muon``: torch's Muon for the matrices of the layers, with updates as large as AdamW's (arXiv
+            2502.16982), and AdamW for the rest; ``adamw``: AdamW for all, as with FSDP and DeepSpeed always.
         learning_rate: at its peak; default: ``WIDTH_RATE`` over the hidden size, as the best rate of Adam goes with one
             over the width (arXiv 2203.03466).
         schedule: of the learning rate, by Transformers' name: ``cosine``, ``linear``, ``constant_with_warmup``, ...
         warmup: share of the steps in which the rate rises.
-        weight_decay: of AdamW.
-        batch_tokens: in one step of the optimizer, over all processes.
+        weight_decay: of the optimizer.
+        batch_tokens: in one step of the optimizer, over all processes; default: a 200th of all, but no fewer than 2048
+            and no more than 524,288.
         device_tokens: in one forward pass of a process; a step's are gathered from as many as it takes.
         precision: ``auto`` is that of the run's ``dtype``; weights and optimizer stay in float32.
         gradient_checkpointing: run layers again in the backward pass instead of keeping what they made.
@@ -151,11 +156,12 @@ class DistillationRecipe:
     hidden: float = 1.0
     lm: float = 0.0
     temperature: float = 1.0
+    optimizer: Literal["muon", "adamw"] = "muon"
     learning_rate: float | None = None
     schedule: str = "cosine"
     warmup: float = 0.05
     weight_decay: float = 0.0
-    batch_tokens: int = 8192
+    batch_tokens: int | None = None
     device_tokens: int = 4096
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     gradient_checkpointing: bool = False
@@ -173,6 +179,12 @@ class DistillationRecipe:
         """The learning rate for a model of some width."""
         return WIDTH_RATE / hidden_size if self.learning_rate is None else self.learning_rate
 
+    def step_tokens(self, tokens: int) -> int:
+        """Tokens of a step, where so many are learnt from."""
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        return round(min(MOST_STEP_TOKENS, max(LEAST_STEP_TOKENS, tokens * STEP_SHARE)))
+
     def check(self) -> None:
         """Raises: UsageError: a value that makes no sense."""
         for name in ("kl", "hidden", "lm", "weight_decay", "tokens", "eval_every", "cache_top", "save_seconds"):
@@ -180,8 +192,8 @@ class DistillationRecipe:
                 raise UsageError(f"recipe distillation.{name}: cannot be negative, got {getattr(self, name)}.")
         if not self.kl + self.hidden + self.lm:
             raise UsageError("recipe distillation: kl, hidden and lm are all 0, so there is nothing to learn.")
-        optional = ("learning_rate", "finalist_tokens", "finalist_distance")
-        for name in ("temperature", "batch_tokens", "device_tokens", "log_every", "finalists", *optional):
+        optional = ("learning_rate", "batch_tokens", "finalist_tokens", "finalist_distance")
+        for name in ("temperature", "device_tokens", "log_every", "finalists", *optional):
             value = getattr(self, name)
             if value is not None and value <= 0:
                 raise UsageError(f"recipe distillation.{name}: must be positive, got {value}.")

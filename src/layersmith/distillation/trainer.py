@@ -32,6 +32,7 @@ from transformers.trainer_callback import PrinterCallback
 
 from layersmith.artifacts import saying_disk_full, write_json, write_text
 from layersmith.distillation.losses import FromHidden, Mixture, Target, cosine_distance, head_losses, span_tokens
+from layersmith.distillation.optimizer import MuonAndAdamW, matrices_of
 from layersmith.distillation.parent_logits import ParentLogits
 from layersmith.distillation.tap import Tap
 from layersmith.errors import InputError, LayersmithError, UsageError, did_you_mean, first_line
@@ -89,7 +90,7 @@ class Steps:
         Raises:
             UsageError: a step's rows cannot be shared by so many processes.
         """
-        rows = max(1, recipe.batch_tokens // length)
+        rows = max(1, recipe.step_tokens(tokens) // length)
         if rows % world_size:
             raise UsageError(
                 f"recipe distillation.batch_tokens: {rows} rows of {length} tokens cannot be shared by {world_size} "
@@ -190,9 +191,9 @@ class Student:
 class Distiller(Trainer):
     """Trainer with the loss of global distillation."""
 
-    def __init__(self, teacher: Teacher, **given: Any):
+    def __init__(self, teacher: Teacher, matrices: Sequence[nn.Parameter], **given: Any):
         super().__init__(**given)
-        self.teacher = teacher
+        self.teacher, self.matrices = teacher, matrices
         self._child: nn.Module = given["model"]
         self._parts: dict[bool, tuple[torch.Tensor, int]] = {}
         self.remove_callback(PrinterCallback)
@@ -205,6 +206,13 @@ class Distiller(Trainer):
         total, count = self._parts.get(model.training, (torch.zeros_like(parts), 0))
         self._parts[model.training] = total + parts.detach(), count + 1
         return (loss, {"loss": loss, "parts": parts}) if return_outputs else loss
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        made = super().create_optimizer(model)
+        if not self.matrices or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return made
+        self.optimizer = MuonAndAdamW(self.matrices, made)
+        return self.optimizer
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for training, name, prefix in ((True, "loss", ""), (False, "eval_loss", "eval_")):
@@ -422,8 +430,10 @@ def train(
     started = time.monotonic()
     try:
         with student.in_place(), _saying_why(folder):
+            own_choice = recipe.optimizer == "muon" and "optim" not in recipe.trainer
             trainer = Distiller(
                 teacher,
+                matrices_of(student.tap.model) if own_choice else (),
                 model=child,
                 args=arguments,
                 data_collator=_together,
