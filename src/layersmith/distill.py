@@ -169,7 +169,7 @@ def read_rows(
 
     def make(folder: Path) -> None:
         held = read_tensors(run.folder / "data" / "tokens.safetensors")
-        rows, description = _find_rows(header, recipe, source, data is None, tokenizer, held, wanted)
+        rows, description = find_rows(header, recipe, source, data is None, tokenizer, held, wanted)
         check_vocabulary(int(rows.max()) + 1, parent.language_config.vocab_size)
         write_tensors(folder / "tokens.safetensors", {"training": rows.int()})
         write_json(folder / "data.json", description)
@@ -182,7 +182,7 @@ def read_rows(
     return read_tensors(run.folder / "distillation" / "data" / "tokens.safetensors")["training"]
 
 
-def _find_rows(
+def find_rows(
     header: Mapping[str, Any],
     recipe: Recipe,
     source: str,
@@ -191,6 +191,20 @@ def _find_rows(
     held: Mapping[str, torch.Tensor],
     wanted: int,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Up to ``wanted`` rows of a source, ``[N, T]``, that evaluation does not show, and what was left out.
+
+    Args:
+        header: of the run.
+        recipe: of the run.
+        source: of documents.
+        is_the_runs: whether the run's other rows were dealt from it too.
+        tokenizer: of the parent.
+        held: the run's rows.
+        wanted: rows.
+
+    Raises:
+        InputError: nothing is left.
+    """
     length = held["evaluation"].shape[1]
     options: dict[str, Any] = {"sequence_length": length, "seed": recipe.seed}
     options |= {"field": recipe.data.field, "split": recipe.data.split}
@@ -403,7 +417,7 @@ def _try(
     folder = work / f"{number}"
     if not (folder / "finalist.json").is_file():
         child = library.compose(choice.alternatives)
-        own = _copied(child)
+        own = copied(child)
         trained = train(
             parent, own, rows, settings, tokens=tokens, seed=recipe.seed, folder=folder / "checkpoints",
             curve=folder / "log.json", name=f"finalist {number}", validation=validation, advance=advance,
@@ -425,7 +439,7 @@ def _try(
     return Finalist(**read_json(folder / "finalist.json"))
 
 
-def _copied(child: PreTrainedModel) -> PreTrainedModel:
+def copied(child: PreTrainedModel) -> PreTrainedModel:
     """With weights of its own, in float32; a composed child shares the parent's."""
     tied: dict[int, torch.nn.Parameter] = {}
     for module in child.modules():

@@ -30,11 +30,12 @@ class Runs:
         """Of rows ``[N, T]``; ``tokenizer`` spells them, if there is one."""
         import numpy as np
 
-        length = rows.shape[1]
         self.tokenizer = tokenizer
-        # Rows that are shorter than a run are compared by about half of themselves.
-        self.length = min(RUN_TOKENS, max(1, length // 2)) if tokenizer is None else min(RUN_CHARACTERS, length)
-        self.hashes = np.unique(np.concatenate([_hashes(text, self.length) for text in self._spelt(rows)]))
+        spelt = self._spelt(rows)
+        # Where half a row is shorter than a run, that is the run.
+        half = int(np.median([len(text) for text in spelt])) // 2
+        self.length = max(1, min(RUN_TOKENS if tokenizer is None else RUN_CHARACTERS, half))
+        self.hashes = np.unique(np.concatenate([_hashes(text, self.length) for text in spelt]))
 
     def _spelt(self, rows: torch.Tensor) -> list[np.ndarray]:
         """Each row as numbers: code points of its letters and digits in lower case, or token ids."""

@@ -118,7 +118,8 @@ class RowOrder(Dataset):
         return {"input_ids": self.rows[row].long(), "row": row}
 
 
-def _together(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+def together(features: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+    """Rows as a batch."""
     return {name: torch.stack([feature[name] for feature in features]) for name in features[0]}
 
 
@@ -436,7 +437,7 @@ def train(
                 matrices_of(student.tap.model) if own_choice else (),
                 model=child,
                 args=arguments,
-                data_collator=_together,
+                data_collator=together,
                 train_dataset=RowOrder(rows, steps.count * steps.rows, seed),
                 eval_dataset=None if validation is None else RowOrder(validation, len(validation), seed),
                 callbacks=[keeper],
