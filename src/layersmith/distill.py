@@ -47,7 +47,7 @@ from layersmith.scoring.score import losses
 from layersmith.search.budget import Budget
 from layersmith.search.choose import Choice
 
-# Weights, gradients, two moments and their copies in two checkpoints: float32 numbers a parameter on the disk.
+# Bytes a parameter on the disk: two checkpoints of weights and two moments in float32.
 _CHECKPOINTED = 2 * 3 * 4
 
 
@@ -115,36 +115,48 @@ def distill(
     if parent.identity != header["parent"]["identity"]:
         raise InputError(f"{parent.path}: not the parent of {run.folder} any more; its weights or config changed.")
     with ranks.first(run.at_work):
-        return distill_child(run, parent, own, data, progress)
+        source = header["data"]["source"] if data is None else data
+        return distill_child(run, parent, own, source, data is None, progress)
 
 
 def distill_child(
-    run: Run, parent: Parent, recipe: Recipe, data: str | Path | None = None, progress: Progress = SILENT
+    run: Run, parent: Parent, recipe: Recipe, source: str | Path, is_the_runs: bool, progress: Progress = SILENT
 ) -> Distilled:
-    """As :func:`distill`, in a run that is open; ``recipe`` says everything, the number of tokens too."""
+    """As :func:`distill`, in a run that is open.
+
+    Args:
+        run: has a child.
+        parent: of the run.
+        recipe: says everything, the number of tokens too.
+        source: of documents to learn from.
+        is_the_runs: whether the run's other rows were dealt from it too.
+        progress: told where it is.
+    """
     settings = recipe.distillation
     held = read_tensors(run.folder / "data" / "tokens.safetensors")
     steps = Steps.of(settings, settings.tokens, held["evaluation"].shape[1], parent.runtime.world_size)
     training_arguments(settings, steps, parent.runtime, hidden_size_of(parent), recipe.seed, run.folder)  # raises
-    check_disk(run, settings, steps)
     tokenizer = load_tokenizer(parent.path, trust_remote_code=recipe.trust_remote_code)
 
-    rows = read_rows(run, recipe, data, tokenizer, steps, parent, progress)
+    rows = read_rows(run, recipe, str(source), is_the_runs, tokenizer, steps, parent, progress)
     child_inputs = run.header()["stages"]["child"]
     inputs = fingerprint(
         [
             child_inputs,
             run.header()["stages"]["distillation/data"],
-            schema.to_data(settings),
+            schema.to_data(dataclasses.replace(settings, report_to=(), save_seconds=0.0)),
             recipe.seed,
             pipeline.run_dtype(parent),
         ]
     )
+    is_done = run.is_done("distilled", inputs) and (run.folder / "distilled").is_dir()
+    if not is_done:
+        check_disk(run, settings, steps)
     tried = [] if settings.finalists < 2 else try_finalists(run, inputs, parent, recipe, rows, held, progress)
     start = run.folder / "child"
     if tried:
         start = run.folder / "distillation" / "finalists" / str(next(t["number"] for t in tried if t["won"]))
-    if not run.is_done("distilled", inputs) or not (run.folder / "distilled").is_dir():
+    if not is_done:
         train_child(run, inputs, start, parent, recipe, rows, held["scoring"], tokenizer, progress)
     evaluations = evaluate(run, inputs, parent, recipe, held["evaluation"], progress)
     return Distilled(run.folder / "distilled", evaluations["before"], evaluations["after"], tried)
@@ -156,7 +168,8 @@ def distill_child(
 def read_rows(
     run: Run,
     recipe: Recipe,
-    data: str | Path | None,
+    source: str,
+    is_the_runs: bool,
     tokenizer: Any,
     steps: Steps,
     parent: Parent,
@@ -164,12 +177,11 @@ def read_rows(
 ) -> torch.Tensor:
     """Rows to learn from, ``[N, T]`` int32: none of evaluation's documents, and nothing that is copied from them."""
     header, wanted = run.header(), steps.count * steps.rows
-    source = str(data or header["data"]["source"])
-    inputs = fingerprint([header["data"]["sha256"], wanted, source, data is None])
+    inputs = fingerprint([header["data"]["sha256"], wanted, None if is_the_runs else source])
 
     def make(folder: Path) -> None:
         held = read_tensors(run.folder / "data" / "tokens.safetensors")
-        rows, description = find_rows(header, recipe, source, data is None, tokenizer, held, wanted)
+        rows, description = find_rows(header, recipe, source, is_the_runs, tokenizer, held, wanted)
         check_vocabulary(int(rows.max()) + 1, parent.language_config.vocab_size)
         write_tensors(folder / "tokens.safetensors", {"training": rows.int()})
         write_json(folder / "data.json", description)
@@ -261,8 +273,9 @@ def train_child(
 ) -> None:
     """Train the child in ``start`` and write it as the run's ``distilled``."""
     settings, name = recipe.distillation, "global distillation"
-    child = load(start, dtype=torch.float32, trust_remote_code=recipe.trust_remote_code)
-    dtype = load_dtype(start)
+    child = load(start, trust_remote_code=recipe.trust_remote_code)
+    dtype = child.dtype
+    child.float()
     cache = remembered(run, settings, parent, rows, progress)
     folder = run.folder / "distillation" / "global"
     training = _own_folder(folder / "checkpoints", inputs)
@@ -288,11 +301,6 @@ def _write_child(child: PreTrainedModel, trained: Trained, dtype: torch.dtype, t
         else:
             child.eval().to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def load_dtype(folder: Path) -> torch.dtype:
-    """The dtype of a checkpoint's weights."""
-    return load(folder).dtype
 
 
 def remembered(
@@ -328,9 +336,8 @@ def _own_folder(folder: Path, inputs: str) -> Path:
 
 def check_disk(run: Run, settings: DistillationRecipe, steps: Steps) -> None:
     """Raises: InputError: checkpoints will not fit on the disk."""
-    weights = sum(file.stat().st_size for file in (run.folder / "child").glob("*.safetensors"))
-    parameters = weights // 2  # at least; float32 weights are twice as many bytes
-    needed = parameters * _CHECKPOINTED + 2 * weights
+    costs = read_json(run.folder / "solution" / "solution.json")["costs"]
+    needed = costs["parameters"] * _CHECKPOINTED + costs["weight_bytes"]
     needed += ParentLogits.bytes_for(steps.count * steps.tokens, settings.cache_top) if settings.cache_top else 0
     free = shutil.disk_usage(run.folder).free
     if free < needed:

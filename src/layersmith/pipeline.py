@@ -161,7 +161,7 @@ def stages(
         if recipe.distillation.tokens:
             from layersmith.distill import distill_child  # it stands on this module
 
-            distilled = distill_child(run, model, recipe, data, progress)
+            distilled = distill_child(run, model, recipe, data, True, progress)
             yield "distilled"
             evaluation = distilled.after | {"samples": evaluation["samples"]}
             result = finish(run, library, scores, choice, costs.by_key, evaluation, recipe)

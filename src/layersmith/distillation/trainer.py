@@ -422,7 +422,7 @@ def train(
     runtime = parent.runtime
     steps = Steps.of(recipe, tokens, rows.shape[1], runtime.world_size)
     arguments = training_arguments(recipe, steps, runtime, hidden_size_of(parent), seed, folder)
-    child.train().requires_grad_(True).to(runtime.device)
+    child.eval().requires_grad_(True).to(runtime.device)  # tried without dropout; Trainer turns it on
     blocks = tuple(block_configs_of(child.config, parent.descriptor))
     student = Student(Parent("child", child, child.dtype, parent.descriptor, blocks, "", runtime), mixture)
     teacher = Teacher(parent, mixture, cache)
