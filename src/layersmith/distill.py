@@ -397,7 +397,7 @@ class _Found:
 
 def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
     settings = recipe.distillation
-    stored = pipeline.at_stored_dtype(parent, recipe)
+    stored = pipeline.at_stored_dtype(parent, recipe, run.folder)
     library = Library.read(run.folder / "library", stored)
     budget = Budget.from_dict(run.header()["budget"])
     costs = pipeline.cost_table(stored, library, budget)

@@ -20,6 +20,7 @@ from layersmith.artifacts import fingerprint, read_json, write_json, write_tenso
 from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.data import check_vocabulary, load_tokenizer, prepare
+from layersmith.errors import UsageError
 from layersmith.evaluation.compare import compare, complete
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.library import Library, Survey, build_library, survey
@@ -122,6 +123,11 @@ def stages(
     Run.check(run.folder)
     started = time.monotonic()
     model, found, costs = examine(parent, recipe, budget, descriptor, progress, run.folder)
+    if recipe.distillation.tokens and model.stream is not None:
+        raise UsageError(
+            f"{parent}: larger than the memory, so it cannot be distilled here. Set distillation.tokens to 0, or "
+            "stream to never in the recipe."
+        )
     tokenizer = load_tokenizer(parent, trust_remote_code=recipe.trust_remote_code)
     tokens = read_data(data, recipe, model, tokenizer, progress)
 
