@@ -1,1 +1,1 @@
-"""Training: a whole child against its parent."""
+"""Distillation: alternatives learn from the parent's subblocks, a child from the parent."""
