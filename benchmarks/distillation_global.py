@@ -205,6 +205,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     parent, header = library.parent, run.header()
     scores = losses(pipeline.read_scores(run, library), recipe.scoring.objective)
     held = read_tensors(run.folder / "data" / "tokens.safetensors")
+    judges = held["evaluation"][: args.rows]
     settings = DistillationRecipe(tokens=args.tokens)
     tokenizer = load_tokenizer(parent.path)
     steps = Steps.of(settings, args.tokens, held["evaluation"].shape[1])
@@ -222,7 +223,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
                     continue
                 record = {"budget": share, "seed": seed, "model": name, "tokens": steps.count * steps.tokens}
                 record["parameters"] = sum(p.numel() for p in child.parameters())
-                record["before"] = judged(parent, child, held["evaluation"], share, seed, name, "before")
+                record["before"] = judged(parent, child, judges, share, seed, name, "before")
                 started = time.process_time()
                 with tempfile.TemporaryDirectory() as folder:
                     train(
@@ -230,7 +231,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
                         curve=Path(folder) / "log.json", name=name,
                     )  # fmt: skip
                 record["cpu_seconds"] = time.process_time() - started
-                record["after"] = judged(parent, child, held["evaluation"], share, seed, name, "distilled")
+                record["after"] = judged(parent, child, judges, share, seed, name, "distilled")
                 made.append(record)
     return made
 
@@ -267,6 +268,7 @@ def main() -> None:
     own.add_argument("--tokens", type=int, default=400_000)
     own.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.7, 0.5])
     own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    own.add_argument("--rows", type=int, help="evaluation rows; default: all of the run's")
     own.add_argument("--only", nargs="+", help="only these models")
     own.add_argument("--peer", help="a checkpoint for the first budget")
     own.set_defaults(run=table)
