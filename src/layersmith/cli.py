@@ -65,6 +65,10 @@ def compress(
         str | None,
         typer.Option(help="auto, never or always: read a layer at a time from the disk; goes before the recipe's."),
     ] = None,
+    distill: Annotated[
+        int | None, typer.Option(help="Then distil the parent into the child on so many tokens; before the recipe's.")
+    ] = None,
+    finalists: Annotated[int | None, typer.Option(help="Solutions that --distill tries first.")] = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
     until: Annotated[
@@ -76,7 +80,9 @@ def compress(
     from layersmith.recipe import Recipe
     from layersmith.search.budget import parse_budget
 
-    chosen = _with_options(Recipe.read(recipe), seed, device, eval_data, trust_remote_code, scoring, stream)
+    chosen = _with_options(
+        Recipe.read(recipe), seed, device, eval_data, trust_remote_code, scoring, stream, distill, finalists
+    )
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory,
         batch=batch, context=context,
@@ -155,6 +161,35 @@ def search(
     print_choice(console, library, choice)
     if out is not None:
         console.print(f"child: {out}", markup=False, highlight=False)
+
+
+@app.command()
+def distill(
+    run: Annotated[Path, typer.Argument(help="Folder of a run that `compress` made.")],
+    tokens: Annotated[int | None, typer.Option(help="Tokens to learn from; default: the recipe's.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Text to learn from; default: the run's, without evaluation's.")
+    ] = None,
+    recipe: Annotated[
+        Path | None, typer.Option("--recipe", help="YAML file; its section distillation goes before the run's.")
+    ] = None,
+    finalists: Annotated[
+        int | None, typer.Option(help="Solutions to try for a short while first; the best goes on.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the run's.")] = None,
+    descriptor: Descriptor = None,
+) -> None:
+    """Distil the parent of a run into its child; the result will be in RUN/distilled."""
+    from layersmith.distill import distill as learn
+    from layersmith.terminal import print_distilled
+
+    console = _console()
+    with _drawn(console) as progress:
+        made = learn(
+            run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device,
+            descriptor=_descriptor(descriptor), progress=progress,
+        )  # fmt: skip
+    print_distilled(console, made)
 
 
 @app.command()
@@ -250,6 +285,8 @@ def _with_options(
     trust: bool,
     scoring: str | None,
     stream: str | None,
+    distill: int | None,
+    finalists: int | None,
 ) -> Any:
     import dataclasses
 
@@ -271,6 +308,10 @@ def _with_options(
         changes["scoring"] = schema.parse(
             ScoringRecipe, schema.to_data(recipe.scoring) | {"mode": scoring}, "--scoring"
         )
+    distillation = {"tokens": distill, "finalists": finalists}
+    changes["distillation"] = dataclasses.replace(
+        recipe.distillation, **{name: value for name, value in distillation.items() if value is not None}
+    )
     return dataclasses.replace(recipe, **changes)
 
 

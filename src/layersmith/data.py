@@ -17,7 +17,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from layersmith import schema
 from layersmith.errors import InputError, UsageError
+from layersmith.mixture import interleave, read_mixture
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +35,7 @@ _TOKEN_SUFFIXES = (".npy", ".safetensors")
 _DOCUMENT_CHARACTERS = 16_000
 # Of a streamed dataset no more is read than this many characters a token that is wanted.
 _CHARACTERS_PER_TOKEN = 12
-_SPLITS = ("evaluation", "calibration", "scoring")
+_SPLITS = ("evaluation", "calibration", "scoring", "training")
 
 Document = str | list[dict[str, str]]
 
@@ -43,12 +45,14 @@ class TokenSplits:
     """Rows of token ids ``[N, T]`` int64 for each purpose; no document is in two of them.
 
     Attributes:
+        training: for distillation; it may have no rows.
         description: where they come from, their sizes and digests, and warnings.
     """
 
     calibration: torch.Tensor
     scoring: torch.Tensor
     evaluation: torch.Tensor
+    training: torch.Tensor
     description: dict[str, Any]
 
 
@@ -279,14 +283,16 @@ def prepare(
     scoring_sequences: int,
     evaluation_sequences: int,
     seed: int,
+    training_sequences: int = 0,
     evaluation_source: str | Path | None = None,
     field: str | None = None,
     split: str = "train",
 ) -> TokenSplits:
-    """Rows of ``sequence_length`` tokens for calibration, scoring and evaluation.
+    """Rows of ``sequence_length`` tokens for calibration, scoring, evaluation and training.
 
-    Documents are put in an order that the seed and their text decide, then dealt: evaluation first, so its rows stay
-    the same when the others grow. If there is too little text, every split gets its share.
+    Documents are put in an order that the seed and their text decide, then dealt: evaluation first and training last,
+    so that their rows do not change when another's grow. Training takes what the others leave; where that is nothing,
+    or there is too little text even for them, every split gets its share, training no more than calibration asks for.
 
     Args:
         source: see :func:`read_documents`; also ``.npy`` or ``.safetensors`` (``tokens``) files of token ids.
@@ -294,37 +300,42 @@ def prepare(
         sequence_length: T.
         calibration_sequences, scoring_sequences, evaluation_sequences: rows of each.
         seed: of the order.
+        training_sequences: rows of training; 0 for none.
         evaluation_source: where the evaluation rows come from instead; its documents are taken out of the source.
         field, split: see :func:`read_documents`.
 
     Raises:
-        InputError: nothing there, damaged, or too little for three rows.
+        InputError: nothing there, damaged, or too little for a row each.
         UsageError: no such field; chats for a tokenizer without a chat template.
     """
     wanted = {
         "evaluation": evaluation_sequences,
         "calibration": calibration_sequences,
         "scoring": scoring_sequences,
+        "training": training_sequences,
     }
     warnings: list[str] = []
     if Path(source).suffix in _TOKEN_SUFFIXES and Path(source).is_file():
         rows = _deal_rows(_read_tokens(Path(source), sequence_length), wanted, seed, str(source), warnings)
     else:
         budget = sum(wanted.values()) * sequence_length * _CHARACTERS_PER_TOKEN
-        documents = _ordered(source, seed, field, split, budget)
-        held_out = _ordered(evaluation_source, seed, None, split, budget) if evaluation_source is not None else {}
+        documents = _ordered(source, tokenizer, seed, field, split, budget, warnings)
+        held_out: dict[bytes, Document] = {}
+        if evaluation_source is not None:
+            held_out = _ordered(evaluation_source, tokenizer, seed, None, split, budget, warnings)
         documents = {digest: text for digest, text in documents.items() if digest not in held_out}
         rows = _deal(documents, held_out, tokenizer, wanted, sequence_length, str(source), warnings)
     description = {
         "source": str(source),
         "evaluation_source": None if evaluation_source is None else str(evaluation_source),
+        "mixture": schema.to_data(read_mixture(source)),
         "sequence_length": sequence_length,
         "seed": seed,
         "sequences": {name: len(rows[name]) for name in _SPLITS},
         "sha256": {name: _digest(rows[name]) for name in _SPLITS},
         "warnings": warnings,
     }
-    return TokenSplits(rows["calibration"], rows["scoring"], rows["evaluation"], description)
+    return TokenSplits(rows["calibration"], rows["scoring"], rows["evaluation"], rows["training"], description)
 
 
 def evaluation_rows(
@@ -344,7 +355,7 @@ def evaluation_rows(
         UsageError: no such field; chats for a tokenizer without a chat template.
     """
     budget = sequences * sequence_length * _CHARACTERS_PER_TOKEN
-    documents = _ordered(source, seed, field, split, budget)
+    documents = _ordered(source, tokenizer, seed, field, split, budget, [])
     rows, _ = _fill(_encoded(documents.values(), tokenizer, str(source)), sequences, sequence_length)
     if not len(rows):
         raise InputError(f"{source}: too little text for one row of {sequence_length} tokens. Give more text.")
@@ -355,13 +366,47 @@ def _digest(rows: torch.Tensor) -> str:
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
-def _ordered(source: str | Path, seed: int, field: str | None, split: str, budget: int) -> dict[bytes, Document]:
-    """Distinct documents by digest, in an order that depends on the seed and the texts alone."""
+def _ordered(
+    source: str | Path,
+    tokenizer: Any,
+    seed: int,
+    field: str | None,
+    split: str,
+    budget: int,
+    warnings: list[str],
+) -> dict[bytes, Document]:
+    """Distinct documents by digest, in an order that depends on the seed and the texts alone; those of a mixture
+    alternate.
+    """
+    mixture = read_mixture(source)
+    if mixture is None:
+        return _ordered_part(source, seed, field, split, budget)
+    parts = [_ordered_part(part.source, seed, part.field, part.split, budget) for part in mixture]
+    tokens = [_estimated_tokens(part, tokenizer, str(source)) for part in parts]
+    documents, ended = interleave(parts, [part.weight for part in mixture], tokens)
+    if ended is not None:
+        warnings.append(f"{source}: {mixture[ended].source} ends first, and the mixture with it.")
+    return documents
+
+
+def _estimated_tokens(documents: Mapping[bytes, Document], tokenizer: Any, where: str) -> dict[bytes, float]:
+    """Tokens of each document, from its length and what the first few have for theirs."""
+    sample = list(islice(documents.values(), 64))
+    characters = sum(len(_text_of(document)) for document in sample)
+    rate = sum(map(len, _encoded(sample, tokenizer, where))) / max(1, characters)
+    return {digest: rate * len(_text_of(document)) for digest, document in documents.items()}
+
+
+def _text_of(document: Document) -> str:
+    return document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+
+
+def _ordered_part(source: str | Path, seed: int, field: str | None, split: str, budget: int) -> dict[bytes, Document]:
     is_local = Path(source).expanduser().exists()
     documents: dict[bytes, Document] = {}
     characters = 0
     for document in read_documents(source, field=field, split=split):
-        text = document if isinstance(document, str) else json.dumps(document, sort_keys=True)
+        text = _text_of(document)
         if not text.strip():
             continue
         documents.setdefault(hashlib.sha256(text.encode()).digest(), document)
@@ -394,13 +439,16 @@ def _deal(
     for name, count in pending.items():
         rows[name], taken = _fill(encoded, count, length)
         used += taken
-    if any(len(rows[name]) < count for name, count in pending.items()):
+    needed = [name for name in pending if name != "training"]
+    if any(len(rows[name]) < wanted[name] for name in needed) or len(rows["training"]) < min(1, wanted["training"]):
         # Too little: deal again, to each split its share of the tokens that there are.
-        share = sum(map(len, used)) / (sum(pending.values()) * length)
+        counts = pending | {"training": min(pending["training"], pending["calibration"])}
+        share = sum(map(len, used)) / (sum(counts.values()) * length)
         again = iter(used)
-        for name, count in pending.items():
-            rows[name] = _fill(again, max(1, int(count * share * 0.98)), length)[0]
-    if (short := [name for name in _SPLITS if not len(rows[name])]) or len(documents) < len(pending):
+        for name, count in counts.items():
+            rows[name] = _fill(again, max(1, int(count * share * 0.98)) if count else 0, length)[0]
+    short = [name for name in _SPLITS if name != "training" and not len(rows[name])]
+    if short or len(documents) < len(needed):
         tokens = sum(map(len, used))
         raise InputError(
             f"{where}: {tokens:,} tokens in {len(documents)} documents are too few for {len(_SPLITS)} splits of "
@@ -472,13 +520,17 @@ def _deal_rows(
 ) -> dict[str, torch.Tensor]:
     import torch
 
-    if len(rows) < len(wanted):
-        raise InputError(f"{where}: {len(rows)} full rows are too few for {len(wanted)} splits. Give more tokens.")
+    asked = sum(map(bool, wanted.values()))
+    if len(rows) < asked:
+        raise InputError(f"{where}: {len(rows)} full rows are too few for {asked} splits. Give more tokens.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    share = min(1.0, len(rows) / sum(wanted.values()))
+    left = len(rows) - sum(count for name, count in wanted.items() if name != "training")
+    training = wanted["training"] if left >= 1 else min(wanted["training"], wanted["calibration"])
+    counts = {**wanted, "training": min(training, max(1, left))}
+    share = min(1.0, len(rows) / sum(counts.values()))
     dealt, start = {}, 0
     for name, count in wanted.items():
-        size = max(1, int(count * share))
+        size = max(1, int(counts[name] * share)) if count else 0
         dealt[name] = rows[order[start : start + size]]
         start += size
         if size < count:

@@ -5,6 +5,7 @@ A stage that was done from the same inputs is skipped, one that was interrupted 
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import time
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from layersmith.artifacts import fingerprint, read_json, write_json, write_tenso
 from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.data import check_vocabulary, load_tokenizer, prepare
+from layersmith.errors import UsageError
 from layersmith.evaluation.compare import compare, complete
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.library import Library, Survey, build_library, survey
@@ -121,6 +123,11 @@ def stages(
     Run.check(run.folder)
     started = time.monotonic()
     model, found, costs = examine(parent, recipe, budget, descriptor, progress, run.folder)
+    if recipe.distillation.tokens and model.stream is not None:
+        raise UsageError(
+            f"{parent}: larger than the memory, so it cannot be distilled here. Set distillation.tokens to 0, or "
+            "stream to never in the recipe."
+        )
     tokenizer = load_tokenizer(parent, trust_remote_code=recipe.trust_remote_code)
     tokens = read_data(data, recipe, model, tokenizer, progress)
 
@@ -156,7 +163,16 @@ def stages(
 
         evaluation = evaluate_child(run, solution_inputs, model, recipe, tokens.evaluation, tokenizer, progress)
         yield "evaluation"
-        yield finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
+        result = finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
+        if recipe.distillation.tokens:
+            from layersmith.distill import distill_child  # it stands on this module
+
+            distilled = distill_child(run, model, recipe, data, True, progress)
+            yield "distilled"
+            evaluation = distilled.after | {"samples": evaluation["samples"]}
+            result = finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
+            result = dataclasses.replace(result, child=distilled.child)
+        yield result
 
 
 # ---------------------------------------------------------------------------------------------- stages

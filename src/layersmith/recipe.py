@@ -15,6 +15,12 @@ from layersmith.errors import InputError, UsageError
 # The load for which a KV cache is counted, if none is named.
 BATCH = 1
 CONTEXT = 4096
+# Tokens of `distill` where neither command nor recipe names a number.
+DISTILLATION_TOKENS = 1_000_000
+# The learning rate of distillation times the hidden size.
+WIDTH_RATE = 0.15
+# Tokens in a step of distillation, if none are named: a share of all, between two bounds.
+STEP_SHARE, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1 / 200, 2048, 524_288
 
 Objective = Literal[
     "kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance"
@@ -112,6 +118,94 @@ class ScoringRecipe:
 
 
 @dataclass(frozen=True)
+class DistillationRecipe:
+    """How a whole child learns from the parent.
+
+    Attributes:
+        tokens: to learn from, in all; 0: `compress` does not distil.
+        kl: weight of the KL divergence of predictions.
+        hidden: weight of one minus the cosine of hidden states, mean over layers.
+        lm: weight of the loss on the next token.
+        temperature: at which predictions are compared.
+        optimizer: ``muon``: torch's Muon for the matrices of the layers, with updates as large as AdamW's (arXiv
+            2502.16982), and AdamW for the rest; ``adamw``: AdamW for all, as with FSDP and DeepSpeed always.
+        learning_rate: at its peak; default: ``WIDTH_RATE`` over the hidden size, as the best rate of Adam goes with one
+            over the width (arXiv 2203.03466).
+        schedule: of the learning rate, by Transformers' name: ``cosine``, ``linear``, ``constant_with_warmup``, ...
+        warmup: share of the steps in which the rate rises.
+        weight_decay: of the optimizer.
+        batch_tokens: in one step of the optimizer, over all processes; default: a 200th of all, but no fewer than 2048
+            and no more than 524,288.
+        device_tokens: in one forward pass of a process; a step's are gathered from as many as it takes.
+        precision: ``auto`` is that of the run's ``dtype``; weights and optimizer stay in float32.
+        gradient_checkpointing: run layers again in the backward pass instead of keeping what they made.
+        cache_top: keep the parent's so many most likely next tokens on every row, with the rest's probability, instead
+            of running it each time; 0: run it. Worth it where rows repeat; knows no hidden states.
+        log_every: steps between two points of the curve.
+        eval_every: steps between two evaluations on the scoring rows; 0: only at the end.
+        save_seconds: between two checkpoints at least; longer where writing one takes long.
+        report_to: where Transformers logs besides: ``tensorboard``, ``wandb``, ...
+        finalists: different solutions that are tried; the one with the least KL after a short while goes on.
+        finalist_tokens: of that while; default: a tenth of ``tokens``.
+        finalist_distance: subblocks in which two of them differ at least; default: a tenth of all.
+        trainer: any other field of Transformers' TrainingArguments.
+    """
+
+    tokens: int = 0
+    kl: float = 1.0
+    hidden: float = 1.0
+    lm: float = 0.0
+    temperature: float = 1.0
+    optimizer: Literal["muon", "adamw"] = "muon"
+    learning_rate: float | None = None
+    schedule: str = "cosine"
+    warmup: float = 0.05
+    weight_decay: float = 0.0
+    batch_tokens: int | None = None
+    device_tokens: int = 4096
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    gradient_checkpointing: bool = False
+    cache_top: int = 0
+    log_every: int = 4
+    eval_every: int = 0
+    save_seconds: float = 60.0
+    report_to: tuple[str, ...] = ()
+    finalists: int = 1
+    finalist_tokens: int | None = None
+    finalist_distance: int | None = None
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    def rate(self, hidden_size: int) -> float:
+        """The learning rate for a model of some width."""
+        return WIDTH_RATE / hidden_size if self.learning_rate is None else self.learning_rate
+
+    def step_tokens(self, tokens: int) -> int:
+        """Tokens of a step, where so many are learnt from."""
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        return round(min(MOST_STEP_TOKENS, max(LEAST_STEP_TOKENS, tokens * STEP_SHARE)))
+
+    def check(self) -> None:
+        """Raises: UsageError: a value that makes no sense."""
+        for name in ("kl", "hidden", "lm", "weight_decay", "tokens", "eval_every", "cache_top", "save_seconds"):
+            if getattr(self, name) < 0:
+                raise UsageError(f"recipe distillation.{name}: cannot be negative, got {getattr(self, name)}.")
+        if not self.kl + self.hidden + self.lm:
+            raise UsageError("recipe distillation: kl, hidden and lm are all 0, so there is nothing to learn.")
+        optional = ("learning_rate", "batch_tokens", "finalist_tokens", "finalist_distance")
+        for name in ("temperature", "device_tokens", "log_every", "finalists", *optional):
+            value = getattr(self, name)
+            if value is not None and value <= 0:
+                raise UsageError(f"recipe distillation.{name}: must be positive, got {value}.")
+        if not 0 <= self.warmup <= 1:
+            raise UsageError(f"recipe distillation.warmup: {self.warmup} is not between 0 and 1.")
+        if self.cache_top and self.hidden:
+            raise UsageError(
+                "recipe distillation.cache_top: what is kept of the parent has no hidden states. Set hidden to 0 too."
+            )
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of it.
 
@@ -129,6 +223,7 @@ class Recipe:
     data: DataRecipe = field(default_factory=DataRecipe)
     library: LibraryRecipe = field(default_factory=LibraryRecipe)
     scoring: ScoringRecipe = field(default_factory=ScoringRecipe)
+    distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"
@@ -161,6 +256,7 @@ class Recipe:
             raise UsageError("recipe: scoring.exact_passes and scoring.precision cannot be negative.")
         if scoring.mode == "second_order" and scoring.objective != "kl_divergence":
             raise UsageError(f"recipe scoring.mode: second_order knows kl_divergence only, not {scoring.objective}.")
+        self.distillation.check()
 
     def to_dict(self) -> dict[str, Any]:
         return schema.to_data(self)

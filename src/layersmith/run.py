@@ -8,6 +8,8 @@ scores/           metrics of every alternative on every row
 solution/         the budget, costs, and the choice
 child/            the child, a Hugging Face folder
 evaluation/       child against parent
+distillation/     what the child learnt from, its curve, and what came of it; if it was distilled
+distilled/        the child afterwards
 report.html, report.json
 log.jsonl         when stages began and ended; it and the times that the report takes from it differ between equal runs
 """
@@ -56,7 +58,7 @@ def versions() -> dict[str, str]:
 # Temporary names that :mod:`layersmith.artifacts` gives to what it writes in a run folder.
 _HALF_WRITTEN = re.compile(
     r"^\.(run\.json|recipe\.yaml|report\.json|report\.html|library\.partial"
-    r"|data|library|scores|solution|child|evaluation)\.(old\.)?\w+"
+    r"|data|library|scores|solution|child|evaluation|distilled|global|finalists|log\.json)\.(old\.)?\w+"
 )
 
 
@@ -98,6 +100,17 @@ class Run:
             yield
 
     @contextmanager
+    def at_work(self) -> Iterator[None]:
+        """Have a run that is there to oneself.
+
+        Raises:
+            InputError: another process works in it.
+        """
+        with self._locked():
+            self._remove_leftovers()
+            yield
+
+    @contextmanager
     def _locked(self) -> Iterator[None]:
         with saying_disk_full(self.folder):
             lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - closed by the next line's with
@@ -110,7 +123,8 @@ class Run:
 
     def _remove_leftovers(self) -> None:
         """Remove what a killed process was writing, and nothing else that begins with a dot."""
-        for leftover in self.folder.glob(".*"):
+        places = (".*", "distillation/.*", "distillation/global/.*")
+        for leftover in [path for place in places for path in self.folder.glob(place)]:
             if _HALF_WRITTEN.match(leftover.name):
                 shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 

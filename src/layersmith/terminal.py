@@ -103,6 +103,36 @@ def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
     console.print(table)
 
 
+def print_distilled(console: Console, made: Any) -> None:
+    """What was tried, and parent against child before and after."""
+    if made.finalists:
+        table = Table(title="finalists", title_justify="left")
+        for heading in ("solution", "sum of scores", "KL after a short while", ""):
+            table.add_column(heading, justify="right" if heading else "left")
+        for row in made.finalists:
+            cells = (str(row["number"]), f"{row['score']:.4f}", f"{row['kl']:.4f}", "goes on" if row["won"] else "")
+            table.add_row(*cells)
+        console.print(table)
+    table = Table(title=f"{made.after['tokens']:,} tokens that nothing else has seen", title_justify="left")
+    for heading in ("", "parent", "child", "distilled"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    for before, after in zip(made.before["rows"], made.after["rows"], strict=True):
+        table.add_row(
+            after["label"],
+            "" if after["parent"] is None else f"{after['parent']:.4f}",
+            with_noise(before["child"], before["child_standard_error"]),
+            with_noise(after["child"], after["child_standard_error"]),
+        )
+    console.print(table)
+    before, after = (
+        next(r for r in rows if r["metric"] == "loss") for rows in (made.before["rows"], made.after["rows"])
+    )
+    if before["difference"] > 0:
+        closed = 1 - after["difference"] / before["difference"]
+        console.print(f"{closed:.0%} of the loss between child and parent is closed", highlight=False)
+    console.print(f"child: {made.child}", markup=False, highlight=False, soft_wrap=True)
+
+
 def print_verification(console: Console, found: Verification) -> None:
     """What was tried of a model, and what came out."""
     console.print(f"{found.name}: {found.architecture}, described by {found.descriptor}", highlight=False)

@@ -1,0 +1,92 @@
+"""What the parent says on the training rows, kept: its k most likely next tokens, and the probability of the rest.
+
+Worth it where rows are repeated: the parent is then run once a row. One safetensors file holds so many rows; those that
+an interrupted run has written are kept, and the folder is named by everything that its contents depend on.
+
+Shapes: M rows, T tokens, k tokens whose probability is kept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from layersmith.artifacts import fingerprint, read_tensors, write_tensors
+from layersmith.distillation.losses import FromTop, span_tokens
+from layersmith.distillation.tap import Tap
+from layersmith.parent import Parent
+
+_FILE_ROWS = 64
+
+
+class ParentLogits:
+    """The parent's predictions on rows, by row."""
+
+    def __init__(self, ids: torch.Tensor, log_p: torch.Tensor, log_rest: torch.Tensor):
+        self.ids, self.log_p, self.log_rest = ids, log_p, log_rest
+
+    def target(self, rows: torch.Tensor, device: torch.device) -> FromTop:
+        """On whole rows, by their numbers ``[B]``."""
+        rows = rows.cpu()
+        parts = (self.ids, self.log_p, self.log_rest)
+        ids, log_p, log_rest = (part[rows].flatten(0, 1).to(device) for part in parts)
+        return FromTop(ids, log_p, log_rest)
+
+    @staticmethod
+    def bytes_for(num_tokens: int, k: int) -> int:
+        """What they take, on disk and in memory."""
+        return num_tokens * (8 * k + 4)
+
+
+def cache_folder(under: Path, parent: Parent, rows: torch.Tensor, k: int, temperature: float) -> Path:
+    """Where the predictions of this parent on these rows lie."""
+    digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+    return under / fingerprint([parent.identity, str(parent.runtime.dtype), digest, list(rows.shape), k, temperature])
+
+
+@torch.no_grad()
+def remember(
+    parent: Parent,
+    rows: torch.Tensor,
+    k: int,
+    temperature: float,
+    folder: Path,
+    batch_rows: int,
+    advance: Callable[[float], None],
+) -> ParentLogits:
+    """Run the parent once on every row ``[M, T]``, but for those that ``folder`` has; ``advance`` is told rows."""
+    tap = Tap(parent)
+    k = min(k, tap.vocab_size)
+    span = span_tokens(tap.vocab_size)
+    parts: list[dict[str, torch.Tensor]] = []
+    try:
+        for start in range(0, len(rows), _FILE_ROWS):
+            file = folder / f"{start:09d}.safetensors"
+            own = rows[start : start + _FILE_ROWS]
+            if not file.is_file():
+                write_tensors(file, _of_rows(tap, own, k, temperature, span, batch_rows))
+            parts.append(read_tensors(file))
+            advance(len(own))
+    finally:
+        tap.close()
+    ids, log_p, log_rest = (torch.cat([part[name] for part in parts]) for name in ("ids", "log_p", "log_rest"))
+    return ParentLogits(ids, log_p, log_rest)
+
+
+def _of_rows(
+    tap: Tap, rows: torch.Tensor, k: int, temperature: float, span: int, batch_rows: int
+) -> dict[str, torch.Tensor]:
+    made: list[FromTop] = []
+    for start in range(0, len(rows), batch_rows):
+        batch = rows[start : start + batch_rows].long().to(tap.model.model.device)
+        read = tap.run(batch, with_layers=False).read.flatten(0, 1)
+        made += [FromTop.of(tap.head(read[s : s + span]), k, temperature) for s in range(0, len(read), span)]
+    shape = rows.shape
+    return {
+        "ids": torch.cat([part.ids for part in made]).int().view(*shape, k).cpu(),
+        "log_p": torch.cat([part.log_p for part in made]).view(*shape, k).cpu(),
+        "log_rest": torch.cat([part.log_rest for part in made]).view(*shape).cpu(),
+    }

@@ -1,0 +1,89 @@
+"""Whether rows of one split are in another, word for word or nearly.
+
+Documents of equal text are never dealt to two splits, but texts are copied with other headers, spaces or case. So rows
+are compared by runs of letters and digits: two rows overlap if 200 of them on end, whatever stands between them, are in
+both. (About 50 tokens, the length of arXiv 2107.06499, section 4.1.) Where there is no text, runs of 50 token ids are
+compared.
+
+Shapes: N rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+
+RUN_CHARACTERS = 200
+RUN_TOKENS = 50
+_OTHER_THAN_LETTERS = re.compile(r"[\W_]+")
+_ROWS_AT_ONCE = 256
+
+
+class Runs:
+    """All runs of the rows that nothing else may hold, as hashes."""
+
+    def __init__(self, rows: torch.Tensor, tokenizer: Any | None):
+        """Of rows ``[N, T]``; ``tokenizer`` spells them, if there is one."""
+        import numpy as np
+
+        self.tokenizer = tokenizer
+        spelt = self._spelt(rows)
+        # Where half a row is shorter than a run, that is the run.
+        half = int(np.median([len(text) for text in spelt])) // 2
+        self.length = max(1, min(RUN_TOKENS if tokenizer is None else RUN_CHARACTERS, half))
+        self.hashes = np.unique(np.concatenate([_hashes(text, self.length) for text in spelt]))
+
+    def _spelt(self, rows: torch.Tensor) -> list[np.ndarray]:
+        """Each row as numbers: code points of its letters and digits in lower case, or token ids."""
+        import numpy as np
+
+        if self.tokenizer is None:
+            return list(rows.numpy().astype(np.uint64))
+        texts = self.tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
+        letters = (_OTHER_THAN_LETTERS.sub("", text).casefold() for text in texts)
+        return [np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64) for text in letters]
+
+    def within(self, rows: torch.Tensor) -> torch.Tensor:
+        """Which of other rows ``[M, T]`` hold one of the runs: ``[M]`` bool."""
+        import numpy as np
+        import torch
+
+        found: list[bool] = []
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            for text in self._spelt(rows[start : start + _ROWS_AT_ONCE]):
+                own = _hashes(text, self.length)
+                at = np.searchsorted(self.hashes, own).clip(max=max(0, len(self.hashes) - 1))
+                found.append(bool(len(self.hashes)) and bool((self.hashes[at] == own).any()))
+        return torch.tensor(found, dtype=torch.bool)
+
+
+def _hashes(numbers: np.ndarray, length: int) -> np.ndarray:
+    """A 64-bit hash of every run of so many numbers; none if there are fewer.
+
+    Hashes of runs of 1, 2, 4, ... are made from those of half the length, so a run takes a few operations on whole
+    arrays; a length that is no power of two is two of them that overlap.
+    """
+    import numpy as np
+
+    if len(numbers) < length:
+        return np.empty(0, np.uint64)
+    own, reach = _mixed(numbers), 1
+    while 2 * reach <= length:
+        own = _mixed(own[: len(own) - reach] + np.uint64(3) * own[reach:])
+        reach *= 2
+    shift = length - reach
+    return own if not shift else _mixed(own[: len(own) - shift] + np.uint64(5) * own[shift:])
+
+
+def _mixed(numbers: np.ndarray) -> np.ndarray:
+    """The finalizer of SplitMix64."""
+    import numpy as np
+
+    x = numbers + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
