@@ -1,4 +1,5 @@
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,29 @@ def test_tokenizers(tmp_path: Path) -> None:
         load_tokenizer(tmp_path)
     with pytest.raises(InputError, match="token id 511"):
         check_vocabulary(512, 500)
+
+
+def test_training_takes_what_the_others_leave(tokenizer: Any, tmp_path: Path) -> None:
+    """Other rows are what they are without it, and none of its documents is in another split."""
+    records = [{"text": f"<{i}>" * 40} for i in range(80)]
+    source = lines(tmp_path / "numbered.jsonl", records)
+    without = prepare(source, tokenizer, **SIZES)
+    given = prepare(source, tokenizer, training_sequences=7, **SIZES)
+    assert len(without.training) == 0
+    assert given.training.shape == (7, 16)
+    seen = {
+        name: set(re.findall(r"<(\d+)>", " ".join(map(tokenizer.decode, getattr(given, name)))))
+        for name in ("calibration", "scoring", "evaluation", "training")
+    }
+    for name in ("calibration", "scoring", "evaluation"):
+        assert torch.equal(getattr(given, name), getattr(without, name))
+        assert seen[name]
+        assert seen[name].isdisjoint(seen["training"])
+    all_of_it = prepare(source, tokenizer, training_sequences=10**6, **SIZES)
+    assert torch.equal(all_of_it.scoring, given.scoring)
+    assert 7 < len(all_of_it.training) < 10**6
+    assert any("training rows" in warning for warning in all_of_it.description["warnings"])
+    few = prepare(
+        lines(tmp_path / "few.jsonl", records[:12]), tokenizer, training_sequences=50, **SIZES | {"sequence_length": 64}
+    )
+    assert min(map(len, (few.calibration, few.scoring, few.evaluation, few.training))) >= 1

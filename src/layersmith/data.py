@@ -33,7 +33,7 @@ _TOKEN_SUFFIXES = (".npy", ".safetensors")
 _DOCUMENT_CHARACTERS = 16_000
 # Of a streamed dataset no more is read than this many characters a token that is wanted.
 _CHARACTERS_PER_TOKEN = 12
-_SPLITS = ("evaluation", "calibration", "scoring")
+_SPLITS = ("evaluation", "calibration", "scoring", "training")
 
 Document = str | list[dict[str, str]]
 
@@ -43,12 +43,14 @@ class TokenSplits:
     """Rows of token ids ``[N, T]`` int64 for each purpose; no document is in two of them.
 
     Attributes:
+        training: for distillation; it may have no rows.
         description: where they come from, their sizes and digests, and warnings.
     """
 
     calibration: torch.Tensor
     scoring: torch.Tensor
     evaluation: torch.Tensor
+    training: torch.Tensor
     description: dict[str, Any]
 
 
@@ -279,14 +281,16 @@ def prepare(
     scoring_sequences: int,
     evaluation_sequences: int,
     seed: int,
+    training_sequences: int = 0,
     evaluation_source: str | Path | None = None,
     field: str | None = None,
     split: str = "train",
 ) -> TokenSplits:
-    """Rows of ``sequence_length`` tokens for calibration, scoring and evaluation.
+    """Rows of ``sequence_length`` tokens for calibration, scoring, evaluation and training.
 
-    Documents are put in an order that the seed and their text decide, then dealt: evaluation first, so its rows stay
-    the same when the others grow. If there is too little text, every split gets its share.
+    Documents are put in an order that the seed and their text decide, then dealt: evaluation first and training last,
+    so that their rows do not change when another's grow. Training takes what the others leave; where that is nothing,
+    or there is too little text even for them, every split gets its share, training no more than calibration asks for.
 
     Args:
         source: see :func:`read_documents`; also ``.npy`` or ``.safetensors`` (``tokens``) files of token ids.
@@ -294,17 +298,19 @@ def prepare(
         sequence_length: T.
         calibration_sequences, scoring_sequences, evaluation_sequences: rows of each.
         seed: of the order.
+        training_sequences: rows of training; 0 for none.
         evaluation_source: where the evaluation rows come from instead; its documents are taken out of the source.
         field, split: see :func:`read_documents`.
 
     Raises:
-        InputError: nothing there, damaged, or too little for three rows.
+        InputError: nothing there, damaged, or too little for a row each.
         UsageError: no such field; chats for a tokenizer without a chat template.
     """
     wanted = {
         "evaluation": evaluation_sequences,
         "calibration": calibration_sequences,
         "scoring": scoring_sequences,
+        "training": training_sequences,
     }
     warnings: list[str] = []
     if Path(source).suffix in _TOKEN_SUFFIXES and Path(source).is_file():
@@ -324,7 +330,7 @@ def prepare(
         "sha256": {name: _digest(rows[name]) for name in _SPLITS},
         "warnings": warnings,
     }
-    return TokenSplits(rows["calibration"], rows["scoring"], rows["evaluation"], description)
+    return TokenSplits(rows["calibration"], rows["scoring"], rows["evaluation"], rows["training"], description)
 
 
 def evaluation_rows(
@@ -394,13 +400,16 @@ def _deal(
     for name, count in pending.items():
         rows[name], taken = _fill(encoded, count, length)
         used += taken
-    if any(len(rows[name]) < count for name, count in pending.items()):
+    needed = [name for name in pending if name != "training"]
+    if any(len(rows[name]) < wanted[name] for name in needed) or len(rows["training"]) < min(1, wanted["training"]):
         # Too little: deal again, to each split its share of the tokens that there are.
-        share = sum(map(len, used)) / (sum(pending.values()) * length)
+        counts = pending | {"training": min(pending["training"], pending["calibration"])}
+        share = sum(map(len, used)) / (sum(counts.values()) * length)
         again = iter(used)
-        for name, count in pending.items():
-            rows[name] = _fill(again, max(1, int(count * share * 0.98)), length)[0]
-    if (short := [name for name in _SPLITS if not len(rows[name])]) or len(documents) < len(pending):
+        for name, count in counts.items():
+            rows[name] = _fill(again, max(1, int(count * share * 0.98)) if count else 0, length)[0]
+    short = [name for name in _SPLITS if name != "training" and not len(rows[name])]
+    if short or len(documents) < len(needed):
         tokens = sum(map(len, used))
         raise InputError(
             f"{where}: {tokens:,} tokens in {len(documents)} documents are too few for {len(_SPLITS)} splits of "
@@ -472,13 +481,17 @@ def _deal_rows(
 ) -> dict[str, torch.Tensor]:
     import torch
 
-    if len(rows) < len(wanted):
-        raise InputError(f"{where}: {len(rows)} full rows are too few for {len(wanted)} splits. Give more tokens.")
+    asked = sum(map(bool, wanted.values()))
+    if len(rows) < asked:
+        raise InputError(f"{where}: {len(rows)} full rows are too few for {asked} splits. Give more tokens.")
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
-    share = min(1.0, len(rows) / sum(wanted.values()))
+    left = len(rows) - sum(count for name, count in wanted.items() if name != "training")
+    training = wanted["training"] if left >= 1 else min(wanted["training"], wanted["calibration"])
+    counts = {**wanted, "training": min(training, max(1, left))}
+    share = min(1.0, len(rows) / sum(counts.values()))
     dealt, start = {}, 0
     for name, count in wanted.items():
-        size = max(1, int(count * share))
+        size = max(1, int(counts[name] * share)) if count else 0
         dealt[name] = rows[order[start : start + size]]
         start += size
         if size < count:
