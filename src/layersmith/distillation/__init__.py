@@ -1,0 +1,1 @@
+"""Distillation: alternatives learn from the parent's subblocks, a child from the parent."""
