@@ -168,6 +168,7 @@ TINY_RECIPE: dict[str, Any] = {
         "calibration_sequences": 8,
         "scoring_sequences": 4,
         "evaluation_sequences": 4,
+        "training_sequences": 8,
     },
     "library": {"ffn_fractions": [0.5, 0.25]},
     "scoring": {"batch_tokens": 64},

@@ -67,7 +67,8 @@ def test_the_child_is_what_the_search_counted(finished: layersmith.Result) -> No
 def test_the_run_folder_tells_everything(finished: layersmith.Result) -> None:
     names = {path.name for path in finished.run.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "recipe.yaml", "run.json", "data", "library", "scores", "solution", "child", "evaluation", "report.html",
+        "recipe.yaml", "run.json", "data", "library", "scores", "solution", "pairs", "child", "evaluation",
+            "report.html",
         "report.json", "log.jsonl",
     }  # fmt: skip
     header = read_json(finished.run / "run.json")

@@ -40,6 +40,7 @@ class Arithmetic:
         self.done = self.needed = 0.0
         self._forward: dict[Hashable, float] = {}
         self._backward: dict[Hashable, float] = {}
+        self._to_weights: dict[Hashable, float] = {}
         self._is_needed = False
 
     def count(self, key: Hashable, run: Callable[[], T]) -> T:
@@ -53,14 +54,20 @@ class Arithmetic:
             attention = float(sum(n for kind, n in by_kind.items() if "attention" in str(kind)))
             self._forward[key] = float(counter.get_total_flops())
             self._backward[key] = self._forward[key] + (_ATTENTION_BACKWARD - 1) * attention
-        self._add(self._forward[key])
+            self._to_weights[key] = self._forward[key] - attention
+        self.add(self._forward[key])
         return result
 
     def count_backward(self, key: Hashable) -> None:
         """Add the operations of a backward pass through something that was counted forward."""
-        self._add(self._backward[key])
+        self.add(self._backward[key])
 
-    def _add(self, operations: float) -> None:
+    def count_training(self, key: Hashable) -> None:
+        """Add the operations of a backward pass to inputs and weights of something that was counted forward."""
+        self.add(self._backward[key] + self._to_weights[key])
+
+    def add(self, operations: float) -> None:
+        """Add operations that were counted otherwise."""
         self.done += operations
         if self._is_needed:
             self.needed += operations

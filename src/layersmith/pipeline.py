@@ -20,9 +20,11 @@ from layersmith.artifacts import fingerprint, read_json, write_json, write_tenso
 from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.data import check_vocabulary, load_tokenizer, prepare
+from layersmith.distillation.local import distill_chosen, distill_locally
 from layersmith.errors import UsageError
 from layersmith.evaluation.compare import compare, complete
 from layersmith.heterogeneous.checkpoint import load
+from layersmith.library.kept import Kept
 from layersmith.library.library import Library, Survey, build_library, survey
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
@@ -103,7 +105,7 @@ def compress(
 
 
 # The stages, by the names of their folders, in their order.
-STAGES = ("data", "library", "scores", "solution", "child", "evaluation")
+STAGES = ("data", "library", "scores", "solution", "pairs", "child", "evaluation")
 
 
 def stages(
@@ -145,8 +147,9 @@ def stages(
         run.do("data", data_inputs, lambda folder: write_data(folder, tokens))
         yield "data"
 
-        library_inputs = fingerprint([model.identity, data_inputs, schema.to_data(recipe.library), run_dtype(model)])
-        library = make_library(run, library_inputs, model, recipe, found, tokens.calibration, progress)
+        making = [schema.to_data(recipe.library), schema.to_data(recipe.local_distillation)]
+        library_inputs = fingerprint([model.identity, data_inputs, *making, run_dtype(model)])
+        library = make_library(run, library_inputs, model, recipe, found, tokens, progress)
         yield "library"
 
         score_inputs = fingerprint([library.identity, data_inputs, run_dtype(model), schema.to_data(recipe.scoring)])
@@ -157,6 +160,9 @@ def stages(
         solution_inputs = fingerprint([score_inputs, choice.to_dict()])
         run.do("solution", solution_inputs, lambda folder: write_solution(folder, choice, costs))
         yield "solution"
+
+        library = teach_pairs(run, solution_inputs, library, choice, recipe, tokens.training, progress)
+        yield "pairs"
 
         realize(run, solution_inputs, library, choice, tokenizer, recipe, progress)
         yield "child"
@@ -229,12 +235,14 @@ def read_data(data: str | Path, recipe: Recipe, model: Parent, tokenizer: Any, p
             calibration_sequences=recipe.data.calibration_sequences,
             scoring_sequences=recipe.data.scoring_sequences,
             evaluation_sequences=recipe.data.evaluation_sequences,
+            training_sequences=recipe.data.training_sequences,
             seed=recipe.seed,
             evaluation_source=recipe.data.evaluation_source,
             field=recipe.data.field,
             split=recipe.data.split,
         )
-        largest = max(int(rows.max()) for rows in (tokens.calibration, tokens.scoring, tokens.evaluation))
+        splits = (tokens.calibration, tokens.scoring, tokens.evaluation, tokens.training)
+        largest = max(int(rows.max()) for rows in splits if len(rows))
         check_vocabulary(largest + 1, model.language_config.vocab_size)
         advance(1)
     for warning in tokens.description.get("warnings", ()):
@@ -243,28 +251,62 @@ def read_data(data: str | Path, recipe: Recipe, model: Parent, tokenizer: Any, p
 
 
 def write_data(folder: Path, tokens: Any) -> None:
-    rows = {name: getattr(tokens, name) for name in ("calibration", "scoring", "evaluation")}
+    rows = {name: getattr(tokens, name) for name in ("calibration", "scoring", "evaluation", "training")}
     write_tensors(folder / "tokens.safetensors", rows)
     write_json(folder / "data.json", tokens.description)
 
 
 def make_library(
-    run: Run, inputs: str, model: Parent, recipe: Recipe, found: Survey, tokens: torch.Tensor, progress: Progress
+    run: Run, inputs: str, model: Parent, recipe: Recipe, found: Survey, tokens: Any, progress: Progress
 ) -> Library:
+    """Prune, refit and train: the library, with what its alternatives have learned by themselves."""
+
     def make(folder: Path) -> None:
-        build_library(
+        pruned = build_library(
             model,
             recipe.library,
             found,
-            tokens,
-            batch_sequences=batch_sequences(recipe, tokens),
+            tokens.calibration,
+            batch_sequences=batch_sequences(recipe, tokens.calibration),
             checkpoint=run.partial("library"),
+            inputs=inputs,
+            progress=progress,
+        )
+        distill_locally(
+            pruned,
+            tokens.calibration,
+            tokens.training,
+            recipe.local_distillation,
+            seed=recipe.seed,
+            work=run.work("library"),
             inputs=inputs,
             progress=progress,
         ).write(folder)
 
     run.do("library", inputs, make)
     return Library.read(run.folder / "library", model)
+
+
+def teach_pairs(
+    run: Run, inputs: str, library: Library, choice: Choice, recipe: Recipe, tokens: torch.Tensor, progress: Progress
+) -> Library:
+    """Train what was chosen for each layer together."""
+
+    def make(folder: Path) -> None:
+        taught = distill_chosen(
+            library,
+            choice.alternatives,
+            tokens,
+            recipe.local_distillation,
+            seed=recipe.seed,
+            work=run.work("pairs"),
+            inputs=inputs,
+            progress=progress,
+        )
+        taught.pairs.write(folder)
+
+    run.do("pairs", inputs, make)
+    return library.with_kept(library.kept, Kept.read(run.folder / "pairs"))
 
 
 def make_scores(

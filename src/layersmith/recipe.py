@@ -27,6 +27,13 @@ Objective = Literal[
 ]
 
 
+# Kinds of alternatives that have weights.
+Trainable = Literal[
+    "linear", "kv_heads", "head_groups", "query_heads", "window", "mixer_heads", "mixer_groups", "mixer_head_size",
+    "state_size", "ffn_width", "experts", "expert_width", "shared_width", "experts_per_token",
+]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class DataRecipe:
     """What is read, and how much of it.
@@ -36,6 +43,7 @@ class DataRecipe:
         calibration_sequences: rows for the importance statistics.
         scoring_sequences: rows on which alternatives are scored.
         evaluation_sequences: rows on which parent and child are compared; never used before.
+        training_sequences: rows for distillation, from documents that are in no other split; 0 for none.
         evaluation_source: where the evaluation rows come from; default: documents held out of the data.
         field: the column that holds the text; default: found by its usual names.
         split: of a hub dataset.
@@ -45,6 +53,7 @@ class DataRecipe:
     calibration_sequences: int = 64
     scoring_sequences: int = 32
     evaluation_sequences: int = 64
+    training_sequences: int = 256
     evaluation_source: str | None = None
     field: str | None = None
     split: str = "train"
@@ -90,6 +99,33 @@ class LibraryRecipe:
     no_op: tuple[Literal["attention", "ffn"], ...] = ("attention", "ffn")
     keep_layers: tuple[int, ...] = ()
     statistics_gib: float = 4.0
+
+
+@dataclass(frozen=True)
+class LocalDistillationRecipe:
+    """How alternatives learn to give what the parent's subblock gives.
+
+    Attributes:
+        reconstruct: refit the last projection of what was pruned by least squares, on the calibration rows.
+        tokens: of the training rows that each alternative of the library sees, before it is scored; 0: none. Each row
+            is seen once.
+        coupled_tokens: that the chosen alternatives of a layer see, trained together after the search; 0: none.
+        kinds: of alternatives that are trained; default: all that have weights.
+        learning_rate: of AdamW, as a share of each weight's root mean square; it falls in a straight line.
+        batch_tokens: tokens in one step.
+        stop_below: past half of its tokens an alternative is done when its error on held-out rows falls by less than
+            this share between two of the six times that it is looked at.
+        memory_gib: for weights, gradients and optimizer of alternatives that are trained at once.
+    """
+
+    reconstruct: bool = True
+    tokens: int = 131_072
+    coupled_tokens: int = 131_072
+    kinds: tuple[Trainable, ...] | None = None
+    learning_rate: float = 0.01
+    batch_tokens: int = 1024
+    stop_below: float = 0.005
+    memory_gib: float = 8.0
 
 
 @dataclass(frozen=True)
@@ -222,6 +258,7 @@ class Recipe:
 
     data: DataRecipe = field(default_factory=DataRecipe)
     library: LibraryRecipe = field(default_factory=LibraryRecipe)
+    local_distillation: LocalDistillationRecipe = field(default_factory=LocalDistillationRecipe)
     scoring: ScoringRecipe = field(default_factory=ScoringRecipe)
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     seed: int = 0
@@ -238,6 +275,8 @@ class Recipe:
         for name in ("sequence_length", "calibration_sequences", "scoring_sequences", "evaluation_sequences"):
             if getattr(data, name) < (2 if name == "sequence_length" else 1):
                 raise UsageError(f"recipe data.{name}: must be positive, got {getattr(data, name)}.")
+        if data.training_sequences < 0:
+            raise UsageError(f"recipe data.training_sequences: cannot be negative, got {data.training_sequences}.")
         for name in ("ffn_fractions", "head_fractions", "expert_fractions"):
             for fraction in getattr(library, name):
                 if not 0 < fraction < 1:
@@ -257,6 +296,12 @@ class Recipe:
         if scoring.mode == "second_order" and scoring.objective != "kl_divergence":
             raise UsageError(f"recipe scoring.mode: second_order knows kl_divergence only, not {scoring.objective}.")
         self.distillation.check()
+
+        local = self.local_distillation
+        if min(local.learning_rate, local.batch_tokens, local.memory_gib) <= 0:
+            raise UsageError("recipe: local_distillation.learning_rate, batch_tokens and memory_gib must be positive.")
+        if min(local.tokens, local.coupled_tokens, local.stop_below) < 0:
+            raise UsageError("recipe: local_distillation.tokens, coupled_tokens and stop_below cannot be negative.")
 
     def to_dict(self) -> dict[str, Any]:
         return schema.to_data(self)

@@ -3,9 +3,10 @@
 recipe.yaml       every choice, defaults included
 run.json          parent, budget, versions, seed; the fingerprints of finished stages
 data/             token rows and what they were made from
-library/          alternatives and what their weights are made from
+library/          alternatives, what their weights are made from, and what they have learned
 scores/           metrics of every alternative on every row
 solution/         the budget, costs, and the choice
+pairs/            what the chosen alternatives have learned together
 child/            the child, a Hugging Face folder
 evaluation/       child against parent
 distillation/     what the child learnt from, its curve, and what came of it; if it was distilled
@@ -58,7 +59,7 @@ def versions() -> dict[str, str]:
 # Temporary names that :mod:`layersmith.artifacts` gives to what it writes in a run folder.
 _HALF_WRITTEN = re.compile(
     r"^\.(run\.json|recipe\.yaml|report\.json|report\.html|library\.partial"
-    r"|data|library|scores|solution|child|evaluation|distilled|global|finalists|log\.json)\.(old\.)?\w+"
+    r"|data|library|scores|solution|pairs|child|evaluation|distilled|global|finalists|log\.json)\.(old\.)?\w+"
 )
 
 
@@ -186,12 +187,17 @@ class Run:
         header["stages"][stage] = inputs
         write_json(self.folder / "run.json", header)
         self.partial(stage).unlink(missing_ok=True)
+        shutil.rmtree(self.work(stage), ignore_errors=True)
         self.log(stage, "done", seconds=round(time.monotonic() - started, 2))
         return True
 
     def partial(self, stage: str) -> Path:
         """A file for what a stage has done so far."""
         return self.folder / f"{stage}.partial"
+
+    def work(self, stage: str) -> Path:
+        """A folder for the same."""
+        return self.folder / f"{stage}.work"
 
     # ------------------------------------------------------------------------------------------ times
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from layersmith.errors import InputError
 from layersmith.pipeline import Result, compress
 from layersmith.progress import SILENT, Progress
-from layersmith.recipe import DataRecipe, Recipe
+from layersmith.recipe import DataRecipe, LocalDistillationRecipe, Recipe
 
 MODEL = Path(__file__).parent / "demo-model"
 PROMPTS = ("def read_file(path):\n    with open(path",)
@@ -23,8 +23,11 @@ def recipe(evaluation_source: str | Path) -> Recipe:
             calibration_sequences=64,
             scoring_sequences=24,
             evaluation_sequences=96,
+            training_sequences=68,
             evaluation_source=str(evaluation_source),
         ),
+        # What is chosen learns; to teach the whole library takes a good half hour on two cores.
+        local_distillation=LocalDistillationRecipe(tokens=0, coupled_tokens=16_384),
         completion_tokens=48,
         prompts=PROMPTS,
     )

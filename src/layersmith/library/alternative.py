@@ -127,6 +127,20 @@ class Alternative:
         return dataclasses.replace(parent, **changes)
 
 
+def changed_by_layer(chosen: Sequence[Alternative]) -> dict[int, list[Alternative]]:
+    """What of a choice is not the parent's own, by layer."""
+    by_layer: dict[int, list[Alternative]] = {}
+    for alternative in chosen:
+        if alternative.kind != "parent":
+            by_layer.setdefault(alternative.layer, []).append(alternative)
+    return by_layer
+
+
+def pair_identity(alternatives: Sequence[Alternative]) -> str:
+    """Digest of what stands together in one layer."""
+    return fingerprint(sorted(a.identity for a in alternatives))
+
+
 def in_words(config: AttentionConfig | FFNConfig) -> str:
     """What a subblock of this config is, in a word or two."""
     if config.no_op or config.replace_with_linear:

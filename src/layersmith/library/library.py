@@ -20,9 +20,10 @@ from layersmith.execution import LAYER_TYPE, share_buffers
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
-from layersmith.library.alternative import Alternative, search_space, why_no_linear
+from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity, search_space, why_no_linear
 from layersmith.library.axes import Bundle, HeadsAxis, HeadSizeAxis, LayerAxes, Segment, WeightAxis, WidthAxis
 from layersmith.library.feasible import any_orders, by_reason, no_maps, those_that_run
+from layersmith.library.kept import Kept
 from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes, input_dim, meta_layers
 from layersmith.library.statistics import Probe, gather
@@ -60,6 +61,8 @@ class Library:
         maps: ``"{layer}.{subblock}"`` to the weight ``[D, D]`` of its linear replacement.
         notes: what could not be offered, and why.
         importance: by the names of ``orders``, where it is known: see :func:`layersmith.library.ranking.error_curve`.
+        kept: weights of alternatives that were refitted or trained.
+        pairs: weights of what was trained together in a layer, by :func:`pair_identity`; they stand before ``kept``.
     """
 
     parent: Parent
@@ -69,6 +72,8 @@ class Library:
     maps: Mapping[str, torch.Tensor]
     notes: Sequence[str]
     importance: Mapping[str, Sequence[tuple[int, float]]] = field(default_factory=dict)
+    kept: Kept = field(default_factory=Kept)
+    pairs: Kept = field(default_factory=Kept)
     _skeletons: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
 
     @property
@@ -76,17 +81,30 @@ class Library:
         """Digest of all that decides the weights of the alternatives."""
         tensors = {k: v.tolist() for k, v in self.orders.items()}
         maps = {k: [float(v.double().sum()), float(v.double().square().sum())] for k, v in self.maps.items()}
-        return fingerprint([self.parent.identity, [a.identity for a in self.alternatives], tensors, maps])
+        of_kept = [self.kept.identity] if self.kept.identity else []
+        return fingerprint([self.parent.identity, [a.identity for a in self.alternatives], tensors, maps, *of_kept])
 
     def with_parent(self, parent: Parent) -> Library:
         """The same library over another copy of the parent's weights."""
         return dataclasses.replace(self, parent=parent, _skeletons={})
+
+    def with_kept(self, kept: Kept, pairs: Kept | None = None) -> Library:
+        """The same library with other refitted and trained weights."""
+        return dataclasses.replace(self, kept=kept, pairs=self.pairs if pairs is None else pairs)
 
     def weights(self, alternative: Alternative) -> dict[str, torch.Tensor]:
         """The weights in which the layer with this alternative differs from the parent's, by name in the layer.
 
         They are what the checkpoint will hold, in the dtype of the computation.
         """
+        return self.sliced(alternative) | self._on_device(self.kept.of(alternative.identity))
+
+    def _on_device(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        runtime = self.parent.runtime
+        return {name: weight.to(runtime.device, runtime.dtype) for name, weight in weights.items()}
+
+    def sliced(self, alternative: Alternative) -> dict[str, torch.Tensor]:
+        """:meth:`weights` as they come from the parent's, whatever is kept."""
         i, kind = alternative.layer, alternative.kind
         if kind in ("parent", "no_op", "window", "experts_per_token"):
             return {}
@@ -136,6 +154,10 @@ class Library:
         None where an alternative does something else. That nothing in between sees the units that are gone, e.g. a
         norm over all of them, remains to be tried.
         """
+        return None if self.kept.layer_of(alternative.identity) is not None else self.units_gone(alternative)
+
+    def units_gone(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
+        """:meth:`silenced`, whatever is kept."""
         i, kind = alternative.layer, alternative.kind
         own = self.axes[i]
         if kind in ("ffn_width", "shared_width"):
@@ -159,6 +181,22 @@ class Library:
             gone = query_heads_of(own.kv, self.orders[f"{i}.attention"][alternative.size :])
         places = own.kv.weight(own.kv.reader).positions("queries", own.kv.sizes)
         return {own.kv.output: places[gone].flatten()}
+
+    def reader(self, alternative: Alternative) -> tuple[str, int] | None:
+        """Name and input dimension of the one projection that makes a changed subblock's output, if there is one."""
+        own, kind = self.axes[alternative.layer], alternative.kind
+        found: HeadsAxis | Bundle | None = None
+        if kind in ("ffn_width", "shared_width"):
+            axis = own.shared if kind == "shared_width" else own.ffn
+            assert axis is not None
+            found = axis.bundles[0] if len(axis.bundles) == 1 and not axis.bundles[0].members else None
+        elif kind in ("kv_heads", "head_groups", "query_heads", "window"):
+            found = own.kv
+        elif kind in ("mixer_heads", "mixer_groups", "mixer_head_size", "state_size"):
+            found = own.mixer
+        if found is None or not found.reader or not self._reads_its_input(alternative.layer, found.reader):
+            return None
+        return found.reader, found.reader_dim
 
     def _reads_its_input(self, i: int, weight: str) -> bool:
         """Whether a weight is that of a linear map, whose input holds what it reads."""
@@ -184,8 +222,7 @@ class Library:
         layer = copy.deepcopy(skeleton, configs)
         original = self.parent.layer(i)
         tensors: dict[str, torch.Tensor] = original.state_dict()
-        for alternative in changed:
-            tensors |= self.weights(alternative)
+        tensors |= self.weights_together(changed)
         layer.load_state_dict({name: tensors[name] for name in layer.state_dict()}, strict=True, assign=True)
         share_buffers(original, layer)
         for alternative in changed:
@@ -211,11 +248,14 @@ class Library:
 
     def layers(self, chosen: Sequence[Alternative]) -> dict[int, nn.Module]:
         """The decoder layers in which a choice differs from the parent."""
-        by_layer: dict[int, list[Alternative]] = {}
-        for alternative in chosen:
-            if alternative.kind != "parent":
-                by_layer.setdefault(alternative.layer, []).append(alternative)
-        return {i: self.layer(*alternatives) for i, alternatives in by_layer.items()}
+        return {i: self.layer(*alternatives) for i, alternatives in changed_by_layer(chosen).items()}
+
+    def weights_together(self, changed: Sequence[Alternative]) -> dict[str, torch.Tensor]:
+        """:meth:`weights` of all alternatives of one layer; of those that were trained together, what came of that."""
+        own: dict[str, torch.Tensor] = {}
+        for alternative in changed:
+            own |= self.weights(alternative)
+        return own | self._on_device(self.pairs.of(pair_identity(changed)))
 
     def blocks(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
         """The block configs of the child that a choice makes."""
@@ -231,9 +271,9 @@ class Library:
             parent.config, self.blocks(chosen), dtype=parent.runtime.dtype, device="meta", descriptor=parent.descriptor
         )
         tensors = parent.tensors()
-        for alternative in chosen:
-            prefix = parent.descriptor.layer_block_name(alternative.layer)
-            tensors |= {f"{prefix}.{name}": weight for name, weight in self.weights(alternative).items()}
+        for i, changed in changed_by_layer(chosen).items():
+            prefix = parent.descriptor.layer_block_name(i)
+            tensors |= {f"{prefix}.{name}": weight for name, weight in self.weights_together(changed).items()}
         child.load_state_dict({name: tensors[name] for name in child.state_dict()}, strict=True, assign=True)
         share_buffers(parent.model, child)
         child.tie_weights()
@@ -248,6 +288,7 @@ class Library:
         data = {"alternatives": [schema.to_data(a) for a in self.alternatives], "notes": list(self.notes)}
         write_json(folder / "library.json", data | {"axes": [schema.to_data(a) for a in self.axes]})
         write_json(folder / "importance.json", {k: [list(point) for point in v] for k, v in self.importance.items()})
+        self.kept.write(folder)
 
     @staticmethod
     def read(folder: Path, parent: Parent) -> Library:
@@ -262,6 +303,7 @@ class Library:
             {k.removeprefix("map."): v for k, v in tensors.items() if k.startswith("map.")},
             data["notes"],
             read_json(curves) if curves.is_file() else {},
+            Kept.read(folder),
         )
 
 

@@ -1,0 +1,252 @@
+"""Alternatives that learn to give what the parent's subblock gives."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from layersmith.distillation import local, store
+from layersmith.distillation.local import distill_chosen, distill_locally
+from layersmith.distillation.student import Student
+from layersmith.errors import UsageError
+from layersmith.library.alternative import Alternative
+from layersmith.library.library import Library, build_library, survey
+from layersmith.parent import load_parent
+from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, Recipe
+from layersmith.runtime import Runtime
+from tests.conformance.tiny import tiny_config
+from tests.conftest import stock_model
+
+TOKENS = torch.randint(3, 99, (34, 32), generator=torch.Generator().manual_seed(4))
+CALIBRATION, TRAINING = TOKENS[:8], TOKENS[8:]
+LIBRARY = LibraryRecipe(ffn_fractions=(0.5,), head_fractions=(0.5,), expert_fractions=(0.5,), kv_methods=("pool",))
+RECIPE = LocalDistillationRecipe(tokens=32 * 24, batch_tokens=64, learning_rate=0.02)
+
+
+def library_of(model_type: str, folder: Path, recipe: LibraryRecipe = LIBRARY) -> Library:
+    torch.manual_seed(0)
+    stock_model(tiny_config(model_type)).save_pretrained(folder)
+    return open_library(folder, recipe)
+
+
+def open_library(folder: Path, recipe: LibraryRecipe = LIBRARY) -> Library:
+    rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
+    parent = load_parent(folder, Runtime(torch.device("cpu"), torch.float32, rank, world_size))
+    return build_library(parent, recipe, survey(parent, recipe), CALIBRATION, batch_sequences=4)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gptj", "mixtral", "bamba", "falcon_h1", "gemma2"])
+def test_what_learns_gets_nearer(model_type: str, tmp_path: Path) -> None:
+    """In every layout: no alternative ends farther from the parent than it began, and some end nearer."""
+    library = library_of(model_type, tmp_path, dataclasses.replace(LIBRARY, keep_layers=(0, 3)))
+    before = {name: tensor.clone() for name, tensor in library.parent.model.state_dict().items()}
+    made = distill_locally(library, CALIBRATION, TRAINING, dataclasses.replace(RECIPE, reconstruct=False))
+    after = library.parent.model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    records = made.kept.records
+    assert {r["of"] for r in records} == {a.key for a in library.alternatives if a.kind not in ("parent", "no_op")}
+    assert all(r["after"] <= r["before"] == r["pruned"] for r in records)
+    pruned = [r for r in records if r["kind"] != "linear"]  # linear maps begin at their best
+    assert sum(r["after"] < r["before"] for r in pruned) > len(pruned) / 2
+    assert all(r["curve"][0] == [0, r["before"]] and 0 < r["tokens"] <= 32 * 24 for r in records)
+    # What is kept is what was measured: a child is made of it, and its parameters are those that costs count.
+    best = next(r for r in records if r["after"] < r["before"] and r["kind"] in ("ffn_width", "experts", "kv_heads"))
+    a = next(a for a in library.alternatives if a.key == best["of"])
+    child = made.compose([a])
+    assert sum(p.numel() for p in child.parameters()) == sum(p.numel() for p in library.compose([a]).parameters())
+    assert not torch.equal(child(TOKENS[:2]).logits, library.compose([a])(TOKENS[:2]).logits)
+
+
+def test_what_comes_of_it_is_written_and_read(tmp_path: Path) -> None:
+    library = library_of("llama", tmp_path / "parent")
+    made = distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "work", inputs="a")
+    made.write(tmp_path / "library")
+    again = Library.read(tmp_path / "library", library.parent)
+    in_memory = distill_locally(library, CALIBRATION, TRAINING, RECIPE)
+    assert again.identity == made.identity == in_memory.identity != library.identity
+    for a in library.alternatives:
+        weights = again.weights(a)
+        assert all(torch.equal(weights[name], w) for name, w in in_memory.weights(a).items())
+    records = json.loads((tmp_path / "library" / "distilled.json").read_text())
+    assert records == list(in_memory.kept.records)
+    assert len(list((tmp_path / "library" / "layers").glob("layer-*.safetensors"))) == 4
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_interrupted_at_any_step_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = library_of("llama", tmp_path / "parent", dataclasses.replace(LIBRARY, keep_layers=(0, 3)))
+    given = {"inputs": "these"}
+    distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "whole", **given)
+    monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
+    learn, calls = Student.learn, 0
+
+    def interrupted(self: Student, *args: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls % 23 == 0:
+            raise Stopped
+        learn(self, *args)
+
+    monkeypatch.setattr(Student, "learn", interrupted)
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "pieces", **given)
+            break
+        except Stopped:
+            continue
+    assert attempts > 5
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+    # Work of other inputs is not taken for this.
+    monkeypatch.setattr(Student, "learn", learn)
+    other = distill_locally(library, CALIBRATION, TRAINING[:14], RECIPE, work=tmp_path / "pieces", inputs="others")
+    assert (
+        other.kept.records[0]["tokens"]
+        < json.loads((tmp_path / "whole" / "layers" / "layer-001.json").read_text())["records"][0]["tokens"]
+    )
+
+
+SCRIPT = """
+import sys
+from pathlib import Path
+from layersmith.distillation import store
+from tests.distillation.test_local import CALIBRATION, RECIPE, TRAINING, distill_locally, open_library
+store._SAVE_EVERY_SECONDS = 0.0
+distill_locally(open_library(Path(sys.argv[1])), CALIBRATION, TRAINING, RECIPE, work=Path(sys.argv[2]), inputs="these")
+"""
+
+
+def started(*arguments: object, **environment: str) -> subprocess.Popen[bytes]:
+    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+    return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, arguments)], env=env, stderr=subprocess.PIPE)
+
+
+def test_killed_or_on_two_ranks_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
+    library = library_of("llama", tmp_path / "parent")
+    distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "whole", inputs="these")
+    process = started(tmp_path / "parent", tmp_path / "killed")
+    while process.poll() is None and not list((tmp_path / "killed" / "layers").glob("layer-001.partial")):
+        time.sleep(0.002)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() != 0
+    assert (tmp_path / "killed" / "layers" / "layer-000.json").is_file()
+    assert not (tmp_path / "killed" / "layers" / "layer-003.json").is_file()
+    last = started(tmp_path / "parent", tmp_path / "killed")
+    port = str(20000 + os.getpid() % 20000)
+    ranks = [
+        started(
+            tmp_path / "parent",
+            tmp_path / "ranks",
+            RANK=str(r),
+            WORLD_SIZE="2",
+            MASTER_ADDR="127.0.0.1",
+            MASTER_PORT=port,
+        )
+        for r in range(2)
+    ]
+    for process in (last, *ranks):
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors.decode()
+    assert contents(tmp_path / "killed") == contents(tmp_path / "ranks") == contents(tmp_path / "whole")
+
+
+def test_groups_that_fit_in_memory_learn_the_same(tmp_path: Path) -> None:
+    library = library_of("llama", tmp_path / "parent")
+    small = dataclasses.replace(RECIPE, memory_gib=0.0015)
+    whole = distill_locally(library, CALIBRATION, TRAINING, RECIPE)
+    for work in (None, tmp_path / "work"):
+        in_groups = distill_locally(library, CALIBRATION, TRAINING, small, work=work)
+        assert in_groups.identity == whole.identity
+        assert in_groups.kept.records == whole.kept.records
+
+
+def test_arithmetic_is_what_is_needed_and_little_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Needed: the parent's layers once on every token, and three times the products of each alternative that learns."""
+    library = library_of("llama", tmp_path / "parent")
+    seen: list[Any] = []
+    take_apart = local.take_apart
+    monkeypatch.setattr(local, "take_apart", lambda *args: seen.append(take_apart(*args)) or seen[-1])
+    recipe = dataclasses.replace(RECIPE, kinds=("ffn_width",), reconstruct=False, stop_below=0.0)
+    made = distill_locally(library, CALIBRATION, TRAINING, recipe)
+    trained = [r for r in made.kept.records if r["tokens"]]
+    assert {r["kind"] for r in trained} == {"ffn_width"}
+    arithmetic = seen[0].arithmetic
+    tokens = max(r["tokens"] for r in trained)
+    config = library.parent.config
+    ffn = 2 * 3 * config.hidden_size * config.intermediate_size
+    expected = sum(r["tokens"] for r in trained) * 3 * ffn * 0.5
+    layers = sum(p.numel() for layer in library.parent.layers for p in layer.parameters() if p.ndim == 2)
+    forward = 2 * layers * tokens
+    attention = 4 * 32 * config.num_attention_heads * config.head_dim * len(library.parent.blocks) * tokens
+    assert arithmetic.needed == pytest.approx(expected + forward + attention, rel=0.02)
+    assert arithmetic.done <= 1.3 * arithmetic.needed
+
+
+def test_a_pair_learns_together(tmp_path: Path) -> None:
+    library = distill_locally(library_of("llama", tmp_path / "parent"), CALIBRATION, TRAINING, RECIPE)
+    chosen = [
+        next(a for a in library.alternatives if (a.layer, a.kind) == (1, kind)) for kind in ("head_groups", "ffn_width")
+    ]
+    chosen += [
+        Alternative(2, "attention", "no_op"),
+        next(a for a in library.alternatives if (a.layer, a.kind) == (2, "ffn_width")),
+    ]
+    chosen += [Alternative(0, "attention", "parent"), Alternative(3, "ffn", "no_op")]
+    made = distill_chosen(library, chosen, TRAINING, RECIPE)
+    assert [r["layer"] for r in made.pairs.records] == [1, 2]
+    assert all(r["after"] < r["before"] for r in made.pairs.records)
+
+    def error(own: Library) -> float:
+        with torch.no_grad():
+            return float(
+                (own.compose(chosen)(TOKENS[:8]).logits - library.parent.model(TOKENS[:8]).logits).square().mean()
+            )
+
+    assert error(made) < error(library)
+    # One of the two by itself is what it was.
+    assert torch.equal(made.compose(chosen[:1])(TOKENS[:2]).logits, library.compose(chosen[:1])(TOKENS[:2]).logits)
+    made.pairs.write(tmp_path / "pairs")
+    assert type(made.pairs).read(tmp_path / "pairs").identity == made.pairs.identity
+
+
+def test_a_parent_that_stays_on_the_disk_teaches_the_same(tmp_path: Path) -> None:
+    library = library_of("llama", tmp_path)
+    parent = load_parent(tmp_path, Runtime(torch.device("cpu"), torch.float32), stream_near=tmp_path)
+    assert parent.stream is not None
+    streamed = build_library(parent, LIBRARY, survey(parent, LIBRARY), CALIBRATION, batch_sequences=4)
+    learned = [distill_locally(own, CALIBRATION, TRAINING, RECIPE) for own in (library, streamed)]
+    assert learned[0].kept.identity == learned[1].kept.identity
+
+
+def test_a_parent_in_bfloat16_teaches_what_it_will_store(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    stock_model(tiny_config("llama")).to(torch.bfloat16).save_pretrained(tmp_path)
+    for dtype in (torch.float32, torch.bfloat16):
+        parent = load_parent(tmp_path, Runtime(torch.device("cpu"), dtype))
+        library = build_library(parent, LIBRARY, survey(parent, LIBRARY), CALIBRATION, batch_sequences=4)
+        made = distill_locally(library, CALIBRATION, TRAINING, RECIPE)
+        trained = [r for r in made.kept.records if r["after"] < r["before"]]
+        assert len(trained) > len(made.kept.records) / 2
+        assert {t.dtype for r in trained for t in made.kept.of(r["identity"]).values()} == {torch.bfloat16}
+
+
+def test_recipes() -> None:
+    for bad in ({"tokens": -1}, {"learning_rate": 0.0}, {"memory_gib": 0.0}, {"kinds": ["ffn_widht"]}):
+        with pytest.raises(UsageError, match="local_distillation"):
+            Recipe.from_dict({"local_distillation": bad})
