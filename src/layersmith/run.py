@@ -5,6 +5,8 @@ run.json          parent, budget, versions, seed; the fingerprints of finished s
 data/             token rows and what they were made from
 library/          alternatives and what their weights are made from
 scores/           metrics of every alternative on every row
+frontier/         the best choice for every budget, and what others would do
+refine/           what whole children lost on the scoring rows, and the choice that came of it
 solution/         the budget, costs, and the choice
 child/            the child, a Hugging Face folder
 evaluation/       child against parent
@@ -58,7 +60,7 @@ def versions() -> dict[str, str]:
 # Temporary names that :mod:`layersmith.artifacts` gives to what it writes in a run folder.
 _HALF_WRITTEN = re.compile(
     r"^\.(run\.json|recipe\.yaml|report\.json|report\.html|library\.partial"
-    r"|data|library|scores|solution|child|evaluation|distilled|global|finalists|log\.json)\.(old\.)?\w+"
+    r"|data|library|scores|frontier|refine|solution|child|evaluation|distilled|global|finalists|log\.json)\.(old\.)?\w+"
 )
 
 

@@ -30,7 +30,7 @@ def uniform(space: Space, cost: str, budgets: Sequence[float]) -> list[Choice]:
 
 
 def dropped(space: Space, cost: str) -> list[Choice]:
-    """One layer fewer at a time: those whose attention and FFN score least, or the neighbours that do, whichever less."""
+    """One layer fewer at a time: those that score least, or the neighbours that do where that is less."""
     by_place = {(a.layer, a.subblock, a.kind): a for own in space.by_place.values() for a in own}
     parent = {place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in space.by_place.items()}
     layers = sorted({layer for layer, _ in space.by_place})
@@ -43,7 +43,11 @@ def dropped(space: Space, cost: str) -> list[Choice]:
     found = []
     for count in range(1, len(whole)):
         lowest = sorted(whole, key=lambda layer: (loss[layer], layer))[:count]
-        spans = [list(range(first, first + count)) for first in layers if all(i in whole for i in range(first, first + count))]
+        spans = [
+            list(range(first, first + count))
+            for first in layers
+            if all(i in whole for i in range(first, first + count))
+        ]
         best = min([lowest, *spans], key=lambda own: sum(loss[layer] for layer in own))
         chosen = {(a.layer, a.subblock): a for layer in best for a in whole[layer]}
         found.append(space.of([chosen.get(place, own) for place, own in sorted(parent.items())]))

@@ -145,7 +145,7 @@ class Space:
         """
         if self._solver is None:
             self._solver = self.solver()
-        return self.choice(self._solver.solve((self.limits if limits is None else limits) | self.rule_limits))
+        return self.choice(self._solver.solve({**(self.limits if limits is None else limits), **self.rule_limits}))
 
     def best_by(
         self, losses: Mapping[str, float], away: Sequence[tuple[Sequence[Alternative], int, int]] = ()
@@ -196,9 +196,7 @@ class Space:
 
     def choice(self, solution: Solution) -> Choice:
         by_key = {key: own for members in self._members for key, own in members.items()}
-        chosen = sorted(
-            (a for key in solution.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock)
-        )
+        chosen = sorted((a for key in solution.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
         return self.of(chosen, solution.proven_optimal)
 
     def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Choice:
@@ -233,9 +231,7 @@ class Space:
         for members in self._members:
             candidates = []
             for key, own in members.items():
-                costs = {
-                    name: sum(self._own_costs[a.key][name] for a in own) for name in self._own_costs[own[0].key]
-                }
+                costs = {name: sum(self._own_costs[a.key][name] for a in own) for name in self._own_costs[own[0].key]}
                 for name, (keys, sign) in (likes or {}).items():
                     costs[name] = sign * sum(a.key in keys for a in own)
                 changes = sum(a.kind != "parent" for a in own)

@@ -61,9 +61,7 @@ def best_near_bound(program: Program, relaxed: Relaxation) -> np.ndarray | None:
         target *= _MORE
 
 
-def _gap_for(
-    relaxed: Relaxation, groups: Sequence[np.ndarray], target: float, widest: float, scale: float
-) -> float:
+def _gap_for(relaxed: Relaxation, groups: Sequence[np.ndarray], target: float, widest: float, scale: float) -> float:
     """A gap within which about so many choices have the sum of their wastes."""
     low, high = 1e-12 * scale, widest
     if _count(relaxed, groups, high) <= target:
@@ -124,7 +122,10 @@ def _half(program: Program, relaxed: Relaxation, groups: Sequence[np.ndarray], g
             raise GivesUp
         came_from = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
         column = np.repeat(own.astype(np.int32), counts)
-        score, changes = half.score[came_from] + program.score[column], half.changes[came_from] + program.changes[column]
+        score, changes = (
+            half.score[came_from] + program.score[column],
+            half.changes[came_from] + program.changes[column],
+        )
         cost = half.cost[:, came_from] + program.cost[:, column]
         kept = _not_beaten(score, changes, cost)
         waste = half.waste[came_from] + relaxed.waste[column]

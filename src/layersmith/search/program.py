@@ -162,9 +162,7 @@ def _relaxation(program: Program, multipliers: Floats) -> Relaxation:
     """Any multipliers give a bound; those of the linear program give the best."""
     reduced = program.score + multipliers @ program.cost
     least = program.least(reduced)
-    return Relaxation(
-        float(math.fsum(least) - multipliers @ program.room), multipliers, reduced - least[program.group]
-    )
+    return Relaxation(float(math.fsum(least) - multipliers @ program.room), multipliers, reduced - least[program.group])
 
 
 def _linear(program: Program, scale: float) -> Floats | None:

@@ -2,9 +2,9 @@
 
 The program minimises a sum of scores, each measured in an otherwise whole parent. What a child loses is another thing:
 errors of its parts add up or cancel. So the program's choice and others like it are run on some scoring rows; a
-:class:`~layersmith.search.surrogate.Surrogate` is given what was seen, and says which exchanges may be better; those are
-run next, until the work that is allowed is done. The best few are run on all rows, and the best of these is taken; the
-program's own choice always is among them, so it is never worse on these rows.
+:class:`~layersmith.search.surrogate.Surrogate` is given what was seen, and says which exchanges may be better; those
+are run next, until the work that is allowed is done. The best few are run on all rows, and the best of these is taken;
+the program's own choice always is among them, so it is never worse on these rows.
 
 Everything that is run is kept in a journal by what the choice is and by row.
 """

@@ -45,7 +45,8 @@ def allowed(
         left[place] = [
             a
             for a in own
-            if (a.kind == "parent" or place[0] not in rules.keep_layers) and _divisible(a, rules.tensor_parallel, blocks)
+            if (a.kind == "parent" or place[0] not in rules.keep_layers)
+            and _divisible(a, rules.tensor_parallel, blocks)
         ]
         if not left[place]:
             raise Infeasible(
@@ -118,8 +119,7 @@ def together(
 def extra_costs(rules: SearchRecipe, costs: CostTable) -> dict[str, CombinedLimit]:
     """Limits on sums by the name of the cost that stands for them."""
     return {
-        RULE + " + ".join(f"{weight:g} {name}" for name, weight in limit.costs.items()): limit
-        for limit in rules.limits
+        RULE + " + ".join(f"{weight:g} {name}" for name, weight in limit.costs.items()): limit for limit in rules.limits
     }
 
 

@@ -127,9 +127,9 @@ class Solver:
     def solve(self, limits: Mapping[str, float]) -> Solution:
         """The best choice within the limits; see :func:`solve`."""
         groups = self.groups
-        if self._parent is not None and score_of(groups, self._parent) == 0:
-            if within(groups, self._parent, limits, self.fixed):
-                return self._solution(self._parent)
+        parent = self._parent
+        if parent is not None and score_of(groups, parent) == 0 and within(groups, parent, limits, self.fixed):
+            return self._solution(parent)
         self._refuse_unreachable(limits)
         program, names = self._program(limits)
         columns = self._without_loss(program)

@@ -38,9 +38,7 @@ class Surrogate:
         values: what they lost.
     """
 
-    def __init__(
-        self, losses: Mapping[str, float], seen: Sequence[Sequence[Alternative]], values: Sequence[float]
-    ):
+    def __init__(self, losses: Mapping[str, float], seen: Sequence[Sequence[Alternative]], values: Sequence[float]):
         self.losses, self.seen = losses, list(seen)
         residuals = np.array(values) - self._roots(seen).__pow__(2).sum(1)
         covariance = self._covariance(seen, seen) + np.diag((_NOISE * np.array(values)) ** 2 + 1e-18)
