@@ -97,7 +97,8 @@ def search_several(
     passes = recipe.search.refine_passes
     if refine and not passes:
         passes = SearchRecipe.refine_passes
-    if (out is not None if refine is None else refine) and passes and choices[0].score > 0:
+    wanted = (out is not None if refine is None else refine) and passes and choices[0].score > 0
+    if wanted and library.parent.stream is None:
         recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
         refined = pipeline.refined_choice(space, choices[0], library, recipe, scoring_rows(run), None, "", progress)
         choices[0] = refined.choice
@@ -134,6 +135,8 @@ def frontier_again(
     """
     run = Run.existing(run_folder)
     recipe, library, space = _space(run, budget, objective, descriptor, rules)
+    if measure and library.parent.stream is not None:
+        raise UsageError("--measure runs many children in turn, and this parent is read from the disk. Leave it out.")
 
     def measured(choices: Sequence[Choice]) -> list[dict[str, Any]]:
         rows = scoring_rows(run)

@@ -368,6 +368,9 @@ def make_refined(
     """The choice, bettered by running whole models; as it is where that is not wanted, or nothing was removed."""
     if not recipe.search.refine_passes or all(a.kind == "parent" for a in choice.alternatives):
         return choice
+    if library.parent.stream is not None:
+        progress.note("not refined: the parent is read from the disk, and refinement runs many children in turn.")
+        return choice
 
     def make(folder: Path) -> None:
         refined = refined_choice(space, choice, library, recipe, tokens, run.partial("refine"), inputs, progress)

@@ -26,8 +26,9 @@ from layersmith.staged import Batch, StagedParent
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
 
-# Layers that are kept built: neighbours of a choice use the same ones again and again.
-_KEPT_LAYERS = 64
+# Neighbours of a choice use the same layers again and again: so many stay built as have this share of the parent's
+# weights.
+_KEPT_SHARE = 0.5
 
 
 @dataclass(eq=False)
@@ -147,8 +148,10 @@ class WholeModels:
             self._built[own] = self._built.pop(own)  # the last used is the last to go
         else:
             self._built[own] = self.library.layer(*own)
-            if len(self._built) > _KEPT_LAYERS:
-                self._built.pop(next(iter(self._built)))
+            kept = {key: sum(p.numel() for p in layer.parameters()) for key, layer in self._built.items()}
+            while sum(kept.values()) > _KEPT_SHARE * self._whole and len(kept) > 1:
+                oldest = next(iter(kept))
+                del self._built[oldest], kept[oldest]
         return self._built[own]
 
     def _weights(self, i: int, own: tuple[Alternative, ...]) -> int:
