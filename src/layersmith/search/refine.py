@@ -129,11 +129,11 @@ class _Search:
                 break
             self._see(following)
         finalists = [start, *(c for c in sorted(self.seen, key=self._rank) if c != start)][: _FINALISTS + 1]
-        while len(finalists) > 1 and self.passes + self._price(finalists, len(self.all_rows)) > (
-            self.recipe.refine_passes + kept_back
-        ):
+        # The few rows are known of all of them.
+        others = len(self.all_rows) - len(self.rows)
+        while len(finalists) > 1 and self.passes + self._price(finalists, others) > self.recipe.refine_passes:
             finalists.pop()
-        on_all = self._measure(finalists, self.all_rows)
+        on_all = self._measure(finalists, self.all_rows, others)
         return finalists[min(range(len(finalists)), key=lambda k: (on_all[k], k))]
 
     # ------------------------------------------------------------------------------------------ what is run
@@ -142,10 +142,13 @@ class _Search:
         for choice, value in zip(choices, self._measure(choices, self.rows), strict=True):
             self.seen[choice] = value
 
-    def _measure(self, choices: Sequence[Chosen], rows: Sequence[int]) -> list[float]:
-        """Loss of each under the objective, on some rows; only what is not known yet is run."""
+    def _measure(self, choices: Sequence[Chosen], rows: Sequence[int], priced: int | None = None) -> list[float]:
+        """Loss of each under the objective, on some rows; only what is not known yet is run.
+
+        So many rows are counted as work, by default all.
+        """
         keys = [_key(choice) for choice in choices]
-        price = self._price(choices, len(rows))
+        price = self._price(choices, len(rows) if priced is None else priced)
         missing = [row for row in rows if not all((key, row) in self.journal.known for key in keys)]
         if missing:
             for key, own in zip(keys, self.models.run(choices, missing), strict=True):

@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from layersmith.execution import exchanged, forward
+from layersmith.execution import exchanged, logits_and_hidden
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.scoring.exact import spans
@@ -110,7 +110,7 @@ class WholeModels:
         for index, places in enumerate(choices):
             layers = {i: self._layer(i, own) for i, own in enumerate(places) if own}
             with exchanged(self.library.parent, layers):
-                logits, hidden = forward(self.library.parent, self._tokens_of(rows))
+                logits, hidden = logits_and_hidden(self.library.parent, self._tokens_of(rows))
             self._count(sum(self._weights(i, own) for i, own in enumerate(places)) + self._head, rows)
             found[index] = as_rows(row_means([measure(reference, logits, hidden)]))
         return found
@@ -121,7 +121,7 @@ class WholeModels:
             self._started.clear()
             ids = self._tokens_of(rows)
             if self.staged is None:
-                batch, (logits, hidden) = None, forward(self.library.parent, ids)
+                batch, (logits, hidden) = None, logits_and_hidden(self.library.parent, ids)
             else:
                 batch = self.staged.start(ids)
                 logits, hidden = self.staged.head(ids, self.staged.hidden_states(batch)[-1])
