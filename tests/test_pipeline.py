@@ -37,7 +37,8 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
     if "report.json" in found:
         report = json.loads(found["report.json"])
-        assert [t["stage"] for t in report["timings"]][-6:] == list(STAGES)
+        made = [stage for stage in STAGES if (folder / stage).is_dir()]
+        assert [t["stage"] for t in report["timings"]][-len(made) :] == made
         found["report.json"] = json.dumps(report | {"timings": []}).encode()
         found["report.html"] = render(report | {"timings": []}).encode()
     return found
