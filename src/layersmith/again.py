@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layersmith import pipeline
-from layersmith.artifacts import read_json
+from layersmith.artifacts import read_json, read_tensors, whole_folder
 from layersmith.data import evaluation_rows, load_tokenizer
 from layersmith.errors import InputError, UsageError, did_you_mean
 from layersmith.evaluation.compare import compare
@@ -14,14 +19,14 @@ from layersmith.heterogeneous.checkpoint import load, save
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.progress import SILENT, Progress
-from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe
+from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe, SearchRecipe
 from layersmith.report.card import write_card
 from layersmith.run import Run
 from layersmith.runtime import Runtime
-from layersmith.scoring.metrics import METRICS
-from layersmith.scoring.score import losses
+from layersmith.scoring.metrics import METRICS, loss_of
+from layersmith.scoring.score import standard_error
 from layersmith.search.budget import Budget
-from layersmith.search.choose import Choice, choose
+from layersmith.search.choose import Choice, Space
 
 
 def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[Recipe, Library]:
@@ -42,14 +47,39 @@ def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[R
 
 
 def search_again(
+    run_folder: str | Path, budget: Budget, objective: str | None = None, out: str | Path | None = None, **more: Any
+) -> tuple[Library, Choice]:
+    """The best child of a finished run for another budget; see :func:`search_several`."""
+    library, (choice, *_) = search_several(run_folder, budget, objective, out, **more)
+    return library, choice
+
+
+def search_several(
     run_folder: str | Path,
     budget: Budget,
     objective: str | None = None,
     out: str | Path | None = None,
     progress: Progress = SILENT,
     descriptor: type[ModelDescriptor] | None = None,
-) -> tuple[Library, Choice]:
-    """The best child of a finished run for another budget; written to ``out`` if that is given.
+    rules: SearchRecipe | None = None,
+    refine: bool | None = None,
+    solutions: int = 1,
+    differ: int = 1,
+) -> tuple[Library, list[Choice]]:
+    """The best children of a finished run for another budget; the first is written to ``out`` if that is given.
+
+    Args:
+        run_folder: the run.
+        budget: upper limits.
+        objective: metric to search by; default: the recipe's.
+        out: the child's folder.
+        progress: told where the work is.
+        descriptor: of the family.
+        rules: what a choice must satisfy beside the budget; default: the recipe's.
+        refine: whether whole children are run on the run's scoring rows to better the choice; default: if a child is
+            written and the recipe has passes for it.
+        solutions: how many choices, best first; the first is the child.
+        differ: in how many subblocks each differs from those before, at least.
 
     Raises:
         Infeasible: no child of the run's library fits.
@@ -60,21 +90,98 @@ def search_again(
         raise UsageError(f"--objective {objective}: unknown. {did_you_mean(objective, METRICS)}")
     if out is not None and Path(out).exists():
         raise InputError(f"{out}: already there. Choose another folder.")
-    recipe, library = reopen(run, descriptor)
-    costs = pipeline.cost_table(library.parent, library, budget)
-    scores = pipeline.read_scores(run, library)
-    choice = choose(library.alternatives, losses(scores, objective or recipe.scoring.objective), costs, budget)
+    if solutions < 1 or differ < 1:
+        raise UsageError("--solutions and --differ must be at least 1.")
+    recipe, library, space = _space(run, budget, objective, descriptor, rules)
+    choices = space.several(solutions, differ)
+    passes = recipe.search.refine_passes
+    if refine and not passes:
+        passes = SearchRecipe.refine_passes
+    wanted = (out is not None if refine is None else refine) and passes and choices[0].score > 0
+    if wanted and library.parent.stream is None:
+        recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
+        refined = pipeline.refined_choice(space, choices[0], library, recipe, scoring_rows(run), None, "", progress)
+        choices[0] = refined.choice
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
             own = library.with_parent(pipeline.at_stored_dtype(library.parent, recipe, run.folder))
             save(
-                own.compose(choice.alternatives),
+                own.compose(choices[0].alternatives),
                 out,
                 tokenizer=load_tokenizer(library.parent.path),
-                more=lambda folder: write_card(folder, run, library, choice, recipe),
+                more=lambda folder: write_card(folder, run, library, choices[0], recipe),
             )
             advance(1)
-    return library, choice
+    return library, choices
+
+
+def frontier_again(
+    run_folder: str | Path,
+    budget: Budget,
+    objective: str | None = None,
+    progress: Progress = SILENT,
+    descriptor: type[ModelDescriptor] | None = None,
+    rules: SearchRecipe | None = None,
+    measure: bool = False,
+) -> Path:
+    """The whole frontier of a finished run along the first cost of a budget, as ``frontier/frontier.json`` in it.
+
+    Args:
+        measure: also run some of its children, and baselines, as whole models on the run's scoring rows.
+        run_folder, budget, objective, progress, descriptor, rules: see :func:`search_again`.
+
+    Raises:
+        Infeasible: the other limits of the budget cannot be met.
+    """
+    run = Run.existing(run_folder)
+    recipe, library, space = _space(run, budget, objective, descriptor, rules)
+    if measure and library.parent.stream is not None:
+        raise UsageError("--measure runs many children in turn, and this parent is read from the disk. Leave it out.")
+
+    def measured(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+        rows = scoring_rows(run)
+        models = pipeline.whole_models(library, rows, recipe, progress)
+        everything = [*choices, space.of([a for a in library.alternatives if a.kind == "parent"])]
+        with progress.stage("measure", len(rows), "sequences") as advance:
+            found: list[list[float]] = [[] for _ in everything]
+            for start in range(0, len(rows), models.batch_rows):
+                batch = range(start, min(start + models.batch_rows, len(rows)))
+                for own, values in zip(found, models.run([c.alternatives for c in everything], batch), strict=True):
+                    own += [value[recipe.scoring.objective] for value in values]
+                advance(len(batch))
+        *own_rows, parent = found
+        whole = math.fsum(parent) / len(parent)
+        return [
+            {
+                "mean": loss_of(recipe.scoring.objective, math.fsum(own) / len(own), whole),
+                "error": standard_error(own),
+            }
+            for own in own_rows
+        ]
+
+    with whole_folder(run.folder / "frontier") as folder:
+        pipeline.write_frontier(folder, space, recipe, measured if measure else None, progress)
+    return run.folder / "frontier" / "frontier.json"
+
+
+def scoring_rows(run: Run) -> torch.Tensor:
+    """``[N, T]``, the rows on which the alternatives of a run were scored."""
+    return read_tensors(run.folder / "data" / "tokens.safetensors")["scoring"]
+
+
+def _space(
+    run: Run,
+    budget: Budget,
+    objective: str | None,
+    descriptor: type[ModelDescriptor] | None,
+    rules: SearchRecipe | None,
+) -> tuple[Recipe, Library, Space]:
+    recipe, library = reopen(run, descriptor)
+    chosen: Any = objective or recipe.scoring.objective
+    scoring = dataclasses.replace(recipe.scoring, objective=chosen, mode="auto")
+    recipe = dataclasses.replace(recipe, scoring=scoring, search=rules or recipe.search)
+    costs = pipeline.cost_table(library.parent, library, budget)
+    return recipe, library, pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
 
 
 def report_again(run_folder: str | Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,16 @@ KVCache = Annotated[str | None, typer.Option(help="Memory of the KV cache at --b
 Memory = Annotated[str | None, typer.Option(help="Weights and KV cache together: 0.7 or 10GiB.")]
 Batch = Annotated[int, typer.Option(help="Sequences at once, for the KV cache.")]
 Context = Annotated[int, typer.Option(help="Tokens of each, for the KV cache.")]
+KeepLayers = Annotated[str | None, typer.Option(help="Layers that stay as they are, e.g. 0,1,31.")]
+MostNoOpAttentions = Annotated[int | None, typer.Option(help="Attentions that may be removed, at most.")]
+MostNoOpFFNs = Annotated[int | None, typer.Option("--most-no-op-ffns", help="FFNs that may be removed, at most.")]
+Alike = Annotated[
+    str | None, typer.Option(help="So many neighbouring layers become the same; all for a uniform child.")
+]
+TensorParallel = Annotated[int | None, typer.Option(help="Heads and widths that are left are multiples of this.")]
+Refine = Annotated[
+    bool | None, typer.Option("--refine/--no-refine", help="Better the choice by running whole children.")
+]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; what it leaves out has its default.")]
 Descriptor = Annotated[str | None, typer.Option(help="Descriptor of the model's family, as package.module:ClassName.")]
 TrustRemoteCode = Annotated[
@@ -69,10 +80,17 @@ def compress(
         int | None, typer.Option(help="Then distil the parent into the child on so many tokens; before the recipe's.")
     ] = None,
     finalists: Annotated[int | None, typer.Option(help="Solutions that --distill tries first.")] = None,
+    keep_layers: KeepLayers = None,
+    most_no_op_attentions: MostNoOpAttentions = None,
+    most_no_op_ffns: MostNoOpFFNs = None,
+    alike: Alike = None,
+    tensor_parallel: TensorParallel = None,
+    refine: Refine = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
     until: Annotated[
-        str | None, typer.Option(help="Stop after this stage: data, library, scores, solution, child or evaluation.")
+        str | None,
+        typer.Option(help="Stop after: data, library, scores, frontier, refine, solution, child or evaluation."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will be done and what can be reached.")] = False,
 ) -> None:
@@ -83,6 +101,10 @@ def compress(
     chosen = _with_options(
         Recipe.read(recipe), seed, device, eval_data, trust_remote_code, scoring, stream, distill, finalists
     )
+    rules = _with_rules(
+        chosen.search, keep_layers, most_no_op_attentions, most_no_op_ffns, alike, tensor_parallel, refine
+    )
+    chosen = dataclasses.replace(chosen, search=rules)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory,
         batch=batch, context=context,
@@ -143,22 +165,50 @@ def search(
     memory: Memory = None,
     batch: Batch = BATCH,
     context: Context = CONTEXT,
+    keep_layers: KeepLayers = None,
+    most_no_op_attentions: MostNoOpAttentions = None,
+    most_no_op_ffns: MostNoOpFFNs = None,
+    alike: Alike = None,
+    tensor_parallel: TensorParallel = None,
+    refine: Annotated[
+        bool | None,
+        typer.Option("--refine/--no-refine", help="Better it by running whole children; default: if one is written."),
+    ] = None,
+    solutions: Annotated[int, typer.Option(help="Print so many, best first.")] = 1,
+    differ: Annotated[int, typer.Option(help="Subblocks in which each differs from those before.")] = 1,
+    frontier: Annotated[bool, typer.Option("--frontier", help="Write RUN/frontier: every budget's answer.")] = False,
+    measure: Annotated[bool, typer.Option("--measure", help="Run some of it, and baselines, as whole models.")] = False,
     objective: Annotated[str | None, typer.Option(help="Metric to search by; default: the recipe's.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write the child into this folder.")] = None,
 ) -> None:
     """Answer another budget from the scores of a run, in seconds."""
-    from layersmith.again import search_again
+    from layersmith.again import frontier_again, search_several
+    from layersmith.recipe import Recipe
+    from layersmith.run import Run
     from layersmith.search.budget import parse_budget
-    from layersmith.terminal import print_choice
+    from layersmith.terminal import print_choice, print_frontier
 
-    budget = parse_budget(
-        params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory,
-        batch=batch, context=context,
+    given = {"params": params, "active_params": active_params, "weights": weights, "kv_cache": kv_cache}
+    if frontier and not any(value is not None for value in (*given.values(), memory)):
+        given["params"] = "1.0"
+    budget = parse_budget(**given, memory=memory, batch=batch, context=context)
+    rules = _with_rules(
+        Recipe.from_dict(Run.existing(run).header()["recipe"]).search,
+        keep_layers, most_no_op_attentions, most_no_op_ffns, alike, tensor_parallel, None,
     )  # fmt: skip
     console = _console()
     with _drawn(console) as progress:
-        library, choice = search_again(run, budget, objective, out, progress)
-    print_choice(console, library, choice)
+        if frontier:
+            path = frontier_again(run, budget, objective, progress, rules=rules, measure=measure)
+        else:
+            library, choices = search_several(
+                run, budget, objective, out, progress, rules=rules, refine=refine, solutions=solutions, differ=differ
+            )
+    if frontier:
+        print_frontier(console, path)
+        return
+    for choice in choices:
+        print_choice(console, library, choice)
     if out is not None:
         console.print(f"child: {out}", markup=False, highlight=False)
 
@@ -288,8 +338,6 @@ def _with_options(
     distill: int | None,
     finalists: int | None,
 ) -> Any:
-    import dataclasses
-
     from layersmith import schema
     from layersmith.recipe import ScoringRecipe
 
@@ -313,6 +361,35 @@ def _with_options(
         recipe.distillation, **{name: value for name, value in distillation.items() if value is not None}
     )
     return dataclasses.replace(recipe, **changes)
+
+
+def _with_rules(
+    search: Any,
+    keep_layers: str | None,
+    most_no_op_attentions: int | None,
+    most_no_op_ffns: int | None,
+    alike: str | None,
+    tensor_parallel: int | None,
+    refine: bool | None,
+) -> Any:
+    """A recipe's section ``search`` with what was said on the command line."""
+    from layersmith.recipe import SearchRecipe
+
+    changes: dict[str, Any] = {
+        "most_no_op_attentions": most_no_op_attentions,
+        "most_no_op_ffns": most_no_op_ffns,
+        "tensor_parallel": tensor_parallel,
+    }
+    try:
+        if keep_layers is not None:
+            changes["keep_layers"] = tuple(int(layer) for layer in keep_layers.split(","))
+        if alike is not None:
+            changes["alike"] = 0 if alike == "all" else int(alike)
+    except ValueError as error:
+        raise UsageError("--keep-layers takes numbers such as 0,1,31, and --alike a number or all.") from error
+    if refine is not None:
+        changes["refine_passes"] = (search.refine_passes or SearchRecipe.refine_passes) if refine else 0.0
+    return dataclasses.replace(search, **{name: value for name, value in changes.items() if value is not None})
 
 
 def _print_result(console: Console, result: Any, with_samples: bool = False) -> None:

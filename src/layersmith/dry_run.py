@@ -19,7 +19,7 @@ from layersmith.run import Run
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import SWEEP_PASSES
 from layersmith.search.budget import Budget
-from layersmith.search.choose import choose
+from layersmith.search.choose import Space
 
 
 def plan(
@@ -42,7 +42,8 @@ def plan(
     found = outline(
         parent, recipe.library, Workload(budget.batch, budget.context), descriptor, recipe.trust_remote_code
     )
-    choose(found.alternatives, dict.fromkeys(found.costs.by_key, 0.0), found.costs, budget)  # raises Infeasible
+    zeros = dict.fromkeys(found.costs.by_key, 0.0)
+    Space(found.alternatives, zeros, found.costs, budget, recipe.search, found.blocks).reachable()
     whole = found.costs.parent
     smallest = {name: _smallest(found, name) for name in COSTS}
     flops = count_flops(found, recipe)
@@ -105,9 +106,11 @@ def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
         estimated = (SWEEP_PASSES + recipe.scoring.exact_passes) * whole
         scored = estimated if recipe.scoring.mode == "second_order" else min(scored, estimated)
     length = data.sequence_length
+    refined = recipe.search.refine_passes * whole
     return {
         "statistics": 2.0 * whole * data.calibration_sequences * length,
         "scores": 2.0 * scored * data.scoring_sequences * length,
+        "refine": 2.0 * refined * data.scoring_sequences * length,
         "evaluation": 4.0 * whole * data.evaluation_sequences * length,
     }
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from layersmith.block_config import AttentionConfig, FFNConfig
+from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.costs.counted import Workload, total
 from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype
@@ -60,6 +60,7 @@ class Outline:
     """A search space found from a config: its axes are not proved on weights yet."""
 
     descriptor: type[ModelDescriptor]
+    blocks: list[BlockConfig]
     alternatives: list[Alternative]
     axes: list[LayerAxes]
     costs: CostTable
@@ -83,7 +84,7 @@ def outline(
     found = survey_of(descriptor, blocks, axes, layers, recipe)
     dtype = config_dtype(config)
     costs = count_costs(descriptor, config, blocks, found.alternatives, axes, dtype, workload)
-    return Outline(descriptor, found.alternatives, axes, costs, found.notes, dtype)
+    return Outline(descriptor, blocks, found.alternatives, axes, costs, found.notes, dtype)
 
 
 def inspect(

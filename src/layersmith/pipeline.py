@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +38,14 @@ from layersmith.report.optional import read_optional
 from layersmith.run import Run, versions
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
-from layersmith.scoring.score import Score, losses
+from layersmith.scoring.score import Journal, Score, losses
+from layersmith.search import baselines
 from layersmith.search.budget import Budget, format_count
-from layersmith.search.choose import Choice, choose
+from layersmith.search.choose import Choice, Space
+from layersmith.search.frontier import frontier, to_dict
+from layersmith.search.refine import Refined, read_refined, refine
+from layersmith.search.whole import WholeModels
+from layersmith.staged import CannotTakeApart, take_apart
 from layersmith.streaming import is_too_large, load_streamed
 
 
@@ -104,8 +109,13 @@ def compress(
     return result
 
 
+# Runs choices as whole models: for each its mean loss under the objective, and the standard error of that.
+Measure = Callable[[Sequence[Choice]], list[dict[str, Any]]]
+# Points of a frontier, and of each baseline, that are run as whole models where that is asked for.
+MEASURED_POINTS = 10
+
 # The stages, by the names of their folders, in their order.
-STAGES = ("data", "library", "scores", "solution", "pairs", "child", "evaluation")
+STAGES = ("data", "library", "scores", "frontier", "refine", "solution", "pairs", "child", "evaluation")
 
 
 def stages(
@@ -156,7 +166,15 @@ def stages(
         scores = make_scores(run, score_inputs, library, recipe, tokens.scoring, progress)
         yield "scores"
 
-        choice = choose(library.alternatives, losses(scores, recipe.scoring.objective), costs, budget)
+        space = search_space(library, scores, recipe, costs, budget)
+        choice = space.best()
+        search_inputs = fingerprint([score_inputs, choice.to_dict(), schema.to_data(recipe.search)])
+        run.do("frontier", search_inputs, lambda folder: write_frontier(folder, space, recipe, progress=progress))
+        yield "frontier"
+
+        choice = make_refined(run, search_inputs, space, choice, library, recipe, tokens.scoring, progress)
+        yield "refine"
+
         solution_inputs = fingerprint([score_inputs, choice.to_dict()])
         run.do("solution", solution_inputs, lambda folder: write_solution(folder, choice, costs))
         yield "solution"
@@ -198,7 +216,8 @@ def examine(
         model = open_parent(parent, recipe, near or Path.cwd(), descriptor)
         found = survey(model, recipe.library)
         costs = cost_table(model, found, budget)
-        choose(found.alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget)  # raises Infeasible
+        zeros = dict.fromkeys(costs.by_key, 0.0)
+        Space(found.alternatives, zeros, costs, budget, recipe.search, model.blocks).reachable()
         advance(1)
     if model.stream is not None:
         progress.note("the parent's weights stay on the disk; a layer at a time is read.")
@@ -331,6 +350,96 @@ def make_scores(
 def read_scores(run: Run, library: Library) -> list[Score]:
     records = {record["of"]: record for record in read_json(run.folder / "scores" / "scores.json")}
     return [Score.from_dict(alternative, records[alternative.key]) for alternative in library.alternatives]
+
+
+def search_space(library: Library, scores: list[Score], recipe: Recipe, costs: CostTable, budget: Budget) -> Space:
+    """All choices, as the recipe's objective and rules see them."""
+    own = losses(scores, recipe.scoring.objective)
+    return Space(library.alternatives, own, costs, budget, recipe.search, library.parent.blocks)
+
+
+def write_frontier(
+    folder: Path, space: Space, recipe: Recipe, measure: Measure | None = None, progress: Progress = SILENT
+) -> None:
+    """The frontier along the first cost that the budget limits, and what others would do.
+
+    Args:
+        folder: gets ``frontier.json``.
+        space: of the choices.
+        recipe: how many points.
+        measure: runs choices as whole models; without it there are sums of scores only.
+        progress: told of points.
+    """
+    cost = space.budget.limits[0].cost
+    with progress.stage("frontier", recipe.search.frontier_points, "budgets") as advance:
+        choices = frontier(space, cost, recipe.search.frontier_points, advance)
+    some = choices[:: max(1, len(choices) // MEASURED_POINTS)]
+    budgets = [choice.costs[cost] for choice in some if choice.score > 0]
+    others = baselines.all_of(space, cost, budgets, recipe.seed)
+    if measure is not None:
+        others = {name: own[:: max(1, -(-len(own) // MEASURED_POINTS))] for name, own in others.items()}
+    wanted = [*some, *(choice for own in others.values() for choice in own)] if measure is not None else []
+    measured = dict(zip((c.alternatives for c in wanted), measure(wanted) if measure else [], strict=True))
+    data = to_dict(
+        space, cost, recipe.scoring.objective, [(c, measured.get(c.alternatives)) for c in choices],
+        {name: [(c, measured.get(c.alternatives)) for c in own] for name, own in others.items()},
+    )  # fmt: skip
+    write_json(folder / "frontier.json", data)
+
+
+def whole_models(library: Library, tokens: torch.Tensor, recipe: Recipe, progress: Progress) -> WholeModels:
+    """What runs choices on rows ``[N, T]``."""
+    try:
+        staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
+    except CannotTakeApart as reason:
+        staged = None
+        progress.note(f"children are run whole, because {reason}.")
+    return WholeModels(library, staged, tokens, batch_sequences(recipe, tokens))
+
+
+def make_refined(
+    run: Run,
+    inputs: str,
+    space: Space,
+    choice: Choice,
+    library: Library,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+    progress: Progress,
+) -> Choice:
+    """The choice, bettered by running whole models; as it is where that is not wanted, or nothing was removed."""
+    if not recipe.search.refine_passes or all(a.kind == "parent" for a in choice.alternatives):
+        return choice
+    if library.parent.stream is not None:
+        progress.note("not refined: the parent is read from the disk, and refinement runs many children in turn.")
+        return choice
+
+    def make(folder: Path) -> None:
+        refined = refined_choice(space, choice, library, recipe, tokens, run.partial("refine"), inputs, progress)
+        write_json(folder / "refine.json", refined.to_dict())
+
+    run.do("refine", inputs, make)
+    return read_refined(read_json(run.folder / "refine" / "refine.json")).choice
+
+
+def refined_choice(
+    space: Space,
+    choice: Choice,
+    library: Library,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+    journal: Path | None,
+    inputs: str,
+    progress: Progress,
+) -> Refined:
+    """Run children like the choice on the scoring rows and search on; see :mod:`layersmith.search.refine`."""
+    with progress.stage("refine", recipe.search.refine_passes, "passes") as advance, Journal(journal, inputs) as kept:
+        models = whole_models(library, tokens, recipe, progress)
+        refined = refine(
+            space, choice, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
+        )
+    progress.note(str(refined))
+    return refined
 
 
 def write_solution(folder: Path, choice: Choice, costs: CostTable) -> None:

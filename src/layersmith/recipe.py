@@ -242,6 +242,60 @@ class DistillationRecipe:
 
 
 @dataclass(frozen=True)
+class CombinedLimit:
+    """An upper limit on several costs together, e.g. ``{costs: {weights: 1, kv_cache: 2}, at_most: 10GiB}``.
+
+    Attributes:
+        costs: a budget's key, or a cost's own name, to how many times it counts.
+        at_most: a fraction of what the parent has of that sum, or an amount, with or without a unit.
+    """
+
+    costs: dict[str, float]
+    at_most: str | float
+
+
+@dataclass(frozen=True)
+class SearchRecipe:
+    """What a choice must satisfy beside the budget, and how it is refined.
+
+    Attributes:
+        keep_layers: layers that stay as they are.
+        most_no_op_attentions: attentions that may be removed, at most.
+        most_no_op_ffns: FFNs that may be removed, at most.
+        alike: which layers become the same, each subblock for itself: lists of layers, or a number, so many
+            neighbours at a time; 0 for all layers, a uniform child. Layers that differ in the parent are not compared.
+        tensor_parallel: heads and widths that are left are multiples of this; KV heads may also divide it.
+        limits: on several costs together.
+        refine_passes: work that refinement may take, in forward passes of the parent over the scoring rows; 0 for none.
+        refine_rows: scoring rows on which most choices are tried.
+        frontier_points: budgets for which the frontier is computed.
+    """
+
+    keep_layers: tuple[int, ...] = ()
+    most_no_op_attentions: int | None = None
+    most_no_op_ffns: int | None = None
+    alike: int | tuple[tuple[int, ...], ...] | None = None
+    tensor_parallel: int = 1
+    limits: tuple[CombinedLimit, ...] = ()
+    refine_passes: float = 10.0
+    refine_rows: int = 8
+    frontier_points: int = 50
+
+    def __post_init__(self) -> None:
+        schema.check_fields(self)
+        for name in ("most_no_op_attentions", "most_no_op_ffns", "refine_passes"):
+            if (getattr(self, name) or 0) < 0:
+                raise UsageError(f"recipe search.{name}: cannot be negative, got {getattr(self, name)}.")
+        for name in ("tensor_parallel", "refine_rows"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"recipe search.{name}: must be at least 1, got {getattr(self, name)}.")
+        if self.frontier_points < 2:
+            raise UsageError("recipe search.frontier_points: must be at least 2.")
+        if isinstance(self.alike, int) and self.alike < 0:
+            raise UsageError("recipe search.alike: must be a number of layers, 0 for all, or lists of layers.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of it.
 
@@ -261,6 +315,7 @@ class Recipe:
     local_distillation: LocalDistillationRecipe = field(default_factory=LocalDistillationRecipe)
     scoring: ScoringRecipe = field(default_factory=ScoringRecipe)
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
+    search: SearchRecipe = field(default_factory=SearchRecipe)
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"

@@ -5,6 +5,8 @@ run.json          parent, budget, versions, seed; the fingerprints of finished s
 data/             token rows and what they were made from
 library/          alternatives, what their weights are made from, and what they have learned
 scores/           metrics of every alternative on every row
+frontier/         the best choice for every budget, and what others would do
+refine/           what whole children lost on the scoring rows, and the choice that came of it
 solution/         the budget, costs, and the choice
 pairs/            what the chosen alternatives have learned together
 child/            the child, a Hugging Face folder
@@ -59,7 +61,8 @@ def versions() -> dict[str, str]:
 # Temporary names that :mod:`layersmith.artifacts` gives to what it writes in a run folder.
 _HALF_WRITTEN = re.compile(
     r"^\.(run\.json|recipe\.yaml|report\.json|report\.html|library\.partial"
-    r"|data|library|scores|solution|pairs|child|evaluation|distilled|global|finalists|log\.json)\.(old\.)?\w+"
+    r"|data|library|scores|frontier|refine|solution|pairs|child|evaluation|distilled|global|finalists|log\.json)"
+    r"\.(old\.)?\w+"
 )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -86,6 +87,21 @@ def print_choice(console: Console, library: Library, choice: Choice) -> None:
         console.print(f"{cost_label(name)}: {change}", highlight=False)
     how = "proven optimal for these scores" if choice.proven_optimal else "the best found"
     console.print(f"sum of scores: {choice.score:.4f}, {how}", highlight=False)
+
+
+def print_frontier(console: Console, path: Path) -> None:
+    """What a frontier has, and where it lies."""
+    data = read_json(path)
+    table = Table(title=f"frontier by {data['cost'].replace('_', ' ')}", title_justify="left")
+    for heading in ("", "of the parent", "sum of scores", "measured"):
+        table.add_column(heading, justify="right")
+    for row in data["points"]:
+        measured = with_noise(row["measured"]["mean"], row["measured"]["error"]) if row["measured"] else ""
+        table.add_row(
+            format_cost(data["cost"], row["cost"]), f"{row['fraction']:.3f}x", f"{row['score']:.4f}", measured
+        )
+    console.print(table)
+    console.print(f"frontier: {path}", markup=False, highlight=False, soft_wrap=True)
 
 
 def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:

@@ -184,6 +184,22 @@ def parse_limit(cost: str, text: Any) -> Limit:
     return Limit(cost, amount=int(number * _BYTES[unit]))
 
 
+def parse_amount(text: str, where: str) -> Decimal:
+    """An amount with a unit of memory or of parameters, e.g. ``10GiB`` or ``7B``.
+
+    Raises:
+        UsageError: neither.
+    """
+    match = re.fullmatch(r"([0-9.]+)\s*(%|[A-Za-z]+)", text.strip().replace("_", ""))
+    units: dict[str, Any] = {**_COUNTS, **_BYTES, "%": Decimal("0.01")}
+    try:
+        if match and match[2].upper() in units:
+            return Decimal(match[1]) * units[match[2].upper()]
+    except InvalidOperation:
+        pass
+    raise UsageError(f"{where}: {text!r} is not an amount. Give a fraction such as 0.7, or an amount such as 10GiB.")
+
+
 def format_count(value: float) -> str:
     """``4771392`` as ``4.77M``."""
     for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):

@@ -1,16 +1,25 @@
-"""From alternatives, scores, costs and a budget to the choice: one alternative for every subblock."""
+"""From alternatives, scores, costs, a budget and rules to choices: one alternative for every subblock."""
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from layersmith import schema
+from layersmith.block_config import BlockConfig
 from layersmith.costs.library_costs import CostTable
+from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
+from layersmith.recipe import SearchRecipe
+from layersmith.search import rules as rules_of
 from layersmith.search.budget import Budget
-from layersmith.search.solve import Candidate, Group, solve
+from layersmith.search.solve import Candidate, Group, Solution, Solver
+
+NO_RULES = SearchRecipe()
+_ALIKE = rules_of.RULE + "like choice "
 
 
 @dataclass(frozen=True)
@@ -29,9 +38,9 @@ class Choice:
 
     alternatives: tuple[Alternative, ...]
     score: float
-    costs: dict[str, int]
-    parent_costs: dict[str, int]
-    limits: dict[str, int]
+    costs: dict[str, Any]
+    parent_costs: dict[str, Any]
+    limits: dict[str, Any]
     budget: Budget
     proven_optimal: bool
 
@@ -53,7 +62,12 @@ class Choice:
 
 
 def choose(
-    alternatives: Sequence[Alternative], losses: Mapping[str, float], costs: CostTable, budget: Budget
+    alternatives: Sequence[Alternative],
+    losses: Mapping[str, float],
+    costs: CostTable,
+    budget: Budget,
+    rules: SearchRecipe = NO_RULES,
+    blocks: Sequence[BlockConfig] | None = None,
 ) -> Choice:
     """The best choice within a budget.
 
@@ -62,34 +76,166 @@ def choose(
         losses: key of an alternative to what it costs in quality; the parent's are 0.
         costs: of every alternative.
         budget: upper limits.
+        rules: what a choice must satisfy beside it.
+        blocks: of the parent; needed where rules speak of sizes or of layers alike.
 
     Raises:
         Infeasible: no choice fits; the message says what the smallest child is.
     """
-    by_place: dict[tuple[int, str], list[Alternative]] = {}
-    for alternative in alternatives:
-        by_place.setdefault((alternative.layer, alternative.subblock), []).append(alternative)
-    limits = budget.resolve(costs.parent)
-    groups = [
-        Group(
-            f"layer {layer} {subblock}",
-            tuple(
-                Candidate(
-                    a.key, losses[a.key], {name: costs.by_key[a.key][name] for name in costs.parent}, a.kind == "parent"
-                )
-                for a in members
-            ),
+    return Space(alternatives, losses, costs, budget, rules, blocks).best()
+
+
+class Space:
+    """All choices that rules allow, their scores and costs.
+
+    Args:
+        alternatives, losses, costs, budget, rules, blocks: see :func:`choose`.
+
+    Raises:
+        Infeasible, UsageError: rules that make no sense.
+    """
+
+    def __init__(
+        self,
+        alternatives: Sequence[Alternative],
+        losses: Mapping[str, float],
+        costs: CostTable,
+        budget: Budget,
+        rules: SearchRecipe = NO_RULES,
+        blocks: Sequence[BlockConfig] | None = None,
+    ):
+        self.alternatives, self.losses, self.costs, self.budget = alternatives, losses, costs, budget
+        self.rules, self.blocks = rules, blocks
+        self.limits = budget.resolve(costs.parent)
+        self.rule_limits = rules_of.limits_of(rules, costs)
+        self.by_place = rules_of.allowed(alternatives, rules, blocks)
+        self._own_costs = {
+            a.key: rules_of.costs_of(a, rules, costs) for members in self.by_place.values() for a in members
+        }
+        # What may be chosen together, by the key of a candidate.
+        self._members: list[dict[str, tuple[Alternative, ...]]] = [
+            self._alike(places) for places in rules_of.together(self.by_place, rules, blocks)
+        ]
+        self._solver: Solver | None = None
+
+    def _alike(self, places: Sequence[rules_of.Place]) -> dict[str, tuple[Alternative, ...]]:
+        """Alternatives that all of some subblocks have, by name."""
+        by_name = [{a.name: a for a in self.by_place[place]} for place in places]
+        common = [name for name in by_name[0] if all(name in own for own in by_name)]
+        if not common:
+            where = ", ".join(str(layer) for layer, _ in places)
+            raise Infeasible(f"Infeasible: layers {where} have no {places[0][1]} in common. Change search.alike.")
+        return {" ".join(own[name].key for own in by_name): tuple(own[name] for own in by_name) for name in common}
+
+    @property
+    def members(self) -> list[list[tuple[Alternative, ...]]]:
+        """For each group of the program what can be chosen."""
+        return [list(own.values()) for own in self._members]
+
+    # ------------------------------------------------------------------------------------------ choices
+
+    def best(self, limits: Mapping[str, float] | None = None) -> Choice:
+        """The choice with the least sum of losses.
+
+        Args:
+            limits: other than the budget's.
+
+        Raises:
+            Infeasible: none is within the limits.
+        """
+        if self._solver is None:
+            self._solver = self.solver()
+        return self.choice(self._solver.solve({**(self.limits if limits is None else limits), **self.rule_limits}))
+
+    def best_by(
+        self, losses: Mapping[str, float], away: Sequence[tuple[Sequence[Alternative], int, int]] = ()
+    ) -> Choice | None:
+        """The best choice by other losses, so far from others; None if there is none.
+
+        Args:
+            losses: key of an alternative to its loss.
+            away: choices, and in how many subblocks the wanted one differs from each, at least and at most.
+        """
+        likes = {}
+        limits: dict[str, float] = {}
+        for k, (other, least, most) in enumerate(away):
+            keys = {a.key for a in other}
+            name = f"{_ALIKE}{k}"
+            likes[name] = keys, 1
+            limits[name] = len(other) - least
+            if most < len(other):
+                likes[name + " "] = keys, -1
+                limits[name + " "] = most - len(other)
+        try:
+            solution = self.solver(losses, likes).solve(self.limits | self.rule_limits | limits)
+        except Infeasible:
+            return None
+        return dataclasses.replace(self.choice(solution), score=self.score(self.choice(solution).alternatives))
+
+    def several(self, count: int, places: int) -> list[Choice]:
+        """The best choice, then each time the best that differs from all before in so many subblocks, at least."""
+        found = [self.best()]
+        while len(found) < count:
+            following = self.best_by(self.losses, [(own.alternatives, places, 2**31) for own in found])
+            if following is None:
+                break
+            found.append(following)
+        return found
+
+    def least(self, cost: str, limits: Mapping[str, float]) -> Any:
+        """The least of a cost that a child can have within limits on others; rules hold.
+
+        Raises:
+            Infeasible: no choice is within the limits.
+        """
+        return self.solver().least(cost, {**limits, **self.rule_limits})
+
+    def reachable(self) -> None:
+        """Raises: Infeasible: no choice is within the limits."""
+        self.solver().reachable(self.limits | self.rule_limits)
+
+    def choice(self, solution: Solution) -> Choice:
+        by_key = {key: own for members in self._members for key, own in members.items()}
+        chosen = sorted((a for key in solution.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
+        return self.of(chosen, solution.proven_optimal)
+
+    def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Choice:
+        """A choice of these alternatives, with its score and costs."""
+        own = {}
+        for name in self.costs.parent:
+            values = [self.costs.by_key[a.key][name] for a in chosen]
+            whole = all(isinstance(v, int) for v in values)
+            own[name] = self.costs.fixed[name] + (sum(values) if whole else math.fsum(values))
+        return Choice(tuple(chosen), self.score(chosen), own, self.costs.parent, self.limits, self.budget, proven)
+
+    def score(self, chosen: Sequence[Alternative]) -> float:
+        return math.fsum(self.losses[a.key] for a in chosen)
+
+    def fits(self, chosen: Sequence[Alternative]) -> bool:
+        """Whether a choice is within all limits; rules on which alternatives go together are not looked at."""
+        fixed = rules_of.fixed_of(self.rules, self.costs)
+        limits = self.limits | self.rule_limits
+        return all(
+            fixed.get(name, 0) + math.fsum(self._own_costs[a.key][name] for a in chosen) <= limit
+            for name, limit in limits.items()
         )
-        for (layer, subblock), members in sorted(by_place.items())
-    ]
-    solution = solve(groups, limits, costs.fixed, parent_costs=costs.parent)
-    by_key = {a.key: a for a in alternatives}
-    return Choice(
-        tuple(by_key[key] for key in solution.chosen),
-        solution.score,
-        dict(solution.costs),
-        costs.parent,
-        limits,
-        budget,
-        solution.proven_optimal,
-    )
+
+    # ------------------------------------------------------------------------------------------ the program
+
+    def solver(
+        self, losses: Mapping[str, float] | None = None, likes: Mapping[str, tuple[set[str], int]] | None = None
+    ) -> Solver:
+        """The integer program under some losses, and costs that count how many subblocks are like another choice's."""
+        losses = self.losses if losses is None else losses
+        groups = []
+        for members in self._members:
+            candidates = []
+            for key, own in members.items():
+                costs = {name: sum(self._own_costs[a.key][name] for a in own) for name in self._own_costs[own[0].key]}
+                for name, (keys, sign) in (likes or {}).items():
+                    costs[name] = sign * sum(a.key in keys for a in own)
+                changes = sum(a.kind != "parent" for a in own)
+                candidates.append(Candidate(key, math.fsum(losses[a.key] for a in own), costs, changes == 0, changes))
+            first = next(iter(members.values()))
+            groups.append(Group(f"layer {first[0].layer} {first[0].subblock}", tuple(candidates)))
+        return Solver(groups, rules_of.fixed_of(self.rules, self.costs), self.costs.parent)

@@ -5,10 +5,12 @@ subject to sum over c of x[g, c] = 1 for every group g,
            fixed[k] + sum over g, c of cost[k, g, c] x[g, c] <= limit[k] for every limited cost k,
            x binary.
 
-Source: arXiv 2411.19146, section 4.3. HiGHS solves it; its answer is recomputed in exact integers and compared.
+Source: arXiv 2411.19146, section 4.3. The optimum is found by enumerating everything near the bound of the linear
+relaxation (:mod:`layersmith.search.core`), which is exact and fast where layers are many; where too much is near the
+bound, HiGHS branches and cuts. Either way the answer is recomputed in exact integers.
 
 The parent scores 0 and nothing scores less, so it is the answer whenever it fits. Of choices with equal scores the one
-with fewer changes is taken: the program is solved again for it, with the sum of scores held at its optimum.
+with fewer changes is taken.
 """
 
 from __future__ import annotations
@@ -16,30 +18,38 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from layersmith.errors import Infeasible
 from layersmith.search.budget import format_bytes, format_count
-
-if TYPE_CHECKING:
-    import numpy as np
-
-# HiGHS calls a row satisfied within 1e-6. A choice that is over its limit by less is cut off and the program is
-# solved again; this many cuts are never needed in practice.
-_MOST_CUTS = 200
-# HiGHS stops when the absolute gap is under 1e-6, which SciPy gives no way to change; with the largest score at this
-# value the gap is 1e-11 of it.
-_OBJECTIVE_SCALE = 1e5
+from layersmith.search.core import GivesUp, best_near_bound
+from layersmith.search.program import (
+    Floats,
+    Program,
+    Relaxation,
+    by_branch_and_cut,
+    not_dominated,
+    relax,
+    rows_of,
+    without_idle_rows,
+)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """One alternative for a group: its score (0 or more, lower is better) and its costs."""
+    """One alternative for a group: its score (0 or more, lower is better) and its costs.
+
+    Attributes:
+        key: names it.
+        changes: in how many subblocks it differs from the parent; of equal scores the fewest are wanted.
+    """
 
     key: str
     score: float
-    costs: Mapping[str, int]
+    costs: Mapping[str, float]
     is_parent: bool = False
+    changes: int = 1
 
 
 @dataclass(frozen=True)
@@ -63,16 +73,16 @@ class Solution:
 
     chosen: tuple[str, ...]
     score: float
-    costs: dict[str, int]
+    costs: dict[str, float]
     proven_optimal: bool
 
 
 def solve(
     groups: Sequence[Group],
-    limits: Mapping[str, int],
-    fixed: Mapping[str, int],
+    limits: Mapping[str, float],
+    fixed: Mapping[str, float],
     *,
-    parent_costs: Mapping[str, int] | None = None,
+    parent_costs: Mapping[str, float] | None = None,
 ) -> Solution:
     """The best choice within the limits.
 
@@ -86,209 +96,221 @@ def solve(
         Infeasible: no choice is within the limits; the message says what the smallest is.
         ValueError: a score that is negative or not a number.
     """
-    for group in groups:
-        for candidate in group.candidates:
-            if not (math.isfinite(candidate.score) and candidate.score >= 0):
-                raise ValueError(f"{group.name}: {candidate.key} has score {candidate.score}")
-    unchanged = [next((i for i, c in enumerate(g.candidates) if c.is_parent), None) for g in groups]
-    if None not in unchanged:
-        parent = [i for i in unchanged if i is not None]
-        if _score(groups, parent) == 0 and within(groups, parent, limits, fixed):
-            return _solution(groups, parent, fixed, True)
-    _refuse_unreachable(groups, limits, fixed, parent_costs)
-    kept = [_not_dominated(group, list(limits)) for group in groups]
-    program = _Program(groups, kept, limits, fixed)
-    chosen = program.best()
-    if chosen is None:
-        raise Infeasible(_together(program, limits, parent_costs))
-    chosen = program.fewest_changes(chosen)
-    return _solution(groups, chosen, fixed, True)
+    return Solver(groups, fixed, parent_costs).solve(limits)
+
+
+class Solver:
+    """Answers one budget after another; what one took to find helps the next.
+
+    Args:
+        groups: at least one candidate each.
+        fixed: costs outside the groups.
+        parent_costs: of the whole parent, for the words of errors.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        fixed: Mapping[str, float],
+        parent_costs: Mapping[str, float] | None = None,
+    ):
+        for group in groups:
+            for candidate in group.candidates:
+                if not (math.isfinite(candidate.score) and candidate.score >= 0):
+                    raise ValueError(f"{group.name}: {candidate.key} has score {candidate.score}")
+        self.groups, self.fixed, self.parent_costs = groups, fixed, parent_costs
+        unchanged = [next((i for i, c in enumerate(g.candidates) if c.is_parent), None) for g in groups]
+        self._parent = [i for i in unchanged if i is not None] if None not in unchanged else None
+        self._kept: dict[tuple[str, ...], list[np.ndarray]] = {}
+        self._multipliers: dict[str, float] = {}
+
+    def solve(self, limits: Mapping[str, float]) -> Solution:
+        """The best choice within the limits; see :func:`solve`."""
+        groups = self.groups
+        parent = self._parent
+        if parent is not None and score_of(groups, parent) == 0 and within(groups, parent, limits, self.fixed):
+            return self._solution(parent)
+        self._refuse_unreachable(limits)
+        program, names = self._program(limits)
+        columns = self._without_loss(program)
+        if columns is None:
+            columns = self._best(program, names)
+        if columns is None:
+            raise Infeasible(self._together(limits))
+        chosen = [int(i) for i in program.index[columns]]
+        if not within(groups, chosen, limits, self.fixed):
+            raise RuntimeError("the choice that was found is not within the limits")
+        return self._solution(chosen)
+
+    def reachable(self, limits: Mapping[str, float]) -> None:
+        """Raises: Infeasible: no choice is within the limits."""
+        if self._parent is not None and within(self.groups, self._parent, limits, self.fixed):
+            return
+        self._refuse_unreachable(limits)
+        program, _ = self._program(limits)
+        if len(program.room) > 1 and by_branch_and_cut(program, np.zeros_like(program.score)) is None:
+            raise Infeasible(self._together(limits))
+
+    def least(self, cost: str, limits: Mapping[str, float]) -> float:
+        """The least total of a cost within limits on others.
+
+        Raises:
+            Infeasible: no choice is within the limits.
+        """
+        fixed = self.fixed.get(cost, 0)
+        if not limits:
+            return fixed + sum(min(c.costs[cost] for c in g.candidates) for g in self.groups)
+        most = fixed + sum(max(c.costs[cost] for c in g.candidates) for g in self.groups)
+        program, _ = self._program({**limits, cost: most})
+        columns = by_branch_and_cut(program, self._column_costs(program, cost))
+        if columns is None:
+            raise Infeasible(f"Infeasible: {', '.join(_words(name) for name in limits)} cannot be met together.")
+        return total_of(self.groups, [int(i) for i in program.index[columns]], self.fixed, cost)
+
+    # ------------------------------------------------------------------------------------------ the program
+
+    def _program(self, limits: Mapping[str, float]) -> tuple[Program, list[str]]:
+        """The program, and a name for each of its rows."""
+        names = tuple(limits)
+        if names not in self._kept:
+            self._kept[names] = [_kept(group, names) for group in self.groups]
+        places = [(g, int(i)) for g, own in enumerate(self._kept[names]) for i in own]
+        candidates = [self.groups[g].candidates[i] for g, i in places]
+        group = np.array([g for g, _ in places])
+        values = [[c.costs[name] for c in candidates] for name in names]
+        cost, room, tolerance = rows_of(values, [limits[name] - self.fixed.get(name, 0) for name in names])
+        most = np.zeros((len(self.groups), len(names)))
+        np.maximum.at(most, group, cost.T) if len(names) else None
+        rows = without_idle_rows(cost, room, tolerance, most.sum(0) + tolerance)
+        kept_names = [names[int(np.flatnonzero((cost == row).all(1))[0])] for row in rows[0]]
+        program = Program(
+            group,
+            np.array([i for _, i in places]),
+            np.array([c.score for c in candidates], dtype=np.float64),
+            np.array([0 if c.is_parent else c.changes for c in candidates], dtype=np.float64),
+            *rows,
+        )
+        return program, kept_names
+
+    def _without_loss(self, program: Program) -> np.ndarray | None:
+        """Of choices that lose nothing the one with fewest changes, if there is one within the limits."""
+        free = np.flatnonzero(program.score == 0)
+        own = program.group[free]
+        if len(np.unique(own)) < program.num_groups:
+            return None
+        part = program.only(free)
+        if (part.least(part.cost).sum(1) > part.room + part.tolerance).any():
+            return None
+        found = by_branch_and_cut(part, part.changes)
+        return None if found is None else free[found]
+
+    def _best(self, program: Program, names: Sequence[str]) -> np.ndarray | None:
+        start = np.array([self._multipliers.get(name, math.nan) for name in names])
+        relaxed = relax(program, None if np.isnan(start).any() else start)
+        if relaxed is None:
+            return None
+        self._multipliers |= dict(zip(names, relaxed.multipliers.tolist(), strict=True))
+        try:
+            return best_near_bound(program, relaxed)
+        except GivesUp:
+            return _by_highs(program, relaxed)
+
+    def _solution(self, chosen: Sequence[int]) -> Solution:
+        groups = self.groups
+        names = groups[0].candidates[0].costs if groups else self.fixed
+        return Solution(
+            tuple(g.candidates[i].key for g, i in zip(groups, chosen, strict=True)),
+            score_of(groups, chosen),
+            {cost: total_of(groups, chosen, self.fixed, cost) for cost in names},
+            True,
+        )
+
+    # ------------------------------------------------------------------------------------------ what to say
+
+    def _refuse_unreachable(self, limits: Mapping[str, float]) -> None:
+        for cost, limit in limits.items():
+            outside = self.fixed.get(cost, 0)
+            least = outside + sum(min(c.costs[cost] for c in g.candidates) for g in self.groups)
+            if least > limit:
+                parts = f", of which {self._amount(cost, outside)} outside the layers" if outside else ""
+                raise Infeasible(
+                    f"Infeasible: {_words(cost)} {self._amount(cost, limit)}. The smallest child this library can "
+                    f"give is {self._amount(cost, least)}{parts}. Raise the budget, or allow more in the recipe's "
+                    "library (narrower FFNs, no-ops)."
+                )
+
+    def _together(self, limits: Mapping[str, float]) -> str:
+        said = []
+        for cost in limits:
+            try:
+                least = self.least(cost, {name: limit for name, limit in limits.items() if name != cost})
+            except Infeasible:
+                continue
+            said.append(f"{_words(cost)} can be {self._amount(cost, least)} at least")
+        possible = f" With the others kept, {', '.join(said)}." if said else ""
+        return f"Infeasible: each limit can be met, but not all together.{possible} Raise one of them."
+
+    def _column_costs(self, program: Program, cost: str) -> Floats:
+        pairs = zip(program.group, program.index, strict=True)
+        return np.array([float(self.groups[g].candidates[i].costs[cost]) for g, i in pairs])
+
+    def _amount(self, cost: str, value: float) -> str:
+        whole = (self.parent_costs or {}).get(cost)
+        text = f"{value:g}" if ":" in cost else (format_bytes if cost.endswith("bytes") else format_count)(value)
+        return f"{value / whole:.2f}x ({text})" if whole else text
+
+
+def _by_highs(program: Program, relaxed: Relaxation) -> np.ndarray | None:
+    """The best choice, and of equals the one with fewest changes; the program is solved again for that."""
+    best = by_branch_and_cut(program, program.score)
+    if best is None:
+        return None
+    least = math.fsum(program.score[best])
+    if least < relaxed.bound - 1e-6 * max(1e-300, least):
+        raise RuntimeError(f"the solver says the scores sum to {least!r}, which is below {relaxed.bound!r}")
+    # What is further above the bound than the best choice is in none.
+    near = np.flatnonzero(relaxed.waste <= least - relaxed.bound + 1e-9 * float(program.score.max()))
+    again = by_branch_and_cut(program.only(near), program.changes[near], score_limit=least)
+    if again is None or math.fsum(program.score[near[again]]) > least:  # equal within rounding is not equal
+        return best
+    return near[again]
+
+
+def _kept(group: Group, names: Sequence[str]) -> np.ndarray:
+    own = group.candidates
+    return not_dominated(
+        np.array([c.score for c in own], dtype=np.float64),
+        np.array([0 if c.is_parent else c.changes for c in own], dtype=np.float64),
+        np.array([[float(c.costs[name]) for c in own] for name in names]).reshape(len(names), len(own)),
+        np.array([c.is_parent for c in own]),
+    )
 
 
 # ---------------------------------------------------------------------------------------------- exact arithmetic
 
 
-def _score(groups: Sequence[Group], chosen: Sequence[int]) -> float:
+def score_of(groups: Sequence[Group], chosen: Sequence[int]) -> float:
     return math.fsum(g.candidates[i].score for g, i in zip(groups, chosen, strict=True))
 
 
-def _total(groups: Sequence[Group], chosen: Sequence[int], fixed: Mapping[str, int], cost: str) -> int:
-    return fixed.get(cost, 0) + sum(g.candidates[i].costs[cost] for g, i in zip(groups, chosen, strict=True))
+def total_of(groups: Sequence[Group], chosen: Sequence[int], fixed: Mapping[str, float], cost: str) -> float:
+    """Exact for whole numbers, rounded once for others."""
+    own = [g.candidates[i].costs[cost] for g, i in zip(groups, chosen, strict=True)]
+    if all(isinstance(value, int) for value in own):
+        return fixed.get(cost, 0) + sum(own)
+    return math.fsum([fixed.get(cost, 0), *own])
 
 
-def within(groups: Sequence[Group], chosen: Sequence[int], limits: Mapping[str, int], fixed: Mapping[str, int]) -> bool:
-    """Whether a choice is within all limits, in exact integers."""
-    return all(_total(groups, chosen, fixed, cost) <= limit for cost, limit in limits.items())
-
-
-def _solution(groups: Sequence[Group], chosen: Sequence[int], fixed: Mapping[str, int], proven: bool) -> Solution:
-    names = groups[0].candidates[0].costs if groups else fixed
-    return Solution(
-        tuple(g.candidates[i].key for g, i in zip(groups, chosen, strict=True)),
-        _score(groups, chosen),
-        {cost: _total(groups, chosen, fixed, cost) for cost in names},
-        proven,
+def within(
+    groups: Sequence[Group], chosen: Sequence[int], limits: Mapping[str, float], fixed: Mapping[str, float]
+) -> bool:
+    """Whether a choice is within all limits; costs that are whole numbers in exact integers."""
+    return all(
+        total <= limit + (0 if isinstance(total, int) else 1e-9 * abs(limit))
+        for cost, limit in limits.items()
+        for total in (total_of(groups, chosen, fixed, cost),)
     )
 
 
-def _not_dominated(group: Group, costs: Sequence[str]) -> list[int]:
-    """Candidates that no other of the group is at least as good as in everything that counts.
-
-    Of equals the first is kept. The parent always is: among equal scores the fewest changes are wanted.
-    """
-    kept = []
-    for i, own in enumerate(group.candidates):
-        own_values = (own.score, *(own.costs[c] for c in costs))
-        for j, other in enumerate(group.candidates):
-            values = (other.score, *(other.costs[c] for c in costs))
-            if own.is_parent or i == j or any(a > b for a, b in zip(values, own_values, strict=True)):
-                continue
-            if values != own_values or other.is_parent or j < i:
-                break
-        else:
-            kept.append(i)
-    return kept
-
-
-# ---------------------------------------------------------------------------------------------- the program
-
-
-class _Program:
-    """The program for HiGHS, over the candidates that are kept."""
-
-    def __init__(
-        self, groups: Sequence[Group], kept: list[list[int]], limits: Mapping[str, int], fixed: Mapping[str, int]
-    ):
-        import numpy as np
-
-        self.groups, self.limits, self.fixed = groups, limits, fixed
-        self.columns = [(g, i) for g, members in enumerate(kept) for i in members]
-        self.scores = np.array([groups[g].candidates[i].score for g, i in self.columns])
-        self.changes = np.array([0.0 if groups[g].candidates[i].is_parent else 1.0 for g, i in self.columns])
-        self.cuts: list[list[int]] = []
-
-    def costs_of(self, cost: str) -> np.ndarray:
-        import numpy as np
-
-        return np.array([float(self.groups[g].candidates[i].costs[cost]) for g, i in self.columns])
-
-    def best(self) -> list[int] | None:
-        """The choice with the least sum of scores, or None if there is none within the limits."""
-        scale = (float(self.scores.max()) or 1.0) / _OBJECTIVE_SCALE
-        chosen, value = self._solve(self.scores / scale, self.limits)
-        if chosen is None:
-            return None
-        recomputed = _score(self.groups, chosen)
-        solvers = value * scale
-        if abs(recomputed - solvers) > 1e-6 * max(1.0, abs(recomputed)):
-            raise RuntimeError(f"the solver says the scores sum to {solvers!r}, but they sum to {recomputed!r}")
-        return chosen
-
-    def fewest_changes(self, chosen: list[int]) -> list[int]:
-        """A choice with the same sum of scores and fewest changes to the parent."""
-        bound = _score(self.groups, chosen)
-        again, _ = self._solve(self.changes, self.limits, score_limit=bound)
-        if again is None or _score(self.groups, again) > bound:  # equal within rounding is not equal
-            return chosen
-        return again
-
-    def least(self, cost: str) -> int | None:
-        """The least total of one cost with all other limits kept."""
-        values = self.costs_of(cost)
-        limits = {name: limit for name, limit in self.limits.items() if name != cost}
-        chosen, _ = self._solve(values / (values.max() or 1.0), limits)
-        return None if chosen is None else _total(self.groups, chosen, self.fixed, cost)
-
-    def _solve(
-        self, objective: np.ndarray, limits: Mapping[str, int], score_limit: float | None = None
-    ) -> tuple[list[int] | None, float]:
-        import numpy as np
-        from scipy.optimize import Bounds, LinearConstraint, milp
-        from scipy.sparse import csr_array, vstack
-
-        n = len(self.columns)
-        one_each = csr_array(
-            (np.ones(n), (np.array([g for g, _ in self.columns]), np.arange(n))), shape=(len(self.groups), n)
-        )
-        rows: list[Any] = [one_each]
-        lower, upper = [np.ones(len(self.groups))], [np.ones(len(self.groups))]
-
-        def at_most(row: np.ndarray, bound: float) -> None:
-            rows.append(csr_array(row[None, :]))
-            lower.append(np.array([-np.inf]))
-            upper.append(np.array([bound]))
-
-        for cost, limit in limits.items():
-            room = limit - self.fixed.get(cost, 0)
-            # In units of their greatest common divisor, costs are as small as they can be while they stay whole.
-            values = [self.groups[g].candidates[i].costs[cost] for g, i in self.columns]
-            unit = math.gcd(*values) or 1
-            scale = float(max(1, room // unit))
-            at_most(np.array([v // unit / scale for v in values]), (room // unit) / scale)
-        if score_limit is not None:
-            scale = score_limit or 1.0
-            at_most(self.scores / scale, score_limit / scale)
-        for _ in range(_MOST_CUTS):
-            answer = milp(
-                objective,
-                integrality=np.ones(n),
-                bounds=Bounds(0, 1),
-                constraints=LinearConstraint(vstack(rows), np.concatenate(lower), np.concatenate(upper)),
-                options={"mip_rel_gap": 0.0},
-            )
-            if answer.x is None:
-                return None, math.inf
-            picked = np.flatnonzero(answer.x > 0.5)
-            chosen = [-1] * len(self.groups)
-            for column in picked:
-                group, index = self.columns[column]
-                chosen[group] = index
-            if -1 in chosen:
-                raise RuntimeError("the solver left a group without a candidate")
-            if within(self.groups, chosen, limits, self.fixed):
-                return chosen, float(answer.fun)
-            # Over a limit by less than the solver's tolerance: not this choice.
-            cut = np.zeros(n)
-            cut[picked] = 1.0
-            at_most(cut, len(picked) - 1.0)
-        raise RuntimeError(f"no choice within the limits after {_MOST_CUTS} cuts")
-
-
-# ---------------------------------------------------------------------------------------------- what to say
-
-
-def _refuse_unreachable(
-    groups: Sequence[Group],
-    limits: Mapping[str, int],
-    fixed: Mapping[str, int],
-    parent_costs: Mapping[str, int] | None,
-) -> None:
-    for cost, limit in limits.items():
-        least = fixed.get(cost, 0) + sum(min(c.costs[cost] for c in g.candidates) for g in groups)
-        if least > limit:
-            outside = fixed.get(cost, 0)
-            parts = f", of which {_amount(cost, outside, parent_costs)} outside the layers" if outside else ""
-            raise Infeasible(
-                f"Infeasible: {cost.replace('_', ' ')} {_amount(cost, limit, parent_costs)}. The smallest child this "
-                f"library can give is {_amount(cost, least, parent_costs)}{parts}. Raise the budget, or allow more in "
-                "the recipe's library (narrower FFNs, no-ops)."
-            )
-
-
-def _together(program: _Program, limits: Mapping[str, int], parent_costs: Mapping[str, int] | None) -> str:
-    said = []
-    for cost in limits:
-        least = program.least(cost)
-        if least is not None:
-            said.append(f"{cost.replace('_', ' ')} can be {_amount(cost, least, parent_costs)} at least")
-    return (
-        "Infeasible: each limit can be met, but not all together. With the others kept, "
-        + ", ".join(said)
-        + ". Raise one of them."
-    )
-
-
-def _amount(cost: str, value: int, parent_costs: Mapping[str, int] | None) -> str:
-    text = format_bytes(value) if cost.endswith("bytes") else format_count(value)
-    whole = (parent_costs or {}).get(cost)
-    return f"{value / whole:.2f}x ({text})" if whole else text
+def _words(cost: str) -> str:
+    return cost.removeprefix("rule:").replace("_", " ")

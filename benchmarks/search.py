@@ -1,0 +1,231 @@
+"""The search: the program's time and proof, the frontier, what refinement gains, and what others would do.
+
+    python -m benchmarks.search --out benchmarks/results/search.md [--run RUN ...] [--budgets 0.8,0.7,0.6,0.5]
+
+The program is timed on made-up costs of 80 layers like those of a 70B Llama (27 or 54 alternatives for each attention
+and each FFN; parameters, KV cache, memory, prefill and decode time all limited) against HiGHS's branch and cut on the
+same program. A RUN is a folder that ``compress --until scores`` made; refinement and baselines are judged by the KL
+divergence of whole children on its evaluation rows, which neither scores nor refinement have seen. One thread, CPU
+seconds. Baselines come at few sizes, so their KL at the child's size is read off a line through the two nearest in
+log KL.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from layersmith import pipeline
+from layersmith.again import reopen, scoring_rows
+from layersmith.artifacts import read_tensors
+from layersmith.run import Run, versions
+from layersmith.scoring.score import Journal, standard_error
+from layersmith.search import baselines
+from layersmith.search.budget import parse_budget
+from layersmith.search.program import by_branch_and_cut
+from layersmith.search.refine import refine
+from layersmith.search.solve import Candidate, Group, Solver
+
+_HIDDEN, _FFN, _KV, _HEAD, _QUERIES, _VOCAB = 8192, 28672, 8, 128, 64, 128256
+_FRACTIONS = {"parameters": 0.6, "kv": 0.5, "memory": 0.58, "prefill": 0.6, "decode": 0.55}
+
+
+def made_up(layers: int, count: int, seed: int) -> tuple[list[Group], dict[str, int], dict[str, int]]:
+    """Groups, costs outside them, and costs of the parent."""
+    rng = random.Random(seed)
+    attention, ffn = [], []
+    for i in range(count):
+        kv = (8, 4, 2, 1)[i % 4]
+        queries = max(kv, round(_QUERIES * (1 - (i // 4) / (count / 4 + 1)) / kv) * kv)
+        if i == count - 1:
+            kv = queries = 0
+        size = 2 * _HIDDEN * _HEAD * (queries + kv) + (_HIDDEN if queries else 0)
+        cache = 2 * kv * _HEAD * 8192 * 16 * 2
+        attention.append((size, cache, int(2.1 * size) + 300_000 * queries, int(0.61 * size) + 900_000 * kv))
+        width = round(_FFN * (1 - i / (count - 1)) / 256) * 256
+        size = 3 * _HIDDEN * width + (_HIDDEN if width else 0)
+        ffn.append((size, 0, 2 * size + (7000 if width else 0), int(0.6 * size) + (9000 if width else 0)))
+    groups = []
+    for layer in range(layers):
+        weight = math.exp(rng.gauss(0, 1)) * (1 + 4 * (layer < 2) + 3 * (layer == layers - 1))
+        for name, alternatives, scale in (("attention", attention, 0.01), ("ffn", ffn, 0.02)):
+            own, power = weight * scale * math.exp(rng.gauss(0, 0.7)), rng.uniform(1.2, 2.5)
+            candidates = []
+            for i, (size, cache, prefill, decode) in enumerate(alternatives):
+                gone = 1 - size / alternatives[0][0]
+                lost_cache = 0.3 * (1 - cache / alternatives[0][1]) if alternatives[0][1] else 0.0
+                score = own * (gone**power * math.exp(rng.gauss(0, 0.15)) + lost_cache) if i else 0.0
+                costs = {"parameters": size, "kv": cache, "memory": 2 * size + cache, "prefill": prefill}
+                candidates.append(Candidate(f"{layer}.{name}.{i}", score, costs | {"decode": decode}, i == 0))
+            groups.append(Group(f"{layer} {name}", tuple(candidates)))
+    fixed = dict.fromkeys(_FRACTIONS, 0) | {"parameters": 2 * _VOCAB * _HIDDEN, "memory": 4 * _VOCAB * _HIDDEN}
+    parent = {n: fixed[n] + sum(g.candidates[0].costs[n] for g in groups) for n in _FRACTIONS}  # type: ignore[misc]
+    return groups, fixed, parent  # type: ignore[return-value]
+
+
+def programs(seeds: int, other: bool) -> list[dict[str, Any]]:
+    """Time of the proven optimum, and of another solver on the same program."""
+    rows = []
+    for count in (27, 54):
+        for seed in range(seeds):
+            groups, fixed, parent = made_up(80, count, seed)
+            limits = {name: int(parent[name] * share) for name, share in _FRACTIONS.items()}
+            started = time.process_time()
+            solver = Solver(groups, fixed, parent)
+            solution = solver.solve(limits)
+            row: dict[str, Any] = {"count": count, "seed": seed, "seconds": time.process_time() - started}
+            row["score"] = solution.score
+            if other:
+                program, _ = solver._program(limits)
+                started = time.process_time()
+                columns = by_branch_and_cut(program, program.score)
+                row["highs_seconds"] = time.process_time() - started
+                row["highs_score"] = math.fsum(program.score[columns]) if columns is not None else None
+            rows.append(row)
+    return rows
+
+
+def frontier_seconds(count: int) -> float:
+    """CPU seconds of 50 points of the frontier by parameters."""
+    groups, fixed, parent = made_up(80, count, 0)
+    started = time.process_time()
+    solver = Solver(groups, fixed, parent)
+    least = int(solver.least("parameters", {}))
+    for k in range(50):
+        solver.solve({"parameters": least + (parent["parameters"] - least) * k // 49})
+    return time.process_time() - started
+
+
+def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str, Any]:
+    """KL on unseen rows of the program's choice, the refined one, and the baselines."""
+    run = Run.existing(folder)
+    recipe, library = reopen(run)
+    scores = pipeline.read_scores(run, library)
+    seen, unseen = scoring_rows(run), read_tensors(run.folder / "data" / "tokens.safetensors")["evaluation"]
+    unseen = unseen[:most_rows]
+    models = pipeline.whole_models(library, seen, recipe, pipeline.SILENT)
+    judge = pipeline.whole_models(library, unseen, recipe, pipeline.SILENT)
+    costs = pipeline.cost_table(library.parent, library, parse_budget(params="1.0"))
+
+    def truth(choices: Sequence[Any]) -> list[list[float]]:
+        found = judge.run([c.alternatives for c in choices], range(len(unseen)))
+        return [[row["kl_divergence"] for row in own] for own in found]
+
+    rows = []
+    spaces = {f: pipeline.search_space(library, scores, recipe, costs, parse_budget(params=str(f))) for f in budgets}
+    for budget, space in spaces.items():
+        plain = space.best()
+        before, started = models.passes, time.process_time()
+        with Journal(None, "") as journal:
+            refined = refine(space, plain, models, recipe.search, "kl_divergence", journal, seed=recipe.seed)
+        seconds, passes = time.process_time() - started, models.passes - before
+        own = truth([plain, refined.choice])
+        difference = [a - b for a, b in zip(own[1], own[0], strict=True)]
+        rows.append({
+            "budget": budget, "parameters": refined.choice.costs["parameters"],
+            "plain": _mean(own[0]), "refined": _mean(own[1]),
+            "change": _mean(difference) / _mean(own[0]),
+            "error": (standard_error(difference) or 0.0) / _mean(own[0]),
+            "tried": refined.tried, "passes": passes, "seconds": seconds,
+        })  # fmt: skip
+    space = next(iter(spaces.values()))
+    whole = costs.parent["parameters"]
+    sizes = [min(1.0, f + step) * whole for f in budgets for step in (-0.04, 0.0, 0.04)]
+    points: dict[str, list[tuple[float, float]]] = {}
+    for name, found in baselines.all_of(space, "parameters", sorted(sizes)).items():
+        low, high = (min(budgets) - 0.12) * whole, (max(budgets) + 0.12) * whole
+        near = [c for c in found if low <= c.costs["parameters"] <= high]
+        points[name] = [(c.costs["parameters"], _mean(v)) for c, v in zip(near, truth(near), strict=True)]
+    for row in rows:
+        row["baselines"] = {name: at_size(own, row["parameters"]) for name, own in points.items()}
+    return {"run": Path(folder).name, "layers": len(library.parent.blocks), "rows": rows, "points": points}
+
+
+def at_size(points: Sequence[tuple[float, float]], size: float) -> float | None:
+    """KL at a size, on a line in log KL through the nearest points below and above."""
+    below = max((p for p in points if p[0] <= size), default=None)
+    above = min((p for p in points if p[0] >= size), default=None)
+    if below is None or above is None:
+        return None
+    share = (size - below[0]) / (above[0] - below[0]) if above[0] > below[0] else 0.0
+    return math.exp((1 - share) * math.log(below[1]) + share * math.log(above[1]))
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    lines = [
+        "# Search",
+        "",
+        f"One thread, CPU seconds, {', '.join(f'{k} {v}' for k, v in result['versions'].items())}.",
+        "",
+        "80 layers, attention and FFN apart, five limits:",
+        "",
+        "| alternatives a subblock | seed | proven in, s | HiGHS, s | scores differ by |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for row in result["programs"]:
+        highs = f"{row['highs_seconds']:.2f}" if "highs_seconds" in row else ""
+        differ = f"{abs(row['score'] - row['highs_score']):.1e}" if row.get("highs_score") is not None else ""
+        lines.append(f"| {row['count']} | {row['seed']} | {row['seconds']:.2f} | {highs} | {differ} |")
+    said = ", ".join(f"{seconds:.1f} s with {count} alternatives" for count, seconds in result["frontier"].items())
+    lines += ["", f"Frontier of 50 points by parameters: {said}."]
+    for own in result["children"]:
+        names = list(own["rows"][0]["baselines"])
+        lines += [
+            "",
+            f"## {own['run']}, {own['layers']} layers: KL of whole children on rows that nothing has seen",
+            "",
+            f"| parameters | program | refined | change | passes | {' | '.join(names)} | of the best |",
+            "| --- " * (6 + len(names)) + "|",
+        ]
+        for row in own["rows"]:
+            others = [row["baselines"][name] for name in names]
+            best = min((value for value in others if value is not None), default=None)
+            share = f"{row['refined'] / best:.2f}" if best else ""
+            cells = " | ".join("" if value is None else f"{value:.4f}" for value in others)
+            lines.append(
+                f"| {row['budget']} | {row['plain']:.4f} | {row['refined']:.4f} | {row['change']:+.1%} ± "
+                f"{row['error']:.1%} | {row['passes']:.1f} | {cells} | {share} |"
+            )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", action="append", default=[], help="folder that `compress --until scores` made")
+    parser.add_argument("--budgets", type=lambda s: [float(v) for v in s.split(",")], default=[0.8, 0.7, 0.6, 0.5])
+    parser.add_argument("--rows", type=int, default=10**6, help="evaluation rows, at most")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--no-highs", action="store_true", help="leave out the other solver, which takes minutes")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    result: dict[str, Any] = {"versions": versions(), "machine": platform.machine(), "children": []}
+    result["programs"] = programs(args.seeds, not args.no_highs)
+    result["frontier"] = {count: frontier_seconds(count) for count in (27, 54)}
+    for folder in args.run:
+        result["children"].append(children(folder, args.budgets, args.rows))
+        args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    args.out.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    args.out.write_text(table(result))
+    print(table(result))
+
+
+if __name__ == "__main__":
+    main()

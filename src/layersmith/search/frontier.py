@@ -1,0 +1,90 @@
+"""The frontier: the best choice for one budget after another along the axis of one cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from layersmith.errors import Infeasible, UsageError, did_you_mean
+from layersmith.search.budget import COSTS, Limit
+from layersmith.search.choose import Choice, Space
+
+
+def frontier(
+    space: Space, cost: str = "parameters", points: int = 50, advance: Callable[[float], None] = lambda points: None
+) -> list[Choice]:
+    """Choices from the smallest child to the parent, by rising cost; limits on other costs are kept.
+
+    Equal choices are there once, so there may be fewer.
+
+    Args:
+        space: of the choices.
+        cost: the axis.
+        points: budgets, at even distances.
+        advance: told of each.
+
+    Raises:
+        UsageError: an unknown cost.
+        Infeasible: the other limits cannot be met.
+    """
+    if cost not in space.costs.parent:
+        raise UsageError(f"frontier: unknown cost {cost!r}. {did_you_mean(cost, space.costs.parent)}")
+    others = {name: limit for name, limit in space.limits.items() if name != cost}
+    whole = space.costs.parent[cost]
+    least = space.least(cost, others)
+    found: list[Choice] = []
+    for k in range(points):
+        limit: Any = least + (whole - least) * k / (points - 1)
+        limit = math.floor(limit) if isinstance(whole, int) else limit
+        try:
+            choice = space.best({**others, cost: max(limit, least)})
+        except Infeasible:  # the smallest of a cost that is not a whole number, within rounding
+            choice = None
+        advance(1)
+        if choice is not None and (not found or choice.alternatives != found[-1].alternatives):
+            found.append(_for(choice, {**others, cost: max(limit, least)}))
+    return found
+
+
+def _for(choice: Choice, limits: dict[str, Any]) -> Choice:
+    """The choice with the limits for which it is the best."""
+    known = all(cost in COSTS and isinstance(limit, int) for cost, limit in limits.items())
+    budget = choice.budget
+    if known:
+        own = tuple(Limit(cost, amount=limit) for cost, limit in limits.items())
+        budget = dataclasses.replace(choice.budget, limits=own)
+    return dataclasses.replace(choice, limits=limits, budget=budget)
+
+
+def point(choice: Choice, cost: str, measured: dict[str, Any] | None = None, solution: bool = True) -> dict[str, Any]:
+    """One point of a frontier or a baseline, as in ``frontier.json``."""
+    whole = choice.parent_costs[cost]
+    data = {
+        "cost": choice.costs[cost],
+        "fraction": choice.costs[cost] / whole if whole else 1.0,
+        "score": choice.score,
+        "measured": measured,
+    }
+    return data | ({"solution": choice.to_dict()} if solution else {})
+
+
+def to_dict(
+    space: Space,
+    cost: str,
+    objective: str,
+    choices: Sequence[tuple[Choice, dict[str, Any] | None]],
+    baselines: dict[str, Sequence[tuple[Choice, dict[str, Any] | None]]],
+) -> dict[str, Any]:
+    """``frontier.json``: points with their measurements, where they were run as whole models."""
+    return {
+        "cost": cost,
+        "objective": objective,
+        "points": [point(choice, cost, measured) for choice, measured in choices],
+        "baselines": [
+            {"name": name, "points": [point(choice, cost, measured, False) for choice, measured in own]}
+            for name, own in baselines.items()
+        ],
+        "budget": {"limit": space.limits.get(cost), "limits": space.limits, "parent": space.costs.parent},
+    }

@@ -1,0 +1,199 @@
+"""What a choice must satisfy beside the budget, as groups, candidates and limits of the integer program.
+
+Layers that stay, sizes that tensor parallelism can divide and layers that become the same decide which candidates there
+are; numbers of no-ops and sums of costs are further costs with limits of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+
+from layersmith.block_config import AttentionConfig, BlockConfig
+from layersmith.costs.library_costs import CostTable
+from layersmith.errors import Infeasible, UsageError, did_you_mean
+from layersmith.library.alternative import Alternative
+from layersmith.recipe import CombinedLimit, SearchRecipe
+from layersmith.search.budget import parse_amount
+
+Place = tuple[int, str]
+Costs = dict[str, float]
+
+# Before the name of a cost that only a rule counts.
+RULE = "rule:"
+_NO_OPS = {"attention": RULE + "no-op attentions", "ffn": RULE + "no-op FFNs"}
+
+
+def allowed(
+    alternatives: Sequence[Alternative], rules: SearchRecipe, blocks: Sequence[BlockConfig] | None
+) -> dict[Place, list[Alternative]]:
+    """The alternatives of every subblock that layers that stay and tensor parallelism allow.
+
+    Raises:
+        UsageError: a layer that is not there.
+        Infeasible: a subblock of which nothing is left.
+    """
+    by_place: dict[Place, list[Alternative]] = {}
+    for alternative in alternatives:
+        by_place.setdefault((alternative.layer, alternative.subblock), []).append(alternative)
+    num_layers = max(layer for layer, _ in by_place) + 1
+    _check_layers("keep_layers", rules.keep_layers, num_layers)
+    left: dict[Place, list[Alternative]] = {}
+    for place, own in sorted(by_place.items()):
+        left[place] = [
+            a
+            for a in own
+            if (a.kind == "parent" or place[0] not in rules.keep_layers)
+            and _divisible(a, rules.tensor_parallel, blocks)
+        ]
+        if not left[place]:
+            raise Infeasible(
+                f"Infeasible: tensor_parallel {rules.tensor_parallel}. Layer {place[0]} has no {place[1]} whose heads "
+                "and widths are multiples of it. Choose a smaller one, or list other sizes in the recipe's library."
+            )
+    return left
+
+
+def _check_layers(name: str, layers: Sequence[int], num_layers: int) -> None:
+    for layer in layers:
+        if not 0 <= layer < num_layers:
+            raise UsageError(f"recipe search.{name}: there is no layer {layer}; the model has {num_layers}.")
+
+
+def _divisible(alternative: Alternative, by: int, blocks: Sequence[BlockConfig] | None) -> bool:
+    """Whether all heads and widths can be split evenly; fewer KV heads than parts are repeated."""
+    if by == 1 or blocks is None:
+        return True
+    config = alternative.subblock_config(blocks[alternative.layer])
+    if config.no_op or config.replace_with_linear:
+        return True
+    if isinstance(config, AttentionConfig):
+        kv = config.num_key_value_heads
+        if kv is not None and kv % by and by % kv:
+            return False
+        counts = [config.num_attention_heads, config.mamba.num_heads if config.mamba is not None else None]
+    else:
+        moe = config.moe
+        counts = [config.intermediate_size if moe is None else None]
+        if moe is not None:
+            counts += [moe.expert_intermediate_dim, moe.shared_expert_intermediate_dim]
+    return all(count is None or count % by == 0 for count in counts)
+
+
+def together(
+    by_place: Mapping[Place, Sequence[Alternative]], rules: SearchRecipe, blocks: Sequence[BlockConfig] | None
+) -> list[list[Place]]:
+    """Which subblocks become the same: lists of places, most of one place.
+
+    Raises:
+        UsageError: layers that are not there, or one that is named twice.
+    """
+    num_layers = max(layer for layer, _ in by_place) + 1
+    if rules.alike is None or rules.alike == 1:
+        return [[place] for place in sorted(by_place)]
+    if isinstance(rules.alike, int):
+        size = rules.alike or num_layers
+        sets = [tuple(range(start, min(start + size, num_layers))) for start in range(0, num_layers, size)]
+    else:
+        sets = list(rules.alike)
+        named = [layer for own in sets for layer in own]
+        _check_layers("alike", named, num_layers)
+        if len(set(named)) < len(named):
+            raise UsageError("recipe search.alike: a layer is named twice.")
+        sets += [(layer,) for layer in range(num_layers) if layer not in named]
+    found = []
+    for layers in sorted(sets):
+        for subblock in ("attention", "ffn"):
+            kinds: dict[object, list[Place]] = {}
+            for layer in layers:
+                if (layer, subblock) in by_place:
+                    config = repr(blocks[layer].subblock(subblock)) if blocks is not None else None
+                    kept = layer in rules.keep_layers
+                    kinds.setdefault((config, kept), []).append((layer, subblock))
+            found += list(kinds.values())
+    return sorted(found)
+
+
+def extra_costs(rules: SearchRecipe, costs: CostTable) -> dict[str, CombinedLimit]:
+    """Limits on sums by the name of the cost that stands for them."""
+    return {
+        RULE + " + ".join(f"{weight:g} {name}" for name, weight in limit.costs.items()): limit for limit in rules.limits
+    }
+
+
+def costs_of(alternative: Alternative, rules: SearchRecipe, costs: CostTable) -> Costs:
+    """All costs of an alternative, those of rules included."""
+    own: Costs = {name: costs.by_key[alternative.key][name] for name in costs.parent}
+    for name, limit in extra_costs(rules, costs).items():
+        own[name] = weighted(limit, own)
+    if (name := _NO_OPS[alternative.subblock]) in limits_of(rules, costs):
+        own |= {name: int(alternative.kind == "no_op")}
+    for name in _NO_OPS.values():
+        if name in limits_of(rules, costs):
+            own.setdefault(name, 0)
+    return own
+
+
+def limits_of(rules: SearchRecipe, costs: CostTable) -> Costs:
+    """Limits of rules by the names of their costs.
+
+    Raises:
+        UsageError: an unknown cost, or an amount that makes no sense.
+    """
+    found: Costs = {}
+    for subblock, most in (("attention", rules.most_no_op_attentions), ("ffn", rules.most_no_op_ffns)):
+        if most is not None:
+            found[_NO_OPS[subblock]] = most
+    for name, limit in extra_costs(rules, costs).items():
+        scale = _scale(limit)
+        whole = weighted(limit, costs.parent)
+        found[name] = _amount(limit, whole, scale)
+    return found
+
+
+def fixed_of(rules: SearchRecipe, costs: CostTable) -> Costs:
+    """What is outside the layers, costs of rules included."""
+    return {**costs.fixed, **{name: weighted(limit, costs.fixed) for name, limit in extra_costs(rules, costs).items()}}
+
+
+def weighted(limit: CombinedLimit, own: Mapping[str, float]) -> float:
+    """The sum of costs, in whole numbers where weights and costs are (decimal weights are scaled up)."""
+    scale = _scale(limit)
+    total: Fraction | float = 0
+    for name, weight in limit.costs.items():
+        value = own[_cost_name(name, own)]
+        factor = Fraction(str(weight)) * scale
+        total += int(factor) * value
+    return total if isinstance(total, int) else float(total)
+
+
+def _scale(limit: CombinedLimit) -> int:
+    """What makes all weights whole."""
+    return math.lcm(*(Fraction(str(weight)).denominator for weight in limit.costs.values()))
+
+
+def _cost_name(name: str, known: Mapping[str, float]) -> str:
+    from layersmith.search.budget import COSTS
+
+    by_key = {key: cost for cost, (key, *_) in COSTS.items()}
+    cost = by_key.get(name, name)
+    if cost not in known:
+        raise UsageError(f"recipe search.limits: unknown cost {name!r}. {did_you_mean(name, [*by_key, *known])}")
+    return cost
+
+
+def _amount(limit: CombinedLimit, whole: float, scale: int) -> float:
+    """The limit in the scaled unit of its sum."""
+    if not limit.costs:
+        raise UsageError("recipe search.limits: costs must name at least one.")
+    try:
+        number = Decimal(str(limit.at_most))
+    except InvalidOperation:
+        number = parse_amount(str(limit.at_most), "recipe search.limits.at_most")
+    if number < 0:
+        raise UsageError(f"recipe search.limits: at_most cannot be negative, got {limit.at_most}.")
+    if 0 < number <= 1:
+        return math.floor(Fraction(number) * Fraction(whole))
+    return math.floor(Fraction(number) * scale)

@@ -1,0 +1,84 @@
+"""Whole children against the models that they are, and refinement: deterministic, resumable, never worse."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY_RECIPE
+
+from layersmith.again import reopen, scoring_rows
+from layersmith.evaluation.compare import compare
+from layersmith.pipeline import cost_table, read_scores, search_space, stages
+from layersmith.recipe import SearchRecipe
+from layersmith.run import Run
+from layersmith.scoring.score import Journal
+from layersmith.search.budget import parse_budget
+from layersmith.search.refine import read_refined, refine
+from layersmith.search.whole import WholeModels
+from layersmith.staged import take_apart
+
+
+@pytest.fixture(scope="module")
+def scored(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("scored") / "run"
+    for stage in stages(make_parent("llama"), folder, text_folder, 0.8, TINY_RECIPE):
+        if stage == "scores":
+            break
+    run = Run.existing(folder)
+    recipe, library = reopen(run)
+    budget = parse_budget(params="0.8")
+    space = search_space(
+        library, read_scores(run, library), recipe, cost_table(library.parent, library, budget), budget
+    )
+    return library, space, scoring_rows(run)
+
+
+def models(scored: Any, in_stages: bool = True) -> WholeModels:
+    library, _, rows = scored
+    return WholeModels(library, take_apart(library, rows[:1].repeat(2, 1)) if in_stages else None, rows, 2)
+
+
+@pytest.mark.parametrize("in_stages", [True, False])
+def test_whole_children_lose_what_the_written_ones_do(scored: Any, in_stages: bool) -> None:
+    library, space, rows = scored
+    choices = [choice.alternatives for choice in space.several(3, 2)]
+    found = models(scored, in_stages).run(choices, range(len(rows)))
+    for chosen, own in zip(choices, found, strict=True):
+        expected = compare(library.parent.model, library.compose(chosen), rows, batch_sequences=2)
+        values = torch.tensor([row["kl_divergence"] for row in own])
+        assert torch.allclose(values, torch.tensor(expected.metrics["kl_divergence"]), rtol=1e-3, atol=1e-6)
+
+
+class _Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("objective", ["kl_divergence", "lm_loss"])
+def test_refinement(scored: Any, tmp_path: Path, objective: str) -> None:
+    _, space, rows = scored
+    recipe, plain = SearchRecipe(refine_passes=6, refine_rows=2), space.best()
+
+    def run(path: Path, stop_after: float = 1e9) -> Any:
+        done = 0.0
+
+        def advance(passes: float) -> None:
+            nonlocal done
+            done += passes
+            if done > stop_after:
+                raise _Stop
+
+        with Journal(path, "x") as journal:
+            return refine(space, plain, models(scored), recipe, objective, journal, advance=advance)
+
+    whole = run(tmp_path / "whole")
+    assert whole.tried > 3
+    assert whole.passes <= recipe.refine_passes
+    assert whole.measured["choice"] <= whole.measured["plain"]
+    assert space.fits(whole.choice.alternatives)
+    assert whole.measured["rows"] == len(rows)
+    with pytest.raises(_Stop):
+        run(tmp_path / "interrupted", 2.0)
+    assert run(tmp_path / "interrupted").to_dict() == whole.to_dict()
+    assert read_refined(whole.to_dict()).to_dict() == whole.to_dict()
