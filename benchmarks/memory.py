@@ -61,9 +61,15 @@ def main() -> None:
     parser.add_argument("--out", help="a JSON file for the result")
     args = parser.parse_args()
     rows = {f"{name}_sequences": args.rows for name in ("scoring", "calibration", "evaluation")}
+    rows["training_sequences"] = 0
     recipe = {
         "data": {"sequence_length": args.length, **rows},
-        "library": {"ffn_fractions": [float(f) for f in args.ffn.split(",")], "linear": []},
+        "library": {
+            "ffn_fractions": [float(f) for f in args.ffn.split(",")],
+            "linear": [],
+            "ffn_ranking": "contribution",
+        },
+        "local_distillation": {"reconstruct": False, "tokens": 0, "coupled_tokens": 0},
         "scoring": {"mode": args.scoring},
         "stream": args.stream,
     }

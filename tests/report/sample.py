@@ -118,7 +118,7 @@ def full_report(layers: int = 9, **changes: Any) -> dict[str, Any]:
                         "points": [{"tokens": 1000 * k, "loss": 3 / (k + 1)} for k in range(20)]}],
             "alternatives": [
                 {"of": f"layer {i}: {s} 32", "layer": i, "subblock": s, "before": 0.5, "after": 0.2 + 0.02 * i,
-                 "tokens": 4096}
+                 "tokens": 4096, "curve": [[0, 0.5], [2048, 0.3], [4096, 0.2 + 0.02 * i]]}
                 for i in range(layers) for s in ("attention", "ffn")
             ],
         },

@@ -64,7 +64,7 @@ def test_every_plot_has_a_table_with_a_caption() -> None:
     tables = {a["id"] for tag, a in page.tags if tag == "details" and a.get("class") == "data"}
     assert tables == {f"table-{name}" for name in drawn}
     assert drawn == {"frontier", "mosaic", "scores", "importance-0", "importance-1", "estimates", "sums", "training",
-                     "locally"}  # fmt: skip
+                     "locally", "on_the_way"}  # fmt: skip
     count = [tag for tag, _ in page.tags].count
     assert count("caption") == count("table")
     specs, data = embedded(text, "specs"), embedded(text, "data")

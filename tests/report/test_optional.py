@@ -33,6 +33,7 @@ def test_distillation(tmp_path: Path) -> None:
         {"name": "global", "x": "tokens", "points": points, "validation": points[1:]},
     )
     record: dict[str, Any] = {"of": "layer 0: ffn 32", "layer": 0, "subblock": "ffn", "after": 0.1, "tokens": 64}
+    record["curve"] = [[0, 0.2], [64, 0.1]]
     records = [record | {"before": 0.3}, record | {"before": 0.2, "pruned": 0.4}, record | {"before": 0.2, "tokens": 0},
                record | {"before": None, "after": None}]  # fmt: skip
     write_json(tmp_path / "library" / "distilled.json", records)
@@ -47,8 +48,11 @@ def test_a_run_with_all_of_it(make_parent: Callable[..., Path], text_folder: Pat
         make_parent("llama"), tmp_path / "run", data=text_folder, budget=0.8, recipe=TINY_RECIPE
     )
     without = json.loads((result.run / "report.json").read_text())
-    assert without["frontier"] is None
-    assert without["distillation"] is None
+    assert len(without["frontier"]["points"]) == TINY_RECIPE["search"]["frontier_points"]
+    assert not without["distillation"]["curves"]
+    trained = without["distillation"]["alternatives"]
+    assert {r["subblock"] for r in trained} == {"attention", "ffn", "block"}
+    assert all(r["curve"][0] == [0, r["curve"][0][1]] and len(r["curve"]) > 1 for r in trained)
     assert without["importance"]
     assert {t["stage"] for t in without["timings"]} >= {"describe", "library", "scores", "evaluation"}
     (own,) = without["checks"]["sums"]

@@ -67,11 +67,15 @@ def frontier_plot(report: dict[str, Any]) -> Plot:
     sums = base.transform_filter("datum.what == 'sum of scores'").mark_line(strokeWidth=2)
     measured = base.transform_filter("datum.what == 'measured'")
     shape = alt.Shape("series:N", title=None, scale=alt.Scale(domain=names, range=cycled(SHAPES, len(names))))
-    layers: list[Any] = [
-        sums.encode(y=y, strokeDash=dashed("series", names)),
-        measured.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=y_scale, title=title), y2="high:Q"),
-        measured.mark_point(filled=True, size=70, opacity=1).encode(y=y, shape=shape),
-    ]
+    there = {d["what"] for d in data}  # a layer without data has no extent
+    layers: list[Any] = []
+    if "sum of scores" in there:
+        layers.append(sums.encode(y=y, strokeDash=dashed("series", names)))
+    if "measured" in there:
+        layers += [
+            measured.mark_rule(strokeWidth=1.5).encode(y=alt.Y("low:Q", scale=y_scale, title=title), y2="high:Q"),
+            measured.mark_point(filled=True, size=70, opacity=1).encode(y=y, shape=shape),
+        ]
     budget = ""
     limit, whole = frontier["budget"]["limit"], report["parent"].get(cost)
     if limit is not None and whole:
@@ -93,7 +97,10 @@ def frontier_plot(report: dict[str, Any]) -> Plot:
         f"What each share of {cost_label(cost)} loses",
         "Lines are sums of scores; points are whole models that were run, with one standard error. Lower is better; "
         "the parent itself loses nothing, for which a logarithmic scale has no place." + budget,
-        make_spec(alt.layer(*layers).properties(height=360), f"Frontier: {title} against {cost_label(cost)}"),
+        make_spec(
+            alt.layer(*layers or [base.mark_point()]).properties(height=360),
+            f"Frontier: {title} against {cost_label(cost)}",
+        ),
         data,
         Table(f"The frontier: {title}", ["series", cost_label(cost), "share", "sum of scores", "measured"], rows),
     )
@@ -309,5 +316,35 @@ def locally(alternatives: Sequence[dict[str, Any]]) -> list[Plot]:
             data,
             Table(title, ["alternative", "before", "after", "left", "tokens"], rows),
             min_width=60 + 14 * len({d["layer"] for d in data}),
-        )
+        ),
+        *_on_the_way(shown),
     ]
+
+
+def _on_the_way(alternatives: Sequence[dict[str, Any]]) -> list[Plot]:
+    """Error on held-out rows against the tokens that an alternative has seen."""
+    import altair as alt
+
+    data = [
+        {"alternative": a["of"], "subblock": subblock_label(a["subblock"]), "tokens": tokens, "left": error / first}
+        for a in alternatives
+        for first in [a["curve"][0][1] if a["curve"] else 0.0]
+        if first > 0
+        for tokens, error in a["curve"]
+    ]
+    if not data:
+        return []
+    base = alt.Chart(alt.NamedData("on_the_way")).encode(
+        x=alt.X("tokens:Q", title="tokens seen", axis=alt.Axis(format="~s")),
+        y=alt.Y("left:Q", title="error that is left", axis=alt.Axis(format="%"), scale=alt.Scale(zero=False)),
+        color=alt.Color("subblock:N", title=None, scale=alt.Scale(range=SERIES), legend=legend()),
+        detail="alternative:N",
+        tooltip=tooltip(alternative="alternative", tokens="tokens", left="left"),
+    )
+    lines = base.mark_line(strokeWidth=1.2, opacity=0.6)
+    chart = alt.layer(lines, base.mark_point(filled=True, size=14, opacity=0.8)).properties(height=260)
+    title = "Local distillation: error on held-out rows while alternatives learn"
+    note = "A line is an alternative, or what was chosen for a layer, trained together. Training begins at 100%."
+    rows = [[d["alternative"], f"{d['tokens']:,}", f"{d['left']:.1%}"] for d in data]
+    table = Table(title, ["alternative", "tokens", "left"], rows)
+    return [Plot("on_the_way", title, note, make_spec(chart, title), data, table)]

@@ -59,13 +59,14 @@ def read_distillation(folder: Path) -> dict[str, Any] | None:
 
 
 def trained_alternatives(folder: Path) -> list[dict[str, Any]]:
-    """The alternatives of a run that local distillation trained; their error as they were cut, and after."""
-    path = folder / "library" / "distilled.json"
-    names = ("of", "layer", "subblock", "before", "after", "tokens")
+    """What local distillation trained, alternatives and pairs: error as they were cut, after, and on the way."""
+    names = ("of", "layer", "subblock", "before", "after", "tokens", "curve")
     found = []
-    for record in read_json(path) if path.is_file() else ():
-        cut = record.get("pruned")
-        record = record | {"before": record["before"] if cut is None else cut}
-        if record["tokens"] and record["before"] is not None and record["after"] is not None:
-            found.append({name: record[name] for name in names})
+    for stage in ("library", "pairs"):
+        path = folder / stage / "distilled.json"
+        for record in read_json(path) if path.is_file() else ():
+            cut = record.get("pruned")
+            record = {"curve": []} | record | {"before": record["before"] if cut is None else cut}
+            if record["tokens"] and record["before"] is not None and record["after"] is not None:
+                found.append({name: record[name] for name in names})
     return found
