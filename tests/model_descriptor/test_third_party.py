@@ -224,7 +224,7 @@ def test_the_whole_way(
     result = layersmith.compress(
         folder, tmp_path / "run", data=text_folder, budget=0.75, recipe=TINY_RECIPE, descriptor=descriptor
     )
-    notes = " ".join(result.evaluation and layersmith.artifacts.read_json(result.run / "report.json")["warnings"])
+    notes = " ".join(result.evaluation and layersmith.artifacts.read_json(result.run / "report.json")["notes"])
     offered = layersmith.artifacts.read_json(result.run / "library" / "library.json")
     kinds = {(a["subblock"], a["kind"]) for a in offered["alternatives"]}
     assert (("ffn", "no_op") in kinds) == descriptor.mlp_no_op_supported() == (name != "olmo2")
