@@ -16,7 +16,7 @@ PROMPTS = ("def read_file(path):\n    with open(path",)
 
 
 def recipe(evaluation_source: str | Path) -> Recipe:
-    """Sized for three minutes on two cores."""
+    """Sized for a minute or two on one core."""
     return Recipe(
         data=DataRecipe(
             sequence_length=256,
