@@ -9,7 +9,7 @@ Shapes: B batch, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -127,25 +127,12 @@ def _can_hand_over(parent: Parent) -> bool:
     """Try it: each layer alone must give what it gave, though others last ran on other tokens."""
     input_ids = torch.arange(3, 11, device=parent.runtime.device)[None] % parent.language_config.vocab_size
     _, _, outputs = layer_outputs(parent, input_ids)
-    seen: list[torch.Tensor] = []
-
-    def stop(module: nn.Module, args: Any, output: Any) -> None:
-        seen.append(first_tensor(output))
-        raise _Enough
-
     try:
         forward(parent, input_ids.flip(1))
         for index in reversed(range(1, len(parent.blocks))):
-            alone = parent.layers[index]
-            handle = alone.register_forward_hook(stop)
-            try:
-                with exchanged(parent, _handovers(parent, outputs, index)):
-                    forward(parent, input_ids)
-            except _Enough:
-                pass
-            finally:
-                handle.remove()
-            if not torch.equal(seen.pop(), first_tensor(outputs[index])):
+            with exchanged(parent, _handovers(parent, outputs, index)):
+                alone = output_of(parent.layers[index], lambda: forward(parent, input_ids))
+            if not torch.equal(alone, first_tensor(outputs[index])):
                 return False
     except Exception:  # whatever a family's own code raises when something is missing
         return False
@@ -154,6 +141,24 @@ def _can_hand_over(parent: Parent) -> bool:
 
 class _Enough(Exception):
     """The layer has run; nothing after it is wanted."""
+
+
+def output_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """The hidden states that a layer gives in a run of its model, which is stopped there."""
+    seen: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(first_tensor(output))
+        raise _Enough
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        run()
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
 
 
 def share_buffers(source: nn.Module, target: nn.Module) -> None:

@@ -27,6 +27,7 @@ from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records, no_op_recor
 from layersmith.library.axes import LayerAxes
 from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes
+from layersmith.library.trial import Trial
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.inferred import InferredDescriptor
@@ -87,7 +88,7 @@ def verify(
     descriptor = descriptor or describe(config)
     small = shrunk(config, stock_model(config))
     specimen = specimen_parent(small, descriptor)
-    axes = prove(specimen, find_axes(specimen.descriptor, small, specimen.blocks), sample_tokens(specimen))
+    axes = prove(Trial(specimen, sample_tokens(specimen)), find_axes(specimen.descriptor, small, specimen.blocks))
     kinds: dict[str, tuple[list[int], dict[str, str]]] = {}
     for i in range(len(specimen.blocks)):
         verdicts = layer_verdicts(specimen, i, axes[i])

@@ -24,15 +24,14 @@ if TYPE_CHECKING:
     from layersmith.library.library import Library
 
 
-def those_that_run(library: Library, tokens: torch.Tensor) -> tuple[list[Alternative], list[str]]:
+def those_that_run(trial: Trial, library: Library) -> tuple[list[Alternative], list[str]]:
     """The alternatives of a library that run, and notes on the others; one layer of every kind is tried.
 
     Args:
+        trial: of the parent.
         library: its orders and maps may be any.
-        tokens: ``[1, T]`` ids.
     """
     parent = library.parent
-    trial = Trial(parent, tokens.to(parent.runtime.device))
     verdicts: dict[tuple[object, ...], str] = {}
     running, refused = [], {}
     kinds = [alike(trial, i, own) for i, own in enumerate(library.axes)]

@@ -27,6 +27,7 @@ from layersmith.library.kept import Kept
 from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes, input_dim, meta_layers
 from layersmith.library.statistics import Probe, gather
+from layersmith.library.trial import Trial
 from layersmith.library.weights import (
     keep_experts,
     keep_groups,
@@ -328,10 +329,11 @@ def survey(parent: Parent, recipe: LibraryRecipe) -> Survey:
     """Find the axes of a parent, prove them, and list the alternatives that the recipe asks for."""
     vocab_size = parent.language_config.vocab_size
     tokens = torch.arange(32)[None] * 31 % vocab_size  # any ids will do for a proof
-    axes = prove(parent, find_axes(parent.descriptor, parent.config, parent.blocks), tokens)
+    trial = Trial(parent, tokens)
+    axes = prove(trial, find_axes(parent.descriptor, parent.config, parent.blocks))
     found = survey_of(parent.descriptor, parent.blocks, axes, parent.layers, recipe)
     maps = no_maps(parent.descriptor, parent.layers, found.alternatives)
-    alternatives, notes = those_that_run(Library(parent, axes, found.alternatives, any_orders(axes), maps, []), tokens)
+    alternatives, notes = those_that_run(trial, Library(parent, axes, found.alternatives, any_orders(axes), maps, []))
     return dataclasses.replace(found, alternatives=alternatives, notes=[*found.notes, *notes])
 
 

@@ -22,6 +22,7 @@ from layersmith.library.trial import (
     copy_units,
     dead_or_copies,
     first_that_holds,
+    made_dead,
     others,
     twice,
     ways_that_hold,
@@ -71,16 +72,7 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
         copied = {"kv": (source_groups, gone_groups), "queries": (source, gone)}
         cut = lambda tensors: keep_groups(tensors, axis, groups)  # noqa: E731
 
-    def kill(layer: nn.Module) -> None:
-        state = layer.state_dict()
-        for w in axis.weights if copies else ():
-            for part, (own_source, own_gone) in copied.items():
-                if w.name != axis.reader and any(s.part == part for s in w.segments):
-                    copy_units(state[w.name], w.dim, w.positions(part, axis.sizes), own_source, own_gone)
-        reader = axis.weight(axis.reader)
-        entries = reader.positions("queries", axis.sizes)[gone].flatten()
-        state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
-
+    kill = made_dead(axis, "queries", gone, copied if copies else {})
     return trial.difference(i, fewer.block_config(trial.parent.blocks[i]), kill, cut)
 
 
@@ -108,16 +100,7 @@ def _head_size_difference(trial: Trial, i: int, axis: HeadSizeAxis, copies: bool
     }
     fewer = Alternative(i, "attention", "mixer_head_size", size=count)
 
-    def kill(layer: nn.Module) -> None:
-        state = layer.state_dict()
-        for w in axis.weights if copies else ():
-            for part, (own_source, own_gone) in copied.items():
-                if w.name != axis.reader and any(s.part == part for s in w.segments):
-                    copy_units(state[w.name], w.dim, w.positions(part, axis.sizes), own_source, own_gone)
-        reader = axis.weight(axis.reader)
-        entries = reader.positions("channels", axis.sizes)[copied["channels"][1]].flatten()
-        state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
-
+    kill = made_dead(axis, "channels", copied["channels"][1], copied if copies else {})
     block = fewer.block_config(trial.parent.blocks[i])
     return trial.difference(i, block, kill, lambda tensors: keep_head_size(tensors, axis, kept))
 

@@ -43,6 +43,7 @@ from layersmith.library.trial import (
     copy_units,
     dead_or_copies,
     first_that_holds,
+    made_dead,
     others,
     twice,
     ways_that_hold,
@@ -56,20 +57,17 @@ from layersmith.library.weights import (
     narrow,
     query_heads_of,
 )
-from layersmith.parent import Parent
 
 _NEVER = -1e4  # what the router must say of an expert for it never to be chosen
 
 
-def prove(parent: Parent, axes: Sequence[LayerAxes], tokens: torch.Tensor) -> list[LayerAxes]:
+def prove(trial: Trial, axes: Sequence[LayerAxes]) -> list[LayerAxes]:
     """The axes that hold, by experiment on one layer of every distinct shape.
 
     Args:
-        parent: the parent.
+        trial: of the parent; a few dozen tokens are enough.
         axes: as found on the meta device.
-        tokens: ``[1, T]`` ids; a few dozen are enough.
     """
-    trial = Trial(parent, tokens.to(parent.runtime.device))
     verdicts: dict[tuple[object, ...], LayerAxes] = {}
     proved = []
     for i, own in enumerate(axes):
@@ -331,17 +329,9 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
     gone = {"kv": others(axis.size, kept["kv"])} if "kv" in kept else {}
     gone["queries"] = others(axis.num_heads, queries)
 
-    def kill(layer: nn.Module) -> None:
-        state = layer.state_dict()
-        for w in axis.weights if copies else ():
-            for part in {s.part for s in w.segments} & gone.keys() - {REST}:
-                # Query heads that lose their KV head but stay keep their own weights.
-                if w.name != axis.reader and not (way == "fewer_kv" and part == "queries"):
-                    copy_units(state[w.name], w.dim, w.positions(part, axis.sizes), kept[part], gone[part])
-        reader = axis.weight(axis.reader)
-        entries = reader.positions("queries", axis.sizes)[gone["queries"]].flatten()
-        state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
-
+    # Query heads that lose their KV head but stay keep their own weights.
+    own = gone.keys() - {REST} - ({"queries"} if way == "fewer_kv" else set())
+    kill = made_dead(axis, "queries", gone["queries"], {p: (kept[p], gone[p]) for p in own} if copies else {})
     return trial.difference(i, fewer.block_config(trial.parent.blocks[i]), kill, cut)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
@@ -14,8 +14,8 @@ from torch import nn
 
 from layersmith.block_config import BlockConfig
 from layersmith.errors import first_line
-from layersmith.execution import first_tensor, forward_with, hands_over, layer_outputs, share_buffers
-from layersmith.library.axes import HeadsAxis, LayerAxes
+from layersmith.execution import forward_with, hands_over, layer_outputs, output_of, share_buffers
+from layersmith.library.axes import HeadsAxis, HeadSizeAxis, LayerAxes
 from layersmith.library.shapes import meta_layers
 from layersmith.parent import Parent
 
@@ -35,29 +35,16 @@ class Trial:
     """A layer as the parent runs it, and layers in its place."""
 
     def __init__(self, parent: Parent, tokens: torch.Tensor):
-        self.parent, self.tokens = parent, tokens
+        self.parent, self.tokens = parent, tokens.to(parent.runtime.device)
         hands_over(parent)  # tried now, not while a layer is watched
-        _, _, self.outputs = layer_outputs(parent, tokens)
+        _, _, self.outputs = layer_outputs(parent, self.tokens)
         self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
         self._before: dict[int, torch.Tensor] = {}
         self._skeletons: dict[str, nn.Module] = {}
 
     def output(self, i: int, layer: nn.Module) -> torch.Tensor:
         """The hidden states that a layer gives in the place of layer ``i``."""
-        seen: list[torch.Tensor] = []
-
-        def stop(module: nn.Module, args: Any, output: Any) -> None:
-            seen.append(first_tensor(output))
-            raise _Enough
-
-        handle = layer.register_forward_hook(stop)
-        try:
-            forward_with(self.parent, self.tokens, self.outputs, i, layer)
-        except _Enough:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
+        return output_of(layer, lambda: forward_with(self.parent, self.tokens, self.outputs, i, layer))
 
     def run(self, i: int, layer: nn.Module) -> torch.Tensor:
         """The logits with a layer in the place of layer ``i``; its output where no other layer takes more from it."""
@@ -118,10 +105,6 @@ class Trial:
                 handle.remove()
             self._before[i] = seen[0]
         return self._before[i]
-
-
-class _Enough(Exception):
-    """The layer has run; nothing after it is wanted."""
 
 
 def alike(trial: Trial, i: int, axes: LayerAxes) -> tuple[object, ...]:
@@ -232,3 +215,31 @@ def copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch
     source = kept[torch.arange(len(gone)) % len(kept)]
     moved = weight.movedim(dim, 0)
     moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
+
+
+def made_dead(
+    axis: HeadsAxis | HeadSizeAxis,
+    part: str,
+    gone: torch.Tensor,
+    copied: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> Kill:
+    """Makes units of a layer's heads dead: nothing reads them.
+
+    Args:
+        axis: of the heads.
+        part: whose units these are in the weight that reads heads.
+        gone: the units.
+        copied: parts to units of which others are made copies in all other weights, and those others.
+    """
+
+    def kill(layer: nn.Module) -> None:
+        state = layer.state_dict()
+        for w in axis.weights:
+            for own, (source, copies) in copied.items():
+                if w.name != axis.reader and any(s.part == own for s in w.segments):
+                    copy_units(state[w.name], w.dim, w.positions(own, axis.sizes), source, copies)
+        reader = axis.weight(axis.reader)
+        entries = reader.positions(part, axis.sizes)[gone].flatten()
+        state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
+
+    return kill
