@@ -226,7 +226,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "xlstm": {"hidden_size": 128, "embedding_dim": 128},
     "deepseek_ocr2": {"num_experts_per_tok": 2, "mlp_layer_types": ["dense", "sparse"] * 2},
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
-    "longcat_flash": _MLA | {"head_dim": 8, "zero_expert_num": 2},
+    "longcat_flash": _MLA | {"head_dim": 8, "zero_expert_num": 2, "n_routed_experts": 8, "moe_topk": 4},
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16},
     "mistral4": _MLA,
     **dict.fromkeys(("axk1", "deepseek_v3", "kimi_k25", "youtu"), _MLA | {"head_dim": 8}),

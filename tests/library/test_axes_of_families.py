@@ -16,9 +16,10 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import layersmith
+from layersmith.costs.counted import Workload, subblock_costs
 from layersmith.execution import exchanged, forward
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.library import Library, Survey, build_library, survey
 from layersmith.model_descriptor.stock import own_config
 from layersmith.parent import Parent
 from layersmith.recipe import LibraryRecipe
@@ -54,6 +55,8 @@ KINDS = {
     },  # the width of all heads is said as a multiple
     "jamba": {"kv_heads", "experts", "state_size"},  # Mamba without heads, norms of what writes to the state
     "doge": {"query_heads"},  # query heads in groups, and a number of KV heads that cannot differ alone
+    # Two attentions a layer, and experts that do nothing beside the others.
+    "longcat_flash": {"head_groups", "experts", "expert_width", "experts_per_token", "shared_width"},
     "dbrx": {"kv_heads", "experts", "expert_width", "experts_per_token"},  # experts flat, one after another
 }
 
@@ -160,14 +163,54 @@ def test_a_window_is_the_familys_own(family: str, tmp_path: Path) -> None:
     assert torch.equal(stock(TOKENS, use_cache=False).logits, scored)
 
 
-def test_what_lies_beside_stacks_that_are_not_understood() -> None:
-    """Two attentions and two dense FFNs a layer, and experts of which some are identities without weights."""
+def test_several_attentions_and_experts_that_do_nothing() -> None:
+    """Two attentions and two dense FFNs a layer, and identities beside the experts, with rows in a stack."""
     parent = parent_of("longcat_flash")
-    own = survey(parent, LibraryRecipe()).axes[0]
-    assert own.ffn is not None
-    assert [bundle.reader for bundle in own.ffn.bundles] == ["mlps.0.down_proj.weight", "mlps.1.down_proj.weight"]
-    assert own.reasons["experts"].startswith("its experts are stacks (6 in mlp.experts.gate_up_proj and 4 in ")
-    assert own.reasons["attention"].startswith("it has several attentions, whose heads end in self_attn.0.o_proj")
+    found = survey(parent, LibraryRecipe())
+    own = found.axes[0]
+    assert own.shared is not None
+    assert own.kv is not None
+    assert [b.reader for b in own.shared.bundles] == ["mlps.0.down_proj.weight", "mlps.1.down_proj.weight"]
+    assert [a.reader for a in own.kv.attentions] == ["self_attn.0.o_proj.weight", "self_attn.1.o_proj.weight"]
+    library = build_library(parent, LibraryRecipe(), found, TOKENS, batch_sequences=2)
+    weights = parent.layers[0].state_dict()
+    (fewer,) = (a for a in library.alternatives if (a.layer, a.kind, a.size) == (0, "head_groups", 2))
+    cut = library.weights(fewer)
+    for number, name in enumerate(("0.attention", "0.attention.1")):
+        reader = f"self_attn.{number}.o_proj.weight"
+        heads = library.orders[name][:2].sort().values
+        assert torch.equal(cut[reader], weights[reader].unflatten(1, (4, -1))[:, heads].flatten(1))
+    (fewer,) = (a for a in library.alternatives if (a.layer, a.kind, a.size) == (0, "experts", 4))
+    stack, left = weights["mlp.experts.gate_up_proj"], library.orders["0.experts"][:4].sort().values
+    assert torch.equal(library.weights(fewer)["mlp.experts.gate_up_proj"], torch.cat([stack[left], stack[8:]]))
+    # A token uses its experts' rows and none of those that do nothing.
+    _, parts = costs_of(parent, found)
+    assert parts[0]["ffn"]["parameters"] - parts[0]["ffn"]["active_parameters"] == (
+        stack.numel() + weights["mlp.experts.down_proj"].numel()
+        - 4 * (stack[0].numel() + weights["mlp.experts.down_proj"][0].numel())
+    )  # fmt: skip
+
+
+def test_heads_that_end_in_blocks() -> None:
+    """Equally many of each block stay, each block its own; what a block reads of the others' places it never did."""
+    parent = parent_of("deepseek_v4")
+    found = survey(parent, LibraryRecipe())
+    assert {a.size for a in found.alternatives if a.kind == "query_heads"} == {2}
+    library = build_library(parent, LibraryRecipe(), found, TOKENS, batch_sequences=2)
+    (fewer,) = (a for a in library.alternatives if (a.layer, a.kind) == (0, "query_heads"))
+    weight, order = parent.layers[0].state_dict()["self_attn.o_a_proj.weight"], library.orders["0.queries"]
+    assert order.sort(-1).values.tolist() == [[0, 1], [2, 3]]
+    rows, size = len(weight) // 2, weight.shape[1] // 2  # of a block, of a head
+    places = [int(order[block, 0]) - 2 * block for block in range(2)]
+    expected = [weight[b * rows : (b + 1) * rows, at * size : (at + 1) * size] for b, at in enumerate(places)]
+    assert torch.equal(library.weights(fewer)["self_attn.o_a_proj.weight"], torch.cat(expected))
+
+
+def costs_of(parent: Parent, found: Survey) -> tuple[dict[str, int], list[dict[str, dict[str, int]]]]:
+    layers, fixed = subblock_costs(
+        parent.descriptor, parent.config, parent.blocks, torch.float32, Workload(), found.axes
+    )
+    return fixed, layers
 
 
 @torch.no_grad()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
 import layersmith
+from layersmith.library.alternative import Alternative
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from tests.conformance.tiny import tiny_config
 
@@ -15,18 +17,33 @@ def found_of(family: str) -> type[InferredDescriptor]:
     return descriptor
 
 
-@pytest.mark.parametrize("family", ["cohere2", "deepseek_v3", "lfm2", "qwen3"])
+@pytest.mark.parametrize("family", ["cohere2", "lfm2", "qwen3"])
 def test_heads(family: str) -> None:
-    """With logits that are small, a latent of queries, a size that goes along, and a norm of each head."""
+    """With logits that are small, a size that goes along, and a norm of each head."""
     found = {sizes.query_heads for sizes in found_of(family).findings.sizes}
     assert (("num_attention_heads",),) in found
     assert found <= {(("num_attention_heads",),), ()}
 
 
-def test_heads_in_groups_are_not_sliced_and_ranks_are_no_heads() -> None:
+def test_heads_that_do_without_their_number_of_keys_only_where_attention_is_fused() -> None:
+    """In latent attention the number of KV heads that the config says sets no shape; plain attention divides by it."""
+    config = tiny_config("deepseek_v3")
+    found = {sizes.query_heads for sizes in found_of("deepseek_v3").findings.sizes}
+    assert found == {(("num_attention_heads",), ("num_key_value_heads",))}
+    blocks = layersmith.block_configs(config)
+    blocks[1] = Alternative(1, "attention", "head_groups", size=3, query_heads=3).block_config(blocks[1])
+    model = layersmith.build(config, blocks).eval()
+    ids = torch.arange(3, 15)[None]
+    with torch.no_grad():
+        fused = model(ids, use_cache=False).logits
+        for module in model.modules():
+            if hasattr(module, "config"):
+                module.config._attn_implementation = "eager"
+        assert torch.allclose(model(ids, use_cache=False).logits, fused, atol=1e-5)
+
+
+def test_heads_in_blocks_and_ranks_are_no_heads() -> None:
     """Its queries and its output both come from latents whose entries can be there twice as well."""
     descriptor = found_of("deepseek_v4")
-    assert {sizes.query_heads for sizes in descriptor.findings.sizes} == {()}
-    assert descriptor.why_no_query_heads(0) == (
-        "its heads end in groups of self_attn.o_a_proj.weight, each of which reads other heads by the same entries"
-    )
+    assert {sizes.query_heads for sizes in descriptor.findings.sizes} == {(("num_attention_heads",),)}
+    assert {sizes.head_blocks for sizes in descriptor.findings.sizes} == {2}

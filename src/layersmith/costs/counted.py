@@ -17,7 +17,7 @@ from layersmith.block_config import BlockConfig, has_attention
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.modeling_layersmith import as_parent
 from layersmith.heterogeneous.patcher import deci_x_patcher
-from layersmith.library.axes import LayerAxes
+from layersmith.library.axes import REST, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
@@ -135,9 +135,16 @@ def _active(
 ) -> int:
     """Parameters that take part in a token: of the routed experts as many as a token uses."""
     prefix = f"{descriptor.layer_block_name(index)}."
-    of_experts = sum(n for name, n in sizes.items() if axes.is_of_experts(name.removeprefix(prefix)))
-    moe = block.ffn.moe
-    share = of_experts * moe.num_experts_per_tok // moe.num_local_experts if moe is not None else of_experts
+    own = {name.removeprefix(prefix): n for name, n in sizes.items() if axes.is_of_experts(name.removeprefix(prefix))}
+    of_experts, moe = sum(own.values()), block.ffn.moe
+    if moe is None:
+        return sum(sizes.values())
+    idle = 0
+    for w in axes.experts.weights if axes.experts is not None else ():
+        # Places for experts that do nothing, as many as in the parent.
+        places = sum(s.unit for s in w.segments if s.part == REST) if w.name in own else 0
+        idle += own[w.name] // (moe.num_local_experts + places) * places if places else 0
+    share = (of_experts - idle) * moe.num_experts_per_tok // moe.num_local_experts
     return sum(sizes.values()) - of_experts + share
 
 

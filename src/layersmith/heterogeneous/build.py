@@ -116,7 +116,7 @@ def child_config(
     if len(blocks) != num_layers:
         raise UsageError(f"{len(blocks)} block configs for the {num_layers} layers of the model.")
     built_types: list[str] = []
-    layers = decoder_layers(stock_model(config), descriptor, len(blocks))
+    layers = of_parent = decoder_layers(stock_model(config), descriptor, len(blocks))
     if own_types := getattr(language, "layer_types", None):
         asked = [block.attention.layer_type or own for block, own in zip(blocks, own_types, strict=True)]
         layer_types = cache_layer_types(fills_cache(descriptor, blocks), asked)
@@ -129,7 +129,7 @@ def child_config(
             language = descriptor.get_language_model_config(config)
     class_names = [f"{cls.__module__}.{cls.__qualname__}" for cls in layer_classes(descriptor)]
     text_config = "" if language is config else next(n for n, value in vars(config).items() if value is language)
-    config.layersmith = make_plan(descriptor, config, blocks, layers, class_names, text_config)
+    config.layersmith = make_plan(descriptor, config, blocks, layers, class_names, text_config, of_parent)
     if built_types:
         config.layersmith["built_layer_types"] = built_types
     if remote := remote_code(config):

@@ -44,7 +44,8 @@ def deci_x_patcher(
     Args:
         model_descriptor: of the family.
         block_configs: one a layer.
-        cache_slots_of_layers: the slot of every layer; default: from the ``layer_types`` of the config.
+        cache_slots_of_layers: the slot of every layer, as a plan has them; default: from the ``layer_types`` of the
+            config.
 
     Raises:
         UnsupportedModel: a block config asks for a no-op that the descriptor does not have.
@@ -65,20 +66,20 @@ def deci_x_patcher(
         if index < len(blocks):
             resize(layer, new_shapes(model_descriptor, layer, blocks[index]))
             within = cached_modules(model_descriptor, layer, index, slots[index])
-            _replace_subblocks(model_descriptor, layer, blocks[index])
+            _replace_subblocks(model_descriptor, layer, blocks[index], cache_slots_of_layers is not None)
             set_cache_slot(layer, slots[index], within)
 
     with own_layers(layer_classes(model_descriptor), configure, finish):
         yield
 
 
-def _replace_subblocks(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> None:
+def _replace_subblocks(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig, planned: bool) -> None:
     # Both records are taken before either subblock is touched: the callbacks see the layer as it was built.
     linear = {
         name: record
         for subblock in ("attention", "ffn")
         if block.subblock(subblock).replace_with_linear
-        for name, record in linear_records(descriptor, layer, subblock).items()
+        for name, record in linear_records(descriptor, layer, subblock, planned).items()
     }
     if block.attention.no_op:
         if not descriptor.attn_no_op_supported():

@@ -56,17 +56,27 @@ def no_op_records(descriptor: type[ModelDescriptor], layer: nn.Module, *subblock
     return records
 
 
-def linear_records(descriptor: type[ModelDescriptor], layer: nn.Module, subblock: str) -> dict[str, dict[str, Any]]:
+def linear_records(
+    descriptor: type[ModelDescriptor], layer: nn.Module, subblock: str, planned: bool = False
+) -> dict[str, dict[str, Any]]:
     """As :func:`no_op_records`, for one linear map in the subblock's place; its norm stays.
 
     The map stands where the no-op puts zeros, and answers for as much as they do of what the model asks of the module
     that was there. ``size`` is the hidden size.
+
+    Args:
+        descriptor: of the family.
+        layer: as its class builds it.
+        subblock: ``"attention"`` or ``"ffn"``.
+        planned: whether it was seen already that a map can stand there, in the layer as the parent has it. A layer
+            without attention may be built as one of another type, of which that may not hold.
     """
     zeros = {name: r for name, r in no_op_records(descriptor, layer, subblock).items() if r["is"] == "zeros"}
     if len(zeros) != 1:
         raise UnsupportedModel(f"{descriptor.__name__}: no single module is the {subblock}; {NO_LINEAR}.")
     ((name, record),) = zeros.items()
-    if reason := getattr(descriptor, "why_not_whole", lambda layer, subblock, name: "")(layer, subblock, name):
+    why_not_whole = getattr(descriptor, "why_not_whole", lambda layer, subblock, name: "")
+    if not planned and (reason := why_not_whole(layer, subblock, name)):
         raise UnsupportedModel(f"{descriptor.__name__}: {reason}; {NO_LINEAR}.")
     return {name: record | {"is": "linear", "size": hidden_size_of(layer)}}
 
@@ -140,6 +150,7 @@ def make_plan(
     layers: Sequence[nn.Module],
     layer_class_names: Sequence[str],
     text_config: str = "",
+    of_parent: Sequence[nn.Module] | None = None,
 ) -> dict[str, Any]:
     """The entry ``layersmith`` of a child's ``config.json``.
 
@@ -150,6 +161,8 @@ def make_plan(
         layers: the decoder layers of the stock model, on the meta device.
         layer_class_names: full names of the decoder layer classes.
         text_config: the attribute of ``config`` that is the language model's config; empty if that is ``config``.
+        of_parent: the layers as the parent has them, where without their attention some are of another type; whether a
+            linear map can stand for a subblock is a matter of these.
     """
     from layersmith import __version__
 
@@ -157,12 +170,12 @@ def make_plan(
     language = getattr(config, text_config) if text_config else config
     slots = slots_of_layers(descriptor, present, getattr(language, "layer_types", None))
     records: list[dict[str, Any]] = []
-    for layer, block, slot in zip(layers, block_configs, slots, strict=True):
+    for layer, own, block, slot in zip(layers, of_parent or layers, block_configs, slots, strict=True):
         removed = [subblock for subblock in SUBBLOCKS if block.subblock(subblock).no_op]
         modules = no_op_records(descriptor, layer, *removed) if removed else {}
         for subblock in SUBBLOCKS:
             if block.subblock(subblock).replace_with_linear:
-                modules |= linear_records(descriptor, layer, subblock)
+                modules |= linear_records(descriptor, own, subblock)
         overrides = {k: v for k, v in descriptor.block_config_to_layer_overrides(block).items() if v is not None}
         record: dict[str, Any] = {"config": overrides, "modules": modules, "cache_slot": slot}
         if shapes := new_shapes(descriptor, layer, block):

@@ -215,8 +215,8 @@ def _of_heads(i: int, axis: HeadsAxis, recipe: LibraryRecipe) -> list[Alternativ
             sizes = fractions_of(axis.size, recipe.head_fractions)
         found += [Alternative(i, "attention", "head_groups", "contribution", k, k * group) for k in sizes]
     if axis.fewer_queries and recipe.query_heads:
-        sizes = fractions_of(group, recipe.head_fractions)
-        found += [Alternative(i, "attention", "query_heads", "contribution", n * axis.size) for n in sizes]
+        sizes = fractions_of(axis.num_heads // axis.shares, recipe.head_fractions)
+        found += [Alternative(i, "attention", "query_heads", "contribution", n * axis.shares) for n in sizes]
     return found
 
 

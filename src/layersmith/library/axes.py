@@ -21,6 +21,11 @@ class NoAxis(Exception):
     """There is no such axis; the message says why."""
 
 
+def numbered(name: str, attention: int) -> str:
+    """The name of what is of one of several attentions of a layer; that of the first is as if there were one."""
+    return f"{name}.{attention}" if attention else name
+
+
 def largest_part(size: int) -> int:
     """The largest proper divisor, so that whatever must divide a size still does."""
     return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
@@ -49,12 +54,35 @@ class WeightAxis:
         dim: the dimension.
         segments: what lies along it, in order.
         grouped: whether the segments are repeated for every KV head, each time with its share of the units.
+        blocks: of a matrix that reads as many shares of the units by the same entries, each by its share of rows: what
+            the segments describe lies along the second dimension of :meth:`spread`.
     """
 
     name: str
     dim: int
     segments: tuple[Segment, ...]
     grouped: bool = False
+    blocks: int = 1
+
+    def spread(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight with all units along one dimension: ``[R, blocks * n]`` of ``[blocks * R, n]``."""
+        if self.blocks == 1:
+            return weight
+        return weight.unflatten(0, (self.blocks, -1)).transpose(0, 1).flatten(1)
+
+    def folded(self, spread: torch.Tensor) -> torch.Tensor:
+        """The weight of what :meth:`spread` made of it."""
+        if self.blocks == 1:
+            return spread
+        return spread.unflatten(1, (self.blocks, -1)).transpose(0, 1).flatten(0, 1).contiguous()
+
+    def taken(self, weight: torch.Tensor, entries: torch.Tensor) -> torch.Tensor:
+        """The weight with only some entries of the dimension that the segments describe."""
+        return self.folded(self.spread(weight).index_select(self.dim, entries.to(weight.device)))
+
+    def silence(self, weight: torch.Tensor, entries: torch.Tensor) -> None:
+        """Set entries of the dimension that the segments describe to zero, in place."""
+        weight.copy_(self.folded(self.spread(weight).index_fill(self.dim, entries.to(weight.device), 0)))
 
     def positions(self, part: str, sizes: Mapping[str, int]) -> torch.Tensor:
         """``[units, entries]``: where the units of a part lie, if there are ``sizes[part]`` of each part."""
@@ -170,6 +198,10 @@ class HeadsAxis(_WithReader):
         fewer_kv: whether there can be fewer KV heads for the same query heads.
         fewer_queries: whether there can be fewer query heads for the same KV heads.
         fewer_groups: whether KV heads can go with their query heads.
+        beside: the heads of the layer's other attentions, where it has several; of each as many stay as here, but not
+            the same ones.
+        blocks: of the reader, which then reads neighbouring heads by the same entries, ``H / blocks`` of them by each
+            of as many shares of its outputs. Equally many heads of each block stay.
     """
 
     size: int
@@ -180,6 +212,18 @@ class HeadsAxis(_WithReader):
     fewer_kv: bool = False
     fewer_queries: bool = False
     fewer_groups: bool = False
+    beside: tuple[HeadsAxis, ...] = ()
+    blocks: int = 1
+
+    @property
+    def attentions(self) -> tuple[HeadsAxis, ...]:
+        """The heads of every attention of the layer, this one first."""
+        return (self, *self.beside)
+
+    @property
+    def shares(self) -> int:
+        """Of how many groups of neighbouring query heads equally many stay."""
+        return max(self.size, self.blocks)
 
     @property
     def sizes(self) -> dict[str, int]:

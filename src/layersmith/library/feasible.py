@@ -16,7 +16,7 @@ from torch import nn
 from layersmith.errors import first_line
 from layersmith.heterogeneous.plan import linear_records
 from layersmith.library.alternative import Alternative
-from layersmith.library.axes import LayerAxes
+from layersmith.library.axes import LayerAxes, numbered
 from layersmith.library.trial import Trial, alike
 from layersmith.model_descriptor.base import ModelDescriptor
 
@@ -87,9 +87,10 @@ def any_orders(axes: Sequence[LayerAxes]) -> dict[str, torch.Tensor]:
                 channels = torch.arange(bundle.size)
                 orders[f"{i}.{part}.{b}"] = channels.repeat(bundle.members, 1) if bundle.members else channels
         for heads, groups, within in ((own.kv, "attention", "queries"), (own.mixer, "mixer", "mixer_heads")):
-            if heads is not None:
-                orders[f"{i}.{groups}"] = torch.arange(heads.size)
-                orders[f"{i}.{within}"] = torch.arange(heads.num_heads).view(heads.size, -1)
+            for a in range(len(heads.attentions) if heads is not None else 0):
+                assert heads is not None
+                orders[numbered(f"{i}.{groups}", a)] = torch.arange(heads.size)
+                orders[numbered(f"{i}.{within}", a)] = torch.arange(heads.num_heads).view(heads.shares, -1)
         if own.mixer_size is not None:
             orders[f"{i}.mixer_size"] = torch.arange(own.mixer_size.size).repeat(own.mixer_size.num_heads, 1)
         if own.state is not None:

@@ -21,7 +21,7 @@ from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
 from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity, search_space, why_no_linear
-from layersmith.library.axes import Bundle, HeadsAxis, HeadSizeAxis, LayerAxes, Segment, WeightAxis, WidthAxis
+from layersmith.library.axes import Bundle, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis, numbered
 from layersmith.library.feasible import any_orders, by_reason, no_maps, those_that_run
 from layersmith.library.kept import Kept
 from layersmith.library.proof import prove
@@ -139,15 +139,18 @@ class Library:
             in_group = alternative.size // own.mixer.size
             return keep_query_heads(current, own.mixer, self.orders[f"{i}.mixer_heads"][:, :in_group].flatten())
         assert own.kv is not None
-        if kind == "query_heads":
-            return keep_query_heads(
-                current, own.kv, self.orders[f"{i}.queries"][:, : alternative.size // own.kv.size].flatten()
-            )
-        if alternative.method == "pool":
-            pooled = pool_kv_heads(current, own.kv, alternative.size)
-            return {name: self.parent.stored(weight) for name, weight in pooled.items()}
-        keep = keep_groups if kind == "head_groups" else keep_kv_heads
-        return keep(current, own.kv, self.orders[f"{i}.attention"][: alternative.size])
+        result: dict[str, torch.Tensor] = {}
+        for a, heads in enumerate(own.kv.attentions):
+            if kind == "query_heads":
+                within = self.orders[numbered(f"{i}.queries", a)]
+                result |= keep_query_heads(current, heads, within[:, : alternative.size // heads.shares].flatten())
+            elif alternative.method == "pool":
+                pooled = pool_kv_heads(current, heads, alternative.size)
+                result |= {name: self.parent.stored(weight) for name, weight in pooled.items()}
+            else:
+                keep = keep_groups if kind == "head_groups" else keep_kv_heads
+                result |= keep(current, heads, self.orders[numbered(f"{i}.attention", a)][: alternative.size])
+        return result
 
     def silenced(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
         """Which entries of the input of which modules of the layer become zero, where there is nothing more to it.
@@ -174,14 +177,17 @@ class Library:
             return result
         if kind not in ("kv_heads", "head_groups", "query_heads") or alternative.method == "pool" or own.kv is None:
             return None
-        if not self._reads_its_input(i, own.kv.reader):
-            return None
-        if kind == "query_heads":
-            gone = self.orders[f"{i}.queries"][:, alternative.size // own.kv.size :].flatten()
-        else:
-            gone = query_heads_of(own.kv, self.orders[f"{i}.attention"][alternative.size :])
-        places = own.kv.weight(own.kv.reader).positions("queries", own.kv.sizes)
-        return {own.kv.output: places[gone].flatten()}
+        result = {}
+        for a, heads in enumerate(own.kv.attentions):
+            if heads.blocks > 1 or not self._reads_its_input(i, heads.reader):
+                return None
+            if kind == "query_heads":
+                gone = self.orders[numbered(f"{i}.queries", a)][:, alternative.size // heads.shares :].flatten()
+            else:
+                gone = query_heads_of(heads, self.orders[numbered(f"{i}.attention", a)][alternative.size :])
+            places = heads.weight(heads.reader).positions("queries", heads.sizes)
+            result[heads.output] = places[gone].flatten()
+        return result
 
     def reader(self, alternative: Alternative) -> tuple[str, int] | None:
         """Name and input dimension of the one projection that makes a changed subblock's output, if there is one."""
@@ -192,7 +198,7 @@ class Library:
             assert axis is not None
             found = axis.bundles[0] if len(axis.bundles) == 1 and not axis.bundles[0].members else None
         elif kind in ("kv_heads", "head_groups", "query_heads", "window"):
-            found = own.kv
+            found = own.kv if own.kv is not None and own.kv.blocks == len(own.kv.attentions) == 1 else None
         elif kind in ("mixer_heads", "mixer_groups", "mixer_head_size", "state_size"):
             found = own.mixer
         if found is None or not found.reader or not self._reads_its_input(alternative.layer, found.reader):
@@ -395,7 +401,7 @@ def build_library(
                 name = f"{i}.{part}.{b}"
                 if name in means:
                     costs = ranking.channel_costs(output_weight(layer, bundle), means[name])
-                    orders[name] = _order(costs, ffn_ranking)
+                    orders[name] = ranking.by_method(costs, ffn_ranking)
                     importance[name] = ranking.error_curve(costs, orders[name])
                 elif f"{name}.channels" in means:
                     norms = torch.stack(
@@ -407,47 +413,25 @@ def build_library(
             (own.kv, f"{i}.attention", f"{i}.queries"),
             (own.mixer, f"{i}.mixer", f"{i}.mixer_heads"),
         ):
-            if heads is not None and name in means:
-                orders[name], orders[within], by_head = _head_orders(layer, heads, means[name])
-                importance[name] = ranking.error_curve(by_head, orders[name])
+            for a, one in enumerate(heads.attentions if heads is not None else ()):
+                if (own_name := numbered(name, a)) in means:
+                    weight = _matrix(layer.get_parameter(one.reader), one.reader_dim)
+                    of_one = ranking.head_orders(weight, one, means[own_name])
+                    orders[own_name], orders[numbered(within, a)], by_head = of_one
+                    importance[own_name] = ranking.error_curve(by_head, orders[own_name])
         if own.mixer_size is not None and (name := f"{i}.mixer") in means:
-            orders[f"{i}.mixer_size"] = _head_size_order(layer, own.mixer_size, means[name])
+            weight = _matrix(layer.get_parameter(own.mixer_size.reader), own.mixer_size.reader_dim)
+            orders[f"{i}.mixer_size"] = ranking.head_size_order(weight, own.mixer_size, means[name])
         if (name := f"{i}.state") in means:
             orders[name] = ranking.by_cost(means[name])
         if (name := f"{i}.experts.members") in means:
-            orders[f"{i}.experts"] = _order(means[name], "iterative")
+            orders[f"{i}.experts"] = ranking.by_method(means[name], "iterative")
             importance[f"{i}.experts"] = ranking.error_curve(means[name].double().cpu(), orders[f"{i}.experts"])
         for subblock in SUBBLOCKS:
             if (name := f"{i}.{subblock}.linear") + ".input" in means:
                 solved = ranking.least_squares(means[f"{name}.input"], means[f"{name}.output"])
                 maps[f"{i}.{subblock}"] = solved.float()
     return Library(parent, axes, alternatives, orders, maps, found.notes, importance)
-
-
-def _head_orders(
-    layer: nn.Module, heads: HeadsAxis, moment: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KV heads, and the query heads of each: most important first; and the costs of KV heads."""
-    weight = _matrix(layer.get_parameter(heads.reader), heads.reader_dim)
-    costs = ranking.channel_costs(weight, moment, weight.shape[1] // heads.num_heads)
-    group = heads.num_heads // heads.size
-    by_kv = costs.view(heads.size, group, heads.size, group).sum((1, 3))
-    return _order(by_kv, "iterative"), ranking.within_groups(costs, heads.size), by_kv
-
-
-def _head_size_order(layer: nn.Module, axis: HeadSizeAxis, moment: torch.Tensor) -> torch.Tensor:
-    """``[H, P]``: the entries of every head, most important first."""
-    costs = ranking.channel_costs(_matrix(layer.get_parameter(axis.reader), axis.reader_dim), moment)
-    heads = costs.view(axis.num_heads, axis.size, axis.num_heads, axis.size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
-    if axis.alike:
-        return ranking.by_iterative_removal(heads.sum(0)).repeat(axis.num_heads, 1)
-    return torch.stack([ranking.by_iterative_removal(own.contiguous()) for own in heads])
-
-
-def _order(costs: torch.Tensor, method: str) -> torch.Tensor:
-    if method == "iterative" and costs.ndim == 2:
-        return ranking.by_iterative_removal(costs.double())
-    return ranking.by_contribution(costs)
 
 
 def output_weight(layer: nn.Module, bundle: Bundle) -> torch.Tensor:
@@ -490,9 +474,12 @@ def probes_for(
             (own.kv, f"{i}.attention", ("kv_heads", "head_groups", "query_heads")),
             (own.mixer or own.mixer_size, f"{i}.mixer", ("mixer_heads", "mixer_groups", "mixer_head_size")),
         ):
-            if heads is not None and kinds & {(i, kind) for kind in of_kind}:
-                channels = _matrix(layer.get_parameter(heads.reader), heads.reader_dim).shape[1]
-                probes.append(Probe(name, i, heads.output, "moment", 8 * channels**2))
+            if heads is None or not kinds & {(i, kind) for kind in of_kind}:
+                continue
+            for a, one in enumerate(heads.attentions if isinstance(heads, HeadsAxis) else (heads,)):
+                blocks = one.blocks if isinstance(one, HeadsAxis) else 1
+                channels = _matrix(layer.get_parameter(one.reader), one.reader_dim).shape[1] * blocks
+                probes.append(Probe(numbered(name, a), i, one.output, "moment", 8 * channels**2, blocks=blocks))
         if own.state is not None and (i, "state_size") in kinds:
             module = common_module(layer, [w.name for w in own.state.weights])
             probes.append(Probe(f"{i}.state", i, module, "state", 8 * own.state.size, state=own.state))

@@ -37,6 +37,7 @@ from layersmith.library.mixer_proof import prove_head_size, prove_mixer, prove_s
 from layersmith.library.shapes import input_dim, layer_shapes
 from layersmith.library.trial import (
     Fails,
+    Kill,
     Slice,
     Trial,
     alike,
@@ -288,8 +289,12 @@ def _prove_heads(trial: Trial, i: int, axis: HeadsAxis, reasons: dict[str, str])
 
 
 def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
-    for weights in _guesses(axis.weights):
-        yield dataclasses.replace(axis, weights=tuple(weights))
+    for weights in _guesses([w for own in axis.attentions for w in own.weights]):
+        rest = iter(weights)
+        first, *beside = [
+            dataclasses.replace(own, weights=tuple(next(rest) for _ in own.weights)) for own in axis.attentions
+        ]
+        yield dataclasses.replace(first, beside=tuple(beside))
 
 
 def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool) -> float:
@@ -304,6 +309,27 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
         others_stay: whether it is not the last ones that stay, but some in between: parts of heads that lie at the
             same distance from each other may look like heads to one of both.
     """
+    kills, cuts = [], []
+    for a, own in enumerate(axis.attentions):
+        # Each attention keeps others, so that it is put to the test that heads are not mixed up between them.
+        fewer, kill, cut = _without_some(i, way, own, copies, others_stay if a == 0 else not others_stay)
+        kills.append(kill)
+        cuts.append(cut)
+
+    def kill_all(layer: nn.Module) -> None:
+        for kill in kills:
+            kill(layer)
+
+    def cut_all(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: weight for cut in cuts for name, weight in cut(tensors).items()}
+
+    return trial.difference(i, fewer.block_config(trial.parent.blocks[i]), kill_all, cut_all)
+
+
+def _without_some(
+    i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool
+) -> tuple[Alternative, Kill, Slice]:
+    """Half the heads of one attention gone: the alternative, what makes them dead, and what cuts them out."""
     group = axis.num_heads // axis.size
 
     def some(size: int, count: int) -> torch.Tensor:
@@ -311,7 +337,8 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
         return torch.arange(0, size, size // count)[:count] if others_stay else torch.arange(size - count, size)
 
     if way == "fewer_queries":
-        queries = (torch.arange(axis.size)[:, None] * group + some(group, largest_part(group))).flatten()
+        share = axis.num_heads // axis.shares
+        queries = (torch.arange(axis.shares)[:, None] * share + some(share, largest_part(share))).flatten()
         kept = {"queries": queries}
         fewer = Alternative(i, "attention", "query_heads", size=len(queries))
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, queries)  # noqa: E731
@@ -332,7 +359,7 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
     # Query heads that lose their KV head but stay keep their own weights.
     own = gone.keys() - {REST} - ({"queries"} if way == "fewer_kv" else set())
     kill = made_dead(axis, "queries", gone["queries"], {p: (kept[p], gone[p]) for p in own} if copies else {})
-    return trial.difference(i, fewer.block_config(trial.parent.blocks[i]), kill, cut)
+    return fewer, kill, cut
 
 
 def _prove_window(trial: Trial, i: int, layer_type: str) -> str:
@@ -382,7 +409,7 @@ def _prove_experts(trial: Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
                     row = torch.linalg.lstsq(x.double(), torch.full((len(x), 1), _NEVER).double()).solution[:, 0]
                     rows = row.to(state[w.name].dtype).expand(len(entries), -1)
                     state[w.name].movedim(w.dim, 0)[entries] = rows
-                elif state[w.name].numel() == guess.size and w.name not in of_experts:
+                elif state[w.name].numel() == state[w.name].shape[w.dim] and w.name not in of_experts:
                     state[w.name].view(-1)[entries] = _NEVER  # what the router adds to an expert's score
 
         fewer = Alternative(i, "ffn", "experts", size=len(kept)).block_config(block)
@@ -411,21 +438,23 @@ def _some_experts(axis: ExpertsAxis) -> torch.Tensor:
 
 
 def _input_of(trial: Trial, i: int, weight: str) -> torch.Tensor:
-    """``[tokens, D]``: what goes into the module of a router's weight."""
+    """``[tokens, D]``: what goes into the module of a router's weight, or into that around it if it is not called."""
     layer = trial.parent.layer(i)
-    module = layer.get_submodule(weight.rpartition(".")[0])
     width = list(layer_shapes(layer)[weight])
-    seen: list[torch.Tensor] = []
+    module = weight.rpartition(".")[0]
+    while module:
+        seen: list[torch.Tensor] = []
 
-    def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
-        tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-        seen.extend(t for t in tensors if t.is_floating_point() and t.shape[-1] in width)
+        def watch(module: nn.Module, args: Any, kwargs: Any, seen: list[torch.Tensor] = seen) -> None:
+            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+            seen.extend(t for t in tensors if t.is_floating_point() and t.shape[-1] in width)
 
-    handle = module.register_forward_pre_hook(watch, with_kwargs=True)
-    try:
-        trial.output(i, layer)
-    finally:
-        handle.remove()
-    if not seen:
-        raise Fails("what its router reads cannot be told")
-    return seen[0].flatten(0, -2).float()
+        handle = layer.get_submodule(module).register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            trial.output(i, layer)
+        finally:
+            handle.remove()
+        if seen:
+            return seen[0].flatten(0, -2).float()
+        module = module.rpartition(".")[0]
+    raise Fails("what its router reads cannot be told")

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from layersmith.library.axes import HeadsAxis, HeadSizeAxis
+
 
 def channel_costs(weight: torch.Tensor, moment: torch.Tensor, unit: int = 1) -> torch.Tensor:
     """M for the input channels of a projection.
@@ -61,6 +63,13 @@ def by_iterative_removal(costs: torch.Tensor) -> torch.Tensor:
     return torch.tensor(order[::-1])
 
 
+def by_method(costs: torch.Tensor, method: str) -> torch.Tensor:
+    """By iterative removal where that is asked for and M is known whole, else by contribution."""
+    if method == "iterative" and costs.ndim == 2:
+        return by_iterative_removal(costs.double())
+    return by_contribution(costs)
+
+
 def error_curve(costs: torch.Tensor, order: torch.Tensor, points: int = 32) -> list[tuple[int, float]]:
     """What removing the least important units costs, as a share of what removing all of them does.
 
@@ -93,6 +102,38 @@ def within_groups(costs: torch.Tensor, groups: int) -> torch.Tensor:
         own = slice(g * size, (g + 1) * size)
         rows.append(by_iterative_removal(costs[own, own].contiguous()) + g * size)
     return torch.stack(rows)
+
+
+def head_orders(
+    weight: torch.Tensor, heads: HeadsAxis, moment: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """KV heads, and the query heads of each share of them: most important first; and the costs of KV heads.
+
+    Args:
+        weight: ``[D, F]``, outputs by inputs of what reads the heads.
+        heads: the axis.
+        moment: ``[F, F]``, E[a a^T]; of a reader of several blocks ``[blocks * F, blocks * F]``.
+    """
+    width = weight.shape[1]
+    # What the blocks of a projection give does not add up, so heads of different ones do nothing to each other.
+    costs = torch.block_diag(
+        *(
+            channel_costs(rows, moment[at : at + width, at : at + width], width * heads.blocks // heads.num_heads)
+            for rows, at in zip(weight.chunk(heads.blocks), range(0, len(moment), width), strict=True)
+        )
+    )
+    group = heads.num_heads // heads.size
+    by_kv = costs.view(heads.size, group, heads.size, group).sum((1, 3))
+    return by_method(by_kv, "iterative"), within_groups(costs, heads.shares), by_kv
+
+
+def head_size_order(weight: torch.Tensor, axis: HeadSizeAxis, moment: torch.Tensor) -> torch.Tensor:
+    """``[H, P]``: the entries of every head, most important first."""
+    costs = channel_costs(weight, moment)
+    heads = costs.view(axis.num_heads, axis.size, axis.num_heads, axis.size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    if axis.alike:
+        return by_iterative_removal(heads.sum(0)).repeat(axis.num_heads, 1)
+    return torch.stack([by_iterative_removal(own.contiguous()) for own in heads])
 
 
 def least_squares(input_moment: torch.Tensor, output_moment: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:

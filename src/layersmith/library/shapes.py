@@ -27,18 +27,18 @@ from layersmith.library.axes import (
     REST,
     Bundle,
     ExpertsAxis,
-    HeadsAxis,
     LayerAxes,
     NoAxis,
     Segment,
     WeightAxis,
     WidthAxis,
 )
-from layersmith.library.changes import Change, fewer_experts, narrower_ffn, narrower_shared, other_kv_heads
+from layersmith.library.changes import Change, fewer_experts, narrower_ffn, narrower_shared
+from layersmith.library.heads import attention_heads
 from layersmith.library.mixers import mixer_head_size, mixer_heads, mixer_state
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
-from layersmith.model_descriptor.stock import stock_model, whole_number
+from layersmith.model_descriptor.stock import stock_model
 
 Shapes = dict[str, tuple[int, ...]]
 
@@ -132,7 +132,7 @@ class Finder:
         if self.blocks[i].ffn.moe is None and (stacks := self._stacks_of(i)):
             reasons["experts"] = stacks
         shared = tried("shared", self.shared_width) if self._has_own_shared_width(i) else None
-        heads = tried("attention", lambda j: self.heads(j, reasons))
+        heads = tried("attention", lambda j: attention_heads(self, j, reasons))
         window = tried("window", self.window) or ""
         mixer = tried("mixer", lambda j: mixer_heads(self, j)) if self.keeps_state(i) else None
         state = tried("state", lambda j: mixer_state(self, j)) if self.keeps_state(i) else None
@@ -259,7 +259,7 @@ class Finder:
 
     def _stacks_of(self, i: int) -> str:
         """Why experts are not understood of which no number is known, though weights of the FFN are stacks of them."""
-        shapes = {n: s for n, s in self.base[i].items() if len(s) == 3 and n not in self._attention_weights(i)}
+        shapes = {n: s for n, s in self.base[i].items() if len(s) == 3 and n not in self.attention_weights(i)}
         numbers = " and ".join(f"{shape[0]} in {name}" for name, shape in shapes.items())
         several = len(shapes) > 1 and all(min(shape) > 1 for shape in shapes.values())
         return f"its experts are stacks ({numbers}), and no attribute is the number of all" if several else ""
@@ -319,10 +319,14 @@ class Finder:
         count = moe.num_local_experts
         gone = self.base[i].keys() ^ made.shapes[i].keys()
         lists = tuple(sorted({_before_numbers(name) for name in gone} - {""}))
+        sizes = made.sizes[i]
+        assert sizes is not None
+        fewer = sizes[0] - sizes[1]
         stacks = tuple(
             name
             for name, shape in self.base[i].items()
-            if made.shapes[i].get(name, shape) != shape and shape[0] == count and len(shape) >= 2
+            if shape[:1] != (changed := made.shapes[i].get(name, shape))[:1]
+            and len(shape) >= 2 and shape[0] >= count and shape[0] - changed[0] == fewer
             and (len(shape) == 3 or self._is_stack_of_vectors(i, name, made))
         )  # fmt: skip
         flat = () if self.described is None else self.described.flat_experts(i)
@@ -335,38 +339,6 @@ class Finder:
         return any(made.shapes[i].get(n) != self.base[i][n] for n in beside)
 
     # ------------------------------------------------------------------------------------------ heads
-
-    def heads(self, i: int, reasons: dict[str, str]) -> HeadsAxis:
-        """Query and key-value heads; weights that hold both say so."""
-        block = self.blocks[i]
-        if block.attention.no_op or block.attention.replace_with_linear:
-            raise NoAxis("there is no attention to narrow")
-        count = block.attention.num_key_value_heads
-        if count is None and block.attention.mamba is not None:
-            raise NoAxis("it has a mixer that keeps a state instead of keys and values")
-        num_heads = self._num_heads(i)
-        of_kv: list[Governed] = []
-        why = "each query head has keys and values of its own"
-        if self.described is not None and self.described.attention_stays(i):
-            why = "later layers use its keys and values"
-        elif count is None and self._shared_kv_heads(i) not in (None, num_heads):
-            why = "the number of its KV heads cannot differ alone"
-        if count is not None and count > 1:
-            of_kv = self.governed(self.experiment("kv", other_kv_heads), i)
-            why = "" if of_kv else "its number of KV heads changes no weight of the layer"
-        elif count == 1:
-            why = "it has one KV head already"
-        of_queries, no_queries = self._of_queries(i, num_heads)
-        if why:
-            reasons["kv_heads"] = why
-        if no_queries:
-            reasons["query_heads"] = no_queries
-        if num_heads is None or not (of_kv or of_queries):
-            raise NoAxis("; ".join(filter(None, (why, no_queries))))
-        count = self._shared_kv_heads(i) if count is None else count
-        if not of_kv and count in (None, num_heads):
-            return self._alike_heads(i, num_heads, of_queries)
-        return self._grouped_heads(i, count or 1, num_heads, of_kv, of_queries)
 
     def window(self, i: int) -> str:
         """The type of attention with a window, where the model has both and this layer has none."""
@@ -389,108 +361,7 @@ class Finder:
             raise NoAxis(made.problem or "attention with a window has other weights")
         return _SLIDING
 
-    def _shared_kv_heads(self, i: int) -> int | None:
-        return None if self.described is None else self.described.shared_kv_heads(i)
-
-    def _num_heads(self, i: int) -> int | None:
-        own = self.blocks[i].attention.num_attention_heads
-        if own is None and self.described is not None:
-            own = self.described.num_query_heads(i)
-        return whole_number(self.language, "num_attention_heads") if own is None else own
-
-    def _of_queries(self, i: int, num_heads: int | None) -> tuple[list[Governed], str]:
-        """What changes with the number of query heads, the size of a head unchanged; or why that is not known."""
-        if num_heads is None:
-            return [], "its config has no number of query heads"
-
-        def more(block: BlockConfig, j: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
-            own = self._num_heads(j)
-            if own is None or block.attention.no_op or block.attention.replace_with_linear:
-                return None
-            return Alternative(j, "attention", "query_heads", size=2 * own).block_config(block), 2 * own, own
-
-        made = self.experiment("queries", more)
-        try:
-            governed = self.governed(made, i) if made.sizes[i] is not None else []
-        except NoAxis as reason:
-            return [], str(reason)
-        seen = self.described.why_no_query_heads(i) if self.described is not None else ""
-        return governed, "" if governed else seen or "the size of its heads follows from their number"
-
-    def _alike_heads(self, i: int, num_heads: int, of_queries: list[Governed]) -> HeadsAxis:
-        """Every query head has keys and values of its own."""
-        weights = tuple(_weight_axis(g, "queries") for g in of_queries)
-        reader, head_dim = self.heads_reader(i, weights)
-        return HeadsAxis(num_heads, num_heads, head_dim, weights, reader, fewer_groups=num_heads > 1)
-
-    def _grouped_heads(
-        self, i: int, count: int, num_heads: int, of_kv: list[Governed], of_queries: list[Governed]
-    ) -> HeadsAxis:
-        if num_heads % count:
-            raise NoAxis(f"its {num_heads} query heads are not the same number for each of {count} KV heads")
-        queries = {(g.name, g.dim): g for g in of_queries}
-        kv = {(g.name, g.dim): g for g in of_kv}
-        if not queries:
-            return self._without_query_size(i, count, num_heads, of_kv)
-        weights = []
-        for name, dim in dict.fromkeys([*queries, *kv]):
-            length = self.base[i][name][dim]
-            q, k = queries.get((name, dim)), kv.get((name, dim))
-            parts = [Segment(part, g.unit) for part, g in (("queries", q), ("kv", k)) if g is not None]
-            rest = length - sum(s.unit * (num_heads if s.part == "queries" else count) for s in parts)
-            if rest < 0:
-                raise NoAxis(f"queries, keys and values of {name} cannot be told apart")
-            weights.append(WeightAxis(name, dim, tuple(_split_fused(parts, rest))))
-        reader, head_dim = self.heads_reader(i, weights)
-        more_than_one = count > 1 and bool(of_kv)
-        return HeadsAxis(
-            count, num_heads, head_dim, tuple(weights), reader,
-            fewer_kv=more_than_one, fewer_queries=num_heads > count, fewer_groups=more_than_one,
-        )  # fmt: skip
-
-    def _without_query_size(self, i: int, count: int, num_heads: int, of_kv: list[Governed]) -> HeadsAxis:
-        """Where the number of query heads cannot differ alone: they are what as long as all of them remains."""
-        matrices = [g for g in of_kv if len(self.base[i][g.name]) == 2]
-        if not matrices:
-            raise NoAxis("no projection gives its keys and values")
-        fused = [g for g in matrices if g.rest]
-        head_dim = fused[0].rest // num_heads if fused else matrices[0].unit
-        weights = [
-            WeightAxis(g.name, g.dim, tuple(_split_fused([Segment("kv", g.unit)], 0))) for g in of_kv if not g.rest
-        ]
-        for g in of_kv:
-            if g.rest:
-                if g.rest % num_heads:
-                    raise NoAxis(f"queries, keys and values of {g.name} cannot be told apart")
-                parts = [Segment("queries", g.rest // num_heads), Segment("kv", g.unit)]
-                weights.append(WeightAxis(g.name, g.dim, tuple(_split_fused(parts, 0))))
-        governed = {g.name for g in of_kv}
-        length = num_heads * head_dim
-        for name in sorted(self._attention_weights(i) - governed):
-            shape = self.base[i][name]
-            matrix = f"{name.rpartition('.')[0]}.weight"
-            if length not in shape or len(shape) > 2 or matrix not in self.base[i]:
-                continue
-            own_input = input_dim(self.skeleton[i], matrix) if len(self.base[i][matrix]) == 2 else None
-            # A projection that takes as much as all heads give is the output's; the others give queries.
-            takes = own_input is not None and self.base[i][matrix][own_input] == length
-            is_reader = takes and ((not fused and self._comes_last(i, matrix)) or bool(fused))
-            if len(shape) == 2 and own_input is not None:
-                dim = own_input if is_reader else 1 - own_input
-                if shape[dim] == length:
-                    weights.append(WeightAxis(name, dim, (Segment("queries", head_dim),)))
-            elif len(shape) == 1 and own_input is not None and not is_reader:
-                weights.append(WeightAxis(name, 0, (Segment("queries", head_dim),)))
-        reader, head_dim = self.heads_reader(i, weights)
-        return HeadsAxis(count, num_heads, head_dim, tuple(weights), reader, fewer_kv=True)
-
-    def _comes_last(self, i: int, matrix: str) -> bool:
-        """Whether a square projection is the last of its attention in the order of construction."""
-        own = self._attention_weights(i)
-        square = [n for n in self.base[i] if n in own and self.base[i][n] == self.base[i][matrix]]
-        return square[-1] == matrix
-
-    def _attention_weights(self, i: int) -> set[str]:
+    def attention_weights(self, i: int) -> set[str]:
         if self._owned is None:
             prefix = [f"{self.descriptor.layer_block_name(j)}." for j in range(len(self.blocks))]
             names = [prefix[j] + name for j, shapes in enumerate(self.base) for name in shapes]
@@ -503,15 +374,23 @@ class Finder:
 
     def takes(self, i: int, w: WeightAxis) -> bool:
         """Whether what lies along a weight is what a projection takes."""
-        matrix = w.name.endswith(".weight") and len(self.base[i][w.name]) == 2
-        return matrix and input_dim(self.skeleton[i], w.name) == w.dim
+        return w.name.endswith(".weight") and self.input_dim(i, w.name) == w.dim
+
+    def input_dim(self, i: int, matrix: str) -> int | None:
+        """The dimension of a projection's weight that its input has; None if it is none or its class is silent."""
+        return input_dim(self.skeleton[i], matrix) if len(self.base[i][matrix]) == 2 else None
+
+    def heads_readers(self, i: int, weights: Sequence[WeightAxis]) -> list[tuple[str, int]]:
+        """Projections whose input heads are: name, entries a head."""
+        return [
+            (w.name, w.segments[0].unit)
+            for w in weights
+            if len(w.segments) == 1 and w.segments[0].part == "queries" and self.takes(i, w)
+        ]
 
     def heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int]:
-        """The one projection whose input the heads are: name, entries a head."""
-        readers = []
-        for w in weights:
-            if len(w.segments) == 1 and w.segments[0].part == "queries" and self.takes(i, w):
-                readers.append((w.name, w.segments[0].unit))
+        """The only such projection."""
+        readers = self.heads_readers(i, weights)
         if len(readers) > 1:
             names = " and ".join(name for name, _ in readers)
             raise NoAxis(f"it has several attentions, whose heads end in {names}, and one number of heads for all")
@@ -566,14 +445,3 @@ def _weight_axis(governed: Governed, part: str) -> WeightAxis:
     if governed.rest:
         segments.append(Segment(REST, governed.rest))
     return WeightAxis(governed.name, governed.dim, tuple(segments))
-
-
-def _split_fused(parts: Sequence[Segment], rest: int) -> list[Segment]:
-    """Queries, then keys, then values, where a weight holds them all."""
-    found: list[Segment] = []
-    for segment in parts:
-        if segment.part == "kv" and len(parts) > 1:
-            found += [Segment("kv", segment.unit // 2)] * 2 if segment.unit % 2 == 0 else [segment]
-        else:
-            found.append(segment)
-    return [*found, Segment(REST, rest)] if rest else found

@@ -60,6 +60,7 @@ class Probe:
         bytes: of its sums.
         bundle: whose reader, for ``"reader"``; the module is one that holds all of it.
         state: which state, for ``"state"``; the module is one that holds all of its weights.
+        blocks: neighbouring rows that the module is given for one token.
     """
 
     name: str
@@ -69,6 +70,7 @@ class Probe:
     bytes: int
     bundle: Bundle | None = None
     state: StateAxis | None = None
+    blocks: int = 1
 
 
 def gather(
@@ -169,7 +171,8 @@ def _add_batch(
                 for name, value in sums_of_batch.items():
                     add(name, value)
                 return
-            x = first_argument(args, kwargs).flatten(0, -2).float()
+            x = first_argument(args, kwargs).float()
+            x = x.reshape(-1, probe.blocks * x.shape[-1])
             if probe.kind == "energy":
                 add(probe.name, x.square().sum(0))
             elif probe.kind == "moment":

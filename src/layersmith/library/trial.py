@@ -239,7 +239,6 @@ def made_dead(
                 if w.name != axis.reader and any(s.part == own for s in w.segments):
                     copy_units(state[w.name], w.dim, w.positions(own, axis.sizes), source, copies)
         reader = axis.weight(axis.reader)
-        entries = reader.positions(part, axis.sizes)[gone].flatten()
-        state[reader.name].index_fill_(reader.dim, entries.to(state[reader.name].device), 0)
+        reader.silence(state[reader.name], reader.positions(part, axis.sizes)[gone].flatten())
 
     return kill

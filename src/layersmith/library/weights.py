@@ -36,6 +36,8 @@ def narrow(weights: Tensors, axis: WidthAxis, kept: Sequence[torch.Tensor]) -> d
             if bundle.stacked:
                 views = members_of(weights, bundle, w)
                 members = [_take(weight, dim, e) for (weight, dim), e in zip(views, entries, strict=True)]
+                if not bundle.flat:  # there may be room for more that do nothing
+                    members += [_take(idle, w.dim - 1, entries[0]) for idle in weights[w.name][bundle.members :]]
                 result[w.name] = torch.cat(members) if bundle.flat else torch.stack(members)
             else:
                 result |= {w.name.format(m): _take(weights[w.name.format(m)], w.dim, e) for m, e in enumerate(entries)}
@@ -98,7 +100,7 @@ def keep_groups(weights: Tensors, axis: HeadsAxis, heads: torch.Tensor) -> dict[
 
 
 def keep_query_heads(weights: Tensors, axis: HeadsAxis, heads: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The attention's weights with only the given query heads, equally many for every KV head."""
+    """The attention's weights with only the given query heads, equally many of every share."""
     return _gather(weights, axis, {"queries": heads.sort().values})
 
 
@@ -160,7 +162,7 @@ def keep_experts(weights: Tensors, axis: ExpertsAxis, experts: torch.Tensor) -> 
 
 
 def _gather(weights: Tensors, axis: HeadsAxis, kept: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {w.name: _take(weights[w.name], w.dim, w.gathered(kept, axis.sizes)) for w in axis.weights}
+    return {w.name: w.taken(weights[w.name], w.gathered(kept, axis.sizes)) for w in axis.weights}
 
 
 def _take(weight: torch.Tensor, dim: int, entries: torch.Tensor) -> torch.Tensor:

@@ -8,6 +8,7 @@ and is counted in gradients.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -42,6 +43,7 @@ class Sizes:
         query_heads: number of query heads, and whatever must be equal to it.
         head_size: what sets the size of a head and has to be said when their number changes.
         no_query_heads: why there is no number of query heads, where that was seen.
+        head_blocks: of the projection that heads end in, in a small model; each reads its share of the heads.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
         mixer: of a Mamba or linear-attention mixer that keeps a state.
@@ -63,6 +65,7 @@ class Sizes:
     mixer: MixerSizes | None = None
     flat: tuple[str, ...] = ()
     no_query_heads: str = ""
+    head_blocks: int = 1
 
 
 @dataclass(frozen=True)
@@ -171,6 +174,7 @@ def find_sizes(
             query_heads=queries.paths,
             head_size=queries.pin,
             no_query_heads=queries.reason,
+            head_blocks=queries.blocks,
             mixer=mixer,
         )
         if mixer is not None and (mixer.num_heads or mixer.state_dim) and mixer.is_alone:
@@ -281,6 +285,17 @@ class Trial:
         overrides = self._overrides(values)
         with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
             return Specimen(self.specimen.config, seed)
+
+    def runs_unfused(self, values: Mapping[Path, Any]) -> bool:
+        """Whether a specimen with other values of attributes in every layer runs with Transformers' plain attention."""
+        config, overrides = copy.deepcopy(self.specimen.config), self._overrides(values)
+        config._attn_implementation = "eager"
+        try:
+            with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
+                Specimen(config, 0)
+        except UnsupportedModel:
+            return False
+        return True
 
     def _overrides(self, values: Mapping[Path, Any]) -> dict[str, Any]:
         overrides: dict[str, Any] = {}
@@ -409,12 +424,26 @@ class _FFNSizes:
         self.members = self._members()
 
     def _is_count(self, path: Path) -> bool:
-        """Whole matrices come and go: along the first dimension of a stack of them, or as members of a list."""
+        """Whole matrices come and go: along the first dimension of a stack of them, or as members of a list.
+
+        A stack may have room for more than the attribute counts, as for experts that do nothing.
+        """
         effect, value = self.effects[path], self.trial.value(path)
         if effect.came_or_went:
             return value > 1 and all(any(part.isdigit() for part in n.split(".")) for n in effect.came_or_went)
-        stacked = [n for n, new in effect.shapes.items() if len(new) == 3 and new == (effect.other, *self.base[n][1:])]
-        return (len(stacked) >= 2 and all(self.base[n][0] == value for n in stacked)) or bool(self._flat(path))
+        more = effect.other - value
+        stacked = [
+            self.base[n]
+            for n, new in effect.shapes.items()
+            if len(new) == 3 and new == (self.base[n][0] + more, *self.base[n][1:])
+        ]
+        own = len(stacked) >= 2 and min(shape[0] for shape in stacked) == value
+        return own or bool(self._flat(path))
+
+    @property
+    def idle(self) -> int:
+        """Places for experts that have weights in some stacks and none in others: they do nothing."""
+        return max((self.base[n][0] - self.number for n in self.members if len(self.base[n]) == 3), default=0)
 
     def _flat(self, path: Path) -> tuple[str, ...]:
         """Matrices with experts one after another along the first dimension, if the attribute is their number."""
@@ -519,17 +548,21 @@ def _experts_per_token(trial: Trial, without: Sequence[Path], experts: _FFNSizes
     def used(specimen: Specimen) -> int:
         return experts_used(specimen, trial.prefix, experts.members, experts.flat, experts.number)
 
+    def used_with(path: Path, other: int) -> int | None:
+        try:
+            return used(trial.made(path, other))
+        except (UnsupportedModel, RuntimeError):
+            return None
+
     base = used(trial.specimen)
     for path in without:
         value = trial.value(path)
-        if value != base:
-            continue
-        for other in (value - 1, value + 1):
-            if not 1 <= other <= experts.number:
-                continue
-            try:
-                if used(trial.made(path, other)) == other:
-                    return path
-            except (UnsupportedModel, RuntimeError):
-                continue
+        if experts.idle:
+            # Some of those that a token is given may do nothing; if it is given all, those that do something are used.
+            every = experts.number + experts.idle
+            is_all = base <= value <= every and used_with(path, every) == experts.number
+            if is_all and (base < experts.number or (used_with(path, value - 1) or base) < base):
+                return path
+        elif value == base and any(used_with(path, o) == o for o in (value - 1, value + 1) if 1 <= o <= experts.number):
+            return path
     return None

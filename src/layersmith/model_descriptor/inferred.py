@@ -416,6 +416,11 @@ class InferredDescriptor(ModelDescriptor):
         return cls.findings.sizes[cls.findings.of_layer[index]].no_query_heads
 
     @classmethod
+    def heads_end_in_blocks(cls, index: int) -> bool:
+        """Whether the projection that heads end in is made of blocks, each of which reads its share of the heads."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].head_blocks > 1
+
+    @classmethod
     def parent_blocks(cls) -> list[BlockConfig]:
         """The block config of every layer of the config that was described."""
         config = cls.findings.config

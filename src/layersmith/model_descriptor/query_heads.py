@@ -32,11 +32,13 @@ class QueryHeads:
         paths: the attributes; none where there is no such number.
         pin: what sets the size of a head and has to be said when their number changes.
         reason: why there are none, where that was seen.
+        blocks: of the projection that they end in, each of which reads its share of the heads by the same entries.
     """
 
     paths: tuple[Path, ...] = ()
     pin: tuple[Path, int] | None = None
     reason: str = ""
+    blocks: int = 1
 
 
 def find_query_heads(
@@ -70,6 +72,7 @@ def find_query_heads(
     per_kv = trial.value(kv_heads) if kv_heads else 1
     for path, effect in effects.items():
         value, rank = trial.value(path), False
+        found: QueryHeads | None = None
         touched = [*effect.shapes, *effect.came_or_went]
         if path == kv_heads or value < 2 or value % per_kv or effect.other != 2 * value:
             continue
@@ -85,15 +88,25 @@ def find_query_heads(
                 if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
                     continue
                 if all(_doubled_queries(trial, together, pin, value, seed) for seed in (0, 1)):
-                    if not _doubled_queries(trial, together, pin, value, 0, apart=_APART):
+                    if _doubled_queries(trial, together, pin, value, 0, apart=_APART):
+                        rank = True
+                        break
+                    # The number of KV heads that a config says may be read where attention is not fused only.
+                    if not equal or trial.runs_unfused(
+                        {**dict.fromkeys(together, 2 * value), **dict([pin] if pin else [])}
+                    ):
                         return QueryHeads(together, pin)
-                    rank = True
-                    break
+                    found = found or QueryHeads(together, pin)
             if rank:
                 break
+        if found is not None and not rank:
+            return found
         if not rank and _doubles(trial, (path,), None, value, base):
-            reasons += [_in_groups(trial, path, value, base)]
-    return QueryHeads(reason=max(reasons, key=lambda reason: reason != _NOT_UNDERSTOOD, default=""))
+            blocks = _in_blocks(trial, path, value, base)
+            if blocks > 1 and not _doubled_queries(trial, (path,), None, value, 0, blocks, apart=_APART):
+                return QueryHeads((path,), blocks=blocks)
+            reasons += [_NOT_UNDERSTOOD]
+    return QueryHeads(reason=next(iter(reasons), ""))
 
 
 def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
@@ -104,19 +117,19 @@ def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
         return True
 
 
-def _in_groups(trial: Trial, path: Path, heads: int, base: Shapes) -> str:
-    """Why heads whose number can be doubled are not understood: they may end in a projection of several groups."""
+def _in_blocks(trial: Trial, path: Path, heads: int, base: Shapes) -> int:
+    """The blocks of a projection of several that heads end in, each of which reads other heads; 1 if there are none."""
     (name, *_) = [
         name
         for name, (shape, more) in _changes(base, trial.shapes_with({path: 2 * heads})).items()
         if len(shape) == 2 and more[1] > shape[1]
     ]
     module = trial.specimen.model.get_submodule((trial.prefix + name).rpartition(".")[0])
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)  # such a projection has no groups
-    for groups in (n for n in range(2, heads + 1) if heads % n == 0 and not plain):
-        if all(_doubled_queries(trial, (path,), None, heads, seed, groups) for seed in (0, 1)):
-            return f"its heads end in groups of {name}, each of which reads other heads by the same entries"
-    return _NOT_UNDERSTOOD
+    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)  # such a projection has no blocks
+    for blocks in (n for n in range(2, heads + 1) if heads % n == 0 and not plain):
+        if all(_doubled_queries(trial, (path,), None, heads, seed, blocks) for seed in (0, 1)):
+            return blocks
+    return 1
 
 
 def _changes(base: Shapes, other: Shapes) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -158,7 +171,7 @@ def _doubled_queries(
     pin: tuple[Path, int] | None,
     heads: int,
     seed: int,
-    groups: int = 1,
+    blocks: int = 1,
     apart: float = 0.0,
 ) -> bool:
     """Whether a model with every query head twice, and what reads them at half, gives the same.
@@ -169,7 +182,7 @@ def _doubled_queries(
         pin: of their size.
         heads: how many there are.
         seed: of the weights.
-        groups: of the projection that reads them, each of which reads its share of the heads by the same entries.
+        blocks: of the projection that reads them, each of which reads its share of the heads by the same entries.
         apart: how far what gives the one and the other of two heads is from their mean; it changes all but a linear
             map's rank.
     """
@@ -193,7 +206,7 @@ def _doubled_queries(
                     target = doubled[name]
                     same = weight.shape == target.shape
                     target.copy_(
-                        weight if same else _every_head_twice(weight, target.shape, heads, groups, apart, layout)
+                        weight if same else _every_head_twice(weight, target.shape, heads, blocks, apart, layout)
                     )
         except (RuntimeError, ValueError, IndexError):  # it is not laid out so
             continue
@@ -207,7 +220,7 @@ def _doubled_queries(
 
 
 def _every_head_twice(
-    weight: torch.Tensor, shape: torch.Size, heads: int, groups: int, apart: float, layout: str
+    weight: torch.Tensor, shape: torch.Size, heads: int, blocks: int, apart: float, layout: str
 ) -> torch.Tensor:
     """Entries of every head twice along the dimension that grew; at half where they are a projection's inputs."""
     (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b)
@@ -220,7 +233,7 @@ def _every_head_twice(
         raise ValueError("entries of no query head")
     # A fused projection in parts has those parts; what heads end in has none.
     if dim == weight.ndim - 1 and weight.ndim > 1:
-        parts, heads = 1, heads // groups
+        parts, heads = 1, heads // blocks
     grouped = moved.reshape(parts, heads, -1, *moved.shape[1:])
     if dim == weight.ndim - 1 and weight.ndim > 1:
         grouped = (grouped / 2).repeat_interleave(2, 1)
