@@ -240,7 +240,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "index_topk": 8,
         "index_kpool": 2,
         "index_head_dim": 16,
-        "index_n_heads": 2,
+        "index_n_heads": 8,  # the scores of few are often zero alike, and which of equals is chosen is open
         "linear_num_heads": 4,
         "linear_head_dim": 16,
     },

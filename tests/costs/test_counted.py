@@ -1,5 +1,6 @@
 """Counted costs equal what a realized model holds."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -90,17 +91,36 @@ def test_a_removed_subblock_costs_nothing() -> None:
     assert layers[2]["attention"]["parameters"] == 32 * 32 + 32  # the map, and the norm before it
 
 
-def test_latent_attention_keeps_what_all_heads_are_made_of() -> None:
-    config = tiny_config("deepseek_v3")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "deepseek_v3",  # what all heads are made of
+        "deepseek_v32",  # beside it the keys of an indexer
+        "glm5_next",  # and what weighs them; values are made of the keys
+        "longcat_flash",  # two attentions a layer
+        "qwen4_exp_text",  # positions in whole numbers, which one layer keeps for all indexers
+    ],
+)
+def test_what_is_kept_of_every_token(model_type: str, dtype: torch.dtype) -> None:
+    config = tiny_config(model_type)
     blocks = layersmith.block_configs(config)
-    model = layersmith.build(config, blocks).eval()
-    cache = DynamicCache(config=config)
-    with torch.no_grad():
-        model(torch.ones(2, 7, dtype=torch.long), past_key_values=cache, use_cache=True)
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
-    assert cache.layers[0].keys.shape != cache.layers[0].values.shape
-    _, _, costs = costs_of(config, blocks, Workload(2, 7), torch.float32)
-    assert costs["kv_cache_bytes"] == held
+    model = layersmith.build(config, blocks, dtype=torch.float32).eval().to(dtype)
+    for length in (7, 9):
+        with torch.no_grad():
+            output = model(torch.arange(3, 3 + length).repeat(2, 1), use_cache=True)
+        _, _, costs = costs_of(config, blocks, Workload(2, length), dtype)
+        assert costs["kv_cache_bytes"] == _bytes_in(output.past_key_values)
+
+
+def test_what_is_kept_of_every_token_at_full_size() -> None:
+    """Read off a small model with the same kinds of layers: an indexer's keys, their weights and whether they count."""
+    config = tiny_config("glm5_next")
+    small, large = (copy.deepcopy(config) for _ in range(2))
+    language = large.get_text_config()
+    language.index_head_dim, language.index_n_heads, language.vocab_size = 128, 64, 500_000
+    of_tokens = [layersmith.describe(own).token_bytes(1, torch.float32, True) for own in (small, large)]
+    assert of_tokens == [4 * (2 * 16 + 1), 4 * (2 * 128 + 1)]
 
 
 @pytest.mark.parametrize("model_type", ["bamba", "qwen3_next", "falcon_h1", "minimax", "gemma3n_text"])

@@ -6,7 +6,7 @@ and the size of a head is the true one, read off the weights.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -160,31 +160,40 @@ def kv_cache_bytes(
     """Keys and values of one layer: K * (d + d of the keys) * tokens * bytes, d the size of a value head.
 
     A layer with sliding-window attention keeps at most its window. Latent attention keeps what all its heads are made
-    of, once a token. States of fixed size are not in it. What other layers use stays when the attention is removed.
+    of, once a token. What is kept of every token beside keys and values, e.g. the keys by which an indexer chooses, is
+    in it; states of fixed size are not. What other layers use stays when the attention is removed.
     """
 
     def known(name: str, default: Any) -> Any:
         return getattr(descriptor, name, lambda index: default)(index)
 
     kept = has_attention(block) or known("attention_stays", False)
-    if not kept or known("keeps_state", False) or known("caches_nothing", False):
-        return 0
-    language = descriptor.get_language_model_config(config)
-    tokens = workload.context
-    if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
-        tokens = min(tokens, window)
-    if (latent := known("latent_cache", None)) is not None:
-        return latent * workload.batch * tokens * dtype.itemsize
+    of_tokens = getattr(descriptor, "token_bytes", None)
+    beside = of_tokens(index, dtype, kept) * workload.context if of_tokens is not None else 0
+    numbers, tokens = 0, workload.context
+    if kept and not known("keeps_state", False) and not known("caches_nothing", False):
+        language = descriptor.get_language_model_config(config)
+        if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
+            tokens = min(tokens, window)
+        numbers = known("latent_cache", None)
+        numbers = _of_heads(language, block, head_dim, known) if numbers is None else numbers
+    return known("cache_slots", 1) * workload.batch * (numbers * tokens * dtype.itemsize + beside)
+
+
+def _of_heads(
+    language: PretrainedConfig,
+    block: BlockConfig,
+    head_dim: int | None,
+    known: Callable[[str, Any], Any],
+) -> int:
+    """Numbers that are kept of a token where each KV head has its own."""
     own_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
     # Where the number of KV heads cannot differ alone it is in no block config, and is not that of the query heads.
     shared = known("shared_kv_heads", None)
     heads = block.attention.num_key_value_heads or (shared if shared != known("num_query_heads", own_heads) else None)
     heads = heads or block.attention.num_attention_heads or own_heads
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (own_heads or 1)
-    if not heads or not head_dim:
-        return 0
-    numbers = known("cached_numbers", 2.0)
-    return round(numbers * heads * head_dim) * workload.batch * tokens * dtype.itemsize
+    return round(known("cached_numbers", 2.0) * heads * head_dim) if heads and head_dim else 0
 
 
 def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:

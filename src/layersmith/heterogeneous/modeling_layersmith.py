@@ -137,7 +137,8 @@ def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -
 
 # ---------------------------------------------------------------------------------------------- layers of their own
 
-_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx", "idx", "i")
+LAYER_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
+_INDEX_NAMES = (*LAYER_INDEX_NAMES, "idx", "i")
 _construction = threading.RLock()
 
 
@@ -332,7 +333,7 @@ def set_cache_slot(layer: nn.Module, slot: int, within: Sequence[str] | None = N
     numbered = [
         (module, name)
         for path, module in layer.named_modules()
-        for name in _INDEX_NAMES[:5]
+        for name in LAYER_INDEX_NAMES
         if path and type(module.__dict__.get(name)) is int and (within is None or f"{path}.".startswith(inside))
     ]
     own = sorted({getattr(module, name) for module, name in numbered})

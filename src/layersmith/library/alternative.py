@@ -270,7 +270,7 @@ def fractions_of(full: int, fractions: Sequence[float]) -> list[int]:
 
 def width_multiple(full: int) -> int:
     """What the widths of an FFN of width ``full`` are multiples of."""
-    return next((m for m, least in ((256, 2048), (64, 512), (16, 64)) if full >= least), 1)
+    return next((m for m, least in ((256, 2048), (64, 512), (16, 64), (4, 16)) if full >= least), 1)
 
 
 def ffn_widths(full: int, recipe: LibraryRecipe) -> list[int]:

@@ -179,9 +179,14 @@ def _without_query_size(finder: Finder, i: int, count: int, num_heads: int, of_k
             weights.append(WeightAxis(g.name, g.dim, tuple(_split_fused(parts, 0))))
     governed = {g.name for g in of_kv}
     length = num_heads * head_dim
+    modules = () if finder.described is None else finder.described.attention_modules(finder.skeleton[i])
+    inside = tuple(f"{module}." for module in modules)
     for name in sorted(finder.attention_weights(i) - governed):
         shape = finder.base[i][name]
         matrix = f"{name.rpartition('.')[0]}.weight"
+        if shape == (length,) and name.startswith(inside) and len(finder.base[i].get(matrix, shape)) == 1:
+            weights.append(WeightAxis(name, 0, (Segment("queries", head_dim),)))  # a norm over all of them
+            continue
         if length not in shape or len(shape) > 2 or matrix not in finder.base[i]:
             continue
         own_input = finder.input_dim(i, matrix)

@@ -109,11 +109,23 @@ def _prove_layer(trial: Trial, i: int, own: LayerAxes) -> LayerAxes:
 
 
 def _prove_width(trial: Trial, i: int, axis: WidthAxis, shared: bool) -> WidthAxis:
+    axis = dataclasses.replace(axis, bundles=tuple(_with_reader(trial, i, b) for b in _partitioned(trial, i, axis)))
+    # Where the part does not run, since some kernels ask for multiples, another size is tried.
+    sizes = [largest_part(axis.size), *((axis.size - 1) // m * m for m in (8, 4))]
+    problem: Fails | None = None
+    for size in dict.fromkeys(size for size in sizes if size):
+        try:
+            return _prove_width_at(trial, i, axis, shared, size)
+        except Fails as reason:
+            problem = problem or reason
+    assert problem is not None
+    raise problem
+
+
+def _prove_width_at(trial: Trial, i: int, axis: WidthAxis, shared: bool, size: int) -> WidthAxis:
     block = trial.parent.blocks[i]
-    size = largest_part(axis.size)
     kind = "shared_width" if shared else "ffn_width" if block.ffn.moe is None else "expert_width"
     narrower = Alternative(i, "ffn", kind, size=size).block_config(block)
-    axis = dataclasses.replace(axis, bundles=tuple(_with_reader(trial, i, b) for b in _partitioned(trial, i, axis)))
 
     def difference(guess: WidthAxis, copies: bool) -> float:
         # Every expert keeps others, so that it is put to the test that channels are not mixed up between them.

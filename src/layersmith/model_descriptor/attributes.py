@@ -27,6 +27,9 @@ from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind
 
+# Of an attribute that is not set, to see whether it sets a size; at most one of them is what the size is without it.
+ANY_SIZES = (24, 40)
+
 Path = tuple[str, ...]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -139,7 +142,7 @@ def find_sizes(
     effects: dict[Path, list[Effect]] = {}
     without: list[Path] = []
     for path, value in numbers(config, len(base)):
-        for other in (2 * value, value // 2, value + 1) if value else (24,):
+        for other in (2 * value, value // 2, value + 1) if value else ANY_SIZES:
             if other < 1 or other == value:
                 continue
             try:
@@ -149,6 +152,8 @@ def find_sizes(
             found = [_effect(base[i], changed[i], other) for i in examples]
             if any(found):
                 effects[path] = found
+            elif not value and other != ANY_SIZES[-1]:
+                continue  # it may be what the size is anyway
             else:
                 without.append(path)
             break
@@ -351,7 +356,9 @@ def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     model = trial.specimen.model
     weights = [model.get_parameter(trial.prefix + name) for name in names]
     kept = [w.detach().clone() for w in weights]
-    watched = [trial.prefix + name for name in kind.attention.modules]
+    # A mixer beside it does not read them, and gives what it gives.
+    holders = [m for m in kind.attention.modules if any(name.startswith(f"{m}.") for name in names)]
+    watched = [trial.prefix + name for name in holders or kind.attention.modules]
     try:
         with torch.no_grad():
             for w in weights:
@@ -370,35 +377,37 @@ def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
 
 
 def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
-    """Whether a model with half the heads gives what one with every head there twice gives.
+    """Whether a model with some of the heads gives what one with every one of them there several times gives.
 
-    Where the specimen has as many heads as queries, the halved model is the one that has every head once.
+    Where the specimen has as many heads as queries, the one with fewer is the one that has every head once; how often
+    they can be there is a matter of the number of query heads.
     """
     value = trial.value(path)
-    for few, many in ((value, 2 * value), (value // 2, value)):
-        if few < 1 or 2 * few != many:
-            continue
-        try:
-            models = [trial.made(path, heads, seed) for heads in (few, many)]
-            once, twice = (dict(m.model.named_parameters()) for m in models)
-            with torch.no_grad():
-                for name, weight in once.items():
-                    same = weight.shape == twice[name].shape
-                    twice[name].copy_(weight if same else _twice(weight, few, twice[name]))
-        except (UnsupportedModel, RuntimeError, KeyError):  # it cannot run so, or is not laid out so
-            continue
-        if torch.allclose(models[0].run(), models[1].run(), atol=1e-4, rtol=1e-4):
-            return True
+    for times in (2, 3, 5, 7):
+        for few, many in ((value, times * value), (value // times, value)):
+            if few < 1 or times * few != many:
+                continue
+            try:
+                models = [trial.made(path, heads, seed) for heads in (few, many)]
+                once, more = (dict(m.model.named_parameters()) for m in models)
+                with torch.no_grad():
+                    for name, weight in once.items():
+                        same = weight.shape == more[name].shape
+                        more[name].copy_(weight if same else _repeated(weight, few, times, more[name]))
+            except (UnsupportedModel, RuntimeError, KeyError):  # it cannot run so, or is not laid out so
+                continue
+            if torch.allclose(models[0].run(), models[1].run(), atol=1e-4, rtol=1e-4):
+                return True
     return False
 
 
-def _twice(weight: torch.Tensor, heads: int, target: torch.Tensor) -> torch.Tensor:
-    """Rows of each head twice; where a weight holds queries before keys and values, those stay."""
+def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor) -> torch.Tensor:
+    """Rows of each head several times; where a weight holds queries before keys and values, those stay."""
     added = target.shape[0] - weight.shape[0]
-    queries = weight.shape[0] - added  # 0 where the weight is keys or values alone
+    queries = weight.shape[0] - added // (times - 1)  # 0 where the weight is keys or values alone
     first, rest = weight[:queries], weight[queries:]
     parts = 1 if queries == 0 else 2
-    grouped = rest.reshape(parts, heads, -1, *weight.shape[1:]).repeat_interleave(2, 1)
+    grouped = rest.reshape(parts, heads, -1, *weight.shape[1:]).repeat_interleave(times, 1)
     return torch.cat([first, grouped.reshape(-1, *weight.shape[1:])])
 
 
@@ -511,8 +520,10 @@ class _FFNSizes:
             # Stacks of experts whose number is not known are not understood; what is beside them may be.
             found.append((inside or all(len(self.base[n]) == 2 for n in matrices), elements, path, factor, at))
         for _, _, path, factor, at in sorted(found, reverse=True):
-            # A smaller one has to run: the hidden size would not, in the layers alone.
-            if self.trial.runs(path, max(1, (self.trial.value(path) or self.effects[path].other) // 2)):
+            # Another one has to run: the hidden size would not, in the layers alone. Some kernels ask for multiples.
+            value = self.trial.value(path) or self.effects[path].other
+            others = (max(1, value // 2), *((value - 1) // m * m for m in (8, 4)), 2 * value)
+            if any(self.trial.runs(path, other) for other in dict.fromkeys(others) if other):
                 return path, factor, at
         return None, 1, None
 

@@ -6,7 +6,6 @@ that set sizes by building layers that differ in one, and puts what was found be
 
 from __future__ import annotations
 
-import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -28,9 +27,16 @@ from layersmith.model_descriptor.mixers import mixer_values
 from layersmith.model_descriptor.patterns import weight_groups
 from layersmith.model_descriptor.removal import proved, put
 from layersmith.model_descriptor.shrink import shrunk
-from layersmith.model_descriptor.slots import KeptState, appends_to_cache, in_cache
+from layersmith.model_descriptor.slots import (
+    InCache,
+    KeptState,
+    KeptTokens,
+    appends_to_cache,
+    in_cache,
+    numbers_in_full,
+)
 from layersmith.model_descriptor.specimen import Specimen
-from layersmith.model_descriptor.stock import language_config, own_config, stock_model, whole_number
+from layersmith.model_descriptor.stock import language_config, own_config, restore_buffers, stock_model, whole_number
 from layersmith.model_descriptor.structure import Structure, find_structure
 from layersmith.model_descriptor.subblocks import LayerKind, Subblock, find_kind, signature
 
@@ -55,6 +61,8 @@ class Findings:
         states: of every kind, what it keeps in the cache that does not grow with the tokens.
         mixers: of every layer the sizes of its Mamba or linear-attention mixer, in the words of its config record.
         appends: whether layers append to the cache in turn, so that it bears no gap.
+        slots: of every kind, the slots of the cache that a layer has, one for each of its attentions.
+        beside: of every kind, what it keeps of every token in a slot beside keys and values.
     """
 
     structure: Structure
@@ -74,6 +82,8 @@ class Findings:
     states: tuple[tuple[KeptState, ...], ...] = ()
     mixers: tuple[dict[str, int] | None, ...] = ()
     appends: bool = False
+    slots: tuple[int, ...] = ()
+    beside: tuple[tuple[KeptTokens, ...], ...] = ()
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
 
     def kind_of(self, layer: nn.Module) -> LayerKind:
@@ -125,7 +135,8 @@ def find(config: PretrainedConfig) -> Findings:
         skeleton: nn.Module = stock_model(config)
     except Exception as error:  # whatever a family's own code raises
         raise UnsupportedModel(f"its model cannot be built from this config ({first_line(error)}).") from error
-    specimen = Specimen(shrunk(config, skeleton))
+    small = shrunk(config, skeleton)
+    specimen, is_whole = Specimen(small), small is config
     structure = find_structure(specimen)
     names = [f"{structure.layers}.{i}" for i in range(structure.num_layers)]
     signatures: list[Any] = []
@@ -176,10 +187,25 @@ def find(config: PretrainedConfig) -> Findings:
             )
     large = skeleton.get_submodule(structure.layers)
     widths = [widths_of(sizes[k], config, large.get_submodule(str(i))) for i, k in enumerate(of_layer)]
-    seen_in_cache = in_cache(specimen, names, examples, kinds, sizes)
-    latent = [
-        at_full_length(own.latent, k) if own.latent and k in of_layer else None for k, own in enumerate(seen_in_cache)
-    ]
+    seen_in_cache = in_cache(specimen, names, small_kinds, kinds, sizes)
+
+    def latent_of(own: InCache, k: int) -> int | None:
+        if not own.latent or k not in of_layer or is_whole:
+            return sum(own.latent) or None
+        whole = at_full_length(sum(own.latent), k)
+        return sum(in_full(length, k) for length in own.latent) if whole is None else whole
+
+    def beside_of(own: InCache, k: int) -> tuple[KeptTokens, ...]:
+        if k not in of_layer or is_whole:
+            return own.beside
+        found = [at_full_length(kept.numbers, k) for kept in own.beside]
+        return tuple(
+            numbers_in_full(kept, place, examples[k] * own.slots, specimen, config)
+            if length is None
+            else replace(kept, numbers=length)
+            for place, (kept, length) in enumerate(zip(own.beside, found, strict=True))
+        )
+
     groups = _groups(skeleton, structure)
     remote = not type(specimen.model).__module__.startswith("transformers.")
     return Findings(
@@ -195,7 +221,7 @@ def find(config: PretrainedConfig) -> Findings:
         tuple(widths),
         tuple(own.stateful for own in seen_in_cache),
         tuple(own.numbers for own in seen_in_cache),
-        tuple(latent),
+        tuple(latent_of(own, k) for k, own in enumerate(seen_in_cache)),
         tuple(own.empty for own in seen_in_cache),
         tuple(
             tuple(replace(s, shape=tuple(in_full(d, k) for d in s.shape)) for s in own.states)
@@ -206,6 +232,8 @@ def find(config: PretrainedConfig) -> Findings:
             for i, k in enumerate(of_layer)
         ),
         appends,
+        tuple(own.slots for own in seen_in_cache),
+        tuple(beside_of(own, k) for k, own in enumerate(seen_in_cache)),
         config,
     )
 
@@ -378,6 +406,22 @@ class InferredDescriptor(ModelDescriptor):
         return findings.latent[findings.of_layer[index]] if findings.latent else None
 
     @classmethod
+    def cache_slots(cls, index: int) -> int:
+        """The slots of the KV cache that a layer has, one for each of its attentions."""
+        findings = cls.findings
+        return findings.slots[findings.of_layer[index]] if findings.slots else 1
+
+    @classmethod
+    def token_bytes(cls, index: int, dtype: torch.dtype, has_attention: bool) -> int:
+        """Bytes that a slot of a layer keeps of every token beside keys and values, e.g. the keys of an indexer."""
+        findings = cls.findings
+        k = findings.of_layer[index]
+        kept = findings.beside[k] if findings.beside else ()
+        is_first = findings.of_layer.index(k) == index
+        own = [kept for kept in kept if (is_first if kept.once else has_attention)]
+        return sum(kept.numbers * (kept.itemsize or dtype.itemsize) for kept in own)
+
+    @classmethod
     def of(cls, config: PretrainedConfig) -> type[InferredDescriptor]:
         """This descriptor for the config that it was made from; for another of the family one made from that."""
         own = cls.findings.config
@@ -497,7 +541,7 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
         return found
 
     def init_rotary(model: nn.Module, runtime: Any) -> None:
-        _restore_buffers(model, runtime)
+        restore_buffers(model, runtime)
 
     class Described(InferredDescriptor):
         @staticmethod
@@ -554,28 +598,3 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
     family = re.sub(r"[^0-9A-Za-z]+", " ", str(getattr(config, "model_type", "") or type(config).__name__)).title()
     Described.__name__ = Described.__qualname__ = family.replace(" ", "") + "Inferred"
     return Described
-
-
-def _restore_buffers(model: nn.Module, runtime: Any) -> None:
-    """Give a model whose buffers were lost those of a fresh one, whose weights lie on the meta device."""
-    from accelerate import init_empty_weights
-
-    config: Any = copy.deepcopy(model.config)
-    for name in ("layersmith", "block_configs"):
-        if hasattr(config, name):
-            delattr(config, name)
-    with init_empty_weights(include_buffers=False):
-        fresh = stock_model(config, "cpu")
-    wanted = dict(model.named_modules())
-    saved = set(model.state_dict())
-    for name, module in fresh.named_modules():
-        own = wanted.get(name)
-        for buffer_name, buffer in module._buffers.items():
-            full = f"{name}.{buffer_name}".removeprefix(".")
-            if own is not None and full not in saved and buffer_name in own._buffers and buffer is not None:
-                own._buffers[buffer_name] = buffer.to(runtime.device)
-        if own is not None:
-            # Numbers beside the buffers, e.g. a rope's scaling, may have been lost with them.
-            for plain, value in vars(module).items():
-                if isinstance(value, torch.Tensor):
-                    setattr(own, plain, value.to(runtime.device))

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from layersmith.model_descriptor.attributes import Effect, Path, Shapes, Trial
 
 
-_ANY_SIZE = 24
 _APART = 4.0
 _NOT_UNDERSTOOD = (
     "with every query head there twice the model gives something else, so where they lie is not understood"
@@ -111,8 +110,10 @@ def find_query_heads(
 
 def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
     """Whether an attribute that a config does not have sets sizes of a layer, once it has it."""
+    from layersmith.model_descriptor.attributes import ANY_SIZES
+
     try:
-        return trial.shapes_with({path: _ANY_SIZE}) != base
+        return any(trial.shapes_with({path: size}) != base for size in ANY_SIZES)
     except Exception:  # whatever a family's own code raises for a size that it cannot take
         return True
 

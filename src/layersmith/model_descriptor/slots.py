@@ -10,18 +10,20 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from layersmith.block_config import MambaConfig
-from layersmith.heterogeneous.modeling_layersmith import set_cache_slot
-from layersmith.model_descriptor.attributes import Sizes
+from layersmith.heterogeneous.modeling_layersmith import LAYER_INDEX_NAMES, set_cache_slot
+from layersmith.model_descriptor.attributes import Sizes, numbers, value_at
 from layersmith.model_descriptor.mixers import filled_cache, recurrent_states
 from layersmith.model_descriptor.removal import put
-from layersmith.model_descriptor.specimen import Specimen
-from layersmith.model_descriptor.stock import stock_model
+from layersmith.model_descriptor.specimen import TOKENS, Specimen
+from layersmith.model_descriptor.stock import language_config, stock_model
 from layersmith.model_descriptor.subblocks import LayerKind
 
 
@@ -97,62 +99,172 @@ class KeptState:
 
 
 @dataclass(frozen=True)
+class KeptTokens:
+    """A tensor in the cache that grows by as much with every token.
+
+    Attributes:
+        numbers: a token.
+        itemsize: bytes of a number, where that does not go with the dtype of the weights; else 0.
+        name: of the attribute of the cache's layer.
+        once: whether the first layer of its kind keeps it for all of them, with or without an attention of its own.
+    """
+
+    numbers: int
+    itemsize: int = 0
+    name: str = ""
+    once: bool = False
+
+
+@dataclass(frozen=True)
 class InCache:
     """What a layer leaves in the cache.
 
     Attributes:
         stateful: a state of fixed size, no keys and values.
         numbers: for each one of a value head; 2 where keys are as long as values.
-        latent: numbers for a token that all heads share; 0 if each KV head has its own.
+        latent: numbers for a token that all heads share, of keys and of values; none if each KV head has its own.
         empty: nothing, e.g. because it uses the keys and values of another layer.
         states: of fixed size.
+        slots: of the cache that are its own: one for each of its attentions.
+        beside: what is kept of every token beside keys and values, e.g. the keys of what chooses among them.
     """
 
     stateful: bool = False
     numbers: float = 2.0
-    latent: int = 0
+    latent: tuple[int, ...] = ()
     empty: bool = False
     states: tuple[KeptState, ...] = ()
+    slots: int = 1
+    beside: tuple[KeptTokens, ...] = ()
 
 
 def in_cache(
-    specimen: Specimen, names: Sequence[str], layers: Sequence[int], kinds: Sequence[LayerKind], sizes: Sequence[Sizes]
+    specimen: Specimen,
+    names: Sequence[str],
+    of_layer: Sequence[int],
+    kinds: Sequence[LayerKind],
+    sizes: Sequence[Sizes],
 ) -> list[InCache]:
     """Look at the cache after a run; where there is none, they are taken for keys and values of one length.
 
     Args:
         specimen: the model.
         names: of its layers.
-        layers: one of every kind.
-        kinds, sizes: of these.
+        of_layer: the kind of each.
+        kinds, sizes: of every kind.
     """
     try:
         cache = filled_cache(specimen)
     except Exception:  # a family's own code may keep no cache, or another kind
-        return [InCache()] * len(layers)
-    narrow = _narrow_cache(specimen)
+        return [InCache()] * len(kinds)
+    narrow, shorter = _narrow_cache(specimen), _shorter_cache(specimen)
     found = []
-    for i, kind, own in zip(layers, kinds, sizes, strict=True):
+    for k, (kind, own) in enumerate(zip(kinds, sizes, strict=True)):
+        layer = list(of_layer).index(k)
+        slots = _slots(specimen.model.get_submodule(names[layer]), kind)
+        i = layer * slots  # the first of its slots; all are alike
         shapes = {
             name: tuple(p.shape)
-            for name, p in specimen.model.get_submodule(names[i]).named_parameters()
+            for name, p in specimen.model.get_submodule(names[layer]).named_parameters()
             if kind.owners.get(name) == "attention"
         }
-        slot = cache.layers[i] if i < len(cache.layers) else None
+        slot = _slot(cache, i)
         states = _states(cache, narrow, i, shapes)
         keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
         if not isinstance(keys, torch.Tensor) or not keys.numel():
             found.append(InCache(stateful=bool(states), empty=not states))
-        elif values is None and keys.ndim == 4 and keys.shape[1] == 1:
-            found.append(InCache(latent=keys.shape[-1]))  # the values are made of the keys
+        elif (values is None or not values.shape[-1]) and keys.ndim == 4 and keys.shape[1] == 1:
+            found.append(InCache(latent=(keys.shape[-1],)))  # the values are made of the keys
         elif not isinstance(values, torch.Tensor) or keys.ndim != 4 or values.ndim != 4 or not values.shape[-1]:
             found.append(InCache())
-        elif keys.shape[1] == 1 and own.query_heads and own.kv_heads is None:
-            found.append(InCache(latent=keys.shape[-1] + values.shape[-1]))
+        elif keys.shape[1] == 1 and own.kv_heads is None:
+            found.append(InCache(latent=(keys.shape[-1], values.shape[-1])))
         else:
             found.append(InCache(numbers=1.0 + keys.shape[-1] / values.shape[-1]))
-        found[-1] = replace(found[-1], states=states)
+        beside = _beside(*(_slot(own, i) for own in (cache, shorter, narrow)))
+        # What one layer keeps for all that are like it.
+        others = [_slot(cache, j * slots) for j, other in enumerate(of_layer) if other == k and j != layer]
+        beside = tuple(
+            replace(own, once=bool(others) and all(getattr(other, own.name, None) is None for other in others))
+            for own in beside
+        )
+        found[-1] = replace(found[-1], states=states, slots=slots, beside=beside)
     return found
+
+
+def _slot(cache: Any, index: int) -> Any:
+    return cache.layers[index] if cache is not None and index < len(cache.layers) else None
+
+
+def _slots(layer: nn.Module, kind: LayerKind) -> int:
+    """How many slots of the cache a layer has: its attentions are numbered one after another."""
+    inside = tuple(f"{name}." for name in kind.attention.modules) if kind.attention is not None else ()
+    numbers = {
+        getattr(module, name)
+        for path, module in layer.named_modules()
+        for name in LAYER_INDEX_NAMES
+        if f"{path}.".startswith(inside) and type(module.__dict__.get(name)) is int
+    }
+    return max(1, len(numbers))
+
+
+_SHORTER = TOKENS // 2
+
+
+def numbers_in_full(own: KeptTokens, place: int, slot: int, specimen: Specimen, large: PretrainedConfig) -> KeptTokens:
+    """What a model itself keeps of a token, of whose specimen that is known: by the attribute that sets how much.
+
+    Args:
+        own: of the specimen.
+        place: of it among all that is kept beside keys and values.
+        slot: of the cache.
+        specimen: a small one.
+        large: the config of the model itself.
+    """
+    language = language_config(large)
+    for path, value in numbers(language_config(specimen.config), 0):
+        if not 1 < value <= own.numbers:
+            continue
+        config = copy.deepcopy(specimen.config)
+        setattr(reduce(getattr, path[:-1], language_config(config)), path[-1], 2 * value)
+        with suppress(Exception):  # whatever a family's own code raises for a size that it cannot take
+            other = Specimen(config)
+            twice = _beside(filled_cache(other).layers[slot], _shorter_cache(other).layers[slot], None)[place]
+            if (more := twice.numbers - own.numbers) > 0:
+                a_unit, rest = divmod(more, value)
+                return own if rest else replace(own, numbers=own.numbers + a_unit * (value_at(language, path) - value))
+    return own
+
+
+def _beside(slot: Any, shorter: Any, narrow: Any) -> tuple[KeptTokens, ...]:
+    """What a slot keeps of every token beside keys and values; states are none of it, since they do not grow.
+
+    Args:
+        slot: of the cache.
+        shorter: the same after a shorter text.
+        narrow: the same of the model in bfloat16.
+    """
+    found = []
+    for name, tensor in vars(slot).items() if slot is not None and shorter is not None else ():
+        twin = getattr(shorter, name, None)
+        if name in ("keys", "values") or not isinstance(tensor, torch.Tensor) or not isinstance(twin, torch.Tensor):
+            continue
+        a_token, rest = divmod(tensor.numel(), TOKENS)
+        if rest or not a_token or twin.numel() != a_token * _SHORTER:
+            continue
+        in_narrow = getattr(narrow, name, None)
+        of_its_own = isinstance(in_narrow, torch.Tensor) and in_narrow.dtype != torch.bfloat16
+        found.append(KeptTokens(a_token, tensor.element_size() if of_its_own else 0, name))
+    return tuple(found)
+
+
+def _shorter_cache(specimen: Specimen) -> Any:
+    """The cache after a shorter text, to see what grows with the tokens; None if there is none."""
+    fewer = copy.copy(specimen)
+    with suppress(Exception):  # whatever a family's own code raises
+        fewer.ids = specimen.ids[:, :_SHORTER]
+        return filled_cache(fewer)
+    return None
 
 
 def _narrow_cache(specimen: Specimen) -> Any:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -89,3 +90,28 @@ def quiet_transformers() -> Iterator[None]:
         logger.setLevel(level)
         accelerate.setLevel(own_level)
         restore_bars()
+
+
+def restore_buffers(model: nn.Module, runtime: Any) -> None:
+    """Give a model whose buffers were lost those of a fresh one, whose weights lie on the meta device."""
+    from accelerate import init_empty_weights
+
+    config: Any = copy.deepcopy(model.config)
+    for name in ("layersmith", "block_configs"):
+        if hasattr(config, name):
+            delattr(config, name)
+    with init_empty_weights(include_buffers=False):
+        fresh = stock_model(config, "cpu")
+    wanted = dict(model.named_modules())
+    saved = set(model.state_dict())
+    for name, module in fresh.named_modules():
+        own = wanted.get(name)
+        for buffer_name, buffer in module._buffers.items():
+            full = f"{name}.{buffer_name}".removeprefix(".")
+            if own is not None and full not in saved and buffer_name in own._buffers and buffer is not None:
+                own._buffers[buffer_name] = buffer.to(runtime.device)
+        if own is not None:
+            # Numbers beside the buffers, e.g. a rope's scaling, may have been lost with them.
+            for plain, value in vars(module).items():
+                if isinstance(value, torch.Tensor):
+                    setattr(own, plain, value.to(runtime.device))
