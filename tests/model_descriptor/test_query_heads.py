@@ -47,3 +47,14 @@ def test_heads_in_blocks_and_ranks_are_no_heads() -> None:
     descriptor = found_of("deepseek_v4")
     assert {sizes.query_heads for sizes in descriptor.findings.sizes} == {(("num_attention_heads",),)}
     assert {sizes.head_blocks for sizes in descriptor.findings.sizes} == {2}
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(3, 3, 16), (3, 1, 16), (2, 1, 24)])
+def test_heads_of_odd_numbers_and_of_any_size(heads: int, kv_heads: int, size: int) -> None:
+    config = tiny_config("qwen2")
+    config.num_attention_heads, config.num_key_value_heads, config.hidden_size = heads, kv_heads, heads * size
+    descriptor = layersmith.describe(config)
+    assert issubclass(descriptor, InferredDescriptor)
+    (sizes,) = descriptor.findings.sizes
+    assert sizes.kv_heads == ("num_key_value_heads",)
+    assert (sizes.query_heads, sizes.head_size) == ((("num_attention_heads",),), (("head_dim",), size))
