@@ -59,10 +59,11 @@ def main() -> int:
     lines = table.worse(before, verdicts)
     if lines:
         print("\nWorse than docs/families.json:", *lines, sep="\n  ")
-    if not options.types and (not lines or options.accept):
-        table.write(verdicts)
+    if (not options.types or options.write) and (not lines or options.accept):
+        seen = {verdict.model_type for verdict in verdicts}
+        table.write([*verdicts, *(v for v in before if options.types and v.model_type not in seen)])
         print(f"Written: {table.DOCS / 'families.md'}")
-    elif lines and not options.types:
+    elif lines and (not options.types or options.write):
         print("docs/ is as it was; with --accept the new table is written all the same.")
     return 1 if lines else 0
 
@@ -74,6 +75,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--limit", type=int, default=300, help="seconds that one family may take")
     parser.add_argument("--fresh", action="store_true", help="do not go on from an interrupted run")
     parser.add_argument("--accept", action="store_true", help="write the table though something is worse than before")
+    parser.add_argument("--write", action="store_true", help="put the rows of the types that are named into the table")
     parser.add_argument("--render", action="store_true", help="write docs/families.md anew from docs/families.json")
     parser.add_argument("--one", metavar="TYPE", help=argparse.SUPPRESS)
     return parser.parse_args()
