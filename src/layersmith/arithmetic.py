@@ -58,6 +58,11 @@ class Arithmetic:
         self.add(self._forward[key])
         return result
 
+    def of(self, key: Hashable) -> tuple[float, float]:
+        """Operations of matrices and of attentions in something that was counted forward."""
+        matrices = self._to_weights[key]
+        return matrices, self._forward[key] - matrices
+
     def count_backward(self, key: Hashable) -> None:
         """Add the operations of a backward pass through something that was counted forward."""
         self.add(self._backward[key])

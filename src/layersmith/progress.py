@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import rich.progress
@@ -19,13 +19,32 @@ if TYPE_CHECKING:
 _SAY_EVERY_SECONDS = 15.0
 
 
+class Advance(Protocol):
+    """Tells of steps just done."""
+
+    def __call__(self, steps: float, left: float | None = None, said: str = "") -> None:
+        """Tell.
+
+        Args:
+            steps: how many.
+            left: seconds that the stage will still take; default: as if every step took as long as those before.
+            said: what else is worth saying.
+        """
+
+
 class Progress:
-    """Silent."""
+    """Silent.
+
+    Attributes:
+        clock: in seconds.
+    """
+
+    clock: Callable[[], float] = staticmethod(time.monotonic)
 
     @contextmanager
-    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
         """A stage of ``total`` steps; call what it yields with the number of steps just done."""
-        yield lambda steps: None
+        yield lambda steps, left=None, said="": None
 
     def note(self, text: str) -> None:
         """A line worth keeping on the screen."""
@@ -72,18 +91,19 @@ class Lines(Progress):
         self._say(f"note: {text}")
 
     @contextmanager
-    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-        started = said = time.monotonic()
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
+        started = last = time.monotonic()
         done = 0.0
 
-        def advance(steps: float) -> None:
-            nonlocal done, said
+        def advance(steps: float, left: float | None = None, said: str = "") -> None:
+            nonlocal done, last
             done += steps
             now = time.monotonic()
-            if now - said > _SAY_EVERY_SECONDS and done < total:
-                left = (now - started) * (total - done) / max(done, 1e-9)
-                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}, about {in_time(left)} left")
-                said = now
+            if now - last > _SAY_EVERY_SECONDS and done < total:
+                left = (now - started) * (total - done) / max(done, 1e-9) if left is None else left
+                more = f" ({said})" if said else ""
+                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}{more}, about {in_time(left)} left")
+                last = now
 
         yield advance
         self._say(f"{name}: done in {in_time(time.monotonic() - started)}")
@@ -101,7 +121,7 @@ class Bars(Lines):
         self._tasks: list[rich.progress.TaskID] = []
 
     @contextmanager
-    def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
         started = time.monotonic()
         if self._live is None:
             with _live(self.console) as live:
@@ -118,16 +138,19 @@ class Bars(Lines):
         self.console.print(line, highlight=False)
 
     @contextmanager
-    def _task(
-        self, live: rich.progress.Progress, name: str, total: float, unit: str
-    ) -> Iterator[Callable[[float], None]]:
-        steps = f"of {total:,.0f} {unit}" if total > 1 and self.console.width >= 100 else ""
-        task = live.add_task(name, total=total if total > 1 else None, steps=steps)
+    def _task(self, live: rich.progress.Progress, name: str, total: float, unit: str) -> Iterator[Advance]:
+        unit = f"of {total:,.0f} {unit}" if total > 1 and self.console.width >= 100 else ""
+        task = live.add_task(name, total=total if total > 1 else None, steps=unit, ends=None)
+
+        def advance(steps: float, left: float | None = None, said: str = "") -> None:
+            words = f"{unit} ({said})" if said and self.console.width >= 120 else unit
+            live.update(task, advance=steps, ends=None if left is None else live.get_time() + left, steps=words)
+
         for outer in self._tasks:
             live.update(outer, visible=False)
         self._tasks.append(task)
         try:
-            yield lambda done: live.advance(task, done)
+            yield advance
         finally:
             self._tasks.remove(task)
             live.remove_task(task)
@@ -139,6 +162,12 @@ class Bars(Lines):
         return "✓" if self.console.encoding.lower().startswith("utf") else "*"
 
 
+def _as_clock(seconds: float) -> str:
+    """``03:20``, ``2:05:00``."""
+    minutes, rest = divmod(max(0, round(seconds)), 60)
+    return f"{minutes:02}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
 def _live(console: Console) -> rich.progress.Progress:
     """A bar that is gone when its stage is; of a stage without steps it only says that it is at work."""
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -147,7 +176,13 @@ def _live(console: Console) -> rich.progress.Progress:
 
     class Left(TimeRemainingColumn):
         def render(self, task: Any) -> Text:
-            return Text("") if task.total is None else Text.assemble(super().render(task), (" left", "dim"))
+            if task.total is None:
+                return Text("")
+            ends = task.fields["ends"]
+            own = (
+                super().render(task) if ends is None else Text(_as_clock(ends - task.get_time()), "progress.remaining")
+            )
+            return Text.assemble(own, (" left", "dim"))
 
     class Share(TextColumn):
         def render(self, task: Any) -> Text:

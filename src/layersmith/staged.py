@@ -17,7 +17,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -166,6 +166,8 @@ class StagedParent:
         self._output: Any = parent.model.get_output_embeddings()
         self._plain_head = False
         self._plain_head = self._has_plain_head(probe)
+        self._counts: list[tuple[float, float]] = []
+        self._of_head = 0.0
 
     @contextmanager
     def _without_layers(self) -> Iterator[_StandIn]:
@@ -208,6 +210,16 @@ class StagedParent:
             call = batch.calls[list(self._types).index(own_type)]
         return self.arithmetic.count(key_of(module, hidden), lambda: call.of(module, hidden))
 
+    @property
+    def streamed(self) -> bool:
+        """Whether weights stay on the disk until a layer runs."""
+        return self._parent.stream is not None
+
+    def read(self, i: int) -> None:
+        """Have the weights of layer ``i`` in memory, and of no other where they stay on the disk."""
+        self._forget_others(i)
+        self._parent.layer(i)
+
     def head(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[B, T, V]`` and what the head reads, from what the last layer gives.
 
@@ -233,6 +245,32 @@ class StagedParent:
         expected, read = self.head(probe, hidden)
         return self._output is not None and torch.equal(self._output(read), expected)
 
+    # ------------------------------------------------------------------------------------------ work
+
+    def operations(self, start: int, end: int, rows: int, length: int) -> float:
+        """About what layers from ``start`` until before ``end`` do on rows of so many tokens.
+
+        Attentions as if every token looked at every other, and everything else in proportion to the tokens.
+        """
+        tokens, pairs = rows * length, rows * length**2
+        return sum(matrices * tokens + attention * pairs for matrices, attention in self._counts[start:end])
+
+    def head_operations(self, rows: int, length: int) -> float:
+        """The same of the head."""
+        return self._of_head * rows * length
+
+    def note_operations(self, layers: Sequence[Hashable], head: tuple[str, torch.Size], of: torch.Size) -> None:
+        """Let :meth:`operations` go by what was counted.
+
+        Args:
+            layers: their keys, when they ran on ``of`` rows and tokens.
+            head: its key; the shape in it is what it ran on.
+            of: ``[B, T]``.
+        """
+        (rows, length), (_, shape) = of, head
+        self._counts = [(m / (rows * length), p / (rows * length**2)) for m, p in map(self.arithmetic.of, layers)]
+        self._of_head = sum(self.arithmetic.of(head)) / (shape[0] * shape[1])
+
     # ------------------------------------------------------------------------------------------ stages
 
     def stages(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
@@ -245,7 +283,7 @@ class StagedParent:
 
     def _forget_others(self, i: int) -> None:
         """Stages hold on to their layer's weights; where these stay on the disk, one layer's are kept."""
-        if self._parent.stream is not None and i not in self._stages:
+        if self.streamed and i not in self._stages:
             self._stages.clear()
 
     def _split(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
@@ -340,9 +378,12 @@ def take_apart(library: Library, input_ids: torch.Tensor) -> StagedParent:
         batch = staged.start(input_ids)
         hidden = batch.embedded.repeat(2, 1, 1)
         twice = batch.repeated(2)
-        for i in range(len(staged.layers)):
+        keys = []
+        for i, layer in enumerate(staged.layers):
+            keys.append(key_of(layer, hidden))
             hidden = staged.run(twice, i, hidden)
         half = max(1, input_ids.shape[1] // 2)
+        made_of = hidden[: len(input_ids), :half].shape
         made = []
         for own in hidden.view(2, *batch.embedded.shape):
             parts = [(input_ids[:, :half], own[:, :half]), (input_ids[:, half:], own[:, half:])]
@@ -351,5 +392,6 @@ def take_apart(library: Library, input_ids: torch.Tensor) -> StagedParent:
         raise CannotTakeApart(f"a layer cannot be called by itself: {first_line(error)}") from error
     if not all(_equal(logits, expected, torch.zeros_like(expected)) for logits in made):
         raise CannotTakeApart("called one by one, its layers give something else")
+    staged.note_operations(keys, ("head", made_of), twice.input_ids.shape)
     staged.arithmetic = Arithmetic()
     return staged

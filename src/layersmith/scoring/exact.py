@@ -15,17 +15,18 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, A alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
 import torch
 
-from layersmith.execution import forward_with, layer_outputs
+from layersmith.execution import forward_with, hands_over, layer_outputs
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.scoring.metrics import Reference, Rows, as_rows, labels_of, measure, row_means
-from layersmith.scoring.states import States, start_all
+from layersmith.scoring.states import States, plan_start, read, start_all
+from layersmith.scoring.work import Plan, Work, share_of_layer
 from layersmith.staged import Batch, StagedParent
 
 # Logits that are held at once for what is not the parent.
@@ -41,7 +42,11 @@ class Measured:
 
 
 def run_exactly(
-    library: Library, staged: StagedParent | None, groups: Sequence[Sequence[Alternative]], rows: torch.Tensor
+    library: Library,
+    staged: StagedParent | None,
+    groups: Sequence[Sequence[Alternative]],
+    rows: torch.Tensor,
+    work: Work | None = None,
 ) -> Iterator[Measured]:
     """Metrics of alternatives on rows ``[B, T]``; the parent's own first.
 
@@ -50,11 +55,40 @@ def run_exactly(
         staged: the parent taken apart; None where it cannot be.
         groups: alternatives of one layer each that go on in one batch; those of a layer follow each other.
         rows: token ids.
+        work: told of what is done.
     """
+    work = work or Work()
     if staged is None:
-        yield from _run_whole(library, [a for group in groups for a in group], rows)
+        yield from _run_whole(library, [a for group in groups for a in group], rows, work)
     else:
-        yield from _run_staged(staged, groups, rows)
+        yield from _run_staged(staged, groups, rows, work)
+
+
+def amounts_of(
+    library: Library, staged: StagedParent | None, a: Alternative, rows: int, length: int
+) -> dict[str, float]:
+    """Kinds of work of an exact run to their amounts."""
+    depth = len(library.parent.blocks)
+    if staged is None:
+        return {"whole": rows * (depth - a.layer + 1) / (depth + 1) if hands_over(library.parent) else rows}
+    return {
+        f"own {a.subblock}": _share_of_layer(a) * staged.operations(a.layer, a.layer + 1, rows, length),
+        "rest": staged.operations(a.layer + 1, depth, rows, length),
+        "head": staged.head_operations(rows, length),
+    }
+
+
+def _share_of_layer(a: Alternative) -> float:
+    """About what an alternative runs of its layer: that of an attention also the FFN behind it."""
+    return share_of_layer(a) + (0.5 if a.subblock == "attention" else 0.0)
+
+
+def amounts_of_parent(staged: StagedParent | None, rows: int, length: int) -> dict[str, float]:
+    """The same of what the parent itself gives."""
+    if staged is None:
+        return {"whole": rows}
+    forward = staged.operations(0, len(staged.layers), rows, length)
+    return {"forward": forward, "reference": 2 * staged.head_operations(rows, length)}
 
 
 def in_groups(alternatives: Sequence[Alternative], together: int) -> list[list[Alternative]]:
@@ -67,23 +101,41 @@ def in_groups(alternatives: Sequence[Alternative], together: int) -> list[list[A
 
 @torch.no_grad()
 def _run_staged(
-    staged: StagedParent, groups: Sequence[Sequence[Alternative]], rows: torch.Tensor
+    staged: StagedParent, groups: Sequence[Sequence[Alternative]], rows: torch.Tensor, work: Work
 ) -> Iterator[Measured]:
-    batch = staged.start(rows)
+    depth, shape = len(staged.layers), rows.shape
+    of_head = staged.head_operations(*shape)
     with staged.arithmetic.needs():
-        inputs = staged.hidden_states(batch)
-        reference = Reference.of(*staged.head(rows, inputs[-1]), rows)
-    own_spans = [reference.span(start, end) for start, end in spans(rows, staged.vocab_size)]
-    yield Measured(None, as_rows(row_means([measure(own, own.logits.clone(), own.hidden) for own in own_spans])))
+        with work.doing("forward", staged.operations(0, depth, *shape)):
+            batch = staged.start(rows)
+            inputs = staged.hidden_states(batch)
+        with work.doing("reference", 2 * of_head):
+            reference = Reference.of(*staged.head(rows, inputs[-1]), rows)
+            own_spans = [reference.span(start, end) for start, end in spans(rows, staged.vocab_size)]
+            of_parent = as_rows(row_means([measure(own, own.logits.clone(), own.hidden) for own in own_spans]))
+    yield Measured(None, of_parent)
     for i, of_layer in groupby(groups, key=lambda group: group[0].layer):
         own = list(of_layer)
-        stages = staged.stages(i, batch, inputs[i])
-        starts_there = stages.layout == "sequence" and any(a.subblock == "ffn" for group in own for a in group)
-        middle = staged.run(batch, i, inputs[i], stages.attention) if starts_there else None
+        of_layer_itself, of_rest = staged.operations(i, i + 1, *shape), staged.operations(i + 1, depth, *shape)
+        starts_there = any(a.subblock == "ffn" for group in own for a in group)
+        with work.doing("build", 1.0):
+            stages = staged.stages(i, batch, inputs[i])
+        middle = None
+        if starts_there and stages.layout == "sequence":
+            with work.doing("own ffn", 0.0):
+                middle = staged.run(batch, i, inputs[i], stages.attention)
         for group in own:
             with staged.arithmetic.needs():
-                hidden = torch.stack([staged.replaced(batch, a, inputs[i], middle) for a in group])
-                measured = _measured(staged, reference, rows, _rest(staged, batch, i, hidden))
+                hidden = []
+                for a in group:
+                    with work.doing("build", 1.0):
+                        module = staged.replacement(a)
+                    with work.doing(f"own {a.subblock}", _share_of_layer(a) * of_layer_itself):
+                        hidden.append(staged.replaced(batch, a, inputs[i], middle, module))
+                with work.doing("rest", len(group) * of_rest):
+                    after = _rest(staged, batch, i, torch.stack(hidden))
+                with work.doing("head", len(group) * of_head):
+                    measured = _measured(staged, reference, rows, after)
             yield from (Measured(a, own_rows) for a, own_rows in zip(group, measured, strict=True))
 
 
@@ -100,7 +152,7 @@ class Job:
 
 @torch.no_grad()
 def run_layer_by_layer(
-    staged: StagedParent, jobs: Sequence[Job], states: States, most_bytes: float, advance: Callable[[float], None]
+    staged: StagedParent, jobs: Sequence[Job], states: States, most_bytes: float, work: Work | None = None
 ) -> Iterator[tuple[int, Measured]]:
     """Metrics of alternatives on the rows of several batches; the parent's own first, then by waves of alternatives.
 
@@ -111,35 +163,48 @@ def run_layer_by_layer(
         jobs: what is to be run.
         states: where hidden states wait.
         most_bytes: that those of a wave may take.
-        advance: told of layers run, times rows.
+        work: told of what is done.
 
     Yields:
         The number of the job, and what was measured.
     """
-    started = start_all(staged, [job.rows for job in jobs], states)
+    work = work or Work()
+    started = start_all(staged, [job.rows for job in jobs], states, work)
     depth = len(staged.layers)
+
+    def of_head(n: int) -> float:
+        return staged.head_operations(*jobs[n].rows.shape)
+
     for n, job in enumerate(jobs):
-        (own,) = _by_spans(staged, job.rows, states.get(("parent", depth, n)), [])
+        with work.doing("head", of_head(n)):
+            (own,) = _by_spans(staged, job.rows, states.get(("parent", depth, n)), [])
         yield n, Measured(None, own)
     for wave in _waves(staged, jobs, most_bytes):
         for j in range(wave[0][0].layer, depth):
+            read(staged, j, work)
             for alternative, numbers in wave:
                 if alternative.layer < j:
                     for n in numbers:
-                        hidden = staged.run(started[n], j, states.get((alternative.identity, n)))
-                        states.put((alternative.identity, n), hidden)
-                        advance(len(jobs[n].rows))
-            _begin(staged, started, [own for own in wave if own[0].layer == j], states)
-            for alternative, numbers in wave:
-                if alternative.layer == j:
-                    advance(sum(len(jobs[n].rows) for n in numbers))
+                        with work.doing("rest", staged.operations(j, j + 1, *jobs[n].rows.shape)):
+                            hidden = staged.run(started[n], j, states.get((alternative.identity, n)))
+                            states.put((alternative.identity, n), hidden)
+            _begin(staged, jobs, started, [own for own in wave if own[0].layer == j], states, work)
         for n, job in enumerate(jobs):
             run = [alternative for alternative, numbers in wave if n in numbers]
-            changed = [states.pop((alternative.identity, n)) for alternative in run]
-            _, *measured = _by_spans(staged, job.rows, states.get(("parent", depth, n)), changed)
-            advance(len(run) * len(job.rows))
+            with work.doing("head", (1 + len(run)) * of_head(n)):
+                changed = [states.pop((alternative.identity, n)) for alternative in run]
+                _, *measured = _by_spans(staged, job.rows, states.get(("parent", depth, n)), changed)
             for alternative, rows in zip(run, measured, strict=True):
                 yield n, Measured(alternative, rows)
+
+
+def plan_layer_by_layer(staged: StagedParent, jobs: Sequence[Job], most_bytes: float, plan: Plan) -> None:
+    """Tell what :func:`run_layer_by_layer` will do, but for the runs of the alternatives themselves."""
+    plan_start(staged, [job.rows.shape for job in jobs], plan)
+    waves = list(_waves(staged, jobs, most_bytes))
+    for job in jobs:
+        plan("head", (1 + len(waves)) * staged.head_operations(*job.rows.shape))
+    plan("reading", sum(len(staged.layers) - wave[0][0].layer for wave in waves))
 
 
 def _waves(
@@ -164,7 +229,12 @@ def _waves(
 
 
 def _begin(
-    staged: StagedParent, started: Sequence[Batch], own: Sequence[tuple[Alternative, list[int]]], states: States
+    staged: StagedParent,
+    jobs: Sequence[Job],
+    started: Sequence[Batch],
+    own: Sequence[tuple[Alternative, list[int]]],
+    states: States,
+    work: Work,
 ) -> None:
     """Run a layer with each of its alternatives."""
     middles: set[int] = set()
@@ -172,16 +242,18 @@ def _begin(
         i, module = alternative.layer, None
         for n in numbers:
             hidden = states.get(("parent", i, n))
-            stages = staged.stages(i, started[n], hidden)
-            if module is None:
-                module = staged.replacement(alternative)
-            middle = None
-            if stages.layout == "sequence" and alternative.subblock == "ffn":
-                if n not in middles:
-                    middles.add(n)
-                    states.put(("middle", n), staged.run(started[n], i, hidden, stages.attention))
-                middle = states.get(("middle", n))
-            states.put((alternative.identity, n), staged.replaced(started[n], alternative, hidden, middle, module))
+            with work.doing("build", 1.0):
+                stages = staged.stages(i, started[n], hidden)
+                module = staged.replacement(alternative) if module is None else module
+            amount = _share_of_layer(alternative) * staged.operations(i, i + 1, *jobs[n].rows.shape)
+            with work.doing(f"own {alternative.subblock}", amount):
+                middle = None
+                if stages.layout == "sequence" and alternative.subblock == "ffn":
+                    if n not in middles:
+                        middles.add(n)
+                        states.put(("middle", n), staged.run(started[n], i, hidden, stages.attention))
+                    middle = states.get(("middle", n))
+                states.put((alternative.identity, n), staged.replaced(started[n], alternative, hidden, middle, module))
     for n in middles:
         states.pop(("middle", n))
 
@@ -236,12 +308,18 @@ def spans(rows: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, int]]:
 
 
 @torch.inference_mode()
-def _run_whole(library: Library, alternatives: Sequence[Alternative], rows: torch.Tensor) -> Iterator[Measured]:
+def _run_whole(
+    library: Library, alternatives: Sequence[Alternative], rows: torch.Tensor, work: Work
+) -> Iterator[Measured]:
     parent = library.parent
-    logits, hidden, outputs = layer_outputs(parent, rows)
-    reference = Reference.of(logits, hidden, rows)
-    yield Measured(None, as_rows(row_means([measure(reference, logits.clone(), hidden)])))
+    with work.doing("whole", len(rows)):
+        logits, hidden, outputs = layer_outputs(parent, rows)
+        reference = Reference.of(logits, hidden, rows)
+        of_parent = as_rows(row_means([measure(reference, logits.clone(), hidden)]))
+    yield Measured(None, of_parent)
     for alternative in alternatives:
-        layer = library.layer(alternative)
-        changed, changed_hidden = forward_with(parent, rows, outputs, alternative.layer, layer)
-        yield Measured(alternative, as_rows(row_means([measure(reference, changed, changed_hidden)])))
+        with work.doing("whole", amounts_of(library, None, alternative, *rows.shape)["whole"]):
+            layer = library.layer(alternative)
+            changed, changed_hidden = forward_with(parent, rows, outputs, alternative.layer, layer)
+            measured = as_rows(row_means([measure(reference, changed, changed_hidden)]))
+        yield Measured(alternative, measured)

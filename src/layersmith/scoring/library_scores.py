@@ -10,7 +10,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
@@ -19,14 +19,24 @@ import torch
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.parent import Parent
-from layersmith.progress import SILENT, Progress
+from layersmith.progress import SILENT, Advance, Progress
 from layersmith.recipe import ScoringRecipe
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
-from layersmith.scoring.exact import Job, in_groups, run_exactly, run_layer_by_layer
+from layersmith.scoring.exact import (
+    Job,
+    Measured,
+    amounts_of,
+    amounts_of_parent,
+    in_groups,
+    plan_layer_by_layer,
+    run_exactly,
+    run_layer_by_layer,
+)
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
 from layersmith.scoring.score import Journal, Score
-from layersmith.scoring.second_order import Survey, estimate, look
+from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
 from layersmith.scoring.states import States, StatesOnDisk
+from layersmith.scoring.work import Work, plan_all
 from layersmith.staged import CannotTakeApart, StagedParent, take_apart
 
 _PARENT = "parent"
@@ -65,25 +75,88 @@ def score_library(
         Scores in the order of the library's alternatives.
     """
     pending = [a for a in library.alternatives if a.kind != _PARENT]
-    staged: StagedParent | None = None
-    try:
-        staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
-    except CannotTakeApart as reason:
-        progress.note(f"scoring runs the whole model for every alternative, because {reason}.")
-    work = _Work(library, staged, tokens, recipe, pending, journal.parent if journal else Path(tempfile.gettempdir()))
-    with Journal(journal, inputs) as results:
-        if work.by_estimates:
-            scores = work.estimated(results, seed, progress)
-        else:
-            work.exact(results, {a.identity: len(tokens) for a in pending}, progress, "score")
-            scores = [_exact_score(a, results, len(tokens)) for a in library.alternatives]
+    device = library.parent.runtime.device
+    with progress.stage("score", len(pending), "alternatives") as advance:
+        staged: StagedParent | None = None
+        try:
+            staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(device))
+        except CannotTakeApart as reason:
+            progress.note(f"scoring runs the whole model for every alternative, because {reason}.")
+        folder = journal.parent if journal else Path(tempfile.gettempdir())
+        told = _Told(advance, len(pending), tokens.shape[1], clock_of(progress, device))
+        scoring = _Scoring(library, staged, tokens, recipe, pending, folder, told)
+        with Journal(journal, inputs) as results:
+            if scoring.by_estimates:
+                scores = scoring.estimated(results, seed)
+            else:
+                scoring.exact(results, {a.identity: len(tokens) for a in pending})
+                scores = [_exact_score(a, results, len(tokens)) for a in library.alternatives]
     if staged is not None and staged.arithmetic.done:
-        progress.note(f"scoring: {staged.arithmetic}; {work.in_words(scores)}")
+        progress.note(f"scoring: {staged.arithmetic}; {scoring.in_words(scores)}")
     return scores
 
 
+def clock_of(progress: Progress, device: torch.device) -> Callable[[], float]:
+    """A clock that waits until the device has done what it was told to do."""
+
+    def read() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return progress.clock()
+
+    return read
+
+
 @dataclass
-class _Work:
+class _Told:
+    """Tells a stage how far scoring is: a share of all work in alternatives, and what is done of the part at work.
+
+    Attributes:
+        advance: of the stage.
+        num_alternatives: its steps.
+        length: tokens in a row.
+        clock: in seconds.
+        work: all of it.
+    """
+
+    advance: Advance
+    num_alternatives: int
+    length: int
+    clock: Callable[[], float]
+    work: Work = field(init=False)
+    _steps: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.work = Work(self.clock)
+        self.work.tell = self.tell
+        self.begin("scored", 1)
+
+    def begin(self, what: str, rows: float) -> None:
+        """A part of the work, in which so many rows make an alternative."""
+        self._what, self._rows, self._done, self._known, self._began = what, max(1.0, rows), 0.0, 0.0, self.clock()
+
+    def add(self, rows: float) -> None:
+        """So many rows of alternatives are done."""
+        self._done += rows
+        self.tell()
+
+    def add_known(self, rows: float) -> None:
+        """So many were done by a run that was interrupted."""
+        self._known += rows
+
+    def tell(self) -> None:
+        share, left = self.work.share, self.work.seconds_left
+        if share is None or left is None:
+            return
+        steps = max(self._steps, share * self.num_alternatives)
+        speed = self._done * self.length / max(self.clock() - self._began, 1e-9)
+        said = f"{(self._known + self._done) / self._rows:,.0f} {self._what}, {speed:,.0f} tokens/s"
+        self.advance(steps - self._steps, left, said)
+        self._steps = steps
+
+
+@dataclass
+class _Scoring:
     """What is to be done, and with what."""
 
     library: Library
@@ -92,6 +165,11 @@ class _Work:
     recipe: ScoringRecipe
     pending: list[Alternative]
     folder: Path
+    told: _Told
+
+    @property
+    def work(self) -> Work:
+        return self.told.work
 
     @property
     def by_estimates(self) -> bool:
@@ -140,71 +218,80 @@ class _Work:
     @property
     def streamed(self) -> bool:
         """Whether each layer is read once for all that goes through it."""
-        return self.library.parent.stream is not None and self.staged is not None
+        return self.staged is not None and self.staged.streamed
 
     def states(self) -> States:
         return StatesOnDisk(self.folder) if self.streamed else States()
 
     # ------------------------------------------------------------------------------------------ exact
 
-    def exact(self, results: Journal, wanted: dict[str, int], progress: Progress, stage: str) -> None:
+    def exact(self, results: Journal, wanted: dict[str, int], what: str = "scored") -> None:
         """Run alternatives exactly, each on the first of the rows in their order.
 
         Args:
             results: those that are there already; new ones are added.
             wanted: identity to a number of rows.
-            progress: told of layers run.
-            stage: its name.
+            what: happens to alternatives.
         """
-        order = row_order(len(self.tokens))
-        depth = len(self.library.parent.blocks)
-        # Steps are layers run, because an early alternative costs more than a late one.
-        steps = {a.identity: depth - a.layer + 1 for a in self.pending}
-        total = sum(steps[identity] * n for identity, n in wanted.items())
-        device = self.library.parent.runtime.device
-        length = self.tokens.shape[1]
-        with progress.stage(stage, total, "layer passes") as advance:
-            if self.streamed:
-                self._exact_by_layers(results, wanted, steps, advance)
-                return
-            for places in self._exact_batches(wanted):
-                rows = [order[p] for p in places]
-                own = [a for a in self.pending if wanted.get(a.identity, 0) > places[0]]
-                # Groups do not hang on what is known already, or an interrupted run would round in another way.
-                groups = in_groups(own, max(1, self.tokens_at_once // (len(rows) * length)))
-                missing = []
-                for group in groups:
-                    if all(results.has(a.identity, rows) for a in group):
-                        advance(sum(steps[a.identity] for a in group) * len(rows))
-                    else:
-                        missing.append(group)
-                if not missing and results.has(_PARENT, rows):
-                    continue
-                found = run_exactly(self.library, self.staged, missing, self.tokens[rows].to(device))
-                for measured in found:
-                    of = _PARENT if measured.alternative is None else measured.alternative.identity
-                    results.write(of, rows, measured.rows)
-                    if measured.alternative is not None:
-                        advance(steps[of] * len(rows))
+        self._plan_exact(results, wanted)
+        self.told.begin(what, sum(wanted.values()) / max(1, sum(n > 0 for n in wanted.values())))
+        for rows, groups, missing in self._parts(results, wanted):
+            self.told.add_known(len(rows) * (sum(map(len, groups)) - sum(map(len, missing))))
+        if self.streamed:
+            assert self.staged is not None
+            jobs, rows_of = self._jobs(results, wanted)
+            found = run_layer_by_layer(self.staged, jobs, self.states(), self.recipe.spill_gib * 1024**3, self.work)
+            for n, measured in found:
+                self._write(results, rows_of[n], measured)
+            return
+        for rows, _, missing in self._parts(results, wanted):
+            if missing or not results.has(_PARENT, rows):
+                batch = self.tokens[rows].to(self.library.parent.runtime.device)
+                for measured in run_exactly(self.library, self.staged, missing, batch, self.work):
+                    self._write(results, rows, measured)
 
-    def _exact_by_layers(
-        self, results: Journal, wanted: dict[str, int], steps: dict[str, int], advance: Callable[[float], None]
-    ) -> None:
-        assert self.staged is not None
+    def _plan_exact(self, results: Journal, wanted: dict[str, int]) -> None:
+        length = self.tokens.shape[1]
+        for rows, groups, missing in self._parts(results, wanted):
+            for group in groups:
+                plan = self.work.plan if group in missing else self.work.done_before
+                for a in group:
+                    plan_all(plan, amounts_of(self.library, self.staged, a, len(rows), length))
+            if not self.streamed and (missing or not results.has(_PARENT, rows)):
+                plan_all(self.work.plan, amounts_of_parent(self.staged, len(rows), length))
+        if self.streamed:
+            assert self.staged is not None
+            jobs, _ = self._jobs(results, wanted)
+            plan_layer_by_layer(self.staged, jobs, self.recipe.spill_gib * 1024**3, self.work.plan)
+
+    def _parts(
+        self, results: Journal, wanted: dict[str, int]
+    ) -> Iterator[tuple[list[int], list[list[Alternative]], list[list[Alternative]]]]:
+        """Rows of a batch, alternatives in the groups in which they run, and those groups of which some are missing."""
         order = row_order(len(self.tokens))
-        jobs, rows_of = [], []
         for places in self._exact_batches(wanted):
             rows = [order[p] for p in places]
             own = [a for a in self.pending if wanted.get(a.identity, 0) > places[0]]
-            missing = [a for a in own if not results.has(a.identity, rows)]
-            advance(sum(steps[a.identity] * len(rows) for a in own if a not in missing))
+            # Groups do not hang on what is known already, or an interrupted run would round in another way.
+            together = 1 if self.streamed else max(1, self.tokens_at_once // (len(rows) * self.tokens.shape[1]))
+            groups = in_groups(own, together)
+            yield rows, groups, [g for g in groups if not all(results.has(a.identity, rows) for a in g)]
+
+    def _jobs(self, results: Journal, wanted: dict[str, int]) -> tuple[list[Job], list[list[int]]]:
+        """What is missing, and the rows of each job."""
+        jobs, rows_of = [], []
+        for rows, _, missing in self._parts(results, wanted):
             if missing or not results.has(_PARENT, rows):
-                jobs.append(Job(self.tokens[rows].to(self.library.parent.runtime.device), missing))
+                batch = self.tokens[rows].to(self.library.parent.runtime.device)
+                jobs.append(Job(batch, [a for group in missing for a in group]))
                 rows_of.append(rows)
-        most = self.recipe.spill_gib * 1024**3
-        for n, measured in run_layer_by_layer(self.staged, jobs, self.states(), most, advance):
-            of = _PARENT if measured.alternative is None else measured.alternative.identity
-            results.write(of, rows_of[n], measured.rows)
+        return jobs, rows_of
+
+    def _write(self, results: Journal, rows: list[int], measured: Measured) -> None:
+        of = _PARENT if measured.alternative is None else measured.alternative.identity
+        results.write(of, rows, measured.rows)
+        if measured.alternative is not None:
+            self.told.add(len(rows))
 
     def _exact_batches(self, wanted: dict[str, int]) -> Iterator[list[int]]:
         """Places in the order of rows; all rows of a batch are wanted by the same alternatives."""
@@ -214,32 +301,46 @@ class _Work:
 
     # ------------------------------------------------------------------------------------------ estimates
 
-    def estimated(self, results: Journal, seed: int, progress: Progress) -> list[Score]:
+    def estimated(self, results: Journal, seed: int) -> list[Score]:
         """Estimates for all, exact runs for those that tell most, and what follows for the others."""
         assert self.staged is not None
-        num_rows = len(self.tokens)
-        device = self.library.parent.runtime.device
-        with progress.stage("score", num_rows, "sequences") as advance:
-            found = look(self.staged, self.pending, self.tokens[:1].to(device))
-            for together in self._swept_together(num_rows):
-                missing = [r for r in together if not self._has_estimates(results, r)]
-                if missing:
-                    self._sweep(results, found, missing, seed)
-                advance(sum(map(len, together)))
+        num_rows, device = len(self.tokens), self.library.parent.runtime.device
+        self.work.plan("choose", 2)
+        found = look(self.staged, self.pending, self.tokens[:1].to(device), self.work)
+        sizes = [found.size[a.identity] for a in self.pending]
+        sweeps = list(self._swept_together(num_rows))
+        missing = [[rows for rows in together if not self._has_estimates(results, rows)] for together in sweeps]
+        self.told.begin("estimated", num_rows)
+        for together, own in zip(sweeps, missing, strict=True):
+            known = [rows for rows in together if rows not in own]
+            for plan, batches in ((self.work.plan, own), (self.work.done_before, known)):
+                if batches:
+                    shapes = [self.tokens[rows].shape for rows in batches]
+                    plan_estimate(self.staged, self.pending, found, shapes, self.recipe.samples, plan)
+            self.told.add_known(len(self.pending) * sum(map(len, known)))
+        # How many exact runs there will be: KL goes with the square of the change, near enough for that.
+        _, runs = self._choose([size**2 for size in sizes], sizes)
+        self._plan_exact(Journal(None, ""), runs)
+        for own in missing:
+            if own:
+                self._sweep(results, found, own, seed)
         by_row = {
             a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
             for a in self.pending
         }
-        before = prior(
-            self.pending,
-            [math.fsum(by_row[a.identity]) / num_rows for a in self.pending],
-            [found.size[a.identity] for a in self.pending],
-        )
-        costs = [self.cost(a) / num_rows for a in self.pending]
-        chosen = choose_runs(before, costs, num_rows, self.recipe.exact_passes, self.recipe.precision)
-        runs = {self.pending[index].identity: n for index, n in chosen.items()}
-        self.exact(results, runs, progress, "rescore")
+        before, runs = self._choose([math.fsum(by_row[a.identity]) / num_rows for a in self.pending], sizes)
+        self.work.forget()
+        self.exact(results, runs, f"of {len(runs)} run exactly")
         return self._corrected(results, by_row, before, runs)
+
+    def _choose(self, estimates: Sequence[float], sizes: Sequence[float]) -> tuple[Prior, dict[str, int]]:
+        """What is known before exact runs, and which there are to be: identity to a number of rows."""
+        num_rows = len(self.tokens)
+        with self.work.doing("choose", 1):
+            before = prior(self.pending, estimates, sizes)
+            costs = [self.cost(a) / num_rows for a in self.pending]
+            chosen = choose_runs(before, costs, num_rows, self.recipe.exact_passes, self.recipe.precision)
+        return before, {self.pending[index].identity: n for index, n in chosen.items()}
 
     def _swept_together(self, num_rows: int) -> Iterator[list[list[int]]]:
         """Batches that go through a layer before the next is run: one by one where layers lie in memory."""
@@ -261,8 +362,9 @@ class _Work:
         assert self.staged is not None
         seeds = [[[_row_seed(seed, k, row) for row in rows] for k in range(self.recipe.samples)] for rows in batches]
         tokens = [self.tokens[rows].to(self.library.parent.runtime.device) for rows in batches]
-        values = estimate(self.staged, self.pending, found, tokens, seeds, self.states())
+        values = estimate(self.staged, self.pending, found, tokens, seeds, self.states(), self.work)
         for rows, own in zip(batches, values, strict=True):
+            self.told.add(len(self.pending) * len(rows))
             for a in self.pending:
                 results.write(_ESTIMATE + a.identity, rows, [{KL: float(v)} for v in own[a.identity]])
 

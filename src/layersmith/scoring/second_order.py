@@ -35,7 +35,8 @@ from torch import nn
 
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.exact import spans
-from layersmith.scoring.states import States, start_all
+from layersmith.scoring.states import States, plan_start, read, start_all
+from layersmith.scoring.work import Plan, Work, share_of_layer
 from layersmith.staged import Batch, StagedParent, key_of
 
 # Enough to tell how large a change is beside the hidden states that it is made to.
@@ -81,37 +82,56 @@ class _Layer:
 
 
 @torch.no_grad()
-def look(staged: StagedParent, alternatives: Sequence[Alternative], rows: torch.Tensor) -> Survey:
+def look(
+    staged: StagedParent, alternatives: Sequence[Alternative], rows: torch.Tensor, work: Work | None = None
+) -> Survey:
     """How large every change is, and which alternatives only silence units, tried on the start of a row.
 
     Args:
         staged: the parent.
         alternatives: without the parent's own.
         rows: ``[B, T]``.
+        work: told of what is done.
     """
+    work = work or Work()
     batch = staged.start(rows[:1, :_PROBE_TOKENS])
     hidden, found = batch.embedded, Survey()
     tried: dict[Hashable, bool] = {}
     for i in range(len(staged.layers)):
-        layer = _Layer(staged, i, batch, hidden)
-        whole = staged.run(batch, i, hidden)
-        middle = layer.run("attention", hidden) if layer.stages.layout == "sequence" else hidden
-        for subblock, given in (("attention", hidden), ("ffn", middle)):
-            own = [a for a in alternatives if a.layer == i and a.subblock == subblock]
-            if not own:
-                continue
-            before = layer.run(subblock, given)
-            silent = _silencing(staged, layer, own, given, before, tried)
-            for a in own:
-                if a.identity in silent:
-                    after = _silenced(layer, subblock, given, silent[a.identity])
-                else:
-                    after = layer.changed(a, given)
-                found.size[a.identity] = _relative(after - before, before)
-            found.silencing.update(silent)
-        hidden = whole
-        del layer  # it holds on to weights
+        read(staged, i, work)
+        of_layer = [a for a in alternatives if a.layer == i]
+        with work.doing("look", len(of_layer)):
+            layer = _Layer(staged, i, batch, hidden)
+            whole = staged.run(batch, i, hidden)
+            middle = layer.run("attention", hidden) if layer.stages.layout == "sequence" else hidden
+            for subblock, given in (("attention", hidden), ("ffn", middle)):
+                own = [a for a in of_layer if a.subblock == subblock]
+                if own:
+                    _look_at(staged, layer, own, given, found, tried)
+            hidden = whole
+            del layer  # it holds on to weights
     return found
+
+
+def _look_at(
+    staged: StagedParent,
+    layer: _Layer,
+    own: Sequence[Alternative],
+    given: torch.Tensor,
+    found: Survey,
+    tried: dict[Hashable, bool],
+) -> None:
+    """Add what is to be known of the alternatives of one subblock."""
+    subblock = own[0].subblock
+    before = layer.run(subblock, given)
+    silent = _silencing(staged, layer, own, given, before, tried)
+    for a in own:
+        if a.identity in silent:
+            after = _silenced(layer, subblock, given, silent[a.identity])
+        else:
+            after = layer.changed(a, given)
+        found.size[a.identity] = _relative(after - before, before)
+    found.silencing.update(silent)
 
 
 def _relative(change: torch.Tensor, beside: torch.Tensor) -> float:
@@ -209,6 +229,7 @@ def estimate(
     batches: Sequence[torch.Tensor],
     seeds: Sequence[Sequence[Sequence[int]]],
     states: States,
+    work: Work | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Second-order estimates of KL in nats a token, on every row.
 
@@ -221,34 +242,70 @@ def estimate(
         batches: rows of token ids, ``[B, T]`` each.
         seeds: for each batch and each backward pass one seed a row.
         states: where hidden states wait.
+        work: told of what is done.
 
     Returns:
         For each batch identity of an alternative to ``[B]`` float64.
     """
+    work = work or Work()
     numbers = range(len(batches))
     depth = len(staged.layers)
-    started = start_all(staged, batches, states)
+    started = start_all(staged, batches, states, work)
     for n, (rows, own_seeds) in enumerate(zip(batches, seeds, strict=True)):
-        for k, g in enumerate(_of_the_head(staged, rows, states.pop(("parent", depth, n)), own_seeds)):
-            states.put(("gradient", k, n), g)
+        with work.doing("head back", (1 + len(own_seeds)) * staged.head_operations(*rows.shape)):
+            for k, g in enumerate(_of_the_head(staged, rows, states.pop(("parent", depth, n)), own_seeds)):
+                states.put(("gradient", k, n), g)
     by_place: dict[tuple[int, str], list[Alternative]] = {}
     for a in alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
     sums: list[dict[str, torch.Tensor]] = [{} for _ in numbers]
     for i in reversed(range(depth)):
         own = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
+        read(staged, i, work)
         for n in numbers:
-            hidden = states.pop(("parent", i, n))
-            layer = _Layer(staged, i, started[n], hidden)
-            cotangents = [states.pop(("gradient", k, n)) for k in range(len(seeds[n]))]
-            for k, g in enumerate(_through(layer, own, found, hidden, cotangents, sums[n])):
-                states.put(("gradient", k, n), g)
-            del layer, hidden, cotangents, g  # they hold on to weights
+            amount = _amount_back(staged, found, i, [*own["attention"], *own["ffn"]], len(seeds[n]), batches[n].shape)
+            with work.doing("back", amount):
+                hidden = states.pop(("parent", i, n))
+                layer = _Layer(staged, i, started[n], hidden)
+                cotangents = [states.pop(("gradient", k, n)) for k in range(len(seeds[n]))]
+                for k, g in enumerate(_through(layer, own, found, hidden, cotangents, sums[n])):
+                    states.put(("gradient", k, n), g)
+                del layer, hidden, cotangents, g  # they hold on to weights
     for n in numbers:
         for k in range(len(seeds[n])):
             states.pop(("gradient", k, n))
     scales = [0.5 / (len(own) * rows.shape[1]) for own, rows in zip(seeds, batches, strict=True)]
     return [{a: total * scale for a, total in own.items()} for own, scale in zip(sums, scales, strict=True)]
+
+
+def plan_estimate(
+    staged: StagedParent,
+    alternatives: Sequence[Alternative],
+    found: Survey,
+    shapes: Sequence[torch.Size],
+    samples: int,
+    plan: Plan,
+) -> None:
+    """Tell what :func:`estimate` will do on batches of shapes ``[B, T]``."""
+    depth = len(staged.layers)
+    plan_start(staged, shapes, plan)
+    if staged.streamed:
+        plan("reading", depth)
+    by_layer = [[a for a in alternatives if a.layer == i] for i in range(depth)]
+    for shape in shapes:
+        plan("head back", (1 + samples) * staged.head_operations(*shape))
+        plan("back", sum(_amount_back(staged, found, i, own, samples, shape) for i, own in enumerate(by_layer)))
+
+
+def _amount_back(
+    staged: StagedParent, found: Survey, i: int, own: Sequence[Alternative], samples: int, shape: torch.Size
+) -> float:
+    """About what a layer takes in :func:`estimate`, in operations of a forward pass.
+
+    Norms and activations weigh more in a backward pass than in a forward one, beside as many matrix products.
+    """
+    run = sum(share_of_layer(a) for a in own if a.identity not in found.silencing)
+    return (1 + 1.5 * samples + run) * staged.operations(i, i + 1, *shape)
 
 
 def _through(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from layersmith.artifacts import saying_disk_full
+from layersmith.scoring.work import Plan, Work
 from layersmith.staged import Batch, StagedParent
 
 
@@ -88,7 +89,7 @@ class StatesOnDisk(States):
 
 
 @torch.no_grad()
-def start_all(staged: StagedParent, batches: Sequence[torch.Tensor], states: States) -> list[Batch]:
+def start_all(staged: StagedParent, batches: Sequence[torch.Tensor], states: States, work: Work) -> list[Batch]:
     """Take batches through the parent: ``("parent", i, n)`` is what layer i is given of batch n, or the head after all.
 
     A layer is done with all batches before the next begins.
@@ -100,6 +101,23 @@ def start_all(staged: StagedParent, batches: Sequence[torch.Tensor], states: Sta
             states.put(("parent", 0, n), batch.embedded)
             started.append(dataclasses.replace(batch, embedded=batch.embedded.new_empty(0)))
         for i in range(len(staged.layers)):
+            read(staged, i, work)
             for n, batch in enumerate(started):
-                states.put(("parent", i + 1, n), staged.run(batch, i, states.get(("parent", i, n))))
+                with work.doing("forward", staged.operations(i, i + 1, *batches[n].shape)):
+                    states.put(("parent", i + 1, n), staged.run(batch, i, states.get(("parent", i, n))))
     return started
+
+
+def plan_start(staged: StagedParent, shapes: Sequence[torch.Size], plan: Plan) -> None:
+    """Tell what :func:`start_all` will do on batches of shapes ``[B, T]``."""
+    if staged.streamed:
+        plan("reading", len(staged.layers))
+    for shape in shapes:
+        plan("forward", staged.operations(0, len(staged.layers), *shape))
+
+
+def read(staged: StagedParent, i: int, work: Work) -> None:
+    """Have a layer's weights in memory."""
+    if staged.streamed:
+        with work.doing("reading", 1.0):
+            staged.read(i)

@@ -1,0 +1,118 @@
+"""How right scoring is about the time that it will still take: ``python -m benchmarks.time_left``.
+
+Scoring runs in both modes, by default on the demo model, and what it says of the time left is noted
+beside the clock. Afterwards the real time is known, and with it how wrong each was. The clock counts the CPU seconds of
+this process, one thread, so that a busy machine does not tell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from layersmith.data import load_tokenizer
+from layersmith.demo.job import MODEL, standard_library
+from layersmith.library.library import build_library, survey
+from layersmith.parent import load_parent
+from layersmith.progress import Advance, Progress
+from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.runtime import Runtime
+from layersmith.scoring.library_scores import score_library
+
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+
+
+class Recorder(Progress):
+    """Notes when what time was said to be left."""
+
+    clock = staticmethod(time.process_time)
+
+    def __init__(self) -> None:
+        self.told: list[tuple[float, float]] = []
+        self.total = 0.0
+
+    @contextmanager
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
+        started = self.clock()
+
+        def advance(steps: float, left: float | None = None, said: str = "") -> None:
+            assert left is not None
+            self.told.append((self.clock() - started, left))
+
+        yield advance
+        self.total = self.clock() - started
+
+    def errors(self) -> dict[str, Any]:
+        """Of the time left, relative to what it really was, once each share of the time has passed, and the worst."""
+        found: dict[str, Any] = {"seconds": self.total, "told": len(self.told)}
+        error = {at: (at + left - self.total) / (self.total - at) for at, left in self.told if at < self.total}
+        for share in _SHARES:
+            at = next(at for at in error if at >= share * self.total)
+            found[f"{share:.0%}"] = error[at]
+        for end in (0.9, 0.95):
+            own = [error[at] for at in error if 0.1 * self.total <= at <= end * self.total]
+            found[f"worst from 10% to {end:.0%}"] = max(own, key=abs)
+        return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parent", nargs="?", default=MODEL)
+    parser.add_argument("--text", help="default: Python's library")
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--modes", default="second_order,exact")
+    parser.add_argument("--stream", action="store_true", help="leave the parent's weights on the disk")
+    parser.add_argument("--ffn", type=lambda s: tuple(map(float, s.split(","))), help="widths as fractions")
+    parser.add_argument("--out", type=Path, help="a JSON file for the result")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    text = Path(args.text) if args.text else standard_library() / "argparse.py"
+    ids = load_tokenizer(args.parent)(text.read_text(encoding="utf-8"), add_special_tokens=False)["input_ids"]
+    ids = (ids * -(-2 * args.rows * args.length // len(ids)))[: 2 * args.rows * args.length]
+    calibration, rows = torch.tensor(ids).view(2, args.rows, args.length)
+    result: dict[str, Any] = {"parent": Path(args.parent).name, "tokens": rows.numel(), "streamed": args.stream}
+    with tempfile.TemporaryDirectory() as folder:
+        near = Path(folder) if args.stream else None
+        parent = load_parent(args.parent, Runtime(torch.device("cpu"), torch.float32), stream_near=near)
+        recipe = LibraryRecipe(ffn_fractions=args.ffn, linear=()) if args.ffn else LibraryRecipe()
+        library = build_library(parent, recipe, survey(parent, recipe), calibration, batch_sequences=4)
+        result["alternatives"] = sum(a.kind != "parent" for a in library.alternatives)
+        for mode in args.modes.split(","):
+            recorder = Recorder()
+            journal = Path(folder) / f"{mode}.journal"
+            score_library(library, rows, ScoringRecipe(mode=mode), journal=journal, progress=recorder)
+            result[mode] = recorder.errors()
+    print(table(result))
+    if args.out:
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def table(result: dict[str, Any]) -> str:
+    """The result as Markdown."""
+    modes = [mode for mode in ("second_order", "exact") if mode in result]
+    heading = f"{result['parent']}, {result['alternatives']} alternatives, {result['tokens']:,} tokens"
+    lines = [
+        f"| {heading} | {' | '.join(mode.replace('_', ' ') for mode in modes)} |",
+        "| --- |" + " --- |" * len(modes),
+    ]
+    lines.append("| CPU s | " + " | ".join(f"{result[mode]['seconds']:.1f}" for mode in modes) + " |")
+    for key in result[modes[0]]:
+        if key not in ("seconds", "told"):
+            lines.append(f"| {key} | " + " | ".join(f"{result[mode][key]:+.1%}" for mode in modes) + " |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Work of several kinds: how much is done, and how long what is left will take.
+
+What a layer does, what a head does and what reading weights from a disk takes is counted in units that have nothing to
+do with each other, and where all is counted in operations they take unlike times: the products of a head with a few
+rows are fast, its exponentials slow. So each kind is timed by itself, and with n_k the amount of a kind that is left,
+t_k the time that m_k of it took, and T the time since the beginning,
+
+    time left = (T / sum_k t_k) sum_k n_k t_k / m_k.
+
+The first factor is for what lies between the operations that are timed. A kind of which nothing was done yet takes the
+rate of one that it is like; the first few runs of a kind are not typical, so that rate counts on, as much as a small
+share of all there is of the kind.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from layersmith.library.alternative import Alternative
+
+# Kinds to those whose rate they take, the first that has one; their amounts are in the same unit, operations.
+ALIKE = {
+    "own attention": ("rest", "forward"),
+    "own ffn": ("rest", "forward"),
+    "rest": ("forward",),
+    "back": ("forward",),
+    "head": ("head back", "reference"),
+    "reference": ("head back", "forward"),
+    "head back": ("forward",),
+}
+# Of the whole amount of a kind: how much the rate of one that is like it counts beside what was timed.
+_SHARE_OF_ALIKE = 0.03
+
+# What is told a kind and an amount.
+Plan = Callable[[str, float], None]
+
+
+def plan_all(plan: Plan, amounts: Mapping[str, float]) -> None:
+    """Tell of several kinds at once."""
+    for kind, amount in amounts.items():
+        plan(kind, amount)
+
+
+def share_of_layer(a: Alternative) -> float:
+    """About what a subblock takes of its layer with an alternative in its place."""
+    return 0.0 if a.kind in ("no_op", "linear") else 0.5
+
+
+@dataclass
+class _Kind:
+    left: float = 0.0
+    done: float = 0.0
+    seconds: float = 0.0
+    before: float = 0.0
+
+
+class Work:
+    """See the module's docstring.
+
+    Kinds of work, and their units: ``look`` (alternatives), ``choose`` (once), ``reading`` (layers), ``whole`` (rows
+    through the model), and in operations ``forward`` (the parent's layers), ``reference`` (its head and what follows
+    from that), ``own attention`` and ``own ffn`` (a layer with an alternative), ``rest`` (the layers after it),
+    ``head``, ``back`` and ``head back`` (gradients). That modules are built, ``build``, is planned by nobody: the first
+    of each shape takes far longer than all that are like it.
+
+    Args:
+        clock: in seconds.
+
+    Attributes:
+        tell: called whenever some work is done.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic):
+        self._clock, self._kinds = clock, defaultdict[str, _Kind](_Kind)
+        self._started = clock()
+        self.tell: Callable[[], None] = lambda: None
+
+    def plan(self, kind: str, amount: float) -> None:
+        """Add to what is to be done."""
+        self._kinds[kind].left += amount
+
+    def forget(self) -> None:
+        """Nothing more is to be done, as far as is known."""
+        for own in self._kinds.values():
+            own.left = 0.0
+
+    def done_before(self, kind: str, amount: float) -> None:
+        """An interrupted run did this: it counts as done, and took no time of this one."""
+        self._kinds[kind].before += amount
+
+    @contextmanager
+    def doing(self, kind: str, amount: float) -> Iterator[None]:
+        """While open, so much of a kind is done."""
+        began = self._clock()
+        yield
+        own = self._kinds[kind]
+        own.seconds += self._clock() - began
+        own.done += amount
+        own.left = max(0.0, own.left - amount)
+        self.tell()
+
+    @property
+    def seconds_left(self) -> float | None:
+        """Of the clock; None where nothing is known of some kind that is left."""
+        timed = sum(own.seconds for own in self._kinds.values())
+        left = self._seconds_of(lambda own: own.left)
+        return left and left * (self._clock() - self._started) / timed
+
+    @property
+    def share(self) -> float | None:
+        """Of all the work, what is done, as the times tell; None where nothing is known of some kind."""
+        left = self._seconds_of(lambda own: own.left)
+        done = self._seconds_of(lambda own: own.done + own.before)
+        return None if left is None or not done else done / (done + left)
+
+    def _seconds_of(self, amount: Callable[[_Kind], float]) -> float | None:
+        total = 0.0
+        for kind, own in self._kinds.items():
+            if amount(own) > 0:
+                rate = self._rate(kind)
+                if rate is None:
+                    return None
+                total += rate * amount(own)
+        return total
+
+    def _rate(self, kind: str) -> float | None:
+        """Seconds for an amount of 1."""
+        own, rates = self._kinds[kind], (self._rate(other) for other in ALIKE.get(kind, ()) if other in self._kinds)
+        alike = next((rate for rate in rates if rate is not None), None)
+        if alike is None:
+            return own.seconds / own.done if own.done > 0 else None
+        weight = _SHARE_OF_ALIKE * (own.left + own.done + own.before)
+        return (own.seconds + weight * alike) / (own.done + weight) if own.done + weight > 0 else None
