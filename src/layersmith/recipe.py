@@ -140,6 +140,8 @@ class ScoringRecipe:
         samples: backward passes of ``second_order``.
         exact_passes: work that its exact runs may take, in forward passes of the parent over the scoring rows.
         precision: relative standard error of every score at which no more is run exactly.
+        row_precision: of ``exact``: no further rows are run once the relative standard errors of the scores beside each
+            other, against what all rows would give, are below this in the root mean square; 0: all rows are run.
         batch_tokens: tokens in one forward pass; fewer where they would take much beside the parent's weights.
         spill_gib: disk for hidden states between layers, where the parent's weights stay on the disk.
     """
@@ -149,6 +151,7 @@ class ScoringRecipe:
     samples: int = 1
     exact_passes: float = 4.0
     precision: float = 0.05
+    row_precision: float = 0.0
     batch_tokens: int = 4096
     spill_gib: float = 16.0
 
@@ -346,8 +349,8 @@ class Recipe:
             raise UsageError(
                 "recipe: scoring.batch_tokens, scoring.samples and library.statistics_gib must be positive."
             )
-        if scoring.exact_passes < 0 or scoring.precision < 0:
-            raise UsageError("recipe: scoring.exact_passes and scoring.precision cannot be negative.")
+        if min(scoring.exact_passes, scoring.precision, scoring.row_precision) < 0:
+            raise UsageError("recipe: scoring.exact_passes, precision and row_precision cannot be negative.")
         if scoring.mode == "second_order" and scoring.objective != "kl_divergence":
             raise UsageError(f"recipe scoring.mode: second_order knows kl_divergence only, not {scoring.objective}.")
         self.distillation.check()

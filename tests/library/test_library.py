@@ -203,7 +203,7 @@ def test_interrupted_statistics_go_on_to_the_same_sums(
     probes = probes_for(parent, found.axes, found.alternatives, "iterative")
     whole = statistics.gather(parent, probes, TOKENS, **given)
     monkeypatch.setattr(statistics, "_SAVE_EVERY_SECONDS", 0.0)
-    add, calls = statistics._add_batch, 0
+    add, calls = statistics.add_batch, 0
 
     def interrupted(*args: Any) -> None:
         nonlocal calls
@@ -212,7 +212,7 @@ def test_interrupted_statistics_go_on_to_the_same_sums(
             raise KeyboardInterrupt
         add(*args)
 
-    monkeypatch.setattr(statistics, "_add_batch", interrupted)
+    monkeypatch.setattr(statistics, "add_batch", interrupted)
     kept = {"checkpoint": tmp_path / "sums", "inputs": "these"}
     attempts = 0
     while True:
@@ -226,7 +226,7 @@ def test_interrupted_statistics_go_on_to_the_same_sums(
     assert resumed.keys() == whole.keys()
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     # Sums of other inputs are not taken for these.
-    monkeypatch.setattr(statistics, "_add_batch", add)
+    monkeypatch.setattr(statistics, "add_batch", add)
     other = statistics.gather(parent, probes, TOKENS[:4], **given, checkpoint=tmp_path / "sums", inputs="others")
     assert not torch.equal(other["0.ffn.0"], whole["0.ffn.0"])
 

@@ -1,3 +1,4 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,10 @@ from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import load_parent
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.runtime import Runtime
-from layersmith.scoring.library_scores import score_library
+from layersmith.scoring import library_scores
+from layersmith.scoring.library_scores import row_order, score_library
 from layersmith.scoring.metrics import METRICS, Reference, measure, row_means
-from layersmith.scoring.score import losses, standard_error
+from layersmith.scoring.score import error_beside_each_other, losses, standard_error
 
 TOKENS = torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(4))
 
@@ -88,6 +90,55 @@ def test_a_journal_of_other_inputs_is_not_believed(library: Library, tmp_path: P
     score_library(library, TOKENS[:3], exact(3), journal=journal, inputs="other data")
     again = score_library(library, TOKENS, exact(3), journal=journal, inputs="this data")
     assert [s.rows for s in again] == [s.rows for s in score_library(library, TOKENS, exact(3))]
+
+
+@pytest.mark.parametrize("objective", ["kl_divergence", "hidden_distance"])
+def test_no_more_rows_than_the_asked_precision_needs(
+    make_parent: Callable[..., Path], tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parent = load_parent(make_parent("llama"), Runtime(torch.device("cpu"), torch.float32))
+    found = LibraryRecipe(ffn_fractions=(0.5,), kv_methods=("pool",), linear=(), query_heads=False)
+    library = build_library(parent, found, survey(parent, found), TOKENS, batch_sequences=3)
+    tokens = torch.randint(0, 512, (24, 12), generator=torch.Generator().manual_seed(5))
+    recipe = ScoringRecipe(mode="exact", objective=objective, batch_tokens=8 * 12)  # type: ignore[arg-type]
+    whole = score_library(library, tokens, recipe)
+    seen: list[tuple[int, float]] = []
+
+    def noted(values: torch.Tensor, num_rows: int) -> float:
+        seen.append((values.shape[1], error_beside_each_other(values, num_rows)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(library_scores, "error_beside_each_other", noted)
+    assert [s.rows for s in score_library(library, tokens, dataclasses.replace(recipe, row_precision=1e-9))] == [
+        s.rows for s in whole
+    ]
+    (first, error), (second, later) = seen
+    assert (first, second) == (8, 16)
+    assert error > later > 0
+    asked = dataclasses.replace(recipe, row_precision=(error + later) / 2)
+    enough = score_library(library, tokens, asked, journal=tmp_path / "journal", inputs="a")
+    rows = sorted(row_order(24)[:16])
+    for own, of_all in zip(enough, whole, strict=True):
+        assert own.exact_rows == 16
+        assert own.rows[objective] == pytest.approx([of_all.rows[objective][row] for row in rows])
+    lines = (tmp_path / "journal").read_bytes().splitlines(keepends=True)
+    (tmp_path / "journal").write_bytes(b"".join(lines[: len(lines) // 3]))
+    again = score_library(library, tokens, asked, journal=tmp_path / "journal", inputs="a")
+    assert [s.rows for s in again] == [s.rows for s in enough]
+
+
+def test_the_error_of_scores_beside_each_other() -> None:
+    """What it says is what comes out, and rows that are hard for all alike do not count."""
+    generator = torch.Generator().manual_seed(0)
+    scores = 0.5 + torch.rand(300, 1, generator=generator, dtype=torch.float64)
+    hard = 0.2 + 3 * torch.rand(1, 64, generator=generator, dtype=torch.float64)
+    assert error_beside_each_other((scores * hard)[:, :16], 64) < 1e-6
+    values = scores * hard * (1 + 0.3 * torch.randn(300, 64, generator=generator, dtype=torch.float64))
+    told = error_beside_each_other(values[:, :16], 64)
+    ratio = values[:, :16].mean(1) / values.mean(1)
+    assert told == pytest.approx(float((ratio / ratio.mean() - 1).square().mean().sqrt()), rel=0.15)
+    assert error_beside_each_other(values[:, :1], 64) == float("inf")
+    assert error_beside_each_other(-values, 64) == float("inf")
 
 
 def test_metrics_of_a_model_against_itself() -> None:

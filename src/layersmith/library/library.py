@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -381,20 +382,28 @@ def build_library(
     """
     axes, alternatives, ffn_ranking = found.axes, found.alternatives, found.ffn_ranking
     probes = probes_for(parent, axes, alternatives, ffn_ranking)
-    means = gather(
-        parent,
-        probes,
-        tokens,
-        batch_sequences=batch_sequences,
-        memory_bytes=recipe.statistics_gib * 1024**3,
-        checkpoint=checkpoint,
-        inputs=inputs,
-        progress=progress,
-    )
+    of_layers: Iterable[dict[str, torch.Tensor]] | None = None
+    if parent.stream is not None:
+        from layersmith.library.layerwise import gather_layerwise  # it stands on this module
+
+        bare = Library(parent, axes, alternatives, {}, {}, [])
+        of_layers = gather_layerwise(bare, probes, tokens, batch_sequences, checkpoint, progress)
+    if of_layers is None:
+        of_all = gather(
+            parent,
+            probes,
+            tokens,
+            batch_sequences=batch_sequences,
+            memory_bytes=recipe.statistics_gib * 1024**3,
+            checkpoint=checkpoint,
+            inputs=inputs,
+            progress=progress,
+        )
+        of_layers = repeat(of_all, len(axes))
     orders: dict[str, torch.Tensor] = {}
     maps: dict[str, torch.Tensor] = {}
     importance: dict[str, list[tuple[int, float]]] = {}
-    for i, own in enumerate(axes):
+    for i, (own, means) in enumerate(zip(axes, of_layers, strict=True)):
         layer = parent.layer(i)
         for part, axis in (("ffn", own.ffn), ("shared", own.shared)):
             for b, bundle in enumerate(axis.bundles if axis is not None else ()):

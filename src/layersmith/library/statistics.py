@@ -112,7 +112,7 @@ def gather(
                 position = number * len(batches) + index
                 if position < done:
                     continue
-                _add_batch(parent, group, batch, sums, position)
+                add_batch(parent, group, batch, sums, position)
                 advance(len(batch))
                 if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY_SECONDS:
                     write_tensors(checkpoint, sums, {"inputs": inputs, "done": str(position + 1)})
@@ -146,9 +146,15 @@ def _resume(checkpoint: Path | None, inputs: str) -> tuple[dict[str, torch.Tenso
 
 
 @torch.no_grad()
-def _add_batch(
-    parent: Parent, probes: Sequence[Probe], batch: torch.Tensor, sums: dict[str, torch.Tensor], position: int
+def add_batch(
+    parent: Parent,
+    probes: Sequence[Probe],
+    batch: torch.Tensor,
+    sums: dict[str, torch.Tensor],
+    position: int,
+    run: Callable[[], object] | None = None,
 ) -> None:
+    """Add what a batch ``[B, T]`` gives, when it runs through the model or through what ``run`` runs, to sums."""
     again = False  # while a module runs a second time, for its gradient, its parts are not watched
 
     def add(name: str, value: torch.Tensor) -> None:
@@ -190,7 +196,10 @@ def _add_batch(
         for probe in probes
     ]
     try:
-        parent.model(input_ids=batch.to(parent.runtime.device), use_cache=False)
+        if run is None:
+            parent.model(input_ids=batch.to(parent.runtime.device), use_cache=False)
+        else:
+            run()
     finally:
         for handle in handles:
             handle.remove()

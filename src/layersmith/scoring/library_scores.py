@@ -33,7 +33,7 @@ from layersmith.scoring.exact import (
     run_layer_by_layer,
 )
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
-from layersmith.scoring.score import Journal, Score
+from layersmith.scoring.score import Journal, Score, error_beside_each_other
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
 from layersmith.scoring.states import States, StatesOnDisk
 from layersmith.scoring.work import Work, plan_all
@@ -48,6 +48,8 @@ SWEEP_PASSES = 6.0
 _SMALL_BYTES = 256 * 1024**2
 _SHARE_OF_WEIGHTS = 0.1
 _STREAMED_BYTES = 64 * 1024**2
+# The first rows of exact runs that may stop early.
+_LEAST_ROWS = 8
 
 
 def score_library(
@@ -89,8 +91,8 @@ def score_library(
             if scoring.by_estimates:
                 scores = scoring.estimated(results, seed)
             else:
-                scoring.exact(results, {a.identity: len(tokens) for a in pending})
-                scores = [_exact_score(a, results, len(tokens)) for a in library.alternatives]
+                rows = scoring.until_settled(results)
+                scores = [_exact_score(a, results, rows) for a in library.alternatives]
     if staged is not None and staged.arithmetic.done:
         progress.note(f"scoring: {staged.arithmetic}; {scoring.in_words(scores)}")
     return scores
@@ -197,7 +199,8 @@ class _Scoring:
         """How alternatives were scored."""
         own = [s for s in scores if s.alternative.kind != _PARENT]
         if not self.by_estimates:
-            return f"{len(own)} alternatives exactly"
+            rows, all_rows = scores[0].exact_rows, len(self.tokens)
+            return f"{len(own)} alternatives exactly" + (f", on {rows} of {all_rows} rows" if rows < all_rows else "")
         exact = sum(s.exact_rows > 0 for s in own)
         return f"{len(own)} alternatives by second order, {exact} of them also exactly on some rows"
 
@@ -225,34 +228,62 @@ class _Scoring:
 
     # ------------------------------------------------------------------------------------------ exact
 
-    def exact(self, results: Journal, wanted: dict[str, int], what: str = "scored") -> None:
+    def until_settled(self, results: Journal) -> list[int]:
+        """Run all alternatives exactly, on ever more rows until scores are as near as is asked; gives those rows."""
+        num_rows, precision = len(self.tokens), self.recipe.row_precision
+        ends = _ends_of_waves(num_rows) if precision else [num_rows]
+        done, until = 0, num_rows
+        for end in ends:
+            self.work.forget()
+            self.told.begin("scored", until)
+            self.told.add_known(done * len(self.pending))
+            self.exact(results, {a.identity: end for a in self.pending}, done, until)
+            done = end
+            if precision and done < num_rows:
+                error = error_beside_each_other(self._losses(results, row_order(num_rows)[:done]), num_rows)
+                if error <= precision:
+                    break
+                # It falls with the square root of 1/n - 1/N.
+                needed = 1 / (1 / num_rows + (precision / error) ** 2 * (1 / done - 1 / num_rows))
+                until = next(e for e in ends if e >= min(needed, num_rows) and e > done)
+        return row_order(num_rows)[:done]
+
+    def _losses(self, results: Journal, rows: Sequence[int]) -> torch.Tensor:
+        """``[A, n]``: how much worse than the parent alternatives are on rows."""
+        objective = self.recipe.objective
+        values = [[results.known[a.identity, row][objective] for row in rows] for a in self.pending]
+        of_parent = [PARENT_VALUES.get(objective, results.known[_PARENT, row][objective]) for row in rows]
+        difference = torch.tensor(values, dtype=torch.float64) - torch.tensor(of_parent, dtype=torch.float64)
+        return -difference if objective.endswith("agreement") else difference
+
+    def exact(self, results: Journal, wanted: dict[str, int], since: int = 0, until: int | None = None) -> None:
         """Run alternatives exactly, each on the first of the rows in their order.
 
         Args:
             results: those that are there already; new ones are added.
             wanted: identity to a number of rows.
-            what: happens to alternatives.
+            since: so many rows are done.
+            until: rows that will follow from what comes of these, as far as is known; default: none.
         """
-        self._plan_exact(results, wanted)
-        self.told.begin(what, sum(wanted.values()) / max(1, sum(n > 0 for n in wanted.values())))
-        for rows, groups, missing in self._parts(results, wanted):
+        self._plan_exact(results, {of: n if until is None else until for of, n in wanted.items()}, since)
+        for rows, groups, missing in self._parts(results, wanted, since):
             self.told.add_known(len(rows) * (sum(map(len, groups)) - sum(map(len, missing))))
         if self.streamed:
             assert self.staged is not None
-            jobs, rows_of = self._jobs(results, wanted)
+            jobs, rows_of = self._jobs(results, wanted, since)
             found = run_layer_by_layer(self.staged, jobs, self.states(), self.recipe.spill_gib * 1024**3, self.work)
             for n, measured in found:
                 self._write(results, rows_of[n], measured)
             return
-        for rows, _, missing in self._parts(results, wanted):
+        for rows, _, missing in self._parts(results, wanted, since):
             if missing or not results.has(_PARENT, rows):
                 batch = self.tokens[rows].to(self.library.parent.runtime.device)
                 for measured in run_exactly(self.library, self.staged, missing, batch, self.work):
                     self._write(results, rows, measured)
 
-    def _plan_exact(self, results: Journal, wanted: dict[str, int]) -> None:
+    def _plan_exact(self, results: Journal, wanted: dict[str, int], since: int = 0) -> None:
         length = self.tokens.shape[1]
-        for rows, groups, missing in self._parts(results, wanted):
+        for rows, groups, missing in self._parts(results, wanted, since):
             for group in groups:
                 plan = self.work.plan if group in missing else self.work.done_before
                 for a in group:
@@ -261,15 +292,15 @@ class _Scoring:
                 plan_all(self.work.plan, amounts_of_parent(self.staged, len(rows), length))
         if self.streamed:
             assert self.staged is not None
-            jobs, _ = self._jobs(results, wanted)
+            jobs, _ = self._jobs(results, wanted, since)
             plan_layer_by_layer(self.staged, jobs, self.recipe.spill_gib * 1024**3, self.work.plan)
 
     def _parts(
-        self, results: Journal, wanted: dict[str, int]
+        self, results: Journal, wanted: dict[str, int], since: int
     ) -> Iterator[tuple[list[int], list[list[Alternative]], list[list[Alternative]]]]:
         """Rows of a batch, alternatives in the groups in which they run, and those groups of which some are missing."""
         order = row_order(len(self.tokens))
-        for places in self._exact_batches(wanted):
+        for places in self._exact_batches(wanted, since):
             rows = [order[p] for p in places]
             own = [a for a in self.pending if wanted.get(a.identity, 0) > places[0]]
             # Groups do not hang on what is known already, or an interrupted run would round in another way.
@@ -277,10 +308,10 @@ class _Scoring:
             groups = in_groups(own, together)
             yield rows, groups, [g for g in groups if not all(results.has(a.identity, rows) for a in g)]
 
-    def _jobs(self, results: Journal, wanted: dict[str, int]) -> tuple[list[Job], list[list[int]]]:
+    def _jobs(self, results: Journal, wanted: dict[str, int], since: int) -> tuple[list[Job], list[list[int]]]:
         """What is missing, and the rows of each job."""
         jobs, rows_of = [], []
-        for rows, _, missing in self._parts(results, wanted):
+        for rows, _, missing in self._parts(results, wanted, since):
             if missing or not results.has(_PARENT, rows):
                 batch = self.tokens[rows].to(self.library.parent.runtime.device)
                 jobs.append(Job(batch, [a for group in missing for a in group]))
@@ -293,10 +324,10 @@ class _Scoring:
         if measured.alternative is not None:
             self.told.add(len(rows))
 
-    def _exact_batches(self, wanted: dict[str, int]) -> Iterator[list[int]]:
+    def _exact_batches(self, wanted: dict[str, int], since: int) -> Iterator[list[int]]:
         """Places in the order of rows; all rows of a batch are wanted by the same alternatives."""
-        ends = sorted({n for n in wanted.values() if n})
-        for start, end in zip([0, *ends], ends, strict=False):
+        ends = sorted({n for n in wanted.values() if n > since})
+        for start, end in zip([since, *ends], ends, strict=False):
             yield from self.batches(range(start, end))
 
     # ------------------------------------------------------------------------------------------ estimates
@@ -330,7 +361,8 @@ class _Scoring:
         }
         before, runs = self._choose([math.fsum(by_row[a.identity]) / num_rows for a in self.pending], sizes)
         self.work.forget()
-        self.exact(results, runs, f"of {len(runs)} run exactly")
+        self.told.begin(f"of {len(runs)} run exactly", sum(runs.values()) / max(1, len(runs)))
+        self.exact(results, runs)
         return self._corrected(results, by_row, before, runs)
 
     def _choose(self, estimates: Sequence[float], sizes: Sequence[float]) -> tuple[Prior, dict[str, int]]:
@@ -407,6 +439,14 @@ def _bytes_of_a_token(parent: Parent, vocab_size: int) -> float:
     return max(3.0 * item * widest, 8.0 * vocab_size)
 
 
+def _ends_of_waves(num_rows: int) -> list[int]:
+    """After how many rows it is asked whether they are enough; of fewer errors cannot be told."""
+    ends = [_LEAST_ROWS]
+    while ends[-1] < num_rows:
+        ends.append(2 * ends[-1])
+    return [*ends[:-1], num_rows]
+
+
 def row_order(num_rows: int) -> list[int]:
     """Rows in the order in which exact runs take them: the first few lie far from each other."""
     bits = max(1, (num_rows - 1).bit_length())
@@ -418,10 +458,10 @@ def _row_seed(seed: int, sample: int, row: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {sample} {row}".encode()).digest()[:7], "big")
 
 
-def _exact_score(alternative: Alternative, results: Journal, num_rows: int) -> Score:
+def _exact_score(alternative: Alternative, results: Journal, on: Sequence[int]) -> Score:
     identity = _PARENT if alternative.kind == _PARENT else alternative.identity
-    rows = {metric: [results.known[identity, row][metric] for row in range(num_rows)] for metric in METRICS}
+    rows = {metric: [results.known[identity, row][metric] for row in sorted(on)] for metric in METRICS}
     if alternative.kind == _PARENT:
         # By definition, not by rounding.
-        rows |= {metric: [value] * num_rows for metric, value in PARENT_VALUES.items()}
-    return Score(alternative, rows, num_rows)
+        rows |= {metric: [value] * len(on) for metric, value in PARENT_VALUES.items()}
+    return Score(alternative, rows, len(on))

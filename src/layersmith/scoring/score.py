@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from layersmith.artifacts import saying_disk_full
 from layersmith.errors import UsageError
 from layersmith.library.alternative import Alternative
@@ -68,6 +70,36 @@ def standard_error(values: Sequence[float]) -> float | None:
         return None
     mean = math.fsum(values) / n
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def error_beside_each_other(values: torch.Tensor, num_rows: int) -> float:
+    """How far scores stand from what all rows would give, for telling alternatives apart.
+
+    Rows that are hard for one alternative are hard for all: that moves all scores alike and exchanges none. With s_a
+    the mean of v_ar over the n rows that were run, of N, and f_r the mean over alternatives of v_ar / s_a, what is left
+    is e_ar = v_ar - s_a f_r, and the error of s_a beside the others
+
+        sqrt(var_r(e_ar) (1/n - 1/N)) / s_a.
+
+    Scores below a tenth of the median count as that much: what they are exactly decides nothing.
+
+    Args:
+        values: ``[A, n]``, how much worse than the parent.
+        num_rows: N.
+
+    Returns:
+        The root mean square over alternatives; infinite where fewer than two rows or no losses tell.
+    """
+    n = values.shape[1]
+    scores = values.mean(1)
+    least = 0.1 * float(scores.median())
+    if n < 2 or least <= 0:
+        return math.inf
+    scale = scores.clamp_min(least)
+    factors = (values / scale[:, None]).mean(0)
+    left = values - scores[:, None] * factors / factors.mean()
+    errors = left.square().sum(1) / (n - 1) * (1 / n - 1 / num_rows) / scale.square()
+    return float(errors.mean().sqrt())
 
 
 def losses(scores: Sequence[Score], objective: str) -> dict[str, float]:
