@@ -13,6 +13,8 @@ from layersmith.parent import load_parent
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
+from layersmith.scoring.second_order import Survey, estimate, look
+from layersmith.scoring.states import States
 from layersmith.staged import take_apart
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
@@ -118,3 +120,21 @@ def test_second_order_scores_see_what_was_refitted(tmp_path: Path) -> None:
     assert sum(after[key] for key in kept) < sum(before[key] for key in kept)
     ratios = sorted(after[key] / exact[key] for key in kept)
     assert 0.5 < ratios[len(ratios) // 2] < 1.5
+
+
+@pytest.mark.parametrize("model_type", ["llama", "gpt2", "gptj"])
+def test_what_was_only_refitted_is_estimated_without_a_run_of_its_own(model_type: str, tmp_path: Path) -> None:
+    made = distill_locally(library_of(model_type, tmp_path), TOKENS, TOKENS[:0], ONLY_LEAST_SQUARES)
+    staged = take_apart(made, TOKENS[:2])
+    alternatives = [a for a in made.alternatives if a.kind != "parent"]
+    found = look(staged, alternatives, TOKENS[:1])
+    kinds = {(a.kind, a.method) for a in alternatives if a.identity in found.refitted}
+    assert ("ffn_width", "contribution") in kinds or ("ffn_width", "iterative") in kinds
+    assert not any(a.identity in found.silencing for a in alternatives if made.kept.of(a.identity))
+    rows, seeds = [TOKENS[:3], TOKENS[3:5]], [[[1, 2, 3], [4, 5, 6]], [[7, 8], [9, 10]]]
+    short, run = (
+        estimate(staged, alternatives, survey_, rows, seeds, States()) for survey_ in (found, Survey(found.size))
+    )
+    for own, other in zip(short, run, strict=True):
+        for a in alternatives:
+            assert own[a.identity].tolist() == pytest.approx(other[a.identity].tolist(), rel=2e-3, abs=1e-12), a.key

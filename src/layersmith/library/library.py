@@ -161,6 +161,15 @@ class Library:
         """
         return None if self.kept.layer_of(alternative.identity) is not None else self.units_gone(alternative)
 
+    def refitted(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
+        """As :meth:`silenced`, where besides the weight that reads the units was refitted to what is left."""
+        reader, kept, gone = self.reader(alternative), self.kept.of(alternative.identity), self.units_gone(alternative)
+        if reader is None or gone is None or len(gone) != 1 or kept.keys() != {reader[0]}:
+            return None
+        name, dim = reader
+        size = self.parent.layers[alternative.layer].get_parameter(name).shape[dim]
+        return gone if kept[name].shape[dim] + sum(map(len, gone.values())) == size else None
+
     def units_gone(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
         """:meth:`silenced`, whatever is kept."""
         i, kind = alternative.layer, alternative.kind

@@ -15,8 +15,9 @@ backward pass of sum_s v_s . z_s gives g_t = sum_s J_st^T v_s with
 The second step leaves out how changes at different tokens work together; their sum has a far larger variance than the
 terms that are kept. The same g serves all alternatives; it does not depend on them.
 
-What only silences units at the input a of the projection that reads them (narrower FFNs, fewer heads) needs no run of
-its own: with h = W^T g the gradient at that input, g . delta = - sum over silenced u of h_u a_u.
+What only silences units at the input a of the projection W that reads them (narrower FFNs, fewer heads) needs no run
+of its own: with u the gradient at its output and h = W^T u that at its input, g . delta = - sum over silenced i of
+h_i a_i. Where the projection was refitted to what is left of its input, b, to W', it is g . delta = u . (W' b - W a).
 
 Signs instead of labels drawn from p, which have the same second moment, vary less: docs/scoring.md has the comparison.
 
@@ -55,10 +56,16 @@ class Survey:
         size: identity of an alternative to the root mean square over tokens of how large its change is beside the
             hidden states after its stage.
         silencing: of those alternatives that do nothing more.
+        refitted: the same of those of which the weight of the one reader was refitted besides.
     """
 
     size: dict[str, float] = field(default_factory=dict)
     silencing: dict[str, Silencing] = field(default_factory=dict)
+    refitted: dict[str, Silencing] = field(default_factory=dict)
+
+    def of(self, a: Alternative) -> Silencing:
+        """What an alternative silences; nothing where it has to be run."""
+        return self.silencing.get(a.identity) or self.refitted.get(a.identity) or {}
 
 
 class _Layer:
@@ -127,11 +134,12 @@ def _look_at(
     silent = _silencing(staged, layer, own, given, before, tried)
     for a in own:
         if a.identity in silent:
-            after = _silenced(layer, subblock, given, silent[a.identity])
+            refitted, silencing = silent[a.identity]
+            (found.refitted if refitted else found.silencing)[a.identity] = silencing
+            after = _silenced(layer, a, given, silencing, refitted)
         else:
             after = layer.changed(a, given)
         found.size[a.identity] = _relative(after - before, before)
-    found.silencing.update(silent)
 
 
 def _relative(change: torch.Tensor, beside: torch.Tensor) -> float:
@@ -146,19 +154,21 @@ def _silencing(
     given: torch.Tensor,
     before: torch.Tensor,
     tried: dict[Hashable, bool],
-) -> dict[str, Silencing]:
-    """Of a stage's alternatives those that only silence units.
+) -> dict[str, tuple[bool, Silencing]]:
+    """Of a stage's alternatives those that only silence units, and whether the reader of these was refitted.
 
     The smallest of each kind is tried, in one layer of every distinct shape; ``tried`` remembers.
     """
     if layer.stages.layout == "whole":
         return {}
-    kinds: dict[tuple[str, str], list[Alternative]] = {}
+    library = staged.library
+    kinds: dict[tuple[str, str, bool], list[Alternative]] = {}
     for a in own:
-        kinds.setdefault((a.kind, a.method), []).append(a)
-    result: dict[str, Silencing] = {}
+        kinds.setdefault((a.kind, a.method, library.refitted(a) is not None), []).append(a)
+    result: dict[str, tuple[bool, Silencing]] = {}
     for kind, members in kinds.items():
-        entries = {a.identity: staged.library.silenced(a) for a in members}
+        refitted = kind[2]
+        entries = {a.identity: library.refitted(a) if refitted else library.silenced(a) for a in members}
         own_result = {identity: e for identity, e in entries.items() if e is not None}
         if len(own_result) < len(members):
             continue
@@ -167,51 +177,87 @@ def _silencing(
         if key not in tried:
             expected = layer.changed(smallest, given)
             silencing = own_result[smallest.identity]
-            with _watched(layer.module(smallest.subblock), list(silencing)) as inputs:
-                made = _silenced(layer, smallest.subblock, given, silencing)
+            with _watched(layer.module(smallest.subblock), list(silencing)) as (inputs, _):
+                made = _silenced(layer, smallest, given, silencing, refitted)
             tolerance = 1e-3 if given.dtype == torch.float32 else 5e-2
             most = (expected - before).float().abs().max()
             is_alike = bool((made - expected).float().abs().max() <= tolerance * most)
             # A reader that is given some tokens only, or some twice, does not tell which is which.
             tried[key] = is_alike and all(x[..., 0].numel() == given[..., 0].numel() for x in inputs.values())
         if tried[key]:
-            result.update(own_result)
+            result.update({identity: (refitted, e) for identity, e in own_result.items()})
     return result
 
 
-def _silenced(layer: _Layer, subblock: str, given: torch.Tensor, silencing: Silencing) -> torch.Tensor:
-    """What a stage gives with units of it silenced."""
+def _silenced(layer: _Layer, a: Alternative, given: torch.Tensor, silencing: Silencing, refitted: bool) -> torch.Tensor:
+    """What a stage gives with units of it silenced, and what reads them refitted."""
 
-    def silence(name: str, given: torch.Tensor) -> torch.Tensor:
-        return given.index_fill(-1, silencing[name].to(given.device), 0)
+    def silence(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x.index_fill(-1, silencing[name].to(x.device), 0)
 
-    with _inputs_changed(layer.module(subblock), list(silencing), silence):
-        return layer.run(subblock, given)
+    def refit(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        left, weight = _refitted(layer.staged, a, silencing[name], x)
+        return x[..., left] @ weight.T + _bias(layer.module(a.subblock).get_submodule(name))
+
+    with _changed(layer.module(a.subblock), list(silencing), silence, refit if refitted else None):
+        return layer.run(a.subblock, given)
+
+
+def _bias(reader: nn.Module) -> torch.Tensor | float:
+    bias = getattr(reader, "bias", None)
+    return bias if isinstance(bias, torch.Tensor) else 0.0
+
+
+def _refitted(
+    staged: StagedParent, a: Alternative, gone: torch.Tensor, x: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Entries ``[K]`` of its parent's input that a refitted reader has, and its weight ``[D, K]``."""
+    reader = staged.library.reader(a)
+    assert reader is not None
+    is_left = torch.ones(x.shape[-1], dtype=torch.bool)
+    is_left[gone.cpu()] = False
+    weight = staged.library.kept.of(a.identity)[reader[0]].to(x.device, x.dtype)
+    return is_left.nonzero()[:, 0].to(x.device), weight.movedim(reader[1], 1)
 
 
 @contextmanager
-def _watched(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """While open, notes what modules of a stage are given."""
+def _watched(
+    module: nn.Module, names: Sequence[str]
+) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
+    """While open, notes what modules of a stage are given and what they give."""
     inputs: dict[str, torch.Tensor] = {}
+    outputs: dict[str, torch.Tensor] = {}
 
     def note(name: str, given: torch.Tensor) -> torch.Tensor:
         inputs[name] = given
         return given
 
-    with _inputs_changed(module, names, note):
-        yield inputs
+    def note_output(name: str, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+        outputs[name] = output
+        return output
+
+    with _changed(module, names, note, note_output):
+        yield inputs, outputs
 
 
 @contextmanager
-def _inputs_changed(
-    module: nn.Module, names: Sequence[str], change: Callable[[str, torch.Tensor], torch.Tensor]
+def _changed(
+    module: nn.Module,
+    names: Sequence[str],
+    change_input: Callable[[str, torch.Tensor], torch.Tensor],
+    change_output: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] | None,
 ) -> Iterator[None]:
-    """While open, modules of a stage are given what ``change`` makes of their names and inputs."""
+    """While open, modules of a stage are given, and give, what is made of their names, inputs and outputs."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        return lambda reader, args: (change(name, args[0]), *args[1:])
+        return lambda reader, args: (change_input(name, args[0]), *args[1:])
+
+    def output_hook(name: str, change: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
+        return lambda reader, args, output: change(name, args[0], output)
 
     handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    if change_output is not None:
+        handles += [module.get_submodule(n).register_forward_hook(output_hook(n, change_output)) for n in names]
     try:
         yield
     finally:
@@ -304,8 +350,9 @@ def _amount_back(
 
     Norms and activations weigh more in a backward pass than in a forward one, beside as many matrix products.
     """
-    run = sum(share_of_layer(a) for a in own if a.identity not in found.silencing)
-    return (1 + 1.5 * samples + run) * staged.operations(i, i + 1, *shape)
+    run = sum(share_of_layer(a) for a in own if not found.of(a))
+    read = 0.2 * sum(share_of_layer(a) for a in own if a.identity in found.refitted)
+    return (1 + 1.5 * samples + run + read) * staged.operations(i, i + 1, *shape)
 
 
 def _through(
@@ -335,36 +382,59 @@ class _Pass:
         self, layer: _Layer, subblock: str, own: Sequence[Alternative], found: Survey, given: torch.Tensor
     ) -> None:
         self.layer, self.subblock, self.own, self.found = layer, subblock, own, found
-        self.silent = [a for a in own if a.identity in found.silencing]
-        readers = sorted({name for a in self.silent for name in found.silencing[a.identity]})
+        readers = sorted({name for a in own for name in found.of(a)})
         self.given = given.detach().requires_grad_()
-        with torch.enable_grad(), _watched(layer.module(subblock), readers) as self.inputs:
+        with torch.enable_grad(), _watched(layer.module(subblock), readers) as (self.inputs, self.outputs):
             self.output = layer.run(subblock, self.given)
 
     def back(self, cotangents: list[torch.Tensor], sums: dict[str, torch.Tensor]) -> list[torch.Tensor]:
         """Add what each alternative gives to its sum; returns the cotangents at what the stage was given."""
-        readers = list(self.inputs)
-        wanted = [self.given, *self.inputs.values()]
+        silent = [a for a in self.own if a.identity in self.found.silencing]
+        refitted = [a for a in self.own if a.identity in self.found.refitted]
+        inputs = self.inputs if silent else {}
+        outputs = {name: self.outputs[name] for a in refitted for name in self.found.of(a)}
+        wanted = [self.given, *inputs.values(), *outputs.values()]
         last = len(cotangents) - 1
         grads = [self._gradients(wanted, g, keep=k < last) for k, g in enumerate(cotangents)]
         with torch.no_grad():
-            if self.silent:
-                masks = _masks(self.silent, self.found, {name: x.shape[-1] for name, x in self.inputs.items()})
-                for _, *at_readers in grads:
-                    products = [
-                        (self.inputs[name] * at).float() @ masks[name].to(at.device)
-                        for name, at in zip(readers, at_readers, strict=True)
-                    ]
-                    # Some modules are given the tokens of all rows in one dimension.
-                    total = torch.stack(products).sum(0).view(*self.given.shape[:2], -1)
-                    _add(sums, self.silent, total.unbind(-1))
+            if silent:
+                at_inputs = [dict(zip(inputs, own[1:], strict=False)) for own in grads]
+                self._add_silent(silent, at_inputs, sums)
+            if refitted:
+                at_outputs = [dict(zip(outputs, own[1 + len(inputs) :], strict=True)) for own in grads]
+                self._add_refitted(refitted, at_outputs, sums)
             for a in self.own:
-                if a.identity not in self.found.silencing:
+                if not self.found.of(a):
                     with self.layer.staged.arithmetic.needs():
                         change = (self.layer.changed(a, self.given.detach()) - self.output).float()
                     for g in cotangents:
                         _add(sums, [a], [torch.linalg.vecdot(g.float(), change)])
         return [own_grads[0] for own_grads in grads]
+
+    def _add_silent(
+        self, silent: Sequence[Alternative], grads: list[dict[str, torch.Tensor]], sums: dict[str, torch.Tensor]
+    ) -> None:
+        masks = _masks(silent, self.found, {name: x.shape[-1] for name, x in self.inputs.items()})
+        for own in grads:
+            products = [(self.inputs[name] * at).float() @ masks[name].to(at.device) for name, at in own.items()]
+            # Some modules are given the tokens of all rows in one dimension.
+            total = torch.stack(products).sum(0).view(*self.given.shape[:2], -1)
+            _add(sums, silent, total.unbind(-1))
+
+    def _add_refitted(
+        self, refitted: Sequence[Alternative], grads: list[dict[str, torch.Tensor]], sums: dict[str, torch.Tensor]
+    ) -> None:
+        staged, module = self.layer.staged, self.layer.module(self.subblock)
+        for a in refitted:
+            ((name, gone),) = self.found.of(a).items()
+            x, y = self.inputs[name], self.outputs[name]
+            left, weight = _refitted(staged, a, gone, x)
+            change = x[..., left] @ weight.T - (y - _bias(module.get_submodule(name)))
+            with staged.arithmetic.needs():
+                staged.arithmetic.add(2.0 * x[..., 0].numel() * weight.numel())
+            for own in grads:
+                product = torch.linalg.vecdot(own[name].float(), change.float())
+                _add(sums, [a], [product.view(self.given.shape[:2])])
 
     def _gradients(self, wanted: list[torch.Tensor], g: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
         module, arithmetic = self.layer.module(self.subblock), self.layer.staged.arithmetic
