@@ -58,8 +58,10 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--ffn", default="0.75,0.5,0.25", help="widths as fractions")
+    parser.add_argument("--every", type=int, default=1, help="only every so many layers have alternatives")
     parser.add_argument("--out", help="a JSON file for the result")
     args = parser.parse_args()
+    depth = json.loads((Path(args.parent) / "config.json").read_text())["num_hidden_layers"]
     rows = {f"{name}_sequences": args.rows for name in ("scoring", "calibration", "evaluation")}
     rows["training_sequences"] = 0
     recipe = {
@@ -67,6 +69,7 @@ def main() -> None:
         "library": {
             "ffn_fractions": [float(f) for f in args.ffn.split(",")],
             "linear": [],
+            "keep_layers": [i for i in range(depth) if i % args.every],
             "ffn_ranking": "contribution",
         },
         "local_distillation": {"reconstruct": False, "tokens": 0, "coupled_tokens": 0},

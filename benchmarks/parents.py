@@ -55,7 +55,7 @@ PARENTS = {
     "deep": Spec("llama", _llama(24, 128, 384, 8, 4), "library", 800),
     "wide": Spec("qwen3", _llama(12, 256, 704, 8, 4), "prose", 300),
     "deeper": Spec("llama", _llama(32, 96, 256, 8, 4), "packages", 350),
-    "experts": Spec("qwen3_moe", _llama(12, 96, 256, 4, 2, **_EXPERTS), "library", 240, batch=8),
+    "experts": Spec("qwen3_moe", _llama(12, 96, 256, 4, 2, **_EXPERTS), "library", 700, batch=8),
     # For timings: as large as is trained at all in minutes; its quality is not the point.
     "large": Spec("llama", _llama(16, 768, 2048, 12, 4), "library", 40, vocab_size=8192, batch=4, learning_rate=0.01),
 }

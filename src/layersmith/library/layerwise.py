@@ -78,4 +78,4 @@ def _means(
 
                 add_batch(parent, own, batches[n], sums, n, run)
                 advance(len(batches[n]))
-            yield {name: (total / tokens.numel()).float() for name, total in sums.items()}
+            yield {name: sums.pop(name).div_(tokens.numel()).float() for name in sorted(sums)}

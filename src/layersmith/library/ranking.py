@@ -13,6 +13,9 @@ import torch
 
 from layersmith.library.axes import HeadsAxis, HeadSizeAxis
 
+# In float64, which takes twice the memory of the weight or more.
+_ROWS_AT_ONCE = 256
+
 
 def channel_costs(weight: torch.Tensor, moment: torch.Tensor, unit: int = 1) -> torch.Tensor:
     """M for the input channels of a projection.
@@ -25,10 +28,13 @@ def channel_costs(weight: torch.Tensor, moment: torch.Tensor, unit: int = 1) -> 
     Returns:
         ``[F / unit, F / unit]`` in float64, or ``[F]`` if only the diagonal is known.
     """
-    weight = weight.double().cpu()
     if moment.ndim == 1:
-        return weight.square().sum(0) * moment.double().cpu()
-    costs = (weight.T @ weight) * moment.double().cpu()
+        squares = torch.zeros(weight.shape[1], dtype=torch.float64)
+        for rows in weight.split(_ROWS_AT_ONCE):
+            squares += rows.double().square().sum(0).cpu()
+        return squares * moment.double().cpu()
+    weight = weight.double().cpu()
+    costs = (weight.T @ weight).mul_(moment.cpu())
     if unit > 1:
         heads = costs.shape[0] // unit
         costs = costs.view(heads, unit, heads, unit).sum((1, 3))
@@ -85,8 +91,9 @@ def error_curve(costs: torch.Tensor, order: torch.Tensor, points: int = 32) -> l
     if costs.ndim == 1:
         steps = costs.double()[removed]
     else:
-        own = costs.double()[removed][:, removed]
-        steps = 2 * own.tril().sum(1) - own.diagonal()
+        own = costs.double()[removed[:, None], removed]
+        alone = own.diagonal().clone()
+        steps = 2 * own.tril_().sum(1) - alone
     total = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
     share = total / total[-1].clamp_min(torch.finfo(torch.float64).tiny)
     n = len(order)
