@@ -27,7 +27,7 @@ from layersmith.progress import Progress
 parent, out, text, until, recipe = sys.argv[1:]
 import json
 started = time.process_time()
-for stage in stages(parent, out, text, 0.7, json.loads(recipe)):
+for stage in stages(parent, out, text, 1.0, json.loads(recipe)):
     if stage == until:
         break
 print("seconds", time.process_time() - started)
@@ -69,7 +69,7 @@ def main() -> None:
         "library": {
             "ffn_fractions": [float(f) for f in args.ffn.split(",")],
             "linear": [],
-            "keep_layers": [i for i in range(depth) if i % args.every],
+            "keep_layers": [i for i in range(depth) if (i + 1) % args.every],
             "ffn_ranking": "contribution",
         },
         "local_distillation": {"reconstruct": False, "tokens": 0, "coupled_tokens": 0},
