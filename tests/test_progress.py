@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 from rich.console import Console
@@ -62,6 +63,27 @@ def test_a_long_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> Non
         advance(4)
         advance(6)
     assert written(own).startswith("score: 40% of 10 sequences, about 0.0 s left\nscore: done in")
+
+
+def test_the_time_left_that_a_stage_tells_goes_before_that_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layersmith.progress._SAY_EVERY_SECONDS", 0.0)
+    own = console(terminal=False)
+    with shown_on(own).stage("score", 10, "alternatives") as advance:
+        advance(4, 200.0, "3 scored, 9 tokens/s")
+    assert written(own).startswith("score: 40% of 10 alternatives (3 scored, 9 tokens/s), about 3 min 20 s left\n")
+    for width, said in ((140, True), (100, False)):
+        live = console(width)
+        progress = shown_on(live)
+        with progress.stage("score", 10, "alternatives") as advance:
+            time.sleep(0.6)  # rich keeps what it drew of a time for half a second
+            advance(4, 200.9, "3 scored, 9 tokens/s")
+            assert isinstance(progress, Bars)
+            assert progress._live is not None
+            progress._live.refresh()
+        text = written(live)
+        assert "03:2" in text
+        assert ("(3 scored, 9 tokens/s)" in text) == said
+        assert "of 10 alternatives" in text
 
 
 def test_a_stage_that_fails_leaves_no_bar_and_is_not_done() -> None:

@@ -166,9 +166,8 @@ class Library:
         reader, kept, gone = self.reader(alternative), self.kept.of(alternative.identity), self.units_gone(alternative)
         if reader is None or gone is None or len(gone) != 1 or kept.keys() != {reader[0]}:
             return None
-        name, dim = reader
-        size = self.parent.layers[alternative.layer].get_parameter(name).shape[dim]
-        return gone if kept[name].shape[dim] + sum(map(len, gone.values())) == size else None
+        whole, own = self.parent.layers[alternative.layer].get_parameter(reader[0]), kept[reader[0]]
+        return gone if own.shape[reader[1]] + sum(map(len, gone.values())) == whole.shape[reader[1]] else None
 
     def units_gone(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
         """:meth:`silenced`, whatever is kept."""
@@ -409,8 +408,7 @@ def build_library(
             progress=progress,
         )
         of_layers = repeat(of_all, len(axes))
-    orders: dict[str, torch.Tensor] = {}
-    maps: dict[str, torch.Tensor] = {}
+    orders, maps = dict[str, torch.Tensor](), dict[str, torch.Tensor]()
     importance: dict[str, list[tuple[int, float]]] = {}
     for i, (own, means) in enumerate(zip(axes, of_layers, strict=True)):
         layer = parent.layer(i)
