@@ -72,6 +72,7 @@ def amounts_of(
     if staged is None:
         return {"whole": rows * (depth - a.layer + 1) / (depth + 1) if hands_over(library.parent) else rows}
     return {
+        "build": 1.0,
         f"own {a.subblock}": _share_of_layer(a) * staged.operations(a.layer, a.layer + 1, rows, length),
         "rest": staged.operations(a.layer + 1, depth, rows, length),
         "head": staged.head_operations(rows, length),
@@ -118,7 +119,7 @@ def _run_staged(
         own = list(of_layer)
         of_layer_itself, of_rest = staged.operations(i, i + 1, *shape), staged.operations(i + 1, depth, *shape)
         starts_there = any(a.subblock == "ffn" for group in own for a in group)
-        with work.doing("build", 1.0):
+        with work.doing("build", 0.0):
             stages = staged.stages(i, batch, inputs[i])
         middle = None
         if starts_there and stages.layout == "sequence":

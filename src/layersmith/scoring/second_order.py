@@ -71,8 +71,8 @@ class Survey:
 class _Layer:
     """A layer's alternatives, on one batch: by stage."""
 
-    def __init__(self, staged: StagedParent, i: int, batch: Batch, hidden: torch.Tensor):
-        self.staged, self.i, self.batch = staged, i, batch
+    def __init__(self, staged: StagedParent, i: int, batch: Batch, hidden: torch.Tensor, work: Work):
+        self.staged, self.i, self.batch, self.work = staged, i, batch, work
         self.stages = staged.stages(i, batch, hidden)
 
     def module(self, subblock: str) -> nn.Module:
@@ -84,7 +84,8 @@ class _Layer:
         return self.staged.run(self.batch, self.i, hidden, self.module(subblock))
 
     def changed(self, alternative: Alternative, hidden: torch.Tensor) -> torch.Tensor:
-        module = self.staged.module_of(alternative, self.stages)
+        with self.work.doing("build", 1.0):
+            module = self.staged.module_of(alternative, self.stages)
         return self.staged.run(self.batch, self.i, hidden, module)
 
 
@@ -108,7 +109,7 @@ def look(
         read(staged, i, work)
         of_layer = [a for a in alternatives if a.layer == i]
         with work.doing("look", len(of_layer)):
-            layer = _Layer(staged, i, batch, hidden)
+            layer = _Layer(staged, i, batch, hidden, work)
             whole = staged.run(batch, i, hidden)
             middle = layer.run("attention", hidden) if layer.stages.layout == "sequence" else hidden
             for subblock, given in (("attention", hidden), ("ffn", middle)):
@@ -298,7 +299,7 @@ def estimate(
     depth = len(staged.layers)
     started = start_all(staged, batches, states, work)
     for n, (rows, own_seeds) in enumerate(zip(batches, seeds, strict=True)):
-        with work.doing("head back", (1 + len(own_seeds)) * staged.head_operations(*rows.shape)):
+        with work.doing("head back", _amount_of_head(staged, len(own_seeds), rows.shape)):
             for k, g in enumerate(_of_the_head(staged, rows, states.pop(("parent", depth, n)), own_seeds)):
                 states.put(("gradient", k, n), g)
     by_place: dict[tuple[int, str], list[Alternative]] = {}
@@ -312,7 +313,7 @@ def estimate(
             amount = _amount_back(staged, found, i, [*own["attention"], *own["ffn"]], len(seeds[n]), batches[n].shape)
             with work.doing("back", amount):
                 hidden = states.pop(("parent", i, n))
-                layer = _Layer(staged, i, started[n], hidden)
+                layer = _Layer(staged, i, started[n], hidden, work)
                 cotangents = [states.pop(("gradient", k, n)) for k in range(len(seeds[n]))]
                 for k, g in enumerate(_through(layer, own, found, hidden, cotangents, sums[n])):
                     states.put(("gradient", k, n), g)
@@ -339,8 +340,14 @@ def plan_estimate(
         plan("reading", depth)
     by_layer = [[a for a in alternatives if a.layer == i] for i in range(depth)]
     for shape in shapes:
-        plan("head back", (1 + samples) * staged.head_operations(*shape))
+        plan("build", sum(not found.of(a) for a in alternatives))
+        plan("head back", _amount_of_head(staged, samples, shape))
         plan("back", sum(_amount_back(staged, found, i, own, samples, shape) for i, own in enumerate(by_layer)))
+
+
+def _amount_of_head(staged: StagedParent, samples: int, shape: torch.Size) -> float:
+    """As many operations of a head that is measured as take the same time: its metrics take more than a softmax."""
+    return (0.6 + samples) * staged.head_operations(*shape)
 
 
 def _amount_back(

@@ -64,8 +64,8 @@ class Work:
     Kinds of work, and their units: ``look`` (alternatives), ``choose`` (once), ``reading`` (layers), ``whole`` (rows
     through the model), and in operations ``forward`` (the parent's layers), ``reference`` (its head and what follows
     from that), ``own attention`` and ``own ffn`` (a layer with an alternative), ``rest`` (the layers after it),
-    ``head``, ``back`` and ``head back`` (gradients). That modules are built, ``build``, is planned by nobody: the first
-    of each shape takes far longer than all that are like it.
+    ``head``, ``back`` and ``head back`` (gradients), and ``build`` (modules with alternatives), which counts nothing
+    until some were built.
 
     Args:
         clock: in seconds.
@@ -76,7 +76,7 @@ class Work:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._kinds = clock, defaultdict[str, _Kind](_Kind)
-        self._started = clock()
+        self._started, self._inside = clock(), 0.0
         self.tell: Callable[[], None] = lambda: None
 
     def plan(self, kind: str, amount: float) -> None:
@@ -94,11 +94,13 @@ class Work:
 
     @contextmanager
     def doing(self, kind: str, amount: float) -> Iterator[None]:
-        """While open, so much of a kind is done."""
-        began = self._clock()
+        """While open, so much of a kind is done; what is done of others meanwhile is theirs."""
+        began, outside = self._clock(), self._inside
+        self._inside = 0.0
         yield
-        own = self._kinds[kind]
-        own.seconds += self._clock() - began
+        own, taken = self._kinds[kind], self._clock() - began
+        own.seconds += taken - self._inside
+        self._inside = outside + taken
         own.done += amount
         own.left = max(0.0, own.left - amount)
         self.tell()
@@ -132,6 +134,6 @@ class Work:
         own, rates = self._kinds[kind], (self._rate(other) for other in ALIKE.get(kind, ()) if other in self._kinds)
         alike = next((rate for rate in rates if rate is not None), None)
         if alike is None:
-            return own.seconds / own.done if own.done > 0 else None
+            return own.seconds / own.done if own.done > 0 else 0.0 if kind == "build" else None
         weight = _SHARE_OF_ALIKE * (own.left + own.done + own.before)
         return (own.seconds + weight * alike) / (own.done + weight) if own.done + weight > 0 else None
