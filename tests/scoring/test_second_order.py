@@ -6,11 +6,13 @@ import torch
 from scipy.stats import spearmanr
 
 from layersmith.demo.job import MODEL
+from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import load_parent
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.runtime import Runtime
 from layersmith.scoring import library_scores
+from layersmith.scoring.correction import Prior, correct, prior
 from layersmith.scoring.library_scores import row_order, score_library
 from layersmith.scoring.second_order import _signs, estimate, look
 from layersmith.scoring.states import States
@@ -174,6 +176,40 @@ def test_exact_where_nothing_is_saved_or_kl_is_not_asked_for(
     for recipe in (ScoringRecipe(exact_passes=1000), ScoringRecipe(objective="lm_loss"), ScoringRecipe(mode="exact")):
         scores = score_library(library, TOKENS, recipe)
         assert all(s.exact_rows == len(TOKENS) for s in scores)
+
+
+def test_what_routers_do_to_small_changes_is_told_by_a_few_exact_runs() -> None:
+    """KL that falls with the size of a change, not with its square, below where jumps to other experts decide."""
+    alternatives = [Alternative(i, "ffn", "no_op") for i in range(40)]
+    estimates = torch.logspace(-7, -2, 40).double()
+    r = (1 + 0.004 / estimates.sqrt()).log()
+    found = []
+    for before_routers in (True, False):
+        known = prior(alternatives, estimates.tolist(), [0.05] * 40, [before_routers] * 40)
+        mean, deviation = correct(known, {i: (float(r[i]), 8) for i in (2, 20, 37)}, 8)
+        found.append((mean - r).abs().max())
+        if before_routers:
+            assert 0.2 < float(((mean - r) / deviation)[3::9].square().mean().sqrt()) < 3
+    assert found[0] < 0.35
+    assert found[1] > 1
+
+
+def test_a_router_sees_what_changes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    stock_model(tiny_config("mixtral")).save_pretrained(tmp_path)
+    recipe = LibraryRecipe(expert_fractions=(0.5,), kv_methods=("pool",), linear=())
+    library = library_of(tmp_path, recipe, TOKENS % 90)
+    seen: dict[tuple[int, str], bool] = {}
+
+    def noted(own: list[Alternative], *rest: list[float]) -> Prior:
+        seen.update({(a.layer, a.subblock): bool(before) for a, before in zip(own, rest[-1], strict=True)})
+        return prior(own, *rest)
+
+    monkeypatch.setattr(library_scores, "prior", noted)
+    score_library(library, TOKENS % 90, ScoringRecipe(mode="second_order", exact_passes=1))
+    last = len(library.parent.blocks) - 1
+    assert not seen[last, "ffn"]
+    assert all(before for place, before in seen.items() if place != (last, "ffn"))
 
 
 def test_first_rows_lie_far_apart() -> None:

@@ -8,9 +8,16 @@ over all alternatives,
     cov(r_a, r_b) = h_a h_b (0.2 [same kind] k + 0.4 [same kind and subblock] k + 0.2 [same subblock] + 0.2 [a = b])
     h = 0.08 + 0.3 size + 2.5 size^2,   k = exp(-(log e_a - log e_b)^2 / (2 * 1.5^2)),
 
-e the estimates. An exact run on n of N rows observes r with variance (0.12 + 0.3 h)^2 (1/n - 1/N). The variance that is
-left does not depend on what is observed, so the runs can be chosen beforehand: always the one that lowers the summed
-variance most for its cost. docs/scoring.md has the measurements behind the constants.
+e the estimates. Where experts of later layers are chosen by routers, a small change moves a few tokens over the edge to
+another expert: about as many as it is large, each by a jump that does not get smaller. So KL falls with the size of a
+change there and not with its square, e is too low by a factor 1 + b / sqrt(e), and the covariance has another term,
+
+    f_a f_b,   f = log(1 + 0.002 / sqrt(e)),
+
+for those alternatives whose changes a router sees. An exact run on n of N rows observes r with variance (0.12 + 0.3
+h)^2 (1/n - 1/N). The variance that is left does not depend on what is observed, so the runs can be chosen beforehand:
+always the one that lowers the summed variance most for its cost. docs/scoring.md has the measurements behind the
+constants.
 """
 
 from __future__ import annotations
@@ -24,6 +31,7 @@ import torch
 from layersmith.library.alternative import Alternative
 
 _SMALLEST = 1e-9  # an estimate of nothing has no logarithm
+_JUMPS = 0.002  # b, in the root of nats; only its order of magnitude matters, since exact runs tell its factor
 
 
 @dataclass(frozen=True)
@@ -39,8 +47,20 @@ class Prior:
     noise: torch.Tensor
 
 
-def prior(alternatives: Sequence[Alternative], estimates: Sequence[float], sizes: Sequence[float]) -> Prior:
-    """See the module's docstring."""
+def prior(
+    alternatives: Sequence[Alternative],
+    estimates: Sequence[float],
+    sizes: Sequence[float],
+    before_routers: Sequence[bool] | None = None,
+) -> Prior:
+    """See the module's docstring.
+
+    Args:
+        alternatives: n of them.
+        estimates: of their KL.
+        sizes: of their changes, beside the hidden states.
+        before_routers: whether a router sees their changes; default: none does.
+    """
     size = torch.tensor(sizes, dtype=torch.float64).clamp(0, 1.5)
     spread = 0.08 + 0.3 * size + 2.5 * size.square()
     logs = torch.tensor([math.log(max(e, _SMALLEST)) for e in estimates], dtype=torch.float64)
@@ -48,7 +68,10 @@ def prior(alternatives: Sequence[Alternative], estimates: Sequence[float], sizes
     kind = _same([(a.subblock, a.kind, a.method) for a in alternatives])
     place = _same([(a.layer, a.subblock) for a in alternatives])
     correlation = (0.2 * kind + 0.4 * kind * place) * near + 0.2 * place + 0.2 * torch.eye(len(logs))
-    return Prior(spread[:, None] * spread * correlation, 0.12 + 0.3 * spread)
+    jumps = (_JUMPS * torch.exp(-logs / 2)).log1p()
+    jumps *= torch.tensor(before_routers or [False] * len(logs), dtype=torch.float64)
+    covariance = spread[:, None] * spread * correlation + jumps[:, None] * jumps
+    return Prior(covariance, 0.12 + 0.3 * (spread + jumps))
 
 
 def _same(keys: Sequence[object]) -> torch.Tensor:

@@ -215,8 +215,12 @@ class _Scoring:
         parent = self.library.parent
         weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
         most = _STREAMED_BYTES if self.streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
-        vocab_size = self.staged.vocab_size if self.staged is not None else parent.language_config.vocab_size
-        return int(min(self.recipe.batch_tokens, max(1, most // _bytes_of_a_token(parent, vocab_size))))
+        vocab_size, held = parent.language_config.vocab_size, 0
+        if self.staged is not None:
+            vocab_size = self.staged.vocab_size
+            # What every layer is given, unless that waits on the disk.
+            held = 0 if self.streamed else self.staged.bytes_of_a_token * (len(self.staged.layers) + 1)
+        return int(min(self.recipe.batch_tokens, max(1, most // (_bytes_of_a_token(parent, vocab_size) + held))))
 
     @property
     def streamed(self) -> bool:
@@ -369,10 +373,15 @@ class _Scoring:
         """What is known before exact runs, and which there are to be: identity to a number of rows."""
         num_rows = len(self.tokens)
         with self.work.doing("choose", 1):
-            before = prior(self.pending, estimates, sizes)
+            before = prior(self.pending, estimates, sizes, [self._before_routers(a) for a in self.pending])
             costs = [self.cost(a) / num_rows for a in self.pending]
             chosen = choose_runs(before, costs, num_rows, self.recipe.exact_passes, self.recipe.precision)
         return before, {self.pending[index].identity: n for index, n in chosen.items()}
+
+    def _before_routers(self, a: Alternative) -> bool:
+        """Whether what an alternative changes decides which experts some token gets."""
+        blocks = enumerate(self.library.parent.blocks)
+        return any(block.ffn.moe is not None and (a.layer, a.subblock) < (i, "ffn") for i, block in blocks)
 
     def _swept_together(self, num_rows: int) -> Iterator[list[list[int]]]:
         """Batches that go through a layer before the next is run: one by one where layers lie in memory."""
