@@ -94,6 +94,25 @@ def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path
         assert set(alive) == {0}
 
 
+def test_statistics_read_a_layer_once_however_many_batches_there_are(
+    make_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    parent = load_parent(make_parent("llama"), CPU, stream_near=tmp_path)
+    assert parent.stream is not None
+    recipe, read, counts = LibraryRecipe(ffn_fractions=(0.5,)), parent.stream.files.read, [0]
+
+    def counted(name: str, device: torch.device) -> torch.Tensor:
+        counts[-1] += name.endswith("q_proj.weight")
+        return read(name, device)
+
+    found = survey(parent, recipe)
+    parent.stream.files.read = counted  # type: ignore[method-assign]
+    for batch_sequences in (6, 1):
+        build_library(parent, recipe, found, TOKENS, batch_sequences=batch_sequences)
+        counts.append(0)
+    assert counts[0] == counts[1] > 0
+
+
 def test_interrupted_it_goes_on_to_the_same_scores(make_parent: Callable[..., Path], tmp_path: Path) -> None:
     library = library_of(load_parent(make_parent("llama"), CPU, stream_near=tmp_path))
     for recipe in (
