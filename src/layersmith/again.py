@@ -12,6 +12,7 @@ import torch
 
 from layersmith import pipeline
 from layersmith.artifacts import read_json, read_tensors, whole_folder
+from layersmith.costs.times import Times
 from layersmith.data import evaluation_rows, load_tokenizer
 from layersmith.errors import InputError, UsageError, did_you_mean
 from layersmith.evaluation.compare import compare
@@ -27,6 +28,8 @@ from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
 from layersmith.search.budget import Budget
 from layersmith.search.choose import Choice, Space
+from layersmith.search.settle import TOLERANCE
+from layersmith.timed import find_times, holds, settled_choice
 
 
 def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[Recipe, Library]:
@@ -92,8 +95,20 @@ def search_several(
         raise InputError(f"{out}: already there. Choose another folder.")
     if solutions < 1 or differ < 1:
         raise UsageError("--solutions and --differ must be at least 1.")
-    recipe, library, space = _space(run, budget, objective, descriptor, rules)
+    recipe, library, space, times = _space(run, budget, objective, descriptor, rules, progress)
+    settled = None
+    if out is not None and times is not None and times.source == "measured" and library.parent.stream is None:
+        counted = space
+
+        def space_with(known: Times | None) -> Space:
+            own = counted.costs if known is None else known.into(counted.costs, library.alternatives)
+            return counted.with_costs(own)
+
+        found = settled_choice(times, space_with, library.parent, recipe, progress)
+        space, settled, times = found.space, found.choice, found.times
     choices = space.several(solutions, differ)
+    if settled is not None:
+        choices[0] = settled
     passes = recipe.search.refine_passes
     if refine and not passes:
         passes = SearchRecipe.refine_passes
@@ -101,7 +116,13 @@ def search_several(
     if wanted and library.parent.stream is None:
         recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
         refined = pipeline.refined_choice(space, choices[0], library, recipe, scoring_rows(run), None, "", progress)
-        choices[0] = refined.choice
+        over = (
+            holds(library.parent, times, refined.choice, recipe) if settled is not None and times is not None else 0.0
+        )
+        if over > TOLERANCE:
+            progress.note(f"the refined child is {over:.1%} over its limit of time; the program's own is taken.")
+        else:
+            choices[0] = refined.choice
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
             own = library.with_parent(pipeline.at_stored_dtype(library.parent, recipe, run.folder))
@@ -134,7 +155,7 @@ def frontier_again(
         Infeasible: the other limits of the budget cannot be met.
     """
     run = Run.existing(run_folder)
-    recipe, library, space = _space(run, budget, objective, descriptor, rules)
+    recipe, library, space, _ = _space(run, budget, objective, descriptor, rules, progress)
     if measure and library.parent.stream is not None:
         raise UsageError("--measure runs many children in turn, and this parent is read from the disk. Leave it out.")
 
@@ -175,13 +196,18 @@ def _space(
     objective: str | None,
     descriptor: type[ModelDescriptor] | None,
     rules: SearchRecipe | None,
-) -> tuple[Recipe, Library, Space]:
+    progress: Progress,
+) -> tuple[Recipe, Library, Space, Times | None]:
     recipe, library = reopen(run, descriptor)
     chosen: Any = objective or recipe.scoring.objective
     scoring = dataclasses.replace(recipe.scoring, objective=chosen, mode="auto")
     recipe = dataclasses.replace(recipe, scoring=scoring, search=rules or recipe.search)
     costs = pipeline.cost_table(library.parent, library, budget)
-    return recipe, library, pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
+    times = find_times(run, library.parent, library, costs, budget, recipe, progress)
+    if times is not None:
+        costs = times.into(costs, library.alternatives)
+    space = pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
+    return recipe, library, space, times
 
 
 def report_again(run_folder: str | Path) -> Path:

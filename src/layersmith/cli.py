@@ -34,8 +34,19 @@ ActiveParams = Annotated[str | None, typer.Option(help="Parameters that take par
 Weights = Annotated[str | None, typer.Option(help="Memory of the weights: 0.7 or 10GiB.")]
 KVCache = Annotated[str | None, typer.Option(help="Memory of the KV cache at --batch and --context: 0.5 or 2GiB.")]
 Memory = Annotated[str | None, typer.Option(help="Weights and KV cache together: 0.7 or 10GiB.")]
-Batch = Annotated[int, typer.Option(help="Sequences at once, for the KV cache.")]
-Context = Annotated[int, typer.Option(help="Tokens of each, for the KV cache.")]
+TTFT = Annotated[
+    str | None,
+    typer.Option("--ttft", help="Time to first token, of a prompt of --context less --generate: 0.7 or 80ms."),
+]
+TimePerToken = Annotated[str | None, typer.Option(help="Time per token after it, of the whole batch: 0.7 or 12ms.")]
+Throughput = Annotated[
+    str | None, typer.Option(help="Tokens written a second, at least: 1.5x of the parent's, or 500tokens/s.")
+]
+Batch = Annotated[int, typer.Option(help="Sequences at once, for the KV cache and for times.")]
+Context = Annotated[int, typer.Option(help="Tokens of each, for the KV cache and for times.")]
+Generate = Annotated[
+    int | None, typer.Option(help="Tokens of --context that the model writes; default: 128, at most half.")
+]
 KeepLayers = Annotated[str | None, typer.Option(help="Layers that stay as they are, e.g. 0,1,31.")]
 MostNoOpAttentions = Annotated[int | None, typer.Option(help="Attentions that may be removed, at most.")]
 MostNoOpFFNs = Annotated[int | None, typer.Option("--most-no-op-ffns", help="FFNs that may be removed, at most.")]
@@ -64,8 +75,12 @@ def compress(
     weights: Weights = None,
     kv_cache: KVCache = None,
     memory: Memory = None,
+    ttft: TTFT = None,
+    time_per_token: TimePerToken = None,
+    throughput: Throughput = None,
     batch: Batch = BATCH,
     context: Context = CONTEXT,
+    generate: Generate = None,
     recipe: RecipeFile = None,
     seed: Annotated[int | None, typer.Option(help="Goes before the recipe's.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
@@ -90,7 +105,10 @@ def compress(
     trust_remote_code: TrustRemoteCode = False,
     until: Annotated[
         str | None,
-        typer.Option(help="Stop after: data, library, scores, frontier, refine, solution, child or evaluation."),
+        typer.Option(
+            help="Stop after: costs, data, library, scores, settled, frontier, refine, solution, pairs, child, "
+            "evaluation or clock."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will be done and what can be reached.")] = False,
 ) -> None:
@@ -106,8 +124,8 @@ def compress(
     )
     chosen = dataclasses.replace(chosen, search=rules)
     budget = parse_budget(
-        params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory,
-        batch=batch, context=context,
+        params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
+        time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
     )  # fmt: skip
     console = _console()
     family = _descriptor(descriptor)
@@ -163,8 +181,12 @@ def search(
     weights: Weights = None,
     kv_cache: KVCache = None,
     memory: Memory = None,
+    ttft: TTFT = None,
+    time_per_token: TimePerToken = None,
+    throughput: Throughput = None,
     batch: Batch = BATCH,
     context: Context = CONTEXT,
+    generate: Generate = None,
     keep_layers: KeepLayers = None,
     most_no_op_attentions: MostNoOpAttentions = None,
     most_no_op_ffns: MostNoOpFFNs = None,
@@ -188,10 +210,13 @@ def search(
     from layersmith.search.budget import parse_budget
     from layersmith.terminal import print_choice, print_frontier
 
-    given = {"params": params, "active_params": active_params, "weights": weights, "kv_cache": kv_cache}
-    if frontier and not any(value is not None for value in (*given.values(), memory)):
-        given["params"] = "1.0"
-    budget = parse_budget(**given, memory=memory, batch=batch, context=context)
+    limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
+    if frontier and not any(value is not None for value in limits):
+        params = "1.0"
+    budget = parse_budget(
+        params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
+        time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
+    )  # fmt: skip
     rules = _with_rules(
         Recipe.from_dict(Run.existing(run).header()["recipe"]).search,
         keep_layers, most_no_op_attentions, most_no_op_ffns, alike, tensor_parallel, None,
@@ -211,6 +236,47 @@ def search(
         print_choice(console, library, choice)
     if out is not None:
         console.print(f"child: {out}", markup=False, highlight=False)
+
+
+@app.command()
+def costs(
+    parent: Parent,
+    csv: Annotated[
+        Path | None, typer.Option("--csv", help="Also write them as a table that a recipe's costs.times can name.")
+    ] = None,
+    batch: Batch = BATCH,
+    context: Context = CONTEXT,
+    generate: Generate = None,
+    on: Annotated[str | None, typer.Option("--on", help="Predict for a device that is not here, e.g. H100.")] = None,
+    recipe: RecipeFile = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
+    descriptor: Descriptor = None,
+    trust_remote_code: TrustRemoteCode = False,
+) -> None:
+    """Time every alternative of PARENT on this machine: to the first token, and per token after it."""
+    from layersmith.artifacts import write_text
+    from layersmith.costs.counted import Workload
+    from layersmith.costs.times import to_csv
+    from layersmith.recipe import Recipe
+    from layersmith.terminal import print_times
+    from layersmith.timed import times_of
+
+    chosen = Recipe.read(recipe)
+    changes: dict[str, Any] = {"trust_remote_code": trust_remote_code or chosen.trust_remote_code}
+    if device is not None:
+        changes["device"] = device
+    if on is not None:
+        changes["costs"] = dataclasses.replace(chosen.costs, device=on, times=None)
+    console = _console()
+    with _drawn(console) as progress:
+        times, alternatives = times_of(
+            parent, dataclasses.replace(chosen, **changes), Workload(batch, context, generate),
+            _descriptor(descriptor), progress,
+        )  # fmt: skip
+    print_times(console, times, alternatives)
+    if csv is not None:
+        write_text(csv, to_csv(times, alternatives))
+        console.print(f"times: {csv}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()

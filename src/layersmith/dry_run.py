@@ -14,12 +14,11 @@ from layersmith.heterogeneous.checkpoint import check_files
 from layersmith.inspection import outline
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
-from layersmith.report.words import format_cost
 from layersmith.run import Run
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import SWEEP_PASSES
-from layersmith.search.budget import Budget
-from layersmith.search.choose import Space
+from layersmith.search.budget import Budget, format_cost
+from layersmith.timed import reachable
 
 
 def plan(
@@ -42,8 +41,7 @@ def plan(
     found = outline(
         parent, recipe.library, Workload(budget.batch, budget.context), descriptor, recipe.trust_remote_code
     )
-    zeros = dict.fromkeys(found.costs.by_key, 0.0)
-    Space(found.alternatives, zeros, found.costs, budget, recipe.search, found.blocks).reachable()
+    reachable(found.alternatives, found.costs, budget, recipe.search, found.blocks)
     whole = found.costs.parent
     smallest = {name: _smallest(found, name) for name in COSTS}
     flops = count_flops(found, recipe)
@@ -74,6 +72,11 @@ def plan(
         f"in {str(runtime.dtype).removeprefix('torch.')}, up to {recipe.library.statistics_gib:g} GiB for statistics",
         f"disk: at most {format_cost('weight_bytes', whole['weight_bytes'])} for the child in {out}",
         *(f"note: {note}" for note in found.notes),
+        *(
+            ["note: limits of time are looked at when the run has timed the parent's parts."]
+            if budget.has_times
+            else ()
+        ),
         "nothing was written.",
     ]
     return "\n".join(lines)

@@ -19,6 +19,7 @@ from layersmith import schema
 from layersmith.artifacts import fingerprint, read_json, write_json, write_tensors, write_text
 from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable, count_costs
+from layersmith.costs.times import Times
 from layersmith.data import check_vocabulary, load_tokenizer, prepare
 from layersmith.distillation.local import distill_chosen, distill_locally
 from layersmith.errors import UsageError
@@ -44,9 +45,11 @@ from layersmith.search.budget import Budget, format_count
 from layersmith.search.choose import Choice, Space
 from layersmith.search.frontier import frontier, to_dict
 from layersmith.search.refine import Refined, read_refined, refine
+from layersmith.search.settle import TOLERANCE
 from layersmith.search.whole import WholeModels
 from layersmith.staged import CannotTakeApart, take_apart
 from layersmith.streaming import is_too_large, load_streamed
+from layersmith.timed import find_times, holds, keep_times, reachable, solve, time_child
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,10 @@ Measure = Callable[[Sequence[Choice]], list[dict[str, Any]]]
 MEASURED_POINTS = 10
 
 # The stages, by the names of their folders, in their order.
-STAGES = ("data", "library", "scores", "frontier", "refine", "solution", "pairs", "child", "evaluation")
+STAGES = (
+    "costs", "data", "library", "scores", "settled", "frontier", "refine", "solution", "pairs", "child", "evaluation",
+    "clock",
+)  # fmt: skip
 
 
 def stages(
@@ -142,6 +148,7 @@ def stages(
         )
     tokenizer = load_tokenizer(parent, trust_remote_code=recipe.trust_remote_code)
     tokens = read_data(data, recipe, model, tokenizer, progress)
+    times = find_times(run, model, found, costs, budget, recipe, progress)
 
     header = {
         "parent": {"path": str(parent), "identity": model.identity, "descriptor": model.descriptor.__name__},
@@ -153,6 +160,10 @@ def stages(
     }
     with run.open(header, recipe):
         run.log_once("describe", time.monotonic() - started)
+        if times is not None:
+            keep_times(run, times, model, found, budget, recipe)
+        yield "costs"
+
         data_inputs = fingerprint(tokens.description["sha256"])
         run.do("data", data_inputs, lambda folder: write_data(folder, tokens))
         yield "data"
@@ -166,17 +177,22 @@ def stages(
         scores = make_scores(run, score_inputs, library, recipe, tokens.scoring, progress)
         yield "scores"
 
-        space = search_space(library, scores, recipe, costs, budget)
-        choice = space.best()
+        def space_of(known: Times | None) -> Space:
+            own = costs if known is None else known.into(costs, library.alternatives)
+            return search_space(library, scores, recipe, own, budget)
+
+        space, choice, times = solve(run, score_inputs, library, recipe, times, space_of, progress)
+        yield "settled"
+
         search_inputs = fingerprint([score_inputs, choice.to_dict(), schema.to_data(recipe.search)])
         run.do("frontier", search_inputs, lambda folder: write_frontier(folder, space, recipe, progress=progress))
         yield "frontier"
 
-        choice = make_refined(run, search_inputs, space, choice, library, recipe, tokens.scoring, progress)
+        choice = make_refined(run, search_inputs, space, choice, library, recipe, tokens.scoring, progress, times)
         yield "refine"
 
         solution_inputs = fingerprint([score_inputs, choice.to_dict()])
-        run.do("solution", solution_inputs, lambda folder: write_solution(folder, choice, costs))
+        run.do("solution", solution_inputs, lambda folder: write_solution(folder, choice, space.costs))
         yield "solution"
 
         library = teach_pairs(run, solution_inputs, library, choice, recipe, tokens.training, progress)
@@ -187,14 +203,17 @@ def stages(
 
         evaluation = evaluate_child(run, solution_inputs, model, recipe, tokens.evaluation, tokenizer, progress)
         yield "evaluation"
-        result = finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
+
+        time_child(run, solution_inputs, model, budget, recipe, times, progress)
+        yield "clock"
+        result = finish(run, library, scores, choice, space.costs.by_key, evaluation, recipe)
         if recipe.distillation.tokens:
             from layersmith.distill import distill_child  # it stands on this module
 
             distilled = distill_child(run, model, recipe, data, True, progress)
             yield "distilled"
             evaluation = distilled.after | {"samples": evaluation["samples"]}
-            result = finish(run, library, scores, choice, costs.by_key, evaluation, recipe)
+            result = finish(run, library, scores, choice, space.costs.by_key, evaluation, recipe)
             result = dataclasses.replace(result, child=distilled.child)
         yield result
 
@@ -216,8 +235,7 @@ def examine(
         model = open_parent(parent, recipe, near or Path.cwd(), descriptor)
         found = survey(model, recipe.library)
         costs = cost_table(model, found, budget)
-        zeros = dict.fromkeys(costs.by_key, 0.0)
-        Space(found.alternatives, zeros, costs, budget, recipe.search, model.blocks).reachable()
+        reachable(found.alternatives, costs, budget, recipe.search, model.blocks)
         advance(1)
     if model.stream is not None:
         progress.note("the parent's weights stay on the disk; a layer at a time is read.")
@@ -406,6 +424,7 @@ def make_refined(
     recipe: Recipe,
     tokens: torch.Tensor,
     progress: Progress,
+    times: Times | None = None,
 ) -> Choice:
     """The choice, bettered by running whole models; as it is where that is not wanted, or nothing was removed."""
     if not recipe.search.refine_passes or all(a.kind == "parent" for a in choice.alternatives):
@@ -416,6 +435,11 @@ def make_refined(
 
     def make(folder: Path) -> None:
         refined = refined_choice(space, choice, library, recipe, tokens, run.partial("refine"), inputs, progress)
+        if times is not None and times.source == "measured" and refined.choice.alternatives != choice.alternatives:
+            over = holds(library.parent, times, refined.choice, recipe)
+            if over > TOLERANCE:
+                progress.note(f"the refined child is {over:.1%} over its limit of time; the program's own is taken.")
+                refined = dataclasses.replace(refined, choice=choice)
         write_json(folder / "refine.json", refined.to_dict())
 
     run.do("refine", inputs, make)
@@ -486,7 +510,13 @@ def at_stored_dtype(parent: Parent, recipe: Recipe, near: Path) -> Parent:
 
 
 def evaluate_child(
-    run: Run, inputs: str, model: Parent, recipe: Recipe, tokens: torch.Tensor, tokenizer: Any, progress: Progress
+    run: Run,
+    inputs: str,
+    model: Parent,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+    tokenizer: Any,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Compare the child, as it lies on the disk, with its parent."""
 

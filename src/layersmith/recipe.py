@@ -15,6 +15,8 @@ from layersmith.errors import InputError, UsageError
 # The load for which a KV cache is counted, if none is named.
 BATCH = 1
 CONTEXT = 4096
+# Of its tokens those that are written after the prompt, if none are named; at most half.
+GENERATE = 128
 # Tokens of `distill` where neither command nor recipe names a number.
 DISTILLATION_TOKENS = 1_000_000
 # The learning rate of distillation times the hidden size.
@@ -299,6 +301,39 @@ class SearchRecipe:
 
 
 @dataclass(frozen=True)
+class CostsRecipe:
+    """Where times come from, for budgets of time and for the report.
+
+    Attributes:
+        times: a CSV file with times from elsewhere, as ``layersmith costs`` writes it.
+        device: a device that is not here, e.g. ``H100``: times are predicted from what its maker says of it.
+        backend: ``eager``; ``compile``: with a static KV cache and ``torch.compile``, on a GPU as CUDA graphs.
+        seconds: that measuring may take, about; fewer layers are timed, then fewer times, where it would take longer.
+        rounds: how often each shape is timed, at most; of one round with all the others, so that a machine that slows
+            down does so for all.
+        decode_steps: tokens that are written to time one.
+        checks: random children that are timed whole, to correct sums of parts.
+        time_child: whether parent and child are timed for the report where the budget has no time in it.
+    """
+
+    times: str | None = None
+    device: str | None = None
+    backend: Literal["eager", "compile"] = "eager"
+    seconds: float = 120.0
+    rounds: int = 9
+    decode_steps: int = 16
+    checks: int = 4
+    time_child: bool = True
+
+    def __post_init__(self) -> None:
+        schema.check_fields(self)
+        if self.times is not None and self.device is not None:
+            raise UsageError("recipe costs: times and device both say where times come from. Leave one out.")
+        if self.seconds <= 0 or min(self.rounds, self.decode_steps) < 1 or self.checks < 0:
+            raise UsageError("recipe costs: seconds, rounds and decode_steps must be positive, checks not negative.")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """All of it.
 
@@ -319,6 +354,7 @@ class Recipe:
     scoring: ScoringRecipe = field(default_factory=ScoringRecipe)
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     search: SearchRecipe = field(default_factory=SearchRecipe)
+    costs: CostsRecipe = field(default_factory=CostsRecipe)
     seed: int = 0
     device: str = "auto"
     dtype: str = "auto"

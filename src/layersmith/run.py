@@ -2,15 +2,18 @@
 
 recipe.yaml       every choice, defaults included
 run.json          parent, budget, versions, seed; the fingerprints of finished stages
+costs/            times of all alternatives, where the budget limits any
 data/             token rows and what they were made from
 library/          alternatives, what their weights are made from, and what they have learned
 scores/           metrics of every alternative on every row
+settled/          times as whole children corrected them, and the choice that holds; where times are measured
 frontier/         the best choice for every budget, and what others would do
 refine/           what whole children lost on the scoring rows, and the choice that came of it
 solution/         the budget, costs, and the choice
 pairs/            what the chosen alternatives have learned together
 child/            the child, a Hugging Face folder
 evaluation/       child against parent
+clock/            what parent and child took of the clock; it differs between equal runs
 distillation/     what the child learnt from, its curve, and what came of it; if it was distilled
 distilled/        the child afterwards
 report.html, report.json
@@ -61,7 +64,7 @@ def versions() -> dict[str, str]:
 # Temporary names that :mod:`layersmith.artifacts` gives to what it writes in a run folder.
 _HALF_WRITTEN = re.compile(
     r"^\.(run\.json|recipe\.yaml|report\.json|report\.html|library\.partial"
-    r"|data|library|scores|frontier|refine|solution|pairs|child|evaluation|distilled|global|finalists|log\.json)"
+    r"|costs|settled|data|library|scores|frontier|refine|solution|pairs|child|evaluation|clock|distilled|global|finalists|log\.json)"
     r"\.(old\.)?\w+"
 )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 from layersmith.artifacts import read_json
+from layersmith.costs.times import Times, Timing
 from layersmith.inspection import Inspection
+from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.report.collect import described
-from layersmith.report.words import cost_label, format_cost, ordered_costs
+from layersmith.report.words import cost_label, ordered_costs, ratio
+from layersmith.search.budget import format_cost, format_seconds
 from layersmith.search.choose import Choice
 from layersmith.verification import Verification
 
@@ -21,13 +25,23 @@ from layersmith.verification import Verification
 def print_result(console: Console, result: Any, with_samples: bool = False) -> None:
     """Parent against child, and where everything lies."""
     choice: Choice = result.choice
-    print_layers(console, read_json(result.run / "report.json")["layers"])
+    report = read_json(result.run / "report.json")
+    print_layers(console, report["layers"])
     table = Table(title="parent against child", title_justify="left")
     for heading in ("", "parent", "child", ""):
         table.add_column(heading, justify="left" if not heading else "right")
+    measured = report["times"]
     for name in ordered_costs(choice.costs):
+        if measured and name in measured["child"]:
+            continue
         before, after = choice.parent_costs[name], choice.costs[name]
-        share = f"{after / before:.2f}x" if before else ""
+        left = ratio(name, before, after)
+        share = "" if left is None else f"{left:.2f}x"
+        table.add_row(cost_label(name), format_cost(name, before), format_cost(name, after), share)
+    for name in ordered_costs(measured["child"]) if measured else ():
+        before, after = measured["parent"][name], measured["child"][name]
+        left = ratio(name, before, after)
+        share = "" if left is None else f"{left:.2f}x"
         table.add_row(cost_label(name), format_cost(name, before), format_cost(name, after), share)
     for metric in ("loss", "perplexity", "kl_divergence", "top_1_agreement"):
         row = result.metric(metric)
@@ -40,10 +54,20 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
     console.print(table)
     tokens = result.evaluation["tokens"]
     console.print(f"evaluated on {tokens:,} tokens that nothing else has seen; ± is one standard error", style="dim")
+    if measured:
+        console.print(f"timed on {load_in_words(measured)}", style="dim", highlight=False)
     if with_samples:
         print_samples(console, result.evaluation["samples"])
     console.print(f"child:  {result.child}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {result.report}", markup=False, highlight=False, soft_wrap=True)
+
+
+def load_in_words(times: dict[str, Any]) -> str:
+    """On what parent and child were timed, and with how much."""
+    return (
+        f"{times['device']}: batch {times['batch']}, prompt of {times['prompt']:,} tokens, then "
+        f"{times['generated']:,} written"
+    )
 
 
 def print_layers(console: Console, layers: list[dict[str, Any]]) -> None:
@@ -81,7 +105,7 @@ def print_choice(console: Console, library: Library, choice: Choice) -> None:
     print_layers(console, layers)
     for name in ordered_costs(choice.costs):
         before_cost, after_cost = choice.parent_costs[name], choice.costs[name]
-        share = after_cost / before_cost if before_cost else 0.0
+        share = ratio(name, before_cost, after_cost) or 0.0
         limit = f", limit {format_cost(name, choice.limits[name])}" if name in choice.limits else ""
         change = f"{format_cost(name, before_cost)} => {format_cost(name, after_cost)} ({share:.2f}x{limit})"
         console.print(f"{cost_label(name)}: {change}", highlight=False)
@@ -102,6 +126,56 @@ def print_frontier(console: Console, path: Path) -> None:
         )
     console.print(table)
     console.print(f"frontier: {path}", markup=False, highlight=False, soft_wrap=True)
+
+
+def print_times(console: Console, times: Times, alternatives: Sequence[Alternative]) -> None:
+    """What each alternative takes, layers in which that is the same together."""
+    load = times.workload
+    title = (
+        f"{times.source} on {times.device}: batch {load.batch}, prompt {load.prompt:,}, then {load.generated:,} tokens"
+    )
+    table = Table(title=title, title_justify="left")
+    for heading in ("layers", "alternative", "to first token", "per token"):
+        table.add_column(heading, justify="right" if heading.endswith("token") else "left")
+    rows: dict[tuple[str, Timing], list[int]] = {}
+    for a in alternatives:
+        rows.setdefault((a.name, times.by_key[a.key]), []).append(a.layer)
+    for (name, own), layers in rows.items():
+        table.add_row(spans(layers), name, format_seconds(own.prefill), format_seconds(own.decode))
+    table.add_row("", "outside the layers", format_seconds(times.fixed.prefill), format_seconds(times.fixed.decode))
+    whole = times.parent(alternatives)
+    table.add_row("", "the whole parent", format_seconds(whole.prefill), format_seconds(whole.decode))
+    console.print(table)
+    if times.checks:
+        print_time_checks(console, times, alternatives)
+
+
+def print_time_checks(console: Console, times: Times, alternatives: Sequence[Alternative]) -> None:
+    """Sums of parts against whole children, and the correction that came of it."""
+    table = Table(title="sums of parts against whole children, of the parent", title_justify="left")
+    for heading in ("", "parameters", "to first token: sum", "whole", "per token: sum", "whole"):
+        table.add_column(heading, justify="right" if heading else "left")
+    parent = times.parent(alternatives)
+    for c in times.checks:
+        cells = [f"{c.parts.prefill / parent.prefill:.3f}x", f"{c.whole.prefill / c.parent.prefill:.3f}x"]
+        cells += [f"{c.parts.decode / parent.decode:.3f}x", f"{c.whole.decode / c.parent.decode:.3f}x"]
+        table.add_row(c.what, f"{c.fraction:.3f}x", *cells)
+    console.print(table)
+    prefill, decode = times.factors(alternatives)
+    console.print(
+        f"what is saved counts {prefill:.3f} times to the first token, {decode:.3f} per token", highlight=False
+    )
+
+
+def spans(layers: Sequence[int]) -> str:
+    """``[0, 1, 2, 5]`` as ``0-2, 5``."""
+    found: list[list[int]] = []
+    for layer in sorted(layers):
+        if found and layer == found[-1][1] + 1:
+            found[-1][1] = layer
+        else:
+            found.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
 
 
 def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:

@@ -9,7 +9,8 @@ from sample import full_report, sample_report
 from layersmith.report.charts import shorter
 from layersmith.report.html import plots, render
 from layersmith.report.plot import columns, log_ticks
-from layersmith.report.words import cost_label, format_cost, format_seconds
+from layersmith.report.words import cost_label
+from layersmith.search.budget import format_cost, format_seconds
 
 
 class Page(HTMLParser):

@@ -21,7 +21,7 @@ from layersmith.library.axes import REST, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
-from layersmith.recipe import BATCH, CONTEXT
+from layersmith.recipe import BATCH, CONTEXT, GENERATE
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
 
@@ -33,10 +33,29 @@ class Workload:
     Attributes:
         batch: sequences at once.
         context: tokens in the KV cache of each.
+        generate: of these, tokens that the model writes; default: ``GENERATE``, but no more than half.
     """
 
     batch: int = BATCH
     context: int = CONTEXT
+    generate: int | None = None
+
+    @property
+    def generated(self) -> int:
+        """Tokens that the model writes after the prompt, at least 1."""
+        return self.generate or max(1, min(GENERATE, self.context // 2))
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of a prompt, at least 1."""
+        return max(1, self.context - self.generated)
+
+    def within(self, longest: int | None) -> Workload:
+        """The same for a model that knows so many positions."""
+        if longest is None or self.context <= longest:
+            return self
+        generate = self.generate if self.generate is not None and self.generate < longest else None
+        return Workload(self.batch, longest, generate)
 
 
 def subblock_costs(

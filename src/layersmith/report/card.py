@@ -17,17 +17,10 @@ from layersmith.heterogeneous.modeling_layersmith import FILE_NAME
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
 from layersmith.report.collect import described, parent_name
-from layersmith.report.optional import trained_alternatives
-from layersmith.report.words import (
-    cost_label,
-    format_cost,
-    metric_label,
-    number,
-    ordered_costs,
-    share,
-    with_noise,
-)
+from layersmith.report.optional import read_clock, trained_alternatives
+from layersmith.report.words import DASH, cost_label, metric_label, number, ordered_costs, ratio, share, with_noise
 from layersmith.run import Run
+from layersmith.search.budget import format_cost
 from layersmith.search.choose import Choice
 
 CARD = "README.md"
@@ -93,7 +86,7 @@ def model_card(
         ),
         "## What was changed",
         _changes(library, choice) if changed else "Nothing.",
-        _costs(choice),
+        _costs(run, choice),
         "## Quality",
         _quality(evaluation),
         "## How to load it",
@@ -168,15 +161,24 @@ def _changes(library: Library, choice: Choice) -> str:
     )
 
 
-def _costs(choice: Choice) -> str:
+def _costs(run: Run, choice: Choice) -> str:
     rows = []
-    for name in ordered_costs(choice.costs):
-        before, after = choice.parent_costs[name], choice.costs[name]
+    times = read_clock(run.folder)
+    whole, own_costs = choice.parent_costs, choice.costs
+    if times is not None:
+        whole, own_costs = whole | times["parent"], own_costs | times["child"]
+    for name in ordered_costs(own_costs):
+        before, after = whole[name], own_costs[name]
         limit = format_cost(name, choice.limits[name]) if name in choice.limits else ""
-        rows.append(
-            [cost_label(name), format_cost(name, before), format_cost(name, after), share(after, before), limit]
-        )
+        left = ratio(name, before, after)
+        own = DASH if left is None else f"{left:.0%}"
+        rows.append([cost_label(name), format_cost(name, before), format_cost(name, after), own, limit])
     load = f"KV cache for a batch of {choice.budget.batch} with {choice.budget.context:,} tokens each."
+    if times is not None:
+        load += (
+            f" Times on {times['device']}: a batch of {times['batch']}, prompts of {times['prompt']:,} tokens, "
+            f"{times['generated']:,} written."
+        )
     return table(["", "parent", "child", "left", "budget"], rows) + f"\n\n{load}"
 
 

@@ -13,7 +13,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from layersmith.report.plot import Plot, Table, log_ticks, make_spec, tooltip
-from layersmith.report.words import format_cost, metric_label, number, with_noise
+from layersmith.report.words import metric_label, number, with_noise
+from layersmith.search.budget import format_cost
 
 # What can become of a subblock: kind of alternative to its name in the legend and the colour's name in the page.
 KINDS = {

@@ -10,9 +10,10 @@ from typing import Any
 from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
-from layersmith.report.words import cost_unit, format_cost, metric_unit
+from layersmith.report.words import cost_unit, metric_unit
 from layersmith.scoring.metrics import METRICS
 from layersmith.scoring.score import Score, losses
+from layersmith.search.budget import format_cost
 from layersmith.search.choose import Choice
 
 SCHEMA = 1
@@ -41,6 +42,9 @@ def collect(
         optional: as :func:`layersmith.report.optional.read_optional` gives it.
     """
     before, after = choice.parent_costs, choice.costs
+    times = optional.get("clock")
+    if times:  # what the clock says goes before what was predicted
+        before, after = before | times["parent"], after | times["child"]
     name = parent_name(header)
     objective = recipe.scoring.objective
     kept, own = format_cost("parameters", before["parameters"]), format_cost("parameters", after["parameters"])
@@ -66,7 +70,9 @@ def collect(
         "checks": {
             "scores": _checked_scores(scores),
             "sums": _checked_sums(choice, optional.get("as_cut") or evaluation, objective, optional.get("frontier")),
+            "times": _checked_times(choice, times, optional.get("times")),
         },
+        "times": times,
         "search": {"score": choice.score, "proven_optimal": choice.proven_optimal},
         "frontier": optional.get("frontier"),
         "distillation": optional.get("distillation"),
@@ -214,6 +220,37 @@ def _checked_sums(
             for name, points in series
             for p in points
             if p["measured"] and p["score"] is not None
+        ]
+    return found
+
+
+def _checked_times(
+    choice: Choice, measured: dict[str, Any] | None, times: dict[str, Any] | None
+) -> list[dict[str, Any]]:
+    """Times of whole children as fractions of the parent's: by the sums of their parts, and by the clock."""
+    found: list[dict[str, Any]] = []
+    if times is not None:
+        found += [
+            {
+                "what": check["what"],
+                "phase": phase,
+                "fraction": check["fraction"],
+                "predicted": check["parts"][phase] / times["parent"][phase],
+                "measured": check["whole"][phase] / check["parent"][phase],
+            }
+            for check in times["checks"]
+            for phase in ("prefill", "decode")
+        ]
+    if measured is not None and "prefill_seconds" in choice.costs:
+        found += [
+            {
+                "what": "this child",
+                "phase": phase,
+                "fraction": choice.costs["parameters"] / choice.parent_costs["parameters"],
+                "predicted": choice.costs[f"{phase}_seconds"] / choice.parent_costs[f"{phase}_seconds"],
+                "measured": measured["child"][f"{phase}_seconds"] / measured["parent"][f"{phase}_seconds"],
+            }
+            for phase in ("prefill", "decode")
         ]
     return found
 

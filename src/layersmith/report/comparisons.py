@@ -19,7 +19,8 @@ from layersmith.report.plot import (
     subblock_label,
     tooltip,
 )
-from layersmith.report.words import cost_label, format_cost, metric_label, metric_unit, number, with_noise
+from layersmith.report.words import cost_label, metric_label, metric_unit, number, with_noise
+from layersmith.search.budget import format_cost
 
 # ---------------------------------------------------------------------------------------------- the frontier
 
@@ -218,6 +219,49 @@ def checked_sums(report: dict[str, Any]) -> list[Plot]:
             Table(f"{label} ({unit})", ["model", "sum of scores", "measured", "measured / sum"], rows),
         )
     ]
+
+
+_PHASES = {"prefill": "time to first token", "decode": "time per token"}
+
+
+def checked_times(report: dict[str, Any]) -> list[Plot]:
+    """Times of whole children against the sums of their parts."""
+    import altair as alt
+
+    checks = [c for c in report["checks"]["times"] if c["predicted"] > 0 and c["measured"] > 0]
+    if not checks:
+        return []
+    data = [
+        {
+            "predicted": c["predicted"], "measured": c["measured"], "what": c["what"], "phase": _PHASES[c["phase"]],
+            "text": f"{c['measured']:.3f}x",
+        }
+        for c in checks
+    ]  # fmt: skip
+    rows = [
+        [c["what"], _PHASES[c["phase"]], f"{c['predicted']:.3f}x", f"{c['measured']:.3f}x", _off(c)] for c in checks
+    ]
+    values = [float(c[k]) for c in checks for k in ("predicted", "measured")]
+    title = "of the parent's"
+    spec = _against(
+        "times", "predicted", "measured", f"sum of parts, {title}", f"by the clock, {title}", min(values), max(values),
+        "phase", tooltip(what="model", phase="", predicted="sum of parts", text="by the clock"), alt,
+    )  # fmt: skip
+    return [
+        Plot(
+            "times",
+            "Whole models: times of parts against the clock",
+            "Parts are timed in models in which all layers have them. What random children and the solution took as a "
+            "whole corrects their sums; this child's is corrected already.",
+            spec,
+            data,
+            Table("Times, of the parent's", ["model", "", "sum of parts", "by the clock", "off by"], rows),
+        )
+    ]
+
+
+def _off(check: dict[str, Any]) -> str:
+    return f"{check['predicted'] / check['measured'] - 1:+.1%}".replace("-", "\u2212")
 
 
 def _against(

@@ -13,19 +13,20 @@ from importlib.resources import files
 from typing import Any
 
 from layersmith.report.charts import heat_map, importance, mosaic
-from layersmith.report.comparisons import checked_scores, checked_sums, frontier_plot, locally, training
+from layersmith.report.comparisons import checked_scores, checked_sums, checked_times, frontier_plot, locally, training
 from layersmith.report.plot import Plot, data_sets
 from layersmith.report.words import (
     cost_label,
     cost_unit,
-    format_cost,
-    format_seconds,
+    is_throughput,
     metric_label,
     number,
     ordered_costs,
+    ratio,
     share,
     with_noise,
 )
+from layersmith.search.budget import format_cost, format_seconds
 
 _NOT_COSTS = ("name",)
 # What the stages of a run do, for people; a stage that is not here is called by its folder's name.
@@ -37,6 +38,9 @@ _STAGES = {
     "solution": "search",
     "child": "realize",
     "evaluation": "evaluate",
+    "costs": "time the alternatives",
+    "settled": "search against the clock",
+    "clock": "time parent and child",
 }
 
 
@@ -53,6 +57,7 @@ def render(report: dict[str, Any]) -> str:
         answer=answer(report),
         cards=_cards(report),
         costs=_cost_rows(report),
+        load=_load(report["times"]),
         budget=[_budget_row(row) for row in report["budget"]],
         plots=found,
         objective=metric_label(report["scores"]["objective"]),
@@ -74,7 +79,7 @@ def plots(report: dict[str, Any]) -> dict[str, list[Plot]]:
         "layers": [mosaic(report)],
         "scores": [heat_map(report)] if any(c is not None for row in report["scores"]["rows"] for c in row) else [],
         "importance": importance(report["importance"]),
-        "checks": [*checked_scores(report["checks"]["scores"]), *checked_sums(report)],
+        "checks": [*checked_scores(report["checks"]["scores"]), *checked_sums(report), *checked_times(report)],
         "distillation": [*training(distillation["curves"]), *locally(distillation["alternatives"])]
         if distillation
         else [],
@@ -111,7 +116,7 @@ def answer(report: dict[str, Any]) -> str:
         f"{share(child['memory_bytes'], parent['memory_bytes'])} of the memory",
     ]
     words += [
-        f"{share(child[name], parent[name])} of the {cost_label(name)} time"
+        f"{share(child[name], parent[name])} of the {cost_label(name)}"
         for name in _cost_names(report)
         if cost_unit(name) == "seconds"
     ]
@@ -132,7 +137,7 @@ def _cards(report: dict[str, Any]) -> list[dict[str, str]]:
             "label": cost_label(name),
             "value": format_cost(name, child[name]),
             "was": f"parent {format_cost(name, parent[name])}",
-            "change": change(parent[name], child[name]),
+            "change": change(1.0, ratio(name, parent[name], child[name]) or 0.0) if parent[name] else "",
         }
         for name in wanted
     ]
@@ -185,10 +190,20 @@ def _cost_rows(report: dict[str, Any]) -> list[dict[str, str]]:
                 "label": cost_label(name),
                 "parent": format_cost(name, before),
                 "child": format_cost(name, after),
-                "share": share(after, before),
+                "share": share(after, before) if not is_throughput(name) else share(before, after),
             }
         )
     return rows
+
+
+def _load(times: dict[str, Any] | None) -> str:
+    """On what times were measured, and with how much; nothing where there are none."""
+    if times is None:
+        return ""
+    return (
+        f"; times on {times['device']}, a batch of {times['batch']} with prompts of {times['prompt']:,} tokens and "
+        f"{times['generated']:,} written"
+    )
 
 
 def _budget_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -199,7 +214,7 @@ def _budget_row(row: dict[str, Any]) -> dict[str, Any]:
         "limit": format_cost(name, row["limit"]),
         "used": format_cost(name, row["used"]),
         "exact": f"{row['used']:,} of {row['limit']:,}" if counted else "",
-        "of_parent": share(row["limit"], whole),
+        "of_parent": share(whole, row["limit"]) if is_throughput(name) else share(row["limit"], whole),
         "percent": min(100.0, 100.0 * row["used"] / row["limit"]) if row["limit"] else 0.0,
     }
 

@@ -21,6 +21,8 @@ def read_optional(run: Run) -> dict[str, Any]:
     as_cut = run.folder / "evaluation" / "evaluation.json"
     return {
         "as_cut": read_json(as_cut) if as_cut.is_file() else None,
+        "times": read_times(run.folder),
+        "clock": read_clock(run.folder),
         "frontier": read_frontier(run.folder / "frontier" / "frontier.json"),
         "distillation": read_distillation(run.folder),
         "timings": run.times(),
@@ -41,6 +43,21 @@ def read_frontier(path: Path) -> dict[str, Any] | None:
         ],
         "budget": {"limit": data["budget"]["limit"]},
     }
+
+
+def read_times(folder: Path) -> dict[str, Any] | None:
+    """Times of alternatives as they were known last; None where the budget has no limit of time."""
+    for stage in ("settled", "costs"):
+        if (path := folder / stage / "times.json").is_file():
+            data = read_json(path)
+            return {name: data[name] for name in ("source", "device", "parent", "checks", "correction")}
+    return None
+
+
+def read_clock(folder: Path) -> dict[str, Any] | None:
+    """What parent and child took of the clock; None if they were not timed."""
+    path = folder / "clock" / "times.json"
+    return read_json(path) if path.is_file() else None
 
 
 def _point(point: dict[str, Any]) -> dict[str, Any]:

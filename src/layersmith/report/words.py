@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
-from layersmith.search.budget import format_bytes, format_count
+from layersmith.search.budget import COSTS
 
 COST_LABELS = {
     "parameters": "parameters",
@@ -16,8 +16,11 @@ COST_LABELS = {
     "weight_bytes": "weight memory",
     "kv_cache_bytes": "KV cache",
     "memory_bytes": "memory",
+    "prefill_seconds": "time to first token",
+    "decode_seconds": "time per token",
+    "token_seconds": "throughput",
 }
-_UNITS = {"bytes": "bytes", "seconds": "seconds", "tokens_per_second": "tokens a second"}
+_UNITS = {"bytes": "bytes", "seconds": "seconds"}
 METRIC_UNITS = {
     "kl_divergence": "nats a token",
     "lm_loss": "nats a token",
@@ -47,38 +50,26 @@ def ordered_costs(names: Iterable[str]) -> list[str]:
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
 
 
+def is_throughput(name: str) -> bool:
+    """Whether people are told one over it: tokens a second instead of the time that each takes of the machine."""
+    return COSTS.get(name, ("", ""))[1] == "tokens/s"
+
+
+def ratio(name: str, before: float, after: float) -> float | None:
+    """Of what people are told of a cost, the child's over the parent's; None if there is none."""
+    before, after = (after, before) if is_throughput(name) else (before, after)
+    return after / before if before else None
+
+
 def cost_unit(name: str) -> str:
     """``bytes``, ``seconds``, ``tokens a second``; ``count`` where the name says none."""
+    if is_throughput(name):
+        return "tokens a second"
     return next((unit for end, unit in _UNITS.items() if name.endswith(end)), "count")
 
 
 def _without_unit(name: str) -> str:
     return next((name.removesuffix(f"_{end}") for end in _UNITS if name.endswith(f"_{end}")), name)
-
-
-def format_cost(name: str, value: float) -> str:
-    """A cost for people: ``4.77M``, ``9.10 MiB`` or ``3.42 ms``."""
-    unit = cost_unit(name)
-    if unit == "bytes":
-        return format_bytes(value)
-    if unit == "seconds":
-        return format_seconds(value)
-    if unit == "tokens a second":
-        return f"{value:,.0f} tokens/s"
-    return format_count(value)
-
-
-def format_seconds(value: float) -> str:
-    """``0.00342`` as ``3.42 ms``, ``5025`` as ``1 h 24 min``."""
-    if value >= 3600:
-        hours, minutes = divmod(round(value / 60), 60)
-        return f"{hours} h {minutes:02} min"
-    if value >= 60:
-        minutes, seconds = divmod(round(value), 60)
-        return f"{minutes} min {seconds:02} s"
-    if value >= 1 or value == 0:
-        return f"{value:.1f} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
 
 
 def metric_label(name: str) -> str:

@@ -1,7 +1,11 @@
-"""Budgets in the words of the user: upper limits on what a child costs."""
+"""Budgets in the words of the user: upper limits on what a child costs.
+
+A throughput is a lower limit on tokens written a second, so an upper one on the time that each takes of the machine.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,9 +22,23 @@ COSTS = {
     "weight_bytes": ("weights", "bytes"),
     "kv_cache_bytes": ("kv_cache", "bytes"),
     "memory_bytes": ("memory", "bytes"),
+    "prefill_seconds": ("ttft", "seconds"),
+    "decode_seconds": ("time_per_token", "seconds"),
+    "token_seconds": ("throughput", "tokens/s"),
+}
+COST_WORDS = {
+    "parameters": "parameters",
+    "active_parameters": "active parameters",
+    "weight_bytes": "weights",
+    "kv_cache_bytes": "KV cache",
+    "memory_bytes": "memory",
+    "prefill_seconds": "time to first token",
+    "decode_seconds": "time per token",
+    "token_seconds": "throughput",
 }
 _COST_OF = {key: cost for cost, (key, _) in COSTS.items()}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
+_SECONDS = {"US": Decimal("1e-6"), "MS": Decimal("1e-3"), "S": Decimal(1), "MIN": Decimal(60)}
 _BYTES = {
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
@@ -33,13 +51,14 @@ class Limit:
 
     Attributes:
         cost: a name in :data:`COSTS`.
-        fraction: of the parent's, exactly as it was typed, e.g. ``"0.7"``; or None.
-        amount: parameters or bytes; or None.
+        fraction: of the parent's, exactly as it was typed, e.g. ``"0.7"``; or None. Of a throughput it is what the
+            child's is of the parent's, so more than 1 is faster.
+        amount: parameters, bytes, seconds, or tokens a second; or None.
     """
 
     cost: str
     fraction: str | None = None
-    amount: int | None = None
+    amount: float | None = None
 
     def __post_init__(self) -> None:
         if self.cost not in COSTS:
@@ -47,18 +66,32 @@ class Limit:
         if (self.fraction is None) == (self.amount is None):
             raise UsageError(f"budget {self.cost}: give a fraction or an amount, one of the two.")
 
-    def resolve(self, parent: int) -> int:
-        """The limit in parameters or bytes for a parent that costs ``parent``."""
+    @staticmethod
+    def of(cost: str, limit: float) -> Limit:
+        """The limit that :meth:`resolve` gives."""
+        return Limit(cost, amount=1 / limit if COSTS[cost][1] == "tokens/s" else limit)
+
+    @property
+    def is_throughput(self) -> bool:
+        return COSTS[self.cost][1] == "tokens/s"
+
+    def resolve(self, parent: float) -> float:
+        """The limit in parameters, bytes or seconds for a parent that costs ``parent``."""
+        if self.is_throughput:
+            return 1 / self.amount if self.amount is not None else parent / float(str(self.fraction))
         if self.amount is not None:
             return self.amount
-        return int(Decimal(str(self.fraction)) * parent)
+        if isinstance(parent, int):
+            return int(Decimal(str(self.fraction)) * parent)
+        return float(str(self.fraction)) * parent
 
     def __str__(self) -> str:
-        what = self.cost.removesuffix("_bytes").replace("_", " ").replace("kv", "KV")
+        what = COST_WORDS[self.cost]
         if self.fraction is not None:
             return f"{what} {float(self.fraction):.4g}x"
         assert self.amount is not None
-        return f"{what} {format_bytes(self.amount) if self.cost.endswith('bytes') else format_count(self.amount)}"
+        own = 1 / self.amount if self.is_throughput else self.amount
+        return f"{what} {format_cost(self.cost, own)}"
 
 
 @dataclass(frozen=True)
@@ -69,11 +102,14 @@ class Budget:
         limits: at least one, on different costs.
         batch: sequences at once.
         context: tokens in the KV cache of each.
+        generate: tokens of the context that are written after a prompt, for times; default: see
+            :class:`layersmith.costs.counted.Workload`.
     """
 
     limits: tuple[Limit, ...]
     batch: int = BATCH
     context: int = CONTEXT
+    generate: int | None = None
 
     def __post_init__(self) -> None:
         if not self.limits:
@@ -83,21 +119,40 @@ class Budget:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise UsageError(f"budget {name}: must be a positive whole number, got {value!r}.")
+        if self.generate is not None:
+            if isinstance(self.generate, bool) or not isinstance(self.generate, int) or self.generate < 1:
+                raise UsageError(f"budget generate: must be a positive whole number, got {self.generate!r}.")
+            if self.generate >= self.context:
+                raise UsageError(
+                    f"budget generate: {self.generate} tokens leave no prompt in a context of {self.context}."
+                )
         costs = [limit.cost for limit in self.limits]
         if len(set(costs)) != len(costs):
             raise UsageError("budget: the same cost is limited twice.")
 
-    def resolve(self, parent_costs: Mapping[str, int]) -> dict[str, int]:
-        """Cost to its limit in parameters or bytes."""
+    @property
+    def has_times(self) -> bool:
+        """Whether a limit is one of time, which has to be measured."""
+        return any(limit.cost.endswith("_seconds") for limit in self.limits)
+
+    @property
+    def counted(self) -> Budget | None:
+        """The limits that can be told by counting; None if there are none."""
+        own = tuple(limit for limit in self.limits if not limit.cost.endswith("_seconds"))
+        return dataclasses.replace(self, limits=own) if own else None
+
+    def resolve(self, parent_costs: Mapping[str, float]) -> dict[str, float]:
+        """Cost to its limit in parameters, bytes or seconds."""
         return {limit.cost: limit.resolve(parent_costs[limit.cost]) for limit in self.limits}
 
     def to_dict(self) -> dict[str, Any]:
         limits = [{"cost": x.cost, "fraction": x.fraction, "amount": x.amount} for x in self.limits]
-        return {"limits": limits, "batch": self.batch, "context": self.context}
+        return {"limits": limits, "batch": self.batch, "context": self.context, "generate": self.generate}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Budget:
-        return Budget(tuple(Limit(**entry) for entry in data["limits"]), data["batch"], data["context"])
+        limits = tuple(Limit(**entry) for entry in data["limits"])
+        return Budget(limits, data["batch"], data["context"], data.get("generate"))
 
     @staticmethod
     def parse(value: Any) -> Budget:
@@ -109,7 +164,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, Mapping):
-            known = [*_COST_OF, "batch", "context"]
+            known = [*_COST_OF, "batch", "context", "generate"]
             for key in value:
                 if key not in known:
                     raise UsageError(f"budget: unknown key {key!r}. {did_you_mean(str(key), known)}")
@@ -124,8 +179,12 @@ def parse_budget(
     weights: Any = None,
     kv_cache: Any = None,
     memory: Any = None,
+    ttft: Any = None,
+    time_per_token: Any = None,
+    throughput: Any = None,
     batch: int = BATCH,
     context: int = CONTEXT,
+    generate: int | None = None,
 ) -> Budget:
     """A budget from what was typed; each limit is a fraction of the parent's or an amount with a unit.
 
@@ -138,9 +197,12 @@ def parse_budget(
         "weights": weights,
         "kv_cache": kv_cache,
         "memory": memory,
+        "ttft": ttft,
+        "time_per_token": time_per_token,
+        "throughput": throughput,
     }
     limits = tuple(parse_limit(_COST_OF[key], value) for key, value in given.items() if value is not None)
-    return Budget(limits, batch, context)
+    return Budget(limits, batch, context, generate)
 
 
 def parse_limit(cost: str, text: Any) -> Limit:
@@ -152,19 +214,21 @@ def parse_limit(cost: str, text: Any) -> Limit:
     if cost not in COSTS:
         raise UsageError(f"budget: unknown cost {cost!r}. {did_you_mean(cost, COSTS)}")
     option, kind = COSTS[cost]
-    example = "a fraction such as 0.7, or an amount such as " + ("7B" if kind == "count" else "10GiB")
+    example = f"a fraction such as {_FRACTION.get(kind, '0.7')}, or an amount such as {_AMOUNT[kind]}"
     wrong = f"--{option.replace('_', '-')} {text}"
     typed = "" if isinstance(text, bool) else str(text).strip().replace("_", "").replace(",", "")
-    match = re.fullmatch(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z]*)", typed)
+    match = re.fullmatch(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z\u00b5/ ]*)", typed)
     if not match:
         raise UsageError(f"{wrong}: not a budget. Give {example}.")
     try:
         number = Decimal(match[1])
     except InvalidOperation as error:
         raise UsageError(f"{wrong}: not a number. Give {example}.") from error
-    unit = match[2].upper()
+    unit = match[2].strip().upper()
     if number <= 0:
         raise UsageError(f"{wrong}: a budget must be more than nothing. Give {example}.")
+    if kind == "tokens/s":
+        return _throughput(number, unit, f"{wrong}: {match[2]!r} is not a unit of throughput. Give {example}.")
     if unit == "%":
         number, unit = number / 100, ""
         if number > 1:
@@ -178,20 +242,42 @@ def parse_limit(cost: str, text: Any) -> Limit:
         if unit == "" and (amount != int(amount) or amount < 1000):
             raise UsageError(f"{wrong}: a fraction must be at most 1, and an amount needs a unit. Give {example}.")
         return Limit(cost, amount=int(amount))
-    if unit not in _BYTES:
-        what = f"{match[2]!r} is not a unit of memory" if unit else "an amount of memory needs a unit"
-        raise UsageError(f"{wrong}: {what} (KiB, MiB, GiB, TiB, KB, MB, GB, TB). Give {example}.")
-    return Limit(cost, amount=int(number * _BYTES[unit]))
+    units, words = (_SECONDS, "time (us, ms, s, min)") if kind == "seconds" else (_BYTES, _BYTES_WORDS)
+    if kind == "seconds":
+        unit = unit.removesuffix("/TOKEN").removesuffix("/TOK").replace("\u00b5", "U").replace("\u039c", "U").strip()
+    if unit not in units:
+        what = f"{match[2]!r} is not a unit of" if unit else "an amount needs a unit of"
+        raise UsageError(f"{wrong}: {what} {words}. Give {example}.")
+    amount = number * units[unit]
+    return Limit(cost, amount=float(amount) if kind == "seconds" else int(amount))
+
+
+_FRACTION = {"tokens/s": "1.5x"}
+_AMOUNT = {"count": "7B", "bytes": "10GiB", "seconds": "12ms", "tokens/s": "500tokens/s"}
+_BYTES_WORDS = "memory (KiB, MiB, GiB, TiB, KB, MB, GB, TB)"
+_RATES = ("TOKENS/S", "TOK/S", "TOKEN/S", "T/S", "/S", "TPS")
+
+
+def _throughput(number: Decimal, unit: str, wrong: str) -> Limit:
+    if unit == "%":
+        number, unit = number / 100, "X"
+    if unit in ("X", ""):
+        if unit == "" and number > 20:
+            raise UsageError(wrong)
+        return Limit("token_seconds", fraction=format(number.normalize(), "f"))
+    if unit.replace(" ", "") not in _RATES:
+        raise UsageError(wrong)
+    return Limit("token_seconds", amount=float(number))
 
 
 def parse_amount(text: str, where: str) -> Decimal:
-    """An amount with a unit of memory or of parameters, e.g. ``10GiB`` or ``7B``.
+    """An amount with a unit of memory, time or parameters, e.g. ``10GiB``, ``12ms`` or ``7B``.
 
     Raises:
         UsageError: neither.
     """
     match = re.fullmatch(r"([0-9.]+)\s*(%|[A-Za-z]+)", text.strip().replace("_", ""))
-    units: dict[str, Any] = {**_COUNTS, **_BYTES, "%": Decimal("0.01")}
+    units: dict[str, Any] = {**_COUNTS, **_BYTES, **_SECONDS, "%": Decimal("0.01")}
     try:
         if match and match[2].upper() in units:
             return Decimal(match[1]) * units[match[2].upper()]
@@ -214,3 +300,27 @@ def format_bytes(value: float) -> str:
         if value >= 1024**power:
             return f"{value / 1024**power:.2f} {unit}"
     return f"{value:.0f} B"
+
+
+def format_seconds(value: float) -> str:
+    """``0.00342`` as ``3.42 ms``, ``5025`` as ``1 h 24 min``."""
+    if value >= 3600:
+        hours, minutes = divmod(round(value / 60), 60)
+        return f"{hours} h {minutes:02} min"
+    if value >= 60:
+        minutes, seconds = divmod(round(value), 60)
+        return f"{minutes} min {seconds:02} s"
+    if value >= 1 or value == 0:
+        return f"{value:.1f} s"
+    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
+
+
+def format_cost(name: str, value: float) -> str:
+    """A cost for people: ``4.77M``, ``9.10 MiB``, ``3.42 ms`` or, of what each token takes, ``812 tokens/s``."""
+    if COSTS.get(name, ("", ""))[1] == "tokens/s":
+        return f"{1 / value:,.4g} tokens/s" if value else "no limit"
+    if name.endswith("bytes"):
+        return format_bytes(value)
+    if name.endswith("seconds"):
+        return format_seconds(value)
+    return format_count(value)

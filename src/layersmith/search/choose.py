@@ -118,6 +118,10 @@ class Space:
         ]
         self._solver: Solver | None = None
 
+    def with_costs(self, costs: CostTable) -> Space:
+        """The same choices where they cost something else."""
+        return Space(self.alternatives, self.losses, costs, self.budget, self.rules, self.blocks)
+
     def _alike(self, places: Sequence[rules_of.Place]) -> dict[str, tuple[Alternative, ...]]:
         """Alternatives that all of some subblocks have, by name."""
         by_name = [{a.name: a for a in self.by_place[place]} for place in places]

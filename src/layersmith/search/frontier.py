@@ -50,10 +50,12 @@ def frontier(
 
 def _for(choice: Choice, limits: dict[str, Any]) -> Choice:
     """The choice with the limits for which it is the best."""
-    known = all(cost in COSTS and isinstance(limit, int) for cost, limit in limits.items())
+    known = all(
+        cost in COSTS and (isinstance(limit, int) or cost.endswith("_seconds")) for cost, limit in limits.items()
+    )
     budget = choice.budget
     if known:
-        own = tuple(Limit(cost, amount=limit) for cost, limit in limits.items())
+        own = tuple(Limit.of(cost, limit) for cost, limit in limits.items())
         budget = dataclasses.replace(choice.budget, limits=own)
     return dataclasses.replace(choice, limits=limits, budget=budget)
 

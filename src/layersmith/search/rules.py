@@ -6,6 +6,7 @@ are; numbers of no-ops and sums of costs are further costs with limits of their 
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal, InvalidOperation
@@ -16,7 +17,7 @@ from layersmith.costs.library_costs import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import CombinedLimit, SearchRecipe
-from layersmith.search.budget import parse_amount
+from layersmith.search.budget import COSTS, parse_amount
 
 Place = tuple[int, str]
 Costs = dict[str, float]
@@ -149,8 +150,17 @@ def limits_of(rules: SearchRecipe, costs: CostTable) -> Costs:
     for name, limit in extra_costs(rules, costs).items():
         scale = _scale(limit)
         whole = weighted(limit, costs.parent)
-        found[name] = _amount(limit, whole, scale)
+        found[name] = _amount(limit, whole, scale, costs.parent)
     return found
+
+
+def without_times(rules: SearchRecipe) -> SearchRecipe:
+    """Without limits on sums in which times are."""
+    known = {key: cost for cost, (key, *_) in COSTS.items()}
+    own = tuple(
+        limit for limit in rules.limits if not any(known.get(name, name).endswith("_seconds") for name in limit.costs)
+    )
+    return dataclasses.replace(rules, limits=own)
 
 
 def fixed_of(rules: SearchRecipe, costs: CostTable) -> Costs:
@@ -175,8 +185,6 @@ def _scale(limit: CombinedLimit) -> int:
 
 
 def _cost_name(name: str, known: Mapping[str, float]) -> str:
-    from layersmith.search.budget import COSTS
-
     by_key = {key: cost for cost, (key, *_) in COSTS.items()}
     cost = by_key.get(name, name)
     if cost not in known:
@@ -184,7 +192,7 @@ def _cost_name(name: str, known: Mapping[str, float]) -> str:
     return cost
 
 
-def _amount(limit: CombinedLimit, whole: float, scale: int) -> float:
+def _amount(limit: CombinedLimit, whole: float, scale: int, costs: Mapping[str, float]) -> float:
     """The limit in the scaled unit of its sum."""
     if not limit.costs:
         raise UsageError("recipe search.limits: costs must name at least one.")
@@ -194,6 +202,7 @@ def _amount(limit: CombinedLimit, whole: float, scale: int) -> float:
         number = parse_amount(str(limit.at_most), "recipe search.limits.at_most")
     if number < 0:
         raise UsageError(f"recipe search.limits: at_most cannot be negative, got {limit.at_most}.")
-    if 0 < number <= 1:
-        return math.floor(Fraction(number) * Fraction(whole))
-    return math.floor(Fraction(number) * scale)
+    timed = any(_cost_name(name, costs).endswith("_seconds") for name in limit.costs)
+    unit = isinstance(limit.at_most, str) and limit.at_most.strip()[-1:].isalpha()
+    amount = Fraction(number) * (Fraction(whole) if 0 < number <= 1 and not unit else scale)
+    return float(amount) if timed else math.floor(amount)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layersmith.errors import Infeasible
-from layersmith.search.budget import format_bytes, format_count
+from layersmith.search.budget import COST_WORDS, COSTS, format_cost
 from layersmith.search.core import GivesUp, best_near_bound
 from layersmith.search.program import (
     Floats,
@@ -246,7 +246,7 @@ class Solver:
                 least = self.least(cost, {name: limit for name, limit in limits.items() if name != cost})
             except Infeasible:
                 continue
-            said.append(f"{_words(cost)} can be {self._amount(cost, least)} at least")
+            said.append(f"{_words(cost)} can be {self._amount(cost, least)} at {_bound(cost)}")
         possible = f" With the others kept, {', '.join(said)}." if said else ""
         return f"Infeasible: each limit can be met, but not all together.{possible} Raise one of them."
 
@@ -256,7 +256,9 @@ class Solver:
 
     def _amount(self, cost: str, value: float) -> str:
         whole = (self.parent_costs or {}).get(cost)
-        text = f"{value:g}" if ":" in cost else (format_bytes if cost.endswith("bytes") else format_count)(value)
+        text = f"{value:g}" if ":" in cost else format_cost(cost, value)
+        if COSTS.get(cost, ("", ""))[1] == "tokens/s":  # one over the cost is what people mean
+            value, whole = whole or 0.0, value
         return f"{value / whole:.2f}x ({text})" if whole else text
 
 
@@ -313,4 +315,8 @@ def within(
 
 
 def _words(cost: str) -> str:
-    return cost.removeprefix("rule:").replace("_", " ")
+    return COST_WORDS.get(cost) or cost.removeprefix("rule:").replace("_", " ")
+
+
+def _bound(cost: str) -> str:
+    return "most" if COSTS.get(cost, ("", ""))[1] == "tokens/s" else "least"

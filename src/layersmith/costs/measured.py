@@ -1,0 +1,448 @@
+"""Times of alternatives, measured in whole models on the device at hand.
+
+A shape is timed as it will run: in a model of its family in which every layer of its kind has it, through
+Transformers' own ``generate``. What it saves is the difference to the parent, over the number of those layers. So a
+child's time lies between those of models that were timed, whatever runs between the layers is in it, and no error is
+multiplied by the number of layers.
+
+The weights are the parent's memory, cut to shapes (:func:`carve`): models that are timed take none of their own.
+"""
+
+from __future__ import annotations
+
+import copy
+import random
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from layersmith.artifacts import fingerprint, read_json, write_json
+from layersmith.block_config import BlockConfig
+from layersmith.costs.clock import LEAST_ROUNDS, Served, device_name, in_turns, quietly
+from layersmith.costs.counted import Workload, layers_alike
+from layersmith.costs.library_costs import CostTable
+from layersmith.costs.times import ZERO, Check, Times, Timing
+from layersmith.errors import LayersmithError, UnsupportedModel, first_line
+from layersmith.execution import share_buffers
+from layersmith.heterogeneous.build import build
+from layersmith.library.alternative import Alternative
+from layersmith.model_descriptor.cache import cache_folder, key_of
+from layersmith.model_descriptor.stock import own_config
+from layersmith.parent import Parent
+from layersmith.progress import SILENT, Progress
+from layersmith.recipe import CostsRecipe
+
+# Layers of a kind that are timed where all would take too long or do not fit into memory.
+_LEAST_LAYERS = 2
+# The share of a parent's time that all its subblocks may take.
+_MOST_INSIDE = 0.98
+_SEED = 0
+
+Blocks = Sequence[BlockConfig]
+
+
+# ---------------------------------------------------------------------------------------------- models to time
+
+
+class Stopwatch:
+    """Times children of a parent that differ in shapes."""
+
+    def __init__(self, parent: Parent, workload: Workload, recipe: CostsRecipe):
+        self.parent, self.recipe = parent, recipe
+        language = parent.language_config
+        self.workload = workload.within(getattr(language, "max_position_embeddings", None))
+        self.served = Served(self.workload, recipe.decode_steps, recipe.backend, language.vocab_size)
+        self._own: dict[str, torch.Tensor] = parent.model.state_dict()
+        self._more: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+
+    def time(
+        self,
+        children: Sequence[Blocks],
+        seconds: float | None = None,
+        advance: Callable[[float], None] = lambda x: None,
+    ) -> list[Timing]:
+        """Times of children, timed in turns."""
+        models = [self.carve(blocks) for blocks in children]
+        limit = self.recipe.seconds if seconds is None else seconds
+        return in_turns(models, self.served, self.recipe.rounds, limit, advance)
+
+    def carve(self, blocks: Blocks) -> PreTrainedModel:
+        """A child of these shapes whose weights are cut from the parent's memory: right in size, not in value."""
+        parent = self.parent
+        if list(blocks) == list(parent.blocks) and parent.stream is None:
+            return parent.model
+        child = build(
+            parent.config, list(blocks), dtype=parent.runtime.dtype, device="meta", descriptor=parent.descriptor
+        )
+        tensors = {name: self._tensor(name, tuple(t.shape), t.dtype) for name, t in child.state_dict().items()}
+        child.load_state_dict(tensors, strict=True, assign=True)
+        share_buffers(parent.model, child)
+        child.tie_weights()
+        child.generation_config = copy.deepcopy(parent.model.generation_config)
+        return child.eval().requires_grad_(False)
+
+    def _tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        own = self._own.get(name)
+        size = int(np.prod(shape, dtype=np.int64))
+        if own is not None and not own.is_meta and own.dtype == dtype and own.numel() >= size:
+            return own if own.shape == shape else own.flatten()[:size].view(shape)
+        if (name, shape) not in self._more:
+            made = torch.empty(shape, dtype=torch.float32)
+            if dtype.is_floating_point:
+                made.normal_(0, 0.02, generator=torch.Generator().manual_seed(_SEED))
+            else:
+                made.zero_()
+            self._more[name, shape] = made.to(device=self.parent.runtime.device, dtype=dtype)
+        return self._more[name, shape]
+
+
+# ---------------------------------------------------------------------------------------------- all alternatives
+
+
+@dataclass(frozen=True)
+class _Shape:
+    """What some alternatives of layers that are alike become: timed once.
+
+    Attributes:
+        kind: the first of the layers that are alike.
+        subblock: that changes.
+        block: their block config with it.
+    """
+
+    kind: int
+    subblock: str
+    block: BlockConfig
+
+    @property
+    def name(self) -> str:
+        return fingerprint([self.kind, self.subblock, self.block.to_json()])
+
+
+def measure(
+    parent: Parent,
+    alternatives: Sequence[Alternative],
+    costs: CostTable,
+    workload: Workload,
+    recipe: CostsRecipe,
+    progress: Progress = SILENT,
+) -> Times:
+    """Time every shape of a search space here, those that are known from before excepted.
+
+    Raises:
+        UnsupportedModel: the family cannot generate.
+    """
+    kinds = kinds_of(parent, alternatives, costs)
+    shapes: dict[_Shape, list[Alternative]] = {}
+    for a in alternatives:
+        if a.kind != "parent":
+            shapes.setdefault(_Shape(kinds[a.layer], a.subblock, a.block_config(parent.blocks[a.layer])), []).append(a)
+    watch = Stopwatch(parent, workload, recipe)
+    known = _Known(parent, watch.workload, recipe)
+    missing = [shape for shape in shapes if shape.name not in known.savings]
+    if missing or known.parent is None:
+        timing, found = _savings(watch, kinds, missing, recipe, progress)
+        known.add(timing, {shape.name: saved for shape, saved in found.items()})
+    whole = known.whole
+    saved = {
+        a.key: known.savings[shape.name].scaled(whole.prefill, whole.decode)
+        for shape, members in shapes.items()
+        for a in members
+    }
+    times = _as_times(alternatives, saved, whole, device_name(parent.runtime), watch.workload)
+    if parent.stream is not None or not recipe.checks:
+        return times
+    # Sums for the same shapes are checked once.
+    name = fingerprint([sorted(shape.name for shape in shapes), recipe.checks])
+    checks = known.checked(name)
+    if checks is None:
+        checks = _checks(watch, times, alternatives, costs, recipe, progress)
+        known.keep_checks(name, checks)
+    return times.checked(*checks)
+
+
+def kinds_of(parent: Parent, alternatives: Sequence[Alternative], costs: CostTable) -> list[int]:
+    """For every layer the first that takes the same time with the same alternatives."""
+    layers: list[dict[str, dict[str, int]]] = [{} for _ in parent.blocks]
+    for a in alternatives:
+        if a.kind == "parent":
+            layers[a.layer][a.subblock] = costs.by_key[a.key]
+    return layers_alike(parent.descriptor, parent.config, parent.blocks, layers)
+
+
+def _savings(
+    watch: Stopwatch, kinds: Sequence[int], shapes: Sequence[_Shape], recipe: CostsRecipe, progress: Progress
+) -> tuple[Timing, dict[_Shape, Timing]]:
+    """The parent's time, and what each shape saves in one layer, as a share of it."""
+    parent = watch.parent
+    try:
+        with quietly(recipe.backend):
+            once = _first_run(watch, progress)
+    except LayersmithError:
+        raise
+    except Exception as error:  # whatever a family's own code raises
+        raise UnsupportedModel(
+            f"{parent.path}: its times cannot be measured, because it does not generate here ({first_line(error)})."
+        ) from error
+    active = _active(watch, kinds, len(shapes), once, recipe)
+    resting = no_op_block(parent) if len(active) < len(parent.blocks) else None
+
+    def blocks_with(shape: _Shape | None) -> list[BlockConfig]:
+        blocks = []
+        for i, own in enumerate(parent.blocks):
+            if i not in active:
+                assert resting is not None
+                blocks.append(resting[i])
+            else:
+                blocks.append(shape.block if shape is not None and kinds[i] == shape.kind else own)
+        return blocks
+
+    names: list[_Shape | None] = [None, *shapes]
+    children, timed = [], []
+    for shape in names:
+        try:
+            children.append(watch.carve(blocks_with(shape)))
+            if shape is not None:
+                with quietly(recipe.backend):
+                    watch.served.once(children[-1])
+            timed.append(shape)
+        except Exception as error:  # it cannot be everywhere at once; then it counts as saving nothing
+            if shape is None:
+                raise
+            del children[len(timed) :]
+            progress.note(f"no time for {shape.subblock} of layers like {shape.kind}: {first_line(error)}.")
+    rounds = max(recipe.rounds, LEAST_ROUNDS) + 1
+    with progress.stage("measure", rounds, "rounds") as advance:
+        seconds = in_turns(children, watch.served, recipe.rounds, recipe.seconds, advance)
+    reference, whole = seconds[0], seconds[0]
+    if resting is not None:
+        whole = (
+            once
+            if once is not None
+            else _extended(watch, kinds, active, reference, dict(zip(timed, seconds, strict=True)))
+        )
+    found = dict.fromkeys(shapes, ZERO)
+    for shape, own in zip(timed[1:], seconds[1:], strict=True):
+        assert shape is not None
+        count = sum(kinds[i] == shape.kind for i in active)
+        saved = (reference - own).scaled(1 / count, 1 / count)
+        found[shape] = saved.scaled(1 / whole.prefill, 1 / whole.decode)
+    return whole, found
+
+
+def _first_run(watch: Stopwatch, progress: Progress) -> Timing | None:
+    """About what the whole parent takes; None where it does not lie in memory."""
+    if watch.parent.stream is not None:
+        return None
+    model: Any = watch.parent.model
+    first = watch.served.once(model)
+    seen = [first] if first.prefill > 10 else [watch.served.once(model) for _ in range(LEAST_ROUNDS)]
+    return Timing(*(float(np.median([getattr(t, phase) for t in seen])) for phase in ("prefill", "decode")))
+
+
+def _active(watch: Stopwatch, kinds: Sequence[int], shapes: int, once: Timing | None, recipe: CostsRecipe) -> set[int]:
+    """Layers that run when shapes are timed: all, or of every kind as many as there is time for."""
+    everything = set(range(len(kinds)))
+    descriptor = watch.parent.descriptor
+    if not (descriptor.attn_no_op_supported() and descriptor.mlp_no_op_supported()):
+        return everything
+    if once is None:
+        share = 0.0
+    else:
+        each = once.prefill + (recipe.decode_steps + 1) * once.decode
+        share = recipe.seconds / (each * (shapes + 1) * (LEAST_ROUNDS + 2))
+    if share >= 1:
+        return everything
+    active: set[int] = set()
+    for kind in set(kinds):
+        own = [i for i, k in enumerate(kinds) if k == kind]
+        count = min(len(own), max(_LEAST_LAYERS, int(share * len(own))))
+        active |= {own[j * len(own) // count] for j in range(count)}
+    return active
+
+
+def no_op_block(parent: Parent) -> list[BlockConfig]:
+    """Every layer without attention and FFN."""
+    return [BlockConfig(replace(b.attention, no_op=True), replace(b.ffn, no_op=True)) for b in parent.blocks]
+
+
+def _extended(
+    watch: Stopwatch,
+    kinds: Sequence[int],
+    active: set[int],
+    reference: Timing,
+    seconds: dict[_Shape | None, Timing],
+) -> Timing:
+    """What a parent takes of which only some layers were timed: the others take what those like them save as no-ops."""
+    whole = reference
+    for kind in set(kinds):
+        count = sum(kinds[i] == kind for i in active)
+        more = sum(k == kind for k in kinds) - count
+        for subblock in ("attention", "ffn"):
+            saved = [
+                reference - t for s, t in seconds.items() if s is not None and (s.kind, s.subblock) == (kind, subblock)
+            ]
+            most = Timing(max((t.prefill for t in saved), default=0.0), max((t.decode for t in saved), default=0.0))
+            whole += most.scaled(more / count, more / count)
+    return whole
+
+
+def _as_times(
+    alternatives: Sequence[Alternative], saved: dict[str, Timing], whole: Timing, device: str, workload: Workload
+) -> Times:
+    """From savings to times: a subblock takes what its cheapest alternative saves, the rest is outside the layers."""
+    most: dict[tuple[int, str], Timing] = {}
+    for a in alternatives:
+        own = saved.get(a.key, ZERO)
+        before = most.get((a.layer, a.subblock), ZERO)
+        most[a.layer, a.subblock] = Timing(max(before.prefill, own.prefill), max(before.decode, own.decode))
+    # Noise may say that all layers together save more than everything; something is always left outside of them.
+    shares = []
+    for phase in ("prefill", "decode"):
+        inside, limit = sum(getattr(own, phase) for own in most.values()), _MOST_INSIDE * getattr(whole, phase)
+        shares.append(limit / inside if inside > limit else 1.0)
+    by_key = {
+        a.key: (most[a.layer, a.subblock] - saved.get(a.key, ZERO)).scaled(shares[0], shares[1]) for a in alternatives
+    }
+    fixed = whole
+    for own in most.values():
+        fixed -= own.scaled(shares[0], shares[1])
+    return Times("measured", device, workload, by_key, fixed)
+
+
+def _checks(
+    watch: Stopwatch,
+    times: Times,
+    alternatives: Sequence[Alternative],
+    costs: CostTable,
+    recipe: CostsRecipe,
+    progress: Progress,
+) -> list[Check]:
+    """Random children, from a few changes to many, timed whole."""
+    count = recipe.checks
+    rng = random.Random(_SEED)
+    by_place: dict[tuple[int, str], list[Alternative]] = {}
+    for a in alternatives:
+        by_place.setdefault((a.layer, a.subblock), []).append(a)
+    whole = costs.parent["parameters"]
+    children = {}
+    for k in range(count):
+        changed = (k + 1) / count
+        chosen = [
+            rng.choice(own) if rng.random() < changed else next(a for a in own if a.kind == "parent")
+            for _, own in sorted(by_place.items())
+        ]
+        parameters = costs.fixed["parameters"] + sum(costs.by_key[a.key]["parameters"] for a in chosen)
+        children[f"random child {k + 1}"] = chosen, parameters / whole
+    with progress.stage("check times", max(recipe.rounds, LEAST_ROUNDS) + 1, "rounds") as advance:
+        return check(watch, times, children, recipe, advance)
+
+
+def check(
+    watch: Stopwatch,
+    times: Times,
+    children: Mapping[str, tuple[Sequence[Alternative], float]],
+    recipe: CostsRecipe,
+    advance: Callable[[float], None] = lambda rounds: None,
+) -> list[Check]:
+    """Time children as whole models beside their parent.
+
+    Args:
+        watch: of the parent.
+        times: that say what the children should take.
+        children: by name what they are made of, and their parameters as a fraction of the parent's.
+        recipe: how long that may take: half of what measuring may.
+        advance: told of rounds.
+    """
+    blocks = [_blocks_of(watch.parent, chosen) for chosen, _ in children.values()]
+    parent, *own = watch.time([watch.parent.blocks, *blocks], recipe.seconds / 2, advance)
+    return [
+        Check(name, fraction, times.whole(a.key for a in chosen), seen, parent)
+        for (name, (chosen, fraction)), seen in zip(children.items(), own, strict=True)
+    ]
+
+
+def _blocks_of(parent: Parent, chosen: Sequence[Alternative]) -> list[BlockConfig]:
+    blocks = list(parent.blocks)
+    for a in chosen:
+        blocks[a.layer] = a.block_config(blocks[a.layer])
+    return blocks
+
+
+def time_models(models: Sequence[Any], workload: Workload, recipe: CostsRecipe, vocab_size: int) -> list[Timing]:
+    """Time models as they are, in turns; they may take a quarter of what measuring may."""
+    served = Served(workload, recipe.decode_steps, recipe.backend, vocab_size)
+    return in_turns(models, served, recipe.rounds, recipe.seconds / 4)
+
+
+# ---------------------------------------------------------------------------------------------- kept
+
+
+class _Known:
+    """Times that were measured before, by all that they depend on; in the user's cache, if there is one."""
+
+    def __init__(self, parent: Parent, workload: Workload, recipe: CostsRecipe):
+        self.parent: Timing | None = None
+        self.savings: dict[str, Timing] = {}
+        self._checks: dict[str, list[Check]] = {}
+        config = own_config(parent.config)
+        key = fingerprint(
+            [
+                key_of(config),
+                [b.to_json() for b in parent.blocks],
+                device_name(parent.runtime),
+                str(parent.runtime.dtype),
+                [workload.batch, workload.prompt, workload.generated],
+                [recipe.backend, recipe.decode_steps],
+                parent.stream is not None,
+            ]
+        )
+        folder = cache_folder()
+        self._path = folder.parent / "times" / f"{key}.json" if folder is not None else None
+        if self._path is not None and self._path.is_file():
+            try:
+                data = read_json(self._path)
+                self.savings = {name: Timing(*own) for name, own in data["savings"].items()}
+                self._checks = {name: [Check.from_dict(c) for c in own] for name, own in data["checks"].items()}
+                self.parent = Timing(*data["parent"])
+            except Exception:  # damaged; it is made again
+                self.parent, self.savings, self._checks = None, {}, {}
+
+    @property
+    def whole(self) -> Timing:
+        if self.parent is None:
+            raise RuntimeError("nothing was measured")
+        return self.parent
+
+    def add(self, parent: Timing, savings: dict[str, Timing]) -> None:
+        """Keep what was measured now; savings are shares of the parent's time, so that of two sessions the later one
+        says how fast the machine is."""
+        self.parent = parent
+        self.savings |= savings
+        self._write()
+
+    def checked(self, shapes: str) -> list[Check] | None:
+        """Whole children that were timed for these shapes."""
+        return self._checks.get(shapes)
+
+    def keep_checks(self, shapes: str, checks: list[Check]) -> None:
+        self._checks[shapes] = checks
+        self._write()
+
+    def _write(self) -> None:
+        if self._path is None or self.parent is None:
+            return
+        with suppress(OSError, LayersmithError):  # a cache that cannot be written is none
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            write_json(
+                self._path,
+                {
+                    "parent": [self.parent.prefill, self.parent.decode],
+                    "savings": {name: [t.prefill, t.decode] for name, t in self.savings.items()},
+                    "checks": {name: [asdict(c) for c in own] for name, own in self._checks.items()},
+                },
+            )

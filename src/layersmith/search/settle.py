@@ -1,0 +1,81 @@
+"""A choice within limits of time that holds against the clock.
+
+The program sees sums of parts. So its choice is timed as a whole model; where the sum was wrong, or the machine is not
+as fast as it was when the parts were timed, times are corrected by what was seen and the program is solved again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from layersmith.costs.times import Check, Times, costs_of
+from layersmith.errors import Infeasible
+from layersmith.search.choose import Choice, Space
+
+# Of a limit: what a child may be over it, and by how much the sum may miss it, before the search goes on.
+TOLERANCE, CLOSE = 0.01, 0.02
+_TRIES = 4
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What came of it.
+
+    Attributes:
+        times: with the checks.
+        space: with those times.
+        choice: the best that was seen to hold; if none was, the one that is over its limits by least.
+        over: by what share it is over a limit; 0 or less if it holds.
+    """
+
+    times: Times
+    space: Space
+    choice: Choice
+    over: float
+
+
+def settle(times: Times, space_of: Callable[[Times], Space], watch: Callable[[Times, Choice], Check]) -> Settled:
+    """Solve, time, correct, until the choice holds.
+
+    Args:
+        times: as they were measured.
+        space_of: of all choices, with some times.
+        watch: times a choice.
+
+    Raises:
+        Infeasible: no choice is within the limits by the times as they are known then.
+    """
+    tried: list[Settled] = []
+    for _ in range(_TRIES):
+        try:
+            space = space_of(times)
+            choice = space.best()
+        except Infeasible:
+            if not tried:
+                raise
+            break
+        if any(choice.alternatives == other.choice.alternatives for other in tried):
+            break
+        seen = watch(times, choice)
+        times = times.checked(seen).at_speed_of(seen, space.alternatives)
+        over, off = compared(choice, seen, times)
+        tried.append(Settled(times, space, choice, over))
+        if over <= TOLERANCE and off <= CLOSE:
+            break
+    holding = [own for own in tried if own.over <= TOLERANCE]
+    best = min(holding, key=lambda own: own.choice.score) if holding else min(tried, key=lambda own: own.over)
+    # All was learnt by the end; the choice is told in those terms.
+    space = space_of(times)
+    return Settled(times, space, space.of(best.choice.alternatives, best.choice.proven_optimal), best.over)
+
+
+def compared(choice: Choice, seen: Check, times: Times) -> tuple[float, float]:
+    """By what share a choice that was timed is over a limit, and how far the sum was from what was seen."""
+    measured = costs_of(seen.whole, times.workload)
+    limited: Mapping[str, float] = {name: limit for name, limit in choice.limits.items() if name in measured}
+    if not limited:
+        return 0.0, 0.0
+    over = max(measured[name] / limit - 1 for name, limit in limited.items())
+    off = max(abs(measured[name] / choice.costs[name] - 1) for name in limited)
+    return over, off

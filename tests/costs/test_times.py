@@ -1,0 +1,349 @@
+"""Times of alternatives: given, predicted, and measured with a clock that tells the same each time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import layersmith
+from layersmith.artifacts import read_json
+from layersmith.costs import clock
+from layersmith.costs.clock import told_apart
+from layersmith.costs.counted import Workload
+from layersmith.costs.measured import Stopwatch, measure
+from layersmith.costs.roofline import DEVICES, predict
+from layersmith.costs.times import TIMES, Times, Timing, costs_of, from_csv, to_csv
+from layersmith.errors import Infeasible, InputError, UsageError
+from layersmith.library.feasible import any_orders, no_maps
+from layersmith.library.library import Library, Survey, survey
+from layersmith.parent import Parent, load_parent
+from layersmith.pipeline import cost_table
+from layersmith.recipe import CostsRecipe, LibraryRecipe, Recipe
+from layersmith.runtime import Runtime
+from layersmith.search.budget import Budget, parse_limit
+from layersmith.search.choose import Space
+from layersmith.search.settle import settle
+from layersmith.timed import times_of, watched
+from tests.conftest import TINY_RECIPE
+
+LOAD = Workload(batch=2, context=48, generate=16)
+BUDGET = Budget.parse({"params": 1.0, "batch": 2, "context": 48, "generate": 16})
+
+
+@pytest.fixture(scope="module")
+def parent(make_parent: Callable[..., Path]) -> Parent:
+    return load_parent(make_parent("qwen2_windows"), Runtime(torch.device("cpu"), torch.float32))
+
+
+@pytest.fixture(scope="module")
+def found(parent: Parent) -> Survey:
+    return survey(parent, LibraryRecipe(ffn_fractions=(0.5, 0.25)))
+
+
+def takes(model: Any) -> Timing:
+    """A clock for tests: what a model's layers hold, and something beside."""
+    inside = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name)
+    return Timing(1e-3 + 1e-6 * inside, 1e-4 + 2e-8 * inside)
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Every model takes the same each time; the models that were timed."""
+    seen: list[Any] = []
+
+    def once(self: clock.Served, model: Any) -> Timing:
+        seen.append(model)
+        return takes(model)
+
+    monkeypatch.setattr(clock.Served, "once", once)
+    return seen
+
+
+# ---------------------------------------------------------------------------------------------- the clock
+
+
+def test_a_slow_round_slows_all_alike() -> None:
+    rng = random.Random(0)
+    own = [0.01, 0.02, 0.05, 0.011]
+    slow = [1.0, 3.0, 1.0, 1.2, 1.0, 7.0, 1.0, 1.0, 2.0]
+    rounds = [[t * s * rng.uniform(0.99, 1.01) for t in own] for s in slow]
+    rounds[3][1] *= 9  # and one model alone, once
+    assert told_apart(rounds) == pytest.approx(own, rel=0.02)
+
+
+def test_the_clock_runs(parent: Parent) -> None:
+    watch = Stopwatch(parent, LOAD, CostsRecipe(rounds=1, decode_steps=2, seconds=1e-3))
+    whole, again = watch.time([parent.blocks, parent.blocks])
+    assert 0 < whole.decode < whole.prefill + whole.decode < 60
+    assert again.decode == pytest.approx(whole.decode, rel=5)
+
+
+def test_what_is_timed_has_the_shapes_of_the_child_and_the_memory_of_the_parent(parent: Parent, found: Survey) -> None:
+    library = Library(
+        parent, found.axes, found.alternatives, any_orders(found.axes),
+        no_maps(parent.descriptor, parent.layers, found.alternatives), [],
+    )  # fmt: skip
+    own = {t.untyped_storage().data_ptr() for t in parent.model.state_dict().values()}
+    watch = Stopwatch(parent, LOAD, CostsRecipe())
+    rng = random.Random(1)
+    by_place: dict[Any, list[Any]] = {}
+    for a in found.alternatives:
+        by_place.setdefault((a.layer, a.subblock), []).append(a)
+    for _ in range(3):
+        chosen = [rng.choice(members) for members in by_place.values()]
+        real, timed = library.compose(chosen), watch.carve(library.blocks(chosen))
+        shapes = {name: tuple(p.shape) for name, p in real.named_parameters()}
+        assert shapes == {name: tuple(p.shape) for name, p in timed.named_parameters()}
+        assert type(real).forward is type(timed).forward
+        more = [n for n, p in timed.named_parameters() if p.untyped_storage().data_ptr() not in own]
+        linear = {a.layer for a in chosen if a.kind == "linear"}
+        assert all(any(f"layers.{i}." in name for i in linear) for name in more)
+        with torch.no_grad():
+            assert timed(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
+# ---------------------------------------------------------------------------------------------- measured
+
+
+def test_sums_of_parts_are_the_whole(parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any) -> None:
+    monkeypatch.setenv("LAYERSMITH_CACHE", "")
+    costs = cost_table(parent, found, BUDGET)
+    times = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=5))
+    assert times.whole(a.key for a in found.alternatives if a.kind == "parent").prefill == pytest.approx(
+        takes(parent.model).prefill
+    )
+    assert len(times.checks) == 5
+    for check in times.checks:
+        assert check.parts.prefill == pytest.approx(check.whole.prefill)
+        assert check.parts.decode == pytest.approx(check.whole.decode)
+    assert times.factors(found.alternatives) == pytest.approx((1, 1))
+    assert Times.from_dict(times.to_dict(found.alternatives)) == times
+
+
+def test_where_there_is_little_time_some_layers_are_timed(
+    parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("LAYERSMITH_CACHE", "")
+    costs = cost_table(parent, found, BUDGET)
+    whole = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0))
+    few = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0, seconds=1e-6))
+    for key, own in whole.by_key.items():
+        assert few.by_key[key].prefill == pytest.approx(own.prefill, abs=1e-9)
+    assert few.fixed.decode == pytest.approx(whole.fixed.decode)
+
+
+def test_a_shape_is_timed_once(
+    parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LAYERSMITH_CACHE", str(tmp_path))
+    costs = cost_table(parent, found, BUDGET)
+    recipe = CostsRecipe(rounds=3, checks=2)
+    some = [a for a in found.alternatives if a.kind != "linear"]
+    measure(parent, some, costs, LOAD, recipe)
+    steady.clear()
+    first = measure(parent, some, costs, LOAD, recipe)
+    assert not steady
+    more = measure(parent, found.alternatives, costs, LOAD, recipe)
+    assert 0 < len({id(model) for model in steady}) < 12
+    assert {key: more.by_key[key].prefill for key in first.by_key} == pytest.approx(
+        {key: own.prefill for key, own in first.by_key.items()}
+    )
+    (kept,) = (tmp_path / "times").iterdir()
+    kept.write_text("{")
+    assert measure(parent, some, costs, LOAD, recipe).by_key.keys() == first.by_key.keys()
+
+
+def test_the_choice_holds_against_a_clock_that_disagrees(
+    parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("LAYERSMITH_CACHE", "")
+    costs = cost_table(parent, found, BUDGET)
+    recipe = CostsRecipe(rounds=3, checks=0)
+    times = measure(parent, found.alternatives, costs, LOAD, recipe)
+    whole = takes(parent.model)
+    budget = Budget.parse({"time_per_token": 0.8, "batch": 2, "context": 48, "generate": 16})
+
+    def slower(self: clock.Served, model: Any) -> Timing:
+        # The machine is half as fast now, and children save a third less than their parts do.
+        own = takes(model)
+        return Timing(2 * own.prefill, 2 * (whole.decode - (whole.decode - own.decode) / 1.5))
+
+    monkeypatch.setattr(clock.Served, "once", slower)
+    losses = {
+        a.key: costs.parent["parameters"] / 1e6 - costs.by_key[a.key]["parameters"] / 1e6 for a in found.alternatives
+    }
+    losses |= {a.key: 0.0 for a in found.alternatives if a.kind == "parent"}
+
+    def space_of(known: Times | None) -> Space:
+        assert known is not None
+        return Space(found.alternatives, losses, known.into(costs, found.alternatives), budget)
+
+    watch = Stopwatch(parent, LOAD, recipe)
+    own = Recipe(costs=recipe)
+    settled = settle(times, space_of, lambda known, choice: watched(watch, known, choice, own))
+    assert settled.over <= 0.01
+    seen = slower(None, watch.carve(_blocks(parent, settled.choice)))  # type: ignore[arg-type]
+    assert seen.decode <= 0.8 * 2 * whole.decode * 1.01
+    assert settled.choice.costs["decode_seconds"] == pytest.approx(seen.decode, rel=0.02)
+
+
+def _blocks(parent: Parent, choice: Any) -> list[Any]:
+    blocks = list(parent.blocks)
+    for a in choice.alternatives:
+        blocks[a.layer] = a.block_config(blocks[a.layer])
+    return blocks
+
+
+# ---------------------------------------------------------------------------------------------- from elsewhere
+
+
+def test_a_table_is_read_as_it_was_written(parent: Parent, found: Survey, tmp_path: Path) -> None:
+    costs = cost_table(parent, found, BUDGET)
+    times = predict(
+        "H100", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.bfloat16, LOAD
+    )
+    path = tmp_path / "times.csv"
+    path.write_text(to_csv(times, found.alternatives))
+    again = from_csv(path, found.alternatives, LOAD)
+    assert {k: t.decode for k, t in again.by_key.items()} == pytest.approx(
+        {k: t.decode for k, t in times.by_key.items()}, rel=1e-5
+    )
+    assert again.fixed.prefill == pytest.approx(times.fixed.prefill, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("harm", "says"),
+    [
+        (lambda text: text.replace("decode_ms", "decode"), "no column 'decode_ms'"),
+        (lambda text: "\n".join(line for line in text.splitlines() if ",fixed," not in line), "subblock 'fixed'"),
+        (lambda text: "\n".join(line for line in text.splitlines() if "no-op" not in line), "no time for layer 0"),
+        (lambda text: text.replace("fixed,,", "fixed,,fast"), "not a number"),
+        (lambda text: text.replace("fixed,,", "fixed,,-"), "not a time"),
+        (lambda text: text.replace("\n0", "\nzero", 1), "layers are numbers"),
+    ],
+)
+def test_tables_that_are_no_tables(
+    harm: Callable[[str], str], says: str, parent: Parent, found: Survey, tmp_path: Path
+) -> None:
+    costs = cost_table(parent, found, BUDGET)
+    times = predict(
+        "T4", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.float32, LOAD
+    )
+    path = tmp_path / "times.csv"
+    path.write_text(harm(to_csv(times, found.alternatives)))
+    with pytest.raises(InputError, match=says):
+        from_csv(path, found.alternatives, LOAD)
+    with pytest.raises(InputError, match="cannot be read"):
+        from_csv(tmp_path / "nowhere.csv", found.alternatives, LOAD)
+
+
+def test_a_prediction_is_arithmetic_or_traffic(parent: Parent, found: Survey) -> None:
+    costs = cost_table(parent, found, BUDGET)
+    times = predict(
+        "H100", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.bfloat16, LOAD
+    )
+    ffn = next(a for a in found.alternatives if (a.layer, a.subblock, a.kind) == (0, "ffn", "parent"))
+    own, device = costs.by_key[ffn.key], DEVICES["H100"]
+    tokens = LOAD.batch * LOAD.prompt
+    wanted = max(2 * own["parameters"] * tokens / device.operations, own["weight_bytes"] / device.bandwidth)
+    assert times.by_key[ffn.key].prefill == pytest.approx(wanted)
+    assert times.by_key[ffn.key].decode == pytest.approx(own["weight_bytes"] / device.bandwidth)
+    assert all(times.by_key[a.key] == Timing(0, 0) for a in found.alternatives if a.kind == "no_op")
+    whole = times.parent(found.alternatives)
+    assert costs_of(whole, LOAD)["token_seconds"] == pytest.approx((whole.prefill + 16 * whole.decode) / 32)
+    with pytest.raises(UsageError, match="H100"):
+        predict(
+            "H1000", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.bfloat16, LOAD
+        )
+
+
+# ---------------------------------------------------------------------------------------------- budgets of time
+
+
+@pytest.mark.parametrize(
+    ("cost", "text", "parent_costs", "limit"),
+    [
+        ("prefill_seconds", "80ms", 0.2, 0.08),
+        ("prefill_seconds", "0.7", 0.2, 0.14),
+        ("decode_seconds", "12ms/token", 0.02, 0.012),
+        ("decode_seconds", "500 us", 0.02, 0.0005),
+        ("decode_seconds", "90%", 0.02, 0.018),
+        ("token_seconds", "1.5x", 0.03, 0.02),
+        ("token_seconds", "500 tokens/s", 0.03, 0.002),
+        ("token_seconds", "200tok/s", 0.03, 0.005),
+    ],
+)
+def test_limits_of_time(cost: str, text: str, parent_costs: float, limit: float) -> None:
+    assert parse_limit(cost, text).resolve(parent_costs) == pytest.approx(limit)
+
+
+@pytest.mark.parametrize(
+    ("cost", "text"),
+    [
+        ("prefill_seconds", "80"), ("prefill_seconds", "80GiB"), ("decode_seconds", "12ms/word"),
+        ("decode_seconds", "-3ms"), ("token_seconds", "500ms"), ("token_seconds", "500"), ("token_seconds", "0"),
+    ],
+)  # fmt: skip
+def test_nonsense_of_time(cost: str, text: str) -> None:
+    with pytest.raises(UsageError, match=r"Give a|more than nothing"):
+        parse_limit(cost, text)
+
+
+def test_loads() -> None:
+    assert (Workload(1, 4096).prompt, Workload(1, 4096).generated) == (3968, 128)
+    assert (Workload(1, 64).prompt, Workload(1, 1).prompt) == (32, 1)
+    assert Workload(2, 4096, 512).within(256) == Workload(2, 256)
+    with pytest.raises(UsageError, match="leave no prompt"):
+        Budget.parse({"ttft": 0.5, "context": 128, "generate": 128})
+
+
+def test_a_child_within_limits_of_time(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
+    """With times that do not hang on the machine's."""
+    recipe = TINY_RECIPE | {"costs": {"device": "A100"}}
+    made = layersmith.compress(
+        make_parent("llama"), tmp_path / "run", data=text_folder, recipe=recipe,
+        budget={"time_per_token": 0.8, "throughput": "1.2x", "context": 200, "batch": 4},
+    )  # fmt: skip
+    costs, whole = made.choice.costs, made.choice.parent_costs
+    assert costs["decode_seconds"] <= 0.8 * whole["decode_seconds"] * (1 + 1e-9)
+    assert costs["token_seconds"] <= whole["token_seconds"] / 1.2 * (1 + 1e-9)
+    assert set(TIMES) <= set(costs)
+    kept = read_json(tmp_path / "run" / "costs" / "times.json")
+    assert (kept["source"], kept["device"], kept["context"]) == ("predicted", "A100", 200)
+    assert "throughput" in made.report.read_text()
+    with pytest.raises(Infeasible, match="time per token"):
+        layersmith.compress(
+            make_parent("llama"), tmp_path / "other", data=text_folder, recipe=recipe, budget={"time_per_token": 1e-4}
+        )
+    assert not (tmp_path / "other").exists()
+
+
+def test_a_run_against_the_clock(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path, steady: list[Any]
+) -> None:
+    from layersmith.again import search_several
+
+    recipe = TINY_RECIPE | {"costs": {"rounds": 3, "checks": 2}}
+    path = make_parent("llama")
+    made = layersmith.compress(
+        path, tmp_path / "run", data=text_folder, recipe=recipe, budget={"ttft": "0.8", "context": 64}
+    )
+    child = layersmith.load(made.child)
+    whole = load_parent(path, Runtime(torch.device("cpu"), torch.float32))
+    assert takes(child).prefill <= 0.8 * takes(whole.model).prefill * 1.01
+    report = read_json(tmp_path / "run" / "report.json")
+    assert report["times"]["child"]["prefill_seconds"] == pytest.approx(takes(child).prefill)
+    mine = [c for c in report["checks"]["times"] if c["what"] == "this child"]
+    assert [c["phase"] for c in mine] == ["prefill", "decode"]
+    assert all(c["predicted"] == pytest.approx(c["measured"], rel=0.01) for c in mine)
+    budget = Budget.parse({"ttft": "0.6", "context": 64})
+    search_several(tmp_path / "run", budget, out=tmp_path / "smaller")
+    smaller = layersmith.load(tmp_path / "smaller")
+    assert takes(smaller).prefill <= 0.6 * takes(whole.model).prefill * 1.01
+    times, alternatives = times_of(path, Recipe.from_dict(recipe), Workload(1, 64))
+    assert times.by_key.keys() == {a.key for a in alternatives}
