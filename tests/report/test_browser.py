@@ -16,7 +16,7 @@ import layersmith
 from layersmith.report.html import render
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
-PLOTS = 10
+PLOTS = 11
 # What is outside the window and not in a box that scrolls.
 TOO_WIDE = """[...document.querySelectorAll('body *')].filter(e => !e.closest('.scroll')
     && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.tagName + '.' + e.className)"""

@@ -64,8 +64,8 @@ def test_every_plot_has_a_table_with_a_caption() -> None:
     drawn = {a["data-plot"] for _, a in page.tags if a.get("data-plot")}
     tables = {a["id"] for tag, a in page.tags if tag == "details" and a.get("class") == "data"}
     assert tables == {f"table-{name}" for name in drawn}
-    assert drawn == {"frontier", "mosaic", "scores", "importance-0", "importance-1", "estimates", "sums", "training",
-                     "locally", "on_the_way"}  # fmt: skip
+    assert drawn == {"frontier", "mosaic", "scores", "importance-0", "importance-1", "estimates", "sums", "times",
+                     "training", "locally", "on_the_way"}  # fmt: skip
     count = [tag for tag, _ in page.tags].count
     assert count("caption") == count("table")
     specs, data = embedded(text, "specs"), embedded(text, "data")
@@ -143,9 +143,10 @@ def test_words() -> None:
     assert [format_seconds(s) for s in (0, 2e-6, 0.00342, 1.25, 75, 5025)] == [
         "0.0 s", "2 µs", "3.42 ms", "1.2 s", "1 min 15 s", "1 h 24 min",
     ]  # fmt: skip
-    assert cost_label("decode_seconds") == "decode"
+    assert cost_label("decode_seconds") == "time per token"
+    assert cost_label("draft_seconds") == "draft"
     assert format_cost("decode_seconds", 0.012) == "12 ms"
-    assert format_cost("decode_tokens_per_second", 1234.5) == "1,234 tokens/s"
+    assert format_cost("token_seconds", 1 / 1234) == "1,234 tokens/s"
     assert columns([{"a": "x", "n": 1 / 3}, {"a": "x", "n": None}]) == {
         "a": {"levels": ["x"], "codes": [0, 0]}, "n": [0.333333, None],
     }  # fmt: skip

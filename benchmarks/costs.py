@@ -1,0 +1,181 @@
+"""Predicted against measured times of whole children, across the frontier.
+
+    python -m benchmarks.costs RUN [RUN ...] --out benchmarks/results/costs.md [--context 512] [--generate 128]
+
+A RUN is a folder that ``compress --until scores`` made. The parts of its parent are timed as a run with a budget of
+time does it (:mod:`layersmith.costs.measured`, 120 s at most), and ten children of the frontier by time per token, from the
+smallest to nearly the parent, are made with their real weights. Then a stopwatch of its own calls ``generate`` on all
+children and the parent in turns: time to first token is that of one token, time per token is what further ones add,
+over their number. A child's time is compared as a fraction of the parent's, before and after the correction that
+random children gave. One thread on a CPU is told its own time, so that what others take of the machine is not in it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import time
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from transformers import GenerationConfig
+
+from layersmith import pipeline
+from layersmith.again import reopen
+from layersmith.costs.measured import measure
+from layersmith.costs.times import Times
+from layersmith.model_descriptor.stock import quiet_transformers
+from layersmith.recipe import CostsRecipe
+from layersmith.run import Run, versions
+from layersmith.search.budget import Budget
+from layersmith.search.frontier import frontier
+
+CHILDREN = 10
+_PHASES = {"prefill": "time to first token", "decode": "time per token"}
+
+
+def main() -> None:
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options.add_argument("runs", nargs="+")
+    options.add_argument("--out", type=Path)
+    options.add_argument("--context", type=int, default=512)
+    options.add_argument("--generate", type=int, default=128)
+    options.add_argument("--batch", type=int, default=1)
+    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--seconds", type=float, default=CostsRecipe.seconds)
+    chosen = options.parse_args()
+    torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    found = [examined(run, chosen) for run in chosen.runs]
+    text = rendered(found, chosen)
+    print(text)
+    if chosen.out is not None:
+        chosen.out.write_text(text)
+        chosen.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
+    """What ten children of a run were said to take, and what they took."""
+    recipe, library = reopen(Run.existing(folder))
+    parent = library.parent
+    load = {"batch": options.batch, "context": options.context, "generate": options.generate}
+    budget = Budget.parse({"time_per_token": 1.0, **load})
+    workload = pipeline.Workload(**load)
+    costs = pipeline.cost_table(parent, library, budget)
+    scores = pipeline.read_scores(Run.existing(folder), library)
+    started = time.process_time()
+    times = measure(parent, library.alternatives, costs, workload, CostsRecipe(seconds=options.seconds))
+    seconds = time.process_time() - started
+    space = pipeline.search_space(library, scores, recipe, times.into(costs, library.alternatives), budget)
+    choices = [c for c in frontier(space, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
+    some = [choices[i * (len(choices) - 1) // (CHILDREN - 1)] for i in range(CHILDREN)]
+    models = [parent.model, *(library.compose(choice.alternatives) for choice in some)]
+    clock = stopwatch(models, options, parent.language_config.vocab_size)
+    rows = []
+    for choice, own in zip(some, clock[1:], strict=True):
+        row: dict[str, Any] = {"parameters": choice.costs["parameters"] / choice.parent_costs["parameters"]}
+        parts = times.whole(a.key for a in choice.alternatives)
+        whole = times.parent(library.alternatives)
+        for phase in _PHASES:
+            name = f"{phase}_seconds"
+            row[phase] = {
+                "sum": getattr(parts, phase) / getattr(whole, phase),
+                "predicted": choice.costs[name] / choice.parent_costs[name],
+                "measured": own[phase] / clock[0][phase],
+            }
+        rows.append(row)
+    return {
+        "name": f"{Path(parent.path).name}, {len(parent.blocks)} layers",
+        "parameters": costs.parent["parameters"],
+        "device": times.device,
+        "parent": clock[0],
+        "correction": factors(times, library.alternatives),
+        "seconds": seconds,
+        "rows": rows,
+    }
+
+
+def factors(times: Times, alternatives: Any) -> dict[str, float]:
+    return dict(zip(_PHASES, times.factors(alternatives), strict=True))
+
+
+def stopwatch(models: list[Any], options: argparse.Namespace, vocab_size: int) -> list[dict[str, float]]:
+    """Median over rounds of each model's time over that of the first in its round, times the first's median."""
+    prompt = options.context - options.generate
+    ids = torch.randint(0, vocab_size, (options.batch, prompt), generator=torch.Generator().manual_seed(7))
+
+    def took(model: Any, tokens: int) -> float:
+        config = GenerationConfig(
+            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, disable_compile=True
+        )
+        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        started = clock()
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
+        return clock() - started
+
+    seen: list[list[dict[str, float]]] = []
+    order = list(range(len(models)))
+    with quiet_transformers():
+        for round_ in range(options.rounds + 1):
+            row = [{} for _ in models]
+            random.Random(round_).shuffle(order)
+            for k in order:
+                first = took(models[k], 1)
+                row[k] = {"prefill": first, "decode": (took(models[k], 33) - first) / 32}
+            if round_:  # the first warms up
+                seen.append(row)
+    whole = {phase: median(row[0][phase] for row in seen) for phase in _PHASES}
+    return [
+        {phase: whole[phase] * median(row[k][phase] / row[0][phase] for row in seen) for phase in _PHASES}
+        for k in range(len(models))
+    ]
+
+
+def rendered(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    own = ", ".join(f"{name} {version}" for name, version in versions().items())
+    prompt = options.context - options.generate
+    lines = [
+        "# Times of whole children, predicted and measured",
+        "",
+        f"Batch {options.batch}, prompt of {prompt} tokens, {options.generate} written. {own}.",
+    ]
+    for one in found:
+        said = ", ".join(f"{_PHASES[p]} {v:.3f}" for p, v in one["correction"].items())
+        lines += [
+            "",
+            f"## {one['name']}, {one['parameters'] / 1e6:.1f}M parameters",
+            "",
+            f"{one['device']}. Timing the parts took {one['seconds']:.0f} CPU seconds; correction: {said}. The parent "
+            f"takes {1e3 * one['parent']['prefill']:.1f} ms to the first token, {1e3 * one['parent']['decode']:.2f} ms "
+            "per token.",
+            "",
+            "| parameters | "
+            + " | ".join(f"{w}: sum | predicted | measured | off by" for w in _PHASES.values())
+            + " |",
+            "| --- |" + " --- |" * 8,
+        ]
+        for row in one["rows"]:
+            cells = [f"{row['parameters']:.3f}"]
+            for phase in _PHASES:
+                own_row = row[phase]
+                off = own_row["predicted"] / own_row["measured"] - 1
+                cells += [f"{own_row[k]:.3f}" for k in ("sum", "predicted", "measured")] + [f"{off:+.1%}"]
+            lines.append("| " + " | ".join(cells) + " |")
+        for phase, words in _PHASES.items():
+            offs = [abs(row[phase]["predicted"] / row[phase]["measured"] - 1) for row in one["rows"]]
+            before = [abs(row[phase]["sum"] / row[phase]["measured"] - 1) for row in one["rows"]]
+            lines += [
+                "",
+                f"{words.capitalize()}: off by {sum(offs) / len(offs):.1%} in the mean, {max(offs):.1%} at most; "
+                f"without correction {sum(before) / len(before):.1%} and {max(before):.1%}.",
+            ]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    main()
