@@ -3,9 +3,9 @@
     python -m benchmarks.costs RUN [RUN ...] --out benchmarks/results/costs.md [--context 512] [--generate 128]
 
 A RUN is a folder that ``compress --until scores`` made. The parts of its parent are timed as a run with a budget of
-time does it (:mod:`layersmith.costs.measured`, 120 s at most), and ten children of the frontier by time per token, from the
-smallest to nearly the parent, are made with their real weights. Then a stopwatch of its own calls ``generate`` on all
-children and the parent in turns: time to first token is that of one token, time per token is what further ones add,
+time does it (:mod:`layersmith.costs.measured`, 120 s at most), and ten children of the frontier by time per token,
+from the smallest to nearly the parent, are made with their real weights. Then a stopwatch of its own calls ``generate``
+on all children and the parent in turns: time to first token is that of one token, time per token is what further ones add,
 over their number. A child's time is compared as a fraction of the parent's, before and after the correction that
 random children gave. One thread on a CPU is told its own time, so that what others take of the machine is not in it.
 """
@@ -18,7 +18,6 @@ import os
 import random
 import time
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -28,6 +27,7 @@ from transformers import GenerationConfig
 
 from layersmith import pipeline
 from layersmith.again import reopen
+from layersmith.costs.clock import told_apart
 from layersmith.costs.measured import measure
 from layersmith.costs.times import Times
 from layersmith.model_descriptor.stock import quiet_transformers
@@ -47,7 +47,7 @@ def main() -> None:
     options.add_argument("--context", type=int, default=512)
     options.add_argument("--generate", type=int, default=128)
     options.add_argument("--batch", type=int, default=1)
-    options.add_argument("--rounds", type=int, default=9)
+    options.add_argument("--rounds", type=int, default=15)
     options.add_argument("--seconds", type=float, default=CostsRecipe.seconds)
     chosen = options.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -69,7 +69,8 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     costs = pipeline.cost_table(parent, library, budget)
     scores = pipeline.read_scores(Run.existing(folder), library)
     started = time.process_time()
-    times = measure(parent, library.alternatives, costs, workload, CostsRecipe(seconds=options.seconds))
+    timing = CostsRecipe(seconds=options.seconds, rounds=options.rounds)
+    times = measure(parent, library.alternatives, costs, workload, timing)
     seconds = time.process_time() - started
     space = pipeline.search_space(library, scores, recipe, times.into(costs, library.alternatives), budget)
     choices = [c for c in frontier(space, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
@@ -105,7 +106,7 @@ def factors(times: Times, alternatives: Any) -> dict[str, float]:
 
 
 def stopwatch(models: list[Any], options: argparse.Namespace, vocab_size: int) -> list[dict[str, float]]:
-    """Median over rounds of each model's time over that of the first in its round, times the first's median."""
+    """Times of models in turns, told from the rounds by medians."""
     prompt = options.context - options.generate
     ids = torch.randint(0, vocab_size, (options.batch, prompt), generator=torch.Generator().manual_seed(7))
 
@@ -129,11 +130,8 @@ def stopwatch(models: list[Any], options: argparse.Namespace, vocab_size: int) -
                 row[k] = {"prefill": first, "decode": (took(models[k], 33) - first) / 32}
             if round_:  # the first warms up
                 seen.append(row)
-    whole = {phase: median(row[0][phase] for row in seen) for phase in _PHASES}
-    return [
-        {phase: whole[phase] * median(row[k][phase] / row[0][phase] for row in seen) for phase in _PHASES}
-        for k in range(len(models))
-    ]
+    own = {phase: told_apart([[one[phase] for one in row] for row in seen]) for phase in _PHASES}
+    return [{phase: own[phase][k] for phase in _PHASES} for k in range(len(models))]
 
 
 def rendered(found: list[dict[str, Any]], options: argparse.Namespace) -> str:

@@ -39,6 +39,8 @@ from layersmith.recipe import CostsRecipe
 
 # Layers of a kind that are timed where all would take too long or do not fit into memory.
 _LEAST_LAYERS = 2
+# A sum of savings is not scaled by more, so that it ends at a model of no-ops.
+_MOST_FACTOR = 2.0
 # The share of a parent's time that all its subblocks may take.
 _MOST_INSIDE = 0.98
 _SEED = 0
@@ -145,8 +147,13 @@ def measure(
     known = _Known(parent, watch.workload, recipe)
     missing = [shape for shape in shapes if shape.name not in known.savings]
     if missing or known.parent is None:
-        timing, found = _savings(watch, kinds, missing, recipe, progress)
-        known.add(timing, {shape.name: saved for shape, saved in found.items()})
+        before = {
+            shape: known.savings[shape.name].scaled(known.whole.prefill, known.whole.decode)
+            for shape in shapes
+            if shape not in missing
+        }
+        timing, found = _savings(watch, kinds, missing, before, recipe, progress)
+        known.add(timing, {s.name: t.scaled(1 / timing.prefill, 1 / timing.decode) for s, t in found.items()})
     whole = known.whole
     saved = {
         a.key: known.savings[shape.name].scaled(whole.prefill, whole.decode)
@@ -175,9 +182,14 @@ def kinds_of(parent: Parent, alternatives: Sequence[Alternative], costs: CostTab
 
 
 def _savings(
-    watch: Stopwatch, kinds: Sequence[int], shapes: Sequence[_Shape], recipe: CostsRecipe, progress: Progress
+    watch: Stopwatch,
+    kinds: Sequence[int],
+    shapes: Sequence[_Shape],
+    before: Mapping[_Shape, Timing],
+    recipe: CostsRecipe,
+    progress: Progress,
 ) -> tuple[Timing, dict[_Shape, Timing]]:
-    """The parent's time, and what each shape saves in one layer, as a share of it."""
+    """The parent's time, and what each shape saves in one layer; of others that is known from before."""
     parent = watch.parent
     try:
         with quietly(recipe.backend):
@@ -189,49 +201,69 @@ def _savings(
             f"{parent.path}: its times cannot be measured, because it does not generate here ({first_line(error)})."
         ) from error
     active = _active(watch, kinds, len(shapes), once, recipe)
-    resting = no_op_block(parent) if len(active) < len(parent.blocks) else None
+    resting = no_op_blocks(parent)
 
     def blocks_with(shape: _Shape | None) -> list[BlockConfig]:
-        blocks = []
-        for i, own in enumerate(parent.blocks):
-            if i not in active:
-                assert resting is not None
-                blocks.append(resting[i])
-            else:
-                blocks.append(shape.block if shape is not None and kinds[i] == shape.kind else own)
+        blocks = list(parent.blocks) if resting is None else list(resting)
+        for i in active:
+            blocks[i] = shape.block if shape is not None and kinds[i] == shape.kind else parent.blocks[i]
         return blocks
 
-    names: list[_Shape | None] = [None, *shapes]
-    children, timed = [], []
-    for shape in names:
+    children, timed = [watch.carve(blocks_with(None))], []
+    for shape in shapes:
         try:
-            children.append(watch.carve(blocks_with(shape)))
-            if shape is not None:
-                with quietly(recipe.backend):
-                    watch.served.once(children[-1])
-            timed.append(shape)
+            child = watch.carve(blocks_with(shape))
+            with quietly(recipe.backend):
+                watch.served.once(child)
         except Exception as error:  # it cannot be everywhere at once; then it counts as saving nothing
-            if shape is None:
-                raise
-            del children[len(timed) :]
             progress.note(f"no time for {shape.subblock} of layers like {shape.kind}: {first_line(error)}.")
-    rounds = max(recipe.rounds, LEAST_ROUNDS) + 1
-    with progress.stage("measure", rounds, "rounds") as advance:
-        seconds = in_turns(children, watch.served, recipe.rounds, recipe.seconds, advance)
-    reference, whole = seconds[0], seconds[0]
+        else:
+            children.append(child)
+            timed.append(shape)
     if resting is not None:
-        whole = (
-            once
-            if once is not None
-            else _extended(watch, kinds, active, reference, dict(zip(timed, seconds, strict=True)))
-        )
-    found = dict.fromkeys(shapes, ZERO)
-    for shape, own in zip(timed[1:], seconds[1:], strict=True):
-        assert shape is not None
+        children.append(watch.carve(resting))
+    with progress.stage("measure", max(recipe.rounds, LEAST_ROUNDS) + 1, "rounds") as advance:
+        reference, *seconds = in_turns(children, watch.served, recipe.rounds, recipe.seconds, advance)
+    saved = dict.fromkeys(shapes, ZERO)
+    for shape, own in zip(timed, seconds[: len(timed)], strict=True):
         count = sum(kinds[i] == shape.kind for i in active)
-        saved = (reference - own).scaled(1 / count, 1 / count)
-        found[shape] = saved.scaled(1 / whole.prefill, 1 / whole.decode)
-    return whole, found
+        saved[shape] = (reference - own).scaled(1 / count, 1 / count)
+    if resting is None:
+        return reference, saved
+    return _between(kinds, active, saved, before, reference, seconds[-1])
+
+
+def _between(
+    kinds: Sequence[int],
+    active: set[int],
+    saved: Mapping[_Shape, Timing],
+    before: Mapping[_Shape, Timing],
+    reference: Timing,
+    rest: Timing,
+) -> tuple[Timing, dict[_Shape, Timing]]:
+    """The whole parent's time, and savings that lead from it to a model of no-ops.
+
+    Args:
+        kinds: of all layers.
+        active: layers that were there.
+        saved: by a shape in one layer.
+        before: by shapes that were timed before; these stay.
+        reference: of the model with the active layers as they are.
+        rest: of the model in which every layer is without attention and FFN.
+    """
+    most: dict[tuple[int, str], Timing] = {}
+    for shape, own in (*before.items(), *saved.items()):
+        other = most.get((shape.kind, shape.subblock), ZERO)
+        most[shape.kind, shape.subblock] = Timing(max(other.prefill, own.prefill), max(other.decode, own.decode))
+    factors, whole = [], []
+    for phase in ("prefill", "decode"):
+        of_kind = {kind: sum(getattr(t, phase) for (k, _), t in most.items() if k == kind) for kind in set(kinds)}
+        inside = sum(of_kind[kinds[i]] for i in active)
+        between = getattr(reference, phase) - getattr(rest, phase)
+        factor = min(_MOST_FACTOR, max(1 / _MOST_FACTOR, between / inside)) if inside > 0 else 1.0
+        factors.append(factor)
+        whole.append(getattr(rest, phase) + factor * sum(of_kind[kind] for kind in kinds))
+    return Timing(*whole), {shape: own.scaled(*factors) for shape, own in saved.items()}
 
 
 def _first_run(watch: Stopwatch, progress: Progress) -> Timing | None:
@@ -247,8 +279,7 @@ def _first_run(watch: Stopwatch, progress: Progress) -> Timing | None:
 def _active(watch: Stopwatch, kinds: Sequence[int], shapes: int, once: Timing | None, recipe: CostsRecipe) -> set[int]:
     """Layers that run when shapes are timed: all, or of every kind as many as there is time for."""
     everything = set(range(len(kinds)))
-    descriptor = watch.parent.descriptor
-    if not (descriptor.attn_no_op_supported() and descriptor.mlp_no_op_supported()):
+    if no_op_blocks(watch.parent) is None:
         return everything
     if once is None:
         share = 0.0
@@ -265,30 +296,12 @@ def _active(watch: Stopwatch, kinds: Sequence[int], shapes: int, once: Timing | 
     return active
 
 
-def no_op_block(parent: Parent) -> list[BlockConfig]:
-    """Every layer without attention and FFN."""
+def no_op_blocks(parent: Parent) -> list[BlockConfig] | None:
+    """Every layer without attention and FFN; None if the family cannot be without them."""
+    descriptor = parent.descriptor
+    if not (descriptor.attn_no_op_supported() and descriptor.mlp_no_op_supported()):
+        return None
     return [BlockConfig(replace(b.attention, no_op=True), replace(b.ffn, no_op=True)) for b in parent.blocks]
-
-
-def _extended(
-    watch: Stopwatch,
-    kinds: Sequence[int],
-    active: set[int],
-    reference: Timing,
-    seconds: dict[_Shape | None, Timing],
-) -> Timing:
-    """What a parent takes of which only some layers were timed: the others take what those like them save as no-ops."""
-    whole = reference
-    for kind in set(kinds):
-        count = sum(kinds[i] == kind for i in active)
-        more = sum(k == kind for k in kinds) - count
-        for subblock in ("attention", "ffn"):
-            saved = [
-                reference - t for s, t in seconds.items() if s is not None and (s.kind, s.subblock) == (kind, subblock)
-            ]
-            most = Timing(max((t.prefill for t in saved), default=0.0), max((t.decode for t in saved), default=0.0))
-            whole += most.scaled(more / count, more / count)
-    return whole
 
 
 def _as_times(

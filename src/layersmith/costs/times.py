@@ -118,7 +118,10 @@ class Times:
                 seen = 1 - getattr(check.whole, phase) / getattr(check.parent, phase)
                 products, squares = products + said * seen, squares + said * said
             factor = products / squares if squares > 0 else 1.0
-            found.append(min(_MOST_FACTOR, max(_LEAST_FACTOR, factor)))
+            # The smallest child still takes half of what is outside the layers.
+            whole, fixed = getattr(parent, phase), getattr(self.fixed, phase)
+            most = (whole - fixed / 2) / (whole - fixed) if whole > fixed > 0 else 1.0
+            found.append(min(_MOST_FACTOR, most, max(_LEAST_FACTOR, factor)))
         return found[0], found[1]
 
     def at_speed_of(self, check: Check, alternatives: Sequence[Alternative]) -> Times:
