@@ -5,8 +5,8 @@
 A RUN is a folder that ``compress --until scores`` made. The parts of its parent are timed as a run with a budget of
 time does it (:mod:`layersmith.costs.measured`, 120 s at most), and ten children of the frontier by time per token,
 from the smallest to nearly the parent, are made with their real weights. Then a stopwatch of its own calls ``generate``
-on all children and the parent in turns: time to first token is that of one token, time per token is what further ones add,
-over their number. A child's time is compared as a fraction of the parent's, before and after the correction that
+on all children and the parent in turns: time to first token is that of one token, time per token is what further ones
+add, over their number. A child's time is compared as a fraction of the parent's, before and after the correction that
 random children gave. One thread on a CPU is told its own time, so that what others take of the machine is not in it.
 """
 
