@@ -16,7 +16,7 @@ from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.costs.measured import Stopwatch, check, measure, time_models
 from layersmith.costs.roofline import predict
 from layersmith.costs.times import PREFILL, SOLUTION, Check, Times, costs_of, from_csv, to_csv
-from layersmith.errors import first_line
+from layersmith.errors import InputError, first_line
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, Survey, survey
@@ -116,8 +116,17 @@ def times_of(
 
 
 def times_inputs(model: Parent, budget: Budget, recipe: Recipe) -> str:
-    """Digest of what the times of a run depend on."""
-    given = file_digest(Path(recipe.costs.times)) if recipe.costs.times is not None else None
+    """Digest of what the times of a run depend on.
+
+    Raises:
+        InputError: the file with times cannot be read.
+    """
+    given = None
+    if recipe.costs.times is not None:
+        try:
+            given = file_digest(Path(recipe.costs.times))
+        except OSError as error:
+            raise InputError(f"{recipe.costs.times}: cannot be read ({error.strerror}).") from error
     load = [budget.batch, budget.context, budget.generate]
     library = schema.to_data(recipe.library)
     runs_on = [str(model.runtime.dtype), model.runtime.device.type]

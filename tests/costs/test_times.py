@@ -137,6 +137,21 @@ def test_where_there_is_little_time_some_layers_are_timed(
     assert few.fixed.decode == pytest.approx(whole.fixed.decode)
 
 
+def test_a_parent_on_the_disk_takes_what_it_takes_in_memory(
+    parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("LAYERSMITH_CACHE", "")
+    costs = cost_table(parent, found, BUDGET)
+    whole = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0))
+    streamed = load_parent(parent.path, parent.runtime, stream_near=tmp_path)
+    assert streamed.stream is not None
+    times = measure(streamed, found.alternatives, costs, LOAD, CostsRecipe(rounds=3))
+    for key, own in whole.by_key.items():
+        assert times.by_key[key].prefill == pytest.approx(own.prefill, abs=1e-9)
+    assert times.parent(found.alternatives).decode == pytest.approx(takes(parent.model).decode)
+    assert not times.checks
+
+
 def test_a_shape_is_timed_once(
     parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
 ) -> None:
