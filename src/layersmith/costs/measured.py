@@ -5,7 +5,8 @@ Transformers' own ``generate``. What it saves is the difference to the parent, o
 child's time lies between those of models that were timed, whatever runs between the layers is in it, and no error is
 multiplied by the number of layers.
 
-The weights are the parent's memory, cut to shapes (:meth:`Stopwatch.carve`): models that are timed take none of their own.
+The weights are the parent's memory, cut to shapes (:meth:`Stopwatch.carve`): models that are timed take none of their
+own.
 """
 
 from __future__ import annotations
