@@ -45,6 +45,12 @@ def collect(
     times = optional.get("clock")
     if times:  # what the clock says goes before what was predicted
         before, after = before | times["parent"], after | times["child"]
+    # A fraction of a time is one of the time that the parent took beside the child.
+    timed = {cost: limit for cost, limit in choice.budget.resolve(before).items() if times and cost in times["parent"]}
+    limits = choice.limits | timed
+    frontier = optional.get("frontier")
+    if frontier is not None and frontier["cost"] in timed:
+        frontier = frontier | {"budget": {"limit": timed[frontier["cost"]]}}
     name = parent_name(header)
     objective = recipe.scoring.objective
     kept, own = format_cost("parameters", before["parameters"]), format_cost("parameters", after["parameters"])
@@ -57,7 +63,7 @@ def collect(
         "context": choice.budget.context,
         "budget": [
             {"label": cost, "limit": limit, "unit": cost_unit(cost), "used": after[cost], "parent": before[cost]}
-            for cost, limit in choice.limits.items()
+            for cost, limit in limits.items()
         ],
         "evaluation": {
             "tokens": evaluation["tokens"],
@@ -69,12 +75,12 @@ def collect(
         "importance": importance(library),
         "checks": {
             "scores": _checked_scores(scores),
-            "sums": _checked_sums(choice, optional.get("as_cut") or evaluation, objective, optional.get("frontier")),
+            "sums": _checked_sums(choice, optional.get("as_cut") or evaluation, objective, frontier),
             "times": _checked_times(choice, times, optional.get("times")),
         },
         "times": times,
         "search": {"score": choice.score, "proven_optimal": choice.proven_optimal},
-        "frontier": optional.get("frontier"),
+        "frontier": frontier,
         "distillation": optional.get("distillation"),
         "samples": evaluation["samples"],
         "recipe": recipe.to_dict(),
