@@ -6,7 +6,7 @@ as fast as it was when the parts were timed, times are corrected by what was see
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from layersmith.costs.times import Check, Times, costs_of
@@ -71,11 +71,15 @@ def settle(times: Times, space_of: Callable[[Times], Space], watch: Callable[[Ti
 
 
 def compared(choice: Choice, seen: Check, times: Times) -> tuple[float, float]:
-    """By what share a choice that was timed is over a limit, and how far the sum was from what was seen."""
-    measured = costs_of(seen.whole, times.workload)
-    limited: Mapping[str, float] = {name: limit for name, limit in choice.limits.items() if name in measured}
-    if not limited:
-        return 0.0, 0.0
-    over = max(measured[name] / limit - 1 for name, limit in limited.items())
-    off = max(abs(measured[name] / choice.costs[name] - 1) for name in limited)
+    """By what share a choice that was timed is over a limit, and how far the sum was from what was seen.
+
+    Both are told beside the parent as it was timed then.
+    """
+    measured, beside = (costs_of(timing, times.workload) for timing in (seen.whole, seen.parent))
+    over = off = 0.0
+    limits = [limit for limit in choice.budget.limits if limit.cost in measured]
+    if limits:
+        over = max(measured[x.cost] / x.resolve(beside[x.cost]) - 1 for x in limits)
+        said = {x.cost: choice.costs[x.cost] / choice.parent_costs[x.cost] for x in limits}
+        off = max(abs(measured[cost] / beside[cost] / share - 1) for cost, share in said.items())
     return over, off
