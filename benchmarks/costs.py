@@ -130,7 +130,7 @@ def stopwatch(models: list[Any], options: argparse.Namespace, vocab_size: int) -
                 row[k] = {"prefill": first, "decode": (took(models[k], 33) - first) / 32}
             if round_:  # the first warms up
                 seen.append(row)
-    own = {phase: told_apart([[one[phase] for one in row] for row in seen]) for phase in _PHASES}
+    own = {phase: told_apart([[one[phase] for one in row] for row in seen])[0] for phase in _PHASES}
     return [{phase: own[phase][k] for phase in _PHASES} for k in range(len(models))]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -73,7 +74,9 @@ def test_a_slow_round_slows_all_alike() -> None:
     slow = [1.0, 3.0, 1.0, 1.2, 1.0, 7.0, 1.0, 1.0, 2.0]
     rounds = [[t * s * rng.uniform(0.99, 1.01) for t in own] for s in slow]
     rounds[3][1] *= 9  # and one model alone, once
-    assert told_apart(rounds) == pytest.approx(own, rel=0.02)
+    times, errors = told_apart(rounds)
+    assert times == pytest.approx(own, rel=0.02)
+    assert all(0 < error < 0.01 * time for error, time in zip(errors, own, strict=True))
 
 
 def test_the_clock_runs(parent: Parent) -> None:
@@ -105,6 +108,29 @@ def test_what_is_timed_has_the_shapes_of_the_child_and_the_memory_of_the_parent(
         assert all(any(f"layers.{i}." in name for i in linear) for name in more)
         with torch.no_grad():
             assert timed(input_ids=torch.arange(9)[None]).logits.isfinite().all()
+
+
+def test_noise_is_taken_from_what_lies_on_a_line() -> None:
+    from layersmith.costs.measured import _Shape, steadied
+
+    rng = random.Random(3)
+    block = layersmith.BlockConfig(layersmith.AttentionConfig(), layersmith.FFNConfig())
+    shapes = [
+        _Shape(0, "ffn", dataclasses.replace(block, ffn=layersmith.FFNConfig(intermediate_size=size)))
+        for size in (64, 128, 192, 256, 320)
+    ]
+    removed = {shape: ("ffn_width", 384.0 - (shape.block.ffn.intermediate_size or 0)) for shape in shapes}
+    true = {shape: 1e-6 * size for shape, (_, size) in removed.items()}
+
+    def off(noise: float, said: float) -> tuple[float, float]:
+        seen = {shape: Timing(own + noise * rng.gauss(0, 1), own) for shape, own in true.items()}
+        found = steadied(seen, dict.fromkeys(shapes, Timing(said, said)), removed)
+        return tuple(sum((t[s].prefill - true[s]) ** 2 for s in shapes) for t in (seen, found))  # type: ignore[return-value]
+
+    pairs = [off(5e-5, 5e-5) for _ in range(50)]
+    assert sum(after for _, after in pairs) < 0.6 * sum(before for before, _ in pairs)
+    before, after = off(5e-5, 1e-7)  # what is off the line is no noise
+    assert after == pytest.approx(before, rel=0.01)
 
 
 # ---------------------------------------------------------------------------------------------- measured

@@ -140,8 +140,8 @@ def in_turns(
     rounds: int,
     seconds: float,
     advance: Callable[[float], None] = lambda rounds: None,
-) -> list[Timing]:
-    """Time models in rounds of all of them, after one that warms up.
+) -> tuple[list[Timing], list[Timing]]:
+    """Time models in rounds of all of them, after one that warms up: times, and their standard errors.
 
     Args:
         models: that are timed.
@@ -168,28 +168,31 @@ def in_turns(
                 row[k] = served.once(models[k])
             seen.append(row)
             advance(1)
-    return [
-        Timing(prefill, decode)
-        for prefill, decode in zip(
-            told_apart([[t.prefill for t in row] for row in seen]),
-            told_apart([[t.decode for t in row] for row in seen]),
-            strict=True,
-        )
-    ]
+    prefill, decode = (
+        told_apart([[getattr(t, phase) for t in row] for row in seen]) for phase in ("prefill", "decode")
+    )
+    own, errors = (
+        [Timing(p, d) for p, d in zip(first, second, strict=True)]
+        for first, second in zip(prefill, decode, strict=True)
+    )
+    return own, errors
 
 
-def told_apart(seconds: Sequence[Sequence[float]]) -> list[float]:
-    """Times of models from times ``[R, M]`` in rounds: the model's own times the round's, by medians (Tukey's polish).
+def told_apart(seconds: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    """Times of models, and their standard errors, from times ``[R, M]`` in rounds.
 
-    A round counts as it usually was: the median round is 1.
+    A time is the model's own times the round's, by medians (Tukey's polish). A round counts as it usually was: the
+    median round is 1.
     """
     logs = np.log(np.array(seconds))
     own, rounds = np.median(logs, 0), np.zeros(len(logs))
     for _ in range(10):
         rounds = np.median(logs - own, 1)
         own = np.median(logs - rounds[:, None], 0)
-    own = own + np.median(rounds)
-    return [float(value) for value in np.exp(own)]
+    # A median's error is 1.25 times that of a mean; the deviation is told from the median of absolute ones.
+    deviation = 1.4826 * np.median(np.abs(logs - own - rounds[:, None]), 0)
+    own = np.exp(own + np.median(rounds))
+    return own.tolist(), (own * 1.2533 * deviation / np.sqrt(len(logs))).tolist()
 
 
 def device_name(runtime: Runtime) -> str:

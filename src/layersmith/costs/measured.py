@@ -40,6 +40,8 @@ from layersmith.recipe import CostsRecipe
 
 # Layers of a kind that are timed where all would take too long or do not fit into memory.
 _LEAST_LAYERS = 2
+# Sizes of one axis by which noise is told.
+_LEAST_POINTS = 3
 # A sum of savings is not scaled by more, so that it ends at a model of no-ops.
 _MOST_FACTOR = 2.0
 # The share of a parent's time that all its subblocks may take.
@@ -72,7 +74,7 @@ class Stopwatch:
         """Times of children, timed in turns."""
         models = [self.carve(blocks) for blocks in children]
         limit = self.recipe.seconds if seconds is None else seconds
-        return in_turns(models, self.served, self.recipe.rounds, limit, advance)
+        return in_turns(models, self.served, self.recipe.rounds, limit, advance)[0]
 
     def carve(self, blocks: Blocks) -> PreTrainedModel:
         """A child of these shapes whose weights are cut from the parent's memory: right in size, not in value."""
@@ -153,7 +155,12 @@ def measure(
             for shape in shapes
             if shape not in missing
         }
-        timing, found = _savings(watch, kinds, missing, before, recipe, progress)
+        own = {(a.layer, a.subblock): costs.by_key[a.key]["parameters"] for a in alternatives if a.kind == "parent"}
+        removed = {
+            shape: (a.kind, float(own[a.layer, a.subblock] - costs.by_key[a.key]["parameters"]))
+            for shape, (a, *_) in shapes.items()
+        }
+        timing, found = _savings(watch, kinds, missing, before, removed, recipe, progress)
         known.add(timing, {s.name: t.scaled(1 / timing.prefill, 1 / timing.decode) for s, t in found.items()})
     whole = known.whole
     saved = {
@@ -187,6 +194,7 @@ def _savings(
     kinds: Sequence[int],
     shapes: Sequence[_Shape],
     before: Mapping[_Shape, Timing],
+    removed: Mapping[_Shape, tuple[str, float]],
     recipe: CostsRecipe,
     progress: Progress,
 ) -> tuple[Timing, dict[_Shape, Timing]]:
@@ -224,14 +232,49 @@ def _savings(
     if resting is not None:
         children.append(watch.carve(resting))
     with progress.stage("measure", max(recipe.rounds, LEAST_ROUNDS) + 1, "rounds") as advance:
-        reference, *seconds = in_turns(children, watch.served, recipe.rounds, recipe.seconds, advance)
-    saved = dict.fromkeys(shapes, ZERO)
-    for shape, own in zip(timed, seconds[: len(timed)], strict=True):
+        (reference, *seconds), (_, *errors) = in_turns(children, watch.served, recipe.rounds, recipe.seconds, advance)
+    saved, noise = dict.fromkeys(shapes, ZERO), {}
+    for k, shape in enumerate(timed):
         count = sum(kinds[i] == shape.kind for i in active)
-        saved[shape] = (reference - own).scaled(1 / count, 1 / count)
+        saved[shape] = (reference - seconds[k]).scaled(1 / count, 1 / count)
+        noise[shape] = errors[k].scaled(1 / count, 1 / count)
+    saved |= steadied({shape: saved[shape] for shape in timed}, noise, removed)
     if resting is None:
         return reference, saved
     return _between(kinds, active, saved, before, reference, seconds[-1])
+
+
+def steadied(
+    saved: Mapping[_Shape, Timing], noise: Mapping[_Shape, Timing], removed: Mapping[_Shape, tuple[str, float]]
+) -> dict[_Shape, Timing]:
+    """Savings drawn to the line on which those of one axis lie, as far as what they are off it is noise.
+
+    The program takes what seems cheapest, so of noisy times it takes those that are too low. Along an axis savings are
+    near proportional to what is removed; with s^2 the mean square off that line and v that of the errors, a share
+    v / s^2 of what each is off is taken away (James and Stein, 1961). Where noise is small nothing changes.
+
+    Args:
+        saved: by shape.
+        noise: standard errors.
+        removed: the axis on which a shape lies, and what it removes.
+    """
+    axes: dict[tuple[int, str, str], list[_Shape]] = {}
+    for shape in saved:
+        axes.setdefault((shape.kind, shape.subblock, removed[shape][0]), []).append(shape)
+    result = dict(saved)
+    for shapes in axes.values():
+        size = np.array([removed[shape][1] for shape in shapes])
+        if len(shapes) < _LEAST_POINTS or not size.any():
+            continue
+        drawn = []
+        for phase in ("prefill", "decode"):
+            own = np.array([getattr(saved[shape], phase) for shape in shapes])
+            line = size * float(size @ own) / float(size @ size)
+            off = float(np.square(own - line).sum()) / (len(shapes) - 1)
+            error = float(np.mean([getattr(noise[shape], phase) ** 2 for shape in shapes]))
+            drawn.append(own + (line - own) * (min(1.0, error / off) if off > 0 else 0.0))
+        result |= {shape: Timing(float(p), float(d)) for shape, p, d in zip(shapes, *drawn, strict=True)}
+    return result
 
 
 def _between(
@@ -347,7 +390,9 @@ def _checks(
     for k in range(count):
         changed = (k + 1) / count
         chosen = [
-            rng.choice(own) if rng.random() < changed else next(a for a in own if a.kind == "parent")
+            rng.choice([a for a in own if a.kind != "parent"] or own)
+            if rng.random() < changed
+            else next(a for a in own if a.kind == "parent")
             for _, own in sorted(by_place.items())
         ]
         parameters = costs.fixed["parameters"] + sum(costs.by_key[a.key]["parameters"] for a in chosen)
@@ -390,7 +435,7 @@ def _blocks_of(parent: Parent, chosen: Sequence[Alternative]) -> list[BlockConfi
 def time_models(models: Sequence[Any], workload: Workload, recipe: CostsRecipe, vocab_size: int) -> list[Timing]:
     """Time models as they are, in turns; they may take a quarter of what measuring may."""
     served = Served(workload, recipe.decode_steps, recipe.backend, vocab_size)
-    return in_turns(models, served, recipe.rounds, recipe.seconds / 4)
+    return in_turns(models, served, recipe.rounds, recipe.seconds / 4)[0]
 
 
 # ---------------------------------------------------------------------------------------------- kept
