@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layersmith import pipeline, schema
+from layersmith import pipeline, ranks, schema
 from layersmith.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.data import check_vocabulary, evaluation_rows, load_tokenizer, prepare
-from layersmith.distillation import ranks
 from layersmith.distillation.finalists import Finalist, diverse_choices
 from layersmith.distillation.parent_logits import ParentLogits, cache_folder, remember
 from layersmith.distillation.trainer import Steps, Trained, hidden_size_of, train, training_arguments
@@ -134,8 +133,7 @@ def distill_child(
     """
     settings = recipe.distillation
     held = read_tensors(run.folder / "data" / "tokens.safetensors")
-    steps = Steps.of(settings, settings.tokens, held["evaluation"].shape[1], parent.runtime.world_size)
-    training_arguments(settings, steps, parent.runtime, hidden_size_of(parent), recipe.seed, run.folder)  # raises
+    steps = check_training(parent, recipe, held["evaluation"].shape[1], run.folder)
     tokenizer = load_tokenizer(parent.path, trust_remote_code=recipe.trust_remote_code)
 
     rows = read_rows(run, recipe, str(source), is_the_runs, tokenizer, steps, parent, progress)
@@ -149,9 +147,9 @@ def distill_child(
             pipeline.run_dtype(parent),
         ]
     )
-    is_done = run.is_done("distilled", inputs) and (run.folder / "distilled").is_dir()
+    is_done = ranks.from_first(lambda: run.is_done("distilled", inputs) and (run.folder / "distilled").is_dir())
     if not is_done:
-        check_disk(run, settings, steps)
+        ranks.on_first(lambda: check_disk(run, settings, steps))
     tried = [] if settings.finalists < 2 else try_finalists(run, inputs, parent, recipe, rows, held, progress)
     start = run.folder / "child"
     if tried:
@@ -160,6 +158,18 @@ def distill_child(
         train_child(run, inputs, start, parent, recipe, rows, held["scoring"], tokenizer, progress)
     evaluations = evaluate(run, inputs, parent, recipe, held["evaluation"], progress)
     return Distilled(run.folder / "distilled", evaluations["before"], evaluations["after"], tried)
+
+
+def check_training(parent: Parent, recipe: Recipe, length: int, folder: Path) -> Steps:
+    """How a recipe's tokens will be cut into steps, for rows of ``length``.
+
+    Raises:
+        UsageError: something of the recipe does not go together, or with the number of processes.
+    """
+    settings = recipe.distillation
+    steps = Steps.of(settings, settings.tokens, length, parent.runtime.world_size)
+    training_arguments(settings, steps, parent.runtime, hidden_size_of(parent), recipe.seed, folder)  # raises
+    return steps
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -187,7 +197,7 @@ def read_rows(
         write_json(folder / "data.json", description)
 
     with progress.stage("distillation data", 1, "source") as advance:
-        ranks.on_first(lambda: run.do("distillation/data", inputs, make))
+        run.do("distillation/data", inputs, make)
         advance(1)
     for warning in read_json(run.folder / "distillation" / "data" / "data.json")["warnings"]:
         progress.note(warning)
@@ -279,15 +289,12 @@ def train_child(
     cache = remembered(run, settings, parent, rows, progress)
     folder = run.folder / "distillation" / "global"
     training = _own_folder(folder / "checkpoints", inputs)
-    ranks.wait()
     with progress.stage("distill", settings.tokens, "tokens") as advance:
         trained = train(
             parent, child, rows, settings, tokens=settings.tokens, seed=recipe.seed, folder=training,
             curve=folder / "log.json", name=name, validation=validation, cache=cache, advance=advance,
         )  # fmt: skip
-    ranks.on_first(
-        lambda: run.do("distilled", inputs, lambda made: _write_child(child, trained, dtype, tokenizer, made))
-    )
+    run.do("distilled", inputs, lambda made: _write_child(child, trained, dtype, tokenizer, made))
     ranks.on_first(lambda: shutil.rmtree(training, ignore_errors=True))
 
 
@@ -363,13 +370,12 @@ def try_finalists(
     settings = recipe.distillation
     inputs = fingerprint(["finalists", inputs])
     place = run.folder / "distillation" / "finalists"
-    if not run.is_done("distillation/finalists", inputs) or not place.is_dir():
+    if not ranks.from_first(lambda: run.is_done("distillation/finalists", inputs) and place.is_dir()):
         tokens = settings.finalist_tokens or max(1, settings.tokens // 10)
         found = _solutions(run, parent, recipe)
         if len(found.choices) < settings.finalists:
             progress.note(f"only {len(found.choices)} solutions differ enough to be tried")
         work = _own_folder(run.folder / "distillation" / "finalists.work", inputs)
-        ranks.wait()
         short = dataclasses.replace(settings, eval_every=0)
         with progress.stage("finalists", tokens * len(found.choices), "tokens") as advance:
             tried = [
@@ -384,7 +390,7 @@ def try_finalists(
             write_json(folder / "finalists.json", records)
             write_json(folder / "solution.json", found.choices[best].to_dict())
 
-        ranks.on_first(lambda: run.do("distillation/finalists", inputs, write))
+        run.do("distillation/finalists", inputs, write)
         ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
     return list(read_json(place / "finalists.json"))
 
@@ -479,5 +485,5 @@ def evaluate(
             del child
         write_json(folder / "evaluation.json", found)
 
-    ranks.on_first(lambda: run.do("distillation/evaluation", inputs, make))
+    run.do("distillation/evaluation", inputs, make)
     return dict(read_json(run.folder / "distillation" / "evaluation" / "evaluation.json"))

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +29,7 @@ from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 
+from layersmith import ranks
 from layersmith.artifacts import saying_disk_full, write_json, write_text
 from layersmith.distillation.losses import FromHidden, Mixture, Target, cosine_distance, head_losses, span_tokens
 from layersmith.distillation.optimizer import MuonAndAdamW, matrices_of
@@ -487,7 +487,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end; what a killed process left half-written is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [path for path in found if (path / _WHOLE).is_file()]
-    if int(os.environ.get("RANK", 0)) == 0:
+    if ranks.is_first():
         for path in found:
             if path not in whole:
                 shutil.rmtree(path)
