@@ -337,6 +337,11 @@ def teach_pairs(
         ).pairs
 
     run.do("pairs", inputs, lambda folder: make().write(folder), make)
+    return with_pairs(run, library)
+
+
+def with_pairs(run: Run, library: Library) -> Library:
+    """The library with what was trained together for the run's own solution, which other solutions may have in part."""
     return library.with_kept(library.kept, Kept.read(run.folder / "pairs"))
 
 
