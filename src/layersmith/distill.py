@@ -26,7 +26,7 @@ from transformers import PreTrainedModel
 
 from layersmith import pipeline, ranks, schema
 from layersmith.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
-from layersmith.data import check_vocabulary, evaluation_rows, load_tokenizer, prepare
+from layersmith.data import check_vocabulary, evaluation_rows, holds_tokens, load_tokenizer, prepare
 from layersmith.distillation.finalists import Finalist, diverse_choices
 from layersmith.distillation.parent_logits import ParentLogits, cache_folder, remember
 from layersmith.distillation.trainer import Steps, Trained, hidden_size_of, train, training_arguments
@@ -36,7 +36,7 @@ from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.overlap import Runs
+from layersmith.overlap import in_words, without_copies
 from layersmith.parent import Parent, load_parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DISTILLATION_TOKENS, DistillationRecipe, Recipe
@@ -185,9 +185,9 @@ def read_rows(
     parent: Parent,
     progress: Progress,
 ) -> torch.Tensor:
-    """Rows to learn from, ``[N, T]`` int32: none of evaluation's documents, and nothing that is copied from them."""
+    """Rows to learn from, ``[N, T]`` int32: none of evaluation's documents, nor copies of them that are not allowed."""
     header, wanted = run.header(), steps.count * steps.rows
-    inputs = fingerprint([header["data"]["sha256"], wanted, None if is_the_runs else source])
+    inputs = fingerprint([header["data"]["sha256"], wanted, None if is_the_runs else source, recipe.data.overlap])
 
     def make(folder: Path) -> None:
         held = read_tensors(run.folder / "data" / "tokens.safetensors")
@@ -213,7 +213,7 @@ def find_rows(
     held: Mapping[str, torch.Tensor],
     wanted: int,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Up to ``wanted`` rows of a source, ``[N, T]``, that evaluation does not show, and what was left out.
+    """Up to ``wanted`` rows of a source, ``[N, T]``, that the run's other splits do not have, and what is said of them.
 
     Args:
         header: of the run.
@@ -225,12 +225,13 @@ def find_rows(
         wanted: rows.
 
     Raises:
-        InputError: nothing is left.
+        InputError: nothing is left that evaluation does not show, or the recipe refuses what it shows.
     """
     length = held["evaluation"].shape[1]
     options: dict[str, Any] = {"sequence_length": length, "seed": recipe.seed}
     options |= {"field": recipe.data.field, "split": recipe.data.split}
     warnings: list[str] = []
+    found: dict[str, int] | None = None
     rows = torch.empty(0, length, dtype=torch.long)
     if is_the_runs:
         dealt = prepare(
@@ -241,30 +242,30 @@ def find_rows(
             evaluation_sequences=recipe.data.evaluation_sequences,
             training_sequences=wanted,
             evaluation_source=recipe.data.evaluation_source,
+            overlap=recipe.data.overlap,
             **options,
         )
         if all(
             dealt.description["sha256"][name] == header["data"]["sha256"][name] for name in ("evaluation", "scoring")
         ):
-            rows = dealt.training
+            rows, found = dealt.training, dealt.description["overlap"]
+            if found and found["training"]:
+                warnings.append(in_words(source, "training", found["training"], recipe.data.overlap))
         else:
             warnings.append(f"{source}: no longer deals the run's rows; evaluation's are kept out by what is in them.")
     if not len(rows):
         rows = evaluation_rows(source, tokenizer, sequences=wanted, **options)
-    has_text = Path(source).suffix not in (".npy", ".safetensors")
-    copied = Runs(held["evaluation"], tokenizer if has_text else None).within(rows)
-    rows = rows[~copied]
-    if not len(rows):
-        raise InputError(
-            f"{source}: holds nothing to learn from that evaluation does not show. Give other text with --data."
-        )
-    if left_out := int(copied.sum()):
-        warnings.append(f"{left_out} of {len(copied)} training rows share long runs of text with evaluation; left out.")
+        spelling = None if holds_tokens(source) else tokenizer
+        splits = {"training": rows}
+        kept, found = without_copies(splits, held["evaluation"], spelling, recipe.data.overlap, source, warnings)
+        rows = kept["training"]
     if len(rows) < wanted:
         warnings.append(
             f"{source} has {len(rows) * length:,} tokens to learn from; they are seen {wanted / len(rows):.1f} times."
         )
-    return rows, {"source": source, "rows": len(rows), "wanted": wanted, "left_out": left_out, "warnings": warnings}
+    overlapping = None if found is None else found["training"]
+    description = {"source": source, "rows": len(rows), "wanted": wanted, "warnings": warnings}
+    return rows, description | {"overlap": recipe.data.overlap, "overlapping": overlapping}
 
 
 # ---------------------------------------------------------------------------------------------- training

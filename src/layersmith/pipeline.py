@@ -262,6 +262,7 @@ def read_data(data: str | Path, recipe: Recipe, model: Parent, tokenizer: Any, p
             training_sequences=recipe.data.training_sequences,
             seed=recipe.seed,
             evaluation_source=recipe.data.evaluation_source,
+            overlap=recipe.data.overlap,
             field=recipe.data.field,
             split=recipe.data.split,
         )

@@ -26,6 +26,8 @@ Objective = Literal[
     "kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance"
 ]
 
+# What to do about rows that share long runs of text with evaluation.
+Overlap = Literal["leave_out", "warn", "refuse", "allow"]
 
 # Kinds of alternatives that have weights.
 Trainable = Literal[
@@ -45,6 +47,8 @@ class DataRecipe:
         evaluation_sequences: rows on which parent and child are compared; never used before.
         training_sequences: rows for distillation, from documents that are in no other split; 0 for none.
         evaluation_source: where the evaluation rows come from; default: documents held out of the data.
+        overlap: what to do about rows of other splits that share long runs of text with evaluation rows. ``leave_out``:
+            go on without them; ``warn``: use them and say so; ``refuse``: stop; ``allow``: do not look.
         field: the column that holds the text; default: found by its usual names.
         split: of a hub dataset.
     """
@@ -55,6 +59,7 @@ class DataRecipe:
     evaluation_sequences: int = 64
     training_sequences: int = 256
     evaluation_source: str | None = None
+    overlap: Overlap = "leave_out"
     field: str | None = None
     split: str = "train"
 

@@ -296,7 +296,7 @@ def test_training_never_shows_what_evaluation_does(own: Path, tmp_path: Path) ->
         rows = read_tensors(own / "distillation" / "data" / "tokens.safetensors")["training"]
         assert len(rows)
         assert not Runs(evaluation, tokenizer).within(rows).any()
-    assert read_json(own / "distillation" / "data" / "data.json")["left_out"] > 0
+    assert read_json(own / "distillation" / "data" / "data.json")["overlapping"] > 0
 
 
 def test_kept_logits_in_a_run(own: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import yaml
 from layersmith.artifacts import write_text
 from layersmith.heterogeneous.modeling_layersmith import FILE_NAME
 from layersmith.library.library import Library
-from layersmith.recipe import Recipe
+from layersmith.recipe import Overlap, Recipe
 from layersmith.report.collect import described, parent_name
 from layersmith.report.optional import trained_alternatives
 from layersmith.report.words import (
@@ -95,7 +95,7 @@ def model_card(
         _changes(library, choice) if changed else "Nothing.",
         _costs(choice),
         "## Quality",
-        _quality(evaluation),
+        _quality(evaluation, _copies(recipe.data.overlap, header["data"].get("overlap"))),
         "## How to load it",
         _loading((folder / FILE_NAME).is_file(), recipe.trust_remote_code),
         "## How it was made",
@@ -180,7 +180,7 @@ def _costs(choice: Choice) -> str:
     return table(["", "parent", "child", "left", "budget"], rows) + f"\n\n{load}"
 
 
-def _quality(evaluation: dict[str, Any] | None) -> str:
+def _quality(evaluation: dict[str, Any] | None, copies: str) -> str:
     if evaluation is None:
         return "Not evaluated."
     rows = [
@@ -194,9 +194,17 @@ def _quality(evaluation: dict[str, Any] | None) -> str:
     ]
     return (
         table(["", "parent", "child", "difference"], rows)
-        + f"\n\nOn {evaluation['tokens']:,} tokens in {evaluation['sequences']} rows that nothing else has seen. ± is "
-        "one standard error over rows; differences are paired."
+        + f"\n\nOn {evaluation['tokens']:,} tokens in {evaluation['sequences']} rows of documents that nothing else "
+        f"has seen{copies}. ± is one standard error over rows; differences are paired."
     )
+
+
+def _copies(what: Overlap, found: dict[str, int] | None) -> str:
+    """What is to be said of rows that share long runs of text with evaluation's."""
+    if found is None:
+        return ""
+    count = sum(found.values())
+    return f" ({count} of its rows share long runs of text with theirs)" if what == "warn" and count else ""
 
 
 def _loading(own_code: bool, remote: bool) -> str:
