@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +40,9 @@ from layersmith.overlap import in_words, without_copies
 from layersmith.parent import Parent, load_parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DISTILLATION_TOKENS, DistillationRecipe, Recipe
+from layersmith.report.card import complete_card, write_card
 from layersmith.run import Run
 from layersmith.runtime import Runtime
-from layersmith.scoring.score import losses
 from layersmith.search.budget import Budget
 from layersmith.search.choose import Choice
 
@@ -73,6 +73,7 @@ def distill(
     data: str | Path | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     finalists: int | None = None,
+    report_to: Sequence[str] | None = None,
     device: str | None = None,
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
@@ -85,6 +86,7 @@ def distill(
         data: to learn from; default: the run's own, but for what evaluation has of it.
         recipe: whose section ``distillation`` goes before the run's own.
         finalists: solutions that are tried first.
+        report_to: loggers, by the names that Transformers has for them; default: the recipe's.
         device: goes before the run's.
         descriptor: of the family; default: found by experiment.
         progress: told where it is.
@@ -100,6 +102,8 @@ def distill(
     changes: dict[str, Any] = {"tokens": tokens or section.tokens or DISTILLATION_TOKENS}
     if finalists is not None:
         changes["finalists"] = finalists
+    if report_to is not None:
+        changes["report_to"] = tuple(report_to)
     own = dataclasses.replace(
         own, distillation=dataclasses.replace(section, **changes), device=own.device if device is None else device
     )
@@ -151,12 +155,20 @@ def distill_child(
     if not is_done:
         ranks.on_first(lambda: check_disk(run, settings, steps))
     tried = [] if settings.finalists < 2 else try_finalists(run, inputs, parent, recipe, rows, held, progress)
-    start = run.folder / "child"
+    start, solution = run.folder / "child", run.folder / "solution"
     if tried:
-        start = run.folder / "distillation" / "finalists" / str(next(t["number"] for t in tried if t["won"]))
+        solution = run.folder / "distillation" / "finalists"
+        start = solution / str(next(t["number"] for t in tried if t["won"]))
+    library = Library.read(run.folder / "library", parent)
+    of_card = (run, library, Choice.from_dict(read_json(solution / "solution.json")), recipe)
+    learned: dict[str, Any] = {"learned_tokens": steps.count * steps.tokens, "learned_from": str(source)}
     if not is_done:
-        train_child(run, inputs, start, parent, recipe, rows, held["scoring"], tokenizer, progress)
+        train_child(
+            run, inputs, start, parent, recipe, rows, held["scoring"], tokenizer,
+            lambda folder: write_card(folder, *of_card, **learned), progress,
+        )  # fmt: skip
     evaluations = evaluate(run, inputs, parent, recipe, held["evaluation"], progress)
+    ranks.on_first(lambda: complete_card(run.folder / "distilled", *of_card, evaluations["after"], **learned))
     return Distilled(run.folder / "distilled", evaluations["before"], evaluations["after"], tried)
 
 
@@ -280,9 +292,10 @@ def train_child(
     rows: torch.Tensor,
     validation: torch.Tensor,
     tokenizer: Any,
+    write_more: Callable[[Path], None],
     progress: Progress,
 ) -> None:
-    """Train the child in ``start`` and write it as the run's ``distilled``."""
+    """Train the child in ``start`` and write it as the run's ``distilled``, and more into the same folder."""
     settings, name = recipe.distillation, "global distillation"
     child = load(start, trust_remote_code=recipe.trust_remote_code)
     dtype = child.dtype
@@ -295,7 +308,12 @@ def train_child(
             parent, child, rows, settings, tokens=settings.tokens, seed=recipe.seed, folder=training,
             curve=folder / "log.json", name=name, validation=validation, cache=cache, advance=advance,
         )  # fmt: skip
-    run.do("distilled", inputs, lambda made: _write_child(child, trained, dtype, tokenizer, made))
+
+    def write(made: Path) -> None:
+        _write_child(child, trained, dtype, tokenizer, made)
+        write_more(made)
+
+    run.do("distilled", inputs, write)
     ranks.on_first(lambda: shutil.rmtree(training, ignore_errors=True))
 
 
@@ -377,7 +395,7 @@ def try_finalists(
         if len(found.choices) < settings.finalists:
             progress.note(f"only {len(found.choices)} solutions differ enough to be tried")
         work = _own_folder(run.folder / "distillation" / "finalists.work", inputs)
-        short = dataclasses.replace(settings, eval_every=0)
+        short = dataclasses.replace(settings, eval_every=0, report_to=())
         with progress.stage("finalists", tokens * len(found.choices), "tokens") as advance:
             tried = [
                 _try(work, i, choice, found.library, parent, recipe, short, tokens, rows, held["scoring"], advance)
@@ -405,13 +423,12 @@ class _Found:
 def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
     settings = recipe.distillation
     stored = pipeline.at_stored_dtype(parent, recipe, run.folder)
-    library = Library.read(run.folder / "library", stored)
+    library = pipeline.with_pairs(run, Library.read(run.folder / "library", stored))
     budget = Budget.from_dict(run.header()["budget"])
     costs = pipeline.cost_table(stored, library, budget)
-    scores = losses(pipeline.read_scores(run, library), recipe.scoring.objective)
-    choices = diverse_choices(
-        library.alternatives, scores, costs, budget, settings.finalists, settings.finalist_distance
-    )
+    space = pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
+    own = Choice.from_dict(read_json(run.folder / "solution" / "solution.json"))
+    choices = ranks.from_first(lambda: diverse_choices(space, own, settings.finalists, settings.finalist_distance))
     return _Found(library, choices)
 
 
