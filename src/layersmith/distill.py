@@ -36,7 +36,7 @@ from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.overlap import in_words, without_copies
+from layersmith.overlap import without_copies
 from layersmith.parent import Parent, load_parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DISTILLATION_TOKENS, DistillationRecipe, Recipe
@@ -198,12 +198,12 @@ def read_rows(
     progress: Progress,
 ) -> torch.Tensor:
     """Rows to learn from, ``[N, T]`` int32: none of evaluation's documents, nor copies of them that are not allowed."""
-    header, wanted = run.header(), steps.count * steps.rows
-    inputs = fingerprint([header["data"]["sha256"], wanted, None if is_the_runs else source, recipe.data.overlap])
+    wanted, overlap = steps.count * steps.rows, recipe.distillation.overlap or recipe.data.overlap
+    inputs = fingerprint([run.header()["data"]["sha256"], wanted, None if is_the_runs else source, overlap])
 
     def make(folder: Path) -> None:
         held = read_tensors(run.folder / "data" / "tokens.safetensors")
-        rows, description = find_rows(header, recipe, source, is_the_runs, tokenizer, held, wanted)
+        rows, description = find_rows(recipe, source, is_the_runs, tokenizer, held, wanted)
         check_vocabulary(int(rows.max()) + 1, parent.language_config.vocab_size)
         write_tensors(folder / "tokens.safetensors", {"training": rows.int()})
         write_json(folder / "data.json", description)
@@ -217,7 +217,6 @@ def read_rows(
 
 
 def find_rows(
-    header: Mapping[str, Any],
     recipe: Recipe,
     source: str,
     is_the_runs: bool,
@@ -228,7 +227,6 @@ def find_rows(
     """Up to ``wanted`` rows of a source, ``[N, T]``, that the run's other splits do not have, and what is said of them.
 
     Args:
-        header: of the run.
         recipe: of the run.
         source: of documents.
         is_the_runs: whether the run's other rows were dealt from it too.
@@ -239,11 +237,11 @@ def find_rows(
     Raises:
         InputError: nothing is left that evaluation does not show, or the recipe refuses what it shows.
     """
-    length = held["evaluation"].shape[1]
+    length, spelling = held["evaluation"].shape[1], None if holds_tokens(source) else tokenizer
+    what = recipe.distillation.overlap or recipe.data.overlap
     options: dict[str, Any] = {"sequence_length": length, "seed": recipe.seed}
     options |= {"field": recipe.data.field, "split": recipe.data.split}
     warnings: list[str] = []
-    found: dict[str, int] | None = None
     rows = torch.empty(0, length, dtype=torch.long)
     if is_the_runs:
         dealt = prepare(
@@ -254,30 +252,28 @@ def find_rows(
             evaluation_sequences=recipe.data.evaluation_sequences,
             training_sequences=wanted,
             evaluation_source=recipe.data.evaluation_source,
-            overlap=recipe.data.overlap,
             **options,
         )
-        if all(
-            dealt.description["sha256"][name] == header["data"]["sha256"][name] for name in ("evaluation", "scoring")
-        ):
-            rows, found = dealt.training, dealt.description["overlap"]
-            if found and found["training"]:
-                warnings.append(in_words(source, "training", found["training"], recipe.data.overlap))
+        splits = {"scoring": dealt.scoring}
+        scoring = without_copies(splits, dealt.evaluation, spelling, recipe.data.overlap, source, [])[0]["scoring"]
+        if torch.equal(dealt.evaluation, held["evaluation"]) and torch.equal(scoring, held["scoring"]):
+            rows = dealt.training
         else:
             warnings.append(f"{source}: no longer deals the run's rows; evaluation's are kept out by what is in them.")
     if not len(rows):
         rows = evaluation_rows(source, tokenizer, sequences=wanted, **options)
-        spelling = None if holds_tokens(source) else tokenizer
-        splits = {"training": rows}
-        kept, found = without_copies(splits, held["evaluation"], spelling, recipe.data.overlap, source, warnings)
-        rows = kept["training"]
+    splits = {"training": rows}
+    kept, found = without_copies(
+        splits, held["evaluation"], spelling, what, source, warnings, field="distillation.overlap"
+    )
+    rows = kept["training"]
     if len(rows) < wanted:
         warnings.append(
             f"{source} has {len(rows) * length:,} tokens to learn from; they are seen {wanted / len(rows):.1f} times."
         )
     overlapping = None if found is None else found["training"]
     description = {"source": source, "rows": len(rows), "wanted": wanted, "warnings": warnings}
-    return rows, description | {"overlap": recipe.data.overlap, "overlapping": overlapping}
+    return rows, description | {"overlap": what, "overlapping": overlapping}
 
 
 # ---------------------------------------------------------------------------------------------- training

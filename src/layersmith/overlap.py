@@ -36,6 +36,7 @@ def without_copies(
     what: Overlap,
     where: str,
     warnings: list[str],
+    field: str = "data.overlap",
 ) -> tuple[dict[str, torch.Tensor], dict[str, int] | None]:
     """Look for what evaluation shows in other splits, and do about it what the recipe says.
 
@@ -46,6 +47,7 @@ def without_copies(
         what: is to be done.
         where: rows come from, for people.
         warnings: are added to.
+        field: of the recipe that says so.
 
     Returns:
         The rows to go on with, and how many of each split were found; None if nobody looked.
@@ -64,21 +66,14 @@ def without_copies(
             continue
         said = f"{where}: {found[name]} of {len(rows)} {name} rows share long runs of text with evaluation"
         if what == "refuse":
-            raise InputError(f"{said}. Give other text, or set data.overlap to leave_out or warn in the recipe.")
+            raise InputError(f"{said}. Give other text, or set {field} to leave_out or warn in the recipe.")
         if what == "leave_out":
             kept[name] = rows[~copied]
             if not len(kept[name]):
-                raise InputError(
-                    f"{said}, so none is left. Give other text, or set data.overlap to warn in the recipe."
-                )
-        warnings.append(in_words(where, name, found[name], what))
+                raise InputError(f"{said}, so none is left. Give other text, or set {field} to warn in the recipe.")
+        done = "were left out" if what == "leave_out" else "are used all the same"
+        warnings.append(f"{where}: {found[name]} {name} rows that share long runs of text with evaluation {done}.")
     return kept, found
-
-
-def in_words(where: str, name: str, found: int, what: Overlap) -> str:
-    """What was done about so many rows of a split."""
-    done = "were left out" if what == "leave_out" else "are used all the same"
-    return f"{where}: {found} {name} rows that share long runs of text with evaluation {done}."
 
 
 class Runs:

@@ -188,6 +188,7 @@ class DistillationRecipe:
         log_every: steps between two points of the curve.
         eval_every: steps between two evaluations on the scoring rows; 0: only at the end.
         save_seconds: between two checkpoints at least; longer where writing one takes long.
+        overlap: what to do about rows that share long runs of text with evaluation; default: ``data.overlap``.
         report_to: where Transformers logs besides: ``tensorboard``, ``wandb``, ...
         finalists: different solutions that are tried; the one with the least KL after a short while goes on.
         finalist_tokens: of that while; default: a tenth of ``tokens``.
@@ -213,6 +214,7 @@ class DistillationRecipe:
     log_every: int = 4
     eval_every: int = 0
     save_seconds: float = 60.0
+    overlap: Overlap | None = None
     report_to: tuple[str, ...] = ()
     finalists: int = 1
     finalist_tokens: int | None = None

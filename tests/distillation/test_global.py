@@ -306,7 +306,13 @@ def test_training_never_shows_what_evaluation_does(own: Path, tmp_path: Path) ->
         rows = read_tensors(own / "distillation" / "data" / "tokens.safetensors")["training"]
         assert len(rows)
         assert not Runs(evaluation, tokenizer).within(rows).any()
+        said = read_json(own / "distillation" / "data" / "data.json")["warnings"]
+        assert not any("no longer deals" in warning for warning in said)
     assert read_json(own / "distillation" / "data" / "data.json")["overlapping"] > 0
+    with pytest.raises(InputError, match=r"set distillation\.overlap to leave_out or warn"):
+        distill(
+            own, data=tmp_path / "other.txt", recipe={"distillation": QUICK | {"tokens": 4096, "overlap": "refuse"}}
+        )
 
 
 def test_kept_logits_in_a_run(own: Path, tmp_path: Path) -> None:
