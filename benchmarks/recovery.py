@@ -206,8 +206,10 @@ def peer(of: Seed, budget: float, args: argparse.Namespace) -> PreTrainedModel |
         info: dict[str, Any] = json.loads((work / "timing.json").read_text())["info"]
         return info
 
-    if not (work / "scored").is_file():
-        run("--fresh", "--stages", "convert,act,prune,library,stats,score,mip")
+    if not (work / "single_sequence_replacement_solutions.json").is_file():
+        run("--fresh", "--stages", "convert,act,prune,library,stats")
+    if not (work / "scored").is_file():  # it goes on with what it has scored
+        run("--stages", "score")
         (work / "scored").write_text("")
     whole = of.costs.parent["parameters"]
     theirs = run("--stages", "mip")["teacher_params"]  # it counts tied embeddings twice, so its fraction is another
@@ -332,9 +334,10 @@ def table(lines: list[dict[str, Any]]) -> str:
     kinds = dict.fromkeys(tuple(line[name] for name in of_kind) for line in lines)
     for kind in kinds:
         own = [line for line in lines if tuple(line[name] for name in of_kind) == kind]
-        for tokens, rate in dict.fromkeys((line["tokens"], line["learning_rate"]) for line in own if line["tokens"]):
-            same = [x for x in own if not x["tokens"] or (x["tokens"], x["learning_rate"]) == (tokens, rate)]
-            groups[(*kind, tokens, rate)] = same
+        of_training = ("tokens", "step_tokens", "learning_rate")
+        for training in dict.fromkeys(tuple(x[name] for name in of_training) for x in own if x["tokens"]):
+            same = [x for x in own if not x["tokens"] or tuple(x[name] for name in of_training) == training]
+            groups[(*kind, *training)] = same
     return "\n".join(part for group in groups.values() for part in _part(group))
 
 
@@ -348,7 +351,8 @@ def _part(lines: list[dict[str, Any]]) -> Iterator[str]:
         f"{trained['step_tokens']:,}, learning rate {trained['learning_rate']:.2g}; evaluated on "
         f"{trained['evaluation_rows'] * trained['length']:,} tokens a seed. One thread, float32, "
         f"{', '.join(f'{k} {v}' for k, v in trained['versions'].items())}. Means over seeds ± their standard "
-        "deviation; for one seed ± the standard error over rows.\n"
+        "deviation; for one seed ± the standard error over rows.\n\n"
+        f"`python -m benchmarks.recovery {_options(trained)}`\n"
     )
     heads = [*METRICS.values(), *(f"{name}, distilled" for name in METRICS.values())]
     yield f"| budget | | seeds | parameters | {' | '.join(heads)} |\n| --- | --- | --- | --- |" + " --- |" * len(heads)
@@ -365,6 +369,15 @@ def _part(lines: list[dict[str, Any]]) -> Iterator[str]:
     for budget in sorted({line["budget"] for line in lines}, reverse=True):
         yield from _verdicts([line for line in lines if line["budget"] == budget], budget)
     yield ""
+
+
+def _options(line: dict[str, Any]) -> str:
+    """What a line was made with, as it is typed."""
+    names = ("local_tokens", "pair_tokens", "evaluation_rows", "scoring_rows", "length", "tokens", "step_tokens")
+    options = [f"--{name.replace('_', '-')} {line[name]}" for name in names]
+    return " ".join(
+        [*options, f"--learning-rate {line['learning_rate']:.3g}", *["--whole-space"] * line["whole_space"]]
+    )
 
 
 def _last(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
@@ -390,6 +403,9 @@ def _verdicts(lines: list[dict[str, Any]], budget: float) -> Iterator[str]:
         if both := [s for s in by_row[row] if "after" in ours.get(s, {}) and "after" in by_row[row][s]]:
             before = [ours[s]["before"]["kl"] / by_row[row][s]["before"]["kl"] for s in both]
             gaps = [by_row[row][s]["after"]["loss"] - ours[s]["after"]["loss"] for s in both]
+            if row == "from scratch":
+                yield f"* {budget}, {row}: distilled, it loses {_spread(gaps, '.4f')} nats a token more than (d)."
+                continue
             yield (
                 f"* {budget}, {row}: (c) has {_spread(before, '.2f')} times its KL; both distilled, it loses "
                 f"{_spread(gaps, '.4f')} nats a token more than (d)."
