@@ -12,7 +12,7 @@ of the table are children of the same budget:
 * ``(c) locally distilled``: over alternatives that were trained, scored so; then each layer's choice trained together.
 
 The second table is the library itself: replace-one-block KL by exact scores on rows that nothing was trained on, in a
-few layers, by kind of alternative. One thread, float32.
+few layers, by kind of alternative. One thread, float32. ``benchmarks.recovery`` goes on with global distillation.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def splits_of(text: Path, parent: Parent, args: argparse.Namespace, seed: int) -
         scoring_sequences=args.scoring_rows,
         evaluation_sequences=args.evaluation_rows,
         training_sequences=args.tokens // args.length * 25 // 24 + 1,
+        overlap="leave_out",
         seed=seed,
     )
 
@@ -147,9 +148,11 @@ class Libraries:
     cpu_seconds: dict[str, float]
 
 
-def libraries(parent: Parent, tokens: TokenSplits, args: argparse.Namespace, seed: int) -> Libraries:
+def libraries(
+    parent: Parent, tokens: TokenSplits, args: argparse.Namespace, seed: int, recipe: LibraryRecipe | None = None
+) -> Libraries:
     """Make and score all three."""
-    recipe, notes, seconds = LibraryRecipe(), _Notes(), {}
+    recipe, notes, seconds = recipe or LibraryRecipe(), _Notes(), {}
     started = time.process_time()
 
     def lap(name: str) -> None:

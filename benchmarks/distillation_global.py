@@ -209,7 +209,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = DistillationRecipe(tokens=args.tokens)
     tokenizer = load_tokenizer(parent.path)
     steps = Steps.of(settings, args.tokens, held["evaluation"].shape[1])
-    found, _ = find_rows(header, recipe, header["data"]["source"], True, tokenizer, held, steps.count * steps.rows)
+    found, _ = find_rows(recipe, header["data"]["source"], True, tokenizer, held, steps.count * steps.rows)
     made: list[dict[str, Any]] = []
     print("| parameters | seed | model | | loss - parent's | KL | top-1 agreement |")
     print("|---|---|---|---|---|---|---|")

@@ -95,3 +95,43 @@ def test_copies_are_found_whatever_stands_between_the_letters(text_folder: Path,
     assert ids.length == 50
     assert ids.within(torch.cat([torch.arange(900, 940), torch.arange(130, 190)])[None]).tolist() == [True]
     assert ids.within(torch.cat([torch.arange(900, 960), torch.arange(130, 170)])[None]).tolist() == [False]
+
+
+def test_what_is_done_about_copies(tmp_path: Path, tokenizer: Any) -> None:
+    words = [f"{chr(97 + i % 26)}{i * 7919 % 1000003}" for i in range(9000)]
+    documents = [" ".join(words[start : start + 60]) for start in range(0, 9000, 60)]
+    held = tmp_path / "held.txt"
+    held.write_text("\n".join(documents[:8]))
+    frame = "answer the question below as well as you can and say where what you know comes from "
+    copies = [f"# of another\n{document.upper()}" for document in documents[:6]]
+    texts = tmp_path / "texts.jsonl"
+    texts.write_text("".join(json.dumps({"text": text}) + "\n" for text in [*documents[8:], *copies]))
+
+    def dealt(what: Any) -> Any:
+        wanted = SIZES | {"sequence_length": 128, "training_sequences": 10**6, "overlap": what}
+        return prepare(texts, tokenizer, **wanted, evaluation_source=held)
+
+    allowed, warned, left_out = dealt("allow"), dealt("warn"), dealt("leave_out")
+    runs = Runs(allowed.evaluation, tokenizer)
+    splits = ("calibration", "scoring", "training")
+    count = {name: int(runs.within(getattr(allowed, name)).sum()) for name in splits}
+    assert sum(count.values()) > 0
+    assert allowed.description["overlap"] is None
+    assert warned.description["overlap"] == left_out.description["overlap"] == count
+    for name in splits:
+        assert torch.equal(getattr(warned, name), getattr(allowed, name))
+        assert len(getattr(left_out, name)) == len(getattr(allowed, name)) - count[name]
+        assert not runs.within(getattr(left_out, name)).any()
+    for splits_made, said in ((warned, "used all the same"), (left_out, "left out")):
+        assert sum(said in warning for warning in splits_made.description["warnings"]) == sum(map(bool, count.values()))
+    with pytest.raises(
+        InputError, match=r"share long runs of text with evaluation\. Give other text, or set data\.over"
+    ):
+        dealt("refuse")
+    # What several evaluation rows have in common is no copy of any.
+    framed = [tokenizer(4 * frame + documents[i] + documents[i + 20])["input_ids"][:400] for i in range(5)]
+    *held_rows, other = torch.tensor(framed)
+    assert Runs(torch.stack(held_rows), tokenizer).within(torch.stack([*held_rows, other])).tolist() == [True] * 4 + [
+        False
+    ]
+    assert Runs(torch.stack(held_rows[:2]), tokenizer).within(other[None]).all()

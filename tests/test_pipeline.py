@@ -224,6 +224,40 @@ def test_another_budget_from_the_same_run(finished: layersmith.Result, tmp_path:
         search_again(finished.run, parse_budget(params="0.9"), objective="kl_divergense")
 
 
+def test_what_was_trained_together_is_used_again(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    """For the same budget comes the run's own child; for another, the layers that it has in common with that."""
+    recipe = TINY_RECIPE | {
+        "data": TINY_RECIPE["data"] | {"training_sequences": 100},
+        "local_distillation": {"tokens": 0, "coupled_tokens": 3072, "batch_tokens": 64},
+        "search": {"refine_passes": 0, "frontier_points": 2},
+    }
+    finished = layersmith.compress(make_parent("llama"), tmp_path / "run", data=text_folder, budget=0.7, recipe=recipe)
+    library, same = search_again(finished.run, parse_budget(params="0.7"), out=tmp_path / "same")
+    assert same.alternatives == finished.choice.alternatives
+    child, again = (layersmith.load(folder).state_dict() for folder in (finished.child, tmp_path / "same"))
+    assert all(torch.equal(tensor, again[name]) for name, tensor in child.items())
+    alone = library.compose(same.alternatives).state_dict()
+    assert not all(torch.equal(tensor, child[name]) for name, tensor in alone.items())
+
+    library, other = search_again(finished.run, parse_budget(params="0.68"), out=tmp_path / "other", refine=False)
+    made, alone = layersmith.load(tmp_path / "other").state_dict(), library.compose(other.alternatives).state_dict()
+    records = read_json(finished.run / "pairs" / "distilled.json")
+    trained = {record["layer"] for record in records if record["weights"]}
+    used = set()
+    for i in range(len(library.parent.blocks)):
+        own, theirs = ([a for a in c.alternatives if a.layer == i] for c in (other, finished.choice))
+        names = [name for name in made if name.startswith(f"{library.parent.descriptor.layer_block_name(i)}.")]
+        if own == theirs:
+            assert all(torch.equal(made[name], child[name]) for name in names)
+            used.add(i)
+        else:
+            assert all(torch.equal(made[name], alone[name]) for name in names)
+    assert used & trained
+    assert len(used) < len(library.parent.blocks)
+
+
 def test_a_smaller_budget_never_scores_better(finished: layersmith.Result) -> None:
     scores = [search_again(finished.run, parse_budget(params=str(f)))[1].score for f in (1.0, 0.95, 0.9, 0.85, 0.8)]
     assert scores == sorted(scores)

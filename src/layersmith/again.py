@@ -71,6 +71,9 @@ def search_several(
 ) -> tuple[Library, list[Choice]]:
     """The best children of a finished run for another budget; the first is written to ``out`` if that is given.
 
+    Where the first has for a layer what the run's own solution has, it is written with what was trained there together,
+    elsewhere with what its alternatives learned by themselves.
+
     Args:
         run_folder: the run.
         budget: upper limits.
@@ -125,7 +128,8 @@ def search_several(
             choices[0] = refined.choice
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
-            own = library.with_parent(pipeline.at_stored_dtype(library.parent, recipe, run.folder))
+            taught = pipeline.with_pairs(run, library)
+            own = taught.with_parent(pipeline.at_stored_dtype(library.parent, recipe, run.folder))
             save(
                 own.compose(choices[0].alternatives),
                 out,

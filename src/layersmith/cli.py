@@ -292,6 +292,9 @@ def distill(
     finalists: Annotated[
         int | None, typer.Option(help="Solutions to try for a short while first; the best goes on.")
     ] = None,
+    report_to: Annotated[
+        list[str] | None, typer.Option(help="Log there too: tensorboard, wandb, ...; may be given again.")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the run's.")] = None,
     descriptor: Descriptor = None,
 ) -> None:
@@ -302,7 +305,7 @@ def distill(
     console = _console()
     with _drawn(console) as progress:
         made = learn(
-            run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device,
+            run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device, report_to=report_to,
             descriptor=_descriptor(descriptor), progress=progress,
         )  # fmt: skip
     print_distilled(console, made)

@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING, Any
 from layersmith import schema
 from layersmith.errors import InputError, UsageError
 from layersmith.mixture import interleave, read_mixture
+from layersmith.overlap import without_copies
+from layersmith.recipe import Overlap
 
 if TYPE_CHECKING:
     import torch
@@ -285,6 +287,7 @@ def prepare(
     seed: int,
     training_sequences: int = 0,
     evaluation_source: str | Path | None = None,
+    overlap: Overlap = "allow",
     field: str | None = None,
     split: str = "train",
 ) -> TokenSplits:
@@ -302,10 +305,12 @@ def prepare(
         seed: of the order.
         training_sequences: rows of training; 0 for none.
         evaluation_source: where the evaluation rows come from instead; its documents are taken out of the source.
+        overlap: what to do about rows that are copied from evaluation's; see :mod:`layersmith.overlap`.
         field, split: see :func:`read_documents`.
 
     Raises:
-        InputError: nothing there, damaged, or too little for a row each.
+        InputError: nothing there, damaged, or too little for a row each; rows that are copied from evaluation's, if
+            they are refused.
         UsageError: no such field; chats for a tokenizer without a chat template.
     """
     wanted = {
@@ -315,7 +320,7 @@ def prepare(
         "training": training_sequences,
     }
     warnings: list[str] = []
-    if Path(source).suffix in _TOKEN_SUFFIXES and Path(source).is_file():
+    if is_tokens := holds_tokens(source):
         rows = _deal_rows(_read_tokens(Path(source), sequence_length), wanted, seed, str(source), warnings)
     else:
         budget = sum(wanted.values()) * sequence_length * _CHARACTERS_PER_TOKEN
@@ -325,6 +330,10 @@ def prepare(
             held_out = _ordered(evaluation_source, tokenizer, seed, None, split, budget, warnings)
         documents = {digest: text for digest, text in documents.items() if digest not in held_out}
         rows = _deal(documents, held_out, tokenizer, wanted, sequence_length, str(source), warnings)
+    others = {name: rows[name] for name in _SPLITS if name != "evaluation"}
+    spelling = None if is_tokens else tokenizer
+    kept, copied = without_copies(others, rows["evaluation"], spelling, overlap, str(source), warnings)
+    rows |= kept
     description = {
         "source": str(source),
         "evaluation_source": None if evaluation_source is None else str(evaluation_source),
@@ -333,9 +342,15 @@ def prepare(
         "seed": seed,
         "sequences": {name: len(rows[name]) for name in _SPLITS},
         "sha256": {name: _digest(rows[name]) for name in _SPLITS},
+        "overlap": copied,
         "warnings": warnings,
     }
     return TokenSplits(rows["calibration"], rows["scoring"], rows["evaluation"], rows["training"], description)
+
+
+def holds_tokens(source: str | Path) -> bool:
+    """Whether a source is a file of token ids."""
+    return Path(source).suffix in _TOKEN_SUFFIXES and Path(source).is_file()
 
 
 def evaluation_rows(

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layersmith import pipeline, schema
+from layersmith import pipeline, ranks, schema
 from layersmith.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
-from layersmith.data import check_vocabulary, evaluation_rows, load_tokenizer, prepare
-from layersmith.distillation import ranks
+from layersmith.data import check_vocabulary, evaluation_rows, holds_tokens, load_tokenizer, prepare
 from layersmith.distillation.finalists import Finalist, diverse_choices
 from layersmith.distillation.parent_logits import ParentLogits, cache_folder, remember
 from layersmith.distillation.trainer import Steps, Trained, hidden_size_of, train, training_arguments
@@ -37,13 +36,13 @@ from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.overlap import Runs
+from layersmith.overlap import without_copies
 from layersmith.parent import Parent, load_parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DISTILLATION_TOKENS, DistillationRecipe, Recipe
+from layersmith.report.card import complete_card, write_card
 from layersmith.run import Run
 from layersmith.runtime import Runtime
-from layersmith.scoring.score import losses
 from layersmith.search.budget import Budget
 from layersmith.search.choose import Choice
 
@@ -74,6 +73,7 @@ def distill(
     data: str | Path | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     finalists: int | None = None,
+    report_to: Sequence[str] | None = None,
     device: str | None = None,
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
@@ -86,6 +86,7 @@ def distill(
         data: to learn from; default: the run's own, but for what evaluation has of it.
         recipe: whose section ``distillation`` goes before the run's own.
         finalists: solutions that are tried first.
+        report_to: loggers, by the names that Transformers has for them; default: the recipe's.
         device: goes before the run's.
         descriptor: of the family; default: found by experiment.
         progress: told where it is.
@@ -101,6 +102,8 @@ def distill(
     changes: dict[str, Any] = {"tokens": tokens or section.tokens or DISTILLATION_TOKENS}
     if finalists is not None:
         changes["finalists"] = finalists
+    if report_to is not None:
+        changes["report_to"] = tuple(report_to)
     own = dataclasses.replace(
         own, distillation=dataclasses.replace(section, **changes), device=own.device if device is None else device
     )
@@ -134,8 +137,7 @@ def distill_child(
     """
     settings = recipe.distillation
     held = read_tensors(run.folder / "data" / "tokens.safetensors")
-    steps = Steps.of(settings, settings.tokens, held["evaluation"].shape[1], parent.runtime.world_size)
-    training_arguments(settings, steps, parent.runtime, hidden_size_of(parent), recipe.seed, run.folder)  # raises
+    steps = check_training(parent, recipe, held["evaluation"].shape[1], run.folder)
     tokenizer = load_tokenizer(parent.path, trust_remote_code=recipe.trust_remote_code)
 
     rows = read_rows(run, recipe, str(source), is_the_runs, tokenizer, steps, parent, progress)
@@ -149,17 +151,37 @@ def distill_child(
             pipeline.run_dtype(parent),
         ]
     )
-    is_done = run.is_done("distilled", inputs) and (run.folder / "distilled").is_dir()
+    is_done = ranks.from_first(lambda: run.is_done("distilled", inputs) and (run.folder / "distilled").is_dir())
     if not is_done:
-        check_disk(run, settings, steps)
+        ranks.on_first(lambda: check_disk(run, settings, steps))
     tried = [] if settings.finalists < 2 else try_finalists(run, inputs, parent, recipe, rows, held, progress)
-    start = run.folder / "child"
+    start, solution = run.folder / "child", run.folder / "solution"
     if tried:
-        start = run.folder / "distillation" / "finalists" / str(next(t["number"] for t in tried if t["won"]))
+        solution = run.folder / "distillation" / "finalists"
+        start = solution / str(next(t["number"] for t in tried if t["won"]))
+    library = Library.read(run.folder / "library", parent)
+    of_card = (run, library, Choice.from_dict(read_json(solution / "solution.json")), recipe)
+    learned: dict[str, Any] = {"learned_tokens": steps.count * steps.tokens, "learned_from": str(source)}
     if not is_done:
-        train_child(run, inputs, start, parent, recipe, rows, held["scoring"], tokenizer, progress)
+        train_child(
+            run, inputs, start, parent, recipe, rows, held["scoring"], tokenizer,
+            lambda folder: write_card(folder, *of_card, **learned), progress,
+        )  # fmt: skip
     evaluations = evaluate(run, inputs, parent, recipe, held["evaluation"], progress)
+    ranks.on_first(lambda: complete_card(run.folder / "distilled", *of_card, evaluations["after"], **learned))
     return Distilled(run.folder / "distilled", evaluations["before"], evaluations["after"], tried)
+
+
+def check_training(parent: Parent, recipe: Recipe, length: int, folder: Path) -> Steps:
+    """How a recipe's tokens will be cut into steps, for rows of ``length``.
+
+    Raises:
+        UsageError: something of the recipe does not go together, or with the number of processes.
+    """
+    settings = recipe.distillation
+    steps = Steps.of(settings, settings.tokens, length, parent.runtime.world_size)
+    training_arguments(settings, steps, parent.runtime, hidden_size_of(parent), recipe.seed, folder)  # raises
+    return steps
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -175,19 +197,19 @@ def read_rows(
     parent: Parent,
     progress: Progress,
 ) -> torch.Tensor:
-    """Rows to learn from, ``[N, T]`` int32: none of evaluation's documents, and nothing that is copied from them."""
-    header, wanted = run.header(), steps.count * steps.rows
-    inputs = fingerprint([header["data"]["sha256"], wanted, None if is_the_runs else source])
+    """Rows to learn from, ``[N, T]`` int32: none of evaluation's documents, nor copies of them that are not allowed."""
+    wanted, overlap = steps.count * steps.rows, recipe.distillation.overlap or recipe.data.overlap
+    inputs = fingerprint([run.header()["data"]["sha256"], wanted, None if is_the_runs else source, overlap])
 
     def make(folder: Path) -> None:
         held = read_tensors(run.folder / "data" / "tokens.safetensors")
-        rows, description = find_rows(header, recipe, source, is_the_runs, tokenizer, held, wanted)
+        rows, description = find_rows(recipe, source, is_the_runs, tokenizer, held, wanted)
         check_vocabulary(int(rows.max()) + 1, parent.language_config.vocab_size)
         write_tensors(folder / "tokens.safetensors", {"training": rows.int()})
         write_json(folder / "data.json", description)
 
     with progress.stage("distillation data", 1, "source") as advance:
-        ranks.on_first(lambda: run.do("distillation/data", inputs, make))
+        run.do("distillation/data", inputs, make)
         advance(1)
     for warning in read_json(run.folder / "distillation" / "data" / "data.json")["warnings"]:
         progress.note(warning)
@@ -195,7 +217,6 @@ def read_rows(
 
 
 def find_rows(
-    header: Mapping[str, Any],
     recipe: Recipe,
     source: str,
     is_the_runs: bool,
@@ -203,10 +224,9 @@ def find_rows(
     held: Mapping[str, torch.Tensor],
     wanted: int,
 ) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Up to ``wanted`` rows of a source, ``[N, T]``, that evaluation does not show, and what was left out.
+    """Up to ``wanted`` rows of a source, ``[N, T]``, that the run's other splits do not have, and what is said of them.
 
     Args:
-        header: of the run.
         recipe: of the run.
         source: of documents.
         is_the_runs: whether the run's other rows were dealt from it too.
@@ -215,9 +235,10 @@ def find_rows(
         wanted: rows.
 
     Raises:
-        InputError: nothing is left.
+        InputError: nothing is left that evaluation does not show, or the recipe refuses what it shows.
     """
-    length = held["evaluation"].shape[1]
+    length, spelling = held["evaluation"].shape[1], None if holds_tokens(source) else tokenizer
+    what = recipe.distillation.overlap or recipe.data.overlap
     options: dict[str, Any] = {"sequence_length": length, "seed": recipe.seed}
     options |= {"field": recipe.data.field, "split": recipe.data.split}
     warnings: list[str] = []
@@ -233,28 +254,26 @@ def find_rows(
             evaluation_source=recipe.data.evaluation_source,
             **options,
         )
-        if all(
-            dealt.description["sha256"][name] == header["data"]["sha256"][name] for name in ("evaluation", "scoring")
-        ):
+        splits = {"scoring": dealt.scoring}
+        scoring = without_copies(splits, dealt.evaluation, spelling, recipe.data.overlap, source, [])[0]["scoring"]
+        if torch.equal(dealt.evaluation, held["evaluation"]) and torch.equal(scoring, held["scoring"]):
             rows = dealt.training
         else:
             warnings.append(f"{source}: no longer deals the run's rows; evaluation's are kept out by what is in them.")
     if not len(rows):
         rows = evaluation_rows(source, tokenizer, sequences=wanted, **options)
-    has_text = Path(source).suffix not in (".npy", ".safetensors")
-    copied = Runs(held["evaluation"], tokenizer if has_text else None).within(rows)
-    rows = rows[~copied]
-    if not len(rows):
-        raise InputError(
-            f"{source}: holds nothing to learn from that evaluation does not show. Give other text with --data."
-        )
-    if left_out := int(copied.sum()):
-        warnings.append(f"{left_out} of {len(copied)} training rows share long runs of text with evaluation; left out.")
+    splits = {"training": rows}
+    kept, found = without_copies(
+        splits, held["evaluation"], spelling, what, source, warnings, field="distillation.overlap"
+    )
+    rows = kept["training"]
     if len(rows) < wanted:
         warnings.append(
             f"{source} has {len(rows) * length:,} tokens to learn from; they are seen {wanted / len(rows):.1f} times."
         )
-    return rows, {"source": source, "rows": len(rows), "wanted": wanted, "left_out": left_out, "warnings": warnings}
+    overlapping = None if found is None else found["training"]
+    description = {"source": source, "rows": len(rows), "wanted": wanted, "warnings": warnings}
+    return rows, description | {"overlap": what, "overlapping": overlapping}
 
 
 # ---------------------------------------------------------------------------------------------- training
@@ -269,9 +288,10 @@ def train_child(
     rows: torch.Tensor,
     validation: torch.Tensor,
     tokenizer: Any,
+    write_more: Callable[[Path], None],
     progress: Progress,
 ) -> None:
-    """Train the child in ``start`` and write it as the run's ``distilled``."""
+    """Train the child in ``start`` and write it as the run's ``distilled``, and more into the same folder."""
     settings, name = recipe.distillation, "global distillation"
     child = load(start, trust_remote_code=recipe.trust_remote_code)
     dtype = child.dtype
@@ -279,15 +299,17 @@ def train_child(
     cache = remembered(run, settings, parent, rows, progress)
     folder = run.folder / "distillation" / "global"
     training = _own_folder(folder / "checkpoints", inputs)
-    ranks.wait()
     with progress.stage("distill", settings.tokens, "tokens") as advance:
         trained = train(
             parent, child, rows, settings, tokens=settings.tokens, seed=recipe.seed, folder=training,
             curve=folder / "log.json", name=name, validation=validation, cache=cache, advance=advance,
         )  # fmt: skip
-    ranks.on_first(
-        lambda: run.do("distilled", inputs, lambda made: _write_child(child, trained, dtype, tokenizer, made))
-    )
+
+    def write(made: Path) -> None:
+        _write_child(child, trained, dtype, tokenizer, made)
+        write_more(made)
+
+    run.do("distilled", inputs, write)
     ranks.on_first(lambda: shutil.rmtree(training, ignore_errors=True))
 
 
@@ -363,14 +385,13 @@ def try_finalists(
     settings = recipe.distillation
     inputs = fingerprint(["finalists", inputs])
     place = run.folder / "distillation" / "finalists"
-    if not run.is_done("distillation/finalists", inputs) or not place.is_dir():
+    if not ranks.from_first(lambda: run.is_done("distillation/finalists", inputs) and place.is_dir()):
         tokens = settings.finalist_tokens or max(1, settings.tokens // 10)
         found = _solutions(run, parent, recipe)
         if len(found.choices) < settings.finalists:
             progress.note(f"only {len(found.choices)} solutions differ enough to be tried")
         work = _own_folder(run.folder / "distillation" / "finalists.work", inputs)
-        ranks.wait()
-        short = dataclasses.replace(settings, eval_every=0)
+        short = dataclasses.replace(settings, eval_every=0, report_to=())
         with progress.stage("finalists", tokens * len(found.choices), "tokens") as advance:
             tried = [
                 _try(work, i, choice, found.library, parent, recipe, short, tokens, rows, held["scoring"], advance)
@@ -384,7 +405,7 @@ def try_finalists(
             write_json(folder / "finalists.json", records)
             write_json(folder / "solution.json", found.choices[best].to_dict())
 
-        ranks.on_first(lambda: run.do("distillation/finalists", inputs, write))
+        run.do("distillation/finalists", inputs, write)
         ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
     return list(read_json(place / "finalists.json"))
 
@@ -398,13 +419,12 @@ class _Found:
 def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
     settings = recipe.distillation
     stored = pipeline.at_stored_dtype(parent, recipe, run.folder)
-    library = Library.read(run.folder / "library", stored)
+    library = pipeline.with_pairs(run, Library.read(run.folder / "library", stored))
     budget = Budget.from_dict(run.header()["budget"])
     costs = pipeline.cost_table(stored, library, budget)
-    scores = losses(pipeline.read_scores(run, library), recipe.scoring.objective)
-    choices = diverse_choices(
-        library.alternatives, scores, costs, budget, settings.finalists, settings.finalist_distance
-    )
+    space = pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
+    own = Choice.from_dict(read_json(run.folder / "solution" / "solution.json"))
+    choices = ranks.from_first(lambda: diverse_choices(space, own, settings.finalists, settings.finalist_distance))
     return _Found(library, choices)
 
 
@@ -479,5 +499,5 @@ def evaluate(
             del child
         write_json(folder / "evaluation.json", found)
 
-    ranks.on_first(lambda: run.do("distillation/evaluation", inputs, make))
+    run.do("distillation/evaluation", inputs, make)
     return dict(read_json(run.folder / "distillation" / "evaluation" / "evaluation.json"))

@@ -3,7 +3,8 @@
 Documents of equal text are never dealt to two splits, but texts are copied with other headers, spaces or case. So rows
 are compared by runs of letters and digits: two rows overlap if 200 of them on end, whatever stands between them, are in
 both. (About 50 tokens, the length of arXiv 2107.06499, section 4.1.) Where there is no text, runs of 50 token ids are
-compared.
+compared. What three evaluation rows or more have in common, such as a licence or the frame of a prompt, is a form that
+such texts have, and no copy.
 
 Shapes: N rows, T tokens.
 """
@@ -11,7 +12,11 @@ Shapes: N rows, T tokens.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from layersmith.errors import InputError
+from layersmith.recipe import Overlap
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,6 +26,54 @@ RUN_CHARACTERS = 200
 RUN_TOKENS = 50
 _OTHER_THAN_LETTERS = re.compile(r"[\W_]+")
 _ROWS_AT_ONCE = 256
+_FORM_ROWS = 3
+
+
+def without_copies(
+    splits: Mapping[str, torch.Tensor],
+    evaluation: torch.Tensor,
+    tokenizer: Any | None,
+    what: Overlap,
+    where: str,
+    warnings: list[str],
+    field: str = "data.overlap",
+) -> tuple[dict[str, torch.Tensor], dict[str, int] | None]:
+    """Look for what evaluation shows in other splits, and do about it what the recipe says.
+
+    Args:
+        splits: ``[N, T]`` rows by the name of what they are for.
+        evaluation: ``[M, T]`` rows.
+        tokenizer: that they were made with; None where they never were text.
+        what: is to be done.
+        where: rows come from, for people.
+        warnings: are added to.
+        field: of the recipe that says so.
+
+    Returns:
+        The rows to go on with, and how many of each split were found; None if nobody looked.
+
+    Raises:
+        InputError: some were found and are refused, or nothing is left.
+    """
+    if what == "allow":
+        return dict(splits), None
+    runs, kept = Runs(evaluation, tokenizer), {}
+    found: dict[str, int] = {}
+    for name, rows in splits.items():
+        copied = runs.within(rows)
+        found[name], kept[name] = int(copied.sum()), rows
+        if not found[name]:
+            continue
+        said = f"{where}: {found[name]} of {len(rows)} {name} rows share long runs of text with evaluation"
+        if what == "refuse":
+            raise InputError(f"{said}. Give other text, or set {field} to leave_out or warn in the recipe.")
+        if what == "leave_out":
+            kept[name] = rows[~copied]
+            if not len(kept[name]):
+                raise InputError(f"{said}, so none is left. Give other text, or set {field} to warn in the recipe.")
+        done = "were left out" if what == "leave_out" else "are used all the same"
+        warnings.append(f"{where}: {found[name]} {name} rows that share long runs of text with evaluation {done}.")
+    return kept, found
 
 
 class Runs:
@@ -35,7 +88,9 @@ class Runs:
         # Where half a row is shorter than a run, that is the run.
         half = int(np.median([len(text) for text in spelt])) // 2
         self.length = max(1, min(RUN_TOKENS if tokenizer is None else RUN_CHARACTERS, half))
-        self.hashes = np.unique(np.concatenate([_hashes(text, self.length) for text in spelt]))
+        own = np.concatenate([np.unique(_hashes(text, self.length)) for text in spelt])
+        self.hashes, rows_with = np.unique(own, return_counts=True)
+        self.hashes = self.hashes[rows_with < _FORM_ROWS]
 
     def _spelt(self, rows: torch.Tensor) -> list[np.ndarray]:
         """Each row as numbers: code points of its letters and digits in lower case, or token ids."""

@@ -1,6 +1,8 @@
 """The main job, from top to bottom: the stages in their order. Start reading here.
 
 A stage that was done from the same inputs is skipped, one that was interrupted goes on; see :mod:`layersmith.run`.
+Every process of a launcher such as ``torchrun`` runs all of this. The first alone writes; the others help where
+training is divided, and wait for it elsewhere (:mod:`layersmith.ranks`).
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ from typing import Any
 
 import torch
 
-from layersmith import schema
+from layersmith import ranks, schema
 from layersmith.artifacts import fingerprint, read_json, write_json, write_tensors, write_text
 from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable, count_costs
@@ -138,7 +140,8 @@ def stages(
     Whoever stops asking stops the run; the same arguments go on with it later.
     """
     recipe, budget, run = Recipe.read(recipe), Budget.parse(budget), Run(Path(out))
-    Run.check(run.folder)
+    ranks.start(Runtime.detect(recipe.device, recipe.dtype))
+    ranks.on_first(lambda: Run.check(run.folder))
     started = time.monotonic()
     model, found, costs = examine(parent, recipe, budget, descriptor, progress, run.folder)
     if recipe.distillation.tokens and model.stream is not None:
@@ -147,8 +150,12 @@ def stages(
             "stream to never in the recipe."
         )
     tokenizer = load_tokenizer(parent, trust_remote_code=recipe.trust_remote_code)
-    tokens = read_data(data, recipe, model, tokenizer, progress)
-    times = find_times(run, model, found, costs, budget, recipe, progress)
+    tokens = ranks.from_first(lambda: read_data(data, recipe, model, tokenizer, progress))
+    if recipe.distillation.tokens:
+        from layersmith.distill import check_training, distill_child  # they stand on this module
+
+        check_training(model, recipe, tokens.description["sequence_length"], run.folder)
+    times = ranks.from_first(lambda: find_times(run, model, found, costs, budget, recipe, progress))
 
     header = {
         "parent": {"path": str(parent), "identity": model.identity, "descriptor": model.descriptor.__name__},
@@ -158,8 +165,8 @@ def stages(
         "seed": recipe.seed,
         "versions": versions(),
     }
-    with run.open(header, recipe):
-        run.log_once("describe", time.monotonic() - started)
+    with ranks.first(lambda: run.open(header, recipe)):
+        ranks.on_first(lambda: run.log_once("describe", time.monotonic() - started))
         if times is not None:
             keep_times(run, times, model, found, budget, recipe)
         yield "costs"
@@ -208,8 +215,6 @@ def stages(
         yield "clock"
         result = finish(run, library, scores, choice, space.costs.by_key, evaluation, recipe)
         if recipe.distillation.tokens:
-            from layersmith.distill import distill_child  # it stands on this module
-
             distilled = distill_child(run, model, recipe, data, True, progress)
             yield "distilled"
             evaluation = distilled.after | {"samples": evaluation["samples"]}
@@ -275,6 +280,7 @@ def read_data(data: str | Path, recipe: Recipe, model: Parent, tokenizer: Any, p
             training_sequences=recipe.data.training_sequences,
             seed=recipe.seed,
             evaluation_source=recipe.data.evaluation_source,
+            overlap=recipe.data.overlap,
             field=recipe.data.field,
             split=recipe.data.split,
         )
@@ -298,8 +304,8 @@ def make_library(
 ) -> Library:
     """Prune, refit and train: the library, with what its alternatives have learned by themselves."""
 
-    def make(folder: Path) -> None:
-        pruned = build_library(
+    def prune() -> Library:
+        return build_library(
             model,
             recipe.library,
             found,
@@ -309,18 +315,26 @@ def make_library(
             inputs=inputs,
             progress=progress,
         )
-        distill_locally(
+
+    def make() -> Library:
+        work = run.work("library")
+        if ranks.are_several():  # one prunes, and all train
+            ranks.on_first(lambda: prune().write(work / "pruned"))
+            pruned = Library.read(work / "pruned", model)
+        else:
+            pruned = prune()
+        return distill_locally(
             pruned,
             tokens.calibration,
             tokens.training,
             recipe.local_distillation,
             seed=recipe.seed,
-            work=run.work("library"),
+            work=work,
             inputs=inputs,
             progress=progress,
-        ).write(folder)
+        )
 
-    run.do("library", inputs, make)
+    run.do("library", inputs, lambda folder: make().write(folder), make)
     return Library.read(run.folder / "library", model)
 
 
@@ -329,8 +343,8 @@ def teach_pairs(
 ) -> Library:
     """Train what was chosen for each layer together."""
 
-    def make(folder: Path) -> None:
-        taught = distill_chosen(
+    def make() -> Kept:
+        return distill_chosen(
             library,
             choice.alternatives,
             tokens,
@@ -339,10 +353,14 @@ def teach_pairs(
             work=run.work("pairs"),
             inputs=inputs,
             progress=progress,
-        )
-        taught.pairs.write(folder)
+        ).pairs
 
-    run.do("pairs", inputs, make)
+    run.do("pairs", inputs, lambda folder: make().write(folder), make)
+    return with_pairs(run, library)
+
+
+def with_pairs(run: Run, library: Library) -> Library:
+    """The library with what was trained together for the run's own solution, which other solutions may have in part."""
     return library.with_kept(library.kept, Kept.read(run.folder / "pairs"))
 
 
@@ -551,10 +569,14 @@ def finish(
     recipe: Recipe,
 ) -> Result:
     """Write the report, and what is known by now into the child's card."""
-    complete_card(run.folder / "child", run, library, choice, recipe, evaluation)
-    report = collect(run.header(), library, scores, choice, costs, evaluation, recipe, read_optional(run))
-    write_json(run.folder / "report.json", report)
-    write_text(run.folder / "report.html", render(report))
+
+    def write() -> None:
+        complete_card(run.folder / "child", run, library, choice, recipe, evaluation)
+        report = collect(run.header(), library, scores, choice, costs, evaluation, recipe, read_optional(run))
+        write_json(run.folder / "report.json", report)
+        write_text(run.folder / "report.html", render(report))
+
+    ranks.on_first(write)
     return Result(run.folder, run.folder / "child", choice, evaluation, run.folder / "report.html")
 
 

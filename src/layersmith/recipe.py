@@ -28,6 +28,8 @@ Objective = Literal[
     "kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance"
 ]
 
+# What to do about rows that share long runs of text with evaluation.
+Overlap = Literal["leave_out", "warn", "refuse", "allow"]
 
 # Kinds of alternatives that have weights.
 Trainable = Literal[
@@ -47,6 +49,8 @@ class DataRecipe:
         evaluation_sequences: rows on which parent and child are compared; never used before.
         training_sequences: rows for distillation, from documents that are in no other split; 0 for none.
         evaluation_source: where the evaluation rows come from; default: documents held out of the data.
+        overlap: what to do about rows of other splits that share long runs of text with evaluation rows. ``leave_out``:
+            go on without them; ``warn``: use them and say so; ``refuse``: stop; ``allow``: do not look.
         field: the column that holds the text; default: found by its usual names.
         split: of a hub dataset.
     """
@@ -57,6 +61,7 @@ class DataRecipe:
     evaluation_sequences: int = 64
     training_sequences: int = 256
     evaluation_source: str | None = None
+    overlap: Overlap = "leave_out"
     field: str | None = None
     split: str = "train"
 
@@ -185,6 +190,7 @@ class DistillationRecipe:
         log_every: steps between two points of the curve.
         eval_every: steps between two evaluations on the scoring rows; 0: only at the end.
         save_seconds: between two checkpoints at least; longer where writing one takes long.
+        overlap: what to do about rows that share long runs of text with evaluation; default: ``data.overlap``.
         report_to: where Transformers logs besides: ``tensorboard``, ``wandb``, ...
         finalists: different solutions that are tried; the one with the least KL after a short while goes on.
         finalist_tokens: of that while; default: a tenth of ``tokens``.
@@ -210,6 +216,7 @@ class DistillationRecipe:
     log_every: int = 4
     eval_every: int = 0
     save_seconds: float = 60.0
+    overlap: Overlap | None = None
     report_to: tuple[str, ...] = ()
     finalists: int = 1
     finalist_tokens: int | None = None

@@ -36,6 +36,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from layersmith import ranks
 from layersmith.artifacts import read_json, saying_disk_full, whole_folder, write_json, write_text
 from layersmith.errors import InputError, UsageError
 from layersmith.recipe import Recipe
@@ -168,17 +169,34 @@ class Run:
     def is_done(self, stage: str, inputs: str) -> bool:
         return self.header()["stages"].get(stage) == inputs
 
-    def do(self, stage: str, inputs: str, make: Callable[[Path], None]) -> bool:
+    def do(
+        self,
+        stage: str,
+        inputs: str,
+        make: Callable[[Path], None],
+        meanwhile: Callable[[], object] = lambda: None,
+    ) -> bool:
         """Make a stage's folder unless it was made from the same inputs; whether it had to be made.
+
+        Of several processes all call this, and the first alone writes.
 
         Args:
             stage: its name and folder.
             inputs: digest of everything the stage depends on.
             make: writes the stage's files into the folder that it is given.
+            meanwhile: the other processes' part of the work; default: they wait.
         """
-        if self.is_done(stage, inputs) and (self.folder / stage).is_dir():
-            self.log(stage, "kept")
-            return False
+        is_needed = ranks.from_first(lambda: not (self.is_done(stage, inputs) and (self.folder / stage).is_dir()))
+        if is_needed:
+            ranks.on_first(lambda: self._make(stage, inputs, make), meanwhile)
+        if ranks.is_first():
+            if is_needed:  # no other process reads there any more
+                shutil.rmtree(self.work(stage), ignore_errors=True)
+            else:
+                self.log(stage, "kept")
+        return is_needed
+
+    def _make(self, stage: str, inputs: str, make: Callable[[Path], None]) -> None:
         self._log_cut_off(stage)
         started = time.monotonic()
         self.log(stage, "begun")
@@ -193,9 +211,7 @@ class Run:
         header["stages"][stage] = inputs
         write_json(self.folder / "run.json", header)
         self.partial(stage).unlink(missing_ok=True)
-        shutil.rmtree(self.work(stage), ignore_errors=True)
         self.log(stage, "done", seconds=round(time.monotonic() - started, 2))
-        return True
 
     def partial(self, stage: str) -> Path:
         """A file for what a stage has done so far."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from layersmith import schema
+from layersmith import ranks, schema
 from layersmith.artifacts import file_digest, fingerprint, read_json, write_json, write_text
 from layersmith.block_config import BlockConfig
 from layersmith.costs.clock import device_name
@@ -169,7 +169,7 @@ def solve(
     """
     if times is None or times.source != "measured" or library.parent.stream is not None:
         space = space_of(times)
-        return space, space.best(), times
+        return space, ranks.from_first(space.best), times
 
     def make(folder: Path) -> None:
         settled = settled_choice(times, space_of, library.parent, recipe, progress)

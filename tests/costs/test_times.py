@@ -81,7 +81,7 @@ def test_a_slow_round_slows_all_alike() -> None:
 
 def test_the_clock_runs(parent: Parent) -> None:
     watch = Stopwatch(parent, LOAD, CostsRecipe(rounds=1, decode_steps=2, seconds=1e-3))
-    whole, again = watch.time([parent.blocks, parent.blocks])
+    (whole, again), _ = watch.time([parent.blocks, parent.blocks])
     assert 0 < whole.decode < whole.prefill + whole.decode < 60
     assert again.decode == pytest.approx(whole.decode, rel=5)
 

@@ -1,10 +1,12 @@
-"""Global distillation: losses that are what they say, a run that goes on after it was killed, one process or two."""
+"""Global distillation: losses that are what they say, a run that goes on after it was killed.
+
+Several processes are in test_ranks.py.
+"""
 
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,16 +23,21 @@ from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, linear
 from transformers import Cohere2Config, Gemma2Config
 
 import layersmith
+from layersmith import again
 from layersmith.artifacts import read_json, read_tensors
 from layersmith.distill import distill
+from layersmith.distillation import trainer
+from layersmith.distillation.finalists import diverse_choices
 from layersmith.distillation.losses import FromHidden, FromTop, Mixture, cosine_distance, head_losses
 from layersmith.distillation.parent_logits import ParentLogits, remember
 from layersmith.distillation.trainer import RowOrder, Steps, Student, Teacher, train
 from layersmith.errors import InputError, UsageError
 from layersmith.parent import Parent
 from layersmith.progress import Progress
-from layersmith.recipe import DistillationRecipe
+from layersmith.recipe import DistillationRecipe, SearchRecipe
+from layersmith.run import Run
 from layersmith.runtime import Runtime
+from layersmith.search.budget import parse_budget
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 QUICK: dict[str, Any] = {"batch_tokens": 128, "device_tokens": 64, "learning_rate": 0.003, "log_every": 2}
@@ -275,6 +282,11 @@ def test_a_run_is_distilled(own: Path) -> None:
     assert curve["x"] == "tokens"
     assert curve["points"][-1]["tokens"] == 4096
     assert not list((own / "distillation").rglob("checkpoint*"))
+    card = (made.child / "README.md").read_text()
+    kl = next(r for r in made.after["rows"] if r["metric"] == "kl_divergence")
+    assert f"{kl['child']:.4f} ± {kl['child_standard_error']:.4f}" in card
+    assert "learned from its parent on 4,096 tokens of text" in card
+    assert "Not evaluated." not in card
     written = (made.child / "model.safetensors").stat().st_mtime_ns
     assert distill(own, tokens=4096) == made
     assert (made.child / "model.safetensors").stat().st_mtime_ns == written
@@ -294,7 +306,13 @@ def test_training_never_shows_what_evaluation_does(own: Path, tmp_path: Path) ->
         rows = read_tensors(own / "distillation" / "data" / "tokens.safetensors")["training"]
         assert len(rows)
         assert not Runs(evaluation, tokenizer).within(rows).any()
-    assert read_json(own / "distillation" / "data" / "data.json")["left_out"] > 0
+        said = read_json(own / "distillation" / "data" / "data.json")["warnings"]
+        assert not any("no longer deals" in warning for warning in said)
+    assert read_json(own / "distillation" / "data" / "data.json")["overlapping"] > 0
+    with pytest.raises(InputError, match=r"set distillation\.overlap to leave_out or warn"):
+        distill(
+            own, data=tmp_path / "other.txt", recipe={"distillation": QUICK | {"tokens": 4096, "overlap": "refuse"}}
+        )
 
 
 def test_kept_logits_in_a_run(own: Path, tmp_path: Path) -> None:
@@ -312,13 +330,37 @@ def test_kept_logits_in_a_run(own: Path, tmp_path: Path) -> None:
 def test_finalists(own: Path) -> None:
     made = distill(own, tokens=1024, finalists=3)
     assert [row["number"] for row in made.finalists] == [0, 1, 2]
-    assert [row["score"] for row in made.finalists] == sorted(row["score"] for row in made.finalists)
+    others = [row["score"] for row in made.finalists[1:]]
+    assert others == sorted(others)
     best = min(made.finalists, key=lambda row: row["kl"])
     assert [row["won"] for row in made.finalists] == [row is best for row in made.finalists]
     solution = read_json(own / "distillation" / "finalists" / "solution.json")
     assert solution["score"] == best["score"]
     assert solution["costs"]["parameters"] == sum(p.numel() for p in layersmith.load(made.child).parameters())
+    assert "on 1,024 tokens" in (made.child / "README.md").read_text()
     assert distill(own, tokens=1024, finalists=3) == made
+
+
+def test_finalists_keep_the_searchs_rules(own: Path) -> None:
+    """The first is the run's own; all are apart from each other, within the budget, and as the rules say."""
+    run = Run.existing(own)
+    rules = SearchRecipe(keep_layers=(2,), most_no_op_attentions=1, alike=2)
+    _, _, space = again._space(run, parse_budget(params="0.8"), None, None, rules)
+    first = space.best()
+    found = diverse_choices(space, first, 4, distance=3)
+    assert found[0] == first
+    assert len(found) == 4
+    for choice in found:
+        assert space.fits(choice.alternatives)
+        kinds = {(a.layer, a.subblock): a.kind for a in choice.alternatives}
+        assert kinds[2, "attention"] == kinds[2, "ffn"] == "parent"
+        names = {(a.layer, a.subblock): a.name for a in choice.alternatives}
+        assert all(names[0, subblock] == names[1, subblock] for subblock in ("attention", "ffn"))
+        assert sum(a.kind == "no_op" and a.subblock == "attention" for a in choice.alternatives) <= 1
+        for other in found:
+            apart = sum(a != b for a, b in zip(choice.alternatives, other.alternatives, strict=True))
+            assert other is choice or apart >= 3
+    assert len(diverse_choices(space, first, 3, distance=len(space.by_place) + 1)) == 1
 
 
 SCRIPT = """
@@ -328,9 +370,9 @@ distill(sys.argv[1], recipe={"distillation": json.loads(sys.argv[2])})
 """
 
 
-def start(folder: Path, settings: dict[str, Any], **variables: str) -> subprocess.Popen[str]:
+def start(folder: Path, settings: dict[str, Any]) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", SCRIPT, str(folder), json.dumps(settings)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"} | variables
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
@@ -389,28 +431,8 @@ def test_interrupted_and_killed_it_ends_with_the_same_bits(own: Path, run: Path,
     assert not list((own / "distillation").rglob(".*"))
 
 
-def test_two_processes_learn_what_one_does(own: Path, run: Path, tmp_path: Path) -> None:
-    settings = QUICK | {"tokens": 2048}
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-    processes = [start(own, settings, RANK=str(rank), LOCAL_RANK=str(rank), **group) for rank in range(2)]
-    alone = Path(shutil.copytree(run, tmp_path / "alone"))
-    distill(alone, recipe={"distillation": settings})
-    for process in processes:
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, out + err
-    curves = [read_json(folder / "distillation" / "global" / "log.json")["points"] for folder in (alone, own)]
-    assert len(curves[0]) == len(curves[1]) == 8
-    for one, two in zip(*curves, strict=True):
-        assert two == pytest.approx(one, rel=1e-4)
-    weights = [layersmith.load(folder / "distilled").state_dict() for folder in (alone, own)]
-    for name, tensor in weights[0].items():
-        torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=1e-3)
-
-
 def test_what_is_wrong_is_said_before_work_starts(own: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(trainer, "get_available_reporting_integrations", list)
     for change, match in (
         ({"kl": 0, "hidden": 0}, "nothing to learn"),
         ({"learning_rate": -1.0}, "must be positive"),
@@ -419,6 +441,8 @@ def test_what_is_wrong_is_said_before_work_starts(own: Path, run: Path, tmp_path
         ({"trainer": {"max_steps": 5}}, r"distillation\.tokens"),
         ({"schedule": "sideways"}, "sideways"),
         ({"warmup": 2.0}, "warmup"),
+        ({"report_to": ["tensorbord"]}, "Did you mean 'tensorboard'"),
+        ({"report_to": ["tensorboard"]}, "pip install tensorboard"),
         ({"tokenz": 2}, "Did you mean 'tokens'"),
     ):
         with pytest.raises(UsageError, match=match) as refused:
@@ -460,13 +484,9 @@ def test_models_without_common_ground_are_refused(tmp_path: Path) -> None:
     assert trained.validation["hidden"] == 0
 
 
-def test_compress_goes_on_to_distil(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
-    recipe = TINY_RECIPE | {"distillation": QUICK | {"tokens": 4096}}
-    result = layersmith.compress(
-        make_parent("llama_tied"), tmp_path / "run", data=text_folder, budget=0.8, recipe=recipe
-    )
-    assert result.child == tmp_path / "run" / "distilled"
-    before = read_json(tmp_path / "run" / "evaluation" / "evaluation.json")["rows"]
-    kl = next(row["child"] for row in before if row["metric"] == "kl_divergence")
-    assert result.metric("kl_divergence")["child"] < kl
-    assert read_json(tmp_path / "run" / "report.json")["evaluation"]["rows"] == result.evaluation["rows"]
+def test_it_logs_to_tensorboard(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    config = FAMILIES["llama"]()
+    trained = learn(stock_model(config), stock_model(config, 2), tmp_path, tokens=512, report_to=("tensorboard",))
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [e.value for e in events.Scalars("train/kl")] == pytest.approx([p["kl"] for p in trained.curve["points"]])

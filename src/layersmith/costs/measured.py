@@ -12,6 +12,7 @@ own.
 from __future__ import annotations
 
 import copy
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -70,11 +71,11 @@ class Stopwatch:
         children: Sequence[Blocks],
         seconds: float | None = None,
         advance: Callable[[float], None] = lambda x: None,
-    ) -> list[Timing]:
-        """Times of children, timed in turns."""
+    ) -> tuple[list[Timing], list[Timing]]:
+        """Times of children, timed in turns, and their standard errors."""
         models = [self.carve(blocks) for blocks in children]
         limit = self.recipe.seconds if seconds is None else seconds
-        return in_turns(models, self.served, self.recipe.rounds, limit, advance)[0]
+        return in_turns(models, self.served, self.recipe.rounds, limit, advance)
 
     def carve(self, blocks: Blocks) -> PreTrainedModel:
         """A child of these shapes whose weights are cut from the parent's memory: right in size, not in value."""
@@ -418,11 +419,15 @@ def check(
         advance: told of rounds.
     """
     blocks = [_blocks_of(watch.parent, chosen) for chosen, _ in children.values()]
-    parent, *own = watch.time([watch.parent.blocks, *blocks], recipe.seconds / 2, advance)
-    return [
-        Check(name, fraction, times.whole(a.key for a in chosen), seen, parent)
-        for (name, (chosen, fraction)), seen in zip(children.items(), own, strict=True)
-    ]
+    (parent, *own), (noise, *errors) = watch.time([watch.parent.blocks, *blocks], recipe.seconds / 2, advance)
+    checks = []
+    for (name, (chosen, fraction)), seen, error in zip(children.items(), own, errors, strict=True):
+        relative = Timing(
+            math.hypot(error.prefill / seen.prefill, noise.prefill / parent.prefill) * seen.prefill / parent.prefill,
+            math.hypot(error.decode / seen.decode, noise.decode / parent.decode) * seen.decode / parent.decode,
+        )
+        checks.append(Check(name, fraction, times.whole(a.key for a in chosen), seen, parent, relative))
+    return checks
 
 
 def _blocks_of(parent: Parent, chosen: Sequence[Alternative]) -> list[BlockConfig]:

@@ -32,6 +32,8 @@ TIMES = (PREFILL, DECODE, TOKEN)
 # The name of checks of what the search chose.
 SOLUTION = "solution"
 
+# What a sum of savings is off by, as far as is known before any check.
+_PRIOR = 0.05
 # A correction outside of these says that something else is wrong; it is cut there.
 _LEAST_FACTOR, _MOST_FACTOR = 0.5, 2.0
 
@@ -65,6 +67,7 @@ class Check:
         fraction: its parameters, as a fraction of the parent's.
         parts: the sum, as it was before any correction.
         whole: what the child took; the parent, timed beside it, took ``parent``.
+        error: standard errors of their ratio.
     """
 
     what: str
@@ -72,10 +75,12 @@ class Check:
     parts: Timing
     whole: Timing
     parent: Timing
+    error: Timing = ZERO
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Check:
-        return Check(data["what"], data["fraction"], *(Timing(**data[name]) for name in ("parts", "whole", "parent")))
+        names = ("parts", "whole", "parent", "error")
+        return Check(data["what"], data["fraction"], *(Timing(**data[name]) for name in names))
 
 
 @dataclass(frozen=True)
@@ -107,9 +112,14 @@ class Times:
         return self.whole(a.key for a in alternatives if a.kind == "parent")
 
     def factors(self, alternatives: Sequence[Alternative]) -> tuple[float, float]:
-        """By what the checks multiply savings: of prefill, of decode. Solutions count alone where there are any."""
+        """By what the checks multiply savings: of prefill, of decode.
+
+        The last solution counts alone where there is one. Otherwise it is the least-squares factor with a prior: sums
+        are right within ``_PRIOR``, so checks that are noisier than that change little.
+        """
         parent = self.parent(alternatives)
-        checks = [check for check in self.checks if check.what == SOLUTION][-1:] or self.checks
+        solutions = [check for check in self.checks if check.what == SOLUTION]
+        checks = solutions[-1:] or self.checks
         found = []
         for phase in ("prefill", "decode"):
             products = squares = 0.0
@@ -117,6 +127,9 @@ class Times:
                 said = 1 - getattr(check.parts, phase) / getattr(parent, phase)
                 seen = 1 - getattr(check.whole, phase) / getattr(check.parent, phase)
                 products, squares = products + said * seen, squares + said * said
+            if not solutions and checks:
+                weight = math.fsum(getattr(c.error, phase) ** 2 for c in checks) / len(checks) / _PRIOR**2
+                products, squares = products + weight, squares + weight
             factor = products / squares if squares > 0 else 1.0
             # The smallest child still takes half of what is outside the layers.
             whole, fixed = getattr(parent, phase), getattr(self.fixed, phase)

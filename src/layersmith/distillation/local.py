@@ -21,13 +21,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from layersmith import ranks
 from layersmith.distillation.reconstruction import Moments, refits
 from layersmith.distillation.store import Store, layer_name
 from layersmith.distillation.student import Student
@@ -118,15 +118,6 @@ def distill_chosen(
     store, rows = Store(work, inputs), _enough(training, recipe.coupled_tokens)
     pairs = _distill(library, pupils, training[:0], rows, recipe, seed, store, progress, "distill pairs")
     return library if pairs is None else library.with_kept(library.kept, pairs)
-
-
-def wait_for_all() -> None:
-    """Wait until every rank has come here."""
-    import torch.distributed as dist
-
-    if not dist.is_initialized():
-        dist.init_process_group("gloo", timeout=timedelta(days=7))  # as long as the slowest rank needs
-    dist.barrier()
 
 
 def _enough(training: torch.Tensor, tokens: int) -> torch.Tensor:
@@ -292,20 +283,24 @@ class _Work:
             splits.pop("training")
         of = {name: Rows(tokens, self.recipe.batch_tokens) for name, tokens in splits.items() if len(tokens)}
         total = depth * sum(len(rows.tokens) for rows in of.values())
+        ranks.start(runtime)
         with self.progress.stage(stage, total, "rows through a layer") as advance:
-            for i in range(depth):
-                is_own = i % runtime.world_size == runtime.rank
-                if is_own and self.pupils.get(i) and not self.store.has(layer_name(i)):
-                    _Layer(self, i, of).distill(advance)
-                else:
-                    for rows in of.values():
-                        self.pass_on(i, rows)
-                        advance(len(rows.tokens))
-                for rows in of.values():
-                    rows.go_on()
-        if runtime.world_size > 1:
-            wait_for_all()
+            ranks.together(lambda: self._own_layers(of, advance))
         return self.store.kept(depth)
+
+    def _own_layers(self, of: dict[str, Rows], advance: Callable[[float], None]) -> None:
+        """Take rows through all layers, and distil this rank's."""
+        runtime = self.library.parent.runtime
+        for i in range(len(self.staged.layers)):
+            is_own = i % runtime.world_size == runtime.rank
+            if is_own and self.pupils.get(i) and not self.store.has(layer_name(i)):
+                _Layer(self, i, of).distill(advance)
+            else:
+                for rows in of.values():
+                    self.pass_on(i, rows)
+                    advance(len(rows.tokens))
+            for rows in of.values():
+                rows.go_on()
 
     @torch.no_grad()
     def pass_on(self, i: int, rows: Rows) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -28,8 +27,14 @@ from safetensors.torch import load_model, save_model
 from torch import nn
 from torch.utils.data import Dataset
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.integrations.integration_utils import (
+    INTEGRATION_TO_CALLBACK,
+    TensorBoardCallback,
+    get_available_reporting_integrations,
+)
 from transformers.trainer_callback import PrinterCallback
 
+from layersmith import ranks
 from layersmith.artifacts import saying_disk_full, write_json, write_text
 from layersmith.distillation.losses import FromHidden, Mixture, Target, cosine_distance, head_losses, span_tokens
 from layersmith.distillation.optimizer import MuonAndAdamW, matrices_of
@@ -60,6 +65,8 @@ _OWNED = {
     "save_strategy": "distillation.save_seconds",
     "save_total_limit": "nothing",
 }
+# Loggers whose package has another name.
+_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
 _WEIGHTS, _WHOLE = "weights.safetensors", "whole"
 # Of the time between two checkpoints, writing one takes no more than this share.
 _SAVING_SHARE = 0.05
@@ -306,8 +313,10 @@ def training_arguments(
     """Transformers' arguments for a recipe.
 
     Raises:
-        UsageError: ``distillation.trainer`` names a field that there is not, or that the recipe sets by another name.
+        UsageError: ``distillation.trainer`` names a field that there is not, or that the recipe sets by another name;
+            a logger that Transformers does not know, or whose package is not installed.
     """
+    check_loggers(recipe.report_to)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in recipe.trainer:
         if name in _OWNED:
@@ -362,6 +371,19 @@ def training_arguments(
     if runtime.world_size == 1:
         made._n_gpu = min(1, made.n_gpu)  # of several GPUs one is used; more are torchrun's matter
     return made
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises: UsageError: a logger that Transformers does not know, or whose package is not installed."""
+    known = set(INTEGRATION_TO_CALLBACK)
+    for name in names:
+        if name not in known:
+            raise UsageError(f"recipe distillation.report_to: no logger {name!r}. {did_you_mean(name, known)}")
+        if name not in get_available_reporting_integrations() and name != "flyte":  # which that list forgets
+            raise UsageError(
+                f"recipe distillation.report_to: {name} is not installed here. Install its package "
+                f"(pip install {_PACKAGES.get(name, name)}), or leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -443,6 +465,10 @@ def train(
                 callbacks=[keeper],
             )
             keeper.trainer = trainer
+            for callback in trainer.callback_handler.callbacks:
+                if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                    # Beside the curve: what lies among the checkpoints is removed with them.
+                    callback.logging_dir = str(curve.parent / "tensorboard")
             trainer.train(resume_from_checkpoint=last_whole_checkpoint(folder))
             measured = {} if validation is None else trainer.evaluate()
             state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
@@ -487,7 +513,7 @@ def last_whole_checkpoint(folder: Path) -> str | None:
     """The last checkpoint that was written to its end; what a killed process left half-written is removed."""
     found = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     whole = [path for path in found if (path / _WHOLE).is_file()]
-    if int(os.environ.get("RANK", 0)) == 0:
+    if ranks.is_first():
         for path in found:
             if path not in whole:
                 shutil.rmtree(path)

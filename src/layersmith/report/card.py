@@ -15,7 +15,7 @@ import yaml
 from layersmith.artifacts import write_text
 from layersmith.heterogeneous.modeling_layersmith import FILE_NAME
 from layersmith.library.library import Library
-from layersmith.recipe import Recipe
+from layersmith.recipe import Overlap, Recipe
 from layersmith.report.collect import described, parent_name
 from layersmith.report.optional import read_clock, trained_alternatives
 from layersmith.report.words import DASH, cost_label, metric_label, number, ordered_costs, ratio, share, with_noise
@@ -27,20 +27,29 @@ CARD = "README.md"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
-def write_card(folder: Path, run: Run, library: Library, choice: Choice, recipe: Recipe) -> None:
+def write_card(folder: Path, run: Run, library: Library, choice: Choice, recipe: Recipe, **learned: Any) -> None:
     """Write the card of a child that was not evaluated yet into its folder, beside the rest of it."""
-    write_text(folder / CARD, model_card(folder, run, library, choice, recipe))
+    write_text(folder / CARD, model_card(folder, run, library, choice, recipe, **learned))
 
 
 def complete_card(
-    folder: Path, run: Run, library: Library, choice: Choice, recipe: Recipe, evaluation: dict[str, Any]
+    folder: Path,
+    run: Run,
+    library: Library,
+    choice: Choice,
+    recipe: Recipe,
+    evaluation: dict[str, Any],
+    **learned: Any,
 ) -> None:
-    """Put what the evaluation gave into a card that is as :func:`write_card` left it; what someone else wrote stays."""
+    """Put what the evaluation gave into a card that is as :func:`write_card` left it; what someone else wrote stays.
+
+    ``learned``: the last arguments of :func:`model_card`.
+    """
     card = folder / CARD
     if folder.is_dir():
-        unfinished = model_card(folder, run, library, choice, recipe)
+        unfinished = model_card(folder, run, library, choice, recipe, **learned)
         if not card.is_file() or card.read_text(encoding="utf-8", errors="replace") == unfinished:
-            write_text(card, model_card(folder, run, library, choice, recipe, evaluation))
+            write_text(card, model_card(folder, run, library, choice, recipe, evaluation, **learned))
 
 
 def model_card(
@@ -51,6 +60,7 @@ def model_card(
     recipe: Recipe,
     evaluation: dict[str, Any] | None = None,
     learned_tokens: int = 0,
+    learned_from: str | None = None,
 ) -> str:
     """A child's card.
 
@@ -62,6 +72,7 @@ def model_card(
         recipe: how it was made.
         evaluation: as in ``evaluation/evaluation.json``; None if the child was not evaluated.
         learned_tokens: of global distillation, if there was any.
+        learned_from: the text that they are of.
     """
     header = run.header()
     parent = str(header["parent"]["path"])
@@ -88,11 +99,11 @@ def model_card(
         _changes(library, choice) if changed else "Nothing.",
         _costs(run, choice),
         "## Quality",
-        _quality(evaluation),
+        _quality(evaluation, _copies(recipe.data.overlap, header["data"].get("overlap"))),
         "## How to load it",
         _loading((folder / FILE_NAME).is_file(), recipe.trust_remote_code),
         "## How it was made",
-        _made(header, bool(trained_alternatives(run.folder)), learned_tokens, choice, recipe),
+        _made(header, bool(trained_alternatives(run.folder)), learned_tokens, learned_from, choice, recipe),
     ]
     yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"---\n{yaml_text}---\n\n" + "\n\n".join(lines) + "\n"
@@ -182,7 +193,7 @@ def _costs(run: Run, choice: Choice) -> str:
     return table(["", "parent", "child", "left", "budget"], rows) + f"\n\n{load}"
 
 
-def _quality(evaluation: dict[str, Any] | None) -> str:
+def _quality(evaluation: dict[str, Any] | None, copies: str) -> str:
     if evaluation is None:
         return "Not evaluated."
     rows = [
@@ -196,9 +207,17 @@ def _quality(evaluation: dict[str, Any] | None) -> str:
     ]
     return (
         table(["", "parent", "child", "difference"], rows)
-        + f"\n\nOn {evaluation['tokens']:,} tokens in {evaluation['sequences']} rows that nothing else has seen. ± is "
-        "one standard error over rows; differences are paired."
+        + f"\n\nOn {evaluation['tokens']:,} tokens in {evaluation['sequences']} rows of documents that nothing else "
+        f"has seen{copies}. ± is one standard error over rows; differences are paired."
     )
+
+
+def _copies(what: Overlap, found: dict[str, int] | None) -> str:
+    """What is to be said of rows that share long runs of text with evaluation's."""
+    if found is None:
+        return ""
+    count = sum(found.values())
+    return f" ({count} of its rows share long runs of text with theirs)" if what == "warn" and count else ""
 
 
 def _loading(own_code: bool, remote: bool) -> str:
@@ -227,25 +246,36 @@ Without `trust_remote_code=True` Transformers refuses, rather than fill in weigh
 Its layers are alike, so Transformers alone loads it as any other model, by `AutoModelForCausalLM.from_pretrained`."""
 
 
-def _made(header: dict[str, Any], locally: bool, learned_tokens: int, choice: Choice, recipe: Recipe) -> str:
+def _made(
+    header: dict[str, Any],
+    locally: bool,
+    learned_tokens: int,
+    learned_from: str | None,
+    choice: Choice,
+    recipe: Recipe,
+) -> str:
     data, versions = header["data"], header["versions"]
     rows, length = data["sequences"], data["sequence_length"]
     proven = ", proven to be the least within the budget" if choice.proven_optimal else ""
     training = [
         "Alternatives were trained against their parent subblocks (local distillation)." if locally else "",
-        f"The child then learned from its parent on {learned_tokens:,} tokens (global distillation)."
+        f"The child then learned from its parent on {learned_tokens:,} tokens"
+        + (f" of {_md(data_name(learned_from))}" if learned_from is not None else "")
+        + " (global distillation)."
         if learned_tokens
         else "",
     ]
     trained = " ".join(filter(None, training))
     trained = trained or "Nothing was trained: the weights are the parent's, cut, or solved for by least squares."
+    used = f"{rows['calibration']} rows of {length} tokens for importance, {rows['scoring']} for scores"
+    if locally:
+        used += f", {rows['training']} for local distillation"
     return (
         "Every layer's alternatives were scored by what each alone does to the parent's predictions "
         f"({metric_label(recipe.scoring.objective)}), and an integer program chose one for each attention and FFN: the "
         f"sum of scores is {number(choice.score)}{proven}. The method is that of "
         f"[Puzzle](https://arxiv.org/abs/2411.19146). {trained}\n\n"
-        f"- data: {_md(data_name(data['source']))}; {rows['calibration']} rows of {length} tokens for importance, "
-        f"{rows['scoring']} for scores\n"
+        f"- data: {_md(data_name(data['source']))}; {used}\n"
         f"- seed {header['seed']}; layersmith {versions['layersmith']}, torch {versions['torch']}, transformers "
         f"{versions['transformers']}"
     )

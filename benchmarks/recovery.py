@@ -1,0 +1,423 @@
+"""What a child recovers: each step of distillation at budgets, beside models that were made smaller in other ways.
+
+    python -m benchmarks.recovery [PARENT --text TEXT --held-out TEXT] --work FOLDER --out FILE.jsonl
+        [--budgets 0.8 0.7 0.5] [--seeds 3] [--tokens 32768] [--peer-python PYTHON --peer-driver FILE]
+
+Without PARENT it is the demo's model and text. For every seed the documents are dealt anew. Models of a budget:
+
+    (a) pruned        the search over alternatives as they were pruned
+    (b) closed form   over alternatives whose last projections were refitted, scored so
+    (c) local         over alternatives that were trained, scored so; then each layer's choice trained together
+    uniform           every FFN as narrow as the budget asks, channels ranked the same way
+    layers dropped    whole layers removed, those first whose two no-ops score least
+    from scratch      the layers of (c) with random weights
+    puzzletron        that library's child for the same data, budget and alternatives, if its environment and a driver
+                      (``puzzletron_on_cpu.py``) are given
+
+The last four and (c) then learn from the parent, on the same rows in the same order; (c) so distilled is (d). With
+``--distil-all`` (a) and (b) do too. FILE.jsonl has a line for every model that is done, and what is there is not done
+again; FILE.md the table of all of them. The search space is what both libraries know: FFN widths, KV heads and no-ops;
+``--whole-space`` has all kinds of alternatives, and no puzzletron. One thread, float32; choices are the integer
+program's, not refined by running whole children.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import platform
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+from transformers import PreTrainedModel
+
+import layersmith
+from benchmarks.distillation import Libraries, cost_table, dropped, libraries
+from benchmarks.distillation_global import uniform
+from layersmith.artifacts import fingerprint, read_json, write_json
+from layersmith.costs.library_costs import CostTable
+from layersmith.data import TokenSplits, load_tokenizer, prepare
+from layersmith.demo.job import MODEL, split_library
+from layersmith.distill import copied
+from layersmith.distillation.local import distill_chosen
+from layersmith.distillation.trainer import train
+from layersmith.library.library import Library
+from layersmith.parent import Parent, load_parent
+from layersmith.recipe import DistillationRecipe, LibraryRecipe, LocalDistillationRecipe, Recipe
+from layersmith.run import versions
+from layersmith.runtime import Runtime
+from layersmith.search.budget import parse_budget
+from layersmith.search.choose import choose
+
+METRICS = {"loss": "loss above the parent's", "kl": "KL", "top_1": "top-1"}
+STEPS = ("(a) pruned", "(b) closed form", "(c) local")
+OURS = STEPS[-1]
+
+
+# ---------------------------------------------------------------------------------------------- judging
+
+
+class Judge:
+    """Compares models with the parent on evaluation rows ``[N, T]``; what the parent says on them is kept."""
+
+    def __init__(self, parent: PreTrainedModel, rows: torch.Tensor):
+        self.rows = rows
+        self.said = [_log_probabilities(parent, batch) for batch in rows.split(8)]
+        self.parent_loss = torch.cat([_losses(own, b) for own, b in zip(self.said, rows.split(8), strict=True)])
+
+    @torch.inference_mode()
+    def __call__(self, model: PreTrainedModel) -> dict[str, float]:
+        """Loss above the parent's, KL in nats a token, and how often the parent's next token is the model's first."""
+        model.eval()
+        loss, kl, top = [], [], []
+        for batch, log_p in zip(self.rows.split(8), self.said, strict=True):
+            log_q = _log_probabilities(model, batch)
+            loss.append(_losses(log_q, batch))
+            kl.append((log_p.exp() * (log_p - log_q)).sum(-1).mean(-1))
+            top.append((log_p.argmax(-1) == log_q.argmax(-1)).float().mean(-1))
+        found = {"loss": torch.cat(loss) - self.parent_loss, "kl": torch.cat(kl), "top_1": torch.cat(top)}
+        values = {name: float(own.double().mean()) for name, own in found.items()}
+        return values | {f"{name}_error": float(own.double().std() / len(own) ** 0.5) for name, own in found.items()}
+
+
+@torch.inference_mode()
+def _log_probabilities(model: PreTrainedModel, batch: torch.Tensor) -> torch.Tensor:
+    return model(input_ids=batch, use_cache=False).logits.float().log_softmax(-1)
+
+
+def _losses(log_q: torch.Tensor, batch: torch.Tensor) -> torch.Tensor:
+    return -log_q[:, :-1].gather(-1, batch[:, 1:, None])[..., 0].mean(-1)
+
+
+# ---------------------------------------------------------------------------------------------- models
+
+
+@dataclasses.dataclass
+class Seed:
+    """What is made once a seed."""
+
+    seed: int
+    parent: Parent
+    tokens: TokenSplits
+    made: Libraries
+    costs: CostTable
+    judge: Judge
+
+
+def prepared(parent: Parent, args: argparse.Namespace, seed: int) -> Seed:
+    """Rows, libraries and scores of a seed; libraries that are in the work folder are read from there."""
+    torch.manual_seed(seed)
+    most = max(args.tokens, args.local_tokens * 25 // 24 + args.length)
+    tokens = prepare(
+        args.text, load_tokenizer(parent.path), sequence_length=args.length, calibration_sequences=64,
+        scoring_sequences=args.scoring_rows, evaluation_sequences=args.evaluation_rows,
+        training_sequences=most // args.length + 1, evaluation_source=args.held_out, overlap="leave_out", seed=seed,
+    )  # fmt: skip
+    space = LibraryRecipe() if args.whole_space else LibraryRecipe(
+        ffn_fractions=(0.75, 0.5, 0.25), kv_methods=("contribution",), query_heads=False, windows=False, linear=(),
+    )  # fmt: skip
+    shas = {name: tokens.description["sha256"][name] for name in ("calibration", "scoring")}
+    inputs = fingerprint([parent.identity, shas, args.local_tokens, repr(space), versions()])
+    place = args.work / f"seed-{seed}"
+    said = place / "libraries.json"
+    names = ("pruned", "reconstructed", "taught")
+    if said.is_file() and read_json(said)["inputs"] == inputs:
+        kept = read_json(said)
+        own = {name: Library.read(place / name, parent) for name in names}
+        made = Libraries(**own, scores=kept["scores"], notes=kept["notes"], cpu_seconds=kept["cpu_seconds"])
+    else:
+        local = argparse.Namespace(batch_tokens=args.batch_tokens, tokens=args.local_tokens)
+        made = libraries(parent, tokens, local, seed, space)
+        for name in names:
+            getattr(made, name).write(place / name)
+        kept = {"inputs": inputs, "scores": made.scores, "notes": made.notes, "cpu_seconds": made.cpu_seconds}
+        write_json(said, kept)
+        print(json.dumps({"seed": seed, "cpu_seconds": made.cpu_seconds, "notes": made.notes}), flush=True)
+    return Seed(seed, parent, tokens, made, cost_table(parent, made.pruned), Judge(parent.model, tokens.evaluation))
+
+
+def models(of: Seed, budget: float, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """The name of every row, and what makes its model with weights of its own, or None where there is none."""
+    limit = parse_budget(params=str(budget))
+    chosen = {
+        row: choose(library.alternatives, of.made.scores[name], of.costs, limit).alternatives
+        for row, name, library in zip(
+            STEPS, ("pruned", "reconstructed", "taught"),
+            (of.made.pruned, of.made.reconstructed, of.made.taught), strict=True,
+        )
+    }  # fmt: skip
+
+    def taught() -> PreTrainedModel:
+        recipe = LocalDistillationRecipe(coupled_tokens=args.pair_tokens, batch_tokens=args.batch_tokens)
+        both = distill_chosen(of.made.taught, chosen[OURS], of.tokens.training, recipe, seed=of.seed)
+        return copied(both.compose(chosen[OURS]))
+
+    def narrow() -> PreTrainedModel | None:
+        return uniform(of.parent, Recipe(), limit.resolve(of.costs.parent)["parameters"], of.tokens.calibration)
+
+    def scratch() -> PreTrainedModel:
+        torch.manual_seed(of.seed)
+        return layersmith.build(of.parent.config, of.made.taught.blocks(chosen[OURS]), dtype=torch.float32)
+
+    yield OURS, taught
+    yield STEPS[0], lambda: copied(of.made.pruned.compose(chosen[STEPS[0]]))
+    yield STEPS[1], lambda: copied(of.made.reconstructed.compose(chosen[STEPS[1]]))
+    yield "uniform", narrow
+    gone = dropped(of.made.pruned, of.costs, of.made.scores["pruned"], budget)
+    yield "layers dropped", lambda: copied(of.made.pruned.compose(gone))
+    yield "from scratch", scratch
+    yield "puzzletron", lambda: peer(of, budget, args)
+
+
+def peer(of: Seed, budget: float, args: argparse.Namespace) -> PreTrainedModel | None:
+    """Puzzletron's child for the seed's calibration and scoring text; None where it cannot be had."""
+    if args.whole_space or of.seed >= args.peer_seeds or not (args.peer_python and args.peer_driver):
+        return None
+    work = (args.work / f"peer-{of.seed}").resolve()
+    block = of.parent.config
+    text = work.with_suffix(".txt")
+    tokenizer = load_tokenizer(of.parent.path)
+    # A fifth of the text is what its driver scores on.
+    rows = torch.cat([of.tokens.scoring, of.tokens.calibration, of.tokens.training[:64]])
+    text.write_text("".join(tokenizer.batch_decode(rows)), encoding="utf-8")
+    widths = ",".join(str(block.intermediate_size * n // 4) for n in (3, 2, 1))
+    heads = ",".join(str(block.num_key_value_heads // n) for n in (2, 4))
+    common = [
+        args.peer_python, args.peer_driver, "--hf", of.parent.path, "--data", str(text), "--work", str(work),
+        "--dtype", "float32", "--threads", "1", "--ffn", widths, "--kv", heads, "--act-samples", "64",
+        "--score-samples", str(args.peer_rows), "--mbs", "4", "--block-size", str(args.length),
+        "--realize-samples", "2", "--objective", args.peer_objective, "--descriptor", args.peer_descriptor,
+    ]  # fmt: skip
+
+    def run(*more: str) -> dict[str, Any]:
+        # An environment of its own: nothing of this one's.
+        environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+        subprocess.run([*common, *more], check=True, capture_output=True, env=environment)
+        info: dict[str, Any] = json.loads((work / "timing.json").read_text())["info"]
+        return info
+
+    if not (work / "single_sequence_replacement_solutions.json").is_file():
+        run("--fresh", "--stages", "convert,act,prune,library,stats")
+    if not (work / "scored").is_file():  # it goes on with what it has scored
+        run("--stages", "score")
+        (work / "scored").write_text("")
+    whole = of.costs.parent["parameters"]
+    theirs = run("--stages", "mip")["teacher_params"]  # it counts tied embeddings twice, so its fraction is another
+    ratio = (budget * whole + theirs - whole) / theirs
+    solutions = run("--stages", "mip,realize", "--params-ratio", str(ratio))["solutions"]
+    folder = next(Path(solutions[-1]).parent.rglob("solution_0/config.json")).parent
+    return layersmith.load(folder, dtype=torch.float32)
+
+
+# ---------------------------------------------------------------------------------------------- the work
+
+
+def done_before(out: Path) -> list[dict[str, Any]]:
+    """The lines of a file; one that was cut off is none."""
+    found = []
+    for line in out.read_text(encoding="utf-8").splitlines() if out.is_file() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parent", nargs="?", default=str(MODEL))
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--held-out", type=Path, help="text to evaluate on; default: documents of --text")
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.7, 0.5])
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--only", nargs="+", help="only rows whose names begin so")
+    parser.add_argument("--tokens", type=int, default=32_768, help="of global distillation")
+    parser.add_argument("--step-tokens", type=int, default=1024, help="of one of its steps")
+    parser.add_argument("--learning-rate", type=float, help="of it; default: the recipe's")
+    parser.add_argument("--distil-all", action="store_true", help="(a) and (b) too")
+    parser.add_argument("--local-tokens", type=int, default=65_536, help="of local distillation, for each alternative")
+    parser.add_argument("--pair-tokens", type=int, default=32_768, help="for what was chosen for a layer, together")
+    parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--whole-space", action="store_true", help="all kinds of alternatives")
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--scoring-rows", type=int, default=24)
+    parser.add_argument("--evaluation-rows", type=int, default=48)
+    parser.add_argument("--peer-python")
+    parser.add_argument("--peer-driver")
+    parser.add_argument("--peer-descriptor", default="llama")
+    parser.add_argument("--peer-objective", default="metrics.kl_div")
+    parser.add_argument("--peer-rows", type=int, default=24, help="on which puzzletron scores")
+    parser.add_argument("--peer-seeds", type=int, default=3, help="for the first seeds only")
+    parser.add_argument("--work", type=Path, required=True, help="folder for libraries")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.text is None:
+        args.text, args.held_out = split_library(args.work / "text")
+
+    parent = load_parent(args.parent, Runtime(torch.device("cpu"), torch.float32))
+    settings = DistillationRecipe(
+        tokens=args.tokens, batch_tokens=args.step_tokens, learning_rate=args.learning_rate
+    )  # fmt: skip
+    names = ("local_tokens", "pair_tokens", "batch_tokens", "whole_space", "length", "scoring_rows", "evaluation_rows")
+    common = {name: getattr(args, name) for name in names} | {
+        "parent": Path(args.parent).name, "parameters_of_parent": sum(p.numel() for p in parent.model.parameters())
+    }  # fmt: skip
+    training = {"tokens": args.tokens, "step_tokens": args.step_tokens}
+    training["learning_rate"] = settings.rate(parent.language_config.hidden_size)
+    seeds: dict[int, Seed] = {}
+    for budget in args.budgets:
+        for seed in range(args.seeds):
+            before = done_before(args.out)
+            for name, make in models(_of(seeds, seed, parent, args), budget, args):
+                key = common | {"budget": budget, "seed": seed, "row": name}
+                key |= training if name not in STEPS[:2] or args.distil_all else {"tokens": 0}
+                known = any(all(line.get(k) == v for k, v in key.items()) for line in before)
+                if known or (args.only and not name.startswith(tuple(args.only))):
+                    continue
+                if (record := one(seeds[seed], make, key, settings)) is not None:
+                    with open(args.out, "a", encoding="utf-8") as file:
+                        file.write(json.dumps(record) + "\n")
+                    print(json.dumps(record), flush=True)
+                    args.out.with_suffix(".md").write_text(table(done_before(args.out)))
+    print(table(done_before(args.out)))
+
+
+def _of(seeds: dict[int, Seed], seed: int, parent: Parent, args: argparse.Namespace) -> Seed:
+    if seed not in seeds:
+        seeds[seed] = prepared(parent, args, seed)
+    return seeds[seed]
+
+
+def one(of: Seed, make: Callable[[], Any], key: dict[str, Any], settings: DistillationRecipe) -> dict[str, Any] | None:
+    """A line: a model as it was made, and after global distillation."""
+    started = time.process_time()
+    model = make()
+    if model is None:
+        return None
+    record = key | {"parameters": sum(p.numel() for p in model.parameters())}
+    record |= {"parent_loss": float(of.judge.parent_loss.double().mean()), "cpu_seconds_made": _since(started)}
+    record["before"] = of.judge(model)
+    if key["tokens"]:
+        started = time.process_time()
+        with tempfile.TemporaryDirectory() as folder:
+            train(
+                of.parent, model, of.tokens.training, settings, tokens=settings.tokens, seed=of.seed,
+                folder=Path(folder), curve=Path(folder) / "log.json", name=key["row"],
+            )  # fmt: skip
+        record["cpu_seconds_distilled"] = _since(started)
+        record["after"] = of.judge(model)
+    return record | {"versions": versions(), "machine": platform.processor() or platform.machine()}
+
+
+def _since(started: float) -> float:
+    return round(time.process_time() - started, 1)
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """All lines as Markdown, one table for each way in which they were trained."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    of_kind = ("parent", "whole_space", "local_tokens", "pair_tokens", "evaluation_rows", "length")
+    kinds = dict.fromkeys(tuple(line[name] for name in of_kind) for line in lines)
+    for kind in kinds:
+        own = [line for line in lines if tuple(line[name] for name in of_kind) == kind]
+        of_training = ("tokens", "step_tokens", "learning_rate")
+        for training in dict.fromkeys(tuple(x[name] for name in of_training) for x in own if x["tokens"]):
+            same = [x for x in own if not x["tokens"] or tuple(x[name] for name in of_training) == training]
+            groups[(*kind, *training)] = same
+    return "\n".join(part for group in groups.values() for part in _part(group))
+
+
+def _part(lines: list[dict[str, Any]]) -> Iterator[str]:
+    trained = next(line for line in lines if line["tokens"])
+    space = "all kinds of alternatives" if trained["whole_space"] else "FFN widths, KV heads and no-ops"
+    yield (
+        f"# What children of {trained['parent']} recover ({trained['parameters_of_parent'] / 1e6:.2f}M parameters)\n\n"
+        f"{space}; local distillation of every alternative on {trained['local_tokens']:,} tokens, of pairs on "
+        f"{trained['pair_tokens']:,}; global distillation on {trained['tokens']:,} tokens in steps of "
+        f"{trained['step_tokens']:,}, learning rate {trained['learning_rate']:.2g}; evaluated on "
+        f"{trained['evaluation_rows'] * trained['length']:,} tokens a seed. One thread, float32, "
+        f"{', '.join(f'{k} {v}' for k, v in trained['versions'].items())}. Means over seeds ± their standard "
+        "deviation; for one seed ± the standard error over rows.\n\n"
+        f"`python -m benchmarks.recovery {_options(trained)}`\n"
+    )
+    heads = [*METRICS.values(), *(f"{name}, distilled" for name in METRICS.values())]
+    yield f"| budget | | seeds | parameters | {' | '.join(heads)} |\n| --- | --- | --- | --- |" + " --- |" * len(heads)
+    order = [*STEPS, "uniform", "layers dropped", "from scratch", "puzzletron"]
+    for budget in sorted({line["budget"] for line in lines}, reverse=True):
+        for row in order:
+            own = [line for line in lines if (line["budget"], line["row"]) == (budget, row)]
+            if own:
+                name = f"{row}; distilled: (d)" if row == OURS else row
+                cells = [_cell(own, when, metric) for when in ("before", "after") for metric in METRICS]
+                size = mean(line["parameters"] for line in own) / 1e6
+                yield f"| {budget} | {name} | {len(_last(own))} | {size:.2f}M | {' | '.join(cells)} |"
+    yield ""
+    for budget in sorted({line["budget"] for line in lines}, reverse=True):
+        yield from _verdicts([line for line in lines if line["budget"] == budget], budget)
+    yield ""
+
+
+def _options(line: dict[str, Any]) -> str:
+    """What a line was made with, as it is typed."""
+    names = ("local_tokens", "pair_tokens", "evaluation_rows", "scoring_rows", "length", "tokens", "step_tokens")
+    options = [f"--{name.replace('_', '-')} {line[name]}" for name in names]
+    return " ".join(
+        [*options, f"--learning-rate {line['learning_rate']:.3g}", *["--whole-space"] * line["whole_space"]]
+    )
+
+
+def _last(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
+    """By seed; of a model that was distilled and not, the line that has more."""
+    return {line["seed"]: line for line in sorted(lines, key=lambda line: line["tokens"])}
+
+
+def _cell(lines: list[dict[str, Any]], when: str, metric: str) -> str:
+    own = [line[when] for line in _last(lines).values() if when in line]
+    if not own:
+        return ""
+    noise = stdev(x[metric] for x in own) if len(own) > 1 else own[0][f"{metric}_error"]
+    return f"{mean(x[metric] for x in own):.4f} ± {noise:.4f}"
+
+
+def _verdicts(lines: list[dict[str, Any]], budget: float) -> Iterator[str]:
+    by_row = {row: _last([line for line in lines if line["row"] == row]) for row in {line["row"] for line in lines}}
+    ours = by_row.get(OURS, {})
+    if both := [s for s in by_row.get(STEPS[0], {}) if "after" in ours.get(s, {})]:
+        closed = [1 - ours[s]["after"]["loss"] / by_row[STEPS[0]][s]["before"]["loss"] for s in both]
+        yield f"* {budget}: (d) closes {_spread(closed, '.1%')} of the loss between (a) and the parent."
+    for row in sorted(set(by_row) - set(STEPS)):
+        if both := [s for s in by_row[row] if "after" in ours.get(s, {}) and "after" in by_row[row][s]]:
+            before = [ours[s]["before"]["kl"] / by_row[row][s]["before"]["kl"] for s in both]
+            gaps = [by_row[row][s]["after"]["loss"] - ours[s]["after"]["loss"] for s in both]
+            if row == "from scratch":
+                yield f"* {budget}, {row}: distilled, it loses {_spread(gaps, '.4f')} nats a token more than (d)."
+                continue
+            yield (
+                f"* {budget}, {row}: (c) has {_spread(before, '.2f')} times its KL; both distilled, it loses "
+                f"{_spread(gaps, '.4f')} nats a token more than (d)."
+            )
+
+
+def _spread(values: list[float], form: str) -> str:
+    """The mean, and the range over seeds."""
+    if len(values) == 1:
+        return f"{values[0]:{form}}"
+    return f"{mean(values):{form}} ({min(values):{form}} to {max(values):{form}} over {len(values)} seeds)"
+
+
+if __name__ == "__main__":
+    main()
