@@ -140,6 +140,7 @@ def in_turns(
     rounds: int,
     seconds: float,
     advance: Callable[[float], None] = lambda rounds: None,
+    repeats: Sequence[int] | None = None,
 ) -> tuple[list[Timing], list[Timing]]:
     """Time models in rounds of all of them, after one that warms up: times, and their standard errors.
 
@@ -149,8 +150,11 @@ def in_turns(
         rounds: at most.
         seconds: about so many for all rounds, but a few rounds are always made.
         advance: told of rounds.
+        repeats: how often each model runs in a round; default: once. A parent, beside which all others are told, is
+            worth more than one.
     """
-    order = list(range(len(models)))
+    places = [k for k, times in enumerate(repeats or [1] * len(models)) for _ in range(times)]
+    order = list(range(len(places)))
     rng = random.Random(_SEED)
     with quietly(served.backend):
         for model in models:
@@ -163,9 +167,9 @@ def in_turns(
             if len(seen) >= LEAST_ROUNDS and used + used / len(seen) > seconds:
                 break
             rng.shuffle(order)
-            row = [ZERO] * len(models)
+            row = [ZERO] * len(places)
             for k in order:
-                row[k] = served.once(models[k])
+                row[k] = served.once(models[places[k]])
             seen.append(row)
             advance(1)
     prefill, decode = (
@@ -175,7 +179,18 @@ def in_turns(
         [Timing(p, d) for p, d in zip(first, second, strict=True)]
         for first, second in zip(prefill, decode, strict=True)
     )
-    return own, errors
+    roots = [places.count(k) ** -0.5 for k in range(len(models))]
+    errors = [error.scaled(root, root) for error, root in zip(_together(errors, places), roots, strict=True)]
+    return _together(own, places), errors
+
+
+def _together(values: Sequence[Timing], places: Sequence[int]) -> list[Timing]:
+    """Means over what is of the same model."""
+    found = []
+    for k in range(max(places) + 1):
+        own = [value for value, place in zip(values, places, strict=True) if place == k]
+        found.append(sum(own, ZERO).scaled(1 / len(own), 1 / len(own)))
+    return found
 
 
 def told_apart(seconds: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:

@@ -41,6 +41,8 @@ from layersmith.recipe import CostsRecipe
 
 # Layers of a kind that are timed where all would take too long or do not fit into memory.
 _LEAST_LAYERS = 2
+# How often a model beside which others are told runs in each round.
+_REPEATS = 3
 # Sizes of one axis by which noise is told.
 _LEAST_POINTS = 3
 # A sum of savings is not scaled by more, so that it ends at a model of no-ops.
@@ -72,10 +74,11 @@ class Stopwatch:
         seconds: float | None = None,
         advance: Callable[[float], None] = lambda x: None,
     ) -> tuple[list[Timing], list[Timing]]:
-        """Times of children, timed in turns, and their standard errors."""
+        """Times of children, timed in turns, and their standard errors; the first is the one that others are beside."""
         models = [self.carve(blocks) for blocks in children]
         limit = self.recipe.seconds if seconds is None else seconds
-        return in_turns(models, self.served, self.recipe.rounds, limit, advance)
+        repeats = [_REPEATS] + [1 if len(models) > _REPEATS else _REPEATS] * (len(models) - 1)
+        return in_turns(models, self.served, self.recipe.rounds, limit, advance, repeats)
 
     def carve(self, blocks: Blocks) -> PreTrainedModel:
         """A child of these shapes whose weights are cut from the parent's memory: right in size, not in value."""
@@ -233,7 +236,9 @@ def _savings(
     if resting is not None:
         children.append(watch.carve(resting))
     with progress.stage("measure", max(recipe.rounds, LEAST_ROUNDS) + 1, "rounds") as advance:
-        (reference, *seconds), (_, *errors) = in_turns(children, watch.served, recipe.rounds, recipe.seconds, advance)
+        (reference, *seconds), (_, *errors) = in_turns(
+            children, watch.served, recipe.rounds, recipe.seconds, advance, [_REPEATS] + [1] * (len(children) - 1)
+        )
     saved, noise = dict.fromkeys(shapes, ZERO), {}
     for k, shape in enumerate(timed):
         count = sum(kinds[i] == shape.kind for i in active)
@@ -440,7 +445,7 @@ def _blocks_of(parent: Parent, chosen: Sequence[Alternative]) -> list[BlockConfi
 def time_models(models: Sequence[Any], workload: Workload, recipe: CostsRecipe, vocab_size: int) -> list[Timing]:
     """Time models as they are, in turns; they may take a quarter of what measuring may."""
     served = Served(workload, recipe.decode_steps, recipe.backend, vocab_size)
-    return in_turns(models, served, recipe.rounds, recipe.seconds / 4)[0]
+    return in_turns(models, served, recipe.rounds, recipe.seconds / 4, repeats=[_REPEATS] * len(models))[0]
 
 
 # ---------------------------------------------------------------------------------------------- kept
