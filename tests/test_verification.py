@@ -78,8 +78,8 @@ def test_windows(tmp_path: Path) -> None:
 
 
 def test_a_proof_that_fails_turns_its_axis_off_with_the_reason(tmp_path: Path) -> None:
-    """A norm over what all heads give cannot be the same when some are gone."""
-    (verdicts,) = verdicts_of("bitnet", tmp_path)
+    """A head that is the difference of two cannot go alone."""
+    (verdicts,) = verdicts_of("diffllama", tmp_path)
     assert re.match(r"removing dead heads changes the layer's output by \d", verdicts["KV heads"])
     assert verdicts["FFN width"] == OK
 

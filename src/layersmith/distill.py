@@ -45,6 +45,7 @@ from layersmith.run import Run
 from layersmith.runtime import Runtime
 from layersmith.search.budget import Budget
 from layersmith.search.choose import Choice
+from layersmith.timed import kept_times
 
 # Bytes a parameter on the disk: two checkpoints of weights and two moments in float32.
 _CHECKPOINTED = 2 * 3 * 4
@@ -422,6 +423,8 @@ def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
     library = pipeline.with_pairs(run, Library.read(run.folder / "library", stored))
     budget = Budget.from_dict(run.header()["budget"])
     costs = pipeline.cost_table(stored, library, budget)
+    if (times := kept_times(run)) is not None:
+        costs = times.into(costs, library.alternatives)
     space = pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
     own = Choice.from_dict(read_json(run.folder / "solution" / "solution.json"))
     choices = ranks.from_first(lambda: diverse_choices(space, own, settings.finalists, settings.finalist_distance))

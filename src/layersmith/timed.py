@@ -143,6 +143,14 @@ def keep_times(run: Run, times: Times, model: Parent, found: Survey, budget: Bud
     run.do("costs", times_inputs(model, budget, recipe), lambda folder: write_times(folder, times, found.alternatives))
 
 
+def kept_times(run: Run) -> Times | None:
+    """The times of a run as they were known last; None where its budget has no limit of time."""
+    for stage in ("settled", "costs"):
+        if (path := run.folder / stage / "times.json").is_file():
+            return Times.from_dict(read_json(path))
+    return None
+
+
 def write_times(folder: Path, times: Times, alternatives: Sequence[Alternative]) -> None:
     write_json(folder / "times.json", times.to_dict(alternatives))
     write_text(folder / "times.csv", to_csv(times, alternatives))

@@ -345,7 +345,8 @@ def test_loads() -> None:
 
 def test_a_child_within_limits_of_time(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
     """With times that do not hang on the machine's."""
-    recipe = TINY_RECIPE | {"costs": {"device": "A100"}}
+    learning = {"tokens": 256, "batch_tokens": 64, "finalists": 2, "finalist_tokens": 64}
+    recipe = TINY_RECIPE | {"costs": {"device": "A100"}, "distillation": learning}
     made = layersmith.compress(
         make_parent("llama"), tmp_path / "run", data=text_folder, recipe=recipe,
         budget={"time_per_token": 0.8, "throughput": "1.2x", "context": 200, "batch": 4},
@@ -354,6 +355,8 @@ def test_a_child_within_limits_of_time(make_parent: Callable[..., Path], text_fo
     assert costs["decode_seconds"] <= 0.8 * whole["decode_seconds"] * (1 + 1e-9)
     assert costs["token_seconds"] <= whole["token_seconds"] / 1.2 * (1 + 1e-9)
     assert set(TIMES) <= set(costs)
+    finalists = read_json(tmp_path / "run" / "distillation" / "finalists" / "finalists.json")
+    assert len(finalists) == 2
     kept = read_json(tmp_path / "run" / "costs" / "times.json")
     assert (kept["source"], kept["device"], kept["context"]) == ("predicted", "A100", 200)
     assert "throughput" in made.report.read_text()

@@ -33,7 +33,7 @@ from layersmith.distillation.parent_logits import ParentLogits, remember
 from layersmith.distillation.trainer import RowOrder, Steps, Student, Teacher, train
 from layersmith.errors import InputError, UsageError
 from layersmith.parent import Parent
-from layersmith.progress import Progress
+from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DistillationRecipe, SearchRecipe
 from layersmith.run import Run
 from layersmith.runtime import Runtime
@@ -345,7 +345,7 @@ def test_finalists_keep_the_searchs_rules(own: Path) -> None:
     """The first is the run's own; all are apart from each other, within the budget, and as the rules say."""
     run = Run.existing(own)
     rules = SearchRecipe(keep_layers=(2,), most_no_op_attentions=1, alike=2)
-    _, _, space = again._space(run, parse_budget(params="0.8"), None, None, rules)
+    _, _, space, _ = again._space(run, parse_budget(params="0.8"), None, None, rules, SILENT)
     first = space.best()
     found = diverse_choices(space, first, 4, distance=3)
     assert found[0] == first
