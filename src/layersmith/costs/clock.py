@@ -64,16 +64,21 @@ class Served:
         steps: tokens of which the median is taken.
         backend: as in the recipe.
         vocab_size: random tokens are below it.
+        warm: whether it first runs untimed each time, so that weights that others do not share are in the caches, as
+            where it is served alone.
     """
 
     workload: Workload
     steps: int
     backend: str
     vocab_size: int
+    warm: bool = False
 
     def once(self, model: PreTrainedModel) -> Timing:
         """Seconds to the first token, and of one more when half of those that are written are there."""
         prompt = self.workload.prompt
+        if self.warm:
+            self._tokens(model, prompt, 1)
         # The middle of the tokens that are timed is the middle of those that are written.
         middle = max(1, prompt + (self.workload.generated - self.steps) // 2)
         if middle <= prompt * _LONGER:

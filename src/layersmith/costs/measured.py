@@ -444,7 +444,7 @@ def _blocks_of(parent: Parent, chosen: Sequence[Alternative]) -> list[BlockConfi
 
 def time_models(models: Sequence[Any], workload: Workload, recipe: CostsRecipe, vocab_size: int) -> list[Timing]:
     """Time models as they are, in turns; they may take a quarter of what measuring may."""
-    served = Served(workload, recipe.decode_steps, recipe.backend, vocab_size)
+    served = Served(workload, recipe.decode_steps, recipe.backend, vocab_size, warm=True)
     return in_turns(models, served, recipe.rounds, recipe.seconds / 4, repeats=[_REPEATS] * len(models))[0]
 
 
