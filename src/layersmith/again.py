@@ -28,8 +28,8 @@ from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
 from layersmith.search.budget import Budget
 from layersmith.search.choose import Choice, Space
-from layersmith.search.settle import TOLERANCE
-from layersmith.timed import find_times, holds, settled_choice
+from layersmith.search.settle import Settled
+from layersmith.timed import find_times, settled_choice, that_holds
 
 
 def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[Recipe, Library]:
@@ -99,19 +99,17 @@ def search_several(
     if solutions < 1 or differ < 1:
         raise UsageError("--solutions and --differ must be at least 1.")
     recipe, library, space, times = _space(run, budget, objective, descriptor, rules, progress)
-    settled = None
+    settled: Settled | None = None
     if out is not None and times is not None and times.source == "measured" and library.parent.stream is None:
-        counted = space
-
-        def space_with(known: Times | None) -> Space:
-            own = counted.costs if known is None else known.into(counted.costs, library.alternatives)
-            return counted.with_costs(own)
-
-        found = settled_choice(times, space_with, library.parent, recipe, progress)
-        space, settled, times = found.space, found.choice, found.times
+        first = space
+        settled = settled_choice(
+            times, lambda known: first.with_costs(known.into(first.costs, library.alternatives)), library.parent,
+            recipe, progress,
+        )  # fmt: skip
+        space = settled.space
     choices = space.several(solutions, differ)
     if settled is not None:
-        choices[0] = settled
+        choices[0] = settled.choice
     passes = recipe.search.refine_passes
     if refine and not passes:
         passes = SearchRecipe.refine_passes
@@ -119,13 +117,8 @@ def search_several(
     if wanted and library.parent.stream is None:
         recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
         refined = pipeline.refined_choice(space, choices[0], library, recipe, scoring_rows(run), None, "", progress)
-        over = (
-            holds(library.parent, times, refined.choice, recipe) if settled is not None and times is not None else 0.0
-        )
-        if over > TOLERANCE:
-            progress.note(f"the refined child is {over:.1%} over its limit of time; the program's own is taken.")
-        else:
-            choices[0] = refined.choice
+        known = settled.times if settled is not None else None
+        choices[0] = that_holds(choices[0], refined.choice, known, library.parent, recipe, progress)
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
             taught = pipeline.with_pairs(run, library)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -20,6 +21,9 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.runtime import Runtime
 from layersmith.streaming import WeightStream, load_streamed
+
+if TYPE_CHECKING:
+    from layersmith.library.alternative import Alternative
 
 # Up to this size weights are hashed whole; above, each file's header, size and ends are.
 _WHOLE_HASH_BYTES = 2 * 1024**3
@@ -58,8 +62,21 @@ class Parent:
         return self.descriptor.get_language_model_config(self.model.config)
 
     @property
+    def positions(self) -> int | None:
+        """Tokens that it knows in a row; None if its config does not say."""
+        found: int | None = getattr(self.language_config, "max_position_embeddings", None)
+        return found
+
+    @property
     def layers(self) -> list[nn.Module]:
         return decoder_layers(self.model, self.descriptor, len(self.blocks))
+
+    def blocks_with(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
+        """The block configs of the child that a choice makes."""
+        blocks = list(self.blocks)
+        for alternative in chosen:
+            blocks[alternative.layer] = alternative.block_config(blocks[alternative.layer])
+        return blocks
 
     def layer(self, i: int) -> nn.Module:
         """A decoder layer with its weights in memory."""

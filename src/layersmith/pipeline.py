@@ -47,11 +47,10 @@ from layersmith.search.budget import Budget, format_count
 from layersmith.search.choose import Choice, Space
 from layersmith.search.frontier import frontier, to_dict
 from layersmith.search.refine import Refined, read_refined, refine
-from layersmith.search.settle import TOLERANCE
 from layersmith.search.whole import WholeModels
 from layersmith.staged import CannotTakeApart, take_apart
 from layersmith.streaming import is_too_large, load_streamed
-from layersmith.timed import find_times, holds, keep_times, reachable, solve, time_child
+from layersmith.timed import find_times, keep_times, reachable, solve, that_holds, time_child
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ def cost_table(model: Parent, found: Survey | Library, budget: Budget) -> CostTa
 
 def read_data(data: str | Path, recipe: Recipe, model: Parent, tokenizer: Any, progress: Progress) -> Any:
     """Token rows for calibration, scoring and evaluation."""
-    longest = getattr(model.language_config, "max_position_embeddings", None) or recipe.data.sequence_length
+    longest = model.positions or recipe.data.sequence_length
     with progress.stage("data", 1, "source") as advance:
         tokens = prepare(
             data,
@@ -453,11 +452,8 @@ def make_refined(
 
     def make(folder: Path) -> None:
         refined = refined_choice(space, choice, library, recipe, tokens, run.partial("refine"), inputs, progress)
-        if times is not None and times.source == "measured" and refined.choice.alternatives != choice.alternatives:
-            over = holds(library.parent, times, refined.choice, recipe)
-            if over > TOLERANCE:
-                progress.note(f"the refined child is {over:.1%} over its limit of time; the program's own is taken.")
-                refined = dataclasses.replace(refined, choice=choice)
+        taken = that_holds(choice, refined.choice, times, library.parent, recipe, progress)
+        refined = dataclasses.replace(refined, choice=taken)
         write_json(folder / "refine.json", refined.to_dict())
 
     run.do("refine", inputs, make)

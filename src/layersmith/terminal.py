@@ -16,7 +16,7 @@ from layersmith.inspection import Inspection
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.report.collect import described
-from layersmith.report.words import cost_label, ordered_costs, ratio
+from layersmith.report.words import cost_label, load_in_words, ordered_costs, ratio
 from layersmith.search.budget import format_cost, format_seconds
 from layersmith.search.choose import Choice
 from layersmith.verification import Verification
@@ -60,14 +60,6 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
         print_samples(console, result.evaluation["samples"])
     console.print(f"child:  {result.child}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {result.report}", markup=False, highlight=False, soft_wrap=True)
-
-
-def load_in_words(times: dict[str, Any]) -> str:
-    """On what parent and child were timed, and with how much."""
-    return (
-        f"{times['device']}: batch {times['batch']}, prompt of {times['prompt']:,} tokens, then "
-        f"{times['generated']:,} written"
-    )
 
 
 def print_layers(console: Console, layers: list[dict[str, Any]]) -> None:

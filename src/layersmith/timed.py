@@ -15,7 +15,7 @@ from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.costs.measured import Stopwatch, check, measure, time_models
 from layersmith.costs.roofline import predict
-from layersmith.costs.times import PREFILL, SOLUTION, Check, Times, costs_of, from_csv, to_csv
+from layersmith.costs.times import PREFILL, SOLUTION, Check, Times, costs_of, from_csv, kept_in, to_csv
 from layersmith.errors import InputError, first_line
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.alternative import Alternative
@@ -66,7 +66,7 @@ def find_times(
     """
     if not budget.has_times and without_times(recipe.search) == recipe.search:
         return None
-    workload = Workload(budget.batch, budget.context, budget.generate).within(longest(model))
+    workload = Workload(budget.batch, budget.context, budget.generate).within(model.positions)
     if workload.context < budget.context:
         progress.note(f"times are for {workload.context:,} tokens, all that the model knows, not {budget.context:,}.")
     kept = run.folder / "costs" / "times.json"
@@ -110,7 +110,7 @@ def times_of(
         model = open_parent(parent, recipe, Path.cwd(), descriptor)
         found = survey(model, recipe.library)
         advance(1)
-    own = workload.within(longest(model))
+    own = workload.within(model.positions)
     costs = count_costs(model.descriptor, model.config, model.blocks, found.alternatives, found.axes, model.dtype, own)
     return _found(model, found, costs, own, recipe, progress), found.alternatives
 
@@ -133,11 +133,6 @@ def times_inputs(model: Parent, budget: Budget, recipe: Recipe) -> str:
     return fingerprint([model.identity, load, library, schema.to_data(recipe.costs), given, runs_on])
 
 
-def longest(model: Parent) -> int | None:
-    """Positions that a parent knows."""
-    return getattr(model.language_config, "max_position_embeddings", None)
-
-
 def keep_times(run: Run, times: Times, model: Parent, found: Survey, budget: Budget, recipe: Recipe) -> None:
     """The stage ``costs``."""
     run.do("costs", times_inputs(model, budget, recipe), lambda folder: write_times(folder, times, found.alternatives))
@@ -145,10 +140,8 @@ def keep_times(run: Run, times: Times, model: Parent, found: Survey, budget: Bud
 
 def kept_times(run: Run) -> Times | None:
     """The times of a run as they were known last; None where its budget has no limit of time."""
-    for stage in ("settled", "costs"):
-        if (path := run.folder / stage / "times.json").is_file():
-            return Times.from_dict(read_json(path))
-    return None
+    data = kept_in(run.folder)
+    return None if data is None else Times.from_dict(data)
 
 
 def write_times(folder: Path, times: Times, alternatives: Sequence[Alternative]) -> None:
@@ -190,7 +183,7 @@ def solve(
 
 
 def settled_choice(
-    times: Times, space_of: Callable[[Times | None], Space], parent: Parent, recipe: Recipe, progress: Progress
+    times: Times, space_of: Callable[[Times], Space], parent: Parent, recipe: Recipe, progress: Progress
 ) -> Settled:
     """A choice that holds against the clock; see :mod:`layersmith.search.settle`."""
     watch = Stopwatch(parent, times.workload, recipe.costs)
@@ -239,7 +232,7 @@ def time_child(
     here = (times is None or times.source == "measured") and model.stream is None
     if not here or not (budget.has_times or recipe.costs.time_child):
         return
-    workload = Workload(budget.batch, budget.context, budget.generate).within(longest(model))
+    workload = Workload(budget.batch, budget.context, budget.generate).within(model.positions)
     if not budget.has_times:  # nobody waits for it, so it has to be quick
         workload = workload.within(recipe.data.sequence_length)
     with progress.stage("clock", 1, "pair") as advance:
@@ -247,7 +240,23 @@ def time_child(
         advance(1)
 
 
-def holds(parent: Parent, times: Times, choice: Choice, recipe: Recipe) -> float:
-    """By what share a choice is over its limits of time, timed as a whole; 0 or less if it holds."""
-    seen = watched(Stopwatch(parent, times.workload, recipe.costs), times, choice, recipe)
-    return compared(choice, seen, times)[0]
+def that_holds(
+    plain: Choice, refined: Choice, times: Times | None, parent: Parent, recipe: Recipe, progress: Progress
+) -> Choice:
+    """The refined choice, or the program's own where, timed as a whole, the refined one is over its limit of time.
+
+    Args:
+        plain: the program's, which was settled.
+        refined: what refinement made of it.
+        times: by which it was settled; None where nothing was.
+        parent, recipe: of the run.
+        progress: told if the program's is taken.
+    """
+    if times is None or times.source != "measured" or refined.alternatives == plain.alternatives:
+        return refined
+    seen = watched(Stopwatch(parent, times.workload, recipe.costs), times, refined, recipe)
+    over, _ = compared(refined, seen, times)
+    if over <= TOLERANCE:
+        return refined
+    progress.note(f"the refined child is {over:.1%} over its limit of time; the program's own is taken.")
+    return plain

@@ -228,16 +228,9 @@ def test_the_choice_holds_against_a_clock_that_disagrees(
     own = Recipe(costs=recipe)
     settled = settle(times, space_of, lambda known, choice: watched(watch, known, choice, own))
     assert settled.over <= 0.01
-    seen = slower(None, watch.carve(_blocks(parent, settled.choice)))  # type: ignore[arg-type]
+    seen = slower(None, watch.carve(parent.blocks_with(settled.choice.alternatives)))  # type: ignore[arg-type]
     assert seen.decode <= 0.8 * 2 * whole.decode * 1.01
     assert settled.choice.costs["decode_seconds"] == pytest.approx(seen.decode, rel=0.02)
-
-
-def _blocks(parent: Parent, choice: Any) -> list[Any]:
-    blocks = list(parent.blocks)
-    for a in choice.alternatives:
-        blocks[a.layer] = a.block_config(blocks[a.layer])
-    return blocks
 
 
 # ---------------------------------------------------------------------------------------------- from elsewhere

@@ -62,9 +62,8 @@ class Stopwatch:
 
     def __init__(self, parent: Parent, workload: Workload, recipe: CostsRecipe):
         self.parent, self.recipe = parent, recipe
-        language = parent.language_config
-        self.workload = workload.within(getattr(language, "max_position_embeddings", None))
-        self.served = Served(self.workload, recipe.decode_steps, recipe.backend, language.vocab_size)
+        self.workload = workload.within(parent.positions)
+        self.served = Served(self.workload, recipe.decode_steps, recipe.backend, parent.language_config.vocab_size)
         self._own: dict[str, torch.Tensor] = parent.model.state_dict()
         self._more: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
 
@@ -206,7 +205,7 @@ def _savings(
     parent = watch.parent
     try:
         with quietly(recipe.backend):
-            once = _first_run(watch, progress)
+            once = _first_run(watch)
     except LayersmithError:
         raise
     except Exception as error:  # whatever a family's own code raises
@@ -304,7 +303,7 @@ def _between(
     most: dict[tuple[int, str], Timing] = {}
     for shape, own in (*before.items(), *saved.items()):
         other = most.get((shape.kind, shape.subblock), ZERO)
-        most[shape.kind, shape.subblock] = Timing(max(other.prefill, own.prefill), max(other.decode, own.decode))
+        most[shape.kind, shape.subblock] = other.at_least(own)
     factors, whole = [], []
     for phase in ("prefill", "decode"):
         of_kind = {kind: sum(getattr(t, phase) for (k, _), t in most.items() if k == kind) for kind in set(kinds)}
@@ -316,7 +315,7 @@ def _between(
     return Timing(*whole), {shape: own.scaled(*factors) for shape, own in saved.items()}
 
 
-def _first_run(watch: Stopwatch, progress: Progress) -> Timing | None:
+def _first_run(watch: Stopwatch) -> Timing | None:
     """About what the whole parent takes; None where it does not lie in memory."""
     if watch.parent.stream is not None:
         return None
@@ -360,9 +359,8 @@ def _as_times(
     """From savings to times: a subblock takes what its cheapest alternative saves, the rest is outside the layers."""
     most: dict[tuple[int, str], Timing] = {}
     for a in alternatives:
-        own = saved.get(a.key, ZERO)
-        before = most.get((a.layer, a.subblock), ZERO)
-        most[a.layer, a.subblock] = Timing(max(before.prefill, own.prefill), max(before.decode, own.decode))
+        place = a.layer, a.subblock
+        most[place] = most.get(place, ZERO).at_least(saved.get(a.key, ZERO))
     # Noise may say that all layers together save more than everything; something is always left outside of them.
     shares = []
     for phase in ("prefill", "decode"):
@@ -423,7 +421,7 @@ def check(
         recipe: how long that may take: half of what measuring may.
         advance: told of rounds.
     """
-    blocks = [_blocks_of(watch.parent, chosen) for chosen, _ in children.values()]
+    blocks = [watch.parent.blocks_with(chosen) for chosen, _ in children.values()]
     (parent, *own), (noise, *errors) = watch.time([watch.parent.blocks, *blocks], recipe.seconds / 2, advance)
     checks = []
     for (name, (chosen, fraction)), seen, error in zip(children.items(), own, errors, strict=True):
@@ -433,13 +431,6 @@ def check(
         )
         checks.append(Check(name, fraction, times.whole(a.key for a in chosen), seen, parent, relative))
     return checks
-
-
-def _blocks_of(parent: Parent, chosen: Sequence[Alternative]) -> list[BlockConfig]:
-    blocks = list(parent.blocks)
-    for a in chosen:
-        blocks[a.layer] = a.block_config(blocks[a.layer])
-    return blocks
 
 
 def time_models(models: Sequence[Any], workload: Workload, recipe: CostsRecipe, vocab_size: int) -> list[Timing]:

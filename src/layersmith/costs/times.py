@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layersmith.artifacts import read_json
 from layersmith.costs.counted import Workload
 from layersmith.costs.library_costs import CostTable
 from layersmith.errors import InputError
@@ -50,6 +51,10 @@ class Timing:
 
     def __sub__(self, other: Timing) -> Timing:
         return Timing(self.prefill - other.prefill, self.decode - other.decode)
+
+    def at_least(self, other: Timing) -> Timing:
+        """The longer of each."""
+        return Timing(max(self.prefill, other.prefill), max(self.decode, other.decode))
 
     def scaled(self, prefill: float, decode: float) -> Timing:
         return Timing(self.prefill * prefill, self.decode * decode)
@@ -193,6 +198,15 @@ class Times:
             Timing(**data["fixed"]),
             tuple(Check.from_dict(check) for check in data["checks"]),
         )
+
+
+def kept_in(run: Path) -> dict[str, Any] | None:
+    """The times of a run as they were known last, as data; None where its budget has no limit of time."""
+    for stage in ("settled", "costs"):
+        if (path := run / stage / "times.json").is_file():
+            found: dict[str, Any] = read_json(path)
+            return found
+    return None
 
 
 def costs_of(timing: Timing, workload: Workload) -> dict[str, float]:

@@ -275,10 +275,7 @@ class Library:
 
     def blocks(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
         """The block configs of the child that a choice makes."""
-        blocks = list(self.parent.blocks)
-        for alternative in chosen:
-            blocks[alternative.layer] = alternative.block_config(blocks[alternative.layer])
-        return blocks
+        return self.parent.blocks_with(chosen)
 
     def compose(self, chosen: Sequence[Alternative]) -> PreTrainedModel:
         """The child as a model of its own; weights that did not change are shared with the parent."""

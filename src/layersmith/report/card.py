@@ -18,7 +18,17 @@ from layersmith.library.library import Library
 from layersmith.recipe import Overlap, Recipe
 from layersmith.report.collect import described, parent_name
 from layersmith.report.optional import read_clock, trained_alternatives
-from layersmith.report.words import DASH, cost_label, metric_label, number, ordered_costs, ratio, share, with_noise
+from layersmith.report.words import (
+    DASH,
+    cost_label,
+    load_in_words,
+    metric_label,
+    number,
+    ordered_costs,
+    ratio,
+    share,
+    with_noise,
+)
 from layersmith.run import Run
 from layersmith.search.budget import format_cost
 from layersmith.search.choose import Choice
@@ -186,10 +196,7 @@ def _costs(run: Run, choice: Choice) -> str:
         rows.append([cost_label(name), format_cost(name, before), format_cost(name, after), own, limit])
     load = f"KV cache for a batch of {choice.budget.batch} with {choice.budget.context:,} tokens each."
     if times is not None:
-        load += (
-            f" Times on {times['device']}: a batch of {times['batch']}, prompts of {times['prompt']:,} tokens, "
-            f"{times['generated']:,} written."
-        )
+        load += f" Timed on {load_in_words(times)}."
     return table(["", "parent", "child", "left", "budget"], rows) + f"\n\n{load}"
 
 

@@ -18,7 +18,7 @@ from layersmith.report.plot import Plot, data_sets
 from layersmith.report.words import (
     cost_label,
     cost_unit,
-    is_throughput,
+    load_in_words,
     metric_label,
     number,
     ordered_costs,
@@ -26,7 +26,7 @@ from layersmith.report.words import (
     share,
     with_noise,
 )
-from layersmith.search.budget import format_cost, format_seconds
+from layersmith.search.budget import format_cost, format_seconds, is_throughput
 
 _NOT_COSTS = ("name",)
 # What the stages of a run do, for people; a stage that is not here is called by its folder's name.
@@ -57,7 +57,7 @@ def render(report: dict[str, Any]) -> str:
         answer=answer(report),
         cards=_cards(report),
         costs=_cost_rows(report),
-        load=_load(report["times"]),
+        load=f"; timed on {load_in_words(report['times'])}" if report["times"] else "",
         budget=[_budget_row(row) for row in report["budget"]],
         plots=found,
         objective=metric_label(report["scores"]["objective"]),
@@ -194,16 +194,6 @@ def _cost_rows(report: dict[str, Any]) -> list[dict[str, str]]:
             }
         )
     return rows
-
-
-def _load(times: dict[str, Any] | None) -> str:
-    """On what times were measured, and with how much; nothing where there are none."""
-    if times is None:
-        return ""
-    return (
-        f"; times on {times['device']}, a batch of {times['batch']} with prompts of {times['prompt']:,} tokens and "
-        f"{times['generated']:,} written"
-    )
 
 
 def _budget_row(row: dict[str, Any]) -> dict[str, Any]:

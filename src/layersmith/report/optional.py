@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.artifacts import read_json
+from layersmith.costs.times import kept_in
 from layersmith.run import Run
 
 _POINT = ("cost", "fraction", "score", "measured")
@@ -47,11 +48,10 @@ def read_frontier(path: Path) -> dict[str, Any] | None:
 
 def read_times(folder: Path) -> dict[str, Any] | None:
     """Times of alternatives as they were known last; None where the budget has no limit of time."""
-    for stage in ("settled", "costs"):
-        if (path := folder / stage / "times.json").is_file():
-            data = read_json(path)
-            return {name: data[name] for name in ("source", "device", "parent", "checks", "correction")}
-    return None
+    data = kept_in(folder)
+    if data is None:
+        return None
+    return {name: data[name] for name in ("source", "device", "parent", "checks", "correction")}
 
 
 def read_clock(folder: Path) -> dict[str, Any] | None:

@@ -6,20 +6,12 @@ A cost that has no name here is called by its own: its last part says its unit.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
-from layersmith.search.budget import COSTS
+from layersmith.search.budget import COST_WORDS, is_throughput
 
-COST_LABELS = {
-    "parameters": "parameters",
-    "active_parameters": "active parameters",
-    "weight_bytes": "weight memory",
-    "kv_cache_bytes": "KV cache",
-    "memory_bytes": "memory",
-    "prefill_seconds": "time to first token",
-    "decode_seconds": "time per token",
-    "token_seconds": "throughput",
-}
+COST_LABELS = COST_WORDS | {"weight_bytes": "weight memory"}
 _UNITS = {"bytes": "bytes", "seconds": "seconds"}
 METRIC_UNITS = {
     "kl_divergence": "nats a token",
@@ -48,11 +40,6 @@ def ordered_costs(names: Iterable[str]) -> list[str]:
     """Known costs in their order, then others by name."""
     known = list(COST_LABELS)
     return sorted(names, key=lambda name: (known.index(name) if name in known else len(known), name))
-
-
-def is_throughput(name: str) -> bool:
-    """Whether people are told one over it: tokens a second instead of the time that each takes of the machine."""
-    return COSTS.get(name, ("", ""))[1] == "tokens/s"
 
 
 def ratio(name: str, before: float, after: float) -> float | None:
@@ -100,3 +87,11 @@ def with_noise(value: float | None, error: float | None, signed: bool = False, d
 def share(part: float, whole: float) -> str:
     """``0.698`` of 1 as ``70%``."""
     return f"{part / whole:.0%}" if whole else DASH
+
+
+def load_in_words(times: Mapping[str, Any]) -> str:
+    """On what parent and child were timed, and with how much."""
+    return (
+        f"{times['device']}: batch {times['batch']}, prompt of {times['prompt']:,} tokens, then "
+        f"{times['generated']:,} written"
+    )

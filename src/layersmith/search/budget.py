@@ -36,13 +36,23 @@ COST_WORDS = {
     "decode_seconds": "time per token",
     "token_seconds": "throughput",
 }
-_COST_OF = {key: cost for cost, (key, _) in COSTS.items()}
+COST_OF = {key: cost for cost, (key, _) in COSTS.items()}
 _COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
 _SECONDS = {"US": Decimal("1e-6"), "MS": Decimal("1e-3"), "S": Decimal(1), "MIN": Decimal(60)}
 _BYTES = {
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
 }
+
+
+def is_time(cost: str) -> bool:
+    """Whether a cost is measured, not counted."""
+    return cost.endswith("_seconds")
+
+
+def is_throughput(cost: str) -> bool:
+    """Whether people are told one over it: tokens a second instead of the time that each takes of the machine."""
+    return COSTS.get(cost, ("", ""))[1] == "tokens/s"
 
 
 @dataclass(frozen=True)
@@ -69,15 +79,11 @@ class Limit:
     @staticmethod
     def of(cost: str, limit: float) -> Limit:
         """The limit that :meth:`resolve` gives."""
-        return Limit(cost, amount=1 / limit if COSTS[cost][1] == "tokens/s" else limit)
-
-    @property
-    def is_throughput(self) -> bool:
-        return COSTS[self.cost][1] == "tokens/s"
+        return Limit(cost, amount=1 / limit if is_throughput(cost) else limit)
 
     def resolve(self, parent: float) -> float:
         """The limit in parameters, bytes or seconds for a parent that costs ``parent``."""
-        if self.is_throughput:
+        if is_throughput(self.cost):
             return 1 / self.amount if self.amount is not None else parent / float(str(self.fraction))
         if self.amount is not None:
             return self.amount
@@ -90,7 +96,7 @@ class Limit:
         if self.fraction is not None:
             return f"{what} {float(self.fraction):.4g}x"
         assert self.amount is not None
-        own = 1 / self.amount if self.is_throughput else self.amount
+        own = 1 / self.amount if is_throughput(self.cost) else self.amount
         return f"{what} {format_cost(self.cost, own)}"
 
 
@@ -133,12 +139,12 @@ class Budget:
     @property
     def has_times(self) -> bool:
         """Whether a limit is one of time, which has to be measured."""
-        return any(limit.cost.endswith("_seconds") for limit in self.limits)
+        return any(is_time(limit.cost) for limit in self.limits)
 
     @property
     def counted(self) -> Budget | None:
         """The limits that can be told by counting; None if there are none."""
-        own = tuple(limit for limit in self.limits if not limit.cost.endswith("_seconds"))
+        own = tuple(limit for limit in self.limits if not is_time(limit.cost))
         return dataclasses.replace(self, limits=own) if own else None
 
     def resolve(self, parent_costs: Mapping[str, float]) -> dict[str, float]:
@@ -164,7 +170,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, Mapping):
-            known = [*_COST_OF, "batch", "context", "generate"]
+            known = [*COST_OF, "batch", "context", "generate"]
             for key in value:
                 if key not in known:
                     raise UsageError(f"budget: unknown key {key!r}. {did_you_mean(str(key), known)}")
@@ -201,7 +207,7 @@ def parse_budget(
         "time_per_token": time_per_token,
         "throughput": throughput,
     }
-    limits = tuple(parse_limit(_COST_OF[key], value) for key, value in given.items() if value is not None)
+    limits = tuple(parse_limit(COST_OF[key], value) for key, value in given.items() if value is not None)
     return Budget(limits, batch, context, generate)
 
 
@@ -317,7 +323,7 @@ def format_seconds(value: float) -> str:
 
 def format_cost(name: str, value: float) -> str:
     """A cost for people: ``4.77M``, ``9.10 MiB``, ``3.42 ms`` or, of what each token takes, ``812 tokens/s``."""
-    if COSTS.get(name, ("", ""))[1] == "tokens/s":
+    if is_throughput(name):
         return f"{1 / value:,.4g} tokens/s" if value else "no limit"
     if name.endswith("bytes"):
         return format_bytes(value)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from layersmith.errors import Infeasible, UsageError, did_you_mean
-from layersmith.search.budget import COSTS, Limit
+from layersmith.search.budget import COSTS, Limit, is_time
 from layersmith.search.choose import Choice, Space
 
 
@@ -50,9 +50,7 @@ def frontier(
 
 def _for(choice: Choice, limits: dict[str, Any]) -> Choice:
     """The choice with the limits for which it is the best."""
-    known = all(
-        cost in COSTS and (isinstance(limit, int) or cost.endswith("_seconds")) for cost, limit in limits.items()
-    )
+    known = all(cost in COSTS and (isinstance(limit, int) or is_time(cost)) for cost, limit in limits.items())
     budget = choice.budget
     if known:
         own = tuple(Limit.of(cost, limit) for cost, limit in limits.items())

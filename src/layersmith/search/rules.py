@@ -17,7 +17,7 @@ from layersmith.costs.library_costs import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import CombinedLimit, SearchRecipe
-from layersmith.search.budget import COSTS, parse_amount
+from layersmith.search.budget import COST_OF, is_time, parse_amount
 
 Place = tuple[int, str]
 Costs = dict[str, float]
@@ -156,10 +156,7 @@ def limits_of(rules: SearchRecipe, costs: CostTable) -> Costs:
 
 def without_times(rules: SearchRecipe) -> SearchRecipe:
     """Without limits on sums in which times are."""
-    known = {key: cost for cost, (key, *_) in COSTS.items()}
-    own = tuple(
-        limit for limit in rules.limits if not any(known.get(name, name).endswith("_seconds") for name in limit.costs)
-    )
+    own = tuple(x for x in rules.limits if not any(is_time(COST_OF.get(name, name)) for name in x.costs))
     return dataclasses.replace(rules, limits=own)
 
 
@@ -185,10 +182,9 @@ def _scale(limit: CombinedLimit) -> int:
 
 
 def _cost_name(name: str, known: Mapping[str, float]) -> str:
-    by_key = {key: cost for cost, (key, *_) in COSTS.items()}
-    cost = by_key.get(name, name)
+    cost = COST_OF.get(name, name)
     if cost not in known:
-        raise UsageError(f"recipe search.limits: unknown cost {name!r}. {did_you_mean(name, [*by_key, *known])}")
+        raise UsageError(f"recipe search.limits: unknown cost {name!r}. {did_you_mean(name, [*COST_OF, *known])}")
     return cost
 
 
@@ -202,7 +198,7 @@ def _amount(limit: CombinedLimit, whole: float, scale: int, costs: Mapping[str, 
         number = parse_amount(str(limit.at_most), "recipe search.limits.at_most")
     if number < 0:
         raise UsageError(f"recipe search.limits: at_most cannot be negative, got {limit.at_most}.")
-    timed = any(_cost_name(name, costs).endswith("_seconds") for name in limit.costs)
+    timed = any(is_time(_cost_name(name, costs)) for name in limit.costs)
     unit = isinstance(limit.at_most, str) and limit.at_most.strip()[-1:].isalpha()
     amount = Fraction(number) * (Fraction(whole) if 0 < number <= 1 and not unit else scale)
     return float(amount) if timed else math.floor(amount)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layersmith.errors import Infeasible
-from layersmith.search.budget import COST_WORDS, COSTS, format_cost
+from layersmith.search.budget import COST_WORDS, format_cost, is_throughput
 from layersmith.search.core import GivesUp, best_near_bound
 from layersmith.search.program import (
     Floats,
@@ -257,7 +257,7 @@ class Solver:
     def _amount(self, cost: str, value: float) -> str:
         whole = (self.parent_costs or {}).get(cost)
         text = f"{value:g}" if ":" in cost else format_cost(cost, value)
-        if COSTS.get(cost, ("", ""))[1] == "tokens/s":  # one over the cost is what people mean
+        if is_throughput(cost):  # one over the cost is what people mean
             value, whole = whole or 0.0, value
         return f"{value / whole:.2f}x ({text})" if whole else text
 
@@ -319,4 +319,4 @@ def _words(cost: str) -> str:
 
 
 def _bound(cost: str) -> str:
-    return "most" if COSTS.get(cost, ("", ""))[1] == "tokens/s" else "least"
+    return "most" if is_throughput(cost) else "least"
