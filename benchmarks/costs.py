@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
+import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
 
 from layersmith import pipeline
 from layersmith.again import reopen
@@ -77,10 +81,11 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     some = [choices[i * (len(choices) - 1) // (CHILDREN - 1)] for i in range(CHILDREN)]
     # The parent, beside which all are told, three times.
     models = [*[parent.model] * 3, *(library.compose(choice.alternatives) for choice in some)]
-    seen = stopwatch(models, options, parent.language_config.vocab_size)
-    clock = [{phase: sum(one[phase] for one in seen[:3]) / 3 for phase in _PHASES}, *seen[3:]]
+    seen, errors = stopwatch(models, options, parent.language_config.vocab_size)
+    clock = {phase: sum(one[phase] for one in seen[:3]) / 3 for phase in _PHASES}
+    noise = {phase: math.hypot(*(one[phase] for one in errors[:3])) / 3 / clock[phase] for phase in _PHASES}
     rows = []
-    for choice, own in zip(some, clock[1:], strict=True):
+    for choice, own, error in zip(some, seen[3:], errors[3:], strict=True):
         row: dict[str, Any] = {"parameters": choice.costs["parameters"] / choice.parent_costs["parameters"]}
         parts = times.whole(a.key for a in choice.alternatives)
         whole = times.parent(library.alternatives)
@@ -89,14 +94,15 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
             row[phase] = {
                 "sum": getattr(parts, phase) / getattr(whole, phase),
                 "predicted": choice.costs[name] / choice.parent_costs[name],
-                "measured": own[phase] / clock[0][phase],
+                "measured": own[phase] / clock[phase],
+                "error": math.hypot(error[phase] / own[phase], noise[phase]),
             }
         rows.append(row)
     return {
         "name": f"{Path(parent.path).name}, {len(parent.blocks)} layers",
         "parameters": costs.parent["parameters"],
         "device": times.device,
-        "parent": clock[0],
+        "parent": clock,
         "correction": factors(times, library.alternatives),
         "seconds": seconds,
         "rows": rows,
@@ -107,34 +113,52 @@ def factors(times: Times, alternatives: Any) -> dict[str, float]:
     return dict(zip(_PHASES, times.factors(alternatives), strict=True))
 
 
-def stopwatch(models: list[Any], options: argparse.Namespace, vocab_size: int) -> list[dict[str, float]]:
-    """Times of models in turns, told from the rounds by medians."""
+class Ticks(BaseStreamer):
+    """Notes when ``generate`` hands over each token."""
+
+    def __init__(self) -> None:
+        self.clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
+        self.at: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:  # first the prompt, then each token
+        self.at.append(self.clock())
+
+    def end(self) -> None:
+        pass
+
+
+def stopwatch(
+    models: list[Any], options: argparse.Namespace, vocab_size: int
+) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    """Times of models in turns, told from the rounds by medians, and their standard errors."""
     prompt = options.context - options.generate
     ids = torch.randint(0, vocab_size, (options.batch, prompt), generator=torch.Generator().manual_seed(7))
+    config = GenerationConfig(
+        max_new_tokens=options.generate, min_new_tokens=options.generate, do_sample=False, pad_token_id=0,
+        disable_compile=True,
+    )  # fmt: skip
 
-    def took(model: Any, tokens: int) -> float:
-        config = GenerationConfig(
-            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0, disable_compile=True
-        )
-        clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        started = clock()
-        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config)
-        return clock() - started
+    def took(model: Any) -> dict[str, float]:
+        ticks = Ticks()
+        model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=ticks)
+        first, *more = [after - before for before, after in pairwise(ticks.at)]
+        return {"prefill": first, "decode": statistics.median(more)}
 
     seen: list[list[dict[str, float]]] = []
     order = list(range(len(models)))
     with quiet_transformers():
         for round_ in range(options.rounds + 1):
-            row = [{} for _ in models]
+            row: list[dict[str, float]] = [{} for _ in models]
             random.Random(round_).shuffle(order)
             for k in order:
-                took(models[k], 1)  # its weights are in the caches again, as where it is served alone
-                first = took(models[k], 1)
-                row[k] = {"prefill": first, "decode": (took(models[k], 33) - first) / 32}
+                row[k] = took(models[k])
             if round_:  # the first warms up
                 seen.append(row)
-    own = {phase: told_apart([[one[phase] for one in row] for row in seen])[0] for phase in _PHASES}
-    return [{phase: own[phase][k] for phase in _PHASES} for k in range(len(models))]
+    own, errors = {}, {}
+    for phase in _PHASES:
+        own[phase], errors[phase] = told_apart([[one[phase] for one in row] for row in seen])
+    by_model = [[{phase: of[phase][k] for phase in _PHASES} for k in range(len(models))] for of in (own, errors)]
+    return by_model[0], by_model[1]
 
 
 def rendered(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
@@ -165,15 +189,18 @@ def rendered(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
             for phase in _PHASES:
                 own_row = row[phase]
                 off = own_row["predicted"] / own_row["measured"] - 1
-                cells += [f"{own_row[k]:.3f}" for k in ("sum", "predicted", "measured")] + [f"{off:+.1%}"]
+                cells += [f"{own_row[k]:.3f}" for k in ("sum", "predicted", "measured")]
+                cells.append(f"{off:+.1%} ± {own_row['error']:.1%}")
             lines.append("| " + " | ".join(cells) + " |")
         for phase, words in _PHASES.items():
             offs = [abs(row[phase]["predicted"] / row[phase]["measured"] - 1) for row in one["rows"]]
             before = [abs(row[phase]["sum"] / row[phase]["measured"] - 1) for row in one["rows"]]
+            noise = sum(row[phase]["error"] for row in one["rows"]) / len(one["rows"])
             lines += [
                 "",
                 f"{words.capitalize()}: off by {sum(offs) / len(offs):.1%} in the mean, {max(offs):.1%} at most; "
-                f"without correction {sum(before) / len(before):.1%} and {max(before):.1%}.",
+                f"without correction {sum(before) / len(before):.1%} and {max(before):.1%}. The stopwatch's own "
+                f"standard error is {noise:.1%} in the mean.",
             ]
     return "\n".join(lines) + "\n"
 

@@ -195,6 +195,22 @@ def test_stages_one_at_a_time(make_parent: Callable[..., Path], text_folder: Pat
     assert contents(again.run) == contents(whole.run)
 
 
+def test_a_run_finds_its_parent_from_another_folder(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(make_parent("llama"), tmp_path / "here" / "parent")
+    monkeypatch.chdir(tmp_path / "here")
+    for reached in stages("parent", "run", text_folder, 0.9, TINY_RECIPE):
+        if reached == "scores":
+            break
+    monkeypatch.chdir(tmp_path)
+    _, choice = search_again("here/run", parse_budget(params="0.8"))
+    assert choice.costs["parameters"] <= choice.limits["parameters"]
+    (tmp_path / "here").rename(tmp_path / "there")  # both moved: found as the command named it
+    monkeypatch.chdir(tmp_path / "there")
+    assert search_again("run", parse_budget(params="0.8"))[1].alternatives == choice.alternatives
+
+
 def test_only_what_we_wrote_is_cleaned_up(
     finished: layersmith.Result, make_parent: Callable[..., Path], text_folder: Path
 ) -> None:

@@ -43,7 +43,7 @@ def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[R
     for stage in ("library", "scores"):
         if stage not in header["stages"]:
             raise InputError(f"{run.folder}: its {stage} are not finished. Run the same compress command again.")
-    parent = pipeline.open_parent(header["parent"]["path"], recipe, run.folder, descriptor)
+    parent = pipeline.open_parent(run.meant(header["parent"]["path"]), recipe, run.folder, descriptor)
     if parent.identity != header["parent"]["identity"]:
         raise InputError(f"{parent.path}: not the parent of {run.folder} any more; its weights or config changed.")
     return recipe, Library.read(run.folder / "library", parent)

@@ -114,12 +114,12 @@ def distill(
         raise InputError(f"{run.folder}: its child is not there yet. Run the same compress command again.")
     ranks.start(Runtime.detect(own.device, own.dtype))
     parent = load_parent(
-        header["parent"]["path"], Runtime.detect(own.device, own.dtype), descriptor, own.trust_remote_code
+        run.meant(header["parent"]["path"]), Runtime.detect(own.device, own.dtype), descriptor, own.trust_remote_code
     )
     if parent.identity != header["parent"]["identity"]:
         raise InputError(f"{parent.path}: not the parent of {run.folder} any more; its weights or config changed.")
     with ranks.first(run.at_work):
-        source = header["data"]["source"] if data is None else data
+        source = run.meant(header["data"]["source"]) if data is None else data
         return distill_child(run, parent, own, source, data is None, progress)
 
 

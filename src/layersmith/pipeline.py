@@ -163,6 +163,7 @@ def stages(
         "recipe": recipe.to_dict(),
         "seed": recipe.seed,
         "versions": versions(),
+        "working_directory": str(Path.cwd()),
     }
     with ranks.first(lambda: run.open(header, recipe)):
         ranks.on_first(lambda: run.log_once("describe", time.monotonic() - started))

@@ -156,6 +156,11 @@ class Run:
     def header(self) -> dict[str, Any]:
         return read_json(self.folder / "run.json")
 
+    def meant(self, path: str) -> str:
+        """A local path as the command that made the run meant it, wherever one is now; anything else as it is."""
+        there = Path(self.header().get("working_directory", ""), path)
+        return str(there) if there.exists() else path
+
     @staticmethod
     def existing(folder: str | Path) -> Run:
         """Raises: UsageError: not a run folder."""
