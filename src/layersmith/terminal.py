@@ -102,6 +102,8 @@ def print_choice(console: Console, library: Library, choice: Choice) -> None:
         change = f"{format_cost(name, before_cost)} => {format_cost(name, after_cost)} ({share:.2f}x{limit})"
         console.print(f"{cost_label(name)}: {change}", highlight=False)
     how = "proven optimal for these scores" if choice.proven_optimal else "the best found"
+    if not choice.proven_optimal and choice.bound is not None:
+        how += f"; none within the limits is below {choice.bound:.4f}"
     console.print(f"sum of scores: {choice.score:.4f}, {how}", highlight=False)
 
 

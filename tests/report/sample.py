@@ -75,7 +75,7 @@ def sample_report(layers: int = 3, names: tuple[str, ...] = (), **changes: Any) 
         "importance": [],
         "times": None,
         "checks": {"scores": [], "sums": [], "times": []},
-        "search": {"score": 0.5, "proven_optimal": True},
+        "search": {"score": 0.5, "proven_optimal": False, "bound": 0.4375},
         "frontier": None,
         "distillation": None,
         "samples": [{"prompt": "def f():", "parent": "</pre><script>alert(1)</script>", "child": "pass"}],

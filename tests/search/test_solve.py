@@ -124,3 +124,25 @@ def test_bad_scores_are_a_bug() -> None:
     for score in (-1.0, float("nan"), float("inf")):
         with pytest.raises(ValueError, match="score"):
             solve([Group("a", (Candidate("a", score, {"parameters": 1}),))], {"parameters": 1}, {})
+
+
+def test_what_is_beyond_proof_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Costs that have nothing to do with each other: the best that was found, and what nothing is below."""
+    rng = random.Random(3)
+    names = ["parameters", "memory", "kv_cache_bytes", "active_parameters"]
+    groups = []
+    for g in range(30):
+        own = [Candidate(f"{g}.parent", 0.0, dict.fromkeys(names, 1000), True, 0)]
+        own += [Candidate(f"{g}.{c}", rng.expovariate(1), {n: rng.randint(0, 1000) for n in names}) for c in range(12)]
+        groups.append(Group(str(g), tuple(own)))
+    limits, fixed = dict.fromkeys(names, 9_200), dict.fromkeys(names, 0)
+    proven = solve(groups, limits, fixed)
+    assert proven.proven_optimal
+    assert proven.bound == proven.score
+    monkeypatch.setattr("layersmith.search.core._MOST_STATES", 10)
+    monkeypatch.setattr("layersmith.search.program.FIRST_NODES", 1)
+    monkeypatch.setattr("layersmith.search.program.MOST_NODES", 2)
+    found = solve(groups, limits, fixed)
+    check(groups, limits, fixed, found)
+    assert not found.proven_optimal
+    assert found.bound < proven.score <= found.score

@@ -79,7 +79,7 @@ def collect(
             "times": _checked_times(choice, times, optional.get("times")),
         },
         "times": times,
-        "search": {"score": choice.score, "proven_optimal": choice.proven_optimal},
+        "search": {"score": choice.score, "proven_optimal": choice.proven_optimal, "bound": choice.bound},
         "frontier": frontier,
         "distillation": optional.get("distillation"),
         "samples": evaluation["samples"],

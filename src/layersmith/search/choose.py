@@ -34,6 +34,7 @@ class Choice:
         limits: upper limits on costs that were asked for.
         budget: as it was asked for.
         proven_optimal: whether no other choice within the limits has a lower score.
+        bound: what no other is below, where that is known.
     """
 
     alternatives: tuple[Alternative, ...]
@@ -43,6 +44,7 @@ class Choice:
     limits: dict[str, Any]
     budget: Budget
     proven_optimal: bool
+    bound: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -53,6 +55,7 @@ class Choice:
             "limits": self.limits,
             "budget": self.budget.to_dict(),
             "proven_optimal": self.proven_optimal,
+            "bound": self.bound,
         }
 
     @staticmethod
@@ -201,7 +204,7 @@ class Space:
     def choice(self, solution: Solution) -> Choice:
         by_key = {key: own for members in self._members for key, own in members.items()}
         chosen = sorted((a for key in solution.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
-        return self.of(chosen, solution.proven_optimal)
+        return dataclasses.replace(self.of(chosen, solution.proven_optimal), bound=solution.bound)
 
     def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Choice:
         """A choice of these alternatives, with its score and costs."""

@@ -29,7 +29,7 @@ from layersmith.search.program import Floats, Program, Relaxation
 # The choices to be enumerated first, and how many times more in each further round.
 _FIRST, _MORE = 3e3, 6.0
 # Partial choices of a half, and pairs, at which enumeration gives up.
-_MOST_STATES, _MOST_PAIRS = 4_000_000, 2_000_000_000
+_MOST_STATES, _MOST_PAIRS = 4_000_000, 300_000_000
 _CHUNK = 1_000_000
 _BINS = 256
 # Scores this near, as a share of the largest, are equal.

@@ -23,6 +23,9 @@ _MOST_CUTS = 200
 # HiGHS stops when the absolute gap is under 1e-6, which SciPy gives no way to change; with the largest objective at
 # this value the gap is 1e-11 of it.
 _OBJECTIVE_SCALE = 1e5
+# Nodes at which branching stops, so that a search ends in about a minute, and those that first find some choice: what
+# is further above the bound than it is in no better one.
+MOST_NODES, FIRST_NODES = 10_000, 200
 # Columns of each group with which a relaxation starts that has multipliers from a neighbour.
 _FIRST_COLUMNS = 4
 
@@ -191,8 +194,51 @@ def _linear(program: Program, scale: float) -> Floats | None:
 # ---------------------------------------------------------------------------------------------- HiGHS
 
 
-def by_branch_and_cut(program: Program, objective: Floats, score_limit: float | None = None) -> np.ndarray | None:
+@dataclass(frozen=True, eq=False)
+class Branched:
+    """What branching found.
+
+    Attributes:
+        columns: ``[G]``; None if nothing was found.
+        bound: no choice has a lower sum; infinite where none fits.
+    """
+
+    columns: np.ndarray | None
+    bound: float
+
+
+def nearest(program: Program, relaxed: Relaxation) -> Branched:
+    """The choice with the least score as far as it is found in so many nodes, and the bound that was reached."""
+    first = branched(program, program.score, nodes=FIRST_NODES)
+    if first.columns is None:
+        return branched(program, program.score)
+    least = math.fsum(program.score[first.columns])
+    near = np.flatnonzero(relaxed.waste <= least - relaxed.bound + 1e-9 * float(program.score.max()))
+    again = branched(program.only(near), program.score[near], nodes=MOST_NODES)
+    bound = min(least, max(again.bound, first.bound, relaxed.bound))
+    if again.columns is None or math.fsum(program.score[near[again.columns]]) > least:
+        return Branched(first.columns, bound)
+    return Branched(near[again.columns], bound)
+
+
+def by_branch_and_cut(
+    program: Program, objective: Floats, score_limit: float | None = None, nodes: int | None = None
+) -> np.ndarray | None:
     """The columns ``[G]`` with the least sum of an objective ``[N]``, or None if no choice fits; by HiGHS."""
+    return branched(program, objective, score_limit, nodes).columns
+
+
+def branched(
+    program: Program, objective: Floats, score_limit: float | None = None, nodes: int | None = None
+) -> Branched:
+    """As :func:`by_branch_and_cut`, with the bound.
+
+    Args:
+        program: whose choices are looked at.
+        objective: ``[N]``, its sum is to be least.
+        score_limit: the sum of scores is at most this.
+        nodes: at most so many are looked at; then the best choice until there is returned.
+    """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, vstack
 
@@ -218,17 +264,20 @@ def by_branch_and_cut(program: Program, objective: Floats, score_limit: float | 
             integrality=np.ones(n),
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(vstack(rows), np.concatenate(lower), np.concatenate(upper)),
-            options={"mip_rel_gap": 0.0},
+            options={"mip_rel_gap": 0.0} | ({} if nodes is None else {"node_limit": nodes}),
         )
+        ended = nodes is not None and answer.status not in (0, 2)
         if answer.x is None:
-            if answer.status != 2:
+            if answer.status != 2 and not ended:
                 raise RuntimeError(f"the integer program could not be solved: {answer.message}")
-            return None
+            return Branched(None, -math.inf if ended else math.inf)
         picked = np.flatnonzero(answer.x > 0.5)
         if not np.array_equal(program.group[picked], np.arange(program.num_groups)):
             raise RuntimeError("the solver left a group without a candidate")
         if (program.cost[:, picked].sum(1) <= program.room + program.tolerance).all():
-            return picked
+            total = math.fsum(objective[picked])
+            known = answer.mip_dual_bound * scale if ended and answer.mip_dual_bound is not None else -math.inf
+            return Branched(picked, known if ended else total)
         cut = np.zeros(n)
         cut[picked] = 1.0
         at_most(cut, len(picked) - 1.0)

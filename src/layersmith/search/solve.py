@@ -7,7 +7,9 @@ subject to sum over c of x[g, c] = 1 for every group g,
 
 Source: arXiv 2411.19146, section 4.3. The optimum is found by enumerating everything near the bound of the linear
 relaxation (:mod:`layersmith.search.core`), which is exact and fast where layers are many; where too much is near the
-bound, HiGHS branches and cuts. Either way the answer is recomputed in exact integers.
+bound, HiGHS branches and cuts. Either way the answer is recomputed in exact integers. Costs that have nothing to do
+with each other, with limits that all bind, can be beyond any solver: after so many nodes the best choice that was found
+is given, with the bound that was reached.
 
 The parent scores 0 and nothing scores less, so it is the answer whenever it fits. Of choices with equal scores the one
 with fewer changes is taken.
@@ -25,10 +27,12 @@ from layersmith.errors import Infeasible
 from layersmith.search.budget import COST_WORDS, format_cost, is_throughput
 from layersmith.search.core import GivesUp, best_near_bound
 from layersmith.search.program import (
+    MOST_NODES,
     Floats,
     Program,
     Relaxation,
     by_branch_and_cut,
+    nearest,
     not_dominated,
     relax,
     rows_of,
@@ -68,13 +72,18 @@ class Solution:
         chosen: key of the candidate of each group, in the order of the groups.
         score: sum of its scores.
         costs: sums of its costs, what is fixed included.
-        proven_optimal: whether no choice within the limits has a lower score.
+        bound: no choice within the limits has a lower score.
     """
 
     chosen: tuple[str, ...]
     score: float
     costs: dict[str, float]
-    proven_optimal: bool
+    bound: float
+
+    @property
+    def proven_optimal(self) -> bool:
+        """Whether no choice within the limits has a lower score."""
+        return self.bound >= self.score
 
 
 def solve(
@@ -129,18 +138,18 @@ class Solver:
         groups = self.groups
         parent = self._parent
         if parent is not None and score_of(groups, parent) == 0 and within(groups, parent, limits, self.fixed):
-            return self._solution(parent)
+            return self._solution(parent, math.inf)
         self._refuse_unreachable(limits)
         program, names = self._program(limits)
-        columns = self._without_loss(program)
+        columns, bound = self._without_loss(program), math.inf
         if columns is None:
-            columns = self._best(program, names)
+            columns, bound = self._best(program, names)
         if columns is None:
             raise Infeasible(self._together(limits))
         chosen = [int(i) for i in program.index[columns]]
         if not within(groups, chosen, limits, self.fixed):
             raise RuntimeError("the choice that was found is not within the limits")
-        return self._solution(chosen)
+        return self._solution(chosen, bound)
 
     def reachable(self, limits: Mapping[str, float]) -> None:
         """Raises: Infeasible: no choice is within the limits."""
@@ -204,25 +213,27 @@ class Solver:
         found = by_branch_and_cut(part, part.changes)
         return None if found is None else free[found]
 
-    def _best(self, program: Program, names: Sequence[str]) -> np.ndarray | None:
+    def _best(self, program: Program, names: Sequence[str]) -> tuple[np.ndarray | None, float]:
+        """The columns of the best choice, and the bound; infinite where it is proven to be the best."""
         start = np.array([self._multipliers.get(name, math.nan) for name in names])
         relaxed = relax(program, None if np.isnan(start).any() else start)
         if relaxed is None:
-            return None
+            return None, math.inf
         self._multipliers |= dict(zip(names, relaxed.multipliers.tolist(), strict=True))
         try:
-            return best_near_bound(program, relaxed)
+            return best_near_bound(program, relaxed), math.inf
         except GivesUp:
             return _by_highs(program, relaxed)
 
-    def _solution(self, chosen: Sequence[int]) -> Solution:
+    def _solution(self, chosen: Sequence[int], bound: float) -> Solution:
         groups = self.groups
         names = groups[0].candidates[0].costs if groups else self.fixed
+        score = score_of(groups, chosen)
         return Solution(
             tuple(g.candidates[i].key for g, i in zip(groups, chosen, strict=True)),
-            score_of(groups, chosen),
+            score,
             {cost: total_of(groups, chosen, self.fixed, cost) for cost in names},
-            True,
+            min(bound, score),
         )
 
     # ------------------------------------------------------------------------------------------ what to say
@@ -262,20 +273,24 @@ class Solver:
         return f"{value / whole:.2f}x ({text})" if whole else text
 
 
-def _by_highs(program: Program, relaxed: Relaxation) -> np.ndarray | None:
-    """The best choice, and of equals the one with fewest changes; the program is solved again for that."""
-    best = by_branch_and_cut(program, program.score)
+def _by_highs(program: Program, relaxed: Relaxation) -> tuple[np.ndarray | None, float]:
+    """The best choice, and of equals the one with fewest changes (the program is solved again for that); and a bound on
+    the score of any, infinite where the choice is proven to be the best."""
+    found = nearest(program, relaxed)
+    best = found.columns
     if best is None:
-        return None
+        return None, math.inf
     least = math.fsum(program.score[best])
     if least < relaxed.bound - 1e-6 * max(1e-300, least):
         raise RuntimeError(f"the solver says the scores sum to {least!r}, which is below {relaxed.bound!r}")
+    if found.bound < least:
+        return best, found.bound
     # What is further above the bound than the best choice is in none.
     near = np.flatnonzero(relaxed.waste <= least - relaxed.bound + 1e-9 * float(program.score.max()))
-    again = by_branch_and_cut(program.only(near), program.changes[near], score_limit=least)
+    again = by_branch_and_cut(program.only(near), program.changes[near], score_limit=least, nodes=MOST_NODES)
     if again is None or math.fsum(program.score[near[again]]) > least:  # equal within rounding is not equal
-        return best
-    return near[again]
+        return best, math.inf
+    return near[again], math.inf
 
 
 def _kept(group: Group, names: Sequence[str]) -> np.ndarray:
