@@ -1,8 +1,11 @@
 """Several processes of a launcher at one run: what they make is what one makes, and no failure leaves any waiting."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from conftest import TINY_RECIPE
 
 import layersmith
 from layersmith.artifacts import read_json
+from layersmith.distill import distill
 
 RECIPE = TINY_RECIPE | {
     "local_distillation": {"tokens": 128, "coupled_tokens": 128, "batch_tokens": 64},
@@ -20,11 +24,14 @@ RECIPE = TINY_RECIPE | {
 }
 
 
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
+def launched(*arguments: object) -> list[str]:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    return [*launcher, "-m", "layersmith", *map(str, arguments)]
+
+
+def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [*launcher, "-m", "layersmith", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+    return subprocess.run(launched(*arguments), capture_output=True, text=True, env=environment, timeout=240)
 
 
 def test_compress_and_distil_give_what_one_process_does(
@@ -62,6 +69,39 @@ def test_compress_and_distil_give_what_one_process_does(
     for name, tensor in weights[0].items():
         torch.testing.assert_close(tensor, weights[1][name], atol=1e-4, rtol=1e-3)
     assert not list((tmp_path / "two").glob("*.work"))
+
+
+def test_finalists_on_two_and_gone_on_with_one(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    """Cut off within the winner's training on two processes, one process ends it as one alone would have."""
+    settings = RECIPE["distillation"] | {"save_seconds": 0.0, "log_every": 1}
+    recipe = RECIPE | {"distillation": settings | {"tokens": 0, "finalist_distance": 1, "finalist_tokens": 256}}
+    parent = make_parent("llama_tied", num_hidden_layers=2)
+    run = layersmith.compress(parent, tmp_path / "one", data=text_folder, budget=0.8, recipe=recipe).run
+    other = shutil.copytree(run, tmp_path / "two")
+    command = ("--tokens", 2560, "--finalists", 2)
+    process = subprocess.Popen(
+        launched("distill", other, *command), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
+    )  # fmt: skip
+    saved = other / "distillation" / "global" / "checkpoints"
+    while process.poll() is None and not list(saved.glob("checkpoint-*/whole")):
+        time.sleep(0.01)
+    assert process.poll() is None, process.communicate()
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    assert len(read_json(other / "distillation" / "finalists" / "finalists.json")) == 2
+    for folder in (run, other):
+        distill(folder, tokens=2560, finalists=2)
+    curves = [read_json(folder / "distillation" / "global" / "log.json")["points"] for folder in (run, other)]
+    assert len(curves[0]) == len(curves[1]) == 20
+    for one, two in zip(*curves, strict=True):
+        assert two == pytest.approx(one, rel=1e-3)
+    weights = [layersmith.load(folder / "distilled").state_dict() for folder in (run, other)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, tensor in weights[0].items():
+        torch.testing.assert_close(tensor, weights[1][name], atol=3e-4, rtol=3e-3)
 
 
 SCRIPT = """
