@@ -243,6 +243,11 @@ class Finder:
         ]
         listed = [g for g in governed if experts.number_of(g.name) is not None]
         single = [g for g in governed if g not in stacked and g not in listed and g.name not in experts.flat]
+        # Stacks of another number, as of shared experts: every matrix in one has channels of its own.
+        others: dict[int, list[Governed]] = {}
+        for g in [g for g in single if len(self.base[i][g.name]) == 3 and g.dim > 0]:
+            others.setdefault(self.base[i][g.name][0], []).append(g)
+            single.remove(g)
         bundles = []
         if stacked:
             bundles.append(_bundle(size, stacked, experts.count, stacked=True))
@@ -255,6 +260,7 @@ class Finder:
             bundles.append(_bundle(size, first, experts.count, stacked=False))
         if single:
             bundles.append(_bundle(size, single, 0, stacked=False))
+        bundles += [_bundle(size, own, members, stacked=True) for members, own in others.items()]
         return WidthAxis(size, tuple(self._with_reader(i, bundle) for bundle in bundles))
 
     def _stacks_of(self, i: int) -> str:
