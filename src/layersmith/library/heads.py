@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from layersmith.library.shapes import Finder, Governed
 
 
+_STATE = "it has a mixer that keeps a state instead of keys and values"
+
+
 def attention_heads(finder: Finder, i: int, reasons: dict[str, str]) -> HeadsAxis:
     """Query and key-value heads; weights that hold both say so."""
     block = finder.blocks[i]
@@ -26,12 +29,14 @@ def attention_heads(finder: Finder, i: int, reasons: dict[str, str]) -> HeadsAxi
         raise NoAxis("there is no attention to narrow")
     count = block.attention.num_key_value_heads
     if count is None and block.attention.mamba is not None:
-        raise NoAxis("it has a mixer that keeps a state instead of keys and values")
+        raise NoAxis(_STATE)
     num_heads = _num_heads(finder, i)
     of_kv: list[Governed] = []
     why = "each query head has keys and values of its own"
     if finder.described is not None and finder.described.attention_stays(i):
         why = "later layers use its keys and values"
+    elif finder.described is not None and finder.described.keeps_state(i):
+        why = _STATE
     elif count is None and _shared_kv_heads(finder, i) not in (None, num_heads):
         why = "the number of its KV heads cannot differ alone"
     if count is not None and count > 1:

@@ -301,6 +301,15 @@ def _prove_heads(trial: Trial, i: int, axis: HeadsAxis, reasons: dict[str, str])
 
 
 def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
+    counts = [axis.size]
+    if not (axis.fewer_kv or axis.fewer_groups or axis.beside or axis.blocks > 1):
+        # What a config calls their number may be less than there are, e.g. half of them in layers with a window.
+        counts += [n for n in range(2 * axis.size, axis.num_heads, axis.size) if axis.num_heads % n == 0]
+    for count in counts:
+        yield from _layouts(dataclasses.replace(axis, size=count))
+
+
+def _layouts(axis: HeadsAxis) -> Iterator[HeadsAxis]:
     for weights in _guesses([w for own in axis.attentions for w in own.weights]):
         rest = iter(weights)
         first, *beside = [

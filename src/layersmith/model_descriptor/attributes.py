@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -167,6 +168,7 @@ def find_sizes(
             f"{layers_name}.{examples[k]}.",
             tuple(dict.fromkeys(missing)),
             partial(_of_layer, shapes, examples[k]),
+            tuple(i for i, own_kind in enumerate(of_layer) if own_kind == k),
         )
         kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
         named = list(numbers(config, len(base)))
@@ -269,7 +271,18 @@ def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """Specimens whose layers have other configs, and the shapes of such a layer."""
+    """Specimens whose layers have other configs, and the shapes of such a layer.
+
+    Attributes:
+        specimen: the model.
+        layer_classes: of its layers.
+        config: of a layer.
+        prefix: of the names of a layer of the kind in question.
+        missing: attributes that a layer asks for and its config does not have.
+        built: gives the shapes of that layer with other values of attributes.
+        alike: the layers of its kind.
+        alone: whether only they get other values, and all others stay.
+    """
 
     specimen: Specimen
     layer_classes: Sequence[type[nn.Module]]
@@ -277,26 +290,45 @@ class Trial:
     prefix: str
     missing: tuple[str, ...]
     built: Callable[[dict[str, Any]], Shapes]
+    alike: tuple[int, ...] = ()
+    alone: bool = False
+
+    def ways(self) -> tuple[Trial, ...]:
+        """All layers with other values, then only those of the kind: what is twice there may be so in these alone."""
+        others = len(self.alike) < len(self.layer_names)
+        return (self, replace(self, alone=True)) if others else (self,)
+
+    @property
+    def layer_names(self) -> list[str]:
+        layers = self.prefix.rstrip(".").rpartition(".")[0]
+        return [name for name, _ in self.specimen.model.get_submodule(layers).named_children()]
 
     def value(self, path: Path) -> int:
         return value_at(self.config, path)
 
     def made(self, path: Path, value: int, seed: int = 0) -> Specimen:
-        """A specimen that has run, with another value of an attribute in every layer."""
+        """A specimen that has run, with another value of an attribute in the layers."""
         return self.made_with({path: value}, seed)
 
     def made_with(self, values: Mapping[Path, Any], seed: int = 0) -> Specimen:
-        """A specimen that has run, with other values of attributes in every layer."""
-        overrides = self._overrides(values)
-        with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
+        """A specimen that has run, with other values of attributes in the layers."""
+        with self._changed(values):
             return Specimen(self.specimen.config, seed)
 
+    def _changed(self, values: Mapping[Path, Any]) -> AbstractContextManager[None]:
+        overrides = self._overrides(values)
+
+        def configure(config: PretrainedConfig, index: int) -> PretrainedConfig:
+            return config if self.alone and index not in self.alike else with_overrides(config, overrides)
+
+        return own_layers(self.layer_classes, configure, lambda layer, index: None)
+
     def runs_unfused(self, values: Mapping[Path, Any]) -> bool:
-        """Whether a specimen with other values of attributes in every layer runs with Transformers' plain attention."""
-        config, overrides = copy.deepcopy(self.specimen.config), self._overrides(values)
+        """Whether a specimen with other values of attributes in the layers runs with Transformers' plain attention."""
+        config = copy.deepcopy(self.specimen.config)
         config._attn_implementation = "eager"
         try:
-            with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
+            with self._changed(values):
                 Specimen(config, 0)
         except UnsupportedModel:
             return False
@@ -338,14 +370,22 @@ def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, E
         return None
     for path, effect in effects.items():
         value = trial.value(path)
-        rows = {n: (base[n][0], new[0]) for n, new in effect.shapes.items() if base[n][1:] == new[1:]}
-        if effect.came_or_went or rows.keys() != effect.shapes.keys() or effect.other != 2 * value:
+        rows = [n for n, new in effect.shapes.items() if base[n][1:] == new[1:] and len(new) == 2]
+        changes = [
+            [(a, b) for a, b in zip(base[n], new, strict=False) if a != b] for n, new in effect.shapes.items()
+        ]
+        if effect.came_or_went or any(len(change) != 1 for change in changes) or effect.other != 2 * value:
             continue
-        if any(kind.owners.get(name) != "attention" for name in rows):
+        # What a projection takes is of query heads.
+        if any(n not in rows and (len(new) != 2 or n.endswith(".weight")) and base[n][1:] != new[1:] for n, new in effect.shapes.items()):
             continue
-        if not any(len(base[n]) == 2 for n in rows) or any(a % value or b <= a for a, b in rows.values()):
+        if any(kind.owners.get(name) != "attention" for name in effect.shapes):
             continue
-        if _carries(trial, kind, list(rows)) and all(_duplicates(trial, path, seed) for seed in (0, 1)):
+        if not rows or any(a % value or b <= a for ((a, b),) in changes):
+            continue
+        if _carries(trial, kind, list(effect.shapes)) and any(
+            all(_duplicates(own, path, seed) for seed in (0, 1)) for own in trial.ways()
+        ):
             return path
     return None
 
@@ -394,7 +434,7 @@ def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
                     for name, weight in once.items():
                         same = weight.shape == more[name].shape
                         more[name].copy_(weight if same else _repeated(weight, few, times, more[name]))
-            except (UnsupportedModel, RuntimeError, KeyError):  # it cannot run so, or is not laid out so
+            except (UnsupportedModel, RuntimeError, KeyError, ValueError):  # it cannot run so, or is not laid out so
                 continue
             if torch.allclose(models[0].run(), models[1].run(), atol=1e-4, rtol=1e-4):
                 return True
@@ -402,13 +442,14 @@ def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
 
 
 def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor) -> torch.Tensor:
-    """Rows of each head several times; where a weight holds queries before keys and values, those stay."""
-    added = target.shape[0] - weight.shape[0]
+    """Entries of each head several times; where a weight holds queries before keys and values, those stay."""
+    (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, target.shape, strict=True)) if a != b)
+    weight, added = weight.movedim(dim, 0), target.shape[dim] - weight.shape[dim]
     queries = weight.shape[0] - added // (times - 1)  # 0 where the weight is keys or values alone
     first, rest = weight[:queries], weight[queries:]
     parts = 1 if queries == 0 else 2
     grouped = rest.reshape(parts, heads, -1, *weight.shape[1:]).repeat_interleave(times, 1)
-    return torch.cat([first, grouped.reshape(-1, *weight.shape[1:])])
+    return torch.cat([first, grouped.reshape(-1, *weight.shape[1:])]).movedim(0, dim)
 
 
 # ---------------------------------------------------------------------------------------------- widths and experts

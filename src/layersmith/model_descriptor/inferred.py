@@ -22,6 +22,7 @@ from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.governed import split, splits_of
 from layersmith.model_descriptor.full_size import at_full_length_of, in_config, mixer_of, widths_of
 from layersmith.model_descriptor.mixers import mixer_values
 from layersmith.model_descriptor.patterns import weight_groups
@@ -157,11 +158,18 @@ def find(config: PretrainedConfig) -> Findings:
     _check_configurable(specimen.config, classes)
     appends = appends_to_cache(specimen, names, [kinds[k] for k in of_layer])
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
+    splits = splits_of(specimen.config, classes, structure.layers, of_layer, sizes)
     small_kinds, of_layer = of_layer, []
     for layer in skeleton.get_submodule(structure.layers).children():
         if signature(layer) not in signatures:
             raise UnsupportedModel(f"{type(layer).__name__}: its layers are of other kinds once they have run.")
         of_layer.append(signatures.index(signature(layer)))
+    if splits:
+        small_kinds = split(specimen.config, classes, structure.layers, small_kinds, splits)
+        of_layer = split(config, classes, structure.layers, of_layer, splits)
+        kinds += [kinds[own.kind] for own in splits]
+        signatures += [signatures[own.kind] for own in splits]
+        sizes = find_sizes(specimen, classes, structure.layers, kinds, small_kinds)
     examples = [small_kinds.index(k) for k in range(len(kinds))]
 
     def at_full_length(length: int, k: int) -> int | None:
@@ -363,7 +371,15 @@ class InferredDescriptor(ModelDescriptor):
         """
         findings = cls.findings
         kept = findings.states[findings.of_layer[index]] if findings.states else ()
-        return sum(s.numbers(block.attention.mamba, shapes) * (s.itemsize or dtype.itemsize) for s in kept)
+        heads, own = cls.num_query_heads(index), block.attention.num_attention_heads
+
+        def numbers(state: KeptState) -> int:
+            count = state.numbers(block.attention.mamba, shapes)
+            # A mixer's heads may be what the config counts as query heads.
+            follows = state.of_mixer and block.attention.mamba is None and own and state.shape[0] == heads
+            return count * own // heads if follows and own and heads else count
+
+        return sum(numbers(s) * (s.itemsize or dtype.itemsize) for s in kept)
 
     @classmethod
     def has_mixer(cls, index: int) -> bool:

@@ -49,6 +49,23 @@ def find_query_heads(
     idle: Collection[Path],
     kv_heads: Path | None,
 ) -> QueryHeads:
+    """The number of query heads, found in all layers at once, or in those of the kind where that shows nothing."""
+    found = [_found(trial, kind, base, effects, named, idle, kv_heads)]
+    for alone in trial.ways()[1:]:
+        if not found[-1].paths:
+            found.append(_found(alone, kind, base, effects, named, idle, kv_heads))
+    return found[-1] if found[-1].paths else found[0]
+
+
+def _found(
+    trial: Trial,
+    kind: LayerKind,
+    base: Shapes,
+    effects: Mapping[Path, Effect],
+    named: Sequence[tuple[Path, int]],
+    idle: Collection[Path],
+    kv_heads: Path | None,
+) -> QueryHeads:
     """The attributes whose double, with each query head there twice and read at half, changes nothing.
 
     Where the size of a head follows from their number, it has to be said as well; where each query head has keys of
