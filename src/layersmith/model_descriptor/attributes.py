@@ -52,6 +52,7 @@ class Sizes:
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
         mixer: of a Mamba or linear-attention mixer that keeps a state.
         flat: weights in which experts lie one after another along the first dimension, each as long as the width.
+        experts_of_both: whether the number of experts, and of those that a token uses, is the attention's too.
     """
 
     kv_heads: Path | None = None
@@ -68,6 +69,7 @@ class Sizes:
     resized: tuple[tuple[str, int], ...] = ()
     mixer: MixerSizes | None = None
     flat: tuple[str, ...] = ()
+    experts_of_both: bool = False
     no_query_heads: str = ""
     head_blocks: int = 1
 
@@ -206,6 +208,7 @@ def find_sizes(
                 width_at=at,
                 shared_width_at=shared_at if alike else None,
                 flat=ffn.flat,
+                experts_of_both=ffn.of_both,
             )
         )
     return found_sizes
@@ -361,6 +364,12 @@ def _effect(base: Shapes, changed: Shapes, other: int) -> Effect:
     return Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
 
 
+def _inside(effect: Effect, names: tuple[str, ...]) -> Effect:
+    """What it does to the weights whose names begin so."""
+    shapes = {name: shape for name, shape in effect.shapes.items() if name.startswith(names)}
+    return Effect(effect.other, shapes, frozenset(name for name in effect.came_or_went if name.startswith(names)))
+
+
 # ---------------------------------------------------------------------------------------------- key-value heads
 
 
@@ -468,6 +477,13 @@ class _FFNSizes:
             if all(n.startswith(inside) for n in (*effect.shapes, *effect.came_or_went))
         }
         counts = [path for path in self.effects if self._is_count(path)]
+        self.of_both = not counts and bool(inside)
+        if self.of_both:  # the attention may have experts too, and one attribute say the number of either
+            parts = {path: _inside(effect, inside) for path, effect in effects.items()}
+            self.effects |= (own := {path: part for path, part in parts.items() if part and path not in self.effects})
+            counts = [path for path in own if self._is_count(path)]
+            self.effects = {path: e for path, e in self.effects.items() if path not in own or path in counts}
+            self.of_both = bool(counts)
         self.count = max(counts, key=trial.value, default=None)
         self.number = 0 if self.count is None else trial.value(self.count)
         self.flat = () if self.count is None else self._flat(self.count)

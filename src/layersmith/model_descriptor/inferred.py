@@ -346,6 +346,11 @@ class InferredDescriptor(ModelDescriptor):
         return cls.findings.sizes[cls.findings.of_layer[index]].flat
 
     @classmethod
+    def experts_of_both(cls, index: int) -> bool:
+        """Whether the number of a layer's experts, and of those that a token uses, is that of its attention's too."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].experts_of_both
+
+    @classmethod
     def keeps_state(cls, index: int) -> bool:
         """Whether the mixer of a layer has a state in the cache that does not grow with the tokens."""
         findings = cls.findings
@@ -550,6 +555,8 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
                     (sizes.expert_width, moe.expert_intermediate_dim, unit),
                 ]
             for path, value, factor in values:
+                if sizes.experts_of_both and path in (sizes.num_experts, sizes.experts_per_token):
+                    continue  # the attention's would change with it
                 if path is not None and value is not None:
                     found = merged(found, nested(language, path, value * factor))
             for path, size in mixer_values(sizes.mixer, attention.mamba, partial(value_at, language)):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from layersmith.model_descriptor.subblocks import LayerKind
 if TYPE_CHECKING:
     from layersmith.model_descriptor.attributes import Effect, Path, Shapes, Trial
 
+
+_Change = tuple[torch.Size, torch.Size]
 
 _APART = 4.0
 _NOT_UNDERSTOOD = (
@@ -170,8 +173,9 @@ def _doubles(trial: Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, 
         return False
     if more.keys() != base.keys():
         return False
+    # The sides of a matrix, or of each in a stack of them.
     changes = [
-        (dim if len(shape) == 2 else -1, a, b)
+        (dim - (len(shape) - 2) if len(shape) in (2, 3) else -1, a, b)
         for name, shape in base.items()
         for dim, (a, b) in enumerate(zip(shape, more[name], strict=False))
         if a != b
@@ -217,12 +221,13 @@ def _doubled_queries(
     if not any(n.startswith(trial.prefix) for n in changed):
         return False
     wanted = once.run()
-    for layout in ("whole", "thirds", "halves", "first"):
+    for layouts in _layouts({(weights[n].shape, doubled[n].shape) for n in changed}):
         try:
             with torch.no_grad():
                 for name, weight in weights.items():
                     target = doubled[name]
                     same = weight.shape == target.shape
+                    layout = "" if same else layouts[weight.shape, target.shape]
                     target.copy_(
                         weight if same else _every_head_twice(weight, target.shape, heads, blocks, apart, layout)
                     )
@@ -235,6 +240,21 @@ def _doubled_queries(
         if not apart and torch.allclose(wanted, seen, atol=1e-4, rtol=1e-4):
             return True
     return False
+
+
+def _layouts(shapes: Collection[_Change]) -> Iterator[dict[_Change, str]]:
+    """How the entries of heads may lie in weights of each shape: all alike, or fused ones beside others."""
+    names = ("whole", "thirds", "halves", "first")
+    yield from (dict.fromkeys(shapes, layout) for layout in names)
+    makers = [own for own in shapes if not _is_last(*own)]  # what heads end in has none
+    if len(makers) == 2:
+        for one, other in itertools.permutations(names[:3], 2):
+            yield {**dict.fromkeys(shapes, "whole"), makers[0]: one, makers[1]: other}
+
+
+def _is_last(before: torch.Size, after: torch.Size) -> bool:
+    """Whether it is the last dimension of a matrix, or of a stack of them, that grew."""
+    return len(before) > 1 and before[-1] != after[-1]
 
 
 def _every_head_twice(
