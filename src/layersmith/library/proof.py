@@ -307,6 +307,26 @@ def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
         counts += [n for n in range(2 * axis.size, axis.num_heads, axis.size) if axis.num_heads % n == 0]
     for count in counts:
         yield from _layouts(dataclasses.replace(axis, size=count))
+    if axis.blocks == 1 and not axis.beside and axis.size % 2 == axis.num_heads % 2 == 0:
+        yield from _pairs(axis)
+
+
+def _pairs(axis: HeadsAxis) -> Iterator[HeadsAxis]:
+    """Heads that work together with the one that is as far in the other half of all, and end in one place."""
+
+    def paired(w: WeightAxis, neighbours: bool) -> WeightAxis:
+        (segment,) = w.segments
+        unit = segment.unit
+        return dataclasses.replace(
+            w, segments=(Segment(segment.part, 2 * unit),) if neighbours else (Segment(segment.part, unit),) * 2
+        )
+
+    if all(len(w.segments) == 1 for w in axis.weights):
+        for neighbours in (True, False):
+            weights = tuple(paired(w, neighbours and w.name == axis.reader) for w in axis.weights)
+            yield dataclasses.replace(
+                axis, size=axis.size // 2, num_heads=axis.num_heads // 2, together=2, weights=weights
+            )
 
 
 def _layouts(axis: HeadsAxis) -> Iterator[HeadsAxis]:
@@ -361,7 +381,7 @@ def _without_some(
         share = axis.num_heads // axis.shares
         queries = (torch.arange(axis.shares)[:, None] * share + some(share, largest_part(share))).flatten()
         kept = {"queries": queries}
-        fewer = Alternative(i, "attention", "query_heads", size=len(queries))
+        fewer = Alternative(i, "attention", "query_heads", size=len(queries) * axis.together)
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, queries)  # noqa: E731
     else:
         count = largest_part(axis.size)
@@ -369,10 +389,11 @@ def _without_some(
         queries = query_heads_of(axis, heads)
         kept = {"kv": heads, "queries": queries}
         if way == "fewer_kv":
-            fewer = Alternative(i, "attention", "kv_heads", size=count)
+            fewer = Alternative(i, "attention", "kv_heads", size=count * axis.together)
             cut = lambda tensors: keep_kv_heads(tensors, axis, heads)  # noqa: E731
         else:
-            fewer = Alternative(i, "attention", "head_groups", size=count, query_heads=count * group)
+            left, of_queries = count * axis.together, count * group * axis.together
+            fewer = Alternative(i, "attention", "head_groups", size=left, query_heads=of_queries)
             cut = lambda tensors: keep_groups(tensors, axis, heads)  # noqa: E731
     gone = {"kv": others(axis.size, kept["kv"])} if "kv" in kept else {}
     gone["queries"] = others(axis.num_heads, queries)

@@ -106,8 +106,13 @@ def _found(
             for together in ((path,), *((path, other) for other in equal if pin is None)):
                 if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
                     continue
-                if all(_doubled_queries(trial, together, pin, value, seed) for seed in (0, 1)):
-                    if _doubled_queries(trial, together, pin, value, 0, apart=_APART):
+                # Two heads may work together, one in either half of all, and end in one place.
+                ways = [n for n in (1, 2) if value % (2 * n) == 0 or n == 1]
+                pairs = next(
+                    (n for n in ways if all(_doubled_queries(trial, together, pin, value, s, 1, n) for s in (0, 1))), 0
+                )
+                if pairs:
+                    if _doubled_queries(trial, together, pin, value, 0, 1, pairs, apart=_APART):
                         rank = True
                         break
                     # The number of KV heads that a config says may be read where attention is not fused only.
@@ -194,6 +199,7 @@ def _doubled_queries(
     heads: int,
     seed: int,
     blocks: int = 1,
+    pairs: int = 1,
     apart: float = 0.0,
 ) -> bool:
     """Whether a model with every query head twice, and what reads them at half, gives the same.
@@ -205,6 +211,7 @@ def _doubled_queries(
         heads: how many there are.
         seed: of the weights.
         blocks: of the projection that reads them, each of which reads its share of the heads by the same entries.
+        pairs: 2 if a head and the one as far in the other half of all are next to each other where they end.
         apart: how far what gives the one and the other of two heads is from their mean; it changes all but a linear
             map's rank.
     """
@@ -221,7 +228,8 @@ def _doubled_queries(
     if not any(n.startswith(trial.prefix) for n in changed):
         return False
     wanted = once.run()
-    for layouts in _layouts({(weights[n].shape, doubled[n].shape) for n in changed}):
+    of_changed = {(weights[n].shape, doubled[n].shape) for n in changed}
+    for layouts in [dict.fromkeys(of_changed, "halves")] if pairs > 1 else _layouts(of_changed):
         try:
             with torch.no_grad():
                 for name, weight in weights.items():
@@ -229,7 +237,7 @@ def _doubled_queries(
                     same = weight.shape == target.shape
                     layout = "" if same else layouts[weight.shape, target.shape]
                     target.copy_(
-                        weight if same else _every_head_twice(weight, target.shape, heads, blocks, apart, layout)
+                        weight if same else _every_head_twice(weight, target.shape, heads // pairs, blocks, apart, layout)
                     )
         except (RuntimeError, ValueError, IndexError):  # it is not laid out so
             continue
