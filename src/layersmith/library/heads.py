@@ -131,12 +131,41 @@ def _grouped_heads(
                 for w in own
             ]
             head_dim *= blocks
-        return HeadsAxis(
+        found = HeadsAxis(
             count, num_heads, head_dim, tuple(own), reader, fewer_kv=more_than_one,
             fewer_queries=num_heads > max(count, blocks), fewer_groups=more_than_one, blocks=blocks,
         )  # fmt: skip
+        pairs = in_pairs(found) if finder.described is not None and finder.described.heads_in_pairs(i) else None
+        return found if pairs is None else pairs
 
     return _each_attention(finder, i, weights, one)
+
+
+def in_pairs(axis: HeadsAxis) -> HeadsAxis | None:
+    """The axis of pairs: a head and the one as far in the other half of all, next to each other where they end.
+
+    None where heads cannot be so.
+    """
+    odd = axis.size % 2 or axis.num_heads % 2 or any(len(w.segments) != 1 for w in axis.weights)
+    if odd or axis.blocks > 1 or axis.beside or axis.together > 1:
+        return None
+
+    def paired(w: WeightAxis) -> WeightAxis:
+        (own,) = w.segments
+        pair = (Segment(own.part, 2 * own.unit),) if w.name == axis.reader else (own, own)
+        return dataclasses.replace(w, segments=pair)
+
+    weights = tuple(paired(w) for w in axis.weights)
+    several = axis.size > 2
+    return dataclasses.replace(
+        axis,
+        size=axis.size // 2,
+        num_heads=axis.num_heads // 2,
+        weights=weights,
+        fewer_kv=axis.fewer_kv and several,
+        fewer_groups=axis.fewer_groups and several,
+        together=2,
+    )
 
 
 def _each_attention(

@@ -33,6 +33,7 @@ from layersmith.library.axes import (
     WidthAxis,
     largest_part,
 )
+from layersmith.library.heads import in_pairs
 from layersmith.library.mixer_proof import prove_head_size, prove_mixer, prove_state
 from layersmith.library.shapes import input_dim, layer_shapes
 from layersmith.library.trial import (
@@ -301,32 +302,24 @@ def _prove_heads(trial: Trial, i: int, axis: HeadsAxis, reasons: dict[str, str])
 
 
 def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
+    if axis.together > 1:
+        yield axis
+        yield dataclasses.replace(axis, weights=tuple(_in_halves(w) for w in axis.weights))
+        return
     counts = [axis.size]
     if not (axis.fewer_kv or axis.fewer_groups or axis.beside or axis.blocks > 1):
         # What a config calls their number may be less than there are, e.g. half of them in layers with a window.
         counts += [n for n in range(2 * axis.size, axis.num_heads, axis.size) if axis.num_heads % n == 0]
     for count in counts:
         yield from _layouts(dataclasses.replace(axis, size=count))
-    if axis.blocks == 1 and not axis.beside and axis.size % 2 == axis.num_heads % 2 == 0:
-        yield from _pairs(axis)
+    if (pairs := in_pairs(axis)) is not None:
+        yield from _heads_guesses(pairs)
 
 
-def _pairs(axis: HeadsAxis) -> Iterator[HeadsAxis]:
-    """Heads that work together with the one that is as far in the other half of all, and end in one place."""
-
-    def paired(w: WeightAxis, neighbours: bool) -> WeightAxis:
-        (segment,) = w.segments
-        unit = segment.unit
-        return dataclasses.replace(
-            w, segments=(Segment(segment.part, 2 * unit),) if neighbours else (Segment(segment.part, unit),) * 2
-        )
-
-    if all(len(w.segments) == 1 for w in axis.weights):
-        for neighbours in (True, False):
-            weights = tuple(paired(w, neighbours and w.name == axis.reader) for w in axis.weights)
-            yield dataclasses.replace(
-                axis, size=axis.size // 2, num_heads=axis.num_heads // 2, together=2, weights=weights
-            )
+def _in_halves(w: WeightAxis) -> WeightAxis:
+    """Laid out so that the two heads of a pair are as far from each other as may be."""
+    unit = sum(s.unit for s in w.segments) // 2
+    return dataclasses.replace(w, segments=(Segment(w.segments[0].part, unit),) * 2)
 
 
 def _layouts(axis: HeadsAxis) -> Iterator[HeadsAxis]:

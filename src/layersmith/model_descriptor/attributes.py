@@ -48,6 +48,7 @@ class Sizes:
         head_size: what sets the size of a head and has to be said when their number changes.
         no_query_heads: why there is no number of query heads, where that was seen.
         head_blocks: of the projection that heads end in, in a small model; each reads its share of the heads.
+        head_pairs: whether two heads work together, one of either half of all, and end next to each other.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
         mixer: of a Mamba or linear-attention mixer that keeps a state.
@@ -72,6 +73,7 @@ class Sizes:
     experts_of_both: bool = False
     no_query_heads: str = ""
     head_blocks: int = 1
+    head_pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -184,6 +186,7 @@ def find_sizes(
             head_size=queries.pin,
             no_query_heads=queries.reason,
             head_blocks=queries.blocks,
+            head_pairs=queries.pairs,
             mixer=mixer,
         )
         if mixer is not None and (mixer.num_heads or mixer.state_dim) and mixer.is_alone:

@@ -380,9 +380,9 @@ class InferredDescriptor(ModelDescriptor):
 
         def numbers(state: KeptState) -> int:
             count = state.numbers(block.attention.mamba, shapes)
-            # A mixer's heads may be what the config counts as query heads.
-            follows = state.of_mixer and block.attention.mamba is None and own and state.shape[0] == heads
-            return count * own // heads if follows and own and heads else count
+            # Where there is nothing but a mixer, its heads may be what the config counts as query heads.
+            follows = cls.keeps_state(index) and state.of_mixer and block.attention.mamba is None
+            return count * own // heads if follows and own and heads and state.shape[0] == heads else count
 
         return sum(numbers(s) * (s.itemsize or dtype.itemsize) for s in kept)
 
@@ -484,6 +484,11 @@ class InferredDescriptor(ModelDescriptor):
     def heads_end_in_blocks(cls, index: int) -> bool:
         """Whether the projection that heads end in is made of blocks, each of which reads its share of the heads."""
         return cls.findings.sizes[cls.findings.of_layer[index]].head_blocks > 1
+
+    @classmethod
+    def heads_in_pairs(cls, index: int) -> bool:
+        """Whether a head of either half of all work together, and end next to each other."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].head_pairs
 
     @classmethod
     def parent_blocks(cls) -> list[BlockConfig]:

@@ -35,12 +35,14 @@ class QueryHeads:
         pin: what sets the size of a head and has to be said when their number changes.
         reason: why there are none, where that was seen.
         blocks: of the projection that they end in, each of which reads its share of the heads by the same entries.
+        pairs: whether two work together, one of either half of all, and end next to each other in a projection.
     """
 
     paths: tuple[Path, ...] = ()
     pin: tuple[Path, int] | None = None
     reason: str = ""
     blocks: int = 1
+    pairs: bool = False
 
 
 def find_query_heads(
@@ -106,21 +108,21 @@ def _found(
             for together in ((path,), *((path, other) for other in equal if pin is None)):
                 if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
                     continue
-                # Two heads may work together, one in either half of all, and end in one place.
-                ways = [n for n in (1, 2) if value % (2 * n) == 0 or n == 1]
-                pairs = next(
-                    (n for n in ways if all(_doubled_queries(trial, together, pin, value, s, 1, n) for s in (0, 1))), 0
+                # Two heads may work together, one of either half of all, and end next to each other in a projection.
+                ways = [1, 2] if value % 2 == 0 and _is_plain(trial, together, pin, value, base) else [1]
+                ends = next(
+                    (n for n in ways if all(_doubled_queries(trial, together, pin, value, s, n) for s in (0, 1))), 0
                 )
-                if pairs:
-                    if _doubled_queries(trial, together, pin, value, 0, 1, pairs, apart=_APART):
+                if ends:
+                    if _doubled_queries(trial, together, pin, value, 0, ends, apart=_APART):
                         rank = True
                         break
                     # The number of KV heads that a config says may be read where attention is not fused only.
                     if not equal or trial.runs_unfused(
                         {**dict.fromkeys(together, 2 * value), **dict([pin] if pin else [])}
                     ):
-                        return QueryHeads(together, pin)
-                    found = found or QueryHeads(together, pin)
+                        return QueryHeads(together, pin, pairs=ends > 1)
+                    found = found or QueryHeads(together, pin, pairs=ends > 1)
             if rank:
                 break
         if found is not None and not rank:
@@ -145,17 +147,21 @@ def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
 
 def _in_blocks(trial: Trial, path: Path, heads: int, base: Shapes) -> int:
     """The blocks of a projection of several that heads end in, each of which reads other heads; 1 if there are none."""
-    (name, *_) = [
-        name
-        for name, (shape, more) in _changes(base, trial.shapes_with({path: 2 * heads})).items()
-        if len(shape) == 2 and more[1] > shape[1]
-    ]
-    module = trial.specimen.model.get_submodule((trial.prefix + name).rpartition(".")[0])
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)  # such a projection has no blocks
-    for blocks in (n for n in range(2, heads + 1) if heads % n == 0 and not plain):
+    if _is_plain(trial, (path,), None, heads, base):
+        return 1
+    for blocks in (n for n in range(2, heads + 1) if heads % n == 0):
         if all(_doubled_queries(trial, (path,), None, heads, seed, blocks) for seed in (0, 1)):
             return blocks
     return 1
+
+
+def _is_plain(trial: Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, base: Shapes) -> bool:
+    """Whether heads end in a linear map as such, which has no blocks."""
+    more = trial.shapes_with({**dict.fromkeys(paths, 2 * heads), **dict([pin] if pin else [])})
+    changes = _changes(base, more).items()
+    names = [name for name, (shape, new) in changes if len(shape) == 2 and new[1] > shape[1]]
+    modules = [trial.specimen.model.get_submodule((trial.prefix + name).rpartition(".")[0]) for name in names[:1]]
+    return any(type(module).forward in (nn.Linear.forward, Conv1D.forward) for module in modules)
 
 
 def _changes(base: Shapes, other: Shapes) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -199,7 +205,6 @@ def _doubled_queries(
     heads: int,
     seed: int,
     blocks: int = 1,
-    pairs: int = 1,
     apart: float = 0.0,
 ) -> bool:
     """Whether a model with every query head twice, and what reads them at half, gives the same.
@@ -210,8 +215,8 @@ def _doubled_queries(
         pin: of their size.
         heads: how many there are.
         seed: of the weights.
-        blocks: of the projection that reads them, each of which reads its share of the heads by the same entries.
-        pairs: 2 if a head and the one as far in the other half of all are next to each other where they end.
+        blocks: of the projection that reads them, each of which reads its share of the heads by the same entries; or
+            shares of all heads, one head of each of which are next to each other where they end.
         apart: how far what gives the one and the other of two heads is from their mean; it changes all but a linear
             map's rank.
     """
@@ -228,8 +233,7 @@ def _doubled_queries(
     if not any(n.startswith(trial.prefix) for n in changed):
         return False
     wanted = once.run()
-    of_changed = {(weights[n].shape, doubled[n].shape) for n in changed}
-    for layouts in [dict.fromkeys(of_changed, "halves")] if pairs > 1 else _layouts(of_changed):
+    for layouts in _layouts({(weights[n].shape, doubled[n].shape) for n in changed}):
         try:
             with torch.no_grad():
                 for name, weight in weights.items():
@@ -237,7 +241,7 @@ def _doubled_queries(
                     same = weight.shape == target.shape
                     layout = "" if same else layouts[weight.shape, target.shape]
                     target.copy_(
-                        weight if same else _every_head_twice(weight, target.shape, heads // pairs, blocks, apart, layout)
+                        weight if same else _every_head_twice(weight, target.shape, heads, blocks, apart, layout)
                     )
         except (RuntimeError, ValueError, IndexError):  # it is not laid out so
             continue
