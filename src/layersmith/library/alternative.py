@@ -215,9 +215,7 @@ def _of_heads(i: int, axis: HeadsAxis, recipe: LibraryRecipe) -> list[Alternativ
         sizes = kv_head_counts(axis.size, axis.num_heads, recipe)
         if not axis.fewer_kv:  # every head has keys of its own: any number will do
             sizes = fractions_of(axis.size, recipe.head_fractions)
-        found += [
-            Alternative(i, "attention", "head_groups", "contribution", k * unit, k * group * unit) for k in sizes
-        ]
+        found += [Alternative(i, "attention", "head_groups", "contribution", k * unit, k * group * unit) for k in sizes]
     if axis.fewer_queries and recipe.query_heads:
         sizes = fractions_of(axis.num_heads // axis.shares, recipe.head_fractions)
         found += [Alternative(i, "attention", "query_heads", "contribution", n * axis.shares * unit) for n in sizes]

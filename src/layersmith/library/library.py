@@ -456,8 +456,7 @@ def output_weight(layer: nn.Module, bundle: Bundle) -> torch.Tensor:
 
 def _matrix(weight: torch.Tensor, dim: int) -> torch.Tensor:
     """``[outputs, inputs]``; of a stack of matrices the outputs of all."""
-    weight = weight.detach()
-    return weight.movedim(dim, 2).flatten(0, 1) if weight.ndim == 3 else weight.movedim(dim, 1)
+    return weight.detach().movedim(dim, -1).flatten(0, -2)
 
 
 def _readers(layer: nn.Module, bundle: Bundle) -> list[tuple[torch.Tensor, int]]:

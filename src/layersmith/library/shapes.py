@@ -324,8 +324,8 @@ class Finder:
         count = moe.num_local_experts
         if self.described is not None and self.described.experts_of_both(i):
             owned = self.attention_weights(i)
-            stacks = (n for n, s in self.base[i].items() if len(s) == 3 and s[0] == count and n not in owned)
-            return _Members(count, tuple(stacks), ())
+            own = {name: shape for name, shape in self.base[i].items() if name not in owned}
+            return _Members(count, tuple(n for n, s in own.items() if len(s) == 3 and s[0] == count), ())
         made = self.experiment("experts", fewer_experts)
         if made.problem:
             raise NoAxis(made.problem)

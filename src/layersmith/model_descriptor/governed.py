@@ -112,4 +112,6 @@ def _shapes(
 
     with own_layers(classes, configure, lambda layer, index: None):
         model = stock_model(config)
-    return [{n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in model.get_submodule(layers).children()]
+    return [
+        {n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in model.get_submodule(layers).children()
+    ]

@@ -7,7 +7,7 @@ that set sizes by building layers that differ in one, and puts what was found be
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -18,12 +18,11 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MambaConfig, MoEConfig
 from layersmith.errors import UnsupportedModel, first_line
-from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.governed import split, splits_of
 from layersmith.model_descriptor.full_size import at_full_length_of, in_config, mixer_of, widths_of
+from layersmith.model_descriptor.governed import split, splits_of
 from layersmith.model_descriptor.mixers import mixer_values
 from layersmith.model_descriptor.patterns import weight_groups
 from layersmith.model_descriptor.removal import proved, put
@@ -38,7 +37,9 @@ from layersmith.model_descriptor.slots import (
 )
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import language_config, own_config, restore_buffers, stock_model, whole_number
-from layersmith.model_descriptor.structure import Structure, find_structure
+from layersmith.model_descriptor.structure import (
+    Structure, check_configurable, find_structure, groups_outside, without_attention,
+)  # fmt: skip
 from layersmith.model_descriptor.subblocks import LayerKind, Subblock, find_kind, signature
 
 
@@ -150,12 +151,12 @@ def find(config: PretrainedConfig) -> Findings:
             kinds.append(find_kind(specimen, name))
         of_layer.append(signatures.index(own))
     if not any(kind.attention for kind in kinds):
-        raise UnsupportedModel(_without_attention(specimen, structure.layers))
+        raise UnsupportedModel(without_attention(specimen, structure.layers))
     classes = tuple(dict.fromkeys(type(specimen.model.get_submodule(name)) for name in names))
     notes: list[str] = []
     for k, kind in enumerate(kinds):
         kinds[k] = proved(specimen, names[of_layer.index(k)], kind, notes)
-    _check_configurable(specimen.config, classes)
+    check_configurable(specimen.config, classes)
     appends = appends_to_cache(specimen, names, [kinds[k] for k in of_layer])
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
     splits = splits_of(specimen.config, classes, structure.layers, of_layer, sizes)
@@ -214,7 +215,7 @@ def find(config: PretrainedConfig) -> Findings:
             for place, (kept, length) in enumerate(zip(own.beside, found, strict=True))
         )
 
-    groups = _groups(skeleton, structure)
+    groups = groups_outside(skeleton, structure)
     remote = not type(specimen.model).__module__.startswith("transformers.")
     return Findings(
         structure,
@@ -244,39 +245,6 @@ def find(config: PretrainedConfig) -> Findings:
         tuple(beside_of(own, k) for k, own in enumerate(seen_in_cache)),
         config,
     )
-
-
-def _without_attention(specimen: Specimen, layers: str) -> str:
-    """Why no attention was found."""
-    first = f"{layers}.0"
-    own, other = (
-        next(call for call in specimen.trace(ids, keep=[first]) if call.name == first).tensors().values()
-        for ids in (specimen.ids, specimen.other_ids)
-    )
-    taken = [pair for pair in zip(own, other, strict=False) if pair[0].is_floating_point() and pair[0].ndim >= 2]
-    if taken and torch.equal(*taken[0]):
-        return (
-            f"the layers in {layers} are not given the text: it goes to an encoder, and they see what that makes of it."
-        )
-    return f"no layer in {layers} is seen to let one token of the text see another: its attention is somewhere else."
-
-
-def _check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Module]]) -> None:
-    """Each layer must be made from a config, or layers cannot differ."""
-    try:
-        with own_layers(classes, lambda own, index: own, lambda layer, index: None):
-            stock_model(config)
-    except TypeError as error:
-        raise UnsupportedModel(f"{error}: it is put together from modules that several layers share.") from error
-
-
-def _groups(model: nn.Module, structure: Structure) -> dict[str, str]:
-    """What runs after the last layer goes with the head; everything else outside the layers with the embedding."""
-    inside = f"{structure.layers}."
-    after = tuple(f"{name}." for name in structure.after)
-    # Buffers that are saved belong somewhere too, so the state_dict counts, not the parameters.
-    names = [name for name in model.state_dict() if not name.startswith(inside)]
-    return {name: "lm_head" if name.startswith(after) else "embedding" for name in names}
 
 
 # ---------------------------------------------------------------------------------------------- the descriptor

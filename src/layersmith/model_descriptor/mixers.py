@@ -147,7 +147,9 @@ def find_mixer(
     alone = _keeps_no_keys(trial.specimen, index)
     problem = f"with other sizes of its mixer it does not run ({problems[0]})" if problems and not sizes else ""
     if problem and (given := _given_by_model(trial, kind)):
-        problem = f"its model gives the mixer of every layer a {given} by the config of them all, so no sizes can differ"
+        problem = (
+            f"its model gives the mixer of every layer a {given} by the config of them all, so no sizes can differ"
+        )
     return MixerSizes(
         **sizes, reader=reader, headless=headless, square=square, groups=known, is_alone=alone, problem=problem
     )
