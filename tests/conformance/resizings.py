@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from layersmith.block_config import BlockConfig
-from layersmith.model_descriptor.inferred import Findings
+from layersmith.model_descriptor.findings import Findings
 from layersmith.model_descriptor.mixers import MixerSizes
 
 # What it is, the layer, and the block with it.

@@ -232,6 +232,26 @@ def test_heads_in_pairs() -> None:
     assert torch.equal(cut["self_attn.o_proj.weight"], columns)
 
 
+def test_keys_head_after_head_that_are_cached_for_each_query() -> None:
+    """Falcon's newer layers: one projection has each head's queries, key and value; the cache has a key a query."""
+    config = own_config(tiny_config("falcon"))
+    config.new_decoder_architecture, config.num_kv_heads = True, 2
+    parent = parent_of_config(config, "falcon")
+    recipe = LibraryRecipe(linear=(), no_op=())
+    library = build_library(parent, recipe, found := survey(parent, recipe), TOKENS, batch_sequences=2)
+    fewer = next(a for a in library.alternatives if (a.layer, a.kind) == (0, "kv_heads") and a.method != "pool")
+    with exchanged(parent, library.layers([fewer])):
+        scored = forward(parent, TOKENS)[0]
+    child = library.compose([fewer])
+    assert torch.equal(child(TOKENS, use_cache=False).logits, scored)
+    keys = child(TOKENS, use_cache=True).past_key_values.layers[0].keys
+    _, parts = costs_of(parent, found)
+    blocks = [fewer.block_config(parent.blocks[0]), *parent.blocks[1:]]
+    cut, _ = subblock_costs(parent.descriptor, parent.config, blocks, torch.float32, Workload(), found.axes)
+    assert cut[0]["attention"]["kv_cache_bytes"] == parts[0]["attention"]["kv_cache_bytes"]
+    assert parts[0]["attention"]["kv_cache_bytes"] == Workload().context * 2 * keys.shape[1] * keys.shape[-1] * 4
+
+
 def test_numbers_that_the_attention_and_the_ffn_share_are_no_axis() -> None:
     parent = parent_of("jetmoe")
     found = survey(parent, LibraryRecipe())

@@ -27,7 +27,9 @@ def numbered(name: str, attention: int) -> str:
 
 
 def largest_part(size: int) -> int:
-    """The largest proper divisor, so that whatever must divide a size still does."""
+    """The largest proper divisor, so that whatever must divide a size still does; a ``ValueError`` if there is none."""
+    if size < 2:
+        raise ValueError(f"{size} cannot be less")
     return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
 
 

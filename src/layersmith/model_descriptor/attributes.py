@@ -45,7 +45,7 @@ class Sizes:
         config_width: what the config calls a width of 1, for the widths; some families halve what the config says.
         query_heads: number of query heads, and whatever must be equal to it.
         head_size: what sets the size of a head and has to be said when their number changes.
-        no_query_heads: why there is no number of query heads, where that was seen.
+        no_query_heads, no_kv_heads: why there is no number of them, where that was seen.
         head_blocks: of the projection that heads end in, in a small model; each reads its share of the heads.
         head_pairs: whether two heads work together, one of either half of all, and end next to each other.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
@@ -73,6 +73,7 @@ class Sizes:
     no_query_heads: str = ""
     head_blocks: int = 1
     head_pairs: bool = False
+    no_kv_heads: str = ""
 
 
 @dataclass(frozen=True)
@@ -173,7 +174,7 @@ def find_sizes(
             partial(_of_layer, shapes, examples[k]),
             tuple(i for i, own_kind in enumerate(of_layer) if own_kind == k),
         )
-        kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
+        kv_heads, no_kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
         named = list(numbers(config, len(base)))
         idle = {*without, *effects} - own.keys()
         queries = find_query_heads(trial, kind, base[examples[k]], own, named, idle, kv_heads)
@@ -186,6 +187,7 @@ def find_sizes(
             no_query_heads=queries.reason,
             head_blocks=queries.blocks,
             head_pairs=queries.pairs,
+            no_kv_heads=no_kv_heads,
             mixer=mixer,
         )
         if mixer is not None and (mixer.num_heads or mixer.state_dim) and mixer.is_alone:
@@ -368,32 +370,49 @@ def _effect(base: Shapes, changed: Shapes, other: int) -> Effect:
 
 # ---------------------------------------------------------------------------------------------- key-value heads
 
+_MORE = "there are more of them than the config says, which says what other layers have"
+_OTHER = "with every KV head there twice the model gives something else, so where they lie is not understood"
 
-def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]) -> Path | None:
-    """The attribute whose double, with each head's keys and values there twice, changes nothing."""
-    if kind.attention is None:
-        return None
-    for path, effect in effects.items():
+
+def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]) -> tuple[Path | None, str]:
+    """The attribute whose double, with each head's keys and values there twice, changes nothing.
+
+    Returns:
+        The attribute; or None, and why the one that is called so as usual is not it, where that was seen.
+    """
+    reason = ""
+    for path, effect in effects.items() if kind.attention is not None else ():
         value = trial.value(path)
-        rows = [n for n, new in effect.shapes.items() if base[n][1:] == new[1:] and len(new) == 2]
-        changes = [[(a, b) for a, b in zip(base[n], new, strict=False) if a != b] for n, new in effect.shapes.items()]
-        if effect.came_or_went or any(len(change) != 1 for change in changes) or effect.other != 2 * value:
-            continue
-        # What a projection takes is of query heads.
-        if any(
-            n not in rows and (len(new) != 2 or n.endswith(".weight")) and base[n][1:] != new[1:]
+        changes = {
+            n: [d for d, (a, b) in enumerate(zip(base[n], new, strict=False)) if a != b]
             for n, new in effect.shapes.items()
+        }
+        if effect.came_or_went or effect.other != 2 * value or any(kind.owners.get(n) != "attention" for n in changes):
+            continue
+        is_usual = path[-1] == "num_key_value_heads"
+        if both := [n for n, dims in changes.items() if len(dims) > 1]:
+            reason = (
+                f"{both[0]} changes on both sides with their number: each of them reads all" if is_usual else reason
+            )
+            continue
+        rows = [n for n, dims in changes.items() if dims == [0]]
+        # What a projection takes is of query heads.
+        if any(n not in rows and (len(base[n]) != 2 or n.endswith(".weight")) for n in changes):
+            continue
+        if not any(len(base[n]) == 2 for n in rows) or any(
+            base[n][d] % value or effect.shapes[n][d] <= base[n][d] for n, (d,) in changes.items()
         ):
             continue
-        if any(kind.owners.get(name) != "attention" for name in effect.shapes):
+        if not _carries(trial, kind, list(changes)):
             continue
-        if not rows or any(a % value or b <= a for ((a, b),) in changes):
-            continue
-        if _carries(trial, kind, list(effect.shapes)) and any(
-            all(_duplicates(own, path, seed) for seed in (0, 1)) for own in trial.ways()
-        ):
-            return path
-    return None
+        if any(all(_duplicates(own, path, seed) for seed in (0, 1)) for own in trial.ways()):
+            return path, ""
+        if is_usual:
+            more = any(_duplicates(own, path, 0, factor) for own in trial.ways() for factor in (2, 4))
+            reason = (
+                "there are more of them than the config says, which says what other layers have" if more else _OTHER
+            )
+    return None, reason
 
 
 def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
@@ -422,11 +441,17 @@ def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     )
 
 
-def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
+def _duplicates(trial: Trial, path: Path, seed: int, factor: int = 1) -> bool:
     """Whether a model with some of the heads gives what one with every one of them there several times gives.
 
     Where the specimen has as many heads as queries, the one with fewer is the one that has every head once; how often
     they can be there is a matter of the number of query heads.
+
+    Args:
+        trial: of the model.
+        path: the attribute.
+        seed: of the weights.
+        factor: KV heads for each one that the attribute counts.
     """
     value = trial.value(path)
     for times in (2, 3, 5, 7):
@@ -435,23 +460,45 @@ def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
                 continue
             try:
                 models = [trial.made(path, heads, seed) for heads in (few, many)]
-                once, more = (dict(m.model.named_parameters()) for m in models)
-                with torch.no_grad():
-                    for name, weight in once.items():
-                        same = weight.shape == more[name].shape
-                        more[name].copy_(weight if same else _repeated(weight, few, times, more[name]))
-            except (UnsupportedModel, RuntimeError, KeyError, ValueError):  # it cannot run so, or is not laid out so
+            except UnsupportedModel:  # it cannot run so
                 continue
-            if torch.allclose(models[0].run(), models[1].run(), atol=1e-4, rtol=1e-4):
+            if any(_same_repeated(models[0], models[1], factor * few, times, by_head) for by_head in (False, True)):
                 return True
     return False
 
 
-def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor) -> torch.Tensor:
-    """Entries of each head several times; where a weight holds queries before keys and values, those stay."""
+def _same_repeated(fewer: Specimen, more: Specimen, heads: int, times: int, by_head: bool) -> bool:
+    """Whether a model that is given every KV head of another several times gives the same; see :func:`_repeated`."""
+    once, several = (dict(m.model.named_parameters()) for m in (fewer, more))
+    try:
+        with torch.no_grad():
+            for name, weight in once.items():
+                same = weight.shape == several[name].shape
+                several[name].copy_(weight if same else _repeated(weight, heads, times, several[name], by_head))
+    except (RuntimeError, KeyError, ValueError):  # it is not laid out so
+        return False
+    return torch.allclose(fewer.run(), more.run(), atol=1e-4, rtol=1e-4)
+
+
+def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor, by_head: bool) -> torch.Tensor:
+    """Entries of each head several times; where a weight holds queries before keys and values, those stay.
+
+    Args:
+        weight: of the model with fewer heads.
+        heads: that it has.
+        times: how often each is to be there.
+        target: the weight of the model with more.
+        by_head: whether the queries of a head, its keys and its values lie together, head after head.
+    """
     (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, target.shape, strict=True)) if a != b)
     weight, added = weight.movedim(dim, 0), target.shape[dim] - weight.shape[dim]
     queries = weight.shape[0] - added // (times - 1)  # 0 where the weight is keys or values alone
+    if by_head:
+        of_head = weight.reshape(heads, -1, *weight.shape[1:])
+        share = queries // heads
+        own = of_head[:, :share].unflatten(1, (times, -1))
+        shared = of_head[:, None, share:].expand(-1, times, *of_head[:, share:].shape[1:])
+        return torch.cat([own, shared], 2).flatten(0, 2).movedim(0, dim)
     first, rest = weight[:queries], weight[queries:]
     parts = 1 if queries == 0 else 2
     grouped = rest.reshape(parts, heads, -1, *weight.shape[1:]).repeat_interleave(times, 1)

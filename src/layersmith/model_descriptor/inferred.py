@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -19,8 +19,9 @@ from transformers import PretrainedConfig
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MambaConfig, MoEConfig
 from layersmith.errors import UnsupportedModel, first_line
 from layersmith.model_descriptor import cache
-from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
+from layersmith.model_descriptor.attributes import Path, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.findings import Findings
 from layersmith.model_descriptor.full_size import at_full_length_of, in_config, mixer_of, widths_of
 from layersmith.model_descriptor.governed import split, splits_of
 from layersmith.model_descriptor.mixers import mixer_values
@@ -38,75 +39,12 @@ from layersmith.model_descriptor.slots import (
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import language_config, own_config, restore_buffers, stock_model, whole_number
 from layersmith.model_descriptor.structure import (
-    Structure, check_configurable, find_structure, groups_outside, without_attention,
+    check_configurable,
+    find_structure,
+    groups_outside,
+    without_attention,
 )  # fmt: skip
 from layersmith.model_descriptor.subblocks import LayerKind, Subblock, find_kind, signature
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that experiment found of a model.
-
-    Attributes:
-        structure: names outside the layers.
-        classes: of the decoder layers.
-        signatures, kinds, sizes: of every kind of layer, in the same order.
-        of_layer: the kind of every layer.
-        groups: parameter outside the layers to ``"embedding"`` or ``"lm_head"``.
-        remote_code: whether its classes come with a checkpoint.
-        notes: what is not offered, and why.
-        widths: of every layer the width of its FFN or experts, and of its shared experts, as its weights have it.
-        stateful: of every kind, whether its mixer keeps a state of fixed size and no keys and values.
-        cached: of every kind, the numbers in the cache for each one of a value head: 2 where keys are as long.
-        latent: of every kind, the numbers in the cache for a token if they are not one by one the heads'.
-        empty: of every kind, whether it keeps nothing in the cache.
-        states: of every kind, what it keeps in the cache that does not grow with the tokens.
-        mixers: of every layer the sizes of its Mamba or linear-attention mixer, in the words of its config record.
-        appends: whether layers append to the cache in turn, so that it bears no gap.
-        slots: of every kind, the slots of the cache that a layer has, one for each of its attentions.
-        beside: of every kind, what it keeps of every token in a slot beside keys and values.
-    """
-
-    structure: Structure
-    classes: tuple[type[nn.Module], ...]
-    signatures: tuple[Any, ...]
-    kinds: tuple[LayerKind, ...]
-    sizes: tuple[Sizes, ...]
-    of_layer: tuple[int, ...]
-    groups: dict[str, str]
-    remote_code: bool
-    notes: tuple[str, ...] = ()
-    widths: tuple[tuple[int | None, int | None], ...] = ()
-    stateful: tuple[bool, ...] = ()
-    cached: tuple[float, ...] = ()
-    latent: tuple[int | None, ...] = ()
-    empty: tuple[bool, ...] = ()
-    states: tuple[tuple[KeptState, ...], ...] = ()
-    mixers: tuple[dict[str, int] | None, ...] = ()
-    appends: bool = False
-    slots: tuple[int, ...] = ()
-    beside: tuple[tuple[KeptTokens, ...], ...] = ()
-    config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
-
-    def kind_of(self, layer: nn.Module) -> LayerKind:
-        """The kind of a layer as its class builds it, whatever its sizes; some of its modules may be replaced."""
-        return self.kinds[self.number_of_kind(layer)]
-
-    def number_of_kind(self, layer: nn.Module) -> int:
-        """The place of a layer's kind among all."""
-        own = signature(layer)
-        if own in self.signatures:
-            return self.signatures.index(own)
-        modules = dict(own[1])
-        agreement = {
-            k: sum(modules.get(name) == cls for name, cls in known[1])
-            for k, known in enumerate(self.signatures)
-            if known[0] == own[0] and all(name in modules for name, _ in known[1] if "." not in name)
-        }
-        if not agreement:
-            raise UnsupportedModel(f"{type(layer).__name__} is not a decoder layer of this family.")
-        return max(agreement, key=lambda k: agreement[k])
-
 
 _known: dict[str, type[ModelDescriptor]] = {}
 
@@ -243,6 +181,7 @@ def find(config: PretrainedConfig) -> Findings:
         appends,
         tuple(own.slots for own in seen_in_cache),
         tuple(beside_of(own, k) for k, own in enumerate(seen_in_cache)),
+        tuple(own.for_each_query for own in seen_in_cache),
         config,
     )
 
@@ -395,6 +334,12 @@ class InferredDescriptor(ModelDescriptor):
         return findings.latent[findings.of_layer[index]] if findings.latent else None
 
     @classmethod
+    def caches_each_query(cls, index: int) -> bool:
+        """Whether the KV cache holds keys and values for each query head, however many KV heads there are."""
+        findings = cls.findings
+        return bool(findings.for_each_query) and findings.for_each_query[findings.of_layer[index]]
+
+    @classmethod
     def cache_slots(cls, index: int) -> int:
         """The slots of the KV cache that a layer has, one for each of its attentions."""
         findings = cls.findings
@@ -447,6 +392,11 @@ class InferredDescriptor(ModelDescriptor):
     def why_no_query_heads(cls, index: int) -> str:
         """Why a layer's number of query heads cannot differ alone; empty where that was not seen."""
         return cls.findings.sizes[cls.findings.of_layer[index]].no_query_heads
+
+    @classmethod
+    def why_no_kv_heads(cls, index: int) -> str:
+        """The same of KV heads."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].no_kv_heads
 
     @classmethod
     def heads_end_in_blocks(cls, index: int) -> bool:
