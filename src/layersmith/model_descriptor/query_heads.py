@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from layersmith.errors import UnsupportedModel
+from layersmith.errors import UnsupportedModel, first_line
 from layersmith.model_descriptor.subblocks import LayerKind
 
 if TYPE_CHECKING:
@@ -132,7 +132,29 @@ def _found(
             if blocks > 1 and not _doubled_queries(trial, (path,), None, value, 0, blocks, apart=_APART):
                 return QueryHeads((path,), blocks=blocks)
             reasons += [_NOT_UNDERSTOOD]
+        elif not rank and path[-1] == "num_attention_heads":
+            reasons += _does_not_run(trial, path, value, pins, base)
     return QueryHeads(reason=next(iter(reasons), ""))
+
+
+def _does_not_run(
+    trial: Trial, path: Path, heads: int, pins: Sequence[tuple[Path, int] | None], base: Shapes
+) -> list[str]:
+    """Why what is called so as usual is not it, where layers with more heads of the same size do not run."""
+    for pin in dict.fromkeys(pins):
+        own = {pin[0]: pin[1]} if pin else {}
+        try:
+            if own and trial.shapes_with(own) != base:
+                continue
+            more = _changes(base, trial.shapes_with({path: 2 * heads, **own}))
+            if not any(new == (2 * shape[0], *shape[1:]) for shape, new in more.values()):
+                continue  # they are smaller then
+            trial.made_with({path: 2 * heads, **own})
+        except UnsupportedModel as error:
+            return [f"with more of them, each as it is, it does not run ({first_line(error.__cause__ or error)})"]
+        except Exception:  # whatever a family's own code raises for a size that it cannot take
+            continue
+    return []
 
 
 def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
