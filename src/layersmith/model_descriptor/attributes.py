@@ -146,7 +146,9 @@ def find_sizes(
     examples = [list(of_layer).index(kind) for kind in range(len(kinds))]
     effects: dict[Path, list[Effect]] = {}
     without: list[Path] = []
-    for path, value in numbers(config, len(base)):
+
+    def effects_of(path: Path, value: int) -> list[Effect]:
+        """What another value does to an example of every kind; nothing is noted where none can be built."""
         for other in (2 * value, value // 2, value + 1) if value else ANY_SIZES:
             if other < 1 or other == value:
                 continue
@@ -155,13 +157,20 @@ def find_sizes(
             except Exception:  # whatever a family's own code raises for a size that it cannot take
                 continue
             found = [_effect(base[i], changed[i], other) for i in examples]
-            if any(found):
-                effects[path] = found
-            elif not value and other != ANY_SIZES[-1]:
-                continue  # it may be what the size is anyway
-            else:
-                without.append(path)
-            break
+            if any(found) or value or other == ANY_SIZES[-1]:
+                return found  # else it may be what the size is anyway
+        return []
+
+    of_kinds = [dict(_numbers_of(config, len(base), i)) for i in examples]
+    for path, value in numbers(config, len(base)):
+        found = effects_of(path, value)
+        for k, own_numbers in enumerate(of_kinds):
+            if found and own_numbers[path] != value:
+                found[k] = (effects_of(path, own_numbers[path]) or found)[k]
+        if any(found):
+            effects[path] = found
+        elif found:
+            without.append(path)
     found_sizes = []
     for k, kind in enumerate(kinds):
         own = {path: effect[k] for path, effect in effects.items() if effect[k]}
@@ -173,9 +182,10 @@ def find_sizes(
             tuple(dict.fromkeys(missing)),
             partial(_of_layer, shapes, examples[k]),
             tuple(i for i, own_kind in enumerate(of_layer) if own_kind == k),
+            numbers=of_kinds[k],
         )
         kv_heads, no_kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
-        named = list(numbers(config, len(base)))
+        named = list(of_kinds[k].items())
         idle = {*without, *effects} - own.keys()
         queries = find_query_heads(trial, kind, base[examples[k]], own, named, idle, kv_heads)
         ffn = FFNSizes(trial, kind, base[examples[k]], own)
@@ -251,8 +261,17 @@ def numbers(config: PretrainedConfig, num_layers: int, above: Path = ()) -> Iter
             yield (*above, name), 0
 
 
+def _numbers_of(config: PretrainedConfig, num_layers: int, layer: int) -> Iterator[tuple[Path, int]]:
+    """:func:`numbers`, as they are in a layer where a family's own config gives layers others."""
+    by_layer = getattr(config, "per_layer_attributes", None) or ()
+    for path, value in numbers(config, num_layers):
+        yield path, value_at(config, path, layer) or value if path[0] in by_layer else value
+
+
 def nested(config: Any, path: Path, value: Any) -> dict[str, Any]:
     """Overrides that set the attribute at ``path``; an attribute with a number a layer gets it for all."""
+    if path[0] in (getattr(config, "per_layer_attributes", None) or ()):
+        return {path[0]: value}
     own = getattr(config, path[0], None)
     if len(path) > 1:
         return {path[0]: nested(own, path[1:], value)}
@@ -270,6 +289,8 @@ def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
     """The number at ``path``; 0 for none."""
+    if path[0] in (getattr(config, "per_layer_attributes", None) or ()):
+        config = config.per_layer_config[layer]
     own: Any = config
     for name in path:
         own = getattr(own, name, None)
@@ -289,6 +310,7 @@ class Trial:
         built: gives the shapes of that layer with other values of attributes.
         alike: the layers of its kind.
         alone: whether only they get other values, and all others stay.
+        numbers: attributes to what they are in that layer.
     """
 
     specimen: Specimen
@@ -299,6 +321,7 @@ class Trial:
     built: Callable[[dict[str, Any]], Shapes]
     alike: tuple[int, ...] = ()
     alone: bool = False
+    numbers: Mapping[Path, int] = field(default_factory=dict)
 
     def ways(self) -> tuple[Trial, ...]:
         """All layers with other values, then only those of the kind: what is twice there may be so in these alone."""
@@ -311,7 +334,7 @@ class Trial:
         return [name for name, _ in self.specimen.model.get_submodule(layers).named_children()]
 
     def value(self, path: Path) -> int:
-        return value_at(self.config, path)
+        return self.numbers.get(path) or value_at(self.config, path)
 
     def made(self, path: Path, value: int, seed: int = 0) -> Specimen:
         """A specimen that has run, with another value of an attribute in the layers."""
