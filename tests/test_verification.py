@@ -55,7 +55,7 @@ def test_dense_and_expert_layers_are_told_apart(tmp_path: Path) -> None:
     dense, experts = verdicts_of("deepseek_v3", tmp_path)
     assert dense["FFN width"] == experts["experts"] == experts["expert width"] == OK
     assert experts["FFN width"] == "its FFN consists of experts"
-    assert dense["KV heads"] == "each query head has keys and values of its own"
+    assert dense["KV heads"] == "its cache holds for every token what all heads share"
     assert dense["query heads"] == OK
 
 
@@ -78,10 +78,10 @@ def test_windows(tmp_path: Path) -> None:
 
 
 def test_a_proof_that_fails_turns_its_axis_off_with_the_reason(tmp_path: Path) -> None:
-    """A head that is the difference of two cannot go alone."""
-    (verdicts,) = verdicts_of("diffllama", tmp_path)
-    assert re.match(r"removing dead heads changes the layer's output by \d", verdicts["KV heads"])
-    assert verdicts["FFN width"] == OK
+    """A norm without a scale sees all that is written to the state, so that nothing of it can be dead."""
+    ((_, verdicts),) = verify(saved(own_config(tiny_config("falcon_mamba")), tmp_path)).layers
+    assert re.match(r"removing dead numbers of the state changes the layer's output by \d", verdicts["state sizes"])
+    assert verdicts["attention no-op"] == OK
 
 
 def test_a_wrong_descriptor_is_found_out(tmp_path: Path) -> None:

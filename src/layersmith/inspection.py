@@ -134,7 +134,8 @@ def _row(i: int, found: Outline, attention: AttentionConfig, ffn: FFNConfig) -> 
         heads = found.axes[i].kv
         what = in_words(own)
         if subblock == "attention" and heads is not None:
-            what = f"{heads.num_heads} heads, {heads.size} KV heads of {heads.head_dim}"
+            counts = heads.num_heads * heads.together, heads.size * heads.together
+            what = f"{counts[0]} heads, {counts[1]} KV heads of {heads.head_dim}"
         members = [a for a in found.alternatives if a.layer == i and a.subblock == subblock and a.kind != "parent"]
         sizes: dict[str, list[str]] = {}
         for a in members:

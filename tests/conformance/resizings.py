@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from layersmith.block_config import BlockConfig
-from layersmith.model_descriptor.inferred import Findings
+from layersmith.model_descriptor.findings import Findings
 from layersmith.model_descriptor.mixers import MixerSizes
 
 # What it is, the layer, and the block with it.
@@ -29,9 +29,9 @@ def resizings(blocks: Sequence[BlockConfig], findings: Findings) -> Iterator[Res
             yield "FFN width", i, _with_ffn(intermediate_size=width // 2)
         if moe is None:
             continue
-        if moe.num_local_experts // 2 >= moe.num_experts_per_tok:
+        if moe.num_local_experts // 2 >= moe.num_experts_per_tok and not sizes.experts_of_both:
             yield "number of experts", i, _with_moe(num_local_experts=moe.num_local_experts // 2)
-        if moe.num_experts_per_tok > 1 and sizes.experts_per_token:
+        if moe.num_experts_per_tok > 1 and sizes.experts_per_token and not sizes.experts_of_both:
             yield "experts per token", i, _with_moe(num_experts_per_tok=moe.num_experts_per_tok // 2)
         if moe.expert_intermediate_dim:
             yield "expert width", i, _with_moe(expert_intermediate_dim=moe.expert_intermediate_dim // 2)

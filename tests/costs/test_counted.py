@@ -123,7 +123,7 @@ def test_what_is_kept_of_every_token_at_full_size() -> None:
     assert of_tokens == [4 * (2 * 16 + 1), 4 * (2 * 128 + 1)]
 
 
-@pytest.mark.parametrize("model_type", ["bamba", "qwen3_next", "falcon_h1", "minimax", "gemma3n_text"])
+@pytest.mark.parametrize("model_type", ["bamba", "qwen3_next", "falcon_h1", "minimax", "gemma3n_text", "jetmoe"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_states_and_shared_keys_are_counted_as_the_cache_holds_them(model_type: str, dtype: torch.dtype) -> None:
     """Beside keys and values, or in their place; of mixers with fewer or smaller heads, too."""

@@ -58,6 +58,11 @@ KINDS = {
     # Two attentions a layer, and experts that do nothing beside the others.
     "longcat_flash": {"head_groups", "experts", "expert_width", "experts_per_token", "shared_width"},
     "dbrx": {"kv_heads", "experts", "expert_width", "experts_per_token"},  # experts flat, one after another
+    "jetmoe": {"head_groups", "expert_width"},  # experts in the attention too: heads end in a stack of projections
+    "diffllama": {"kv_heads", "head_groups", "query_heads", "ffn_width"},  # a head of either half of all is one head
+    # Stacks of shared experts beside those of the others; heads counted by other attributes where there is a window.
+    "inkling_text": {"kv_heads", "query_heads", "experts", "expert_width", "experts_per_token"},
+    "minimax": {"kv_heads", "query_heads", "experts", "expert_width"},  # heads in layers of two kinds by one attribute
 }
 
 
@@ -204,6 +209,60 @@ def test_heads_that_end_in_blocks() -> None:
     places = [int(order[block, 0]) - 2 * block for block in range(2)]
     expected = [weight[b * rows : (b + 1) * rows, at * size : (at + 1) * size] for b, at in enumerate(places)]
     assert torch.equal(library.weights(fewer)["self_attn.o_a_proj.weight"], torch.cat(expected))
+
+
+def test_heads_in_pairs() -> None:
+    """A pair takes one head of either half of all queries, keys and values; it ends in neighbouring places."""
+    parent = parent_of("diffllama")
+    found = survey(parent, LibraryRecipe())
+    own = found.axes[0].kv
+    assert own is not None
+    assert (own.size, own.num_heads, own.together) == (2, 4, 2)  # 4 KV heads and 8 query heads
+    library = build_library(parent, LibraryRecipe(), found, TOKENS, batch_sequences=2)
+    (fewer,) = (a for a in library.alternatives if (a.layer, a.kind) == (0, "head_groups"))
+    assert (fewer.size, fewer.query_heads) == (2, 4)
+    weights, cut = parent.layers[0].state_dict(), library.weights(fewer)
+    (kept,) = library.orders["0.attention"][:1].tolist()
+    for name in ("k_proj", "v_proj"):
+        rows = weights[f"self_attn.{name}.weight"].unflatten(0, (2, 2, -1))[:, kept].flatten(0, 1)
+        assert torch.equal(cut[f"self_attn.{name}.weight"], rows)
+    rows = weights["self_attn.q_proj.weight"].unflatten(0, (2, 2, 2, -1))[:, kept].flatten(0, 2)
+    assert torch.equal(cut["self_attn.q_proj.weight"], rows)
+    columns = weights["self_attn.o_proj.weight"].unflatten(1, (2, -1))[:, kept]
+    assert torch.equal(cut["self_attn.o_proj.weight"], columns)
+
+
+def test_keys_head_after_head_that_are_cached_for_each_query() -> None:
+    """Falcon's newer layers: one projection has each head's queries, key and value; the cache has a key a query."""
+    config = own_config(tiny_config("falcon"))
+    config.new_decoder_architecture, config.num_kv_heads = True, 2
+    parent = parent_of_config(config, "falcon")
+    recipe = LibraryRecipe(linear=(), no_op=())
+    library = build_library(parent, recipe, found := survey(parent, recipe), TOKENS, batch_sequences=2)
+    fewer = next(a for a in library.alternatives if (a.layer, a.kind) == (0, "kv_heads") and a.method != "pool")
+    with exchanged(parent, library.layers([fewer])):
+        scored = forward(parent, TOKENS)[0]
+    child = library.compose([fewer])
+    assert torch.equal(child(TOKENS, use_cache=False).logits, scored)
+    keys = child(TOKENS, use_cache=True).past_key_values.layers[0].keys
+    _, parts = costs_of(parent, found)
+    blocks = [fewer.block_config(parent.blocks[0]), *parent.blocks[1:]]
+    cut, _ = subblock_costs(parent.descriptor, parent.config, blocks, torch.float32, Workload(), found.axes)
+    assert cut[0]["attention"]["kv_cache_bytes"] == parts[0]["attention"]["kv_cache_bytes"]
+    assert parts[0]["attention"]["kv_cache_bytes"] == Workload().context * 2 * keys.shape[1] * keys.shape[-1] * 4
+
+
+def test_numbers_that_the_attention_and_the_ffn_share_are_no_axis() -> None:
+    parent = parent_of("jetmoe")
+    found = survey(parent, LibraryRecipe())
+    own, moe = found.axes[0], parent.blocks[0].ffn.moe
+    assert own.experts is None
+    assert own.reasons["experts"] == "its attention has experts too, and their numbers are the same attributes"
+    assert moe is not None
+    assert (moe.num_local_experts, moe.num_experts_per_tok) == (4, 2)
+    _, parts = costs_of(parent, found)
+    stacks = sum(p.numel() for n, p in parent.layers[0].mlp.named_parameters() if p.ndim == 3)
+    assert parts[0]["ffn"]["parameters"] - parts[0]["ffn"]["active_parameters"] == stacks // 2
 
 
 def costs_of(parent: Parent, found: Survey) -> tuple[dict[str, int], list[dict[str, dict[str, int]]]]:

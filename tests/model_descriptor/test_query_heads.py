@@ -58,3 +58,27 @@ def test_heads_of_odd_numbers_and_of_any_size(heads: int, kv_heads: int, size: i
     (sizes,) = descriptor.findings.sizes
     assert sizes.kv_heads == ("num_key_value_heads",)
     assert (sizes.query_heads, sizes.head_size) == ((("num_attention_heads",),), (("head_dim",), size))
+
+
+def test_layers_that_are_built_alike_may_be_sized_by_other_attributes() -> None:
+    """Those with a window have numbers of heads of their own; which layers these are is seen in the model itself."""
+    config = tiny_config("inkling_text")
+    small = found_of("inkling_text").findings
+    names = [(sizes.kv_heads, sizes.query_heads) for sizes in small.sizes]
+    windowed = (("swa_num_key_value_heads",), (("swa_num_attention_heads",),))
+    full = (("num_key_value_heads",), (("num_attention_heads",),))
+    assert sorted(set(names)) == [full, windowed]
+    types = config.layer_types
+    assert [names[k] == windowed for k in small.of_layer] == ["sliding" in own for own in types]
+    for name, by_layer in vars(config).items():
+        if isinstance(by_layer, list) and len(by_layer) == len(types):
+            setattr(config, name, [*by_layer[::-1], *by_layer, *by_layer])
+    config.num_hidden_layers = len(config.layer_types)
+    config.num_key_value_heads, config.num_attention_heads, config.vocab_size = 4, 8, 300_000
+    descriptor = layersmith.describe(config)
+    assert issubclass(descriptor, InferredDescriptor)
+    large = descriptor.findings
+    for k, own in zip(large.of_layer, config.layer_types, strict=True):
+        assert (large.sizes[k].kv_heads, large.sizes[k].query_heads) == (windowed if "sliding" in own else full)
+    counts = [block.attention.num_key_value_heads for block in layersmith.block_configs(config)]
+    assert counts == [2 if "sliding" in own else 4 for own in config.layer_types]

@@ -210,7 +210,8 @@ def _of_heads(
     # Where the number of KV heads cannot differ alone it is in no block config, and is not that of the query heads.
     shared = known("shared_kv_heads", None)
     heads = block.attention.num_key_value_heads or (shared if shared != known("num_query_heads", own_heads) else None)
-    heads = heads or block.attention.num_attention_heads or own_heads
+    heads = None if known("caches_each_query", False) else heads
+    heads = heads or block.attention.num_attention_heads or known("num_query_heads", own_heads)
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (own_heads or 1)
     return round(known("cached_numbers", 2.0) * heads * head_dim) if heads and head_dim else 0
 

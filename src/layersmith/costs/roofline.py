@@ -130,7 +130,7 @@ def predict(
 
 def _pairs(language: Any, block: BlockConfig, layer: int, axes: LayerAxes, workload: Workload) -> tuple[float, float]:
     """Pairs of a query and a key, times the channels of all heads: of a prompt, and of a token after it."""
-    heads = block.attention.num_attention_heads or (axes.kv.num_heads if axes.kv else None)
+    heads = block.attention.num_attention_heads or (axes.kv.num_heads * axes.kv.together if axes.kv else None)
     heads = heads or getattr(language, "num_attention_heads", 0) or 0
     head_dim = (axes.kv.head_dim if axes.kv else None) or getattr(language, "head_dim", None)
     head_dim = head_dim or (getattr(language, "hidden_size", 0) or 0) // (

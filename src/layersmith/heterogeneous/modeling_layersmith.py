@@ -251,9 +251,11 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
         if isinstance(nested, PretrainedConfig) and isinstance(value, dict):
             setattr(own, name, with_overrides(nested, value))
         elif name in (getattr(own, "per_layer_attributes", None) or ()):
-            # A family whose own config differs by layer: the override holds whichever layer asks.
-            layers = own.to_dict()["per_layer_config"]
-            own.per_layer_config = {int(i): entry | {name: value} for i, entry in layers.items()}
+            # A family whose own config differs by layer: the override holds whichever layer asks, also one without an
+            # entry there.
+            entries = {int(i): entry for i, entry in own.to_dict()["per_layer_config"].items()}
+            every = sorted({*range(own.num_hidden_layers), *entries})
+            own.per_layer_config = {i: entries.get(i, {}) | {name: value} for i in every}
         elif type(value) is float and type(nested) is int:
             # A multiple that is a whole number in every stock config, and so said to be one: a layer's own need not be.
             own.__dict__[name] = value

@@ -203,20 +203,22 @@ def search_space(
 
 def _of_heads(i: int, axis: HeadsAxis, recipe: LibraryRecipe) -> list[Alternative]:
     found = []
-    group = axis.num_heads // axis.size
+    group, unit = axis.num_heads // axis.size, axis.together
+    if recipe.kv_heads is not None:
+        recipe = dataclasses.replace(recipe, kv_heads=tuple(k // unit for k in recipe.kv_heads if k % unit == 0))
     if axis.fewer_kv:
         for size in kv_head_counts(axis.size, axis.num_heads, recipe):
             # Only counts that divide the parent's can be averages of equally many.
             methods = [m for m in recipe.kv_methods if m != "pool" or axis.size % size == 0]
-            found += [Alternative(i, "attention", "kv_heads", method, size) for method in methods]
+            found += [Alternative(i, "attention", "kv_heads", method, size * unit) for method in methods]
     if axis.fewer_groups and recipe.query_heads:
         sizes = kv_head_counts(axis.size, axis.num_heads, recipe)
         if not axis.fewer_kv:  # every head has keys of its own: any number will do
             sizes = fractions_of(axis.size, recipe.head_fractions)
-        found += [Alternative(i, "attention", "head_groups", "contribution", k, k * group) for k in sizes]
+        found += [Alternative(i, "attention", "head_groups", "contribution", k * unit, k * group * unit) for k in sizes]
     if axis.fewer_queries and recipe.query_heads:
         sizes = fractions_of(axis.num_heads // axis.shares, recipe.head_fractions)
-        found += [Alternative(i, "attention", "query_heads", "contribution", n * axis.shares) for n in sizes]
+        found += [Alternative(i, "attention", "query_heads", "contribution", n * axis.shares * unit) for n in sizes]
     return found
 
 

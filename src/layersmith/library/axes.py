@@ -27,7 +27,9 @@ def numbered(name: str, attention: int) -> str:
 
 
 def largest_part(size: int) -> int:
-    """The largest proper divisor, so that whatever must divide a size still does."""
+    """The largest proper divisor, so that whatever must divide a size still does; a ``ValueError`` if there is none."""
+    if size < 2:
+        raise ValueError(f"{size} cannot be less")
     return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
 
 
@@ -189,6 +191,8 @@ class WidthAxis:
 class HeadsAxis(_WithReader):
     """The heads of an attention, or of a mixer whose groups of heads are then the KV heads, and its heads the queries.
 
+    Where heads work together in pairs, as in differential attention, a pair counts as one head here.
+
     Attributes:
         size: K.
         num_heads: H; query heads of one KV head are neighbours.
@@ -202,6 +206,7 @@ class HeadsAxis(_WithReader):
             the same ones.
         blocks: of the reader, which then reads neighbouring heads by the same entries, ``H / blocks`` of them by each
             of as many shares of its outputs. Equally many heads of each block stay.
+        together: heads, as a config counts them, that are one here: one of each of as many equal shares of all.
     """
 
     size: int
@@ -214,6 +219,7 @@ class HeadsAxis(_WithReader):
     fewer_groups: bool = False
     beside: tuple[HeadsAxis, ...] = ()
     blocks: int = 1
+    together: int = 1
 
     @property
     def attentions(self) -> tuple[HeadsAxis, ...]:

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from layersmith.library.shapes import Finder, Governed
 
 
+_STATE = "it has a mixer that keeps a state instead of keys and values"
+
+
 def attention_heads(finder: Finder, i: int, reasons: dict[str, str]) -> HeadsAxis:
     """Query and key-value heads; weights that hold both say so."""
     block = finder.blocks[i]
@@ -26,14 +29,21 @@ def attention_heads(finder: Finder, i: int, reasons: dict[str, str]) -> HeadsAxi
         raise NoAxis("there is no attention to narrow")
     count = block.attention.num_key_value_heads
     if count is None and block.attention.mamba is not None:
-        raise NoAxis("it has a mixer that keeps a state instead of keys and values")
+        raise NoAxis(_STATE)
     num_heads = _num_heads(finder, i)
     of_kv: list[Governed] = []
     why = "each query head has keys and values of its own"
     if finder.described is not None and finder.described.attention_stays(i):
         why = "later layers use its keys and values"
+    elif finder.described is not None and finder.described.keeps_state(i):
+        why = _STATE
+    elif count is None and (finder.described is not None and finder.described.caches_nothing(i)):
+        why = "it keeps no keys and values of its own"
+    elif count is None and finder.described is not None and finder.described.latent_cache(i) is not None:
+        why = "its cache holds for every token what all heads share"
     elif count is None and _shared_kv_heads(finder, i) not in (None, num_heads):
-        why = "the number of its KV heads cannot differ alone"
+        seen = finder.described.why_no_kv_heads(i) if finder.described is not None else ""
+        why = seen or "the number of its KV heads cannot differ alone"
     if count is not None and count > 1:
         of_kv = finder.governed(finder.experiment("kv", other_kv_heads), i)
         why = "" if of_kv else "its number of KV heads changes no weight of the layer"
@@ -126,12 +136,41 @@ def _grouped_heads(
                 for w in own
             ]
             head_dim *= blocks
-        return HeadsAxis(
+        found = HeadsAxis(
             count, num_heads, head_dim, tuple(own), reader, fewer_kv=more_than_one,
             fewer_queries=num_heads > max(count, blocks), fewer_groups=more_than_one, blocks=blocks,
         )  # fmt: skip
+        pairs = in_pairs(found) if finder.described is not None and finder.described.heads_in_pairs(i) else None
+        return found if pairs is None else pairs
 
     return _each_attention(finder, i, weights, one)
+
+
+def in_pairs(axis: HeadsAxis) -> HeadsAxis | None:
+    """The axis of pairs: a head and the one as far in the other half of all, next to each other where they end.
+
+    None where heads cannot be so.
+    """
+    odd = axis.size % 2 or axis.num_heads % 2 or any(len(w.segments) != 1 for w in axis.weights)
+    if odd or axis.blocks > 1 or axis.beside or axis.together > 1:
+        return None
+
+    def paired(w: WeightAxis) -> WeightAxis:
+        (own,) = w.segments
+        pair = (Segment(own.part, 2 * own.unit),) if w.name == axis.reader else (own, own)
+        return dataclasses.replace(w, segments=pair)
+
+    weights = tuple(paired(w) for w in axis.weights)
+    several = axis.size > 2
+    return dataclasses.replace(
+        axis,
+        size=axis.size // 2,
+        num_heads=axis.num_heads // 2,
+        weights=weights,
+        fewer_kv=axis.fewer_kv and several,
+        fewer_groups=axis.fewer_groups and several,
+        together=2,
+    )
 
 
 def _each_attention(

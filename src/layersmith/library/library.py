@@ -142,15 +142,16 @@ class Library:
         assert own.kv is not None
         result: dict[str, torch.Tensor] = {}
         for a, heads in enumerate(own.kv.attentions):
+            left = alternative.size // heads.together
             if kind == "query_heads":
                 within = self.orders[numbered(f"{i}.queries", a)]
-                result |= keep_query_heads(current, heads, within[:, : alternative.size // heads.shares].flatten())
+                result |= keep_query_heads(current, heads, within[:, : left // heads.shares].flatten())
             elif alternative.method == "pool":
-                pooled = pool_kv_heads(current, heads, alternative.size)
+                pooled = pool_kv_heads(current, heads, left)
                 result |= {name: self.parent.stored(weight) for name, weight in pooled.items()}
             else:
                 keep = keep_groups if kind == "head_groups" else keep_kv_heads
-                result |= keep(current, heads, self.orders[numbered(f"{i}.attention", a)][: alternative.size])
+                result |= keep(current, heads, self.orders[numbered(f"{i}.attention", a)][:left])
         return result
 
     def silenced(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
@@ -190,10 +191,11 @@ class Library:
         for a, heads in enumerate(own.kv.attentions):
             if heads.blocks > 1 or not self._reads_its_input(i, heads.reader):
                 return None
+            left = alternative.size // heads.together
             if kind == "query_heads":
-                gone = self.orders[numbered(f"{i}.queries", a)][:, alternative.size // heads.shares :].flatten()
+                gone = self.orders[numbered(f"{i}.queries", a)][:, left // heads.shares :].flatten()
             else:
-                gone = query_heads_of(heads, self.orders[numbered(f"{i}.attention", a)][alternative.size :])
+                gone = query_heads_of(heads, self.orders[numbered(f"{i}.attention", a)][left:])
             places = heads.weight(heads.reader).positions("queries", heads.sizes)
             result[heads.output] = places[gone].flatten()
         return result
@@ -453,7 +455,8 @@ def output_weight(layer: nn.Module, bundle: Bundle) -> torch.Tensor:
 
 
 def _matrix(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    return weight.detach().movedim(dim, 1)
+    """``[outputs, inputs]``; of a stack of matrices the outputs of all."""
+    return weight.detach().movedim(dim, -1).flatten(0, -2)
 
 
 def _readers(layer: nn.Module, bundle: Bundle) -> list[tuple[torch.Tensor, int]]:

@@ -33,6 +33,7 @@ from layersmith.library.axes import (
     WidthAxis,
     largest_part,
 )
+from layersmith.library.heads import in_pairs
 from layersmith.library.mixer_proof import prove_head_size, prove_mixer, prove_state
 from layersmith.library.shapes import input_dim, layer_shapes
 from layersmith.library.trial import (
@@ -301,6 +302,27 @@ def _prove_heads(trial: Trial, i: int, axis: HeadsAxis, reasons: dict[str, str])
 
 
 def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
+    if axis.together > 1:
+        yield axis
+        yield dataclasses.replace(axis, weights=tuple(_in_halves(w) for w in axis.weights))
+        return
+    counts = [axis.size]
+    if not (axis.fewer_kv or axis.fewer_groups or axis.beside or axis.blocks > 1):
+        # What a config calls their number may be less than there are, e.g. half of them in layers with a window.
+        counts += [n for n in range(2 * axis.size, axis.num_heads, axis.size) if axis.num_heads % n == 0]
+    for count in counts:
+        yield from _layouts(dataclasses.replace(axis, size=count))
+    if (pairs := in_pairs(axis)) is not None:
+        yield from _heads_guesses(pairs)
+
+
+def _in_halves(w: WeightAxis) -> WeightAxis:
+    """Laid out so that the two heads of a pair are as far from each other as may be."""
+    unit = sum(s.unit for s in w.segments) // 2
+    return dataclasses.replace(w, segments=(Segment(w.segments[0].part, unit),) * 2)
+
+
+def _layouts(axis: HeadsAxis) -> Iterator[HeadsAxis]:
     for weights in _guesses([w for own in axis.attentions for w in own.weights]):
         rest = iter(weights)
         first, *beside = [
@@ -352,7 +374,7 @@ def _without_some(
         share = axis.num_heads // axis.shares
         queries = (torch.arange(axis.shares)[:, None] * share + some(share, largest_part(share))).flatten()
         kept = {"queries": queries}
-        fewer = Alternative(i, "attention", "query_heads", size=len(queries))
+        fewer = Alternative(i, "attention", "query_heads", size=len(queries) * axis.together)
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, queries)  # noqa: E731
     else:
         count = largest_part(axis.size)
@@ -360,10 +382,11 @@ def _without_some(
         queries = query_heads_of(axis, heads)
         kept = {"kv": heads, "queries": queries}
         if way == "fewer_kv":
-            fewer = Alternative(i, "attention", "kv_heads", size=count)
+            fewer = Alternative(i, "attention", "kv_heads", size=count * axis.together)
             cut = lambda tensors: keep_kv_heads(tensors, axis, heads)  # noqa: E731
         else:
-            fewer = Alternative(i, "attention", "head_groups", size=count, query_heads=count * group)
+            left, of_queries = count * axis.together, count * group * axis.together
+            fewer = Alternative(i, "attention", "head_groups", size=left, query_heads=of_queries)
             cut = lambda tensors: keep_groups(tensors, axis, heads)  # noqa: E731
     gone = {"kv": others(axis.size, kept["kv"])} if "kv" in kept else {}
     gone["queries"] = others(axis.num_heads, queries)

@@ -243,6 +243,11 @@ class Finder:
         ]
         listed = [g for g in governed if experts.number_of(g.name) is not None]
         single = [g for g in governed if g not in stacked and g not in listed and g.name not in experts.flat]
+        # Stacks of another number, as of shared experts: every matrix in one has channels of its own.
+        others: dict[int, list[Governed]] = {}
+        for g in [g for g in single if len(self.base[i][g.name]) == 3 and g.dim > 0]:
+            others.setdefault(self.base[i][g.name][0], []).append(g)
+            single.remove(g)
         bundles = []
         if stacked:
             bundles.append(_bundle(size, stacked, experts.count, stacked=True))
@@ -255,6 +260,7 @@ class Finder:
             bundles.append(_bundle(size, first, experts.count, stacked=False))
         if single:
             bundles.append(_bundle(size, single, 0, stacked=False))
+        bundles += [_bundle(size, own, members, stacked=True) for members, own in others.items()]
         return WidthAxis(size, tuple(self._with_reader(i, bundle) for bundle in bundles))
 
     def _stacks_of(self, i: int) -> str:
@@ -283,6 +289,8 @@ class Finder:
         moe = self.blocks[i].ffn.moe
         if moe is None or self.blocks[i].ffn.no_op or self.blocks[i].ffn.replace_with_linear:
             raise NoAxis("there are no experts")
+        if self.described is not None and self.described.experts_of_both(i):
+            raise NoAxis("its attention has experts too, and their numbers are the same attributes")
         members = self._members(i)
         made = self.experiment("experts", fewer_experts)
         governed = [g for g in self.governed(made, i) if members.number_of(g.name) is None]
@@ -313,10 +321,14 @@ class Finder:
         moe = self.blocks[i].ffn.moe
         if moe is None:
             return _Members(0, (), ())
+        count = moe.num_local_experts
+        if self.described is not None and self.described.experts_of_both(i):
+            owned = self.attention_weights(i)
+            own = {name: shape for name, shape in self.base[i].items() if name not in owned}
+            return _Members(count, tuple(n for n, s in own.items() if len(s) == 3 and s[0] == count), ())
         made = self.experiment("experts", fewer_experts)
         if made.problem:
             raise NoAxis(made.problem)
-        count = moe.num_local_experts
         gone = self.base[i].keys() ^ made.shapes[i].keys()
         lists = tuple(sorted({_before_numbers(name) for name in gone} - {""}))
         sizes = made.sizes[i]
@@ -381,12 +393,12 @@ class Finder:
         return input_dim(self.skeleton[i], matrix) if len(self.base[i][matrix]) == 2 else None
 
     def heads_readers(self, i: int, weights: Sequence[WeightAxis]) -> list[tuple[str, int]]:
-        """Projections whose input heads are: name, entries a head."""
-        return [
-            (w.name, w.segments[0].unit)
-            for w in weights
-            if len(w.segments) == 1 and w.segments[0].part == "queries" and self.takes(i, w)
-        ]
+        """Projections whose input heads are, or else a stack of them: name, entries a head."""
+        own = [w for w in weights if len(w.segments) == 1 and w.segments[0].part == "queries"]
+        found = [w for w in own if self.takes(i, w)]
+        # Whether what lies along the last dimension of a stack is what it takes, its proof tells.
+        stacks = [w for w in own if len(self.base[i][w.name]) == 3 and w.dim == 2 and w.name.endswith(".weight")]
+        return [(w.name, w.segments[0].unit) for w in found or stacks]
 
     def heads_reader(self, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int]:
         """The only such projection."""

@@ -1,15 +1,15 @@
 """Which config attributes set the sizes of a layer, found by building layers that differ in one attribute.
 
 Everything is built on the meta device. An attribute that changes shapes in a layer governs them; which shapes says
-what it is: the number of experts comes and goes with whole matrices, a width changes one side of them, key-value heads
-change what the projections give but not what the last one takes. The number of experts a token uses changes no shape
-and is counted in gradients.
+what it is: key-value heads change what the projections give but not what the last one takes. What an FFN's sizes are is
+told in ``ffn_sizes.py``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
-from layersmith.model_descriptor.experts import before_digit, experts_used, lie_flat
+from layersmith.model_descriptor.ffn_sizes import FFNSizes, experts_per_token, unsaid_width
 from layersmith.model_descriptor.mixers import MixerSizes, find_mixer
 from layersmith.model_descriptor.query_heads import find_query_heads
 from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
@@ -45,12 +45,14 @@ class Sizes:
         config_width: what the config calls a width of 1, for the widths; some families halve what the config says.
         query_heads: number of query heads, and whatever must be equal to it.
         head_size: what sets the size of a head and has to be said when their number changes.
-        no_query_heads: why there is no number of query heads, where that was seen.
+        no_query_heads, no_kv_heads: why there is no number of them, where that was seen.
         head_blocks: of the projection that heads end in, in a small model; each reads its share of the heads.
+        head_pairs: whether two heads work together, one of either half of all, and end next to each other.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
         width_at, shared_width_at: a weight of the layer, and a dimension of it, that are as long as the width.
         mixer: of a Mamba or linear-attention mixer that keeps a state.
         flat: weights in which experts lie one after another along the first dimension, each as long as the width.
+        experts_of_both: whether the number of experts, and of those that a token uses, is the attention's too.
     """
 
     kv_heads: Path | None = None
@@ -67,8 +69,11 @@ class Sizes:
     resized: tuple[tuple[str, int], ...] = ()
     mixer: MixerSizes | None = None
     flat: tuple[str, ...] = ()
+    experts_of_both: bool = False
     no_query_heads: str = ""
     head_blocks: int = 1
+    head_pairs: bool = False
+    no_kv_heads: str = ""
 
 
 @dataclass(frozen=True)
@@ -141,7 +146,9 @@ def find_sizes(
     examples = [list(of_layer).index(kind) for kind in range(len(kinds))]
     effects: dict[Path, list[Effect]] = {}
     without: list[Path] = []
-    for path, value in numbers(config, len(base)):
+
+    def effects_of(path: Path, value: int) -> list[Effect]:
+        """What another value does to an example of every kind; nothing is noted where none can be built."""
         for other in (2 * value, value // 2, value + 1) if value else ANY_SIZES:
             if other < 1 or other == value:
                 continue
@@ -150,13 +157,20 @@ def find_sizes(
             except Exception:  # whatever a family's own code raises for a size that it cannot take
                 continue
             found = [_effect(base[i], changed[i], other) for i in examples]
-            if any(found):
-                effects[path] = found
-            elif not value and other != ANY_SIZES[-1]:
-                continue  # it may be what the size is anyway
-            else:
-                without.append(path)
-            break
+            if any(found) or value or other == ANY_SIZES[-1]:
+                return found  # else it may be what the size is anyway
+        return []
+
+    of_kinds = [dict(_numbers_of(config, len(base), i)) for i in examples]
+    for path, value in numbers(config, len(base)):
+        found = effects_of(path, value)
+        for k, own_numbers in enumerate(of_kinds):
+            if found and own_numbers[path] != value:
+                found[k] = (effects_of(path, own_numbers[path]) or found)[k]
+        if any(found):
+            effects[path] = found
+        elif found:
+            without.append(path)
     found_sizes = []
     for k, kind in enumerate(kinds):
         own = {path: effect[k] for path, effect in effects.items() if effect[k]}
@@ -167,12 +181,14 @@ def find_sizes(
             f"{layers_name}.{examples[k]}.",
             tuple(dict.fromkeys(missing)),
             partial(_of_layer, shapes, examples[k]),
+            tuple(i for i, own_kind in enumerate(of_layer) if own_kind == k),
+            numbers=of_kinds[k],
         )
-        kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
-        named = list(numbers(config, len(base)))
+        kv_heads, no_kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
+        named = list(of_kinds[k].items())
         idle = {*without, *effects} - own.keys()
         queries = find_query_heads(trial, kind, base[examples[k]], own, named, idle, kv_heads)
-        ffn = _FFNSizes(trial, kind, base[examples[k]], own)
+        ffn = FFNSizes(trial, kind, base[examples[k]], own)
         mixer = find_mixer(trial, kind, base[examples[k]], own, without)
         heads = Sizes(
             kv_heads,
@@ -180,13 +196,15 @@ def find_sizes(
             head_size=queries.pin,
             no_query_heads=queries.reason,
             head_blocks=queries.blocks,
+            head_pairs=queries.pairs,
+            no_kv_heads=no_kv_heads,
             mixer=mixer,
         )
         if mixer is not None and (mixer.num_heads or mixer.state_dim) and mixer.is_alone:
             heads = replace(heads, query_heads=(), head_size=None)
         if ffn.count is None:
             width, factor, at = ffn.widest(inside=False)
-            resized = _unsaid_width(specimen, kind, base[examples[k]]) if width is None else ()
+            resized = unsaid_width(specimen, kind, base[examples[k]]) if width is None else ()
             at = resized[0] if resized else at
             found_sizes.append(replace(heads, width=width, config_width=factor, width_at=at, resized=resized))
             continue
@@ -199,11 +217,12 @@ def find_sizes(
                 num_experts=ffn.count,
                 expert_width=expert_width,
                 shared_width=shared_width if alike else None,
-                experts_per_token=_experts_per_token(trial, without, ffn),
+                experts_per_token=experts_per_token(trial, without, ffn),
                 config_width=factor,
                 width_at=at,
                 shared_width_at=shared_at if alike else None,
                 flat=ffn.flat,
+                experts_of_both=ffn.of_both,
             )
         )
     return found_sizes
@@ -242,8 +261,17 @@ def numbers(config: PretrainedConfig, num_layers: int, above: Path = ()) -> Iter
             yield (*above, name), 0
 
 
+def _numbers_of(config: PretrainedConfig, num_layers: int, layer: int) -> Iterator[tuple[Path, int]]:
+    """:func:`numbers`, as they are in a layer where a family's own config gives layers others."""
+    by_layer = getattr(config, "per_layer_attributes", None) or ()
+    for path, value in numbers(config, num_layers):
+        yield path, value_at(config, path, layer) or value if path[0] in by_layer else value
+
+
 def nested(config: Any, path: Path, value: Any) -> dict[str, Any]:
     """Overrides that set the attribute at ``path``; an attribute with a number a layer gets it for all."""
+    if path[0] in (getattr(config, "per_layer_attributes", None) or ()):
+        return {path[0]: value}
     own = getattr(config, path[0], None)
     if len(path) > 1:
         return {path[0]: nested(own, path[1:], value)}
@@ -261,6 +289,8 @@ def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
 
 def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
     """The number at ``path``; 0 for none."""
+    if path[0] in (getattr(config, "per_layer_attributes", None) or ()):
+        config = config.per_layer_config[layer]
     own: Any = config
     for name in path:
         own = getattr(own, name, None)
@@ -269,7 +299,19 @@ def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
 
 @dataclass(frozen=True)
 class Trial:
-    """Specimens whose layers have other configs, and the shapes of such a layer."""
+    """Specimens whose layers have other configs, and the shapes of such a layer.
+
+    Attributes:
+        specimen: the model.
+        layer_classes: of its layers.
+        config: of a layer.
+        prefix: of the names of a layer of the kind in question.
+        missing: attributes that a layer asks for and its config does not have.
+        built: gives the shapes of that layer with other values of attributes.
+        alike: the layers of its kind.
+        alone: whether only they get other values, and all others stay.
+        numbers: attributes to what they are in that layer.
+    """
 
     specimen: Specimen
     layer_classes: Sequence[type[nn.Module]]
@@ -277,26 +319,46 @@ class Trial:
     prefix: str
     missing: tuple[str, ...]
     built: Callable[[dict[str, Any]], Shapes]
+    alike: tuple[int, ...] = ()
+    alone: bool = False
+    numbers: Mapping[Path, int] = field(default_factory=dict)
+
+    def ways(self) -> tuple[Trial, ...]:
+        """All layers with other values, then only those of the kind: what is twice there may be so in these alone."""
+        others = len(self.alike) < len(self.layer_names)
+        return (self, replace(self, alone=True)) if others else (self,)
+
+    @property
+    def layer_names(self) -> list[str]:
+        layers = self.prefix.rstrip(".").rpartition(".")[0]
+        return [name for name, _ in self.specimen.model.get_submodule(layers).named_children()]
 
     def value(self, path: Path) -> int:
-        return value_at(self.config, path)
+        return self.numbers.get(path) or value_at(self.config, path)
 
     def made(self, path: Path, value: int, seed: int = 0) -> Specimen:
-        """A specimen that has run, with another value of an attribute in every layer."""
+        """A specimen that has run, with another value of an attribute in the layers."""
         return self.made_with({path: value}, seed)
 
     def made_with(self, values: Mapping[Path, Any], seed: int = 0) -> Specimen:
-        """A specimen that has run, with other values of attributes in every layer."""
-        overrides = self._overrides(values)
-        with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
+        """A specimen that has run, with other values of attributes in the layers."""
+        with self._changed(values):
             return Specimen(self.specimen.config, seed)
 
+    def _changed(self, values: Mapping[Path, Any]) -> AbstractContextManager[None]:
+        overrides = self._overrides(values)
+
+        def configure(config: PretrainedConfig, index: int) -> PretrainedConfig:
+            return config if self.alone and index not in self.alike else with_overrides(config, overrides)
+
+        return own_layers(self.layer_classes, configure, lambda layer, index: None)
+
     def runs_unfused(self, values: Mapping[Path, Any]) -> bool:
-        """Whether a specimen with other values of attributes in every layer runs with Transformers' plain attention."""
-        config, overrides = copy.deepcopy(self.specimen.config), self._overrides(values)
+        """Whether a specimen with other values of attributes in the layers runs with Transformers' plain attention."""
+        config = copy.deepcopy(self.specimen.config)
         config._attn_implementation = "eager"
         try:
-            with own_layers(self.layer_classes, lambda c, i: with_overrides(c, overrides), lambda layer, i: None):
+            with self._changed(values):
                 Specimen(config, 0)
         except UnsupportedModel:
             return False
@@ -331,23 +393,49 @@ def _effect(base: Shapes, changed: Shapes, other: int) -> Effect:
 
 # ---------------------------------------------------------------------------------------------- key-value heads
 
+_MORE = "there are more of them than the config says, which says what other layers have"
+_OTHER = "with every KV head there twice the model gives something else, so where they lie is not understood"
 
-def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]) -> Path | None:
-    """The attribute whose double, with each head's keys and values there twice, changes nothing."""
-    if kind.attention is None:
-        return None
-    for path, effect in effects.items():
+
+def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]) -> tuple[Path | None, str]:
+    """The attribute whose double, with each head's keys and values there twice, changes nothing.
+
+    Returns:
+        The attribute; or None, and why the one that is called so as usual is not it, where that was seen.
+    """
+    reason = ""
+    for path, effect in effects.items() if kind.attention is not None else ():
         value = trial.value(path)
-        rows = {n: (base[n][0], new[0]) for n, new in effect.shapes.items() if base[n][1:] == new[1:]}
-        if effect.came_or_went or rows.keys() != effect.shapes.keys() or effect.other != 2 * value:
+        changes = {
+            n: [d for d, (a, b) in enumerate(zip(base[n], new, strict=False)) if a != b]
+            for n, new in effect.shapes.items()
+        }
+        if effect.came_or_went or effect.other != 2 * value or any(kind.owners.get(n) != "attention" for n in changes):
             continue
-        if any(kind.owners.get(name) != "attention" for name in rows):
+        is_usual = path[-1] == "num_key_value_heads"
+        if both := [n for n, dims in changes.items() if len(dims) > 1]:
+            reason = (
+                f"{both[0]} changes on both sides with their number: each of them reads all" if is_usual else reason
+            )
             continue
-        if not any(len(base[n]) == 2 for n in rows) or any(a % value or b <= a for a, b in rows.values()):
+        rows = [n for n, dims in changes.items() if dims == [0]]
+        # What a projection takes is of query heads.
+        if any(n not in rows and (len(base[n]) != 2 or n.endswith(".weight")) for n in changes):
             continue
-        if _carries(trial, kind, list(rows)) and all(_duplicates(trial, path, seed) for seed in (0, 1)):
-            return path
-    return None
+        if not any(len(base[n]) == 2 for n in rows) or any(
+            base[n][d] % value or effect.shapes[n][d] <= base[n][d] for n, (d,) in changes.items()
+        ):
+            continue
+        if not _carries(trial, kind, list(changes)):
+            continue
+        if any(all(_duplicates(own, path, seed) for seed in (0, 1)) for own in trial.ways()):
+            return path, ""
+        if is_usual:
+            more = any(_duplicates(own, path, 0, factor) for own in trial.ways() for factor in (2, 4))
+            reason = (
+                "there are more of them than the config says, which says what other layers have" if more else _OTHER
+            )
+    return None, reason
 
 
 def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
@@ -376,11 +464,17 @@ def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     )
 
 
-def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
+def _duplicates(trial: Trial, path: Path, seed: int, factor: int = 1) -> bool:
     """Whether a model with some of the heads gives what one with every one of them there several times gives.
 
     Where the specimen has as many heads as queries, the one with fewer is the one that has every head once; how often
     they can be there is a matter of the number of query heads.
+
+    Args:
+        trial: of the model.
+        path: the attribute.
+        seed: of the weights.
+        factor: KV heads for each one that the attribute counts.
     """
     value = trial.value(path)
     for times in (2, 3, 5, 7):
@@ -389,191 +483,46 @@ def _duplicates(trial: Trial, path: Path, seed: int) -> bool:
                 continue
             try:
                 models = [trial.made(path, heads, seed) for heads in (few, many)]
-                once, more = (dict(m.model.named_parameters()) for m in models)
-                with torch.no_grad():
-                    for name, weight in once.items():
-                        same = weight.shape == more[name].shape
-                        more[name].copy_(weight if same else _repeated(weight, few, times, more[name]))
-            except (UnsupportedModel, RuntimeError, KeyError):  # it cannot run so, or is not laid out so
+            except UnsupportedModel:  # it cannot run so
                 continue
-            if torch.allclose(models[0].run(), models[1].run(), atol=1e-4, rtol=1e-4):
+            if any(_same_repeated(models[0], models[1], factor * few, times, by_head) for by_head in (False, True)):
                 return True
     return False
 
 
-def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor) -> torch.Tensor:
-    """Rows of each head several times; where a weight holds queries before keys and values, those stay."""
-    added = target.shape[0] - weight.shape[0]
+def _same_repeated(fewer: Specimen, more: Specimen, heads: int, times: int, by_head: bool) -> bool:
+    """Whether a model that is given every KV head of another several times gives the same; see :func:`_repeated`."""
+    once, several = (dict(m.model.named_parameters()) for m in (fewer, more))
+    try:
+        with torch.no_grad():
+            for name, weight in once.items():
+                same = weight.shape == several[name].shape
+                several[name].copy_(weight if same else _repeated(weight, heads, times, several[name], by_head))
+    except (RuntimeError, KeyError, ValueError):  # it is not laid out so
+        return False
+    return torch.allclose(fewer.run(), more.run(), atol=1e-4, rtol=1e-4)
+
+
+def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor, by_head: bool) -> torch.Tensor:
+    """Entries of each head several times; where a weight holds queries before keys and values, those stay.
+
+    Args:
+        weight: of the model with fewer heads.
+        heads: that it has.
+        times: how often each is to be there.
+        target: the weight of the model with more.
+        by_head: whether the queries of a head, its keys and its values lie together, head after head.
+    """
+    (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, target.shape, strict=True)) if a != b)
+    weight, added = weight.movedim(dim, 0), target.shape[dim] - weight.shape[dim]
     queries = weight.shape[0] - added // (times - 1)  # 0 where the weight is keys or values alone
+    if by_head:
+        of_head = weight.reshape(heads, -1, *weight.shape[1:])
+        share = queries // heads
+        own = of_head[:, :share].unflatten(1, (times, -1))
+        shared = of_head[:, None, share:].expand(-1, times, *of_head[:, share:].shape[1:])
+        return torch.cat([own, shared], 2).flatten(0, 2).movedim(0, dim)
     first, rest = weight[:queries], weight[queries:]
     parts = 1 if queries == 0 else 2
     grouped = rest.reshape(parts, heads, -1, *weight.shape[1:]).repeat_interleave(times, 1)
-    return torch.cat([first, grouped.reshape(-1, *weight.shape[1:])])
-
-
-# ---------------------------------------------------------------------------------------------- widths and experts
-
-
-class _FFNSizes:
-    """What the attributes of one kind's FFN are: the number of experts, and widths in and beside them."""
-
-    def __init__(self, trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]):
-        self.trial, self.base = trial, base
-        ffn = kind.ffn
-        inside = () if ffn is None else tuple(f"{n}." for n in (*ffn.modules, *(name for name, _ in ffn.replaced)))
-        self.effects = {
-            path: effect
-            for path, effect in effects.items()
-            if all(n.startswith(inside) for n in (*effect.shapes, *effect.came_or_went))
-        }
-        counts = [path for path in self.effects if self._is_count(path)]
-        self.count = max(counts, key=trial.value, default=None)
-        self.number = 0 if self.count is None else trial.value(self.count)
-        self.flat = () if self.count is None else self._flat(self.count)
-        self.members = self._members()
-
-    def _is_count(self, path: Path) -> bool:
-        """Whole matrices come and go: along the first dimension of a stack of them, or as members of a list.
-
-        A stack may have room for more than the attribute counts, as for experts that do nothing.
-        """
-        effect, value = self.effects[path], self.trial.value(path)
-        if effect.came_or_went:
-            return value > 1 and all(any(part.isdigit() for part in n.split(".")) for n in effect.came_or_went)
-        more = effect.other - value
-        stacked = [
-            self.base[n]
-            for n, new in effect.shapes.items()
-            if len(new) == 3 and new == (self.base[n][0] + more, *self.base[n][1:])
-        ]
-        own = len(stacked) >= 2 and min(shape[0] for shape in stacked) == value
-        return own or bool(self._flat(path))
-
-    @property
-    def idle(self) -> int:
-        """Places for experts that have weights in some stacks and none in others: they do nothing."""
-        return max((self.base[n][0] - self.number for n in self.members if len(self.base[n]) == 3), default=0)
-
-    def _flat(self, path: Path) -> tuple[str, ...]:
-        """Matrices with experts one after another along the first dimension, if the attribute is their number."""
-        effect, value = self.effects[path], self.trial.value(path)
-        rows = {n: (self.base[n][0], new[0]) for n, new in effect.shapes.items() if self.base[n][1:] == new[1:]}
-        if value < 2 or effect.came_or_went or rows.keys() != effect.shapes.keys():
-            return ()
-        if any(a % value or b * value != a * effect.other for a, b in rows.values()):
-            return ()
-        flat = tuple(n for n, (a, _) in rows.items() if a > value and len(self.base[n]) == 2)
-        # What chooses among them has one entry for each.
-        if len(flat) < 2 or len(flat) == len(rows):
-            return ()
-        try:  # a token may use all that a small specimen has, but not twice as many
-            twice = self.trial.made(path, 2 * value)
-        except UnsupportedModel:
-            return ()
-        return flat if lie_flat(twice, self.trial.prefix, flat, 2 * value) else ()
-
-    def _members(self) -> set[str]:
-        """Parameters of the experts."""
-        if self.count is None:
-            return set()
-        effect = self.effects[self.count]
-        lists = {before_digit(name) for name in effect.came_or_went}
-        listed = {n for n in self.base if before_digit(n) in lists} if lists else set()
-        return listed | {n for n in effect.shapes if len(self.base[n]) == 3} | set(self.flat)
-
-    def _units(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """A shape, of a single expert where experts lie flat."""
-        return (shape[0] // self.number, *shape[1:]) if name in self.flat else shape
-
-    def widest(self, inside: bool) -> tuple[Path | None, int, tuple[str, int] | None]:
-        """The attribute that is the width of the largest matrices inside or beside the experts.
-
-        Returns:
-            The attribute, what it calls a width of 1, and a weight and dimension that are as long as the width.
-        """
-        found: list[tuple[bool, int, Path, int, tuple[str, int]]] = []
-        for path, effect in self.effects.items():
-            governed = {n: new for n, new in effect.shapes.items() if (n in self.members) is inside}
-            if effect.came_or_went or path == self.count or not governed:
-                continue
-            changes = {
-                n: [(a, b) for a, b in zip(self._units(n, self.base[n]), self._units(n, new), strict=True) if a != b]
-                for n, new in governed.items()
-            }
-            matrices = {n: change for n, change in changes.items() if len(self.base[n]) >= 2}
-            if len(matrices) < 2 or any(len(change) != 1 for change in changes.values()):
-                continue
-            # The narrowest matrix counts each channel once; a fused gate and up projection counts it twice.
-            before, after = min(change[0] for change in matrices.values())
-            factor, rest = divmod(effect.other, after)
-            if rest or (value := self.trial.value(path)) not in (0, factor * before):
-                continue
-            if any(a * after != b * before for ((a, b),) in changes.values()):
-                continue
-            small = max(1, before // 16) * factor
-            if value and not self._is_width_at(path, small, small // factor, matrices):
-                continue
-            elements = sum(torch.Size(self.base[n]).numel() for n in matrices)
-            name = next(n for n, c in matrices.items() if c[0] == (before, after))
-            changed = self.effects[path].shapes[name]
-            at = name, next(d for d, (a, b) in enumerate(zip(self.base[name], changed, strict=True)) if a != b)
-            # Stacks of experts whose number is not known are not understood; what is beside them may be.
-            found.append((inside or all(len(self.base[n]) == 2 for n in matrices), elements, path, factor, at))
-        for _, _, path, factor, at in sorted(found, reverse=True):
-            # Another one has to run: the hidden size would not, in the layers alone. Some kernels ask for multiples.
-            value = self.trial.value(path) or self.effects[path].other
-            others = (max(1, value // 2), *((value - 1) // m * m for m in (8, 4)), 2 * value)
-            if any(self.trial.runs(path, other) for other in dict.fromkeys(others) if other):
-                return path, factor, at
-        return None, 1, None
-
-    def _is_width_at(self, path: Path, value: int, width: int, matrices: Collection[str]) -> bool:
-        """Whether a small value is kept as it is, not rounded up."""
-        try:
-            shapes = self.trial.shapes(path, value)
-        except Exception:  # whatever a family's own code raises for a size that it cannot take
-            return False
-        own = {name: self._units(name, shapes[name]) for name in matrices}
-        return all(width in shape or 2 * width in shape for shape in own.values())
-
-
-def _unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tuple[str, int], ...]:
-    """The weights between the matrices of an FFN, where no attribute sets its width.
-
-    Each of its matrices has the size of the hidden states on one side and the width on the other.
-    """
-    own = {name: shape for name, shape in base.items() if kind.owners.get(name) == "ffn"}
-    matrices = {name: shape for name, shape in own.items() if len(shape) == 2}
-    sides = [set(shape) for shape in matrices.values()]
-    hidden = specimen.hidden_size
-    widths = set.union(*sides) - {hidden} if len(sides) >= 2 else set()
-    if len(widths) != 1 or not all(hidden in side and len(side) == 2 for side in sides):
-        return ()
-    (width,) = widths
-    return tuple((name, shape.index(width)) for name, shape in own.items() if width in shape)
-
-
-def _experts_per_token(trial: Trial, without: Sequence[Path], experts: _FFNSizes) -> Path | None:
-    """The attribute without a shape whose change changes the number of experts that one token uses."""
-
-    def used(specimen: Specimen) -> int:
-        return experts_used(specimen, trial.prefix, experts.members, experts.flat, experts.number)
-
-    def used_with(path: Path, other: int) -> int | None:
-        try:
-            return used(trial.made(path, other))
-        except (UnsupportedModel, RuntimeError):
-            return None
-
-    base = used(trial.specimen)
-    for path in without:
-        value = trial.value(path)
-        if experts.idle:
-            # Some of those that a token is given may do nothing; if it is given all, those that do something are used.
-            every = experts.number + experts.idle
-            is_all = base <= value <= every and used_with(path, every) == experts.number
-            if is_all and (base < experts.number or (used_with(path, value - 1) or base) < base):
-                return path
-        elif value == base and any(used_with(path, o) == o for o in (value - 1, value + 1) if 1 <= o <= experts.number):
-            return path
-    return None
+    return torch.cat([first, grouped.reshape(-1, *weight.shape[1:])]).movedim(0, dim)

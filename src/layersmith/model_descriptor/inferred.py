@@ -7,8 +7,8 @@ that set sizes by building layers that differ in one, and puts what was found be
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -18,11 +18,12 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MambaConfig, MoEConfig
 from layersmith.errors import UnsupportedModel, first_line
-from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor import cache
-from layersmith.model_descriptor.attributes import Path, Sizes, find_sizes, merged, nested, value_at
+from layersmith.model_descriptor.attributes import Path, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.findings import Findings
 from layersmith.model_descriptor.full_size import at_full_length_of, in_config, mixer_of, widths_of
+from layersmith.model_descriptor.governed import split, splits_of
 from layersmith.model_descriptor.mixers import mixer_values
 from layersmith.model_descriptor.patterns import weight_groups
 from layersmith.model_descriptor.removal import proved, put
@@ -37,74 +38,13 @@ from layersmith.model_descriptor.slots import (
 )
 from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import language_config, own_config, restore_buffers, stock_model, whole_number
-from layersmith.model_descriptor.structure import Structure, find_structure
+from layersmith.model_descriptor.structure import (
+    check_configurable,
+    find_structure,
+    groups_outside,
+    without_attention,
+)  # fmt: skip
 from layersmith.model_descriptor.subblocks import LayerKind, Subblock, find_kind, signature
-
-
-@dataclass(frozen=True)
-class Findings:
-    """All that experiment found of a model.
-
-    Attributes:
-        structure: names outside the layers.
-        classes: of the decoder layers.
-        signatures, kinds, sizes: of every kind of layer, in the same order.
-        of_layer: the kind of every layer.
-        groups: parameter outside the layers to ``"embedding"`` or ``"lm_head"``.
-        remote_code: whether its classes come with a checkpoint.
-        notes: what is not offered, and why.
-        widths: of every layer the width of its FFN or experts, and of its shared experts, as its weights have it.
-        stateful: of every kind, whether its mixer keeps a state of fixed size and no keys and values.
-        cached: of every kind, the numbers in the cache for each one of a value head: 2 where keys are as long.
-        latent: of every kind, the numbers in the cache for a token if they are not one by one the heads'.
-        empty: of every kind, whether it keeps nothing in the cache.
-        states: of every kind, what it keeps in the cache that does not grow with the tokens.
-        mixers: of every layer the sizes of its Mamba or linear-attention mixer, in the words of its config record.
-        appends: whether layers append to the cache in turn, so that it bears no gap.
-        slots: of every kind, the slots of the cache that a layer has, one for each of its attentions.
-        beside: of every kind, what it keeps of every token in a slot beside keys and values.
-    """
-
-    structure: Structure
-    classes: tuple[type[nn.Module], ...]
-    signatures: tuple[Any, ...]
-    kinds: tuple[LayerKind, ...]
-    sizes: tuple[Sizes, ...]
-    of_layer: tuple[int, ...]
-    groups: dict[str, str]
-    remote_code: bool
-    notes: tuple[str, ...] = ()
-    widths: tuple[tuple[int | None, int | None], ...] = ()
-    stateful: tuple[bool, ...] = ()
-    cached: tuple[float, ...] = ()
-    latent: tuple[int | None, ...] = ()
-    empty: tuple[bool, ...] = ()
-    states: tuple[tuple[KeptState, ...], ...] = ()
-    mixers: tuple[dict[str, int] | None, ...] = ()
-    appends: bool = False
-    slots: tuple[int, ...] = ()
-    beside: tuple[tuple[KeptTokens, ...], ...] = ()
-    config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
-
-    def kind_of(self, layer: nn.Module) -> LayerKind:
-        """The kind of a layer as its class builds it, whatever its sizes; some of its modules may be replaced."""
-        return self.kinds[self.number_of_kind(layer)]
-
-    def number_of_kind(self, layer: nn.Module) -> int:
-        """The place of a layer's kind among all."""
-        own = signature(layer)
-        if own in self.signatures:
-            return self.signatures.index(own)
-        modules = dict(own[1])
-        agreement = {
-            k: sum(modules.get(name) == cls for name, cls in known[1])
-            for k, known in enumerate(self.signatures)
-            if known[0] == own[0] and all(name in modules for name, _ in known[1] if "." not in name)
-        }
-        if not agreement:
-            raise UnsupportedModel(f"{type(layer).__name__} is not a decoder layer of this family.")
-        return max(agreement, key=lambda k: agreement[k])
-
 
 _known: dict[str, type[ModelDescriptor]] = {}
 
@@ -149,19 +89,26 @@ def find(config: PretrainedConfig) -> Findings:
             kinds.append(find_kind(specimen, name))
         of_layer.append(signatures.index(own))
     if not any(kind.attention for kind in kinds):
-        raise UnsupportedModel(_without_attention(specimen, structure.layers))
+        raise UnsupportedModel(without_attention(specimen, structure.layers))
     classes = tuple(dict.fromkeys(type(specimen.model.get_submodule(name)) for name in names))
     notes: list[str] = []
     for k, kind in enumerate(kinds):
         kinds[k] = proved(specimen, names[of_layer.index(k)], kind, notes)
-    _check_configurable(specimen.config, classes)
+    check_configurable(specimen.config, classes)
     appends = appends_to_cache(specimen, names, [kinds[k] for k in of_layer])
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
+    splits = splits_of(specimen.config, classes, structure.layers, of_layer, sizes)
     small_kinds, of_layer = of_layer, []
     for layer in skeleton.get_submodule(structure.layers).children():
         if signature(layer) not in signatures:
             raise UnsupportedModel(f"{type(layer).__name__}: its layers are of other kinds once they have run.")
         of_layer.append(signatures.index(signature(layer)))
+    if splits:
+        small_kinds = split(specimen.config, classes, structure.layers, small_kinds, splits)
+        of_layer = split(config, classes, structure.layers, of_layer, splits)
+        kinds += [kinds[own.kind] for own in splits]
+        signatures += [signatures[own.kind] for own in splits]
+        sizes = find_sizes(specimen, classes, structure.layers, kinds, small_kinds)
     examples = [small_kinds.index(k) for k in range(len(kinds))]
 
     def at_full_length(length: int, k: int) -> int | None:
@@ -206,7 +153,7 @@ def find(config: PretrainedConfig) -> Findings:
             for place, (kept, length) in enumerate(zip(own.beside, found, strict=True))
         )
 
-    groups = _groups(skeleton, structure)
+    groups = groups_outside(skeleton, structure)
     remote = not type(specimen.model).__module__.startswith("transformers.")
     return Findings(
         structure,
@@ -234,41 +181,9 @@ def find(config: PretrainedConfig) -> Findings:
         appends,
         tuple(own.slots for own in seen_in_cache),
         tuple(beside_of(own, k) for k, own in enumerate(seen_in_cache)),
+        tuple(own.for_each_query for own in seen_in_cache),
         config,
     )
-
-
-def _without_attention(specimen: Specimen, layers: str) -> str:
-    """Why no attention was found."""
-    first = f"{layers}.0"
-    own, other = (
-        next(call for call in specimen.trace(ids, keep=[first]) if call.name == first).tensors().values()
-        for ids in (specimen.ids, specimen.other_ids)
-    )
-    taken = [pair for pair in zip(own, other, strict=False) if pair[0].is_floating_point() and pair[0].ndim >= 2]
-    if taken and torch.equal(*taken[0]):
-        return (
-            f"the layers in {layers} are not given the text: it goes to an encoder, and they see what that makes of it."
-        )
-    return f"no layer in {layers} is seen to let one token of the text see another: its attention is somewhere else."
-
-
-def _check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Module]]) -> None:
-    """Each layer must be made from a config, or layers cannot differ."""
-    try:
-        with own_layers(classes, lambda own, index: own, lambda layer, index: None):
-            stock_model(config)
-    except TypeError as error:
-        raise UnsupportedModel(f"{error}: it is put together from modules that several layers share.") from error
-
-
-def _groups(model: nn.Module, structure: Structure) -> dict[str, str]:
-    """What runs after the last layer goes with the head; everything else outside the layers with the embedding."""
-    inside = f"{structure.layers}."
-    after = tuple(f"{name}." for name in structure.after)
-    # Buffers that are saved belong somewhere too, so the state_dict counts, not the parameters.
-    names = [name for name in model.state_dict() if not name.startswith(inside)]
-    return {name: "lm_head" if name.startswith(after) else "embedding" for name in names}
 
 
 # ---------------------------------------------------------------------------------------------- the descriptor
@@ -338,6 +253,11 @@ class InferredDescriptor(ModelDescriptor):
         return cls.findings.sizes[cls.findings.of_layer[index]].flat
 
     @classmethod
+    def experts_of_both(cls, index: int) -> bool:
+        """Whether the number of a layer's experts, and of those that a token uses, is that of its attention's too."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].experts_of_both
+
+    @classmethod
     def keeps_state(cls, index: int) -> bool:
         """Whether the mixer of a layer has a state in the cache that does not grow with the tokens."""
         findings = cls.findings
@@ -363,7 +283,15 @@ class InferredDescriptor(ModelDescriptor):
         """
         findings = cls.findings
         kept = findings.states[findings.of_layer[index]] if findings.states else ()
-        return sum(s.numbers(block.attention.mamba, shapes) * (s.itemsize or dtype.itemsize) for s in kept)
+        heads, own = cls.num_query_heads(index), block.attention.num_attention_heads
+
+        def numbers(state: KeptState) -> int:
+            count = state.numbers(block.attention.mamba, shapes)
+            # Where there is nothing but a mixer, its heads may be what the config counts as query heads.
+            follows = cls.keeps_state(index) and state.of_mixer and block.attention.mamba is None
+            return count * own // heads if follows and own and heads and state.shape[0] == heads else count
+
+        return sum(numbers(s) * (s.itemsize or dtype.itemsize) for s in kept)
 
     @classmethod
     def has_mixer(cls, index: int) -> bool:
@@ -404,6 +332,12 @@ class InferredDescriptor(ModelDescriptor):
         """Numbers in the KV cache for a token that all heads of a layer share; None if each KV head has its own."""
         findings = cls.findings
         return findings.latent[findings.of_layer[index]] if findings.latent else None
+
+    @classmethod
+    def caches_each_query(cls, index: int) -> bool:
+        """Whether the KV cache holds keys and values for each query head, however many KV heads there are."""
+        findings = cls.findings
+        return bool(findings.for_each_query) and findings.for_each_query[findings.of_layer[index]]
 
     @classmethod
     def cache_slots(cls, index: int) -> int:
@@ -460,9 +394,19 @@ class InferredDescriptor(ModelDescriptor):
         return cls.findings.sizes[cls.findings.of_layer[index]].no_query_heads
 
     @classmethod
+    def why_no_kv_heads(cls, index: int) -> str:
+        """The same of KV heads."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].no_kv_heads
+
+    @classmethod
     def heads_end_in_blocks(cls, index: int) -> bool:
         """Whether the projection that heads end in is made of blocks, each of which reads its share of the heads."""
         return cls.findings.sizes[cls.findings.of_layer[index]].head_blocks > 1
+
+    @classmethod
+    def heads_in_pairs(cls, index: int) -> bool:
+        """Whether a head of either half of all work together, and end next to each other."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].head_pairs
 
     @classmethod
     def parent_blocks(cls) -> list[BlockConfig]:
@@ -534,6 +478,8 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
                     (sizes.expert_width, moe.expert_intermediate_dim, unit),
                 ]
             for path, value, factor in values:
+                if sizes.experts_of_both and path in (sizes.num_experts, sizes.experts_per_token):
+                    continue  # the attention's would change with it
                 if path is not None and value is not None:
                     found = merged(found, nested(language, path, value * factor))
             for path, size in mixer_values(sizes.mixer, attention.mamba, partial(value_at, language)):

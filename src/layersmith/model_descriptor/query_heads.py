@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,12 +11,14 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from layersmith.errors import UnsupportedModel
+from layersmith.errors import UnsupportedModel, first_line
 from layersmith.model_descriptor.subblocks import LayerKind
 
 if TYPE_CHECKING:
     from layersmith.model_descriptor.attributes import Effect, Path, Shapes, Trial
 
+
+_Change = tuple[torch.Size, torch.Size]
 
 _APART = 4.0
 _NOT_UNDERSTOOD = (
@@ -32,15 +35,34 @@ class QueryHeads:
         pin: what sets the size of a head and has to be said when their number changes.
         reason: why there are none, where that was seen.
         blocks: of the projection that they end in, each of which reads its share of the heads by the same entries.
+        pairs: whether two work together, one of either half of all, and end next to each other in a projection.
     """
 
     paths: tuple[Path, ...] = ()
     pin: tuple[Path, int] | None = None
     reason: str = ""
     blocks: int = 1
+    pairs: bool = False
 
 
 def find_query_heads(
+    trial: Trial,
+    kind: LayerKind,
+    base: Shapes,
+    effects: Mapping[Path, Effect],
+    named: Sequence[tuple[Path, int]],
+    idle: Collection[Path],
+    kv_heads: Path | None,
+) -> QueryHeads:
+    """The number of query heads, found in all layers at once, or in those of the kind where that shows nothing."""
+    found = [_found(trial, kind, base, effects, named, idle, kv_heads)]
+    for alone in trial.ways()[1:]:
+        if not found[-1].paths:
+            found.append(_found(alone, kind, base, effects, named, idle, kv_heads))
+    return found[-1] if found[-1].paths else found[0]
+
+
+def _found(
     trial: Trial,
     kind: LayerKind,
     base: Shapes,
@@ -86,16 +108,21 @@ def find_query_heads(
             for together in ((path,), *((path, other) for other in equal if pin is None)):
                 if (pin is not None and pin[0] in together) or not _doubles(trial, together, pin, value, base):
                     continue
-                if all(_doubled_queries(trial, together, pin, value, seed) for seed in (0, 1)):
-                    if _doubled_queries(trial, together, pin, value, 0, apart=_APART):
+                # Two heads may work together, one of either half of all, and end next to each other in a projection.
+                ways = [1, 2] if value % 2 == 0 and _is_plain(trial, together, pin, value, base) else [1]
+                ends = next(
+                    (n for n in ways if all(_doubled_queries(trial, together, pin, value, s, n) for s in (0, 1))), 0
+                )
+                if ends:
+                    if _doubled_queries(trial, together, pin, value, 0, ends, apart=_APART):
                         rank = True
                         break
                     # The number of KV heads that a config says may be read where attention is not fused only.
                     if not equal or trial.runs_unfused(
                         {**dict.fromkeys(together, 2 * value), **dict([pin] if pin else [])}
                     ):
-                        return QueryHeads(together, pin)
-                    found = found or QueryHeads(together, pin)
+                        return QueryHeads(together, pin, pairs=ends > 1)
+                    found = found or QueryHeads(together, pin, pairs=ends > 1)
             if rank:
                 break
         if found is not None and not rank:
@@ -105,7 +132,29 @@ def find_query_heads(
             if blocks > 1 and not _doubled_queries(trial, (path,), None, value, 0, blocks, apart=_APART):
                 return QueryHeads((path,), blocks=blocks)
             reasons += [_NOT_UNDERSTOOD]
+        elif not rank and path[-1] == "num_attention_heads":
+            reasons += _does_not_run(trial, path, value, pins, base)
     return QueryHeads(reason=next(iter(reasons), ""))
+
+
+def _does_not_run(
+    trial: Trial, path: Path, heads: int, pins: Sequence[tuple[Path, int] | None], base: Shapes
+) -> list[str]:
+    """Why what is called so as usual is not it, where layers with more heads of the same size do not run."""
+    for pin in dict.fromkeys(pins):
+        own = {pin[0]: pin[1]} if pin else {}
+        try:
+            if own and trial.shapes_with(own) != base:
+                continue
+            more = _changes(base, trial.shapes_with({path: 2 * heads, **own}))
+            if not any(new == (2 * shape[0], *shape[1:]) for shape, new in more.values()):
+                continue  # they are smaller then
+            trial.made_with({path: 2 * heads, **own})
+        except UnsupportedModel as error:
+            return [f"with more of them, each as it is, it does not run ({first_line(error.__cause__ or error)})"]
+        except Exception:  # whatever a family's own code raises for a size that it cannot take
+            continue
+    return []
 
 
 def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
@@ -120,17 +169,21 @@ def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
 
 def _in_blocks(trial: Trial, path: Path, heads: int, base: Shapes) -> int:
     """The blocks of a projection of several that heads end in, each of which reads other heads; 1 if there are none."""
-    (name, *_) = [
-        name
-        for name, (shape, more) in _changes(base, trial.shapes_with({path: 2 * heads})).items()
-        if len(shape) == 2 and more[1] > shape[1]
-    ]
-    module = trial.specimen.model.get_submodule((trial.prefix + name).rpartition(".")[0])
-    plain = type(module).forward in (nn.Linear.forward, Conv1D.forward)  # such a projection has no blocks
-    for blocks in (n for n in range(2, heads + 1) if heads % n == 0 and not plain):
+    if _is_plain(trial, (path,), None, heads, base):
+        return 1
+    for blocks in (n for n in range(2, heads + 1) if heads % n == 0):
         if all(_doubled_queries(trial, (path,), None, heads, seed, blocks) for seed in (0, 1)):
             return blocks
     return 1
+
+
+def _is_plain(trial: Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, base: Shapes) -> bool:
+    """Whether heads end in a linear map as such, which has no blocks."""
+    more = trial.shapes_with({**dict.fromkeys(paths, 2 * heads), **dict([pin] if pin else [])})
+    changes = _changes(base, more).items()
+    names = [name for name, (shape, new) in changes if len(shape) == 2 and new[1] > shape[1]]
+    modules = [trial.specimen.model.get_submodule((trial.prefix + name).rpartition(".")[0]) for name in names[:1]]
+    return any(type(module).forward in (nn.Linear.forward, Conv1D.forward) for module in modules)
 
 
 def _changes(base: Shapes, other: Shapes) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -153,8 +206,9 @@ def _doubles(trial: Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, 
         return False
     if more.keys() != base.keys():
         return False
+    # The sides of a matrix, or of each in a stack of them.
     changes = [
-        (dim if len(shape) == 2 else -1, a, b)
+        (dim - (len(shape) - 2) if len(shape) in (2, 3) else -1, a, b)
         for name, shape in base.items()
         for dim, (a, b) in enumerate(zip(shape, more[name], strict=False))
         if a != b
@@ -183,7 +237,8 @@ def _doubled_queries(
         pin: of their size.
         heads: how many there are.
         seed: of the weights.
-        blocks: of the projection that reads them, each of which reads its share of the heads by the same entries.
+        blocks: of the projection that reads them, each of which reads its share of the heads by the same entries; or
+            shares of all heads, one head of each of which are next to each other where they end.
         apart: how far what gives the one and the other of two heads is from their mean; it changes all but a linear
             map's rank.
     """
@@ -200,12 +255,13 @@ def _doubled_queries(
     if not any(n.startswith(trial.prefix) for n in changed):
         return False
     wanted = once.run()
-    for layout in ("whole", "thirds", "halves", "first"):
+    for layouts in _layouts({(weights[n].shape, doubled[n].shape) for n in changed}):
         try:
             with torch.no_grad():
                 for name, weight in weights.items():
                     target = doubled[name]
                     same = weight.shape == target.shape
+                    layout = "" if same else layouts[weight.shape, target.shape]
                     target.copy_(
                         weight if same else _every_head_twice(weight, target.shape, heads, blocks, apart, layout)
                     )
@@ -218,6 +274,21 @@ def _doubled_queries(
         if not apart and torch.allclose(wanted, seen, atol=1e-4, rtol=1e-4):
             return True
     return False
+
+
+def _layouts(shapes: Collection[_Change]) -> Iterator[dict[_Change, str]]:
+    """How the entries of heads may lie in weights of each shape: all alike, or fused ones beside others."""
+    names = ("whole", "thirds", "halves", "first")
+    yield from (dict.fromkeys(shapes, layout) for layout in names)
+    makers = [own for own in shapes if not _is_last(*own)]  # what heads end in has none
+    if len(makers) == 2:
+        for one, other in itertools.permutations(names[:3], 2):
+            yield {**dict.fromkeys(shapes, "whole"), makers[0]: one, makers[1]: other}
+
+
+def _is_last(before: torch.Size, after: torch.Size) -> bool:
+    """Whether it is the last dimension of a matrix, or of a stack of them, that grew."""
+    return len(before) > 1 and before[-1] != after[-1]
 
 
 def _every_head_twice(

@@ -23,7 +23,7 @@ from layersmith.model_descriptor.attributes import Sizes, numbers, value_at
 from layersmith.model_descriptor.mixers import filled_cache, recurrent_states
 from layersmith.model_descriptor.removal import put
 from layersmith.model_descriptor.specimen import TOKENS, Specimen
-from layersmith.model_descriptor.stock import language_config, stock_model
+from layersmith.model_descriptor.stock import language_config, stock_model, whole_number
 from layersmith.model_descriptor.subblocks import LayerKind
 
 
@@ -127,6 +127,7 @@ class InCache:
         states: of fixed size.
         slots: of the cache that are its own: one for each of its attentions.
         beside: what is kept of every token beside keys and values, e.g. the keys of what chooses among them.
+        for_each_query: keys and values once for each query head, though several have the same.
     """
 
     stateful: bool = False
@@ -136,6 +137,7 @@ class InCache:
     states: tuple[KeptState, ...] = ()
     slots: int = 1
     beside: tuple[KeptTokens, ...] = ()
+    for_each_query: bool = False
 
 
 def in_cache(
@@ -180,7 +182,12 @@ def in_cache(
         elif keys.shape[1] == 1 and own.kv_heads is None:
             found.append(InCache(latent=(keys.shape[-1], values.shape[-1])))
         else:
-            found.append(InCache(numbers=1.0 + keys.shape[-1] / values.shape[-1]))
+            heads = whole_number(language_config(specimen.config), "num_attention_heads")
+            fewer = (
+                own.kv_heads is not None and value_at(language_config(specimen.config), own.kv_heads, layer) != heads
+            )
+            for_each = fewer and keys.shape[1] == heads
+            found.append(InCache(numbers=1.0 + keys.shape[-1] / values.shape[-1], for_each_query=for_each))
         beside = _beside(*(_slot(own, i) for own in (cache, shorter, narrow)))
         # What one layer keeps for all that are like it.
         others = [_slot(cache, j * slots) for j, other in enumerate(of_layer) if other == k and j != layer]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
+from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
+from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor.specimen import Call, Specimen, first_tensor_of
+from layersmith.model_descriptor.stock import stock_model
 
 
 @dataclass(frozen=True)
@@ -128,3 +132,36 @@ def _changes(call: Call) -> bool:
     if output is None or given is None or output.shape != given.shape or output.ndim != 3:
         return False
     return not torch.equal(output, given)
+
+
+def without_attention(specimen: Specimen, layers: str) -> str:
+    """Why no attention was found."""
+    first = f"{layers}.0"
+    own, other = (
+        next(call for call in specimen.trace(ids, keep=[first]) if call.name == first).tensors().values()
+        for ids in (specimen.ids, specimen.other_ids)
+    )
+    taken = [pair for pair in zip(own, other, strict=False) if pair[0].is_floating_point() and pair[0].ndim >= 2]
+    if taken and torch.equal(*taken[0]):
+        return (
+            f"the layers in {layers} are not given the text: it goes to an encoder, and they see what that makes of it."
+        )
+    return f"no layer in {layers} is seen to let one token of the text see another: its attention is somewhere else."
+
+
+def check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Module]]) -> None:
+    """Each layer must be made from a config, or layers cannot differ."""
+    try:
+        with own_layers(classes, lambda own, index: own, lambda layer, index: None):
+            stock_model(config)
+    except TypeError as error:
+        raise UnsupportedModel(f"{error}: it is put together from modules that several layers share.") from error
+
+
+def groups_outside(model: nn.Module, structure: Structure) -> dict[str, str]:
+    """What runs after the last layer goes with the head; everything else outside the layers with the embedding."""
+    inside = f"{structure.layers}."
+    after = tuple(f"{name}." for name in structure.after)
+    # Buffers that are saved belong somewhere too, so the state_dict counts, not the parameters.
+    names = [name for name in model.state_dict() if not name.startswith(inside)]
+    return {name: "lm_head" if name.startswith(after) else "embedding" for name in names}

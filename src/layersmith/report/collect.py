@@ -109,7 +109,7 @@ def described(library: Library, alternative: Alternative) -> tuple[str, str]:
     heads = library.axes[alternative.layer].kv
     unsaid = alternative.subblock == "attention" and was.num_attention_heads is None
     if unsaid and heads is not None and now.num_attention_heads is not None:
-        was = dataclasses.replace(was, num_attention_heads=heads.num_heads)
+        was = dataclasses.replace(was, num_attention_heads=heads.num_heads * heads.together)
     return in_words(was), in_words(now)
 
 
