@@ -22,14 +22,15 @@ from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
 from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity, search_space, why_no_linear
-from layersmith.library.axes import Bundle, HeadsAxis, LayerAxes, Segment, WeightAxis, WidthAxis, numbered
+from layersmith.library.axes import Bundle, HeadsAxis, LayerAxes, WidthAxis, numbered
 from layersmith.library.feasible import any_orders, by_reason, no_maps, those_that_run
 from layersmith.library.kept import Kept
 from layersmith.library.proof import prove
 from layersmith.library.shapes import find_axes, input_dim, meta_layers
-from layersmith.library.statistics import Probe, gather
+from layersmith.library.statistics import Probe, expert_holder, expert_reader, gather
 from layersmith.library.trial import Trial
 from layersmith.library.weights import (
+    common_module,
     keep_experts,
     keep_groups,
     keep_head_size,
@@ -500,9 +501,9 @@ def probes_for(
             module = common_module(layer, [w.name for w in own.state.weights])
             probes.append(Probe(f"{i}.state", i, module, "state", 8 * own.state.size, state=own.state))
         if own.experts is not None and (i, "experts") in kinds:
-            bundle = _expert_reader(layer, own)
+            bundle = expert_reader(parent, i, own)
             size = 8 * bundle.members * (bundle.size + bundle.members)
-            probes.append(Probe(f"{i}.experts", i, _holder(layer, own, bundle), "reader", size, bundle))
+            probes.append(Probe(f"{i}.experts", i, expert_holder(layer, own, bundle), "reader", size, bundle))
         for subblock in SUBBLOCKS:
             if (i, subblock) in linear:
                 ((module, record),) = linear_records(parent.descriptor, layer, subblock).items()
@@ -526,49 +527,6 @@ def _width_probes(layer: nn.Module, i: int, part: str, axis: WidthAxis, ffn_rank
                 holder = holder.rpartition(".")[0]
             probes.append(Probe(name, i, holder, "reader", 8 * size, bundle))
     return probes
-
-
-def _expert_reader(layer: nn.Module, own: LayerAxes) -> Bundle:
-    """The bundle of the routed experts with the weight by which what each adds is told.
-
-    Where their channels are not understood it is the last of their weights.
-    """
-    assert own.experts is not None
-    bundles = own.ffn.bundles if own.ffn is not None else ()
-    for bundle in bundles:
-        if bundle.members:
-            return bundle
-    stacks = [w for w in own.experts.weights if layer.state_dict()[w.name].ndim == 3]
-    if stacks:
-        last = dataclasses.replace(stacks[-1], dim=2, segments=(Segment("channels"),))
-        return Bundle(layer.state_dict()[last.name].shape[2], (last,), last.name, own.experts.size, True)
-    if flat := [w for w in own.experts.weights if w.name in own.of_experts]:
-        last = dataclasses.replace(flat[-1], dim=1, segments=(Segment("channels"),))
-        size = layer.state_dict()[last.name].shape[0] // own.experts.size
-        return Bundle(size, (last,), last.name, own.experts.size, True, flat=True)
-    prefix = f"{own.experts.lists[0]}.0."
-    name = [n for n, p in layer.named_parameters() if n.startswith(prefix) and p.ndim == 2][-1]
-    last = WeightAxis(name.replace(prefix, f"{own.experts.lists[0]}.{{}}."), 1, (Segment("channels"),))
-    return Bundle(layer.state_dict()[name].shape[1], (last,), last.name, own.experts.size, False)
-
-
-def _holder(layer: nn.Module, own: LayerAxes, bundle: Bundle) -> str:
-    """The module that holds the experts and their router, so that what it gives is weighted."""
-    assert own.experts is not None
-    return common_module(layer, [w.name for w in (*bundle.weights, *own.experts.weights)])
-
-
-def common_module(layer: nn.Module, names: Sequence[str]) -> str:
-    """The innermost module that holds all of these weights and is more than a list of modules."""
-    parts = [name.split(".")[:-1] for name in names]
-    common: list[str] = []
-    for own in zip(*parts, strict=False):
-        if len(set(own)) > 1 or own[0] == "{}":
-            break
-        common.append(own[0])
-    while common and isinstance(layer.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
-        common.pop()
-    return ".".join(common)
 
 
 def notes_on(

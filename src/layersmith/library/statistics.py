@@ -23,6 +23,7 @@ Shapes: N rows of activations, F channels, D hidden, E experts.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -37,12 +38,13 @@ from layersmith.artifacts import read_tensors, write_tensors
 from layersmith.errors import UnsupportedModel
 from layersmith.execution import first_tensor
 from layersmith.heterogeneous.modeling_layersmith import _first_tensor as first_argument
-from layersmith.library.axes import Bundle, StateAxis
-from layersmith.library.weights import members_of
+from layersmith.library.axes import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
+from layersmith.library.weights import common_module, members_of
 from layersmith.parent import Parent
 from layersmith.progress import SILENT, Progress
 
 _SAVE_EVERY_SECONDS = 20.0
+_PROBE_TOKENS = 8  # that tell which weights a text reaches
 _SIGNS = 4  # samples of random signs a batch for a state; there are as many more as there are batches
 
 
@@ -245,6 +247,54 @@ def _of_state(
                 change += entries[w.positions("state", {"state": state.size})].sum(1)
         total += change.square() / _SIGNS
     return {probe.name: total}
+
+
+def expert_reader(parent: Parent, i: int, own: LayerAxes) -> Bundle:
+    """The bundle of the routed experts with the weight by which what each adds is told.
+
+    Where their channels are not understood it is the last of their weights; of several stacks, e.g. some for images,
+    the last that a text reaches.
+    """
+    assert own.experts is not None
+    layer = parent.layer(i)
+    bundles = own.ffn.bundles if own.ffn is not None else ()
+    for bundle in bundles:
+        if bundle.members:
+            return bundle
+    stacks = [w for w in own.experts.weights if layer.state_dict()[w.name].ndim == 3]
+    if len({w.name.rpartition(".")[0] for w in stacks}) > 1:
+        stacks = _reached_by_text(parent, layer, stacks) or stacks
+    if stacks:
+        last = dataclasses.replace(stacks[-1], dim=2, segments=(Segment("channels"),))
+        return Bundle(layer.state_dict()[last.name].shape[2], (last,), last.name, own.experts.size, True)
+    if flat := [w for w in own.experts.weights if w.name in own.of_experts]:
+        last = dataclasses.replace(flat[-1], dim=1, segments=(Segment("channels"),))
+        size = layer.state_dict()[last.name].shape[0] // own.experts.size
+        return Bundle(size, (last,), last.name, own.experts.size, True, flat=True)
+    prefix = f"{own.experts.lists[0]}.0."
+    name = [n for n, p in layer.named_parameters() if n.startswith(prefix) and p.ndim == 2][-1]
+    last = WeightAxis(name.replace(prefix, f"{own.experts.lists[0]}.{{}}."), 1, (Segment("channels"),))
+    return Bundle(layer.state_dict()[name].shape[1], (last,), last.name, own.experts.size, False)
+
+
+def expert_holder(layer: nn.Module, own: LayerAxes, bundle: Bundle) -> str:
+    """The module that holds the experts and their router, so that what it gives is weighted."""
+    assert own.experts is not None
+    return common_module(layer, [w.name for w in (*bundle.weights, *own.experts.weights)])
+
+
+def _reached_by_text(parent: Parent, layer: nn.Module, weights: Sequence[WeightAxis]) -> list[WeightAxis]:
+    """Those weights of which a text's logits have a gradient."""
+    if parent.stream is not None:
+        return []
+    parameters = [layer.get_parameter(w.name) for w in weights]
+    ids = torch.arange(1, 1 + _PROBE_TOKENS, device=parent.runtime.device)[None]
+    with requiring_grad(parameters), torch.enable_grad():
+        total = parent.model(input_ids=ids, use_cache=False).logits.float().sum()
+        if not total.requires_grad:
+            return []
+        found = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [w for w, g in zip(weights, found, strict=True) if g is not None]
 
 
 _FROM_GRADIENTS = {"reader": _of_reader, "state": _of_state}

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import nn
 
 from layersmith.library.axes import Bundle, ExpertsAxis, HeadsAxis, HeadSizeAxis, StateAxis, WeightAxis, WidthAxis
 
@@ -167,3 +168,16 @@ def _gather(weights: Tensors, axis: HeadsAxis, kept: Mapping[str, torch.Tensor])
 
 def _take(weight: torch.Tensor, dim: int, entries: torch.Tensor) -> torch.Tensor:
     return weight.index_select(dim, entries.to(weight.device))
+
+
+def common_module(layer: nn.Module, names: Sequence[str]) -> str:
+    """The innermost module that holds all of these weights and is more than a list of modules."""
+    parts = [name.split(".")[:-1] for name in names]
+    common: list[str] = []
+    for own in zip(*parts, strict=False):
+        if len(set(own)) > 1 or own[0] == "{}":
+            break
+        common.append(own[0])
+    while common and isinstance(layer.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
+        common.pop()
+    return ".".join(common)
