@@ -30,7 +30,6 @@ from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np
 import torch
 
 from layersmith import pipeline
@@ -38,9 +37,8 @@ from layersmith.again import reopen, scoring_rows
 from layersmith.artifacts import read_tensors
 from layersmith.library.alternative import Alternative
 from layersmith.run import Run, versions
-from layersmith.scoring import second_order
-from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import standard_error
+from layersmith.scoring.together import Together
 from layersmith.search.budget import parse_budget
 from layersmith.search.choose import Space
 
@@ -51,48 +49,16 @@ _SHARE = 0.75  # of the cosines, when they are searched by: they are noisy, and 
 Chosen = Sequence[Alternative]
 
 
-def products_of(library: Any, rows: torch.Tensor, recipe: Any, seed: int) -> dict[str, np.ndarray]:
-    """Key of an alternative to what its change is along the gradient, for all tokens of all samples."""
-    found: dict[str, list[torch.Tensor]] = {}
-    add = second_order._add
-
-    def noting(sums: Any, own: Sequence[Alternative], products: Sequence[torch.Tensor]) -> None:
-        for a, product in zip(own, products, strict=True):
-            found.setdefault(a.key, []).append(product.float().flatten().cpu())
-        add(sums, own, products)
-
-    second_order._add = noting
-    try:
-        score_library(
-            library, rows, dataclasses.replace(recipe.scoring, mode="second_order", exact_passes=0.0), seed=seed
-        )
-    finally:
-        second_order._add = add
-    return {key: torch.cat(own).double().numpy() for key, own in found.items()}
-
-
 @dataclasses.dataclass
 class Form:
     """What children lose by scores and cosines."""
 
     losses: dict[str, float]
-    cosines: np.ndarray
-    place: dict[str, int]
-
-    @staticmethod
-    def of(losses: dict[str, float], products: dict[str, np.ndarray]) -> Form:
-        values = np.stack(list(products.values()))
-        gram = values @ values.T
-        size = np.sqrt(np.diag(gram)).clip(1e-300)
-        return Form(losses, gram / np.outer(size, size), {key: i for i, key in enumerate(products)})
+    together: Together
 
     def __call__(self, chosen: Chosen, share: float = 1.0) -> float:
-        own = [a for a in chosen if a.kind != "parent"]
-        at = [self.place[a.key] for a in own]
-        roots = np.sqrt([self.losses[a.key] for a in own])
-        cosines = share * self.cosines[np.ix_(at, at)]
-        np.fill_diagonal(cosines, 1.0)
-        return float(roots @ cosines @ roots)
+        alone = math.fsum(self.losses[a.key] for a in chosen)
+        return alone + share * float(self.together.of_pairs(self.losses, [chosen])[0])
 
 
 def examined(folder: str, seed: int) -> dict[str, Any]:
@@ -103,7 +69,11 @@ def examined(folder: str, seed: int) -> dict[str, Any]:
     costs = pipeline.cost_table(library.parent, library, parse_budget(params="1.0"))
     rng = random.Random(seed)
     spaces = {f: pipeline.search_space(library, scores, recipe, costs, parse_budget(params=str(f))) for f in BUDGETS}
-    form = Form.of(dict(spaces[BUDGETS[0]].losses), products_of(library, rows, recipe, recipe.seed))
+    models = pipeline.whole_models(library, rows, recipe, pipeline.SILENT)
+    known = models.together(library.alternatives, range(len(rows)), seed)
+    if known is None:
+        raise SystemExit(f"{folder}: its parent cannot be taken apart.")
+    form = Form(dict(spaces[BUDGETS[0]].losses), known)
 
     def truth(choices: Sequence[Chosen], on: torch.Tensor) -> list[list[float]]:
         models = pipeline.whole_models(library, on, recipe, pipeline.SILENT)
@@ -127,7 +97,7 @@ def examined(folder: str, seed: int) -> dict[str, Any]:
         )  # fmt: skip
     return {
         "name": f"{Path(library.parent.path).name}, {len(library.parent.blocks)} layers",
-        "alternatives": len(form.place), "tokens": rows.numel(), "unseen": unseen.numel(),
+        "alternatives": len(known.place), "tokens": rows.numel(), "unseen": unseen.numel(),
         "children": predicted, "searched": searched,
     }  # fmt: skip
 

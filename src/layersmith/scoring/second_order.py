@@ -269,6 +269,42 @@ def _changed(
 # ---------------------------------------------------------------------------------------------- the sweep
 
 
+@dataclass
+class Products:
+    """Products g . delta of all alternatives, of some of the tokens that a sweep sees.
+
+    Attributes:
+        every: of each batch every so manieth token is kept.
+    """
+
+    every: int = 1
+    _found: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def keep(self, identity: str, product: torch.Tensor) -> None:
+        """Keep those of one alternative, ``[B, T]`` of the next batch."""
+        self._found.setdefault(identity, []).append(product.float().flatten()[:: self.every].cpu())
+
+    def by_identity(self) -> dict[str, Any]:
+        """Identity of an alternative to a float32 array ``[tokens]``."""
+        return {identity: torch.cat(own).numpy() for identity, own in self._found.items()}
+
+
+@dataclass
+class _Sums:
+    """Sums over the tokens of each row of a batch, ``[B]`` by identity of an alternative."""
+
+    products: Products | None
+    squares: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, own: Sequence[Alternative], products: Sequence[torch.Tensor]) -> None:
+        """Add the squares over tokens of ``[B, T]`` products g . delta."""
+        for a, product in zip(own, products, strict=True):
+            total = product.square().sum(-1).double().cpu()
+            self.squares[a.identity] = self.squares[a.identity] + total if a.identity in self.squares else total
+            if self.products is not None:
+                self.products.keep(a.identity, product)
+
+
 def estimate(
     staged: StagedParent,
     alternatives: Sequence[Alternative],
@@ -277,6 +313,7 @@ def estimate(
     seeds: Sequence[Sequence[Sequence[int]]],
     states: States,
     work: Work | None = None,
+    products: Products | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Second-order estimates of KL in nats a token, on every row.
 
@@ -290,6 +327,7 @@ def estimate(
         seeds: for each batch and each backward pass one seed a row.
         states: where hidden states wait.
         work: told of what is done.
+        products: keeps what is squared, if given.
 
     Returns:
         For each batch identity of an alternative to ``[B]`` float64.
@@ -305,7 +343,7 @@ def estimate(
     by_place: dict[tuple[int, str], list[Alternative]] = {}
     for a in alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
-    sums: list[dict[str, torch.Tensor]] = [{} for _ in numbers]
+    sums = [_Sums(products) for _ in numbers]
     for i in reversed(range(depth)):
         own = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
         read(staged, i, work)
@@ -322,7 +360,7 @@ def estimate(
         for k in range(len(seeds[n])):
             states.pop(("gradient", k, n))
     scales = [0.5 / (len(own) * rows.shape[1]) for own, rows in zip(seeds, batches, strict=True)]
-    return [{a: total * scale for a, total in own.items()} for own, scale in zip(sums, scales, strict=True)]
+    return [{a: total * scale for a, total in own.squares.items()} for own, scale in zip(sums, scales, strict=True)]
 
 
 def plan_estimate(
@@ -368,7 +406,7 @@ def _through(
     found: Survey,
     hidden: torch.Tensor,
     cotangents: list[torch.Tensor],
-    sums: dict[str, torch.Tensor],
+    sums: _Sums,
 ) -> list[torch.Tensor]:
     """Score a layer's alternatives, and take the cotangents from its output to its input."""
     layout = layer.stages.layout
@@ -394,7 +432,7 @@ class _Pass:
         with torch.enable_grad(), _watched(layer.module(subblock), readers) as (self.inputs, self.outputs):
             self.output = layer.run(subblock, self.given)
 
-    def back(self, cotangents: list[torch.Tensor], sums: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    def back(self, cotangents: list[torch.Tensor], sums: _Sums) -> list[torch.Tensor]:
         """Add what each alternative gives to its sum; returns the cotangents at what the stage was given."""
         silent = [a for a in self.own if a.identity in self.found.silencing]
         refitted = [a for a in self.own if a.identity in self.found.refitted]
@@ -415,22 +453,18 @@ class _Pass:
                     with self.layer.staged.arithmetic.needs():
                         change = (self.layer.changed(a, self.given.detach()) - self.output).float()
                     for g in cotangents:
-                        _add(sums, [a], [torch.linalg.vecdot(g.float(), change)])
+                        sums.add([a], [torch.linalg.vecdot(g.float(), change)])
         return [own_grads[0] for own_grads in grads]
 
-    def _add_silent(
-        self, silent: Sequence[Alternative], grads: list[dict[str, torch.Tensor]], sums: dict[str, torch.Tensor]
-    ) -> None:
+    def _add_silent(self, silent: Sequence[Alternative], grads: list[dict[str, torch.Tensor]], sums: _Sums) -> None:
         masks = _masks(silent, self.found, {name: x.shape[-1] for name, x in self.inputs.items()})
         for own in grads:
             products = [(self.inputs[name] * at).float() @ masks[name].to(at.device) for name, at in own.items()]
             # Some modules are given the tokens of all rows in one dimension.
             total = torch.stack(products).sum(0).view(*self.given.shape[:2], -1)
-            _add(sums, silent, total.unbind(-1))
+            sums.add(silent, total.unbind(-1))
 
-    def _add_refitted(
-        self, refitted: Sequence[Alternative], grads: list[dict[str, torch.Tensor]], sums: dict[str, torch.Tensor]
-    ) -> None:
+    def _add_refitted(self, refitted: Sequence[Alternative], grads: list[dict[str, torch.Tensor]], sums: _Sums) -> None:
         staged, module = self.layer.staged, self.layer.module(self.subblock)
         for a in refitted:
             ((name, gone),) = self.found.of(a).items()
@@ -441,7 +475,7 @@ class _Pass:
                 staged.arithmetic.add(2.0 * x[..., 0].numel() * weight.numel())
             for own in grads:
                 product = torch.linalg.vecdot(own[name].float(), change.float())
-                _add(sums, [a], [product.view(self.given.shape[:2])])
+                sums.add([a], [product.view(self.given.shape[:2])])
 
     def _gradients(self, wanted: list[torch.Tensor], g: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
         module, arithmetic = self.layer.module(self.subblock), self.layer.staged.arithmetic
@@ -457,13 +491,6 @@ def _masks(silent: Sequence[Alternative], found: Survey, sizes: dict[str, int]) 
         for name, entries in found.silencing[a.identity].items():
             masks[name][entries, column] = 1
     return masks
-
-
-def _add(sums: dict[str, torch.Tensor], own: Sequence[Alternative], products: Sequence[torch.Tensor]) -> None:
-    """Add the squares over tokens of ``[B, T]`` products g . delta."""
-    for a, product in zip(own, products, strict=True):
-        total = product.square().sum(-1).double().cpu()
-        sums[a.identity] = sums[a.identity] + total if a.identity in sums else total
 
 
 # ---------------------------------------------------------------------------------------------- the head

@@ -3,8 +3,9 @@
 The program minimises a sum of scores, each measured in an otherwise whole parent. What a child loses is another thing:
 errors of its parts add up or cancel. So the program's choice and others like it are run on some scoring rows; a
 :class:`~layersmith.search.surrogate.Surrogate` is given what was seen, and says which exchanges may be better; those
-are run next, until the work that is allowed is done. The best few are run on all rows, and the best of these is taken;
-the program's own choice always is among them, so it is never worse on these rows.
+are run next, until the work that is allowed is done. Where a sweep of second-order scores over the same rows is at most
+a third of that work, it comes first and tells the surrogate how alternatives work together. The best few are run on all
+rows, and the best of these is taken; the program's own choice always is among them, so it is never worse on these rows.
 
 Everything that is run is kept in a journal by what the choice is and by row.
 """
@@ -20,9 +21,10 @@ from typing import Any
 from layersmith.artifacts import fingerprint
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
-from layersmith.scoring.library_scores import row_order
+from layersmith.scoring.library_scores import SWEEP_PASSES, row_order
 from layersmith.scoring.metrics import loss_of
 from layersmith.scoring.score import Journal, standard_error
+from layersmith.scoring.together import Together
 from layersmith.search.choose import Choice, Space
 from layersmith.search.surrogate import Surrogate
 from layersmith.search.whole import WholeModels
@@ -34,6 +36,7 @@ _FINALISTS = 3  # run on all rows, beside the program's own
 _TEMPERATURE = 0.35  # of the random factors on scores by which the first others are found
 _PROPOSALS = 48  # exchanges that are looked at, in each step of a descent on the surrogate
 _STEPS = 30
+_MOST_OF_SWEEP = 1 / 3  # of the work that is allowed
 
 
 @dataclass(frozen=True)
@@ -114,9 +117,16 @@ class _Search:
         self.passes = 1.0  # the parent itself
         # Scores of the same rows would be better; they differ by one factor that the surrogate has to learn anyway.
         self.losses: Mapping[str, float] = self.space.losses
+        self.together: Together | None = None
 
     def run(self, plain: Choice) -> Chosen:
         start = plain.alternatives
+        sweep = SWEEP_PASSES * len(self.rows) / len(self.all_rows)
+        if self.objective == "kl_divergence" and sweep <= _MOST_OF_SWEEP * self.recipe.refine_passes:
+            self.together = self.models.together(self.space.alternatives, self.rows, self.rng.randrange(2**20))
+            if self.together is not None:
+                self.passes += sweep
+                self.advance(sweep)
         kept_back = self._price([start] * (_FINALISTS + 1), len(self.all_rows) - len(self.rows))
         allowed = self.recipe.refine_passes - kept_back
         self._see([start])
@@ -192,7 +202,7 @@ class _Search:
 
     def _following(self) -> list[Chosen]:
         """What the surrogate takes for best, from several starts; each unlike the others."""
-        surrogate = Surrogate(self.losses, list(self.seen), list(self.seen.values()))
+        surrogate = Surrogate(self.losses, list(self.seen), list(self.seen.values()), self.together)
         starts = sorted(self.seen, key=self._rank)
         found: list[Chosen] = []
         for k in range(_AT_ONCE):

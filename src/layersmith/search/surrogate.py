@@ -8,10 +8,12 @@ the places make directions in one space, the child would lose |sum of them|^2 / 
 with r the cosines between them, and the sum of scores alone if all are 0. Neither r nor d is known; a Gaussian process
 has them as
 
-    d_p ~ N(0, 0.3^2),   r_pq = r + u_p + u_q + e_pq,   r ~ N(0, 0.3^2), u_p ~ N(0, 0.15^2), e_pq ~ N(0, 0.15^2),
+    d_p ~ N(0, 0.3^2),   r_pq = m_pq + r + u_p + u_q + e_pq,   r ~ N(0, 0.3^2), u_p ~ N(0, 0.15^2), e_pq ~ N(0, 0.15^2),
 
-each u, e and d alike for alternatives of one place as far as these are of one kind: 1 for the same, 0.7 for the same
-kind, 0.4 for others. Children that are seen have a relative error of 2%.
+with m = 0 where nothing was seen of how alternatives work together. Where the sweep has seen it
+(:mod:`layersmith.scoring.together`), m_pq is 0.9 of its cosine, and the deviations are 0.2, 0.1, 0.1 and 0.1. Each u, e
+and d is alike for alternatives of one place as far as these are of one kind: 1 for the same, 0.7 for the same kind, 0.4
+for others. Children that are seen have a relative error of 2%.
 
 Shapes: n choices, P places.
 """
@@ -19,12 +21,27 @@ Shapes: n choices, P places.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from layersmith.library.alternative import Alternative
+from layersmith.scoring.together import Together
 
-_COMMON, _OF_PLACE, _OF_PAIR, _OWN = 0.3, 0.15, 0.15, 0.3
+
+@dataclass(frozen=True)
+class _Beliefs:
+    """Standard deviations of r, u, e and d."""
+
+    common: float
+    of_place: float
+    of_pair: float
+    own: float
+
+
+_UNSEEN, _SEEN = _Beliefs(0.3, 0.15, 0.15, 0.3), _Beliefs(0.1, 0.1, 0.1, 0.2)
+# Of cosines that a sweep saw; large changes add up less than small ones.
+_SHARE = 0.9
 _NOISE = 0.02
 _SAME_KIND, _OTHER_KIND = 0.7, 0.4
 
@@ -36,11 +53,19 @@ class Surrogate:
         losses: key of an alternative to its score.
         seen: choices, places in one order.
         values: what they lost.
+        together: how alternatives work together, if that was seen.
     """
 
-    def __init__(self, losses: Mapping[str, float], seen: Sequence[Sequence[Alternative]], values: Sequence[float]):
-        self.losses, self.seen = losses, list(seen)
-        residuals = np.array(values) - self._roots(seen).__pow__(2).sum(1)
+    def __init__(
+        self,
+        losses: Mapping[str, float],
+        seen: Sequence[Sequence[Alternative]],
+        values: Sequence[float],
+        together: Together | None = None,
+    ):
+        self.losses, self.seen, self.together = losses, list(seen), together
+        self.beliefs = _UNSEEN if together is None else _SEEN
+        residuals = np.array(values) - self._before(seen)
         covariance = self._covariance(seen, seen) + np.diag((_NOISE * np.array(values)) ** 2 + 1e-18)
         self._factor = np.linalg.cholesky(covariance)
         self._weights = np.linalg.solve(self._factor.T, np.linalg.solve(self._factor, residuals))
@@ -48,10 +73,15 @@ class Surrogate:
     def predict(self, choices: Sequence[Sequence[Alternative]]) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation ``[n]`` of what choices lose."""
         cross = self._covariance(choices, self.seen)
-        mean = (self._roots(choices) ** 2).sum(1) + cross @ self._weights
+        mean = self._before(choices) + cross @ self._weights
         solved = np.linalg.solve(self._factor, cross.T)
         own = np.array([self._covariance([choice], [choice])[0, 0] for choice in choices])
         return mean, np.sqrt(np.maximum(own - (solved**2).sum(0), 0.0))
+
+    def _before(self, choices: Sequence[Sequence[Alternative]]) -> np.ndarray:
+        """``[n]``, what choices are believed to lose before any was run."""
+        alone = (self._roots(choices) ** 2).sum(1)
+        return alone if self.together is None else alone + _SHARE * self.together.of_pairs(self.losses, choices)
 
     def _roots(self, choices: Sequence[Sequence[Alternative]]) -> np.ndarray:
         return np.sqrt(np.array([[self.losses[a.key] for a in choice] for choice in choices]))
@@ -65,7 +95,11 @@ class Surrogate:
         products = alike * a[:, None] * b[None]
         by_pair = 2 * (products.sum(-1) ** 2 - (products**2).sum(-1))
         own = (alike * (a**2)[:, None] * (b**2)[None]).sum(-1)
-        return _COMMON**2 * common + _OF_PLACE**2 * by_place + _OF_PAIR**2 * by_pair + _OWN**2 * own
+        beliefs = self.beliefs
+        return (
+            beliefs.common**2 * common + beliefs.of_place**2 * by_place + beliefs.of_pair**2 * by_pair
+            + beliefs.own**2 * own
+        )  # fmt: skip
 
 
 def _alike(one: Sequence[Sequence[Alternative]], other: Sequence[Sequence[Alternative]]) -> np.ndarray:

@@ -22,6 +22,7 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.scoring.exact import spans
 from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
+from layersmith.scoring.together import Together, together
 from layersmith.staged import Batch, StagedParent
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
@@ -78,6 +79,13 @@ class WholeModels:
             total += sum(self._weights(i, own) for i, own in enumerate(places) if i >= first) + self._head
             before = places
         return total / self._whole * num_rows / len(self.tokens)
+
+    def together(self, alternatives: Sequence[Alternative], rows: Sequence[int], seed: int) -> Together | None:
+        """How alternatives work together on some rows; None where the parent cannot be taken apart."""
+        if self.staged is None or self.staged.streamed:
+            return None
+        batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
+        return together(self.staged, [a for a in alternatives if a.kind != "parent"], batches, seed)
 
     # ------------------------------------------------------------------------------------------ two ways
 
