@@ -293,8 +293,10 @@ class _GivenBuffers:
             buffers = model.get_submodule(path)._buffers
             if (buffer := buffers.get(own_name)) is not None:
                 buffers[own_name] = torch.full_like(buffer, torch.nan, device="cpu")
-        with torch.device("cpu"), torch.random.fork_rng(devices=[]):
-            model.initialize_weights()
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+            # Not initialize_weights: of a class that is not Transformers' own, that leaves out what has no weights.
+            for module in model.modules():
+                model._init_weights(module)
         # What it does not set then is left as it is; where its size matters, the layer does not run.
         return {n: b for n, b in model.named_buffers() if n in names and not b.isnan().any()}
 
