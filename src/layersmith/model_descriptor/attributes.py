@@ -436,7 +436,7 @@ def _kv_heads(
         if value == cached and _doubles_keys(trial, path, value):
             of_keys.append(path)
         # There may be keys for each query head in the cache, however many KV heads there are.
-        is_usual = path[-1] == "num_key_value_heads" and bool(cached) and cached % value == 0
+        is_usual = path[-1] == "num_key_value_heads" and cached is not None and cached % value == 0
         is_usual = is_usual or path in of_keys
         if both := [n for n, dims in changes.items() if len(dims) > 1]:
             reason = (
