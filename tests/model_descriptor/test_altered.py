@@ -188,7 +188,10 @@ EXCHANGED: dict[str, tuple[list[str], dict[str, str]]] = {
     "falcon_h1": (["mamba_n_heads", "num_key_value_heads", "mamba_d_state", "intermediate_size"], {"mup_vector": "A"}),
     "jetmoe": (["num_key_value_heads", "intermediate_size", "kv_channels"], {"input_linear": "output_linear_"}),
     "minimax": (["num_attention_heads", "num_key_value_heads", "intermediate_size"], {"qkv_proj": "o_proj_"}),
-    "zaya": (["num_attention_heads", "num_key_value_heads", "router_hidden_size"], {"q_proj": "up_proj_", "temp": "q_proj_"}),
+    "zaya": (
+        ["num_attention_heads", "num_key_value_heads", "router_hidden_size"],
+        {"q_proj": "up_proj_", "temp": "q_proj_"},
+    ),
 }
 
 
