@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from layersmith.heterogeneous.modeling_layersmith import give_own_buffers
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.parent import Parent
 
@@ -162,12 +163,16 @@ def output_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
 
 
 def share_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Let ``target`` use those buffers of ``source`` under the same names that a ``state_dict`` does not hold."""
+    """Let ``target`` use those buffers of ``source`` under the same names that a ``state_dict`` does not hold.
+
+    Those that depend on the sizes of a layer are the target's own.
+    """
     wanted = {name for name, _ in target.named_buffers()} - target.state_dict().keys()
     for name, buffer in source.named_buffers():
         if name in wanted:
             module, _, own_name = name.rpartition(".")
             target.get_submodule(module)._buffers[own_name] = buffer
+    give_own_buffers(target)
 
 
 def first_tensor(output: Any) -> torch.Tensor:

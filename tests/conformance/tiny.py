@@ -228,6 +228,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "diffusion_gemma": {"num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32},
     "longcat_flash": _MLA | {"head_dim": 8, "zero_expert_num": 2, "n_routed_experts": 8, "moe_topk": 4},
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16},
+    "falcon_h1": {"ssm_multipliers": [0.7, 1.3, 0.6, 1.5, 0.8]},
     "mistral4": _MLA,
     **dict.fromkeys(("axk1", "deepseek_v3", "kimi_k25", "youtu"), _MLA | {"head_dim": 8}),
     **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "minicpm3", "kimi_linear", "glm4_moe_lite"), _MLA),

@@ -317,3 +317,38 @@ def test_what_does_not_run_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> No
         "attention 3 query heads (contribution) is not offered in any layer: it does not run with it (three are odd)."
     )
     assert note in found.notes
+
+
+@torch.no_grad()
+def test_heads_whose_keys_come_from_one_cache_go_whatever_the_config_says() -> None:
+    """A number of KV heads that is read for nothing but how often keys are repeated goes along with the queries."""
+    config = own_config(tiny_config("deepseek_v3"))
+    config.update({"num_attention_heads": 6, "num_key_value_heads": 4})
+    parent = parent_of_config(config, "deepseek_v3")
+    found = survey(parent, LibraryRecipe(linear=()))
+    own = found.axes[0].kv
+    assert own is not None
+    assert (own.num_heads, own.fewer_groups) == (6, True)
+    library = build_library(parent, LibraryRecipe(linear=()), found, TOKENS, batch_sequences=2)
+    chosen = [next(a for a in library.alternatives if (a.layer, a.kind, a.size) == (0, "head_groups", 3))]
+    child = library.compose(chosen)
+    wanted = child(TOKENS, use_cache=False).logits
+    child.set_attn_implementation("eager")  # where keys are repeated
+    torch.testing.assert_close(child(TOKENS, use_cache=False).logits, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_queries_of_which_the_keys_have_the_mean() -> None:
+    """Three to each key: those that go are made copies of the one of the same key that stays."""
+    config = own_config(tiny_config("zaya"))
+    config.update({"num_attention_heads": 6, "num_key_value_heads": 2})
+    axes = survey(parent_of_config(config, "zaya"), LibraryRecipe()).axes
+    assert all(own.kv is not None and (own.kv.size, own.kv.fewer_queries) == (2, True) for own in axes)
+
+
+def test_experts_that_tokens_have_by_a_table_stay() -> None:
+    parent = parent_of("deepseek_v4")
+    axes = survey(parent, LibraryRecipe()).axes
+    tables = [i for i, layer in enumerate(parent.layers) if any("tid2eid" in name for name in layer.state_dict())]
+    assert tables == [0, 3]
+    why = "no score chooses among its experts: mlp.gate.tid2eid says which ones a token has"
+    assert {i: own.reasons["experts"] for i, own in enumerate(axes) if "experts" in own.reasons} == {0: why, 3: why}

@@ -5,6 +5,7 @@ Where the parts of a fused weight lie is written down here once more, by hand.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,12 @@ from conformance.tiny import tiny_config
 from torch import nn
 
 import layersmith
+from layersmith.block_config import AttentionConfig
 from layersmith.execution import exchanged, forward
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
 from layersmith.model_descriptor.mixers import in_proportion
-from layersmith.model_descriptor.stock import own_config
+from layersmith.model_descriptor.stock import own_config, restore_buffers
 from layersmith.parent import Parent
 from layersmith.recipe import LibraryRecipe
 from layersmith.verification import axis_verdicts
@@ -26,7 +28,7 @@ from tests.library.test_axes_of_families import TOKENS, parent_of
 
 RECIPE = LibraryRecipe(linear=(), no_op=(), query_heads=False)
 # Family to where the mixer of its first layer is.
-MAMBA_2 = {"nemotron_h": "mixer", "bamba": "mamba", "granitemoehybrid": "mamba"}
+MAMBA_2 = {"nemotron_h": "mixer", "bamba": "mamba", "granitemoehybrid": "mamba", "falcon_h1": "mamba"}
 
 
 def library_of(parent: Parent) -> Library:
@@ -182,7 +184,7 @@ def test_mamba_without_heads_has_a_state() -> None:
     assert gives_the_same(library, "state_size", N // 2)
 
 
-@pytest.mark.parametrize("family", ["nemotron_h", "bamba", "jamba", "qwen3_next"])
+@pytest.mark.parametrize("family", ["nemotron_h", "bamba", "jamba", "qwen3_next", "falcon_h1"])
 def test_a_child_generates_and_loads_without_layersmith(family: str, tmp_path: Path) -> None:
     """Layers with states of other sizes share a cache; three of four heads have a width that is no whole multiple."""
     parent = parent_of(family)
@@ -206,11 +208,6 @@ def test_a_child_generates_and_loads_without_layersmith(family: str, tmp_path: P
 
 
 def test_what_cannot_differ_says_why() -> None:
-    parent = parent_of("falcon_h1")
-    verdicts = axis_verdicts(survey(parent, RECIPE).axes[0], parent.blocks[0])
-    # Its model gives each layer a vector of multipliers that is as long as its own config says.
-    for what in ("mixer heads", "mixer head size", "state sizes"):
-        assert verdicts[what].startswith("its model gives the mixer of every layer a mamba.mup_vector")
     parent = parent_of("jamba")
     axes = survey(parent, RECIPE).axes
     assert axis_verdicts(axes[0], parent.blocks[0])["mixer heads"] == "its state has no heads"
@@ -234,6 +231,26 @@ def test_a_fresh_child_starts_by_the_sizes_of_its_layers() -> None:
     mixer: nn.Module = child.get_submodule("model.layers.0.mixer")
     assert mixer.get_parameter("A_log").tolist() == torch.arange(1.0, 5.0).log().tolist()
     assert bool((mixer.get_parameter("D") == 1).all())
+
+
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_what_a_model_gives_its_layers_is_by_the_config_of_each(device: str) -> None:
+    """The model makes one vector of multipliers, as long as its own config says, and hands it to every layer."""
+    parent = parent_of("falcon_h1")
+    mamba = parent.blocks[1].attention.mamba
+    multipliers = parent.config.ssm_multipliers
+    assert mamba is not None
+    assert len(set(multipliers)) == 5
+    H, P, N, G = 3, mamba.head_dim, 5, mamba.num_groups
+    fewer = dataclasses.replace(mamba, num_heads=H, state_dim=N)
+    changed = dataclasses.replace(parent.blocks[1], attention=AttentionConfig(mamba=fewer))
+    blocks = [parent.blocks[0], changed, *parent.blocks[2:]]
+    child = layersmith.build(parent.config, blocks, dtype=torch.float32, device=device)
+    restore_buffers(child, parent.runtime)
+    by_hand = [torch.full((n,), m) for n, m in zip((H * P, H * P, G * N, G * N, H), multipliers, strict=True)]
+    for i in (1, 0):
+        own = child.get_submodule(f"model.layers.{i}.mamba").get_buffer("mup_vector")
+        assert own.tolist() == (torch.cat(by_hand)[None, None] if i else parent.layers[0].mamba.mup_vector).tolist()
 
 
 def test_multiples_in_proportion_are_never_less() -> None:

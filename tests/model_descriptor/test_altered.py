@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.tiny import tiny_config
 from conftest import randomize
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto import configuration_auto, modeling_auto
@@ -23,6 +24,10 @@ from transformers.models.auto import configuration_auto, modeling_auto
 import layersmith
 from layersmith import BlockConfig, FFNConfig
 from layersmith.block_config import AttentionConfig
+from layersmith.library.library import survey
+from layersmith.model_descriptor.stock import own_config, stock_class
+from layersmith.recipe import LibraryRecipe
+from tests.library.test_axes_of_families import costs_of, parent_of_config
 
 # Old module name to new, in the source and so in the weights' names.
 MODULES = {
@@ -176,3 +181,47 @@ def test_children_are_the_same_renamed(pair: tuple[Any, Any]) -> None:
     children[1].load_state_dict(weights, strict=True)
     assert torch.equal(children[0](TOKENS).logits, children[1](TOKENS).logits)
     assert torch.equal(children[0](TOKENS, use_cache=False).logits, children[0](TOKENS).logits)
+
+
+# Of each family, numbers in its config of which each gets the name of the next, and modules, whose names mislead too.
+EXCHANGED: dict[str, tuple[list[str], dict[str, str]]] = {
+    "falcon_h1": (["mamba_n_heads", "num_key_value_heads", "mamba_d_state", "intermediate_size"], {"mup_vector": "A"}),
+    "jetmoe": (["num_key_value_heads", "intermediate_size", "kv_channels"], {"input_linear": "output_linear_"}),
+    "minimax": (["num_attention_heads", "num_key_value_heads", "intermediate_size"], {"qkv_proj": "o_proj_"}),
+    "zaya": (
+        ["num_attention_heads", "num_key_value_heads", "router_hidden_size"],
+        {"q_proj": "up_proj_", "temp": "q_proj_"},
+    ),
+}
+
+
+@pytest.mark.parametrize("family", EXCHANGED)
+def test_axes_are_the_same_where_numbers_have_each_others_names(family: str, tmp_path: Path) -> None:
+    """What a config calls its number of heads is something else, e.g. a width."""
+    config = own_config(tiny_config(family))
+    attributes, modules = EXCHANGED[family]
+    names = dict(zip(attributes, [*attributes[1:], attributes[0]], strict=True))
+    new_type, stock = f"exchanged_{family}", stock_class(config)
+    configuration, modeling = (importlib.import_module(c.__module__) for c in (type(config), stock))
+    prefix = stock.__name__.removesuffix("ForCausalLM")
+    odd = re.compile(rf"\b{prefix}(?=[A-Z])")
+    source = altered_source(configuration, names).replace(f'model_type = "{family}"', f'model_type = "{new_type}"')
+    made = import_source(f"configuration_{new_type}", odd.sub(f"Odd{prefix}", source), tmp_path)
+    new_class = getattr(made, f"Odd{type(config).__name__}")
+    source = altered_source(modeling, names | modules)
+    source = source.replace(f"from {configuration.__name__} import", f"from configuration_{new_type} import")
+    made = import_source(f"modeling_{new_type}", odd.sub(f"Odd{prefix}", source), tmp_path)
+    model_class = getattr(made, f"Odd{stock.__name__}")
+    said = {names.get(k, k): v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    AutoConfig.register(new_type, new_class)
+    AutoModelForCausalLM.register(new_class, model_class)
+    try:
+        own, altered = (parent_of_config(c, c.model_type) for c in (config, new_class(**said)))
+        assert own.blocks == altered.blocks
+        found = [survey(parent, LibraryRecipe()) for parent in (own, altered)]
+        offered = [{(a.layer, a.name) for a in one.alternatives} for one in found]
+        assert offered[0] == offered[1]
+        assert costs_of(own, found[0]) == costs_of(altered, found[1])
+    finally:
+        configuration_auto.CONFIG_MAPPING._extra_content.pop(new_type, None)
+        modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(new_class, None)

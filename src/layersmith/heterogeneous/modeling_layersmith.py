@@ -160,6 +160,7 @@ def own_layers(
     originals = [(cls, cls.__init__, "__init__" in vars(cls)) for cls in layer_classes]
     built_from: dict[int, tuple[nn.Module, PretrainedConfig]] = {}  # with the module, so that its id stays its own
     under_construction: set[int] = set()  # a listed class may call another listed class's __init__
+    given = _GivenBuffers()
     constructed = 0
 
     def patch(cls: type[nn.Module], original: Callable[..., None]) -> None:
@@ -167,7 +168,7 @@ def own_layers(
 
         def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             nonlocal constructed
-            if id(self) in under_construction:
+            if id(self) in under_construction or given.asking:
                 original(self, *args, **kwargs)
                 return
             bound = signature.bind(self, *args, **kwargs)
@@ -186,11 +187,12 @@ def own_layers(
                 under_construction.discard(id(self))
             built_from.update((id(m), (m, bound.arguments[config_name])) for m in self.modules())
             finish(self, index)
+            given.note(self, bound.arguments[config_name])
 
         __init__.__wrapped__ = original  # type: ignore[attr-defined]
         cls.__init__ = __init__  # type: ignore[method-assign]
 
-    with _construction, _initialized_by(built_from):
+    with _construction, _initialized_by(built_from), given.by_layer():
         try:
             for cls, original, _ in originals:
                 patch(cls, original)
@@ -226,6 +228,104 @@ def _initialized_by(built_from: dict[int, tuple[nn.Module, PretrainedConfig]]) -
         yield
     finally:
         PreTrainedModel._initialize_weights = original  # type: ignore[method-assign]
+
+
+class _GivenBuffers:
+    """Buffers that a model, once it has its layers, gives them all by its own config.
+
+    A layer whose config is another gets what a model of that config gives its layers.
+    """
+
+    def __init__(self) -> None:
+        self.asking = False  # a model of a layer's config is being built
+        self.layers: dict[int, tuple[nn.Module, PretrainedConfig, set[str]]] = {}
+
+    def note(self, layer: nn.Module, config: PretrainedConfig) -> None:
+        """Take down what a layer has before its model gives it more."""
+        self.layers[id(layer)] = layer, config, {name for name, _ in layer.named_buffers()}
+
+    @contextmanager
+    def by_layer(self) -> Iterator[None]:
+        """While open, a model that is constructed has each layer's own in the end."""
+        original = PreTrainedModel.post_init
+
+        def post_init(model: PreTrainedModel) -> None:
+            original(model)
+            if not self.asking:
+                self.exchange(model)
+
+        PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
+        try:
+            yield
+        finally:
+            PreTrainedModel.post_init = original  # type: ignore[method-assign]
+
+    def exchange(self, model: PreTrainedModel) -> None:
+        wanted: dict[str, tuple[PretrainedConfig, list[str]]] = {}  # of each config, the names of what layers are given
+        for path, module in model.named_modules():
+            _, config, before = self.layers.pop(id(module), (None, None, set()))
+            if type(config) is type(model.config) and (late := _unsaved_buffers(module) - before):
+                assert config is not None
+                wanted.setdefault(_said(config), (config, []))[1].extend(f"{path}.{name}" for name in late)
+        wanted.pop(_said(model.config) if wanted else "", None)
+        for config, names in wanted.values():
+            for name, values in self.given_by(type(model), config, names).items():
+                path, _, own_name = name.rpartition(".")
+                part = model.get_submodule(path)
+                models = part._buffers[own_name]
+                assert models is not None
+                part.__dict__.setdefault(_OWN, {})[own_name] = values.to(models.dtype), models.shape
+        if wanted:
+            give_own_buffers(model)
+
+    def given_by(
+        self, cls: type[PreTrainedModel], config: PretrainedConfig, names: Sequence[str]
+    ) -> dict[str, torch.Tensor]:
+        """Buffers that a model of a config has, those that it sets when it starts its weights."""
+        self.asking = True
+        try:
+            with torch.device("meta"):
+                model = cls(with_overrides(config, {}))
+        finally:
+            self.asking = False
+        for name in names:
+            path, _, own_name = name.rpartition(".")
+            buffers = model.get_submodule(path)._buffers
+            if (buffer := buffers.get(own_name)) is not None:
+                buffers[own_name] = torch.full_like(buffer, torch.nan, device="cpu")
+        with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
+            # Not initialize_weights: of a class that is not Transformers' own, that leaves out what has no weights.
+            for module in model.modules():
+                model._init_weights(module)
+        # What it does not set then is left as it is; where its size matters, the layer does not run.
+        return {n: b for n, b in model.named_buffers() if n in names and not b.isnan().any()}
+
+
+_OWN = "_layersmith_own_buffers"
+
+
+def _said(config: PretrainedConfig) -> str:
+    """What a config says, but for a child's plan, which speaks of all layers."""
+    return repr(sorted((k, repr(v)) for k, v in vars(config).items() if k not in ("layersmith", "block_configs")))
+
+
+def _unsaved_buffers(module: nn.Module) -> set[str]:
+    return {name for name, _ in module.named_buffers()} - module.state_dict().keys()
+
+
+def give_own_buffers(model: nn.Module, models: bool = False) -> None:
+    """Put the buffers of layers whose sizes differ where those stand that a model, or another one, gives all layers.
+
+    Args:
+        model: or a layer.
+        models: put fresh ones of the model's shape there instead, for what fills all alike.
+    """
+    for part in model.modules():
+        for name, (own, shape) in part.__dict__.get(_OWN, {}).items():
+            there = part._buffers[name]
+            assert there is not None
+            new = torch.empty(shape, dtype=there.dtype, device=there.device) if models else own
+            part._buffers[name] = new.to(there.device, there.dtype)
 
 
 def _config_argument(arguments: dict[str, Any]) -> str | None:
@@ -461,6 +561,12 @@ class HeterogeneousMixin:
             info["unexpected_keys"] = [name for name in info["unexpected_keys"] if name.startswith(prefix)]
         refuse_incomplete(info, str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
+
+    def initialize_weights(self) -> None:
+        # What the stock method gives all layers has the shape that the model's own config says.
+        give_own_buffers(self, models=True)  # type: ignore[arg-type]
+        super().initialize_weights()  # type: ignore[misc]
+        give_own_buffers(self)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """As the stock method; the folder also gets this file and the guard against building it without."""

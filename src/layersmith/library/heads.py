@@ -57,6 +57,8 @@ def attention_heads(finder: Finder, i: int, reasons: dict[str, str]) -> HeadsAxi
     if num_heads is None or not (of_kv or of_queries):
         raise NoAxis("; ".join(filter(None, (why, no_queries))))
     count = _shared_kv_heads(finder, i) if count is None else count
+    if not of_kv and count != 1 and finder.described is not None and finder.described.latent_cache(i) is not None:
+        count = None  # each query head makes keys and values of what is cached, whatever the config says
     if finder.described is not None and finder.described.heads_end_in_blocks(i):
         if of_kv:
             raise NoAxis("the projection that its heads end in is made of blocks, and it has several KV heads")

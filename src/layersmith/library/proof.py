@@ -365,6 +365,7 @@ def _without_some(
 ) -> tuple[Alternative, Kill, Slice]:
     """Half the heads of one attention gone: the alternative, what makes them dead, and what cuts them out."""
     group = axis.num_heads // axis.size
+    copied: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def some(size: int, count: int) -> torch.Tensor:
         # Not the first ones, so that the order of heads is put to the test.
@@ -372,15 +373,20 @@ def _without_some(
 
     if way == "fewer_queries":
         share = axis.num_heads // axis.shares
-        queries = (torch.arange(axis.shares)[:, None] * share + some(share, largest_part(share))).flatten()
-        kept = {"queries": queries}
+        first = torch.arange(axis.shares)[:, None] * share
+        own = some(share, largest_part(share))
+        queries = (first + own).flatten()
+        # A head that goes is a copy of one of its own share.
+        source = (first + own[torch.arange(share - len(own)) % len(own)]).flatten()
         fewer = Alternative(i, "attention", "query_heads", size=len(queries) * axis.together)
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, queries)  # noqa: E731
     else:
         count = largest_part(axis.size)
         heads = some(axis.size, count)
         queries = query_heads_of(axis, heads)
-        kept = {"kv": heads, "queries": queries}
+        gone_heads = others(axis.size, heads)
+        copied["kv"] = heads[torch.arange(len(gone_heads)) % count], gone_heads
+        source = query_heads_of(axis, copied["kv"][0])
         if way == "fewer_kv":
             fewer = Alternative(i, "attention", "kv_heads", size=count * axis.together)
             cut = lambda tensors: keep_kv_heads(tensors, axis, heads)  # noqa: E731
@@ -388,12 +394,10 @@ def _without_some(
             left, of_queries = count * axis.together, count * group * axis.together
             fewer = Alternative(i, "attention", "head_groups", size=left, query_heads=of_queries)
             cut = lambda tensors: keep_groups(tensors, axis, heads)  # noqa: E731
-    gone = {"kv": others(axis.size, kept["kv"])} if "kv" in kept else {}
-    gone["queries"] = others(axis.num_heads, queries)
-
-    # Query heads that lose their KV head but stay keep their own weights.
-    own = gone.keys() - {REST} - ({"queries"} if way == "fewer_kv" else set())
-    kill = made_dead(axis, "queries", gone["queries"], {p: (kept[p], gone[p]) for p in own} if copies else {})
+    gone = others(axis.num_heads, queries)
+    if way != "fewer_kv":  # there, query heads that lose their KV head but stay keep their own weights
+        copied["queries"] = source, gone
+    kill = made_dead(axis, "queries", gone, copied if copies else {})
     return fewer, kill, cut
 
 
@@ -450,7 +454,29 @@ def _prove_experts(trial: Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
         fewer = Alternative(i, "ffn", "experts", size=len(kept)).block_config(block)
         return trial.difference(i, fewer, kill, lambda tensors: keep_experts(tensors, guess, kept))
 
-    return first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
+    try:
+        return first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
+    except Fails:
+        if table := _table_of_experts(trial, i, axis):
+            raise Fails(f"no score chooses among its experts: {table} says which ones a token has") from None
+        raise
+
+
+def _table_of_experts(trial: Trial, i: int, axis: ExpertsAxis) -> str:
+    """A tensor of whole numbers, each that of an expert, with others in which the layer gives something else."""
+    layer = copy.deepcopy(trial.parent.layer(i))
+    trial.parent.let_go()
+    wanted = trial.output(i, layer)
+    for name, tensor in layer.state_dict().items():
+        if tensor.is_floating_point() or not tensor.numel() or int(tensor.min()) < 0 or int(tensor.max()) >= axis.size:
+            continue
+        own = tensor.clone()
+        tensor.copy_((own + 1) % axis.size)
+        seen = trial.output(i, layer)
+        tensor.copy_(own)
+        if float((seen - wanted).abs().max()) > trial.tolerance * float((wanted - trial.before(i)).abs().max()):
+            return name
+    return ""
 
 
 def _experts_guesses(axis: ExpertsAxis) -> Iterator[ExpertsAxis]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import PretrainedConfig
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
 from layersmith.model_descriptor.ffn_sizes import FFNSizes, experts_per_token, unsaid_width
-from layersmith.model_descriptor.mixers import MixerSizes, find_mixer
+from layersmith.model_descriptor.mixers import MixerSizes, filled_cache, find_mixer
 from layersmith.model_descriptor.query_heads import find_query_heads
 from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
 from layersmith.model_descriptor.stock import stock_model
@@ -46,6 +46,8 @@ class Sizes:
         query_heads: number of query heads, and whatever must be equal to it.
         head_size: what sets the size of a head and has to be said when their number changes.
         no_query_heads, no_kv_heads: why there is no number of them, where that was seen.
+        keys: number of heads of the keys in the cache, where it is no number of KV heads that can differ alone.
+        heads_elsewhere: number of query heads in other kinds of layers that changes shapes of this one too.
         head_blocks: of the projection that heads end in, in a small model; each reads its share of the heads.
         head_pairs: whether two heads work together, one of either half of all, and end next to each other.
         resized: weights of an FFN whose width no attribute says, and the dimension of each that is as long as it.
@@ -74,6 +76,8 @@ class Sizes:
     head_blocks: int = 1
     head_pairs: bool = False
     no_kv_heads: str = ""
+    keys: Path | None = None
+    heads_elsewhere: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -184,7 +188,7 @@ def find_sizes(
             tuple(i for i, own_kind in enumerate(of_layer) if own_kind == k),
             numbers=of_kinds[k],
         )
-        kv_heads, no_kv_heads = _kv_heads(trial, kind, base[examples[k]], own)
+        kv_heads, no_kv_heads, of_keys = _kv_heads(trial, kind, base[examples[k]], own)
         named = list(of_kinds[k].items())
         idle = {*without, *effects} - own.keys()
         queries = find_query_heads(trial, kind, base[examples[k]], own, named, idle, kv_heads)
@@ -198,6 +202,7 @@ def find_sizes(
             head_blocks=queries.blocks,
             head_pairs=queries.pairs,
             no_kv_heads=no_kv_heads,
+            keys=next((path for path in of_keys if path not in queries.paths), None),
             mixer=mixer,
         )
         if mixer is not None and (mixer.num_heads or mixer.state_dim) and mixer.is_alone:
@@ -225,7 +230,19 @@ def find_sizes(
                 experts_of_both=ffn.of_both,
             )
         )
-    return found_sizes
+
+    def elsewhere(k: int) -> Path | None:
+        for other in found_sizes:
+            for path in other.query_heads[:1]:
+                more = nested(config, path, 2 * value_at(config, path))
+                if other.head_size is not None:
+                    more = merged(more, nested(config, *other.head_size))
+                with suppress(Exception):  # whatever a family's own code raises for a size that it cannot take
+                    if shapes(more)[examples[k]] != base[examples[k]]:
+                        return path
+        return None
+
+    return [own if own.query_heads else replace(own, heads_elsewhere=elsewhere(k)) for k, own in enumerate(found_sizes)]
 
 
 def _of_layer(shapes: Callable[[dict[str, Any]], list[Shapes]], index: int, overrides: dict[str, Any]) -> Shapes:
@@ -397,13 +414,17 @@ _MORE = "there are more of them than the config says, which says what other laye
 _OTHER = "with every KV head there twice the model gives something else, so where they lie is not understood"
 
 
-def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]) -> tuple[Path | None, str]:
+def _kv_heads(
+    trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]
+) -> tuple[Path | None, str, list[Path]]:
     """The attribute whose double, with each head's keys and values there twice, changes nothing.
 
     Returns:
-        The attribute; or None, and why the one that is called so as usual is not it, where that was seen.
+        The attribute; or None, why the one that sets the heads of the keys in the cache, or that is called so as usual,
+        is not it, where that was seen, and the attributes that set them.
     """
-    reason = ""
+    reason, of_keys = "", []
+    cached = _heads_of_keys(trial.specimen, trial.prefix)
     for path, effect in effects.items() if kind.attention is not None else ():
         value = trial.value(path)
         changes = {
@@ -412,7 +433,11 @@ def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, E
         }
         if effect.came_or_went or effect.other != 2 * value or any(kind.owners.get(n) != "attention" for n in changes):
             continue
-        is_usual = path[-1] == "num_key_value_heads"
+        if value == cached and _doubles_keys(trial, path, value):
+            of_keys.append(path)
+        # There may be keys for each query head in the cache, however many KV heads there are.
+        is_usual = path[-1] == "num_key_value_heads" and cached is not None and cached % value == 0
+        is_usual = is_usual or path in of_keys
         if both := [n for n, dims in changes.items() if len(dims) > 1]:
             reason = (
                 f"{both[0]} changes on both sides with their number: each of them reads all" if is_usual else reason
@@ -429,13 +454,32 @@ def _kv_heads(trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, E
         if not _carries(trial, kind, list(changes)):
             continue
         if any(all(_duplicates(own, path, seed) for seed in (0, 1)) for own in trial.ways()):
-            return path, ""
+            return path, "", []
         if is_usual:
             more = any(_duplicates(own, path, 0, factor) for own in trial.ways() for factor in (2, 4))
             reason = (
                 "there are more of them than the config says, which says what other layers have" if more else _OTHER
             )
-    return None, reason
+    return None, reason, of_keys
+
+
+def _heads_of_keys(specimen: Specimen, prefix: str) -> int | None:
+    """K of the keys ``[B, K, T, d]`` that a layer leaves in the cache; None if it leaves none."""
+    index = int(prefix.rstrip(".").rpartition(".")[2])
+    try:
+        layers = filled_cache(specimen).layers
+        keys = getattr(layers[index], "keys", None) if index < len(layers) else None
+    except Exception:  # a family's own code may keep no cache, or another kind
+        return None
+    return keys.shape[1] if isinstance(keys, torch.Tensor) and keys.ndim == 4 else None
+
+
+def _doubles_keys(trial: Trial, path: Path, value: int) -> bool:
+    """Whether twice as much of an attribute makes keys of twice as many heads."""
+    try:
+        return _heads_of_keys(trial.made(path, 2 * value), trial.prefix) == 2 * value
+    except UnsupportedModel:
+        return False
 
 
 def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:

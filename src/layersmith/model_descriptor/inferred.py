@@ -370,9 +370,10 @@ class InferredDescriptor(ModelDescriptor):
         """H of a layer, if it is a number that can differ by layer or that its config names as usual."""
         findings = cls.findings
         config = cls.get_language_model_config(findings.config)
-        paths = findings.sizes[findings.of_layer[index]].query_heads
-        if paths:
-            return value_at(config, paths[0], index)
+        sizes = findings.sizes[findings.of_layer[index]]
+        path = sizes.query_heads[0] if sizes.query_heads else sizes.heads_elsewhere
+        if path is not None:
+            return value_at(config, path, index)
         return whole_number(config, "num_attention_heads")
 
     @classmethod
@@ -385,8 +386,11 @@ class InferredDescriptor(ModelDescriptor):
         findings = cls.findings
         config = cls.get_language_model_config(findings.config)
         own, *others = [findings.sizes[findings.of_layer[index]], *findings.sizes]
-        path = own.kv_heads or next((sizes.kv_heads for sizes in others if sizes.kv_heads), None)
-        return whole_number(config, "num_key_value_heads") if path is None else value_at(config, path, index) or None
+        path = own.kv_heads or own.keys or next((sizes.kv_heads for sizes in others if sizes.kv_heads), None)
+        if path is not None:
+            return value_at(config, path, index) or None
+        usual, heads = whole_number(config, "num_key_value_heads"), cls.num_query_heads(index)
+        return None if usual and heads and heads % usual else usual  # what is called so may be something else
 
     @classmethod
     def why_no_query_heads(cls, index: int) -> str:

@@ -22,9 +22,7 @@ from torch import nn
 
 from layersmith.block_config import MambaConfig
 from layersmith.errors import first_line
-from layersmith.heterogeneous.modeling_layersmith import own_layers
 from layersmith.model_descriptor.specimen import Specimen
-from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind
 
 if TYPE_CHECKING:
@@ -146,28 +144,9 @@ def find_mixer(
     known = {1: 1, heads: 0}.get(groups)
     alone = _keeps_no_keys(trial.specimen, index)
     problem = f"with other sizes of its mixer it does not run ({problems[0]})" if problems and not sizes else ""
-    if problem and (given := _given_by_model(trial, kind)):
-        problem = (
-            f"its model gives the mixer of every layer a {given} by the config of them all, so no sizes can differ"
-        )
     return MixerSizes(
         **sizes, reader=reader, headless=headless, square=square, groups=known, is_alone=alone, problem=problem
     )
-
-
-def _given_by_model(trial: Trial, kind: LayerKind) -> str:
-    """A buffer of the attention that its layer does not make: the model does, after it has made its layers."""
-    made: list[set[str]] = []
-
-    def note(layer: nn.Module, index: int) -> None:
-        made.append({name for name, _ in layer.named_buffers()})
-
-    with own_layers(trial.layer_classes, lambda own, index: own, note):
-        model = stock_model(trial.specimen.config)
-    index = int(trial.prefix.rstrip(".").rpartition(".")[2])
-    inside = tuple(f"{name}." for name in kind.attention.modules) if kind.attention is not None else ()
-    buffers = (name for name, _ in model.get_submodule(trial.prefix.rstrip(".")).named_buffers())
-    return next((name for name in buffers if name not in made[index] and name.startswith(inside)), "")
 
 
 def _pairs(trial: Trial, firsts: Sequence[Path], seconds: Sequence[Path], size: int) -> Iterator[tuple[Path, Path]]:

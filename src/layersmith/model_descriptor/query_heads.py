@@ -100,6 +100,8 @@ def _found(
         if any(kind.owners.get(name) != "attention" for name in touched):
             continue
         equal = [p for p, v in named if v == value and p not in (path, kv_heads)]
+        # A number of KV heads that sets no size may still be read, e.g. for how many queries there are to each.
+        equal += [p for p in idle if kv_heads is None and p[-1] == "num_key_value_heads" and p not in equal]
         # The size of a head, read off the weights: what a head of the last projection takes.
         sizes = sorted({n // value for shape in base.values() for n in shape if n % value == 0 and n > value})
         pins: list[tuple[Path, int] | None] = [None, *((p, size) for p in unset for size in sizes)]

@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.modeling_layersmith import model_class_for, remote_class
+from layersmith.heterogeneous.modeling_layersmith import give_own_buffers, model_class_for, remote_class
 
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -115,3 +115,4 @@ def restore_buffers(model: nn.Module, runtime: Any) -> None:
             for plain, value in vars(module).items():
                 if isinstance(value, torch.Tensor):
                     setattr(own, plain, value.to(runtime.device))
+    give_own_buffers(model)
