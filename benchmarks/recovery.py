@@ -397,8 +397,11 @@ def _verdicts(lines: list[dict[str, Any]], budget: float) -> Iterator[str]:
     by_row = {row: _last([line for line in lines if line["row"] == row]) for row in {line["row"] for line in lines}}
     ours = by_row.get(OURS, {})
     if both := [s for s in by_row.get(STEPS[0], {}) if "after" in ours.get(s, {})]:
-        closed = [1 - ours[s]["after"]["loss"] / by_row[STEPS[0]][s]["before"]["loss"] for s in both]
-        yield f"* {budget}: (d) closes {_spread(closed, '.1%')} of the loss between (a) and the parent."
+        # Of means: where little is lost, that of one seed may be next to nothing.
+        before, after = (
+            [of[s][when]["loss"] for s in both] for of, when in ((by_row[STEPS[0]], "before"), (ours, "after"))
+        )
+        yield f"* {budget}: (d) closes {1 - mean(after) / mean(before):.1%} of the loss between (a) and the parent."
     for row in sorted(set(by_row) - set(STEPS)):
         if both := [s for s in by_row[row] if "after" in ours.get(s, {}) and "after" in by_row[row][s]]:
             before = [ours[s]["before"]["kl"] / by_row[row][s]["before"]["kl"] for s in both]
