@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
-from layersmith.heterogeneous.modeling_layersmith import give_own_buffers
+from layersmith.heterogeneous.modeling_layersmith import give_own_buffers, unsaved_buffers
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.parent import Parent
 
@@ -167,7 +167,7 @@ def share_buffers(source: nn.Module, target: nn.Module) -> None:
 
     Those that depend on the sizes of a layer are the target's own.
     """
-    wanted = {name for name, _ in target.named_buffers()} - target.state_dict().keys()
+    wanted = unsaved_buffers(target)
     for name, buffer in source.named_buffers():
         if name in wanted:
             module, _, own_name = name.rpartition(".")

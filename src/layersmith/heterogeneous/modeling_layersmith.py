@@ -264,7 +264,7 @@ class _GivenBuffers:
         wanted: dict[str, tuple[PretrainedConfig, list[str]]] = {}  # of each config, the names of what layers are given
         for path, module in model.named_modules():
             _, config, before = self.layers.pop(id(module), (None, None, set()))
-            if type(config) is type(model.config) and (late := _unsaved_buffers(module) - before):
+            if type(config) is type(model.config) and (late := unsaved_buffers(module) - before):
                 assert config is not None
                 wanted.setdefault(_said(config), (config, []))[1].extend(f"{path}.{name}" for name in late)
         wanted.pop(_said(model.config) if wanted else "", None)
@@ -309,7 +309,8 @@ def _said(config: PretrainedConfig) -> str:
     return repr(sorted((k, repr(v)) for k, v in vars(config).items() if k not in ("layersmith", "block_configs")))
 
 
-def _unsaved_buffers(module: nn.Module) -> set[str]:
+def unsaved_buffers(module: nn.Module) -> set[str]:
+    """Names of the buffers that a ``state_dict`` does not hold."""
     return {name for name, _ in module.named_buffers()} - module.state_dict().keys()
 
 

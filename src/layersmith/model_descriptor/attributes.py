@@ -98,6 +98,18 @@ class Effect:
         return bool(self.shapes or self.came_or_went)
 
 
+def shapes_of_layers(
+    config: PretrainedConfig,
+    layer_classes: Sequence[type[nn.Module]],
+    layers_name: str,
+    configure: Callable[[PretrainedConfig, int], PretrainedConfig],
+) -> list[Shapes]:
+    """Shapes of all layers, each built from what is made of the config for it."""
+    with own_layers(layer_classes, configure, lambda layer, index: None):
+        layers = stock_model(config).get_submodule(layers_name)
+    return [{n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in layers.children()]
+
+
 def find_sizes(
     specimen: Specimen,
     layer_classes: Sequence[type[nn.Module]],
@@ -138,9 +150,7 @@ def find_sizes(
             changed = with_overrides(own, overrides)
             return changed if overrides else _noting_what_is_missing(changed, missing)
 
-        with own_layers(layer_classes, configure, lambda layer, index: None):
-            layers = stock_model(specimen.config).get_submodule(layers_name)
-        return [{n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in layers.children()]
+        return shapes_of_layers(specimen.config, layer_classes, layers_name, configure)
 
     try:
         base = shapes({})
@@ -457,9 +467,7 @@ def _kv_heads(
             return path, "", []
         if is_usual:
             more = any(_duplicates(own, path, 0, factor) for own in trial.ways() for factor in (2, 4))
-            reason = (
-                "there are more of them than the config says, which says what other layers have" if more else _OTHER
-            )
+            reason = _MORE if more else _OTHER
     return None, reason, of_keys
 
 

@@ -13,11 +13,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
-from layersmith.model_descriptor.attributes import Path, Sizes, nested, value_at
-from layersmith.model_descriptor.stock import stock_model
-
-Shapes = dict[str, tuple[int, ...]]
+from layersmith.heterogeneous.modeling_layersmith import with_overrides
+from layersmith.model_descriptor.attributes import Path, Shapes, Sizes, nested, shapes_of_layers, value_at
 
 
 @dataclass(frozen=True)
@@ -110,8 +107,4 @@ def _shapes(
         changes: dict[str, Any] = {} if path is None else nested(own, path, factor * value_at(own, path, index))
         return with_overrides(own, changes)
 
-    with own_layers(classes, configure, lambda layer, index: None):
-        model = stock_model(config)
-    return [
-        {n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in model.get_submodule(layers).children()
-    ]
+    return shapes_of_layers(config, classes, layers, configure)

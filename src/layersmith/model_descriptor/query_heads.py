@@ -55,11 +55,12 @@ def find_query_heads(
     kv_heads: Path | None,
 ) -> QueryHeads:
     """The number of query heads, found in all layers at once, or in those of the kind where that shows nothing."""
-    found = [_found(trial, kind, base, effects, named, idle, kv_heads)]
-    for alone in trial.ways()[1:]:
-        if not found[-1].paths:
-            found.append(_found(alone, kind, base, effects, named, idle, kv_heads))
-    return found[-1] if found[-1].paths else found[0]
+    found: list[QueryHeads] = []
+    for way in trial.ways():
+        found.append(_found(way, kind, base, effects, named, idle, kv_heads))
+        if found[-1].paths:
+            return found[-1]
+    return found[0]
 
 
 def _found(

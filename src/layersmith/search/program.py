@@ -207,13 +207,18 @@ class Branched:
     bound: float
 
 
+def columns_near(program: Program, relaxed: Relaxation, score: float) -> np.ndarray:
+    """The columns that a choice with at most this score can have: others waste more than it is above the bound."""
+    return np.flatnonzero(relaxed.waste <= score - relaxed.bound + 1e-9 * float(program.score.max()))
+
+
 def nearest(program: Program, relaxed: Relaxation) -> Branched:
     """The choice with the least score as far as it is found in so many nodes, and the bound that was reached."""
     first = branched(program, program.score, nodes=FIRST_NODES)
     if first.columns is None:
         return branched(program, program.score)
     least = math.fsum(program.score[first.columns])
-    near = np.flatnonzero(relaxed.waste <= least - relaxed.bound + 1e-9 * float(program.score.max()))
+    near = columns_near(program, relaxed, least)
     again = branched(program.only(near), program.score[near], nodes=MOST_NODES)
     bound = min(least, max(again.bound, first.bound, relaxed.bound))
     if again.columns is None or math.fsum(program.score[near[again.columns]]) > least:

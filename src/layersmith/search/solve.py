@@ -32,6 +32,7 @@ from layersmith.search.program import (
     Program,
     Relaxation,
     by_branch_and_cut,
+    columns_near,
     nearest,
     not_dominated,
     relax,
@@ -285,8 +286,7 @@ def _by_highs(program: Program, relaxed: Relaxation) -> tuple[np.ndarray | None,
         raise RuntimeError(f"the solver says the scores sum to {least!r}, which is below {relaxed.bound!r}")
     if found.bound < least:
         return best, found.bound
-    # What is further above the bound than the best choice is in none.
-    near = np.flatnonzero(relaxed.waste <= least - relaxed.bound + 1e-9 * float(program.score.max()))
+    near = columns_near(program, relaxed, least)
     again = by_branch_and_cut(program.only(near), program.changes[near], score_limit=least, nodes=MOST_NODES)
     if again is None or math.fsum(program.score[near[again]]) > least:  # equal within rounding is not equal
         return best, math.inf
