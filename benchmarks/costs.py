@@ -7,12 +7,14 @@ time does it (:mod:`layersmith.costs.measured`, 120 s at most), and ten children
 from the smallest to nearly the parent, are made with their real weights. Then a stopwatch of its own calls ``generate``
 on all children and the parent in turns: time to first token is that of one token, time per token is what further ones
 add, over their number. A child's time is compared as a fraction of the parent's, before and after the correction that
-random children gave. One thread on a CPU is told its own time, so that what others take of the machine is not in it.
+made-up choices gave; none of the children is one of those. One thread on a CPU is told its own time, so that what
+others take of the machine is not in it.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import math
 import os
@@ -32,8 +34,8 @@ from transformers.generation.streamers import BaseStreamer
 from layersmith import pipeline
 from layersmith.again import reopen
 from layersmith.costs.clock import told_apart
+from layersmith.costs.curve import Curve
 from layersmith.costs.measured import measure
-from layersmith.costs.times import Times
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import CostsRecipe
 from layersmith.run import Run, versions
@@ -103,14 +105,10 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
         "parameters": costs.parent["parameters"],
         "device": times.device,
         "parent": clock,
-        "correction": factors(times, library.alternatives),
+        "curves": {p: dataclasses.asdict(c) for p, c in times.curves(library.alternatives).items()},
         "seconds": seconds,
         "rows": rows,
     }
-
-
-def factors(times: Times, alternatives: Any) -> dict[str, float]:
-    return dict(zip(_PHASES, times.factors(alternatives), strict=True))
 
 
 class Ticks(BaseStreamer):
@@ -118,9 +116,9 @@ class Ticks(BaseStreamer):
 
     def __init__(self) -> None:
         self.clock = time.thread_time if torch.get_num_threads() == 1 else time.perf_counter
-        self.at: list[float] = []
+        self.at: list[float] = [self.clock()]
 
-    def put(self, value: torch.Tensor) -> None:  # first the prompt, then each token
+    def put(self, value: torch.Tensor) -> None:  # first the prompt, which waits for nothing, then each token
         self.at.append(self.clock())
 
     def end(self) -> None:
@@ -141,7 +139,8 @@ def stopwatch(
     def took(model: Any) -> dict[str, float]:
         ticks = Ticks()
         model.generate(ids, attention_mask=torch.ones_like(ids), generation_config=config, streamer=ticks)
-        first, *more = [after - before for before, after in pairwise(ticks.at)]
+        start, _, *tokens = ticks.at
+        first, *more = [after - before for before, after in pairwise([start, *tokens])]
         return {"prefill": first, "decode": statistics.median(more)}
 
     seen: list[list[dict[str, float]]] = []
@@ -170,13 +169,13 @@ def rendered(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
         f"Batch {options.batch}, prompt of {prompt} tokens, {options.generate} written. {own}.",
     ]
     for one in found:
-        said = ", ".join(f"{_PHASES[p]} {v:.3f}" for p, v in one["correction"].items())
+        said = ", ".join(f"{_PHASES[p]} {Curve(**own)(0.5):.3f}" for p, own in one["curves"].items())
         lines += [
             "",
             f"## {one['name']}, {one['parameters'] / 1e6:.1f}M parameters",
             "",
-            f"{one['device']}. Timing the parts took {one['seconds']:.0f} CPU seconds; correction: {said}. The parent "
-            f"takes {1e3 * one['parent']['prefill']:.1f} ms to the first token, {1e3 * one['parent']['decode']:.2f} ms "
+            f"{one['device']}. Timing the parts took {one['seconds']:.0f} CPU seconds; a sum of 0.5 is taken for: {said}. "
+            f"The parent takes {1e3 * one['parent']['prefill']:.1f} ms to the first token, {1e3 * one['parent']['decode']:.2f} ms "
             "per token.",
             "",
             "| parameters | "

@@ -319,7 +319,7 @@ class CostsRecipe:
         rounds: how often each shape is timed, at most; of one round with all the others, so that a machine that slows
             down does so for all.
         decode_steps: tokens that are written to time one.
-        checks: random children that are timed whole, to correct sums of parts.
+        checks: children, as a search would choose them, that are timed whole, to correct sums of parts.
         time_child: whether parent and child are timed for the report where the budget has no time in it.
     """
 
@@ -329,7 +329,7 @@ class CostsRecipe:
     seconds: float = 120.0
     rounds: int = 9
     decode_steps: int = 16
-    checks: int = 4
+    checks: int = 6
     time_child: bool = True
 
     def __post_init__(self) -> None:

@@ -145,7 +145,7 @@ def print_times(console: Console, times: Times, alternatives: Sequence[Alternati
 
 
 def print_time_checks(console: Console, times: Times, alternatives: Sequence[Alternative]) -> None:
-    """Sums of parts against whole children, and the correction that came of it."""
+    """Sums of parts against whole children, and what sums are taken for because of it."""
     table = Table(title="sums of parts against whole children, of the parent", title_justify="left")
     for heading in ("", "parameters", "to first token: sum", "whole", "per token: sum", "whole"):
         table.add_column(heading, justify="right" if heading else "left")
@@ -155,10 +155,10 @@ def print_time_checks(console: Console, times: Times, alternatives: Sequence[Alt
         cells += [f"{c.parts.decode / parent.decode:.3f}x", f"{c.whole.decode / c.parent.decode:.3f}x"]
         table.add_row(c.what, f"{c.fraction:.3f}x", *cells)
     console.print(table)
-    prefill, decode = times.factors(alternatives)
-    console.print(
-        f"what is saved counts {prefill:.3f} times to the first token, {decode:.3f} per token", highlight=False
-    )
+    curves = times.curves(alternatives)
+    for share in (0.25, 0.5, 0.75):
+        own = f"{curves['prefill'](share):.3f}x to the first token, {curves['decode'](share):.3f}x per token"
+        console.print(f"a sum of {share:.2f}x is taken for {own}", highlight=False)
 
 
 def spans(layers: Sequence[int]) -> str:

@@ -147,7 +147,8 @@ def test_sums_of_parts_are_the_whole(parent: Parent, found: Survey, steady: list
     for check in times.checks:
         assert check.parts.prefill == pytest.approx(check.whole.prefill)
         assert check.parts.decode == pytest.approx(check.whole.decode)
-    assert times.factors(found.alternatives) == pytest.approx((1, 1))
+    for curve in times.curves(found.alternatives).values():
+        assert [curve(x) for x in (0.3, 0.6, 1.0)] == pytest.approx([0.3, 0.6, 1.0])
     assert Times.from_dict(times.to_dict(found.alternatives)) == times
 
 

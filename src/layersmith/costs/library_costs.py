@@ -11,6 +11,7 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.counted import Workload, layers_alike, subblock_costs, total
+from layersmith.costs.curve import Bend
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -24,11 +25,17 @@ class CostTable:
         by_key: key of an alternative to its costs.
         fixed: costs of what is outside the layers.
         parent: costs of the whole parent.
+        bend: from the sum of parts to a whole child, where that is more than the sum.
     """
 
     by_key: dict[str, dict[str, int]]
     fixed: dict[str, int]
     parent: dict[str, int]
+    bend: Bend | None = None
+
+    def whole(self, sums: dict[str, Any]) -> dict[str, Any]:
+        """Costs of a child from the sums of its parts'."""
+        return sums if self.bend is None else self.bend.whole(sums)
 
     def to_dict(self) -> dict[str, Any]:
         return {"alternatives": self.by_key, "fixed": self.fixed, "parent": self.parent}

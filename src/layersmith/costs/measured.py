@@ -47,6 +47,8 @@ _REPEATS = 3
 _LEAST_POINTS = 3
 # A sum of savings is not scaled by more, so that it ends at a model of no-ops.
 _MOST_FACTOR = 2.0
+# Steps to the price of time at which a made-up choice takes what it should.
+_HALVINGS = 60
 # The share of a parent's time that all its subblocks may take.
 _MOST_INSIDE = 0.98
 _SEED = 0
@@ -175,7 +177,7 @@ def measure(
     if parent.stream is not None or not recipe.checks:
         return times
     # Sums for the same shapes are checked once.
-    name = fingerprint([sorted(shape.name for shape in shapes), recipe.checks])
+    name = fingerprint([sorted(shape.name for shape in shapes), "made-up choices", recipe.checks])
     checks = known.checked(name)
     if checks is None:
         checks = _checks(watch, times, alternatives, costs, recipe, progress)
@@ -383,26 +385,57 @@ def _checks(
     recipe: CostsRecipe,
     progress: Progress,
 ) -> list[Check]:
-    """Random children, from a few changes to many, timed whole."""
-    count = recipe.checks
-    rng = random.Random(_SEED)
-    by_place: dict[tuple[int, str], list[Alternative]] = {}
-    for a in alternatives:
-        by_place.setdefault((a.layer, a.subblock), []).append(a)
+    """Children as a search would choose them, from small to large, timed whole."""
+    chosen = made_up_choices(times, alternatives, costs, recipe.checks)
     whole = costs.parent["parameters"]
     children = {}
-    for k in range(count):
-        changed = (k + 1) / count
-        chosen = [
-            rng.choice([a for a in own if a.kind != "parent"] or own)
-            if rng.random() < changed
-            else next(a for a in own if a.kind == "parent")
-            for _, own in sorted(by_place.items())
-        ]
-        parameters = costs.fixed["parameters"] + sum(costs.by_key[a.key]["parameters"] for a in chosen)
-        children[f"random child {k + 1}"] = chosen, parameters / whole
+    for k, own in enumerate(chosen, 1):
+        parameters = costs.fixed["parameters"] + sum(costs.by_key[a.key]["parameters"] for a in own)
+        children[f"made-up choice {k}"] = own, parameters / whole
     with progress.stage("check times", max(recipe.rounds, LEAST_ROUNDS) + 1, "rounds") as advance:
         return check(watch, times, children, recipe, advance)
+
+
+def made_up_choices(
+    times: Times, alternatives: Sequence[Alternative], costs: CostTable, count: int
+) -> list[list[Alternative]]:
+    """What the integer program would choose at evenly spaced times if scores were drawn at random.
+
+    It takes what seems cheap beside its score, for all layers alike, so what its choices take differs from their sums
+    in another way than what children at random do. A score here is the square of what is removed, times a random
+    number of the layer and one of the alternative; the choice is that of the relaxed program.
+    """
+    rng = random.Random(_SEED)
+    whole = times.parent(alternatives)
+    share = {
+        a.key: (times.by_key[a.key].prefill / whole.prefill + times.by_key[a.key].decode / whole.decode) / 2
+        for a in alternatives
+    }
+    places: dict[tuple[int, str], list[Alternative]] = {}
+    for a in alternatives:
+        places.setdefault((a.layer, a.subblock), []).append(a)
+    own = {place: next(a for a in members if a.kind == "parent") for place, members in sorted(places.items())}
+    outside = 1 - sum(share[a.key] for a in own.values())
+    found = []
+    for k in range(count):
+        wanted = outside + (1 - outside) * (k + 0.5) / count
+        loss = {}
+        for place in own:
+            hard = rng.lognormvariate(0, 1)
+            most = costs.by_key[own[place].key]["parameters"]
+            for a in places[place]:
+                removed = 1 - costs.by_key[a.key]["parameters"] / most if most else 1.0
+                loss[a.key] = 0.0 if a is own[place] else hard * removed**2 * rng.lognormvariate(0, 0.5)
+        low, high = 1e-9, 1e9
+        for _ in range(_HALVINGS):
+            price = math.sqrt(low * high)
+            chosen = [
+                min(members, key=lambda a: (loss[a.key] + price * share[a.key], a.key)) for members in places.values()
+            ]
+            taken = outside + sum(share[a.key] for a in chosen)
+            low, high = (price, high) if taken > wanted else (low, price)
+        found.append(chosen)
+    return found
 
 
 def check(

@@ -5,8 +5,7 @@ context is written; both for a whole batch. A child takes what is outside the la
 
     t(child) = fixed + sum over subblocks s of t(s)
 
-Whole children that were timed correct that sum: what a child saves against the parent is multiplied by the factor that
-fits them best (least squares through the parent, which has no error), so the sum stays a sum.
+Whole children that were timed bend that sum (:mod:`layersmith.costs.curve`).
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from typing import Any
 
 from layersmith.artifacts import read_json
 from layersmith.costs.counted import Workload
+from layersmith.costs.curve import Bend, Curve
 from layersmith.costs.library_costs import CostTable
 from layersmith.errors import InputError
 from layersmith.library.alternative import Alternative
@@ -33,11 +33,8 @@ TIMES = (PREFILL, DECODE, TOKEN)
 # The name of checks of what the search chose.
 SOLUTION = "solution"
 
-# What a sum of savings is off by, as far as is known before any check. Little, because its ends, parent and no-ops, are
-# timed: a factor of 1.03 from noisy checks would halve the time of the smallest children.
-_PRIOR = 0.005
-# A correction outside of these says that something else is wrong; it is cut there.
-_LEAST_FACTOR, _MOST_FACTOR = 0.5, 2.0
+# Children with the same sum differ by so much of the parent's time, root mean square; the solution is itself.
+_UNLIKE, _ITSELF = 0.01, 0.003
 
 
 @dataclass(frozen=True)
@@ -117,31 +114,22 @@ class Times:
     def parent(self, alternatives: Sequence[Alternative]) -> Timing:
         return self.whole(a.key for a in alternatives if a.kind == "parent")
 
-    def factors(self, alternatives: Sequence[Alternative]) -> tuple[float, float]:
-        """By what the checks multiply savings: of prefill, of decode.
-
-        The last solution counts alone where there is one. Otherwise it is the least-squares factor with a prior: sums
-        are right within ``_PRIOR``, so checks that are noisier than that change little.
-        """
+    def curves(self, alternatives: Sequence[Alternative]) -> dict[str, Curve]:
+        """From sums of parts to whole children, of prefill and decode, as far as the checks tell."""
         parent = self.parent(alternatives)
-        solutions = [check for check in self.checks if check.what == SOLUTION]
-        checks = solutions[-1:] or self.checks
-        found = []
+        found = {}
         for phase in ("prefill", "decode"):
-            products = squares = 0.0
-            for check in checks:
-                said = 1 - getattr(check.parts, phase) / getattr(parent, phase)
-                seen = 1 - getattr(check.whole, phase) / getattr(check.parent, phase)
-                products, squares = products + said * seen, squares + said * said
-            if not solutions and checks:
-                weight = math.fsum(getattr(c.error, phase) ** 2 for c in checks) / len(checks) / _PRIOR**2
-                products, squares = products + weight, squares + weight
-            factor = products / squares if squares > 0 else 1.0
-            # The smallest child still takes half of what is outside the layers.
-            whole, fixed = getattr(parent, phase), getattr(self.fixed, phase)
-            most = (whole - fixed / 2) / (whole - fixed) if whole > fixed > 0 else 1.0
-            found.append(min(_MOST_FACTOR, most, max(_LEAST_FACTOR, factor)))
-        return found[0], found[1]
+            whole = getattr(parent, phase)
+            seen = [
+                (
+                    getattr(check.parts, phase) / whole,
+                    getattr(check.whole, phase) / getattr(check.parent, phase),
+                    math.hypot(getattr(check.error, phase), _ITSELF if check.what == SOLUTION else _UNLIKE),
+                )
+                for check in self.checks
+            ]
+            found[phase] = Curve.fitted(getattr(self.fixed, phase) / whole, seen)
+        return found
 
     def at_speed_of(self, check: Check, alternatives: Sequence[Alternative]) -> Times:
         """The same on a machine that is as fast as when a check was made, told from the parent's time."""
@@ -158,16 +146,15 @@ class Times:
         return dataclasses.replace(self, checks=(*self.checks, *more))
 
     def into(self, costs: CostTable, alternatives: Sequence[Alternative]) -> CostTable:
-        """A cost table with these times, corrected by the checks."""
-        factors = self.factors(alternatives)
-        own = {(a.layer, a.subblock): self.by_key[a.key] for a in alternatives if a.kind == "parent"}
-        by_key = {}
-        for a in alternatives:
-            parent = own[a.layer, a.subblock]
-            timing = parent + (self.by_key[a.key] - parent).scaled(*factors)
-            by_key[a.key] = costs.by_key[a.key] | self._costs(timing)
+        """A cost table with these times, bent as the checks tell."""
+        by_key = {a.key: costs.by_key[a.key] | self._costs(self.by_key[a.key]) for a in alternatives}
         whole: Any = costs.parent | self._costs(self.parent(alternatives))
-        return CostTable(by_key, costs.fixed | self._costs(self.fixed), whole)
+        bend = None
+        if self.checks:
+            curves = self.curves(alternatives)
+            one = {PREFILL: self._costs(Timing(1, 0))[TOKEN], DECODE: self._costs(Timing(0, 1))[TOKEN]}
+            bend = Bend({PREFILL: curves["prefill"], DECODE: curves["decode"]}, whole, {TOKEN: one})
+        return CostTable(by_key, costs.fixed | self._costs(self.fixed), whole, bend)
 
     def _costs(self, timing: Timing) -> dict[str, Any]:
         return costs_of(timing, self.workload)
@@ -175,7 +162,6 @@ class Times:
     # ------------------------------------------------------------------------------------------ as data
 
     def to_dict(self, alternatives: Sequence[Alternative]) -> dict[str, Any]:
-        prefill, decode = self.factors(alternatives)
         return {
             "source": self.source,
             "device": self.device,
@@ -186,7 +172,7 @@ class Times:
             "parent": dataclasses.asdict(self.parent(alternatives)),
             "alternatives": {key: [t.prefill, t.decode] for key, t in self.by_key.items()},
             "checks": [dataclasses.asdict(check) for check in self.checks],
-            "correction": {"prefill": prefill, "decode": decode},
+            "curves": {phase: dataclasses.asdict(own) for phase, own in self.curves(alternatives).items()},
         }
 
     @staticmethod

@@ -251,7 +251,7 @@ def checked_times(report: dict[str, Any]) -> list[Plot]:
         Plot(
             "times",
             "Whole models: times of parts against the clock",
-            "Parts are timed in models in which all layers have them. What random children and the solution took as a "
+            "Parts are timed in models in which all layers have them. What made-up choices and the solution took as a "
             "whole corrects their sums; this child's is corrected already.",
             spec,
             data,

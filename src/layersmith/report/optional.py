@@ -51,7 +51,7 @@ def read_times(folder: Path) -> dict[str, Any] | None:
     data = kept_in(folder)
     if data is None:
         return None
-    return {name: data[name] for name in ("source", "device", "parent", "checks", "correction")}
+    return {name: data[name] for name in ("source", "device", "parent", "checks", "curves")}
 
 
 def read_clock(folder: Path) -> dict[str, Any] | None:

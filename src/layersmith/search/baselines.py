@@ -58,7 +58,8 @@ def at_random(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) 
     """For each budget a random choice within it: narrowed place by place until it fits, then widened while it does."""
     rng = random.Random(seed)
     found = []
-    for budget in budgets:
+    for limit in budgets:
+        budget = space.inside({cost: limit})[cost]
         chosen = {place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in space.by_place.items()}
         costs = {a.key: space.costs.by_key[a.key][cost] for own in space.by_place.values() for a in own}
         used = space.costs.fixed[cost] + sum(costs[a.key] for a in chosen.values())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +15,13 @@ from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
 from layersmith.search import rules as rules_of
-from layersmith.search.budget import Budget
+from layersmith.search.budget import Budget, is_time
 from layersmith.search.solve import Candidate, Group, Solution, Solver
 
 NO_RULES = SearchRecipe()
 _ALIKE = rules_of.RULE + "like choice "
+# How often a limit is drawn in until the whole child is within it.
+_TRIES = 4
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,18 @@ class Space:
         """
         if self._solver is None:
             self._solver = self.solver()
-        return self.choice(self._solver.solve({**(self.limits if limits is None else limits), **self.rule_limits}))
+        wanted = {**(self.limits if limits is None else limits), **self.rule_limits}
+        inside = self.inside(wanted)
+        choice = self.choice(self._solver.solve(inside))
+        for _ in range(_TRIES):
+            # A limit on what is made of several times was translated as if all were the same share of the parent's.
+            total = self._totals(choice.alternatives)
+            over = {name: limit / total[name] for name, limit in wanted.items() if total[name] > limit * (1 + 1e-9)}
+            if not over or self.costs.bend is None:
+                break
+            inside |= {name: inside[name] * share for name, share in over.items()}
+            choice = self.choice(self._solver.solve(inside))
+        return choice
 
     def best_by(
         self, losses: Mapping[str, float], away: Sequence[tuple[Sequence[Alternative], int, int]] = ()
@@ -174,7 +187,7 @@ class Space:
                 likes[name + " "] = keys, -1
                 limits[name + " "] = most - len(other)
         try:
-            solution = self.solver(losses, likes).solve(self.limits | self.rule_limits | limits)
+            solution = self.solver(losses, likes).solve(self.inside(self.limits | self.rule_limits) | limits)
         except Infeasible:
             return None
         return dataclasses.replace(self.choice(solution), score=self.score(self.choice(solution).alternatives))
@@ -195,11 +208,11 @@ class Space:
         Raises:
             Infeasible: no choice is within the limits.
         """
-        return self.solver().least(cost, {**limits, **self.rule_limits})
+        return self._whole_of(cost, self.solver().least(cost, self.inside({**limits, **self.rule_limits})))
 
     def reachable(self) -> None:
         """Raises: Infeasible: no choice is within the limits."""
-        self.solver().reachable(self.limits | self.rule_limits)
+        self.solver().reachable(self.inside(self.limits | self.rule_limits))
 
     def choice(self, solution: Solution) -> Choice:
         by_key = {key: own for members in self._members for key, own in members.items()}
@@ -208,24 +221,58 @@ class Space:
 
     def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Choice:
         """A choice of these alternatives, with its score and costs."""
-        own = {}
+        own = self.costs.whole(self._sums(chosen))
+        return Choice(tuple(chosen), self.score(chosen), own, self.costs.parent, self.limits, self.budget, proven)
+
+    def _sums(self, chosen: Sequence[Alternative]) -> dict[str, Any]:
+        """Costs of the parts."""
+        sums: dict[str, Any] = {}
         for name in self.costs.parent:
             values = [self.costs.by_key[a.key][name] for a in chosen]
             whole = all(isinstance(v, int) for v in values)
-            own[name] = self.costs.fixed[name] + (sum(values) if whole else math.fsum(values))
-        return Choice(tuple(chosen), self.score(chosen), own, self.costs.parent, self.limits, self.budget, proven)
+            sums[name] = self.costs.fixed[name] + (sum(values) if whole else math.fsum(values))
+        return sums
 
     def score(self, chosen: Sequence[Alternative]) -> float:
         return math.fsum(self.losses[a.key] for a in chosen)
 
     def fits(self, chosen: Sequence[Alternative]) -> bool:
         """Whether a choice is within all limits; rules on which alternatives go together are not looked at."""
+        totals = self._totals(chosen)
+        return all(totals[name] <= limit for name, limit in (self.limits | self.rule_limits).items())
+
+    def _totals(self, chosen: Sequence[Alternative]) -> dict[str, float]:
+        """All costs of a whole child, those of rules included."""
         fixed = rules_of.fixed_of(self.rules, self.costs)
-        limits = self.limits | self.rule_limits
-        return all(
-            fixed.get(name, 0) + math.fsum(self._own_costs[a.key][name] for a in chosen) <= limit
+        names = self._own_costs[chosen[0].key]
+        totals = {name: fixed.get(name, 0) + math.fsum(self._own_costs[a.key][name] for a in chosen) for name in names}
+        whole: dict[str, float] = self.costs.whole(totals)
+        extra = rules_of.extra_costs(self.rules, self.costs)
+        return whole | {name: rules_of.weighted(limit, whole) for name, limit in extra.items()}
+
+    # ------------------------------------------------------------------------------------------ sums and wholes
+
+    def inside(self, limits: Mapping[str, float]) -> dict[str, float]:
+        """Limits on sums of parts that stand for limits on whole children."""
+        bend = self.costs.bend
+        if bend is None:
+            return dict(limits)
+        return {
+            name: bend.sum_for(cost, limit) if (cost := self._bent(name)) is not None else limit
             for name, limit in limits.items()
-        )
+        }
+
+    def _whole_of(self, name: str, total: float) -> float:
+        """What a whole child costs whose parts sum to so much."""
+        cost = self._bent(name)
+        return total if cost is None or self.costs.bend is None else self.costs.bend.whole_for(cost, total)
+
+    def _bent(self, name: str) -> Callable[[Mapping[str, Any]], float] | None:
+        """How a cost is told from those by name; None where a whole costs what its parts do."""
+        limit = rules_of.extra_costs(self.rules, self.costs).get(name)
+        if limit is not None:
+            return (lambda own: rules_of.weighted(limit, own)) if rules_of.timed(limit) else None
+        return (lambda own: float(own[name])) if is_time(name) else None
 
     # ------------------------------------------------------------------------------------------ the program
 
@@ -245,4 +292,4 @@ class Space:
                 candidates.append(Candidate(key, math.fsum(losses[a.key] for a in own), costs, changes == 0, changes))
             first = next(iter(members.values()))
             groups.append(Group(f"layer {first[0].layer} {first[0].subblock}", tuple(candidates)))
-        return Solver(groups, rules_of.fixed_of(self.rules, self.costs), self.costs.parent)
+        return Solver(groups, rules_of.fixed_of(self.rules, self.costs), self.costs.parent, self._whole_of)

@@ -156,8 +156,12 @@ def limits_of(rules: SearchRecipe, costs: CostTable) -> Costs:
 
 def without_times(rules: SearchRecipe) -> SearchRecipe:
     """Without limits on sums in which times are."""
-    own = tuple(x for x in rules.limits if not any(is_time(COST_OF.get(name, name)) for name in x.costs))
-    return dataclasses.replace(rules, limits=own)
+    return dataclasses.replace(rules, limits=tuple(x for x in rules.limits if not timed(x)))
+
+
+def timed(limit: CombinedLimit) -> bool:
+    """Whether a sum has times in it."""
+    return any(is_time(COST_OF.get(name, name)) for name in limit.costs)
 
 
 def fixed_of(rules: SearchRecipe, costs: CostTable) -> Costs:
@@ -198,7 +202,6 @@ def _amount(limit: CombinedLimit, whole: float, scale: int, costs: Mapping[str, 
         number = parse_amount(str(limit.at_most), "recipe search.limits.at_most")
     if number < 0:
         raise UsageError(f"recipe search.limits: at_most cannot be negative, got {limit.at_most}.")
-    timed = any(is_time(_cost_name(name, costs)) for name in limit.costs)
     unit = isinstance(limit.at_most, str) and limit.at_most.strip()[-1:].isalpha()
     amount = Fraction(number) * (Fraction(whole) if 0 < number <= 1 and not unit else scale)
-    return float(amount) if timed else math.floor(amount)
+    return float(amount) if timed(limit) else math.floor(amount)

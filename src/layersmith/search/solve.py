@@ -18,7 +18,7 @@ with fewer changes is taken.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -116,6 +116,7 @@ class Solver:
         groups: at least one candidate each.
         fixed: costs outside the groups.
         parent_costs: of the whole parent, for the words of errors.
+        whole_of: what a total of a cost stands for, for the words of errors; default: itself.
     """
 
     def __init__(
@@ -123,12 +124,13 @@ class Solver:
         groups: Sequence[Group],
         fixed: Mapping[str, float],
         parent_costs: Mapping[str, float] | None = None,
+        whole_of: Callable[[str, float], float] = lambda cost, total: total,
     ):
         for group in groups:
             for candidate in group.candidates:
                 if not (math.isfinite(candidate.score) and candidate.score >= 0):
                     raise ValueError(f"{group.name}: {candidate.key} has score {candidate.score}")
-        self.groups, self.fixed, self.parent_costs = groups, fixed, parent_costs
+        self.groups, self.fixed, self.parent_costs, self._whole_of = groups, fixed, parent_costs, whole_of
         unchanged = [next((i for i, c in enumerate(g.candidates) if c.is_parent), None) for g in groups]
         self._parent = [i for i in unchanged if i is not None] if None not in unchanged else None
         self._kept: dict[tuple[str, ...], list[np.ndarray]] = {}
@@ -268,6 +270,7 @@ class Solver:
 
     def _amount(self, cost: str, value: float) -> str:
         whole = (self.parent_costs or {}).get(cost)
+        value = self._whole_of(cost, value)
         text = f"{value:g}" if ":" in cost else format_cost(cost, value)
         if is_throughput(cost):  # one over the cost is what people mean
             value, whole = whole or 0.0, value
