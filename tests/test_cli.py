@@ -128,3 +128,16 @@ def test_help_is_quick_and_complete() -> None:
     assert done.returncode == 0
     for command in ("compress", "inspect", "search", "evaluate", "report", "demo"):
         assert command in done.stdout
+
+
+@pytest.mark.parametrize(("own", "found"), [({}, "20000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_threads_that_wait_do_not_spin_for_long(own: dict[str, str], found: str) -> None:
+    """PyTorch's own libgomp reads that when it is loaded, so it is said before."""
+    code = (
+        "import os, sys; from layersmith.cli import main\n"
+        "sys.argv, before = ['layersmith', '--help'], 'torch' in sys.modules\n"
+        "try: main()\nfinally: print(before, os.environ.get('GOMP_SPINCOUNT'))"
+    )
+    clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", code], env=clean | own, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"False {found}"
