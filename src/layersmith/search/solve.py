@@ -31,6 +31,7 @@ from layersmith.search.program import (
     Floats,
     Program,
     Relaxation,
+    branched,
     by_branch_and_cut,
     columns_near,
     nearest,
@@ -164,7 +165,7 @@ class Solver:
             raise Infeasible(self._together(limits))
 
     def least(self, cost: str, limits: Mapping[str, float]) -> float:
-        """The least total of a cost within limits on others.
+        """The least total of a cost within limits on others, as far as it is found in so many nodes.
 
         Raises:
             Infeasible: no choice is within the limits.
@@ -174,7 +175,11 @@ class Solver:
             return fixed + sum(min(c.costs[cost] for c in g.candidates) for g in self.groups)
         most = fixed + sum(max(c.costs[cost] for c in g.candidates) for g in self.groups)
         program, _ = self._program({**limits, cost: most})
-        columns = by_branch_and_cut(program, self._column_costs(program, cost))
+        objective = self._column_costs(program, cost)
+        found = branched(program, objective, nodes=MOST_NODES)
+        columns = found.columns
+        if columns is None and found.bound < math.inf:
+            columns = by_branch_and_cut(program, objective)
         if columns is None:
             raise Infeasible(f"Infeasible: {', '.join(_words(name) for name in limits)} cannot be met together.")
         return total_of(self.groups, [int(i) for i in program.index[columns]], self.fixed, cost)
