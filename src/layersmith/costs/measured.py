@@ -234,11 +234,13 @@ def _savings(
         else:
             children.append(child)
             timed.append(shape)
-    if resting is not None:
+    repeats = [_REPEATS] + [1] * len(timed)
+    if resting is not None:  # all sums end there
         children.append(watch.carve(resting))
+        repeats.append(_REPEATS)
     with progress.stage("measure", max(recipe.rounds, LEAST_ROUNDS) + 1, "rounds") as advance:
         (reference, *seconds), (_, *errors) = in_turns(
-            children, watch.served, recipe.rounds, recipe.seconds, advance, [_REPEATS] + [1] * (len(children) - 1)
+            children, watch.served, recipe.rounds, recipe.seconds, advance, repeats
         )
     saved, noise = dict.fromkeys(shapes, ZERO), {}
     for k, shape in enumerate(timed):
