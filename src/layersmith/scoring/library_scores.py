@@ -18,7 +18,6 @@ import torch
 
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.parent import Parent
 from layersmith.progress import SILENT, Advance, Progress
 from layersmith.recipe import ScoringRecipe
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
@@ -35,9 +34,9 @@ from layersmith.scoring.exact import (
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
 from layersmith.scoring.score import Journal, Score, error_beside_each_other
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
-from layersmith.scoring.states import States, StatesOnDisk
+from layersmith.scoring.states import States, StatesOnDisk, most_seconds
 from layersmith.scoring.work import Work, plan_all
-from layersmith.staged import CannotTakeApart, StagedParent, take_apart
+from layersmith.staged import STREAMED_BYTES, CannotTakeApart, StagedParent, bytes_within_a_layer, take_apart
 
 _PARENT = "parent"
 _ESTIMATE = "second order "  # before the identity of an alternative
@@ -47,7 +46,6 @@ SWEEP_PASSES = 6.0
 # What tokens that run at once may take: this where it is much beside the weights, else a share of those.
 _SMALL_BYTES = 256 * 1024**2
 _SHARE_OF_WEIGHTS = 0.1
-_STREAMED_BYTES = 64 * 1024**2
 # The first rows of exact runs that may stop early.
 _LEAST_ROWS = 8
 
@@ -214,13 +212,15 @@ class _Scoring:
         """Of the recipe's, so many that what a layer makes of them stays small beside the parent's weights."""
         parent = self.library.parent
         weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
-        most = _STREAMED_BYTES if self.streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
+        most = STREAMED_BYTES if self.streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
         vocab_size, held = parent.language_config.vocab_size, 0
         if self.staged is not None:
             vocab_size = self.staged.vocab_size
             # What every layer is given, unless that waits on the disk.
             held = 0 if self.streamed else self.staged.bytes_of_a_token * (len(self.staged.layers) + 1)
-        return int(min(self.recipe.batch_tokens, max(1, most // (_bytes_of_a_token(parent, vocab_size) + held))))
+        # While it goes through a layer, or while the parent's logits are at hand.
+        of_token = max(bytes_within_a_layer(parent), 8.0 * vocab_size)
+        return int(min(self.recipe.batch_tokens, max(1, most // (of_token + held))))
 
     @property
     def streamed(self) -> bool:
@@ -357,8 +357,12 @@ class _Scoring:
         _, runs = self._choose([size**2 for size in sizes], sizes)
         self._plan_exact(Journal(None, ""), runs)
         for own in missing:
-            if own:
-                self._sweep(results, found, own, seed)
+            while own:
+                size = self._batches_of_a_sweep(found, own[0])
+                if self.streamed and size < len(own):
+                    self.work.plan("reading", 2 * len(self.staged.layers))
+                self._sweep(results, found, own[:size], seed)
+                own = own[size:]
         by_row = {
             a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
             for a in self.pending
@@ -395,6 +399,19 @@ class _Scoring:
             size = max(1, int(self.recipe.spill_gib * 1024**3 / of_batch))
         for start in range(0, len(batches), size):
             yield batches[start : start + size]
+
+    def _batches_of_a_sweep(self, found: Survey, rows: Sequence[int]) -> int:
+        """How many like this one may go through a sweep, which gives its results at its end."""
+        if not self.streamed:
+            return 1
+        assert self.staged is not None
+        amounts: dict[str, float] = {}
+        shape = self.tokens[rows].shape
+        plan_estimate(self.staged, self.pending, found, [shape], self.recipe.samples, amounts.__setitem__)
+        of_batch = [self.work.seconds_of(kind, n) for kind, n in amounts.items() if kind != "reading"]
+        if None in of_batch:  # the first tells
+            return 1
+        return max(1, int(most_seconds(self.staged, self.work, 2) / max(math.fsum(s or 0.0 for s in of_batch), 1e-9)))
 
     def _has_estimates(self, results: Journal, rows: Sequence[int]) -> bool:
         return all(results.has(_ESTIMATE + a.identity, rows) for a in self.pending)
@@ -439,13 +456,6 @@ class _Scoring:
             scores[a.identity] = Score(a, {KL: values}, len(exact_rows), error, checked)
         of_parent = {KL: [0.0] * num_rows}
         return [scores.get(a.identity) or Score(a, of_parent, num_rows) for a in self.library.alternatives]
-
-
-def _bytes_of_a_token(parent: Parent, vocab_size: int) -> float:
-    """About what a token takes while gradients go through a layer, or while the parent's logits are at hand."""
-    item = parent.runtime.dtype.itemsize
-    widest = max(sum(p.shape[-2] for p in layer.parameters() if p.ndim > 1) for layer in parent.layers)
-    return max(3.0 * item * widest, 8.0 * vocab_size)
 
 
 def _ends_of_waves(num_rows: int) -> list[int]:
