@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from layersmith.block_config import BlockConfig
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.progress import SILENT, Advance, Progress
@@ -32,7 +33,7 @@ from layersmith.scoring.exact import (
     run_layer_by_layer,
 )
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
-from layersmith.scoring.score import Journal, Score, error_beside_each_other
+from layersmith.scoring.score import Journal, Score, error_beside_each_other, standard_error
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
 from layersmith.scoring.states import States, StatesOnDisk, most_seconds
 from layersmith.scoring.work import Work, plan_all
@@ -178,7 +179,7 @@ class _Scoring:
             return False
         if self.recipe.mode == "second_order":
             return True
-        return sum(map(self.cost, self.pending)) > SWEEP_PASSES + self.recipe.exact_passes
+        return sum(map(self.cost, self.pending)) > SWEEP_PASSES + exact_passes(self.recipe, self.library.parent.blocks)
 
     def cost(self, alternative: Alternative) -> float:
         """Of an exact run on all rows, in forward passes of the parent."""
@@ -354,7 +355,7 @@ class _Scoring:
                     plan_estimate(self.staged, self.pending, found, shapes, self.recipe.samples, plan)
             self.told.add_known(len(self.pending) * sum(map(len, known)))
         # How many exact runs there will be: KL goes with the square of the change, near enough for that.
-        _, runs = self._choose([size**2 for size in sizes], sizes)
+        _, runs = self._choose([[size**2] * num_rows for size in sizes], sizes)
         self._plan_exact(Journal(None, ""), runs)
         for own in missing:
             while own:
@@ -367,19 +368,26 @@ class _Scoring:
             a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
             for a in self.pending
         }
-        before, runs = self._choose([math.fsum(by_row[a.identity]) / num_rows for a in self.pending], sizes)
+        before, runs = self._choose([by_row[a.identity] for a in self.pending], sizes)
         self.work.forget()
         self.told.begin(f"of {len(runs)} run exactly", sum(runs.values()) / max(1, len(runs)))
         self.exact(results, runs)
         return self._corrected(results, by_row, before, runs)
 
-    def _choose(self, estimates: Sequence[float], sizes: Sequence[float]) -> tuple[Prior, dict[str, int]]:
+    def _choose(self, by_row: Sequence[Sequence[float]], sizes: Sequence[float]) -> tuple[Prior, dict[str, int]]:
         """What is known before exact runs, and which there are to be: identity to a number of rows."""
-        num_rows = len(self.tokens)
+        num_rows, blocks = len(self.tokens), self.library.parent.blocks
         with self.work.doing("choose", 1):
-            before = prior(self.pending, estimates, sizes, [self._before_routers(a) for a in self.pending])
+            estimates = [math.fsum(own) / num_rows for own in by_row]
+            routed = [self._before_routers(a) for a in self.pending]
+            of_experts = [
+                _scatter(own) if a.subblock == "ffn" and blocks[a.layer].ffn.moe is not None else None
+                for a, own in zip(self.pending, by_row, strict=True)
+            ]
+            before = prior(self.pending, estimates, sizes, routed, of_experts, num_rows)
             costs = [self.cost(a) / num_rows for a in self.pending]
-            chosen = choose_runs(before, costs, num_rows, self.recipe.exact_passes, self.recipe.precision)
+            passes = exact_passes(self.recipe, blocks)
+            chosen = choose_runs(before, costs, num_rows, passes, self.recipe.precision)
         return before, {self.pending[index].identity: n for index, n in chosen.items()}
 
     def _before_routers(self, a: Alternative) -> bool:
@@ -456,6 +464,18 @@ class _Scoring:
             scores[a.identity] = Score(a, {KL: values}, len(exact_rows), error, checked)
         of_parent = {KL: [0.0] * num_rows}
         return [scores.get(a.identity) or Score(a, of_parent, num_rows) for a in self.library.alternatives]
+
+
+def exact_passes(recipe: ScoringRecipe, blocks: Sequence[BlockConfig]) -> float:
+    """Work that exact runs may take: where routers choose experts, estimates say less."""
+    return recipe.exact_passes * (2 if any(block.ffn.moe is not None for block in blocks) else 1)
+
+
+def _scatter(values: Sequence[float]) -> float:
+    """Standard deviation over the mean."""
+    mean = math.fsum(values) / len(values)
+    error = standard_error(values)
+    return 0.0 if error is None or mean <= 0 else error * math.sqrt(len(values)) / mean
 
 
 def _ends_of_waves(num_rows: int) -> list[int]:
