@@ -87,6 +87,7 @@ def main() -> None:
         "stream": args.stream,
         "scoring": args.scoring,
         "tokens": args.rows * args.length,
+        "layers_with_alternatives": depth // args.every,
         "checkpoint_mib": round(stored, 1),
         "imports_mib": round(imports, 1),
         "peak_before_scoring_mib": round(before, 1),

@@ -131,6 +131,12 @@ def children(
     return table
 
 
+def noise_of_ratio(values: Sequence[float], beside: Sequence[float]) -> float:
+    """Standard error of the ratio of two means over the same rows."""
+    differences = torch.tensor(values, dtype=torch.float64) - torch.tensor(beside, dtype=torch.float64)
+    return float(differences.std()) / len(beside) ** 0.5 / (sum(beside) / len(beside))
+
+
 def peer(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Puzzletron's scoring stage on candidates that change one subblock."""
     common = [
@@ -170,6 +176,7 @@ def main() -> None:
     parser.add_argument("parent")
     parser.add_argument("--text", required=True)
     parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--unseen", type=int, default=64, help="rows on which children are compared")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--batch-tokens", type=int, default=4096)
     parser.add_argument("--ffn", type=lambda s: [int(v) for v in s.split(",")], required=True, help="widths")
@@ -192,9 +199,9 @@ def main() -> None:
     ids = load_tokenizer(args.parent)(Path(args.text).read_text(encoding="utf-8"), add_special_tokens=False)[
         "input_ids"
     ]
-    needed = (3 * args.rows + 16) * args.length
+    needed = (3 * args.rows + args.unseen) * args.length
     all_rows = torch.tensor(ids[:needed]).view(-1, args.length)
-    calibration, rows, unseen = all_rows.split([2 * args.rows, args.rows, 16])
+    calibration, rows, unseen = all_rows.split([2 * args.rows, args.rows, args.unseen])
     kept = tuple(i for i in range(len(parent.blocks)) if i % args.every)
     recipe = LibraryRecipe(keep_layers=kept) if args.wide_library else LibraryRecipe(
         keep_layers=kept,
@@ -310,7 +317,8 @@ def table(result: dict[str, Any]) -> str:
             "| --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {r['budget']} | {r['exact']:.4f} | {r['second_order']:.4f} | {r['second_order'] / r['exact']:.3f} |"
+            f"| {r['budget']} | {r['exact']:.5f} | {r['second_order']:.5f} | {r['second_order'] / r['exact']:.3f} ± "
+            f"{noise_of_ratio(r['second_order rows'], r['exact rows']):.3f} |"
             for r in rows
         ]
     lines += ["", f"Peak memory of this process, children and all: {result['peak_rss_mb']} MB."]

@@ -1,6 +1,7 @@
 """Parents whose weights stay on the disk: the same scores and children, one layer in memory."""
 
 import gc
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ import layersmith
 from layersmith.errors import InputError
 from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import Parent, load_parent
+from layersmith.progress import Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
@@ -128,6 +130,38 @@ def test_interrupted_it_goes_on_to_the_same_scores(make_parent: Callable[..., Pa
             assert [s.rows for s in again] == [s.rows for s in whole]
 
 
+class Slow(Progress):
+    """On its clock all work takes long; it stops a run after so many looks at it."""
+
+    def __init__(self, looks: int):
+        self.looks = self.seconds = 0
+        self.most = looks
+        self.clock = self.look
+
+    def look(self) -> float:
+        if self.looks == self.most:
+            raise KeyboardInterrupt
+        self.looks, self.seconds = self.looks + 1, self.seconds + 100
+        return self.seconds
+
+
+@pytest.mark.parametrize("mode", ["exact", "second_order"])
+def test_work_that_takes_long_gives_its_results_by_the_way(
+    make_parent: Callable[..., Path], tmp_path: Path, mode: str
+) -> None:
+    library = library_of(load_parent(make_parent("llama"), CPU, stream_near=tmp_path))
+    tokens, recipe = TOKENS.repeat(4, 1), ScoringRecipe(mode=mode, batch_tokens=48, exact_passes=0)  # type: ignore[arg-type]
+    whole, slow, journal = score_library(library, tokens, recipe), Slow(10**9), tmp_path / "journal"
+    assert [s.rows for s in score_library(library, tokens, recipe, progress=slow)] == [s.rows for s in whole]
+    with pytest.raises(KeyboardInterrupt):
+        score_library(library, tokens, recipe, journal=journal, inputs="a", progress=Slow(slow.looks * 2 // 3))
+    known = [json.loads(line)["of"] for line in journal.read_bytes().splitlines()[1:]]
+    done = sum(of != "parent" for of in known)
+    assert 0.2 < done / (len(whole) * len(tokens)) < 0.8
+    again = score_library(library, tokens, recipe, journal=journal, inputs="a")
+    assert [s.rows for s in again] == [s.rows for s in whole]
+
+
 def test_the_main_job_from_the_disk(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
     parent = make_parent("llama")
     results = [
@@ -185,4 +219,9 @@ def test_states_wait_in_a_file_without_a_name(tmp_path: Path) -> None:
         except KeyError:
             continue
         assert torch.equal(spilled.get(("a", number)), expected)
+    hidden = torch.randn(3, 7, 4, generator=generator)
+    for states in (kept, spilled):
+        states.put("hidden", hidden)
+        assert torch.equal(states.part("hidden", 2, 6), hidden[:, 2:6])
+        states.forget("hidden")
     assert not list(tmp_path.iterdir())

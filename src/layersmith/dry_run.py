@@ -16,7 +16,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run import Run
 from layersmith.runtime import Runtime
-from layersmith.scoring.library_scores import SWEEP_PASSES
+from layersmith.scoring.library_scores import SWEEP_PASSES, exact_passes
 from layersmith.search.budget import Budget, format_cost
 from layersmith.timed import reachable
 
@@ -106,7 +106,7 @@ def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
     suffix = [sum(inside[i:]) + head for i in range(layers)]
     scored = sum(suffix[a.layer] for a in found.alternatives if a.kind != "parent") + whole
     if recipe.scoring.mode != "exact" and recipe.scoring.objective == "kl_divergence":
-        estimated = (SWEEP_PASSES + recipe.scoring.exact_passes) * whole
+        estimated = (SWEEP_PASSES + exact_passes(recipe.scoring, found.blocks)) * whole
         scored = estimated if recipe.scoring.mode == "second_order" else min(scored, estimated)
     length = data.sequence_length
     refined = recipe.search.refine_passes * whole

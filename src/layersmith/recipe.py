@@ -145,7 +145,8 @@ class ScoringRecipe:
             from a few backward passes and corrects it by exact runs where they tell most; ``auto`` is
             ``second_order`` where it can be had and saves work. Other objectives need ``exact``.
         samples: backward passes of ``second_order``.
-        exact_passes: work that its exact runs may take, in forward passes of the parent over the scoring rows.
+        exact_passes: work that its exact runs may take, in forward passes of the parent over the scoring rows; twice as
+            much where routers choose experts.
         precision: relative standard error of every score at which no more is run exactly.
         row_precision: of ``exact``: no further rows are run once the relative standard errors of the scores beside each
             other, against what all rows would give, are below this in the root mean square; 0: all rows are run.

@@ -31,8 +31,11 @@ from layersmith.execution import LAYER_TYPE, exchanged, first_tensor, hands_over
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
+from layersmith.parent import Parent
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
+# What tokens that run at once may take where the parent's weights stay on the disk.
+STREAMED_BYTES = 64 * 1024**2
 
 
 @dataclass(frozen=True)
@@ -346,6 +349,12 @@ class StagedParent:
             return self.library.layer(alternative)
         other = "ffn" if alternative.subblock == "attention" else "attention"
         return self.library.layer(alternative, Alternative(alternative.layer, other, "no_op"))
+
+
+def bytes_within_a_layer(parent: Parent) -> float:
+    """About what a token takes while it, or its gradient, goes through a layer."""
+    widest = max(sum(p.shape[-2] for p in layer.parameters() if p.ndim > 1) for layer in parent.layers)
+    return 3.0 * parent.runtime.dtype.itemsize * widest
 
 
 def key_of(module: nn.Module, hidden: torch.Tensor) -> tuple[Any, ...]:

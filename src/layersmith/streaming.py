@@ -315,7 +315,8 @@ def load_streamed(
                 module._buffers[name] = buffer.to(runtime.device, wanted)
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                moved = parameter.to("meta" if parameter.is_meta else runtime.device, runtime.dtype)
+                # A copy, or it would keep a map of its file, with what was read around it.
+                moved = parameter.to("meta" if parameter.is_meta else runtime.device, runtime.dtype, copy=True)
                 module._parameters[name] = nn.Parameter(moved, requires_grad=False)
     layers = decoder_layers(model, descriptor, num_layers_of(model.config, descriptor))
     return model.eval(), dtype, WeightStream(model, layers, files, runtime.device)

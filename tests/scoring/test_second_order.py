@@ -1,5 +1,7 @@
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +14,7 @@ from layersmith.parent import load_parent
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.runtime import Runtime
 from layersmith.scoring import library_scores
-from layersmith.scoring.correction import Prior, correct, prior
+from layersmith.scoring.correction import Prior, choose_runs, correct, prior
 from layersmith.scoring.library_scores import row_order, score_library
 from layersmith.scoring.second_order import _signs, estimate, look
 from layersmith.scoring.states import States
@@ -194,6 +196,24 @@ def test_what_routers_do_to_small_changes_is_told_by_a_few_exact_runs() -> None:
     assert found[1] > 1
 
 
+def test_what_few_tokens_tell_of_experts_is_known_less_well() -> None:
+    """An estimate that one row makes up says less, and so does an exact run on other rows; next to nothing can wait."""
+    alternatives = [Alternative(i, "ffn", "experts") for i in range(6)]
+    estimates, sizes, rows = [1e-2] * 5 + [1e-7], [0.05] * 6, 16
+    known = prior(alternatives, estimates, sizes, [True] * 6, [0.2, 4.0, 0.2, 0.2, 0.2, 4.0], rows)
+    deviation = known.covariance.diagonal().sqrt()
+    assert 0.9 < deviation[1] < 1.2
+    assert deviation[0] < 0.2 < deviation[1]
+    assert known.noise[1] > 5 * known.noise[0]
+    assert (known.weight[:5] == 1).all()
+    assert deviation[5] > deviation[1]
+    for weighed, runs_it in ((known, False), (dataclasses.replace(known, weight=torch.ones(6).double()), True)):
+        assert (5 in choose_runs(weighed, [1.0] * 6, rows, budget=64, precision=0.2)) == runs_it
+    assert (prior(alternatives, estimates, sizes).weight == 1).all()  # without routers nothing changes
+    _, left = correct(known, {0: (0.1, 16), 1: (0.1, 16)}, rows)
+    assert left[1] < 0.01 < left[2]
+
+
 def test_a_router_sees_what_changes_before_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     stock_model(tiny_config("mixtral")).save_pretrained(tmp_path)
@@ -201,8 +221,9 @@ def test_a_router_sees_what_changes_before_it(tmp_path: Path, monkeypatch: pytes
     library = library_of(tmp_path, recipe, TOKENS % 90)
     seen: dict[tuple[int, str], bool] = {}
 
-    def noted(own: list[Alternative], *rest: list[float]) -> Prior:
-        seen.update({(a.layer, a.subblock): bool(before) for a, before in zip(own, rest[-1], strict=True)})
+    def noted(own: list[Alternative], *rest: Any) -> Prior:
+        seen.update({(a.layer, a.subblock): bool(before) for a, before in zip(own, rest[2], strict=True)})
+        assert all((s is not None) == (a.subblock == "ffn") for a, s in zip(own, rest[3], strict=True))
         return prior(own, *rest)
 
     monkeypatch.setattr(library_scores, "prior", noted)

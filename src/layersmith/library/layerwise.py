@@ -16,7 +16,7 @@ from layersmith.library.library import Library
 from layersmith.library.statistics import Probe, add_batch
 from layersmith.progress import Progress
 from layersmith.scoring.states import StatesOnDisk
-from layersmith.staged import Batch, CannotTakeApart, StagedParent, take_apart
+from layersmith.staged import STREAMED_BYTES, Batch, CannotTakeApart, StagedParent, bytes_within_a_layer, take_apart
 
 
 def gather_layerwise(
@@ -35,7 +35,7 @@ def gather_layerwise(
         library: of the parent; its orders do not matter.
         probes: what to gather.
         tokens: ``[N, T]`` ids.
-        batch_sequences: rows that run together.
+        batch_sequences: rows that run together, at most.
         near: a file beside which hidden states may wait on the disk.
         progress: told of rows through a layer.
 
@@ -46,6 +46,8 @@ def gather_layerwise(
         staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
     except CannotTakeApart:
         return None
+    most = int(STREAMED_BYTES / (bytes_within_a_layer(library.parent) * tokens.shape[1]))
+    batch_sequences = max(1, min(batch_sequences, most))
     folder = near.parent if near else Path(tempfile.gettempdir())
     return _means(staged, probes, tokens, batch_sequences, folder, progress)
 

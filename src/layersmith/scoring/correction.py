@@ -12,12 +12,17 @@ e the estimates. Where experts of later layers are chosen by routers, a small ch
 another expert: about as many as it is large, each by a jump that does not get smaller. So KL falls with the size of a
 change there and not with its square, e is too low by a factor 1 + b / sqrt(e), and the covariance has another term,
 
-    f_a f_b [same kind],   f = log(1 + 0.002 / sqrt(e)),
+    f_a f_b (0.8 [same kind] + 0.2 [a = b]),   f = log(1 + 0.002 / sqrt(e)),
 
 for those whose changes a router sees: what is done to every token moves more over the edge than what is done to a few
-that used an expert. An exact run on n of N rows observes r with variance (0.12 + 0.3 h)^2 (1/n - 1/N). The variance
-that is left does not depend on what is observed, so the runs can be chosen beforehand: always the one that lowers the
-summed variance most for its cost. docs/scoring.md has the measurements behind the constants.
+that used an expert. What is done to experts themselves changes few tokens, and an estimate that few tokens make up
+tells less: with s its relative standard deviation over the N rows, s^2 / N is added to the variance of r.
+
+An exact run on n of N rows observes r with variance (0.12 + 0.3 (h + f) + s)^2 (1/n - 1/N). The variance that is left
+does not depend on what is observed, so the runs can be chosen beforehand: always the one that lowers the summed
+variance most for its cost. Of alternatives of experts, or that a router sees, small estimates count for less in that
+sum: below a tenth of the median they decide nothing, however wrong. docs/scoring.md has the measurements behind the
+constants.
 """
 
 from __future__ import annotations
@@ -32,6 +37,7 @@ from layersmith.library.alternative import Alternative
 
 _SMALLEST = 1e-9  # an estimate of nothing has no logarithm
 _JUMPS = 0.002  # b, in the root of nats; only its order of magnitude matters, since exact runs tell its factor
+_SMALL_SHARE = 0.1  # of the median estimate
 
 
 @dataclass(frozen=True)
@@ -41,10 +47,12 @@ class Prior:
     Attributes:
         covariance: ``[n, n]`` float64, of r.
         noise: ``[n]``, standard deviation of r on a single row.
+        weight: ``[n]``, how much the variance of each counts when runs are chosen.
     """
 
     covariance: torch.Tensor
     noise: torch.Tensor
+    weight: torch.Tensor
 
 
 def prior(
@@ -52,6 +60,8 @@ def prior(
     estimates: Sequence[float],
     sizes: Sequence[float],
     before_routers: Sequence[bool] | None = None,
+    of_experts: Sequence[float | None] | None = None,
+    num_rows: int = 1,
 ) -> Prior:
     """See the module's docstring.
 
@@ -60,6 +70,9 @@ def prior(
         estimates: of their KL.
         sizes: of their changes, beside the hidden states.
         before_routers: whether a router sees their changes; default: none does.
+        of_experts: relative standard deviations over rows of the estimates of alternatives of experts; None for the
+            others. Default: there are none.
+        num_rows: N.
     """
     size = torch.tensor(sizes, dtype=torch.float64).clamp(0, 1.5)
     spread = 0.08 + 0.3 * size + 2.5 * size.square()
@@ -69,9 +82,15 @@ def prior(
     place = _same([(a.layer, a.subblock) for a in alternatives])
     correlation = (0.2 * kind + 0.4 * kind * place) * near + 0.2 * place + 0.2 * torch.eye(len(logs))
     jumps = (_JUMPS * torch.exp(-logs / 2)).log1p()
-    jumps *= torch.tensor(before_routers or [False] * len(logs), dtype=torch.float64)
-    covariance = spread[:, None] * spread * correlation + jumps[:, None] * jumps * kind
-    return Prior(covariance, 0.12 + 0.3 * (spread + jumps))
+    seen = torch.tensor(before_routers or [False] * len(logs))
+    jumps *= seen
+    own = torch.eye(len(logs), dtype=torch.float64)
+    covariance = spread[:, None] * spread * correlation + jumps[:, None] * jumps * (0.8 * kind + 0.2 * own)
+    scatter = torch.tensor([s or 0.0 for s in of_experts or [None] * len(logs)], dtype=torch.float64)
+    covariance += torch.diag(scatter.square() / num_rows)
+    small = (logs.exp() / (_SMALL_SHARE * logs.exp().median())).clamp(max=1).square()
+    routed = seen | torch.tensor([s is not None for s in of_experts or [None] * len(logs)])
+    return Prior(covariance, 0.12 + 0.3 * (spread + jumps) + scatter, torch.where(routed, small, 1.0))
 
 
 def _same(keys: Sequence[object]) -> torch.Tensor:
@@ -88,7 +107,7 @@ def choose_runs(known: Prior, costs: Sequence[float], num_rows: int, budget: flo
         costs: of an exact run on one row.
         num_rows: N; a first run is on one row, a further one doubles the rows.
         budget: for the sum of costs.
-        precision: nothing more is run once every standard deviation of r is below.
+        precision: nothing more is run once every standard deviation of r is below, as far as it counts.
 
     Returns:
         Index of an alternative to its rows.
@@ -101,10 +120,10 @@ def choose_runs(known: Prior, costs: Sequence[float], num_rows: int, budget: flo
         variance = left.diagonal()
         more = torch.minimum(torch.where(rows > 0, rows, 1.0), num_rows - rows)
         noise = known.noise.square() / more.clamp_min(1)
-        gain = left.square().sum(0) / (variance + noise) / (cost * more.clamp_min(1))
+        gain = known.weight @ left.square() / (variance + noise) / (cost * more.clamp_min(1))
         gain[(more < 1) | (spent + cost * more > budget)] = -1
         best = int(gain.argmax())
-        if gain[best] <= 0 or float(variance.max()) <= precision**2:
+        if gain[best] <= 0 or float((known.weight * variance).max()) <= precision**2:
             return {i: int(n) for i, n in enumerate(rows.tolist()) if n}
         column = left[:, best].clone()
         left -= torch.outer(column, column) / (variance[best] + noise[best])

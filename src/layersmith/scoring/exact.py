@@ -15,7 +15,8 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, A alternatives.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 
@@ -25,8 +26,8 @@ from layersmith.execution import forward_with, hands_over, layer_outputs
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.scoring.metrics import Reference, Rows, as_rows, labels_of, measure, row_means
-from layersmith.scoring.states import States, plan_start, read, start_all
-from layersmith.scoring.work import Plan, Work, share_of_layer
+from layersmith.scoring.states import States, most_seconds, plan_start, read, start_all
+from layersmith.scoring.work import Plan, Work, plan_all, share_of_layer
 from layersmith.staged import Batch, StagedParent
 
 # Logits that are held at once for what is not the parent.
@@ -157,7 +158,8 @@ def run_layer_by_layer(
 ) -> Iterator[tuple[int, Measured]]:
     """Metrics of alternatives on the rows of several batches; the parent's own first, then by waves of alternatives.
 
-    A wave reads each layer from its first alternative's on once.
+    A wave reads each layer from its first alternative's on once. Results come at its end: it ends when its hidden
+    states take what they may, or after about a minute, unless layers would then be read too often.
 
     Args:
         staged: the parent taken apart.
@@ -178,9 +180,15 @@ def run_layer_by_layer(
 
     for n, job in enumerate(jobs):
         with work.doing("head", of_head(n)):
-            (own,) = _by_spans(staged, job.rows, states.get(("parent", depth, n)), [])
+            (own,) = _by_spans(staged, job.rows, states, [("parent", depth, n)])
         yield n, Measured(None, own)
-    for wave in _waves(staged, jobs, most_bytes):
+    seconds = work.seconds_of("forward", 1.0)
+    most_operations = most_seconds(staged, work, 1) / seconds if seconds else math.inf
+    waves = list(_waves(staged, jobs, most_bytes, most_operations))
+    planned = _amounts_of_waves(staged, jobs, list(_waves(staged, jobs, most_bytes)))
+    for kind, amount in _amounts_of_waves(staged, jobs, waves).items():
+        work.plan(kind, amount - planned[kind])
+    for wave in waves:
         for j in range(wave[0][0].layer, depth):
             read(staged, j, work)
             for alternative, numbers in wave:
@@ -193,8 +201,10 @@ def run_layer_by_layer(
         for n, job in enumerate(jobs):
             run = [alternative for alternative, numbers in wave if n in numbers]
             with work.doing("head", (1 + len(run)) * of_head(n)):
-                changed = [states.pop((alternative.identity, n)) for alternative in run]
-                _, *measured = _by_spans(staged, job.rows, states.get(("parent", depth, n)), changed)
+                changed = [(alternative.identity, n) for alternative in run]
+                _, *measured = _by_spans(staged, job.rows, states, [("parent", depth, n), *changed])
+                for key in changed:
+                    states.forget(key)
             for alternative, rows in zip(run, measured, strict=True):
                 yield n, Measured(alternative, rows)
 
@@ -202,29 +212,40 @@ def run_layer_by_layer(
 def plan_layer_by_layer(staged: StagedParent, jobs: Sequence[Job], most_bytes: float, plan: Plan) -> None:
     """Tell what :func:`run_layer_by_layer` will do, but for the runs of the alternatives themselves."""
     plan_start(staged, [job.rows.shape for job in jobs], plan)
-    waves = list(_waves(staged, jobs, most_bytes))
     for job in jobs:
-        plan("head", (1 + len(waves)) * staged.head_operations(*job.rows.shape))
-    plan("reading", sum(len(staged.layers) - wave[0][0].layer for wave in waves))
+        plan("head", staged.head_operations(*job.rows.shape))
+    plan_all(plan, _amounts_of_waves(staged, jobs, list(_waves(staged, jobs, most_bytes))))
+
+
+# Alternatives with the numbers of their jobs.
+_Wave = list[tuple[Alternative, list[int]]]
+
+
+def _amounts_of_waves(staged: StagedParent, jobs: Sequence[Job], waves: Sequence[_Wave]) -> dict[str, float]:
+    """What waves take beside the runs of their alternatives."""
+    of_heads = sum(staged.head_operations(*job.rows.shape) for job in jobs)
+    reading = sum(len(staged.layers) - wave[0][0].layer for wave in waves)
+    return {"head": len(waves) * of_heads, "reading": reading}
 
 
 def _waves(
-    staged: StagedParent, jobs: Sequence[Job], most_bytes: float
-) -> Iterator[list[tuple[Alternative, list[int]]]]:
-    """Alternatives with the numbers of their jobs, by layer, as many as may wait at once."""
+    staged: StagedParent, jobs: Sequence[Job], most_bytes: float, most_operations: float = math.inf
+) -> Iterator[_Wave]:
+    """Alternatives by layer: as many as may wait at once, and take so many operations or one more."""
     by_identity: dict[str, tuple[Alternative, list[int]]] = {}
     for n, job in enumerate(jobs):
         for alternative in job.alternatives:
             by_identity.setdefault(alternative.identity, (alternative, []))[1].append(n)
-    wave: list[tuple[Alternative, list[int]]] = []
-    used = 0
+    wave: _Wave = []
+    used, operations, depth = 0, 0.0, len(staged.layers)
     for alternative, numbers in sorted(by_identity.values(), key=lambda own: own[0].layer):
         size = sum(jobs[n].rows.numel() for n in numbers) * staged.bytes_of_a_token
-        if wave and used + size > most_bytes:
+        if wave and (used + size > most_bytes or operations > most_operations):
             yield wave
-            wave, used = [], 0
+            wave, used, operations = [], 0, 0.0
         wave.append((alternative, numbers))
         used += size
+        operations += sum(staged.operations(alternative.layer, depth, *jobs[n].rows.shape) for n in numbers)
     if wave:
         yield wave
 
@@ -259,19 +280,17 @@ def _begin(
         states.pop(("middle", n))
 
 
-def _by_spans(
-    staged: StagedParent, rows: torch.Tensor, of_parent: torch.Tensor, others: Sequence[torch.Tensor]
-) -> list[Rows]:
-    """Metrics of the parent's own and of other hidden states ``[B, T, D]``; no logits but those of a span are held."""
-    found: list[list[dict[str, torch.Tensor]]] = [[] for _ in range(1 + len(others))]
+def _by_spans(staged: StagedParent, rows: torch.Tensor, states: States, keys: Sequence[Hashable]) -> list[Rows]:
+    """Metrics of hidden states ``[B, T, D]``, the parent's own first; nothing is held but those of a span."""
+    found: list[list[dict[str, torch.Tensor]]] = [[] for _ in keys]
     labels = labels_of(rows)
     for start, end in spans(rows, staged.vocab_size):
         ids = rows[:, start:end]
-        logits, read = staged.head(ids, of_parent[:, start:end])
+        logits, read = staged.head(ids, states.part(keys[0], start, end))
         reference = Reference.of(logits, read, ids, labels[:, start:end])
         found[0].append(measure(reference, logits.clone(), read))
-        for metrics, hidden in zip(found[1:], others, strict=True):
-            metrics.append(measure(reference, *staged.head(ids, hidden[:, start:end])))
+        for metrics, key in zip(found[1:], keys[1:], strict=True):
+            metrics.append(measure(reference, *staged.head(ids, states.part(key, start, end))))
     return [as_rows(row_means(metrics)) for metrics in found]
 
 

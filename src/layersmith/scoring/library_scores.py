@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 
+from layersmith.block_config import BlockConfig
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.parent import Parent
 from layersmith.progress import SILENT, Advance, Progress
 from layersmith.recipe import ScoringRecipe
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
@@ -33,11 +33,11 @@ from layersmith.scoring.exact import (
     run_layer_by_layer,
 )
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
-from layersmith.scoring.score import Journal, Score, error_beside_each_other
+from layersmith.scoring.score import Journal, Score, error_beside_each_other, standard_error
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
-from layersmith.scoring.states import States, StatesOnDisk
+from layersmith.scoring.states import States, StatesOnDisk, most_seconds
 from layersmith.scoring.work import Work, plan_all
-from layersmith.staged import CannotTakeApart, StagedParent, take_apart
+from layersmith.staged import STREAMED_BYTES, CannotTakeApart, StagedParent, bytes_within_a_layer, take_apart
 
 _PARENT = "parent"
 _ESTIMATE = "second order "  # before the identity of an alternative
@@ -47,7 +47,6 @@ SWEEP_PASSES = 6.0
 # What tokens that run at once may take: this where it is much beside the weights, else a share of those.
 _SMALL_BYTES = 256 * 1024**2
 _SHARE_OF_WEIGHTS = 0.1
-_STREAMED_BYTES = 64 * 1024**2
 # The first rows of exact runs that may stop early.
 _LEAST_ROWS = 8
 
@@ -180,7 +179,7 @@ class _Scoring:
             return False
         if self.recipe.mode == "second_order":
             return True
-        return sum(map(self.cost, self.pending)) > SWEEP_PASSES + self.recipe.exact_passes
+        return sum(map(self.cost, self.pending)) > SWEEP_PASSES + exact_passes(self.recipe, self.library.parent.blocks)
 
     def cost(self, alternative: Alternative) -> float:
         """Of an exact run on all rows, in forward passes of the parent."""
@@ -214,13 +213,15 @@ class _Scoring:
         """Of the recipe's, so many that what a layer makes of them stays small beside the parent's weights."""
         parent = self.library.parent
         weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
-        most = _STREAMED_BYTES if self.streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
+        most = STREAMED_BYTES if self.streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
         vocab_size, held = parent.language_config.vocab_size, 0
         if self.staged is not None:
             vocab_size = self.staged.vocab_size
             # What every layer is given, unless that waits on the disk.
             held = 0 if self.streamed else self.staged.bytes_of_a_token * (len(self.staged.layers) + 1)
-        return int(min(self.recipe.batch_tokens, max(1, most // (_bytes_of_a_token(parent, vocab_size) + held))))
+        # While it goes through a layer, or while the parent's logits are at hand.
+        of_token = max(bytes_within_a_layer(parent), 8.0 * vocab_size)
+        return int(min(self.recipe.batch_tokens, max(1, most // (of_token + held))))
 
     @property
     def streamed(self) -> bool:
@@ -354,28 +355,39 @@ class _Scoring:
                     plan_estimate(self.staged, self.pending, found, shapes, self.recipe.samples, plan)
             self.told.add_known(len(self.pending) * sum(map(len, known)))
         # How many exact runs there will be: KL goes with the square of the change, near enough for that.
-        _, runs = self._choose([size**2 for size in sizes], sizes)
+        _, runs = self._choose([[size**2] * num_rows for size in sizes], sizes)
         self._plan_exact(Journal(None, ""), runs)
         for own in missing:
-            if own:
-                self._sweep(results, found, own, seed)
+            while own:
+                size = self._batches_of_a_sweep(found, own[0])
+                if self.streamed and size < len(own):
+                    self.work.plan("reading", 2 * len(self.staged.layers))
+                self._sweep(results, found, own[:size], seed)
+                own = own[size:]
         by_row = {
             a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
             for a in self.pending
         }
-        before, runs = self._choose([math.fsum(by_row[a.identity]) / num_rows for a in self.pending], sizes)
+        before, runs = self._choose([by_row[a.identity] for a in self.pending], sizes)
         self.work.forget()
         self.told.begin(f"of {len(runs)} run exactly", sum(runs.values()) / max(1, len(runs)))
         self.exact(results, runs)
         return self._corrected(results, by_row, before, runs)
 
-    def _choose(self, estimates: Sequence[float], sizes: Sequence[float]) -> tuple[Prior, dict[str, int]]:
+    def _choose(self, by_row: Sequence[Sequence[float]], sizes: Sequence[float]) -> tuple[Prior, dict[str, int]]:
         """What is known before exact runs, and which there are to be: identity to a number of rows."""
-        num_rows = len(self.tokens)
+        num_rows, blocks = len(self.tokens), self.library.parent.blocks
         with self.work.doing("choose", 1):
-            before = prior(self.pending, estimates, sizes, [self._before_routers(a) for a in self.pending])
+            estimates = [math.fsum(own) / num_rows for own in by_row]
+            routed = [self._before_routers(a) for a in self.pending]
+            of_experts = [
+                _scatter(own) if a.subblock == "ffn" and blocks[a.layer].ffn.moe is not None else None
+                for a, own in zip(self.pending, by_row, strict=True)
+            ]
+            before = prior(self.pending, estimates, sizes, routed, of_experts, num_rows)
             costs = [self.cost(a) / num_rows for a in self.pending]
-            chosen = choose_runs(before, costs, num_rows, self.recipe.exact_passes, self.recipe.precision)
+            passes = exact_passes(self.recipe, blocks)
+            chosen = choose_runs(before, costs, num_rows, passes, self.recipe.precision)
         return before, {self.pending[index].identity: n for index, n in chosen.items()}
 
     def _before_routers(self, a: Alternative) -> bool:
@@ -395,6 +407,19 @@ class _Scoring:
             size = max(1, int(self.recipe.spill_gib * 1024**3 / of_batch))
         for start in range(0, len(batches), size):
             yield batches[start : start + size]
+
+    def _batches_of_a_sweep(self, found: Survey, rows: Sequence[int]) -> int:
+        """How many like this one may go through a sweep, which gives its results at its end."""
+        if not self.streamed:
+            return 1
+        assert self.staged is not None
+        amounts: dict[str, float] = {}
+        shape = self.tokens[rows].shape
+        plan_estimate(self.staged, self.pending, found, [shape], self.recipe.samples, amounts.__setitem__)
+        of_batch = [self.work.seconds_of(kind, n) for kind, n in amounts.items() if kind != "reading"]
+        if None in of_batch:  # the first tells
+            return 1
+        return max(1, int(most_seconds(self.staged, self.work, 2) / max(math.fsum(s or 0.0 for s in of_batch), 1e-9)))
 
     def _has_estimates(self, results: Journal, rows: Sequence[int]) -> bool:
         return all(results.has(_ESTIMATE + a.identity, rows) for a in self.pending)
@@ -441,11 +466,16 @@ class _Scoring:
         return [scores.get(a.identity) or Score(a, of_parent, num_rows) for a in self.library.alternatives]
 
 
-def _bytes_of_a_token(parent: Parent, vocab_size: int) -> float:
-    """About what a token takes while gradients go through a layer, or while the parent's logits are at hand."""
-    item = parent.runtime.dtype.itemsize
-    widest = max(sum(p.shape[-2] for p in layer.parameters() if p.ndim > 1) for layer in parent.layers)
-    return max(3.0 * item * widest, 8.0 * vocab_size)
+def exact_passes(recipe: ScoringRecipe, blocks: Sequence[BlockConfig]) -> float:
+    """Work that exact runs may take: where routers choose experts, estimates say less."""
+    return recipe.exact_passes * (2 if any(block.ffn.moe is not None for block in blocks) else 1)
+
+
+def _scatter(values: Sequence[float]) -> float:
+    """Standard deviation over the mean."""
+    mean = math.fsum(values) / len(values)
+    error = standard_error(values)
+    return 0.0 if error is None or mean <= 0 else error * math.sqrt(len(values)) / mean
 
 
 def _ends_of_waves(num_rows: int) -> list[int]:

@@ -27,9 +27,19 @@ class States:
     def get(self, key: Hashable) -> torch.Tensor:
         return self._tensors[key]
 
+    def part(self, key: Hashable, start: int, end: int) -> torch.Tensor:
+        """Some neighbouring tokens of ``[B, T, D]``."""
+        return self._tensors[key][:, start:end]
+
+    def forget(self, key: Hashable) -> None:
+        """Nobody will ask for it again."""
+        del self._tensors[key]
+
     def pop(self, key: Hashable) -> torch.Tensor:
-        """As :meth:`get`, and nobody will ask for it again."""
-        return self._tensors.pop(key)
+        """As :meth:`get`, and :meth:`forget`."""
+        tensor = self.get(key)
+        self.forget(key)
+        return tensor
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,17 +85,38 @@ class StatesOnDisk(States):
     def get(self, key: Hashable) -> torch.Tensor:
         slot = self._slots[key]
         raw = torch.empty(slot.bytes, dtype=torch.uint8)
-        memory, at = memoryview(raw.numpy()), slot.start  # type: ignore[arg-type]
+        self._read(raw, slot.start)
+        return raw.view(slot.dtype).view(slot.shape).to(slot.device)
+
+    def part(self, key: Hashable, start: int, end: int) -> torch.Tensor:
+        slot = self._slots[key]
+        num_rows, length, _ = slot.shape
+        of_token = slot.bytes // (num_rows * length)
+        raw = torch.empty(num_rows, (end - start) * of_token, dtype=torch.uint8)
+        for number, row in enumerate(raw):
+            self._read(row, slot.start + (number * length + start) * of_token)
+        return raw.view(slot.dtype).view(num_rows, end - start, -1).to(slot.device)
+
+    def _read(self, into: torch.Tensor, at: int) -> None:
+        memory = memoryview(into.numpy())  # type: ignore[arg-type]
         while memory:
             done = os.preadv(self._file.fileno(), [memory], at)
             memory, at = memory[done:], at + done
-        return raw.view(slot.dtype).view(slot.shape).to(slot.device)
 
-    def pop(self, key: Hashable) -> torch.Tensor:
-        tensor = self.get(key)
+    def forget(self, key: Hashable) -> None:
         slot = self._slots.pop(key)
         self._free.setdefault(slot.bytes, []).append(slot.start)
-        return tensor
+
+
+# What a killed run may lose: as many seconds of work, or more where layers would else be read too often beside it.
+_LOST_SECONDS = 60.0
+_SHARE_OF_READING = 0.05
+
+
+def most_seconds(staged: StagedParent, work: Work, readings: int) -> float:
+    """How long work should take whose results come at its end, and that reads all layers so many times."""
+    reading = work.seconds_of("reading", readings * len(staged.layers)) or 0.0
+    return max(_LOST_SECONDS, reading / _SHARE_OF_READING)
 
 
 @torch.no_grad()

@@ -112,6 +112,11 @@ class Work:
         left = self._seconds_of(lambda own: own.left)
         return left and left * (self._clock() - self._started) / timed
 
+    def seconds_of(self, kind: str, amount: float) -> float | None:
+        """What an amount of a kind takes; None where nothing is known of it."""
+        rate = self._rate(kind)
+        return None if rate is None else rate * amount
+
     @property
     def share(self) -> float | None:
         """Of all the work, what is done, as the times tell; None where nothing is known of some kind."""
