@@ -93,7 +93,9 @@ def find(config: PretrainedConfig) -> Findings:
     classes = tuple(dict.fromkeys(type(specimen.model.get_submodule(name)) for name in names))
     notes: list[str] = []
     for k, kind in enumerate(kinds):
-        kinds[k] = proved(specimen, names[of_layer.index(k)], kind, notes)
+        # One of those that a layer of each kind follows, or none.
+        after = {own: i for i, own in reversed(list(enumerate(zip(of_layer, [*of_layer[1:], None], strict=True))))}
+        kinds[k] = proved(specimen, [names[i] for i in sorted(after.values()) if of_layer[i] == k], kind, notes)
     check_configurable(specimen.config, classes)
     appends = appends_to_cache(specimen, names, [kinds[k] for k in of_layer])
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)

@@ -42,13 +42,17 @@ def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
     if _elements(large) <= _OWN:
         return config
     kinds = [signature(layer) for layer in _longest_list(large).children()]
-    depth = {name: _first_with_all(kinds) for name in _depth_attributes(config, len(kinds))}
+    depths = _depth_attributes(config, len(kinds))
+    # What a layer gives may be used by the next one, or not, as that is: at best each pair that is there is there.
+    pairs = list(itertools.pairwise(kinds))
+    lengths = dict.fromkeys(max(2, length) for length in (_first_with_all(pairs) + 1, _first_with_all(kinds)))
     problem = "no smaller model of the same kinds of layers runs"
     fixed: set[str] = set()
     for attempt in ("everything", "all but patterns"):
         if attempt == "all but patterns":
             fixed = _patterns(config, kinds)
-        for kept, divisor, least in itertools.product(_KEPT, _DIVISORS, _LEAST):
+        for length, kept, divisor, least in itertools.product(lengths, _KEPT, _DIVISORS, _LEAST):
+            depth = dict.fromkeys(depths, length)
             small = _divided(config, divisor, least, kept, fixed, len(kinds), depth)
             try:
                 model = stock_model(small)
@@ -112,7 +116,7 @@ def _first_with_all(kinds: list[Any]) -> int:
     for i, kind in enumerate(kinds):
         seen.add(kind)
         if seen == set(kinds):
-            return max(2, i + 1)
+            return i + 1
     return len(kinds)
 
 
