@@ -205,14 +205,14 @@ _SHARED_CHOICE = {
     "indexer_types": ["full", "full", "shared", "shared"],
     "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
 }
+_INKLING2 = {"unpadded_vocab_size": 99}
 # Layers 1 and 2 of 4 run in a loop.
-_INKLING2_LOOP = {
+_INKLING2_LOOP = _INKLING2 | {
     "layer_types": ["hybrid_sliding", "hybrid"] * 2,
     "n_layers_per_attn_res_block": 1,
     "loop_layer_index_start": 1,
     "loop_layer_index_end": 3,
     "loop_gate_rank": 8,
-    "unpadded_vocab_size": 99,
 }
 _LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 _QWEN4 = {
@@ -307,7 +307,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "cwm": {"eos_token_id": 2},
     **dict.fromkeys(("inkling2_loop", "inkling2_loop_text"), _INKLING2_LOOP),
-    **dict.fromkeys(("inkling2", "inkling2_text"), {"unpadded_vocab_size": 99}),
+    **dict.fromkeys(("inkling2", "inkling2_text"), _INKLING2),
     "dory": {"n_input_layers": 1, "n_output_layers": 1, "layer_types": _TWO_TYPES},
     "hy_v4": _SHARED_CHOICE,
     "hy_v4_vl": _mrope(2, 1, 1) | _SHARED_CHOICE | {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 8},
