@@ -387,23 +387,31 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
     return own
 
 
-def resize(layer: nn.Module, shapes: dict[str, list[int]]) -> None:
+def resize(layer: nn.Module, shapes: dict[str, list[int | None]]) -> None:
     """Give weights of a layer other shapes, for sizes that no config attribute says; what they hold is fresh.
 
-    Plain numbers of their modules that were equal to a size that changes, e.g. ``in_features``, change with it.
+    None in a shape is a length that stays. Plain numbers of their modules that were equal to a size that changes, e.g.
+    ``in_features``, change with it.
     """
     for name, shape in shapes.items():
         path, _, own_name = name.rpartition(".")
         module = layer.get_submodule(path)
         old = module.get_parameter(own_name)
-        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        lengths = [was if own is None else own for was, own in zip(old.shape, shape, strict=True)]
+        new = torch.empty(lengths, dtype=old.dtype, device=old.device)
         if not new.is_meta:
             nn.init.normal_(new, std=0.02)
         setattr(module, own_name, nn.Parameter(new, requires_grad=old.requires_grad))
-        changed = {a: b for a, b in zip(old.shape, shape, strict=True) if a != b}
+        changed = {a: b for a, b in zip(old.shape, lengths, strict=True) if a != b}
         for attribute, value in list(vars(module).items()):
             if type(value) is int and value in changed:
                 setattr(module, attribute, changed[value])
+
+
+def renumber(layer: nn.Module, numbers: dict[str, dict[str, int]]) -> None:
+    """Give modules of a layer other plain numbers, where a config attribute would change those of others too."""
+    for name, values in numbers.items():
+        vars(layer.get_submodule(name)).update(values)
 
 
 # ---------------------------------------------------------------------------------------------- the KV cache
@@ -482,6 +490,7 @@ def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
         if index >= len(records):
             return
         resize(layer, records[index].get("shapes", {}))
+        renumber(layer, records[index].get("numbers", {}))
         for name, record in records[index]["modules"].items():
             layer.set_submodule(name, make_replacement(record))
         set_cache_slot(layer, records[index]["cache_slot"], records[index].get("cached"))

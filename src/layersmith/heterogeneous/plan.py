@@ -184,6 +184,8 @@ def make_plan(
         record: dict[str, Any] = {"config": overrides, "modules": modules, "cache_slot": slot}
         if shapes := new_shapes(descriptor, layer, block):
             record["shapes"] = shapes
+        if numbers := new_numbers(descriptor, layer, block):
+            record["numbers"] = numbers
         if (within := cached_modules(descriptor, layer, len(records), slot)) is not None:
             record["cached"] = within
         records.append(record)
@@ -196,7 +198,7 @@ def make_plan(
             config,
             block_configs,
             text_config,
-            [i for i, record in enumerate(records) if "shapes" in record],
+            [i for i, record in enumerate(records) if record.keys() & {"shapes", "numbers"}],
         ),
     }
     if text_config:
@@ -206,10 +208,16 @@ def make_plan(
     return plan
 
 
-def new_shapes(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
+def new_shapes(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, list[int | None]]:
     """Weights of a freshly built layer that get another shape, where a descriptor knows sizes that no config says."""
     resized = getattr(descriptor, "resized_weights", None)
     return resized(layer, block) if resized is not None else {}
+
+
+def new_numbers(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
+    """Plain numbers of a freshly built layer's modules that become others, by module and attribute; see there."""
+    own_numbers = getattr(descriptor, "own_numbers", None)
+    return own_numbers(layer, block) if own_numbers is not None else {}
 
 
 def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[BlockConfig]) -> list[bool]:

@@ -19,7 +19,7 @@ from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
-from layersmith.model_descriptor.ffn_sizes import FFNSizes, experts_per_token, unsaid_width
+from layersmith.model_descriptor.ffn_sizes import FFNSizes, OwnExperts, experts_per_token, own_experts, unsaid_width
 from layersmith.model_descriptor.kv_heads import NOT_UNDERSTOOD, OF_QUERIES, find_kv_heads, keys_need_queries
 from layersmith.model_descriptor.mixers import MixerSizes, find_mixer
 from layersmith.model_descriptor.query_heads import find_query_heads
@@ -55,6 +55,7 @@ class Sizes:
         mixer: of a Mamba or linear-attention mixer that keeps a state.
         flat: weights in which experts lie one after another along the first dimension, each as long as the width.
         experts_of_both: whether the number of experts, and of those that a token uses, is the attention's too.
+        own_experts: what is built of these numbers in the FFN, where it is.
     """
 
     kv_heads: Path | None = None
@@ -72,6 +73,7 @@ class Sizes:
     mixer: MixerSizes | None = None
     flat: tuple[str, ...] = ()
     experts_of_both: bool = False
+    own_experts: OwnExperts | None = None
     no_query_heads: str = ""
     head_blocks: int = 1
     head_pairs: bool = False
@@ -229,18 +231,20 @@ def find_sizes(
         expert_width, factor, at = ffn.widest(inside=True)
         shared_width, shared_factor, shared_at = ffn.widest(inside=False)
         alike = shared_factor == factor
+        per_token = experts_per_token(trial, without, ffn)
         found_sizes.append(
             replace(
                 heads,
                 num_experts=ffn.count,
                 expert_width=expert_width,
                 shared_width=shared_width if alike else None,
-                experts_per_token=experts_per_token(trial, without, ffn),
+                experts_per_token=per_token,
                 config_width=factor,
                 width_at=at,
                 shared_width_at=shared_at if alike else None,
                 flat=ffn.flat,
                 experts_of_both=ffn.of_both,
+                own_experts=own_experts(ffn, per_token),
             )
         )
 

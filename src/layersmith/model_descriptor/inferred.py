@@ -21,6 +21,7 @@ from layersmith.errors import UnsupportedModel, first_line
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.ffn_sizes import OwnExperts
 from layersmith.model_descriptor.findings import Findings
 from layersmith.model_descriptor.full_size import at_full_length_of, in_config, mixer_of, widths_of
 from layersmith.model_descriptor.governed import split, splits_of
@@ -237,17 +238,40 @@ class InferredDescriptor(ModelDescriptor):
         return f"the {subblock} is made of {before[0]} too, beside {module}" if before else ""
 
     @classmethod
-    def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
-        """Weights of a freshly built layer that get another shape, for a width that no attribute says."""
-        width = block.ffn.intermediate_size
-        if width is None or not any(sizes.resized for sizes in cls.findings.sizes):
+    def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int | None]]:
+        """Weights of a freshly built layer that get another shape, for a width that no attribute says, or for experts.
+
+        Where the attention has experts too, and one attribute says the number of either, the FFN's are resized. None is
+        a length that stays as the layer's config makes it.
+        """
+        width, moe = block.ffn.intermediate_size, block.ffn.moe
+        if not any(own.resized or own.own_experts for own in cls.findings.sizes):
             return {}
-        shapes = {}
-        for name, dim in cls.findings.sizes[cls.findings.number_of_kind(layer)].resized:
-            shape = list(layer.get_parameter(name).shape)
-            if shape[dim] != width:
-                shapes[name] = [*shape[:dim], width, *shape[dim + 1 :]]
+        sizes = cls.findings.sizes[cls.findings.number_of_kind(layer)]
+        lengths = {(name, dim): width for name, dim in sizes.resized if width is not None}
+        if moe is not None and sizes.own_experts is not None:
+            for name, dim in sizes.own_experts.weights:
+                lengths[name, dim] = moe.num_local_experts
+        shapes: dict[str, list[int | None]] = {}
+        for (name, dim), length in lengths.items():
+            shape = layer.get_parameter(name).shape
+            if length != shape[dim]:
+                shapes[name] = [length if d == dim else None for d in range(len(shape))]
         return shapes
+
+    @classmethod
+    def own_numbers(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
+        """Plain numbers of modules of a freshly built layer that are others, where the config has its attention's."""
+        moe = block.ffn.moe
+        if moe is None or not any(own.own_experts for own in cls.findings.sizes):
+            return {}
+        own = cls.findings.sizes[cls.findings.number_of_kind(layer)].own_experts
+        found: dict[str, dict[str, int]] = {}
+        for places, value in ((own.counts, moe.num_local_experts), (own.uses, moe.num_experts_per_tok)) if own else ():
+            for module, attribute in places:
+                if getattr(layer.get_submodule(module), attribute) != value:
+                    found.setdefault(module, {})[attribute] = value
+        return found
 
     @classmethod
     def flat_experts(cls, index: int) -> tuple[str, ...]:
@@ -258,6 +282,11 @@ class InferredDescriptor(ModelDescriptor):
     def experts_of_both(cls, index: int) -> bool:
         """Whether the number of a layer's experts, and of those that a token uses, is that of its attention's too."""
         return cls.findings.sizes[cls.findings.of_layer[index]].experts_of_both
+
+    @classmethod
+    def own_experts(cls, index: int) -> OwnExperts | None:
+        """What the number of experts is in a layer's FFN, where it is its attention's too; None if it is not known."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].own_experts
 
     @classmethod
     def keeps_state(cls, index: int) -> bool:
