@@ -183,7 +183,7 @@ _DOTS3 = _MLA | {
     "head_dim": 16,
     "index_topk": 8,
     "index_head_dim": 8,
-    "index_n_heads": 2,
+    "index_n_heads": 8,  # the scores of few are often zero alike, and which of equals is chosen is open
     "per_layer_config": {
         "1": {"num_attention_heads": 2, "num_key_value_heads": 2},
         "3": {"num_attention_heads": 2, "num_key_value_heads": 2},
