@@ -185,6 +185,7 @@ def find(config: PretrainedConfig) -> Findings:
         tuple(own.slots for own in seen_in_cache),
         tuple(beside_of(own, k) for k, own in enumerate(seen_in_cache)),
         tuple(own.for_each_query for own in seen_in_cache),
+        tuple(own.more for own in seen_in_cache),
         config,
     )
 
@@ -299,6 +300,12 @@ class InferredDescriptor(ModelDescriptor):
         """Whether a layer keeps nothing in the cache."""
         findings = cls.findings
         return bool(findings.empty) and findings.empty[findings.of_layer[index]]
+
+    @classmethod
+    def estimates_cache(cls, index: int) -> bool:
+        """Whether what a layer keeps in the cache is only estimated, because it keeps it in a way of its own."""
+        findings = cls.findings
+        return bool(findings.more_in_cache) and findings.more_in_cache[findings.of_layer[index]]
 
     @classmethod
     def state_bytes(
