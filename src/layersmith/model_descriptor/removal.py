@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from layersmith.errors import first_line
 from layersmith.heterogeneous.modeling_layersmith import make_replacement, own_layers
-from layersmith.model_descriptor.specimen import Specimen, first_tensor_of, with_first_tensor
+from layersmith.model_descriptor.specimen import Specimen, cache_argument, first_tensor_of, with_first_tensor
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind, Record, Subblock
 
@@ -149,11 +149,11 @@ def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple
         # A norm after the subblock goes with it: what it makes of zeros is silenced too.
         with specimen.silenced(silenced), silent_stay_silent(model, after):
             wanted = specimen.run()
-        filled, caches = None, False
+        filled, caches, name_of_cache = None, False, cache_argument(model)
         with suppress(Exception), torch.no_grad():
             cached = model(input_ids=specimen.ids, use_cache=True)
             caches = True
-            filled = cached.past_key_values
+            filled = cached[name_of_cache]
         try:
             for name, record in subblock.replaced:
                 layer.set_submodule(name, _Asked(originals[name], _replacement(originals[name], record), asked[name]))
@@ -162,7 +162,8 @@ def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple
                 model(input_ids=specimen.ids, use_cache=True)
                 if filled is not None:
                     mask = torch.ones(1, specimen.ids.shape[1] + 1, dtype=torch.long)
-                    model(input_ids=specimen.ids[:, :1], past_key_values=filled, attention_mask=mask, use_cache=True)
+                    told = {name_of_cache: filled, "attention_mask": mask}
+                    model(input_ids=specimen.ids[:, :1], use_cache=True, **told)
             _build_asking(specimen, type(layer), subblock, asked)
         finally:
             for name, module in originals.items():

@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden, V vocabulary. One sequence at a time.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -187,6 +188,13 @@ class Specimen:
                 return not torch.equal(self.forward(self.ids), logits)
             finally:
                 parameter.copy_(kept)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls the cache that it is given and returns."""
+    takes = inspect.signature(model.forward).parameters
+    others = ("cache", "cache_params", "state", "past_buckets_states")
+    return next((name for name in others if name in takes), "past_key_values")
 
 
 def _copied(value: Any) -> Any:
