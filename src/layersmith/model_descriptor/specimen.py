@@ -82,7 +82,11 @@ class Specimen:
     @property
     def hidden_size(self) -> int:
         """D: what the input embedding gives for a token."""
-        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+        try:
+            return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):  # it is not called as usual; the first that runs is it
+            calls = (self.model.get_submodule(call.name) for call in self.trace(self.ids, keep=()))
+            return next((m.embedding_dim for m in calls if isinstance(m, nn.Embedding)), 0)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         output = self.model(input_ids=ids, use_cache=False)
