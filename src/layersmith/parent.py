@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layersmith.artifacts import file_digest, fingerprint, plain
 from layersmith.block_config import BlockConfig
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.build import block_configs_of, decoder_layers
+from layersmith.heterogeneous.build import block_configs_of, decoder_layers, head_of
 from layersmith.heterogeneous.checkpoint import load, weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
@@ -70,6 +70,11 @@ class Parent:
     @property
     def layers(self) -> list[nn.Module]:
         return decoder_layers(self.model, self.descriptor, len(self.blocks))
+
+    @property
+    def head(self) -> nn.Module:
+        """The language-model head."""
+        return head_of(self.model, self.descriptor)
 
     def blocks_with(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
         """The block configs of the child that a choice makes."""

@@ -166,7 +166,7 @@ class StagedParent:
         self._layouts: dict[int, str] = {}
         self._types = getattr(parent.language_config, "layer_types", None)
         self._norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
-        self._output: Any = parent.model.get_output_embeddings()
+        self._output: Any = parent.head
         self._plain_head = False
         self._plain_head = self._has_plain_head(probe)
         self._counts: list[tuple[float, float]] = []

@@ -165,11 +165,19 @@ class WeightStream:
     Args:
         model: with weights on the meta device.
         layers: its decoder layers.
+        embedding: its input embedding.
         files: its weights by their names in ``state_dict()``.
         device: where they are wanted.
     """
 
-    def __init__(self, model: PreTrainedModel, layers: Sequence[nn.Module], files: Files, device: torch.device):
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layers: Sequence[nn.Module],
+        embedding: nn.Module,
+        files: Files,
+        device: torch.device,
+    ):
         self.files, self.device = files, device
         _give_back()
         self._units: dict[nn.Module, list[tuple[nn.Module, str, str]]] = {}
@@ -183,7 +191,6 @@ class WeightStream:
                     name = f"{names[id(module)]}.{own}".removeprefix(".")
                     self._units.setdefault(unit, []).append((module, own, name))
         largest = max((self._bytes(unit) for unit in self._units), default=0)
-        embedding = model.get_input_embeddings()
         for unit in list(self._units):
             if unit not in layers and self._bytes(unit) < _SMALL_SHARE * largest:
                 self._fill(self._units.pop(unit))
@@ -319,7 +326,8 @@ def load_streamed(
                 moved = parameter.to("meta" if parameter.is_meta else runtime.device, runtime.dtype, copy=True)
                 module._parameters[name] = nn.Parameter(moved, requires_grad=False)
     layers = decoder_layers(model, descriptor, num_layers_of(model.config, descriptor))
-    return model.eval(), dtype, WeightStream(model, layers, files, runtime.device)
+    embedding = model.get_submodule(descriptor.input_embedding_name())
+    return model.eval(), dtype, WeightStream(model, layers, embedding, files, runtime.device)
 
 
 def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:

@@ -33,7 +33,7 @@ from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.removal import silent_stay_silent
 from layersmith.model_descriptor.shrink import shrunk
-from layersmith.model_descriptor.specimen import Specimen
+from layersmith.model_descriptor.specimen import Specimen, cache_argument
 from layersmith.model_descriptor.stock import own_config, stock_class, stock_model
 from layersmith.parent import Parent
 from layersmith.runtime import Runtime
@@ -288,6 +288,6 @@ def _in_pieces(parent: Parent, model: Any, told: bool) -> float:
         pieces = []
         for start, end in ((0, 7), (7, 8), (8, 9), (9, 12)):
             more = {"position_ids": torch.arange(start, end)[None]} if told else {}
-            output = model(input_ids=tokens[:, start:end], past_key_values=cache, use_cache=True, **more)
+            output = model(input_ids=tokens[:, start:end], use_cache=True, **{cache_argument(model): cache}, **more)
             pieces.append(output.logits[:, -1])
     return float((torch.stack(pieces, 1) - whole[:, [6, 7, 8, 11]]).abs().max() / whole.abs().max().clamp_min(1e-9))

@@ -6,7 +6,6 @@ nothing passes by being skipped.
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import tempfile
@@ -32,7 +31,7 @@ from layersmith.heterogeneous.build import decoder_layers
 from layersmith.library.library import Survey, survey
 from layersmith.model_descriptor.inferred import InferredDescriptor
 from layersmith.model_descriptor.removal import silent_stay_silent
-from layersmith.model_descriptor.specimen import Specimen
+from layersmith.model_descriptor.specimen import Specimen, cache_argument
 from layersmith.model_descriptor.stock import own_config
 from layersmith.model_descriptor.subblocks import Subblock
 from layersmith.parent import Parent
@@ -401,7 +400,7 @@ class _Examination:
         """Logits piece by piece, by way of a cache (None: the one that the model makes), against those of one pass."""
         ids = self.ids[:, : sum(pieces)]
         full = model(input_ids=ids, use_cache=False).logits
-        name = _cache_argument(model)
+        name = cache_argument(model)
         start, seen = 0, []
         for piece in pieces:
             told: dict[str, Any] = {} if cache is None else {name: cache}
@@ -416,7 +415,7 @@ class _Examination:
 
     def _cache_for(self, model: nn.Module) -> Any:
         """None where the model makes a cache itself and returns it."""
-        made = model(input_ids=self.ids[:, :2], use_cache=True).get(_cache_argument(model))
+        made = model(input_ids=self.ids[:, :2], use_cache=True).get(cache_argument(model))
         return DynamicCache(config=model.config) if made is None else None
 
     def _continuation(self, model: nn.Module) -> None:
@@ -539,11 +538,6 @@ def _load_as_stock(path: Path) -> nn.Module:
         return AutoModelForCausalLM.from_pretrained(path, trust_remote_code=True, dtype=torch.float32).eval()
     finally:
         auto_factory._get_model_class = wrapped
-
-
-def _cache_argument(model: nn.Module) -> str:
-    takes = inspect.signature(model.forward).parameters
-    return next((name for name in ("cache_params", "state", "past_buckets_states") if name in takes), "past_key_values")
 
 
 def _stretched(pattern: Sequence[str], length: int) -> list[str]:

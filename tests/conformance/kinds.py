@@ -131,7 +131,7 @@ def _layers_of_cache(model: nn.Module, length: int) -> list[Any]:
 def _cache_of(model: nn.Module, length: int) -> Any:
     with torch.no_grad():
         output = model(input_ids=torch.arange(3, 3 + length)[None], use_cache=True)
-    return next((v for k, v in output.items() if k in ("past_key_values", "cache_params", "state")), None)
+    return next((v for k, v in output.items() if k in ("past_key_values", "cache", "cache_params", "state")), None)
 
 
 def _shapes(value: Any) -> list[torch.Size]:

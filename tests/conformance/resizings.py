@@ -29,9 +29,9 @@ def resizings(blocks: Sequence[BlockConfig], findings: Findings) -> Iterator[Res
             yield "FFN width", i, _with_ffn(intermediate_size=width // 2)
         if moe is None:
             continue
-        if moe.num_local_experts // 2 >= moe.num_experts_per_tok and not sizes.experts_of_both:
+        if moe.num_local_experts // 2 >= moe.num_experts_per_tok:
             yield "number of experts", i, _with_moe(num_local_experts=moe.num_local_experts // 2)
-        if moe.num_experts_per_tok > 1 and sizes.experts_per_token and not sizes.experts_of_both:
+        if moe.num_experts_per_tok > 1 and sizes.experts_per_token:
             yield "experts per token", i, _with_moe(num_experts_per_tok=moe.num_experts_per_tok // 2)
         if moe.expert_intermediate_dim:
             yield "expert width", i, _with_moe(expert_intermediate_dim=moe.expert_intermediate_dim // 2)

@@ -183,7 +183,7 @@ _DOTS3 = _MLA | {
     "head_dim": 16,
     "index_topk": 8,
     "index_head_dim": 8,
-    "index_n_heads": 2,
+    "index_n_heads": 8,  # the scores of few are often zero alike, and which of equals is chosen is open
     "per_layer_config": {
         "1": {"num_attention_heads": 2, "num_key_value_heads": 2},
         "3": {"num_attention_heads": 2, "num_key_value_heads": 2},
@@ -199,6 +199,20 @@ _NEMOTRON = {
     "n_groups": 2,
     "mamba_num_heads": 8,
     "mamba_head_dim": 16,
+}
+# Layers that choose tokens for those after them, which pass the choice on.
+_SHARED_CHOICE = {
+    "indexer_types": ["full", "full", "shared", "shared"],
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+}
+_INKLING2 = {"unpadded_vocab_size": 99}
+# Layers 1 and 2 of 4 run in a loop.
+_INKLING2_LOOP = _INKLING2 | {
+    "layer_types": ["hybrid_sliding", "hybrid"] * 2,
+    "n_layers_per_attn_res_block": 1,
+    "loop_layer_index_start": 1,
+    "loop_layer_index_end": 3,
+    "loop_gate_rank": 8,
 }
 _LFM2 = {"layer_types": ["conv", "full_attention"] * 2}
 _QWEN4 = {
@@ -230,8 +244,9 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "deepseek_v4": {"o_groups": 2, "o_lora_rank": 8, "index_n_heads": 2, "index_head_dim": 16},
     "falcon_h1": {"ssm_multipliers": [0.7, 1.3, 0.6, 1.5, 0.8]},
     "mistral4": _MLA,
-    **dict.fromkeys(("axk1", "deepseek_v3", "kimi_k25", "youtu"), _MLA | {"head_dim": 8}),
-    **dict.fromkeys(("axk2", "deepseek_v32", "glm_moe_dsa", "minicpm3", "kimi_linear", "glm4_moe_lite"), _MLA),
+    **dict.fromkeys(("axk1", "deepseek_v3", "kimi_k25", "sarvam_mla", "youtu"), _MLA | {"head_dim": 8}),
+    **dict.fromkeys(("axk2", "deepseek_v32", "minicpm3", "kimi_linear", "glm4_moe_lite"), _MLA),
+    "glm_moe_dsa": _MLA | _SHARED_CHOICE,
     "mistral_large4": _MLA | {"head_dim": 8},
     "glm5_next": _MLA
     | {
@@ -291,6 +306,11 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "layers_block_type": ["linear_attention", "hybrid"] * 2,
     },
     "cwm": {"eos_token_id": 2},
+    **dict.fromkeys(("inkling2_loop", "inkling2_loop_text"), _INKLING2_LOOP),
+    **dict.fromkeys(("inkling2", "inkling2_text"), _INKLING2),
+    "dory": {"n_input_layers": 1, "n_output_layers": 1, "layer_types": _TWO_TYPES},
+    "hy_v4": _SHARED_CHOICE,
+    "hy_v4_vl": _mrope(2, 1, 1) | _SHARED_CHOICE | {"index_topk": 8, "index_head_dim": 16, "index_n_heads": 8},
     "diffllama": {"num_attention_heads": 8, "num_key_value_heads": 4},
     "bamba": {"attn_layer_indices": [1, 3]},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},

@@ -113,6 +113,16 @@ def test_what_is_kept_of_every_token(model_type: str, dtype: torch.dtype) -> Non
         assert costs["kv_cache_bytes"] == _bytes_in(output.past_key_values)
 
 
+def test_a_cache_that_is_not_understood_is_called_an_estimate() -> None:
+    """Keys and values are one tensor there, and of several tokens together one entry is kept."""
+    for model_type, estimated in (("deepseek_v4", True), ("deepseek_v32", False)):
+        config = tiny_config(model_type)
+        descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
+        axes = find_axes(descriptor, config, blocks)
+        found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
+        assert any("KV cache takes is estimated in any layer" in note for note in found.notes) == estimated
+
+
 def test_what_is_kept_of_every_token_at_full_size() -> None:
     """Read off a small model with the same kinds of layers: an indexer's keys, their weights and whether they count."""
     config = tiny_config("glm5_next")

@@ -6,6 +6,7 @@ The models are tiny and random; each family is here for something that none of t
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from transformers import PretrainedConfig
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import layersmith
+from layersmith import BlockConfig, FFNConfig
 from layersmith.costs.counted import Workload, subblock_costs
 from layersmith.execution import exchanged, forward
 from layersmith.library.alternative import Alternative
@@ -58,7 +60,8 @@ KINDS = {
     # Two attentions a layer, and experts that do nothing beside the others.
     "longcat_flash": {"head_groups", "experts", "expert_width", "experts_per_token", "shared_width"},
     "dbrx": {"kv_heads", "experts", "expert_width", "experts_per_token"},  # experts flat, one after another
-    "jetmoe": {"head_groups", "expert_width"},  # experts in the attention too: heads end in a stack of projections
+    # Experts in the attention too, of the same number: heads end in a stack of projections.
+    "jetmoe": {"head_groups", "experts", "expert_width", "experts_per_token"},
     "diffllama": {"kv_heads", "head_groups", "query_heads", "ffn_width"},  # a head of either half of all is one head
     # Stacks of shared experts beside those of the others; heads counted by other attributes where there is a window.
     "inkling_text": {"kv_heads", "query_heads", "experts", "expert_width", "experts_per_token"},
@@ -252,14 +255,23 @@ def test_keys_head_after_head_that_are_cached_for_each_query() -> None:
     assert parts[0]["attention"]["kv_cache_bytes"] == Workload().context * 2 * keys.shape[1] * keys.shape[-1] * 4
 
 
-def test_numbers_that_the_attention_and_the_ffn_share_are_no_axis() -> None:
+def test_numbers_that_the_attention_and_the_ffn_share_differ_in_the_ffn_alone(tmp_path: Path) -> None:
     parent = parent_of("jetmoe")
     found = survey(parent, LibraryRecipe())
     own, moe = found.axes[0], parent.blocks[0].ffn.moe
-    assert own.experts is None
-    assert own.reasons["experts"] == "its attention has experts too, and their numbers are the same attributes"
+    assert own.experts is not None
     assert moe is not None
     assert (moe.num_local_experts, moe.num_experts_per_tok) == (4, 2)
+    fewer = FFNConfig(moe=replace(moe, num_local_experts=3, num_experts_per_tok=1, expert_intermediate_dim=16))
+    blocks = [BlockConfig(parent.blocks[0].attention, fewer), *parent.blocks[1:]]
+    child = layersmith.build(parent.config, blocks, dtype=torch.float32).eval()
+    layer = child.get_submodule("model.layers.0")
+    assert layer.self_attention.experts.input_linear.weight.shape[0] == 4
+    assert layer.mlp.input_linear.weight.shape == (3, 32, 64)
+    assert (layer.mlp.router.num_experts, layer.mlp.router.top_k, layer.self_attention.top_k) == (3, 1, 2)
+    layersmith.save(child, tmp_path / "child")
+    again = layersmith.load(tmp_path / "child", dtype=torch.float32).eval()
+    assert torch.equal(again(TOKENS).logits, child(TOKENS).logits)
     _, parts = costs_of(parent, found)
     stacks = sum(p.numel() for n, p in parent.layers[0].mlp.named_parameters() if p.ndim == 3)
     assert parts[0]["ffn"]["parameters"] - parts[0]["ffn"]["active_parameters"] == stacks // 2

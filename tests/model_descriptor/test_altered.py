@@ -6,6 +6,7 @@ own. Names are exchanged on purpose: the attention is called ``mlp`` and the FFN
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import inspect
 import re
@@ -17,15 +18,16 @@ from typing import Any
 import pytest
 import torch
 from conformance.tiny import tiny_config
-from conftest import randomize
-from transformers import AutoConfig, AutoModelForCausalLM
+from conftest import TINY_RECIPE, randomize
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto import configuration_auto, modeling_auto
 
 import layersmith
 from layersmith import BlockConfig, FFNConfig
 from layersmith.block_config import AttentionConfig
+from layersmith.distill import distill
 from layersmith.library.library import survey
-from layersmith.model_descriptor.stock import own_config, stock_class
+from layersmith.model_descriptor.stock import own_config, stock_class, stock_model
 from layersmith.recipe import LibraryRecipe
 from tests.library.test_axes_of_families import costs_of, parent_of_config
 
@@ -131,8 +133,6 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def models_of(pair: tuple[Any, Any]) -> tuple[Any, Any]:
     """The family's model and the altered one with the same weights."""
-    from layersmith.model_descriptor.stock import stock_model
-
     models = [randomize(stock_model(config, "cpu", torch.float32)).eval() for config in pair]
     weights = {renamed(name, pair[0].model_type): tensor for name, tensor in models[0].state_dict().items()}
     models[1].load_state_dict(weights, strict=True)
@@ -181,6 +181,21 @@ def test_children_are_the_same_renamed(pair: tuple[Any, Any]) -> None:
     children[1].load_state_dict(weights, strict=True)
     assert torch.equal(children[0](TOKENS).logits, children[1](TOKENS).logits)
     assert torch.equal(children[0](TOKENS, use_cache=False).logits, children[0](TOKENS).logits)
+
+
+@pytest.mark.parametrize("pair", ["llama"], indirect=True)
+def test_the_whole_way(
+    pair: tuple[Any, Any], tmp_path: Path, tokenizer: PreTrainedTokenizerFast, text_folder: Path
+) -> None:
+    """Also where a model calls its embedding and its head by other names than Transformers looks for."""
+    config = copy.deepcopy(pair[1])
+    config.vocab_size = len(tokenizer)
+    randomize(stock_model(config, "cpu", torch.float32)).save_pretrained(tmp_path / "parent")
+    tokenizer.save_pretrained(tmp_path / "parent")
+    recipe = TINY_RECIPE | {"trust_remote_code": True}
+    layersmith.compress(tmp_path / "parent", tmp_path / "run", data=text_folder, budget=0.75, recipe=recipe)
+    distill(tmp_path / "run", tokens=1000)
+    assert (tmp_path / "run" / "distilled" / "config.json").is_file()
 
 
 # Of each family, numbers in its config of which each gets the name of the next, and modules, whose names mislead too.

@@ -257,6 +257,26 @@ torch.save(model(ids).logits, sys.argv[2])
     assert torch.equal(generated, uncached)
 
 
+def test_it_says_the_same_as_what_is_found(parent: tuple[str, type[ModelDescriptor], Path]) -> None:
+    """The groups of the weights, and children of the same block configs, are those of the descriptor by experiment."""
+    name, descriptor, folder = parent
+    stock = AutoModelForCausalLM.from_pretrained(folder).eval()
+    found = layersmith.describe(stock.config)
+    blocks = layersmith.block_configs(stock.config)
+    groups = [d.get_weight_groups(stock.state_dict(), len(blocks)) for d in (descriptor, found)]
+    assert {frozenset(own) for own in groups[0].values()} == {frozenset(own) for own in groups[1].values()}
+    changed = list(blocks)
+    changed[0] = layersmith.BlockConfig.from_dict(blocks[0].to_dict() | {"attention": {"no_op": True}})
+    changed[1] = layersmith.BlockConfig.from_dict(blocks[1].to_dict() | {"ffn": {"intermediate_size": 24}})
+    if name != "olmo2":  # of which this one has no FFN no-op
+        changed[2] = layersmith.BlockConfig.from_dict(blocks[2].to_dict() | {"ffn": {"no_op": True}})
+    children = [layersmith.build(stock.config, changed, descriptor=d).eval() for d in (descriptor, found)]
+    weights = randomize(children[0]).state_dict()
+    children[1].load_state_dict(weights, strict=True)
+    ids = torch.arange(24)[None] * 5 % 512
+    assert torch.equal(children[0](ids).logits, children[1](ids).logits)
+
+
 def test_every_no_op_is_the_residual(parent: tuple[str, type[ModelDescriptor], Path]) -> None:
     """With the output projections zeroed in the parent, removing the subblocks changes nothing."""
     _, descriptor, folder = parent

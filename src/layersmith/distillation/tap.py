@@ -56,14 +56,11 @@ class Tap:
     def __init__(self, model: Parent):
         self.model = model
         self._forward: Callable[..., Any] = model.model.forward
-        output = model.model.get_output_embeddings()
-        if output is None:
-            raise UnsupportedModel(f"{model.path}: has no output embeddings to distil through.")
-        self._output: nn.Module = output
+        self._output: nn.Module = model.head
         self._layers: list[torch.Tensor] | None = None
         self._stops = False
         self._handles = [layer.register_forward_hook(self._keep) for layer in model.layers]
-        self._handles.append(output.register_forward_pre_hook(self._stop))
+        self._handles.append(self._output.register_forward_pre_hook(self._stop))
         self._try()
 
     def close(self) -> None:

@@ -484,7 +484,7 @@ def train(
 
 
 def hidden_size_of(model: Parent) -> int:
-    embeddings: Any = model.model.get_input_embeddings()
+    embeddings: Any = model.model.get_submodule(model.descriptor.input_embedding_name())
     return int(embeddings.weight.shape[-1])
 
 

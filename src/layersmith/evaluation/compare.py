@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from layersmith.heterogeneous.build import head_of
 from layersmith.progress import SILENT, Progress
 from layersmith.scoring.metrics import Reference, as_rows, measure, row_means
 from layersmith.scoring.score import standard_error
@@ -143,8 +144,7 @@ def compare(
 
 def _run(model: PreTrainedModel, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     seen: list[torch.Tensor] = []
-    head: Any = model.get_output_embeddings()
-    handle = head.register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    handle = head_of(model).register_forward_hook(lambda module, args, output: seen.append(args[0]))
     try:
         logits = model(input_ids=batch, use_cache=False).logits
     finally:

@@ -194,6 +194,14 @@ def build(
         return child_class(descriptor, stock_class(child))._from_config(child, dtype=dtype or config_dtype(child))
 
 
+def head_of(model: PreTrainedModel, descriptor: type[ModelDescriptor] | None = None) -> nn.Module:
+    """The language-model head; by the descriptor where a model does not call it as is usual."""
+    head = model.get_output_embeddings()
+    if head is None:
+        head = model.get_submodule((descriptor or describe(model.config)).output_embedding_name())
+    return head
+
+
 def decoder_layers(model: nn.Module, descriptor: type[ModelDescriptor], num_layers: int) -> list[nn.Module]:
     """The decoder layers of a model, in order."""
     return [model.get_submodule(descriptor.layer_block_name(i)) for i in range(num_layers)]

@@ -52,10 +52,19 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
 
 
 class MatchingZeros(nn.Module):
-    """Zeros of the shape, dtype and device of its first tensor argument: a subblock that adds nothing."""
+    """Zeros of the shape, dtype and device of its first tensor argument: a subblock that adds nothing.
+
+    Args:
+        size: of the last dimension, where it is another one.
+    """
+
+    def __init__(self, size: int | None = None):
+        super().__init__()
+        self.size = size
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return torch.zeros_like(_first_tensor(args, kwargs))
+        given = _first_tensor(args, kwargs)
+        return torch.zeros_like(given) if self.size is None else given.new_zeros(*given.shape[:-1], self.size)
 
 
 class Same(nn.Module):
@@ -88,7 +97,11 @@ class PassArgument(nn.Module):
 
 
 def return_tuple_of_size(
-    cls: type[nn.Module], size: int, as_list: bool = False, names: Sequence[str] = ()
+    cls: type[nn.Module],
+    size: int,
+    as_list: bool = False,
+    names: Sequence[str] = (),
+    passes: Sequence[tuple[int, int | str]] = (),
 ) -> type[nn.Module]:
     """A subclass of ``cls`` that returns ``(output, None, ...)`` of length ``size``, as attention layers do.
 
@@ -97,14 +110,20 @@ def return_tuple_of_size(
         size: of the tuple.
         as_list: whether it is a list.
         names: of its parts, if they have some.
+        passes: places in the tuple at which it gives one of its arguments, and that argument's position or name.
     """
     named: Any = namedtuple("Parts", names)  # type: ignore[misc]
     made = named._make if names else list if as_list else tuple
 
     class ReturnsTuple(cls):  # type: ignore[misc, valid-type]
         def forward(self, *args: Any, **kwargs: Any) -> Any:
-            return made([super().forward(*args, **kwargs), *[None] * (size - 1)])
+            parts = [super().forward(*args, **kwargs), *[None] * (size - 1)]
+            given: dict[Any, Any] = dict(enumerate(args)) | kwargs
+            for place, argument in passes:
+                parts[place] = given.get(argument)
+            return made(parts)
 
+    ReturnsTuple.passes = passes
     ReturnsTuple.__name__ = ReturnsTuple.__qualname__ = f"{cls.__name__}ReturnsTuple{size}"
     return ReturnsTuple
 
@@ -113,9 +132,10 @@ def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -
     """The module that a plan's record describes.
 
     A record is ``{"is": "zeros" | "same" | "argument" | "linear", "returns": tuple size or 0}``; ``"list": True`` if
-    the tuple is a list, ``"names"`` its fields if it has some, ``"of"`` names the argument, ``"size"`` the size of the
-    linear map, ``"attributes"`` what the model asks of the module that was there, and ``"empty"`` the weights of it
-    whose dtype or device the model asks.
+    the tuple is a list, ``"names"`` its fields if it has some, ``"passes"`` the places in it that hold arguments, with
+    each one's position or name, ``"of"`` names the argument, ``"size"`` the size of the linear map, or of the zeros
+    where that is not the input's, ``"attributes"`` what the model asks of the module that was there, and ``"empty"``
+    the weights of it whose dtype or device the model asks.
     """
     kinds: dict[str, type[nn.Module]] = {
         "zeros": MatchingZeros,
@@ -125,8 +145,10 @@ def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -
     }
     cls = kinds[record["is"]]
     if record.get("returns"):
-        cls = return_tuple_of_size(cls, record["returns"], record.get("list", False), record.get("names", ()))
-    arguments = {"argument": [record.get("of")], "linear": [record.get("size"), dtype]}.get(record["is"], [])
+        form = (record.get("list", False), record.get("names", ()), record.get("passes", ()))
+        cls = return_tuple_of_size(cls, record["returns"], *form)
+    size = record.get("size")
+    arguments = {"zeros": [size], "argument": [record.get("of")], "linear": [size, dtype]}.get(record["is"], [])
     module = cls(*arguments)
     for name, value in record.get("attributes", {}).items():
         setattr(module, name, value)
@@ -365,23 +387,31 @@ def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> Pretr
     return own
 
 
-def resize(layer: nn.Module, shapes: dict[str, list[int]]) -> None:
+def resize(layer: nn.Module, shapes: dict[str, list[int | None]]) -> None:
     """Give weights of a layer other shapes, for sizes that no config attribute says; what they hold is fresh.
 
-    Plain numbers of their modules that were equal to a size that changes, e.g. ``in_features``, change with it.
+    None in a shape is a length that stays. Plain numbers of their modules that were equal to a size that changes, e.g.
+    ``in_features``, change with it.
     """
     for name, shape in shapes.items():
         path, _, own_name = name.rpartition(".")
         module = layer.get_submodule(path)
         old = module.get_parameter(own_name)
-        new = torch.empty(shape, dtype=old.dtype, device=old.device)
+        lengths = [was if own is None else own for was, own in zip(old.shape, shape, strict=True)]
+        new = torch.empty(lengths, dtype=old.dtype, device=old.device)
         if not new.is_meta:
             nn.init.normal_(new, std=0.02)
         setattr(module, own_name, nn.Parameter(new, requires_grad=old.requires_grad))
-        changed = {a: b for a, b in zip(old.shape, shape, strict=True) if a != b}
+        changed = {a: b for a, b in zip(old.shape, lengths, strict=True) if a != b}
         for attribute, value in list(vars(module).items()):
             if type(value) is int and value in changed:
                 setattr(module, attribute, changed[value])
+
+
+def renumber(layer: nn.Module, numbers: dict[str, dict[str, int]]) -> None:
+    """Give modules of a layer other plain numbers, where a config attribute would change those of others too."""
+    for name, values in numbers.items():
+        vars(layer.get_submodule(name)).update(values)
 
 
 # ---------------------------------------------------------------------------------------------- the KV cache
@@ -460,6 +490,7 @@ def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
         if index >= len(records):
             return
         resize(layer, records[index].get("shapes", {}))
+        renumber(layer, records[index].get("numbers", {}))
         for name, record in records[index]["modules"].items():
             layer.set_submodule(name, make_replacement(record))
         set_cache_slot(layer, records[index]["cache_slot"], records[index].get("cached"))

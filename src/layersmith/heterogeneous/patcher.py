@@ -14,11 +14,19 @@ from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import (
     make_replacement,
     own_layers,
+    renumber,
     resize,
     set_cache_slot,
     with_overrides,
 )
-from layersmith.heterogeneous.plan import cached_modules, fills_cache, linear_records, new_shapes, slots_of_layers
+from layersmith.heterogeneous.plan import (
+    cached_modules,
+    fills_cache,
+    linear_records,
+    new_numbers,
+    new_shapes,
+    slots_of_layers,
+)
 from layersmith.model_descriptor.base import ModelDescriptor
 
 
@@ -64,7 +72,10 @@ def deci_x_patcher(
 
     def finish(layer: nn.Module, index: int) -> None:
         if index < len(blocks):
-            resize(layer, new_shapes(model_descriptor, layer, blocks[index]))
+            shapes = new_shapes(model_descriptor, layer, blocks[index])
+            numbers = new_numbers(model_descriptor, layer, blocks[index])
+            resize(layer, shapes)
+            renumber(layer, numbers)
             within = cached_modules(model_descriptor, layer, index, slots[index])
             _replace_subblocks(model_descriptor, layer, blocks[index], cache_slots_of_layers is not None)
             set_cache_slot(layer, slots[index], within)

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.modeling_layersmith import PassArgument, cache_slots
+from layersmith.heterogeneous.modeling_layersmith import MatchingZeros, PassArgument, cache_slots
 from layersmith.model_descriptor.base import ModelDescriptor
 
 SUBBLOCKS = ("attention", "ffn")
@@ -104,7 +104,7 @@ def _plain_attributes(layer: nn.Module) -> dict[str, Any]:
 
 def _own_attributes(module: nn.Module) -> dict[str, Any]:
     """Plain values that a callback gave to a module it put in, for code that looks at what was there."""
-    hidden = set(vars(nn.Module())) | {"argument"}
+    hidden = set(vars(nn.Module())) | {"argument", "size"}
     return {name: value for name, value in _plain_attributes(module).items() if name not in hidden}
 
 
@@ -126,12 +126,16 @@ def _observe(module: nn.Module, what: str) -> dict[str, Any]:
         except TypeError:
             output = module(hidden_states=probe)
     returns: dict[str, Any] = {"returns": 0}
+    if isinstance(module, MatchingZeros) and module.size is not None:
+        attributes["size"] = module.size
     if isinstance(output, tuple | list):
         if any(rest is not None for rest in output[1:]):
             raise UnsupportedModel(f"{what} returns more than one tensor; that cannot be written into a plan.")
         returns = {"returns": len(output), **({"list": True} if isinstance(output, list) else {})}
         if names := getattr(output, "_fields", ()):
             returns["names"] = list(names)
+        if passes := getattr(module, "passes", ()):
+            returns["passes"] = [list(own) for own in passes]
         output = output[0]
     with torch.device("cpu"):
         if argument is not None:
@@ -180,6 +184,8 @@ def make_plan(
         record: dict[str, Any] = {"config": overrides, "modules": modules, "cache_slot": slot}
         if shapes := new_shapes(descriptor, layer, block):
             record["shapes"] = shapes
+        if numbers := new_numbers(descriptor, layer, block):
+            record["numbers"] = numbers
         if (within := cached_modules(descriptor, layer, len(records), slot)) is not None:
             record["cached"] = within
         records.append(record)
@@ -192,7 +198,7 @@ def make_plan(
             config,
             block_configs,
             text_config,
-            [i for i, record in enumerate(records) if "shapes" in record],
+            [i for i, record in enumerate(records) if record.keys() & {"shapes", "numbers"}],
         ),
     }
     if text_config:
@@ -202,10 +208,16 @@ def make_plan(
     return plan
 
 
-def new_shapes(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
+def new_shapes(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, list[int | None]]:
     """Weights of a freshly built layer that get another shape, where a descriptor knows sizes that no config says."""
     resized = getattr(descriptor, "resized_weights", None)
     return resized(layer, block) if resized is not None else {}
+
+
+def new_numbers(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
+    """Plain numbers of a freshly built layer's modules that become others, by module and attribute; see there."""
+    own_numbers = getattr(descriptor, "own_numbers", None)
+    return own_numbers(layer, block) if own_numbers is not None else {}
 
 
 def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[BlockConfig]) -> list[bool]:

@@ -33,17 +33,19 @@ def attention_heads(finder: Finder, i: int, reasons: dict[str, str]) -> HeadsAxi
     num_heads = _num_heads(finder, i)
     of_kv: list[Governed] = []
     why = "each query head has keys and values of its own"
-    if finder.described is not None and finder.described.attention_stays(i):
-        why = "later layers use its keys and values"
-    elif finder.described is not None and finder.described.keeps_state(i):
+    described = finder.described
+    if described is not None and described.keeps_state(i):
         why = _STATE
-    elif count is None and (finder.described is not None and finder.described.caches_nothing(i)):
+    elif count is None and described is not None and described.caches_nothing(i):
         why = "it keeps no keys and values of its own"
-    elif count is None and finder.described is not None and finder.described.latent_cache(i) is not None:
+    elif count is None and described is not None and described.latent_cache(i) is not None:
         why = "its cache holds for every token what all heads share"
     elif count is None and _shared_kv_heads(finder, i) not in (None, num_heads):
-        seen = finder.described.why_no_kv_heads(i) if finder.described is not None else ""
-        why = seen or "the number of its KV heads cannot differ alone"
+        if described is not None and described.attention_stays(i):
+            why = "later layers use its keys and values"
+        else:
+            seen = described.why_no_kv_heads(i) if described is not None else ""
+            why = seen or "the number of its KV heads cannot differ alone"
     if count is not None and count > 1:
         of_kv = finder.governed(finder.experiment("kv", other_kv_heads), i)
         why = "" if of_kv else "its number of KV heads changes no weight of the layer"

@@ -532,7 +532,7 @@ def _width_probes(layer: nn.Module, i: int, part: str, axis: WidthAxis, ffn_rank
 def notes_on(
     descriptor: Any, blocks: Sequence[BlockConfig], axes: Sequence[LayerAxes], no_linear: Mapping[str, Sequence[str]]
 ) -> list[str]:
-    """Sentences about what the library does not offer."""
+    """Sentences about what the library does not offer, or does not know exactly."""
     notes = []
     if not descriptor.attn_no_op_supported():
         notes.append(f"{descriptor.__name__} has no attention no-op, so no attention is removed.")
@@ -555,4 +555,9 @@ def notes_on(
     for subblock, what in words.items():
         found = {i: own.reasons[subblock] for i, own in enumerate(axes) if subblock in own.reasons}
         notes += by_reason(found, len(axes), what)
+    estimates = getattr(descriptor, "estimates_cache", lambda index: False)
+    why = "a layer does not keep keys and values of every token there, but something else too"
+    notes += by_reason(
+        {i: why for i in range(len(blocks)) if estimates(i)}, len(blocks), "What the KV cache takes is estimated"
+    )
     return notes

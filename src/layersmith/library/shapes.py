@@ -289,7 +289,7 @@ class Finder:
         moe = self.blocks[i].ffn.moe
         if moe is None or self.blocks[i].ffn.no_op or self.blocks[i].ffn.replace_with_linear:
             raise NoAxis("there are no experts")
-        if self.described is not None and self.described.experts_of_both(i):
+        if self.described is not None and self.described.experts_of_both(i) and not self.described.own_experts(i):
             raise NoAxis("its attention has experts too, and their numbers are the same attributes")
         members = self._members(i)
         made = self.experiment("experts", fewer_experts)
@@ -314,7 +314,7 @@ class Finder:
         fewer = Alternative(i, "ffn", "experts_per_token", size=moe.num_experts_per_tok - 1)
         block = fewer.block_config(self.blocks[i])
         own, other = (self.descriptor.block_config_to_layer_overrides(b) for b in (self.blocks[i], block))
-        return own != other
+        return own != other or (self.described is not None and bool(self.described.own_experts(i)))
 
     def _members(self, i: int) -> _Members:
         """Which weights of a layer belong to experts."""
@@ -322,7 +322,7 @@ class Finder:
         if moe is None:
             return _Members(0, (), ())
         count = moe.num_local_experts
-        if self.described is not None and self.described.experts_of_both(i):
+        if self.described is not None and self.described.experts_of_both(i) and not self.described.own_experts(i):
             owned = self.attention_weights(i)
             own = {name: shape for name, shape in self.base[i].items() if name not in owned}
             return _Members(count, tuple(n for n, s in own.items() if len(s) == 3 and s[0] == count), ())

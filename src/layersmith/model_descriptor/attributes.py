@@ -14,16 +14,16 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.modeling_layersmith import own_layers, with_overrides
-from layersmith.model_descriptor.ffn_sizes import FFNSizes, experts_per_token, unsaid_width
-from layersmith.model_descriptor.mixers import MixerSizes, filled_cache, find_mixer
+from layersmith.model_descriptor.ffn_sizes import FFNSizes, OwnExperts, experts_per_token, own_experts, unsaid_width
+from layersmith.model_descriptor.kv_heads import NOT_UNDERSTOOD, OF_QUERIES, find_kv_heads, keys_need_queries
+from layersmith.model_descriptor.mixers import MixerSizes, find_mixer
 from layersmith.model_descriptor.query_heads import find_query_heads
-from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
+from layersmith.model_descriptor.specimen import Specimen
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind
 
@@ -55,6 +55,7 @@ class Sizes:
         mixer: of a Mamba or linear-attention mixer that keeps a state.
         flat: weights in which experts lie one after another along the first dimension, each as long as the width.
         experts_of_both: whether the number of experts, and of those that a token uses, is the attention's too.
+        own_experts: what is built of these numbers in the FFN, where it is.
     """
 
     kv_heads: Path | None = None
@@ -72,6 +73,7 @@ class Sizes:
     mixer: MixerSizes | None = None
     flat: tuple[str, ...] = ()
     experts_of_both: bool = False
+    own_experts: OwnExperts | None = None
     no_query_heads: str = ""
     head_blocks: int = 1
     head_pairs: bool = False
@@ -198,10 +200,13 @@ def find_sizes(
             tuple(i for i, own_kind in enumerate(of_layer) if own_kind == k),
             numbers=of_kinds[k],
         )
-        kv_heads, no_kv_heads, of_keys = _kv_heads(trial, kind, base[examples[k]], own)
+        kv_heads, no_kv_heads, of_keys = find_kv_heads(trial, kind, base[examples[k]], own)
         named = list(of_kinds[k].items())
         idle = {*without, *effects} - own.keys()
         queries = find_query_heads(trial, kind, base[examples[k]], own, named, idle, kv_heads)
+        unknown = no_kv_heads == NOT_UNDERSTOOD and queries.paths
+        if unknown and keys_need_queries(trial, own, of_keys, queries.paths[0]):
+            no_kv_heads = OF_QUERIES
         ffn = FFNSizes(trial, kind, base[examples[k]], own)
         mixer = find_mixer(trial, kind, base[examples[k]], own, without)
         heads = Sizes(
@@ -226,18 +231,20 @@ def find_sizes(
         expert_width, factor, at = ffn.widest(inside=True)
         shared_width, shared_factor, shared_at = ffn.widest(inside=False)
         alike = shared_factor == factor
+        per_token = experts_per_token(trial, without, ffn)
         found_sizes.append(
             replace(
                 heads,
                 num_experts=ffn.count,
                 expert_width=expert_width,
                 shared_width=shared_width if alike else None,
-                experts_per_token=experts_per_token(trial, without, ffn),
+                experts_per_token=per_token,
                 config_width=factor,
                 width_at=at,
                 shared_width_at=shared_at if alike else None,
                 flat=ffn.flat,
                 experts_of_both=ffn.of_both,
+                own_experts=own_experts(ffn, per_token),
             )
         )
 
@@ -416,165 +423,3 @@ def _effect(base: Shapes, changed: Shapes, other: int) -> Effect:
     # In the order of the layer's weights: that of a set would differ from process to process.
     shapes = {name: changed[name] for name in base if name in changed and base[name] != changed[name]}
     return Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
-
-
-# ---------------------------------------------------------------------------------------------- key-value heads
-
-_MORE = "there are more of them than the config says, which says what other layers have"
-_OTHER = "with every KV head there twice the model gives something else, so where they lie is not understood"
-
-
-def _kv_heads(
-    trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]
-) -> tuple[Path | None, str, list[Path]]:
-    """The attribute whose double, with each head's keys and values there twice, changes nothing.
-
-    Returns:
-        The attribute; or None, why the one that sets the heads of the keys in the cache, or that is called so as usual,
-        is not it, where that was seen, and the attributes that set them.
-    """
-    reason, of_keys = "", []
-    cached = _heads_of_keys(trial.specimen, trial.prefix)
-    for path, effect in effects.items() if kind.attention is not None else ():
-        value = trial.value(path)
-        changes = {
-            n: [d for d, (a, b) in enumerate(zip(base[n], new, strict=False)) if a != b]
-            for n, new in effect.shapes.items()
-        }
-        if effect.came_or_went or effect.other != 2 * value or any(kind.owners.get(n) != "attention" for n in changes):
-            continue
-        if value == cached and _doubles_keys(trial, path, value):
-            of_keys.append(path)
-        # There may be keys for each query head in the cache, however many KV heads there are.
-        is_usual = path[-1] == "num_key_value_heads" and cached is not None and cached % value == 0
-        is_usual = is_usual or path in of_keys
-        if both := [n for n, dims in changes.items() if len(dims) > 1]:
-            reason = (
-                f"{both[0]} changes on both sides with their number: each of them reads all" if is_usual else reason
-            )
-            continue
-        rows = [n for n, dims in changes.items() if dims == [0]]
-        # What a projection takes is of query heads.
-        if any(n not in rows and (len(base[n]) != 2 or n.endswith(".weight")) for n in changes):
-            continue
-        if not any(len(base[n]) == 2 for n in rows) or any(
-            base[n][d] % value or effect.shapes[n][d] <= base[n][d] for n, (d,) in changes.items()
-        ):
-            continue
-        if not _carries(trial, kind, list(changes)):
-            continue
-        if any(all(_duplicates(own, path, seed) for seed in (0, 1)) for own in trial.ways()):
-            return path, "", []
-        if is_usual:
-            more = any(_duplicates(own, path, 0, factor) for own in trial.ways() for factor in (2, 4))
-            reason = _MORE if more else _OTHER
-    return None, reason, of_keys
-
-
-def _heads_of_keys(specimen: Specimen, prefix: str) -> int | None:
-    """K of the keys ``[B, K, T, d]`` that a layer leaves in the cache; None if it leaves none."""
-    index = int(prefix.rstrip(".").rpartition(".")[2])
-    try:
-        layers = filled_cache(specimen).layers
-        keys = getattr(layers[index], "keys", None) if index < len(layers) else None
-    except Exception:  # a family's own code may keep no cache, or another kind
-        return None
-    return keys.shape[1] if isinstance(keys, torch.Tensor) and keys.ndim == 4 else None
-
-
-def _doubles_keys(trial: Trial, path: Path, value: int) -> bool:
-    """Whether twice as much of an attribute makes keys of twice as many heads."""
-    try:
-        return _heads_of_keys(trial.made(path, 2 * value), trial.prefix) == 2 * value
-    except UnsupportedModel:
-        return False
-
-
-def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
-    """Whether the attention gives the same for all tokens when these weights are zero, as without keys and values."""
-    assert kind.attention is not None
-    model = trial.specimen.model
-    weights = [model.get_parameter(trial.prefix + name) for name in names]
-    kept = [w.detach().clone() for w in weights]
-    # A mixer beside it does not read them, and gives what it gives.
-    holders = [m for m in kind.attention.modules if any(name.startswith(f"{m}.") for name in names)]
-    watched = [trial.prefix + name for name in holders or kind.attention.modules]
-    try:
-        with torch.no_grad():
-            for w in weights:
-                w.zero_()
-        outputs = []
-        for ids in (trial.specimen.ids, trial.specimen.other_ids):
-            calls = [c for c in trial.specimen.trace(ids, keep=watched) if c.name in watched]
-            outputs.append([first_tensor_of(c.output) for c in calls])
-    finally:
-        with torch.no_grad():
-            for w, old in zip(weights, kept, strict=True):
-                w.copy_(old)
-    return all(
-        a is not None and b is not None and torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs, strict=True)
-    )
-
-
-def _duplicates(trial: Trial, path: Path, seed: int, factor: int = 1) -> bool:
-    """Whether a model with some of the heads gives what one with every one of them there several times gives.
-
-    Where the specimen has as many heads as queries, the one with fewer is the one that has every head once; how often
-    they can be there is a matter of the number of query heads.
-
-    Args:
-        trial: of the model.
-        path: the attribute.
-        seed: of the weights.
-        factor: KV heads for each one that the attribute counts.
-    """
-    value = trial.value(path)
-    for times in (2, 3, 5, 7):
-        for few, many in ((value, times * value), (value // times, value)):
-            if few < 1 or times * few != many:
-                continue
-            try:
-                models = [trial.made(path, heads, seed) for heads in (few, many)]
-            except UnsupportedModel:  # it cannot run so
-                continue
-            if any(_same_repeated(models[0], models[1], factor * few, times, by_head) for by_head in (False, True)):
-                return True
-    return False
-
-
-def _same_repeated(fewer: Specimen, more: Specimen, heads: int, times: int, by_head: bool) -> bool:
-    """Whether a model that is given every KV head of another several times gives the same; see :func:`_repeated`."""
-    once, several = (dict(m.model.named_parameters()) for m in (fewer, more))
-    try:
-        with torch.no_grad():
-            for name, weight in once.items():
-                same = weight.shape == several[name].shape
-                several[name].copy_(weight if same else _repeated(weight, heads, times, several[name], by_head))
-    except (RuntimeError, KeyError, ValueError):  # it is not laid out so
-        return False
-    return torch.allclose(fewer.run(), more.run(), atol=1e-4, rtol=1e-4)
-
-
-def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor, by_head: bool) -> torch.Tensor:
-    """Entries of each head several times; where a weight holds queries before keys and values, those stay.
-
-    Args:
-        weight: of the model with fewer heads.
-        heads: that it has.
-        times: how often each is to be there.
-        target: the weight of the model with more.
-        by_head: whether the queries of a head, its keys and its values lie together, head after head.
-    """
-    (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, target.shape, strict=True)) if a != b)
-    weight, added = weight.movedim(dim, 0), target.shape[dim] - weight.shape[dim]
-    queries = weight.shape[0] - added // (times - 1)  # 0 where the weight is keys or values alone
-    if by_head:
-        of_head = weight.reshape(heads, -1, *weight.shape[1:])
-        share = queries // heads
-        own = of_head[:, :share].unflatten(1, (times, -1))
-        shared = of_head[:, None, share:].expand(-1, times, *of_head[:, share:].shape[1:])
-        return torch.cat([own, shared], 2).flatten(0, 2).movedim(0, dim)
-    first, rest = weight[:queries], weight[queries:]
-    parts = 1 if queries == 0 else 2
-    grouped = rest.reshape(parts, heads, -1, *weight.shape[1:]).repeat_interleave(times, 1)
-    return torch.cat([first, grouped.reshape(-1, *weight.shape[1:])]).movedim(0, dim)

@@ -6,11 +6,12 @@ changes no shape and is counted in gradients.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from layersmith.errors import UnsupportedModel
 from layersmith.model_descriptor.experts import before_digit, experts_used, lie_flat
@@ -19,6 +20,21 @@ from layersmith.model_descriptor.subblocks import LayerKind
 
 if TYPE_CHECKING:
     from layersmith.model_descriptor.attributes import Effect, Path, Shapes, Trial
+
+
+@dataclass(frozen=True)
+class OwnExperts:
+    """What an FFN's experts are set by in a layer whose attention has experts too, of one number: what is built of it.
+
+    Attributes:
+        weights: of the FFN, and the dimension of each that has an entry for every expert.
+        counts: modules of the FFN, and the plain number of each that is that of the experts.
+        uses: the same of the number of those that a token uses.
+    """
+
+    weights: tuple[tuple[str, int], ...] = ()
+    counts: tuple[tuple[str, str], ...] = ()
+    uses: tuple[tuple[str, str], ...] = ()
 
 
 class FFNSizes:
@@ -33,7 +49,7 @@ class FFNSizes:
     """
 
     def __init__(self, trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]):
-        self.trial, self.base = trial, base
+        self.trial, self.base, self.kind = trial, base, kind
         ffn = kind.ffn
         inside = () if ffn is None else tuple(f"{n}." for n in (*ffn.modules, *(name for name, _ in ffn.replaced)))
         self.effects = {
@@ -157,6 +173,48 @@ class FFNSizes:
             return False
         own = {name: self._units(name, shapes[name]) for name in matrices}
         return all(width in shape or 2 * width in shape for shape in own.values())
+
+
+def own_experts(experts: FFNSizes, per_token: Path | None) -> OwnExperts | None:
+    """What there is for each expert of an FFN; None if it is not understood, or the attribute is the FFN's alone."""
+    trial, count, number = experts.trial, experts.count, experts.number
+    if not experts.of_both or count is None:
+        return None
+
+    def layer_with(path: Path, value: int) -> nn.Module:
+        return trial.made(path, value).model.get_submodule(trial.prefix.rstrip("."))
+
+    def changed(other: nn.Module, value: int, new: int) -> Iterator[tuple[str, str]]:
+        for name, module in layer.named_modules():
+            if not f"{name}.".startswith(inside):
+                continue
+            twin = vars(other.get_submodule(name))
+            for attribute, own in vars(module).items():
+                if type(own) is int and twin[attribute] != own:
+                    if (own, twin[attribute]) != (value, new):
+                        raise UnsupportedModel(f"{name}.{attribute} changes in another way")
+                    yield name, attribute
+
+    layer = trial.specimen.model.get_submodule(trial.prefix.rstrip("."))
+    inside = tuple(f"{name}." for name in (experts.kind.ffn.modules if experts.kind.ffn is not None else ()))
+    weights: list[tuple[str, int]] = []
+    uses: tuple[tuple[str, str], ...] = ()
+    try:
+        twice = layer_with(count, 2 * number)
+        for name, weight in layer.named_parameters():
+            shape = twice.get_parameter(name).shape
+            dims = [d for d, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b]
+            if name.startswith(inside) and dims:
+                (dim,) = dims
+                if (weight.shape[dim], shape[dim]) != (number, 2 * number):
+                    return None
+                weights.append((name, dim))
+        counts = tuple(changed(twice, number, 2 * number))
+        if per_token is not None and (used := trial.value(per_token)) > 1:
+            uses = tuple(changed(layer_with(per_token, used - 1), used, used - 1))
+    except (UnsupportedModel, AttributeError, KeyError, ValueError):
+        return None
+    return OwnExperts(tuple(weights), counts, uses)
 
 
 def unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tuple[str, int], ...]:

@@ -38,6 +38,7 @@ class Findings:
         slots: of every kind, the slots of the cache that a layer has, one for each of its attentions.
         beside: of every kind, what it keeps of every token in a slot beside keys and values.
         for_each_query: of every kind, whether it keeps keys and values once for each query head.
+        more_in_cache: of every kind, whether its cache holds what is not counted, so that its size is estimated.
     """
 
     structure: Structure
@@ -60,6 +61,7 @@ class Findings:
     slots: tuple[int, ...] = ()
     beside: tuple[tuple[KeptTokens, ...], ...] = ()
     for_each_query: tuple[bool, ...] = ()
+    more_in_cache: tuple[bool, ...] = ()
     config: PretrainedConfig | None = field(default=None, repr=False, compare=False)
 
     def kind_of(self, layer: nn.Module) -> LayerKind:

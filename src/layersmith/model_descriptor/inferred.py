@@ -21,6 +21,7 @@ from layersmith.errors import UnsupportedModel, first_line
 from layersmith.model_descriptor import cache
 from layersmith.model_descriptor.attributes import Path, find_sizes, merged, nested, value_at
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.ffn_sizes import OwnExperts
 from layersmith.model_descriptor.findings import Findings
 from layersmith.model_descriptor.full_size import at_full_length_of, in_config, mixer_of, widths_of
 from layersmith.model_descriptor.governed import split, splits_of
@@ -93,7 +94,9 @@ def find(config: PretrainedConfig) -> Findings:
     classes = tuple(dict.fromkeys(type(specimen.model.get_submodule(name)) for name in names))
     notes: list[str] = []
     for k, kind in enumerate(kinds):
-        kinds[k] = proved(specimen, names[of_layer.index(k)], kind, notes)
+        # One of those that a layer of each kind follows, or none.
+        after = {own: i for i, own in reversed(list(enumerate(zip(of_layer, [*of_layer[1:], None], strict=True))))}
+        kinds[k] = proved(specimen, [names[i] for i in sorted(after.values()) if of_layer[i] == k], kind, notes)
     check_configurable(specimen.config, classes)
     appends = appends_to_cache(specimen, names, [kinds[k] for k in of_layer])
     sizes = find_sizes(specimen, classes, structure.layers, kinds, of_layer)
@@ -182,6 +185,7 @@ def find(config: PretrainedConfig) -> Findings:
         tuple(own.slots for own in seen_in_cache),
         tuple(beside_of(own, k) for k, own in enumerate(seen_in_cache)),
         tuple(own.for_each_query for own in seen_in_cache),
+        tuple(own.more for own in seen_in_cache),
         config,
     )
 
@@ -235,17 +239,40 @@ class InferredDescriptor(ModelDescriptor):
         return f"the {subblock} is made of {before[0]} too, beside {module}" if before else ""
 
     @classmethod
-    def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int]]:
-        """Weights of a freshly built layer that get another shape, for a width that no attribute says."""
-        width = block.ffn.intermediate_size
-        if width is None or not any(sizes.resized for sizes in cls.findings.sizes):
+    def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int | None]]:
+        """Weights of a freshly built layer that get another shape, for a width that no attribute says, or for experts.
+
+        Where the attention has experts too, and one attribute says the number of either, the FFN's are resized. None is
+        a length that stays as the layer's config makes it.
+        """
+        width, moe = block.ffn.intermediate_size, block.ffn.moe
+        if not any(own.resized or own.own_experts for own in cls.findings.sizes):
             return {}
-        shapes = {}
-        for name, dim in cls.findings.sizes[cls.findings.number_of_kind(layer)].resized:
-            shape = list(layer.get_parameter(name).shape)
-            if shape[dim] != width:
-                shapes[name] = [*shape[:dim], width, *shape[dim + 1 :]]
+        sizes = cls.findings.sizes[cls.findings.number_of_kind(layer)]
+        lengths = {(name, dim): width for name, dim in sizes.resized if width is not None}
+        if moe is not None and sizes.own_experts is not None:
+            for name, dim in sizes.own_experts.weights:
+                lengths[name, dim] = moe.num_local_experts
+        shapes: dict[str, list[int | None]] = {}
+        for (name, dim), length in lengths.items():
+            shape = layer.get_parameter(name).shape
+            if length != shape[dim]:
+                shapes[name] = [length if d == dim else None for d in range(len(shape))]
         return shapes
+
+    @classmethod
+    def own_numbers(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
+        """Plain numbers of modules of a freshly built layer that are others, where the config has its attention's."""
+        moe = block.ffn.moe
+        if moe is None or not any(own.own_experts for own in cls.findings.sizes):
+            return {}
+        own = cls.findings.sizes[cls.findings.number_of_kind(layer)].own_experts
+        found: dict[str, dict[str, int]] = {}
+        for places, value in ((own.counts, moe.num_local_experts), (own.uses, moe.num_experts_per_tok)) if own else ():
+            for module, attribute in places:
+                if getattr(layer.get_submodule(module), attribute) != value:
+                    found.setdefault(module, {})[attribute] = value
+        return found
 
     @classmethod
     def flat_experts(cls, index: int) -> tuple[str, ...]:
@@ -258,6 +285,11 @@ class InferredDescriptor(ModelDescriptor):
         return cls.findings.sizes[cls.findings.of_layer[index]].experts_of_both
 
     @classmethod
+    def own_experts(cls, index: int) -> OwnExperts | None:
+        """What the number of experts is in a layer's FFN, where it is its attention's too; None if it is not known."""
+        return cls.findings.sizes[cls.findings.of_layer[index]].own_experts
+
+    @classmethod
     def keeps_state(cls, index: int) -> bool:
         """Whether the mixer of a layer has a state in the cache that does not grow with the tokens."""
         findings = cls.findings
@@ -268,6 +300,12 @@ class InferredDescriptor(ModelDescriptor):
         """Whether a layer keeps nothing in the cache."""
         findings = cls.findings
         return bool(findings.empty) and findings.empty[findings.of_layer[index]]
+
+    @classmethod
+    def estimates_cache(cls, index: int) -> bool:
+        """Whether what a layer keeps in the cache is only estimated, because it keeps it in a way of its own."""
+        findings = cls.findings
+        return bool(findings.more_in_cache) and findings.more_in_cache[findings.of_layer[index]]
 
     @classmethod
     def state_bytes(

@@ -134,10 +134,19 @@ def _found(
             blocks = _in_blocks(trial, path, value, base)
             if blocks > 1 and not _doubled_queries(trial, (path,), None, value, 0, blocks, apart=_APART):
                 return QueryHeads((path,), blocks=blocks)
-            reasons += [_NOT_UNDERSTOOD]
+            reasons += [_why_not(trial, path, value)]
         elif not rank and path[-1] == "num_attention_heads":
             reasons += _does_not_run(trial, path, value, pins, base)
     return QueryHeads(reason=next(iter(reasons), ""))
+
+
+def _why_not(trial: Trial, path: Path, heads: int) -> str:
+    """Why their number cannot differ, where their double gives something else, or does not run."""
+    try:
+        trial.made(path, 2 * heads)
+    except UnsupportedModel as error:
+        return f"with more of them in a layer the model does not run ({first_line(error.__cause__ or error)})"
+    return _NOT_UNDERSTOOD
 
 
 def _does_not_run(

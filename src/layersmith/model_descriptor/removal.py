@@ -13,16 +13,26 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from layersmith.errors import first_line
 from layersmith.heterogeneous.modeling_layersmith import make_replacement, own_layers
-from layersmith.model_descriptor.specimen import Specimen, first_tensor_of, with_first_tensor
+from layersmith.model_descriptor.specimen import Specimen, cache_argument, first_tensor_of, with_first_tensor
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.model_descriptor.subblocks import LayerKind, Record, Subblock
 
 
-def proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[str]) -> LayerKind:
-    """The kind with the no-ops that hold; where taking away what is around a subblock does not, that stays."""
+def proved(specimen: Specimen, layer_names: Sequence[str], kind: LayerKind, notes: list[str]) -> LayerKind:
+    """The kind with the no-ops that hold; where taking away what is around a subblock does not, that stays.
+
+    Args:
+        specimen: the model.
+        layer_names: layers of the kind, in each of which they have to hold: what a subblock gives may be used by the
+            layer after it, or not, as that one is.
+        kind: as it was found in the first of them.
+        notes: gets a line for each no-op that does not hold.
+    """
+    layer_name = layer_names[0]
     tried = {}
     for name in ("attention", "ffn"):
         subblock: Subblock | None = getattr(kind, name)
@@ -38,18 +48,18 @@ def proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[str
         for modules, kept in itertools.product((own, bare), (around, simple, [])):
             replaced = tuple(modules + kept)
             candidate = Subblock(subblock.modules, replaced)
-            asked, problem = _try_no_op(specimen, layer_name, candidate)
+            asked, problem = _try_in_all(specimen, layer_names, candidate)
             reason = reason or problem
             if not problem:
                 tried[name] = Subblock(subblock.modules, _with_attributes(replaced, asked))
                 break
         else:
-            tried[name] = _last_part(specimen, layer_name, subblock) or Subblock(subblock.modules, (), reason)
+            tried[name] = _last_part(specimen, layer_names, subblock) or Subblock(subblock.modules, (), reason)
     both = [s for s in tried.values() if s is not None and s.removable]
     shared = kind.shared if len(both) == 2 else ()
     if len(both) == 2:
         together = Subblock(both[0].modules + both[1].modules, both[0].replaced + both[1].replaced + shared)
-        _, problem = _try_no_op(specimen, layer_name, together)
+        _, problem = _try_in_all(specimen, layer_names, together)
         if problem and shared:
             shared = ()
     for name, subblock in tried.items():
@@ -60,38 +70,66 @@ def proved(specimen: Specimen, layer_name: str, kind: LayerKind, notes: list[str
     return LayerKind(tried["attention"], tried["ffn"], shared, kind.owners)
 
 
-def _last_part(specimen: Specimen, layer_name: str, subblock: Subblock) -> Subblock | None:
+def _try_in_all(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> tuple[dict[str, set[str]], str]:
+    """:func:`_try_no_op` in one layer after another, until it does not hold."""
+    asked: dict[str, set[str]] = {name: set() for name, _ in subblock.replaced}
+    for layer_name in layer_names:
+        own, problem = _try_no_op(specimen, layer_name, subblock)
+        asked = {name: asked[name] | own[name] for name in asked}
+        if problem:
+            return asked, problem
+    return asked, ""
+
+
+def _last_part(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> Subblock | None:
     """A no-op that leaves what other layers use, e.g. keys and values or a router's state, and takes what is after it.
 
-    It is the outermost module inside the subblock without which the subblock gives zeros.
+    It is the last module inside the subblock without which the subblock gives zeros. What runs before the subblock
+    makes what they use, so it stays, though gradients may not say so: they do not pass through a choice of tokens.
     """
     if len(subblock.modules) != 1:
         return None
+    layer_name = layer_names[0]
     outer = f"{layer_name}.{subblock.modules[0]}"
     inside = [
         name
         for name, module in specimen.model.get_submodule(outer).named_modules(prefix=outer)
         if name != outer and any(p.ndim >= 2 for p in module.parameters())
     ]
-    for name in inside:
+    ends = {call.name: call.end for call in specimen.trace(specimen.ids, keep=())}
+    for name in sorted(inside, key=lambda name: -ends.get(name, 0)):
         try:
             with specimen.silenced({name: None}):
                 calls = specimen.trace(specimen.ids, keep=[outer, name])
         except Exception:  # a family's own code may not bear zeros here
             continue
+        begin = {call.name.removeprefix(f"{layer_name}."): call.begin for call in reversed(calls)}
         outputs = {call.name: call.output for call in calls if call.name in (outer, name)}
         given = first_tensor_of(outputs.get(outer))
         if given is None or bool(given.any()) or name not in outputs:
             continue
         record = {"is": "zeros", "returns": len(outputs[name]) if isinstance(outputs[name], tuple | list) else 0}
+        if size := _size_of_output(specimen.model.get_submodule(name)):
+            record["size"] = size
         around = [r for r in subblock.replaced if r[0] not in subblock.modules and not r[1].get("returns")]
-        for kept in (around, []):
+        around = [r for r in around if begin[r[0]] > begin[subblock.modules[0]]]
+        for kept in (around, []) if around else ([],):
             replaced = ((name.removeprefix(f"{layer_name}."), record), *kept)
-            asked, problem = _try_no_op(specimen, layer_name, Subblock(subblock.modules, replaced))
+            asked, problem = _try_in_all(specimen, layer_names, Subblock(subblock.modules, replaced))
             if not problem:
                 replaced = _with_attributes(replaced, asked)
                 return Subblock(subblock.modules, replaced, stays=True)
     return None
+
+
+def _size_of_output(module: nn.Module) -> str:
+    """The attribute of a linear map that is the size of what it gives; in a small model it may be that of its input."""
+    return "out_features" if isinstance(module, nn.Linear) else "nf" if isinstance(module, Conv1D) else ""
+
+
+def _replacement(original: nn.Module, record: Record) -> nn.Module:
+    size = record.get("size")
+    return make_replacement(record | {"size": getattr(original, size)} if size else record)
 
 
 def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple[dict[str, set[str]], str]:
@@ -111,20 +149,21 @@ def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple
         # A norm after the subblock goes with it: what it makes of zeros is silenced too.
         with specimen.silenced(silenced), silent_stay_silent(model, after):
             wanted = specimen.run()
-        filled, caches = None, False
+        filled, caches, name_of_cache = None, False, cache_argument(model)
         with suppress(Exception), torch.no_grad():
             cached = model(input_ids=specimen.ids, use_cache=True)
             caches = True
-            filled = cached.past_key_values
+            filled = cached[name_of_cache]
         try:
             for name, record in subblock.replaced:
-                layer.set_submodule(name, _Asked(originals[name], make_replacement(record), asked[name]))
+                layer.set_submodule(name, _Asked(originals[name], _replacement(originals[name], record), asked[name]))
             seen = specimen.run()
             with suppress(Exception), torch.no_grad():  # more may be asked where there is a cache
                 model(input_ids=specimen.ids, use_cache=True)
                 if filled is not None:
                     mask = torch.ones(1, specimen.ids.shape[1] + 1, dtype=torch.long)
-                    model(input_ids=specimen.ids[:, :1], past_key_values=filled, attention_mask=mask, use_cache=True)
+                    told = {name_of_cache: filled, "attention_mask": mask}
+                    model(input_ids=specimen.ids[:, :1], use_cache=True, **told)
             _build_asking(specimen, type(layer), subblock, asked)
         finally:
             for name, module in originals.items():
@@ -148,7 +187,8 @@ def _build_asking(
     def finish(layer: nn.Module, index: int) -> None:
         for name, record in subblock.replaced:
             with suppress(AttributeError):  # another kind of layer
-                layer.set_submodule(name, _Asked(layer.get_submodule(name), make_replacement(record), asked[name]))
+                original = layer.get_submodule(name)
+                layer.set_submodule(name, _Asked(original, _replacement(original, record), asked[name]))
 
     with suppress(Exception), own_layers([layer_class], lambda own, index: own, finish):
         stock_model(specimen.config)
@@ -163,7 +203,8 @@ def _afresh(specimen: Specimen, layer_name: str, subblock: Subblock, asked: dict
     real = copy.deepcopy(fresh)
     layer = fresh.get_submodule(layer_name)
     for name, record in subblock.replaced:
-        layer.set_submodule(name, _Asked(layer.get_submodule(name), make_replacement(record), asked[name]))
+        original = layer.get_submodule(name)
+        layer.set_submodule(name, _Asked(original, _replacement(original, record), asked[name]))
     with suppress(Exception), torch.no_grad():
         fresh(input_ids=specimen.ids, use_cache=False)
     for name, record in _with_attributes(subblock.replaced, asked):
@@ -239,4 +280,4 @@ def put(layer: nn.Module, name: str, record: Record) -> None:
     plain = {attribute: value for attribute, value in values.items() if not isinstance(value, torch.Tensor)}
     empty = [attribute for attribute, value in values.items() if isinstance(value, torch.Tensor)]
     more = ({"attributes": plain} if plain else {}) | ({"empty": empty} if empty else {})
-    layer.set_submodule(name, make_replacement(record | more))
+    layer.set_submodule(name, _replacement(original, record | more))

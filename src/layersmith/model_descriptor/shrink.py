@@ -19,6 +19,7 @@ from layersmith.model_descriptor.subblocks import signature
 _OWN = 30_000_000  # parameters; up to here a model is its own specimen
 _VOCABULARY = 997
 _SMALL = 8_000_000  # and up to here a smaller one is small enough
+_LARGEST = 30_000_000  # or up to here, where there is no such
 _DIVISORS = (2, 4, 8, 16, 32, 64)
 # Numbers below this stay.
 _LEAST = (2, 4, 8)
@@ -42,17 +43,26 @@ def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
     if _elements(large) <= _OWN:
         return config
     kinds = [signature(layer) for layer in _longest_list(large).children()]
-    depth = {name: _first_with_all(kinds) for name in _depth_attributes(config, len(kinds))}
+    depths = _depth_attributes(config, len(kinds))
+    # What a layer gives may be used by the next one, or not, as that is: at best each pair that is there is there.
+    pairs = list(itertools.pairwise(kinds))
+    lengths = dict.fromkeys(max(2, length) for length in (_first_with_all(pairs) + 1, _first_with_all(kinds)))
     problem = "no smaller model of the same kinds of layers runs"
     fixed: set[str] = set()
-    for attempt in ("everything", "all but patterns"):
-        if attempt == "all but patterns":
+    # An odd number of heads, of which the other sizes are multiples, stays.
+    numbers = {v for own in _configs(config) for n, v in vars(own).items() if type(v) is int and "token" not in n}
+    odd = tuple(sorted(v for v in numbers if v % 2 and v > max(_LEAST)))
+    # Where none is small enough, one that is no larger than what is its own specimen will do.
+    bounds = ((0, _SMALL), (_SMALL, _LARGEST))
+    for attempt, (least_size, most_size) in itertools.product(("everything", "all but patterns"), bounds):
+        if attempt == "all but patterns" and not fixed:
             fixed = _patterns(config, kinds)
-        for kept, divisor, least in itertools.product(_KEPT, _DIVISORS, _LEAST):
+        for length, kept, divisor, least in itertools.product(lengths, (*_KEPT, odd), _DIVISORS, _LEAST):
+            depth = dict.fromkeys(depths, length)
             small = _divided(config, divisor, least, kept, fixed, len(kinds), depth)
             try:
                 model = stock_model(small)
-                if _elements(model) > _SMALL:
+                if not least_size < _elements(model) <= most_size:
                     continue
                 if {signature(layer) for layer in _longest_list(model).children()} != set(kinds):
                     continue
@@ -112,7 +122,7 @@ def _first_with_all(kinds: list[Any]) -> int:
     for i, kind in enumerate(kinds):
         seen.add(kind)
         if seen == set(kinds):
-            return max(2, i + 1)
+            return i + 1
     return len(kinds)
 
 

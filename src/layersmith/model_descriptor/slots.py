@@ -128,6 +128,7 @@ class InCache:
         slots: of the cache that are its own: one for each of its attentions.
         beside: what is kept of every token beside keys and values, e.g. the keys of what chooses among them.
         for_each_query: keys and values once for each query head, though several have the same.
+        more: whether there are tensors beside all these, or keys and values in one, so that what it takes is estimated.
     """
 
     stateful: bool = False
@@ -138,6 +139,7 @@ class InCache:
     slots: int = 1
     beside: tuple[KeptTokens, ...] = ()
     for_each_query: bool = False
+    more: bool = False
 
 
 def in_cache(
@@ -195,8 +197,21 @@ def in_cache(
             replace(own, once=bool(others) and all(getattr(other, own.name, None) is None for other in others))
             for own in beside
         )
-        found[-1] = replace(found[-1], states=states, slots=slots, beside=beside)
+        more = found[-1].slots == 1 and _holds_more(slot, [own for _, own in _fixed(cache, i)], beside)
+        found[-1] = replace(found[-1], states=states, slots=slots, beside=beside, more=more)
     return found
+
+
+def _holds_more(slot: Any, states: Sequence[torch.Tensor], beside: Sequence[KeptTokens]) -> bool:
+    """Whether a slot holds tensors that are none of its keys, values and states and do not grow with every token."""
+    known = [getattr(slot, name, None) for name in ("keys", "values", *(own.name for own in beside))]
+    storages = [own.data_ptr() for own in known[:2] if isinstance(own, torch.Tensor) and own.numel()]
+    counted = {id(own) for own in (*known, *states)}
+    values = (
+        [v for own in vars(slot).values() for v in (own.values() if isinstance(own, dict) else [own])] if slot else []
+    )
+    tensors = [own for own in values if isinstance(own, torch.Tensor) and own.ndim > 1 and own.numel()]
+    return len(set(storages)) < len(storages) or any(id(own) not in counted for own in tensors)
 
 
 def _slot(cache: Any, index: int) -> Any:

@@ -8,6 +8,7 @@ Shapes: T tokens, D hidden, V vocabulary. One sequence at a time.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -81,7 +82,11 @@ class Specimen:
     @property
     def hidden_size(self) -> int:
         """D: what the input embedding gives for a token."""
-        return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+        try:
+            return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
+        except (AttributeError, NotImplementedError):  # it is not called as usual; the first that runs is it
+            calls = (self.model.get_submodule(call.name) for call in self.trace(self.ids, keep=()))
+            return next((m.embedding_dim for m in calls if isinstance(m, nn.Embedding)), 0)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         output = self.model(input_ids=ids, use_cache=False)
@@ -187,6 +192,13 @@ class Specimen:
                 return not torch.equal(self.forward(self.ids), logits)
             finally:
                 parameter.copy_(kept)
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What a model calls the cache that it is given and returns."""
+    takes = inspect.signature(model.forward).parameters
+    others = ("cache", "cache_params", "state", "past_buckets_states")
+    return next((name for name in others if name in takes), "past_key_values")
 
 
 def _copied(value: Any) -> Any:

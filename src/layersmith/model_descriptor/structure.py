@@ -95,15 +95,15 @@ def _find_layers(model: nn.Module, calls: list[Call]) -> tuple[str, int]:
         size = sum(p.numel() for p in module.parameters())
         if runs and all(n == 1 for n in runs) and size:
             found.append((size, name, len(module)))
-        elif runs and all(n > 1 for n in runs):
+        elif runs and all(runs) and not looped:
             looped = name
         elif any(runs) and not all(runs) and len({type(layer) for layer in module}) > 1 and not idle:
             idle = f"{runs.count(0)} of the {len(runs)} layers in {name}"
     if not found:
         if looped:
             raise UnsupportedModel(
-                f"the layers in {looped} run more than once in a forward pass; one that is replaced would change all "
-                "its passes."
+                f"layers in {looped} run more than once in a forward pass; one that is replaced would change all its "
+                "passes."
             )
         if idle:
             raise UnsupportedModel(f"on text alone {idle} do not run, and what does not run cannot be seen.")

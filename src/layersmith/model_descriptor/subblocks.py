@@ -270,7 +270,7 @@ class _Examination:
         return LayerKind(
             self._subblock(attention, dead_attention, ffn) if attention else None,
             self._subblock(ffn, dead_ffn, attention) if ffn else None,
-            tuple((name, {"is": "same", **_form(self.calls[name].output)}) for name in shared),
+            tuple((name, {"is": "same", **_form(self.calls[name])}) for name in shared),
             self._owners(attention, ffn, dead_attention, dead_ffn),
         )
 
@@ -422,7 +422,7 @@ class _Examination:
     def _subblock(self, names: list[str], dead: set[str], other: list[str]) -> Subblock:
         replaced: list[tuple[str, Record]] = []
         for name in names:
-            form = _form(self.calls[name].output)
+            form = _form(self.calls[name])
             if name not in self.passes:
                 replaced.append((name, {"is": "zeros", **form}))
             elif self.passes[name] is not None:
@@ -432,7 +432,7 @@ class _Examination:
                 return Subblock(tuple(names), (), reason)
         silent = self._given_only_zeros(names)
         for name in self._dead_modules(dead, [*names, *other], silent):
-            replaced.append((name, {"is": "same", **_form(self.calls[name].output)}))
+            replaced.append((name, {"is": "same", **_form(self.calls[name])}))
         return Subblock(tuple(names), tuple(replaced))
 
     def _dead_modules(self, dead: set[str], around: list[str], silent: Collection[str] = ()) -> list[str]:
@@ -459,9 +459,17 @@ class _Examination:
         return silent
 
 
-def _form(output: Any) -> dict[str, Any]:
-    """How many things a module returns, and whether in a list or by which names."""
+def _form(call: Call) -> dict[str, Any]:
+    """How many things a module returns, whether in a list or by which names, and which are arguments passed on."""
+    output = call.output
     form: dict[str, Any] = {"returns": len(output) if isinstance(output, tuple | list) else 0}
     if names := getattr(output, "_fields", ()):
         form["names"] = list(names)
-    return form | {"list": True} if isinstance(output, list) else form
+    if isinstance(output, list):
+        form["list"] = True
+    passes = []
+    for place, part in enumerate(output if form["returns"] else ()):
+        if place and isinstance(part, torch.Tensor):
+            given = (k for k, v in call.tensors().items() if v.dtype == part.dtype and torch.equal(v, part))
+            passes += [[place, key] for key in itertools.islice(given, 1)]
+    return form | ({"passes": passes} if passes else {})

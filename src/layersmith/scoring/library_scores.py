@@ -190,8 +190,7 @@ class _Scoring:
         """For each layer the share of the parent's weights that lie in it and after it."""
         parent = self.library.parent
         layers = [sum(p.numel() for p in layer.parameters()) for layer in parent.layers]
-        output = parent.model.get_output_embeddings()
-        head = sum(p.numel() for p in output.parameters()) if output is not None else 0
+        head = sum(p.numel() for p in parent.head.parameters())
         return [(sum(layers[i:]) + head) / (sum(layers) + head) for i in range(len(layers))]
 
     def in_words(self, scores: Sequence[Score]) -> str:

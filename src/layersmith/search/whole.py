@@ -55,8 +55,7 @@ class WholeModels:
     def __post_init__(self) -> None:
         parent = self.library.parent
         layers = [sum(p.numel() for p in layer.parameters()) for layer in parent.layers]
-        output = parent.model.get_output_embeddings()
-        self._head = sum(p.numel() for p in output.parameters()) if output is not None else 0
+        self._head = sum(p.numel() for p in parent.head.parameters())
         self._whole = sum(layers) + self._head
 
     @torch.no_grad()
