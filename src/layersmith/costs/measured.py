@@ -49,8 +49,8 @@ _LEAST_POINTS = 3
 _MOST_FACTOR = 2.0
 # Steps to the price of time at which a made-up choice takes what it should.
 _HALVINGS = 60
-# The share of a parent's time that all its subblocks may take.
-_MOST_INSIDE = 0.98
+# The share of a parent's time that all its subblocks may take; of a large model they take nearly all of it.
+_MOST_INSIDE = 0.999
 _SEED = 0
 
 Blocks = Sequence[BlockConfig]
