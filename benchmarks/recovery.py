@@ -7,18 +7,20 @@ Without PARENT it is the demo's model and text. For every seed the documents are
 
     (a) pruned        the search over alternatives as they were pruned
     (b) closed form   over alternatives whose last projections were refitted, scored so
-    (c) local         over alternatives that were trained, scored so; then each layer's choice trained together
+    (c) local         over alternatives that were trained, scored so, and refined by running whole children on the
+                      scoring rows; then each layer's choice trained together
     uniform           every FFN as narrow as the budget asks, channels ranked the same way
     layers dropped    whole layers removed, those first whose two no-ops score least
-    from scratch      the layers of (c) with random weights
+    from scratch      the layers of (a) with random weights
     puzzletron        that library's child for the same data, budget and alternatives, if its environment and a driver
                       (``puzzletron_on_cpu.py``) are given
 
 The last four and (c) then learn from the parent, on the same rows in the same order; (c) so distilled is (d). With
 ``--distil-all`` (a) and (b) do too. FILE.jsonl has a line for every model that is done, and what is there is not done
 again; FILE.md the table of all of them. The search space is what both libraries know: FFN widths, KV heads and no-ops;
-``--whole-space`` has all kinds of alternatives, and no puzzletron. One thread, float32; choices are the integer
-program's, not refined by running whole children.
+``--whole-space`` has all kinds of alternatives, and no puzzletron. The choice of (a) and (b) is the integer program's,
+with ``--refine-passes 0`` that of (c) too. Tables that differ in settings of (c) alone share the other lines. One
+thread, float32.
 """
 
 from __future__ import annotations
@@ -51,17 +53,22 @@ from layersmith.demo.job import MODEL, split_library
 from layersmith.distill import copied
 from layersmith.distillation.local import distill_chosen
 from layersmith.distillation.trainer import train
+from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.parent import Parent, load_parent
-from layersmith.recipe import DistillationRecipe, LibraryRecipe, LocalDistillationRecipe, Recipe
+from layersmith.pipeline import refined_choice
+from layersmith.progress import SILENT
+from layersmith.recipe import DistillationRecipe, LibraryRecipe, LocalDistillationRecipe, Recipe, SearchRecipe
 from layersmith.run import versions
 from layersmith.runtime import Runtime
 from layersmith.search.budget import parse_budget
-from layersmith.search.choose import choose
+from layersmith.search.choose import Space
 
 METRICS = {"loss": "loss above the parent's", "kl": "KL", "top_1": "top-1"}
 STEPS = ("(a) pruned", "(b) closed form", "(c) local")
 OURS = STEPS[-1]
+SCRATCH = "from scratch"
+OF_OURS = ("local_tokens", "pair_tokens", "pairs_on", "batch_tokens", "refine_passes")
 
 
 # ---------------------------------------------------------------------------------------------- judging
@@ -146,36 +153,54 @@ def prepared(parent: Parent, args: argparse.Namespace, seed: int) -> Seed:
     return Seed(seed, parent, tokens, made, cost_table(parent, made.pruned), Judge(parent.model, tokens.evaluation))
 
 
+def chosen_for(
+    of: Seed, row: str, budget: float, refine_passes: float = 0.0, journal: Path | None = None
+) -> tuple[Alternative, ...]:
+    """What the search takes from a step's library; what refinement runs is kept in a journal."""
+    name = ("pruned", "reconstructed", "taught")[STEPS.index(row)]
+    library: Library = getattr(of.made, name)
+    recipe = Recipe(search=SearchRecipe(refine_passes=refine_passes))
+    limit = parse_budget(params=str(budget))
+    space = Space(library.alternatives, of.made.scores[name], of.costs, limit, recipe.search, of.parent.blocks)
+    choice = space.best()
+    if refine_passes:
+        inputs = fingerprint([library.identity, of.made.scores[name], choice.to_dict(), refine_passes])
+        refined = refined_choice(space, choice, library, recipe, of.tokens.scoring, journal, inputs, SILENT)
+        print(json.dumps({"seed": of.seed, "budget": budget, "row": row, "refined": refined.measured}), flush=True)
+        choice = refined.choice
+    return choice.alternatives
+
+
 def models(of: Seed, budget: float, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The name of every row, and what makes its model with weights of its own, or None where there is none."""
     limit = parse_budget(params=str(budget))
-    chosen = {
-        row: choose(library.alternatives, of.made.scores[name], of.costs, limit).alternatives
-        for row, name, library in zip(
-            STEPS, ("pruned", "reconstructed", "taught"),
-            (of.made.pruned, of.made.reconstructed, of.made.taught), strict=True,
-        )
-    }  # fmt: skip
 
     def taught() -> PreTrainedModel:
-        recipe = LocalDistillationRecipe(coupled_tokens=args.pair_tokens, batch_tokens=args.batch_tokens)
-        both = distill_chosen(of.made.taught, chosen[OURS], of.tokens.training, recipe, seed=of.seed)
-        return copied(both.compose(chosen[OURS]))
+        recipe = LocalDistillationRecipe(
+            coupled_tokens=args.pair_tokens, coupled_on=args.pairs_on, batch_tokens=args.batch_tokens
+        )  # fmt: skip
+        library, place = of.made.taught, args.work / f"seed-{of.seed}"
+        chosen = chosen_for(of, OURS, budget, args.refine_passes, place / f"refined-{budget}")
+        inputs = fingerprint([library.identity, [a.key for a in chosen], repr(recipe), versions()])
+        work = place / f"pairs-{inputs[:16]}"
+        both = distill_chosen(library, chosen, of.tokens.training, recipe, seed=of.seed, work=work, inputs=inputs)
+        return copied(both.compose(chosen))
 
     def narrow() -> PreTrainedModel | None:
         return uniform(of.parent, Recipe(), limit.resolve(of.costs.parent)["parameters"], of.tokens.calibration)
 
     def scratch() -> PreTrainedModel:
         torch.manual_seed(of.seed)
-        return layersmith.build(of.parent.config, of.made.taught.blocks(chosen[OURS]), dtype=torch.float32)
+        blocks = of.made.pruned.blocks(chosen_for(of, STEPS[0], budget))
+        return layersmith.build(of.parent.config, blocks, dtype=torch.float32)
 
     yield OURS, taught
-    yield STEPS[0], lambda: copied(of.made.pruned.compose(chosen[STEPS[0]]))
-    yield STEPS[1], lambda: copied(of.made.reconstructed.compose(chosen[STEPS[1]]))
+    yield STEPS[0], lambda: copied(of.made.pruned.compose(chosen_for(of, STEPS[0], budget)))
+    yield STEPS[1], lambda: copied(of.made.reconstructed.compose(chosen_for(of, STEPS[1], budget)))
     yield "uniform", narrow
     gone = dropped(of.made.pruned, of.costs, of.made.scores["pruned"], budget)
     yield "layers dropped", lambda: copied(of.made.pruned.compose(gone))
-    yield "from scratch", scratch
+    yield SCRATCH, scratch
     yield "puzzletron", lambda: peer(of, budget, args)
 
 
@@ -244,10 +269,19 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32_768, help="of global distillation")
     parser.add_argument("--step-tokens", type=int, default=1024, help="of one of its steps")
     parser.add_argument("--learning-rate", type=float, help="of it; default: the recipe's")
+    parser.add_argument("--distil-rows", type=int, help="training rows that it takes its own from; default: all")
+    parser.add_argument("--eval-every", type=int, default=0, help="of its steps: the loss on scoring rows, for a curve")
     parser.add_argument("--distil-all", action="store_true", help="(a) and (b) too")
-    parser.add_argument("--local-tokens", type=int, default=65_536, help="of local distillation, for each alternative")
-    parser.add_argument("--pair-tokens", type=int, default=32_768, help="for what was chosen for a layer, together")
-    parser.add_argument("--batch-tokens", type=int, default=1024)
+    local, search = LocalDistillationRecipe(), SearchRecipe()
+    parser.add_argument(
+        "--local-tokens", type=int, default=local.tokens, help="of local distillation, for each alternative"
+    )
+    parser.add_argument(
+        "--pair-tokens", type=int, default=local.coupled_tokens, help="for what was chosen for a layer, together"
+    )
+    parser.add_argument("--pairs-on", choices=("child", "parent"), default=local.coupled_on, help="whose activations")
+    parser.add_argument("--refine-passes", type=float, default=search.refine_passes, help="of the search; 0: none")
+    parser.add_argument("--batch-tokens", type=int, default=local.batch_tokens)
     parser.add_argument("--whole-space", action="store_true", help="all kinds of alternatives")
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--scoring-rows", type=int, default=24)
@@ -267,13 +301,13 @@ def main() -> None:
 
     parent = load_parent(args.parent, Runtime(torch.device("cpu"), torch.float32))
     settings = DistillationRecipe(
-        tokens=args.tokens, batch_tokens=args.step_tokens, learning_rate=args.learning_rate
+        tokens=args.tokens, batch_tokens=args.step_tokens, learning_rate=args.learning_rate, eval_every=args.eval_every
     )  # fmt: skip
-    names = ("local_tokens", "pair_tokens", "batch_tokens", "whole_space", "length", "scoring_rows", "evaluation_rows")
-    common = {name: getattr(args, name) for name in names} | {
+    of_ours = {name: getattr(args, name) for name in OF_OURS}
+    common = {name: getattr(args, name) for name in ("whole_space", "length", "scoring_rows", "evaluation_rows")} | {
         "parent": Path(args.parent).name, "parameters_of_parent": sum(p.numel() for p in parent.model.parameters())
     }  # fmt: skip
-    training = {"tokens": args.tokens, "step_tokens": args.step_tokens}
+    training = {"tokens": args.tokens, "step_tokens": args.step_tokens, "distil_rows": args.distil_rows}
     training["learning_rate"] = settings.rate(parent.language_config.hidden_size)
     seeds: dict[int, Seed] = {}
     for budget in args.budgets:
@@ -281,6 +315,7 @@ def main() -> None:
             before = done_before(args.out)
             for name, make in models(_of(seeds, seed, parent, args), budget, args):
                 key = common | {"budget": budget, "seed": seed, "row": name}
+                key |= of_ours if name == OURS else {}
                 key |= training if name not in STEPS[:2] or args.distil_all else {"tokens": 0}
                 known = any(all(line.get(k) == v for k, v in key.items()) for line in before)
                 if known or (args.only and not name.startswith(tuple(args.only))):
@@ -310,11 +345,15 @@ def one(of: Seed, make: Callable[[], Any], key: dict[str, Any], settings: Distil
     record["before"] = of.judge(model)
     if key["tokens"]:
         started = time.process_time()
+        rows = of.tokens.training[: key["distil_rows"]]
         with tempfile.TemporaryDirectory() as folder:
-            train(
-                of.parent, model, of.tokens.training, settings, tokens=settings.tokens, seed=of.seed,
+            trained = train(
+                of.parent, model, rows, settings, tokens=settings.tokens, seed=of.seed,
                 folder=Path(folder), curve=Path(folder) / "log.json", name=key["row"],
+                validation=of.tokens.scoring if settings.eval_every else None,
             )  # fmt: skip
+        if settings.eval_every:
+            record["loss_on_scoring_rows"] = trained.curve["validation"]
         record["cpu_seconds_distilled"] = _since(started)
         record["after"] = of.judge(model)
     return record | {"versions": versions(), "machine": platform.processor() or platform.machine()}
@@ -330,33 +369,37 @@ def _since(started: float) -> float:
 def table(lines: list[dict[str, Any]]) -> str:
     """All lines as Markdown, one table for each way in which they were trained."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    of_kind = ("parent", "whole_space", "local_tokens", "pair_tokens", "evaluation_rows", "length")
-    kinds = dict.fromkeys(tuple(line[name] for name in of_kind) for line in lines)
-    for kind in kinds:
-        own = [line for line in lines if tuple(line[name] for name in of_kind) == kind]
-        of_training = ("tokens", "step_tokens", "learning_rate")
-        for training in dict.fromkeys(tuple(x[name] for name in of_training) for x in own if x["tokens"]):
-            same = [x for x in own if not x["tokens"] or tuple(x[name] for name in of_training) == training]
+    of_all = ("parent", "whole_space", "evaluation_rows", "length")
+    of_kind = (*of_all, *OF_OURS)
+    for kind in dict.fromkeys(tuple(line[name] for name in of_kind) for line in lines if line["row"] == OURS):
+        ours = [x for x in lines if x["row"] == OURS and tuple(x[name] for name in of_kind) == kind]
+        others = [x for x in lines if x["row"] != OURS and tuple(x[name] for name in of_all) == kind[: len(of_all)]]
+        of_training = ("tokens", "step_tokens", "learning_rate", "distil_rows")
+        for training in dict.fromkeys(tuple(x[name] for name in of_training) for x in ours):
+            same = [x for x in ours + others if not x["tokens"] or tuple(x[name] for name in of_training) == training]
             groups[(*kind, *training)] = same
     return "\n".join(part for group in groups.values() for part in _part(group))
 
 
 def _part(lines: list[dict[str, Any]]) -> Iterator[str]:
-    trained = next(line for line in lines if line["tokens"])
+    trained = next(line for line in lines if line["row"] == OURS)
+    whose = "the child's own activations" if trained["pairs_on"] == "child" else "the parent's activations"
+    refined = f"refined with {trained['refine_passes']:g} passes" if trained["refine_passes"] else "not refined"
     space = "all kinds of alternatives" if trained["whole_space"] else "FFN widths, KV heads and no-ops"
     yield (
         f"# What children of {trained['parent']} recover ({trained['parameters_of_parent'] / 1e6:.2f}M parameters)\n\n"
         f"{space}; local distillation of every alternative on {trained['local_tokens']:,} tokens, of pairs on "
-        f"{trained['pair_tokens']:,}; global distillation on {trained['tokens']:,} tokens in steps of "
-        f"{trained['step_tokens']:,}, learning rate {trained['learning_rate']:.2g}; evaluated on "
-        f"{trained['evaluation_rows'] * trained['length']:,} tokens a seed. One thread, float32, "
+        f"{trained['pair_tokens']:,}, on {whose}; choices of (c) {refined}; global distillation on "
+        f"{trained['tokens']:,} tokens in steps of {trained['step_tokens']:,}, learning rate "
+        f"{trained['learning_rate']:.2g}; evaluated on {trained['evaluation_rows'] * trained['length']:,} tokens a "
+        "seed. One thread, float32, "
         f"{', '.join(f'{k} {v}' for k, v in trained['versions'].items())}. Means over seeds ± their standard "
         "deviation; for one seed ± the standard error over rows.\n\n"
         f"`python -m benchmarks.recovery {_options(trained)}`\n"
     )
     heads = [*METRICS.values(), *(f"{name}, distilled" for name in METRICS.values())]
     yield f"| budget | | seeds | parameters | {' | '.join(heads)} |\n| --- | --- | --- | --- |" + " --- |" * len(heads)
-    order = [*STEPS, "uniform", "layers dropped", "from scratch", "puzzletron"]
+    order = [*STEPS, "uniform", "layers dropped", SCRATCH, "puzzletron"]
     for budget in sorted({line["budget"] for line in lines}, reverse=True):
         for row in order:
             own = [line for line in lines if (line["budget"], line["row"]) == (budget, row)]
@@ -373,7 +416,10 @@ def _part(lines: list[dict[str, Any]]) -> Iterator[str]:
 
 def _options(line: dict[str, Any]) -> str:
     """What a line was made with, as it is typed."""
-    names = ("local_tokens", "pair_tokens", "evaluation_rows", "scoring_rows", "length", "tokens", "step_tokens")
+    names = (
+        "local_tokens", "pair_tokens", "pairs_on", "refine_passes", "evaluation_rows", "scoring_rows", "length",
+        "tokens", "step_tokens", *["distil_rows"] * (line["distil_rows"] is not None),
+    )  # fmt: skip
     options = [f"--{name.replace('_', '-')} {line[name]}" for name in names]
     return " ".join(
         [*options, f"--learning-rate {line['learning_rate']:.3g}", *["--whole-space"] * line["whole_space"]]
@@ -406,7 +452,7 @@ def _verdicts(lines: list[dict[str, Any]], budget: float) -> Iterator[str]:
         if both := [s for s in by_row[row] if "after" in ours.get(s, {}) and "after" in by_row[row][s]]:
             before = [ours[s]["before"]["kl"] / by_row[row][s]["before"]["kl"] for s in both]
             gaps = [by_row[row][s]["after"]["loss"] - ours[s]["after"]["loss"] for s in both]
-            if row == "from scratch":
+            if row == SCRATCH:
                 yield f"* {budget}, {row}: distilled, it loses {_spread(gaps, '.4f')} nats a token more than (d)."
                 continue
             yield (

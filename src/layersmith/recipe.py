@@ -117,8 +117,11 @@ class LocalDistillationRecipe:
         tokens: of the training rows that each alternative of the library sees, before it is scored; 0: none. Each row
             is seen once.
         coupled_tokens: that the chosen alternatives of a layer see, trained together after the search; 0: none.
+        coupled_on: whose activations they are given. ``child``: what the child's layers before them have learned to
+            give, so that of several processes one works; ``parent``: the parent's.
         kinds: of alternatives that are trained; default: all that have weights.
         learning_rate: of AdamW, as a share of each weight's root mean square; it falls in a straight line.
+        coupled_learning_rate: the same, of what learns together, for an error of 1; for less, times its root.
         batch_tokens: tokens in one step.
         stop_below: past half of its tokens an alternative is done when its error on held-out rows falls by less than
             this share between two of the six times that it is looked at.
@@ -128,8 +131,10 @@ class LocalDistillationRecipe:
     reconstruct: bool = True
     tokens: int = 131_072
     coupled_tokens: int = 131_072
+    coupled_on: Literal["child", "parent"] = "child"
     kinds: tuple[Trainable, ...] | None = None
     learning_rate: float = 0.01
+    coupled_learning_rate: float = 0.06
     batch_tokens: int = 1024
     stop_below: float = 0.005
     memory_gib: float = 8.0
@@ -400,8 +405,9 @@ class Recipe:
         self.distillation.check()
 
         local = self.local_distillation
-        if min(local.learning_rate, local.batch_tokens, local.memory_gib) <= 0:
-            raise UsageError("recipe: local_distillation.learning_rate, batch_tokens and memory_gib must be positive.")
+        rates = local.learning_rate, local.coupled_learning_rate
+        if min(*rates, local.batch_tokens, local.memory_gib) <= 0:
+            raise UsageError("recipe local_distillation: learning rates, batch_tokens and memory_gib must be positive.")
         if min(local.tokens, local.coupled_tokens, local.stop_below) < 0:
             raise UsageError("recipe: local_distillation.tokens, coupled_tokens and stop_below cannot be negative.")
 

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from layersmith.distillation import local, store
 from layersmith.distillation.local import distill_chosen, distill_locally
 from layersmith.distillation.student import Student
 from layersmith.errors import UsageError
+from layersmith.execution import first_tensor
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import load_parent
@@ -28,7 +30,7 @@ from tests.conftest import stock_model
 TOKENS = torch.randint(3, 99, (34, 32), generator=torch.Generator().manual_seed(4))
 CALIBRATION, TRAINING = TOKENS[:8], TOKENS[8:]
 LIBRARY = LibraryRecipe(ffn_fractions=(0.5,), head_fractions=(0.5,), expert_fractions=(0.5,), kv_methods=("pool",))
-RECIPE = LocalDistillationRecipe(tokens=32 * 24, batch_tokens=64, learning_rate=0.02)
+RECIPE = LocalDistillationRecipe(tokens=32 * 24, batch_tokens=64, learning_rate=0.02, coupled_learning_rate=0.02)
 
 
 def library_of(model_type: str, folder: Path, recipe: LibraryRecipe = LIBRARY) -> Library:
@@ -88,30 +90,35 @@ class Stopped(Exception):
     pass
 
 
+class Interrupted:
+    """A function that raises every so many calls."""
+
+    def __init__(self, function: Callable[..., Any], every: int):
+        self.function, self.every, self.calls, self.times = function, every, 0, 0
+
+    def __call__(self, *args: Any) -> Any:
+        self.calls += 1
+        if self.calls % self.every == 0:
+            self.times += 1
+            raise Stopped
+        return self.function(*args)
+
+
 def test_interrupted_at_any_step_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = library_of("llama", tmp_path / "parent", dataclasses.replace(LIBRARY, keep_layers=(0, 3)))
     given = {"inputs": "these"}
     distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "whole", **given)
     monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
-    learn, calls = Student.learn, 0
-
-    def interrupted(self: Student, *args: Any) -> None:
-        nonlocal calls
-        calls += 1
-        if calls % 23 == 0:
-            raise Stopped
-        learn(self, *args)
-
-    monkeypatch.setattr(Student, "learn", interrupted)
-    attempts = 0
+    learn = Student.learn
+    interrupted = Interrupted(learn, 23)
+    monkeypatch.setattr(Student, "learn", lambda *args: interrupted(*args))
     while True:
-        attempts += 1
         try:
             distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "pieces", **given)
             break
         except Stopped:
             continue
-    assert attempts > 5
+    assert interrupted.times > 4
     assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
     # Work of other inputs is not taken for this.
     monkeypatch.setattr(Student, "learn", learn)
@@ -198,31 +205,108 @@ def test_arithmetic_is_what_is_needed_and_little_more(tmp_path: Path, monkeypatc
     assert arithmetic.done <= 1.3 * arithmetic.needed
 
 
-def test_a_pair_learns_together(tmp_path: Path) -> None:
-    library = distill_locally(library_of("llama", tmp_path / "parent"), CALIBRATION, TRAINING, RECIPE)
-    chosen = [
-        next(a for a in library.alternatives if (a.layer, a.kind) == (1, kind)) for kind in ("head_groups", "ffn_width")
-    ]
-    chosen += [
-        Alternative(2, "attention", "no_op"),
-        next(a for a in library.alternatives if (a.layer, a.kind) == (2, "ffn_width")),
-    ]
-    chosen += [Alternative(0, "attention", "parent"), Alternative(3, "ffn", "no_op")]
-    made = distill_chosen(library, chosen, TRAINING, RECIPE)
-    assert [r["layer"] for r in made.pairs.records] == [1, 2]
+def chosen_of(library: Library) -> list[Alternative]:
+    """Both changed in layer 1, one and a no-op in 2, one alone in 0, one gone in 3."""
+
+    def found(layer: int, kind: str) -> Alternative:
+        return next(a for a in library.alternatives if (a.layer, a.kind) == (layer, kind))
+
+    return [
+        Alternative(0, "attention", "parent"), found(0, "ffn_width"), found(1, "head_groups"), found(1, "ffn_width"),
+        Alternative(2, "attention", "no_op"), found(2, "ffn_width"), Alternative(3, "ffn", "no_op"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("on", ["parent", "child"])
+def test_what_is_chosen_for_a_layer_learns_together(on: str, tmp_path: Path) -> None:
+    library = library_of("llama", tmp_path / "parent")
+    chosen = chosen_of(library)
+    made = distill_chosen(library, chosen, TRAINING, dataclasses.replace(RECIPE, coupled_on=on))
+    assert [r["layer"] for r in made.pairs.records] == [0, 1, 2, 3]
     assert all(r["after"] < r["before"] for r in made.pairs.records)
 
-    def error(own: Library) -> float:
-        with torch.no_grad():
-            return float(
-                (own.compose(chosen)(TOKENS[:8]).logits - library.parent.model(TOKENS[:8]).logits).square().mean()
-            )
-
-    assert error(made) < error(library)
+    # Errors are what layers give to what they are given, on rows that are held out.
+    held_out, parent = TRAINING[:1], library.parent.model
+    with torch.no_grad():
+        teacher, pupil = (hidden_states(m, held_out) for m in (parent, made.compose(chosen)))
+    for i, record in enumerate(made.pairs.records):
+        given = pupil[i] if on == "child" else teacher[i]
+        gives = run_layer(made, [a for a in chosen if a.layer == i], i, held_out, given)
+        error = (gives - teacher[i + 1]).square().sum() / (teacher[i + 1] - teacher[i]).square().sum()
+        assert record["after"] == pytest.approx(float(error), rel=1e-4)
+    # What is the parent's own in a layer that is changed learns too.
+    assert "self_attn.q_proj.weight" in made.pairs.of(made.pairs.records[3]["identity"])
     # One of the two by itself is what it was.
-    assert torch.equal(made.compose(chosen[:1])(TOKENS[:2]).logits, library.compose(chosen[:1])(TOKENS[:2]).logits)
+    alone = [a for a in chosen if a.layer == 1][:1]
+    assert torch.equal(made.compose(alone)(TOKENS[:2]).logits, library.compose(alone)(TOKENS[:2]).logits)
     made.pairs.write(tmp_path / "pairs")
     assert type(made.pairs).read(tmp_path / "pairs").identity == made.pairs.identity
+
+
+def hidden_states(model: Any, rows: torch.Tensor) -> list[torch.Tensor]:
+    """What every layer is given, and what the last gives."""
+    seen: list[torch.Tensor] = []
+    layers = model.model.layers
+    handles = [layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])) for layer in layers]
+    handles.append(layers[-1].register_forward_hook(lambda module, args, output: seen.append(first_tensor(output))))
+    model(rows)
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def run_layer(
+    library: Library, chosen: list[Alternative], i: int, rows: torch.Tensor, given: torch.Tensor
+) -> torch.Tensor:
+    """What a layer with alternatives gives, run by the model's own forward."""
+    model = library.compose(chosen)
+    handle = model.model.layers[i].register_forward_pre_hook(lambda module, args: (given, *args[1:]))
+    with torch.no_grad():
+        gives = hidden_states(model, rows)[i + 1]
+    handle.remove()
+    return gives
+
+
+def test_pairs_interrupted_at_any_step_end_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = library_of("llama", tmp_path / "parent")
+    chosen, given = chosen_of(library), {"inputs": "these"}
+    distill_chosen(library, chosen, TRAINING, RECIPE, work=tmp_path / "whole", **given)
+    monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
+    learn = Student.learn
+    interrupted = Interrupted(learn, 7)
+    monkeypatch.setattr(Student, "learn", lambda *args: interrupted(*args))
+    while True:
+        try:
+            made = distill_chosen(library, chosen, TRAINING, RECIPE, work=tmp_path / "pieces", **given)
+            break
+        except Stopped:
+            continue
+    assert interrupted.times > 5
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+    monkeypatch.setattr(Student, "learn", learn)
+    in_memory = distill_chosen(library, chosen, TRAINING, RECIPE)
+    assert in_memory.pairs.identity == made.pairs.identity
+
+
+def test_arithmetic_of_pairs_is_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Needed: parent and child once on every token, and three times the products of the child's layers that learn."""
+    library = library_of("llama", tmp_path / "parent")
+    seen: list[Any] = []
+    take_apart = local.take_apart
+    monkeypatch.setattr(local, "take_apart", lambda *args: seen.append(take_apart(*args)) or seen[-1])
+    chosen = [a for a in library.alternatives if a.kind == "ffn_width" and a.layer in (1, 2)]
+    made = distill_chosen(library, chosen, TRAINING, dataclasses.replace(RECIPE, stop_below=0.0))
+    config = library.parent.config
+    size = sum(p.numel() for p in library.parent.layers[0].parameters() if p.ndim == 2)
+    size_of_child = size - 3 * config.hidden_size * config.intermediate_size // 2
+    a, b = (r["tokens"] for r in made.pairs.records)
+    whole, attention = 32 * 25, 4 * 32 * config.num_attention_heads * config.head_dim
+    # Layer 1 of the child is run once more than it learns; layer 2, where it ends to matter, is not.
+    expected = 4 * whole * (2 * size + attention) + (3 * (a + b) + whole) * 2 * size_of_child
+    expected += (3.5 * (a + b) + whole) * attention
+    arithmetic = seen[0].arithmetic
+    assert arithmetic.needed == pytest.approx(expected, rel=0.02)
+    assert arithmetic.done <= 1.3 * arithmetic.needed
 
 
 def test_a_parent_that_stays_on_the_disk_teaches_the_same(tmp_path: Path) -> None:
@@ -232,6 +316,8 @@ def test_a_parent_that_stays_on_the_disk_teaches_the_same(tmp_path: Path) -> Non
     streamed = build_library(parent, LIBRARY, survey(parent, LIBRARY), CALIBRATION, batch_sequences=4)
     learned = [distill_locally(own, CALIBRATION, TRAINING, RECIPE) for own in (library, streamed)]
     assert learned[0].kept.identity == learned[1].kept.identity
+    together = [distill_chosen(own, chosen_of(own), TRAINING, RECIPE).pairs.identity for own in learned]
+    assert together[0] == together[1] != ""
 
 
 def test_a_parent_in_bfloat16_teaches_what_it_will_store(tmp_path: Path) -> None:
@@ -247,6 +333,13 @@ def test_a_parent_in_bfloat16_teaches_what_it_will_store(tmp_path: Path) -> None
 
 
 def test_recipes() -> None:
-    for bad in ({"tokens": -1}, {"learning_rate": 0.0}, {"memory_gib": 0.0}, {"kinds": ["ffn_widht"]}):
+    for bad in (
+        {"tokens": -1},
+        {"learning_rate": 0.0},
+        {"coupled_learning_rate": 0.0},
+        {"memory_gib": 0.0},
+        {"kinds": ["ffn_widht"]},
+        {"coupled_on": "both"},
+    ):
         with pytest.raises(UsageError, match="local_distillation"):
             Recipe.from_dict({"local_distillation": bad})

@@ -9,8 +9,11 @@ An alternative's error is taken on held-out rows of the training split, which no
 times between; the best weights are kept, and what no longer improves is stopped. So far as memory allows, a layer's
 alternatives are trained at once; otherwise in groups, each of which has the parent's layer run again.
 
+What was chosen for a layer is trained as a block, on what the child's layers before it give once they are trained: the
+hidden states of parent and child go through the layers side by side.
+
 Every rank of several trains every so many layers, and runs the parent by itself: alternatives come out the same,
-however many ranks there are.
+however many ranks there are. On the child's activations the first trains all layers.
 
 Source: Bercovich et al., "Puzzle" (arXiv 2411.19146), section 3.
 
@@ -20,7 +23,7 @@ Shapes: N rows, B rows of a batch, T tokens, D hidden.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +103,9 @@ def distill_chosen(
 ) -> Library:
     """Train what was chosen for each layer together: the attention's and the FFN's alternative as one block.
 
-    They learn to give what the parent's layer gives, on what the parent's layer is given, and so make up for each
-    other. Where one of both is the parent's own, it stays as it is.
+    They learn to give what the parent's layer gives, and so make up for each other. By ``recipe.coupled_on`` they are
+    given what the child's layers before them give, in which what these lost is to be made up for, or what the parent's
+    layer is given. Where one of both is the parent's own, it learns too. Layers that are the parent's stay as they are.
 
     Args:
         library: with what alternatives have learned by themselves.
@@ -112,11 +116,13 @@ def distill_chosen(
         The library with the pairs, which stand in the place of the two where both are asked for.
     """
     by_layer = changed_by_layer(chosen)
-    pupils = {i: [Pupil(tuple(own), BLOCK)] for i, own in by_layer.items() if any(a.kind != "no_op" for a in own)}
+    gone = {i for i, own in by_layer.items() if sum(a.kind == "no_op" for a in own) == len(SUBBLOCKS)}
+    pupils = {i: [Pupil(tuple(own), BLOCK)] for i, own in by_layer.items() if i not in gone}
     if not pupils:
         return library
     store, rows = Store(work, inputs), _enough(training, recipe.coupled_tokens)
-    pairs = _distill(library, pupils, training[:0], rows, recipe, seed, store, progress, "distill pairs")
+    child = by_layer if recipe.coupled_on == "child" else None
+    pairs = _distill(library, pupils, training[:0], rows, recipe, seed, store, progress, "distill pairs", child)
     return library if pairs is None else library.with_kept(library.kept, pairs)
 
 
@@ -136,8 +142,9 @@ def _distill(
     store: Store,
     progress: Progress,
     stage: str,
+    child: dict[int, list[Alternative]] | None = None,
 ) -> Kept | None:
-    """What pupils learned; None where they can learn nothing."""
+    """What pupils learned; None where they can learn nothing. Given a child's changed layers, on its activations."""
     rows = training if len(training) > 1 else calibration
     if not len(rows):
         return None
@@ -148,7 +155,8 @@ def _distill(
     except CannotTakeApart as reason:
         progress.note(f"alternatives are not distilled, because the parent cannot be taken apart: {reason}.")
         return None
-    kept = _Work(library, staged, pupils, recipe, seed, store, progress).all_layers(calibration, training, stage)
+    work = _Work(library, staged, pupils, recipe, seed, store, progress, child)
+    kept = work.all_layers(calibration, training, stage)
     if staged.arithmetic.done:
         said = f"{stage}: {_in_words(kept.records)}"
         progress.note(f"{said}; {staged.arithmetic}" if len(training) > 1 else said)
@@ -200,29 +208,17 @@ class Pupil:
         return of | {"weights": digest_of(weights)} | nothing | learned
 
 
-class Rows:
-    """Rows of tokens, and the hidden states ``[N, T, D]`` that they have come to."""
+class Stream:
+    """The hidden states ``[N, T, D]`` that rows have come to in one model."""
 
-    def __init__(self, tokens: torch.Tensor, batch_tokens: int):
-        self.tokens, self.size = tokens, max(1, batch_tokens // tokens.shape[1])
-        self._hidden: torch.Tensor | None = None
+    def __init__(self) -> None:
+        self.hidden: torch.Tensor | None = None
         self._next: torch.Tensor | None = None
 
-    def batches(self) -> Iterator[torch.Tensor]:
-        """Numbers of rows."""
-        yield from torch.arange(len(self.tokens)).split(self.size)
-
-    def start(self, staged: StagedParent, rows: torch.Tensor) -> tuple[Batch, torch.Tensor]:
-        """Rows as the layer at hand is given them."""
-        device = staged.library.parent.runtime.device
-        batch = staged.start(self.tokens[rows].to(device))
-        return batch, batch.embedded if self._hidden is None else self._hidden[rows].to(device)
-
-    def gave(self, rows: torch.Tensor, hidden: torch.Tensor) -> None:
-        """What the layer at hand made of rows."""
+    def gave(self, rows: torch.Tensor, num_rows: int, hidden: torch.Tensor) -> None:
+        """What the layer at hand made of some of all rows."""
         if self._next is None:
-            shape = (len(self.tokens), *hidden.shape[1:])
-            self._next = torch.empty(shape, dtype=hidden.dtype)
+            self._next = torch.empty((num_rows, *hidden.shape[1:]), dtype=hidden.dtype)
         self._next[rows] = hidden.detach().cpu()
 
     @property
@@ -232,16 +228,62 @@ class Rows:
 
     def go_on(self) -> None:
         """To the next layer."""
-        self._hidden, self._next = self._next, None
+        self.hidden, self._next = self._next, None
+
+
+class Rows:
+    """Rows of tokens, on their way through the parent, and through a child from its first changed layer on."""
+
+    def __init__(self, tokens: torch.Tensor, batch_tokens: int):
+        self.tokens, self.size = tokens, max(1, batch_tokens // tokens.shape[1])
+        self.parent, self.child = Stream(), Stream()
+
+    def batches(self) -> Iterator[torch.Tensor]:
+        """Numbers of rows."""
+        yield from torch.arange(len(self.tokens)).split(self.size)
+
+    def start(self, staged: StagedParent, rows: torch.Tensor) -> tuple[Batch, torch.Tensor]:
+        """Rows as the parent's layer at hand is given them."""
+        device = staged.library.parent.runtime.device
+        batch = staged.start(self.tokens[rows].to(device))
+        return batch, batch.embedded if self.parent.hidden is None else self.parent.hidden[rows].to(device)
+
+    def of_child(self, rows: torch.Tensor, parents: torch.Tensor) -> torch.Tensor:
+        """What the child's layer at hand is given, where the parent's is given ``parents``."""
+        return parents if self.child.hidden is None else self.child.hidden[rows].to(parents.device)
+
+    def gave(self, rows: torch.Tensor, hidden: torch.Tensor) -> None:
+        """What the parent's layer at hand made of rows."""
+        self.parent.gave(rows, len(self.tokens), hidden)
+
+    def child_gave(self, rows: torch.Tensor, hidden: torch.Tensor) -> None:
+        self.child.gave(rows, len(self.tokens), hidden)
+
+    def go_on(self) -> None:
+        """To the next layer."""
+        self.parent.go_on()
+        self.child.go_on()
 
 
 @dataclass(frozen=True)
 class Place:
-    """What a subblock of the parent is given and gives on a batch, ``[B, T, D]`` each, hidden states and all."""
+    """What stands in the place of a subblock is given on a batch, and shall give; ``[B, T, D]`` each.
+
+    Attributes:
+        batch: the rows.
+        given: to it; the parent's own, or the child's.
+        parents: what the parent's is given.
+        gives: what the parent's gives.
+    """
 
     batch: Batch
     given: torch.Tensor
+    parents: torch.Tensor
     gives: torch.Tensor
+
+    def added(self) -> torch.Tensor:
+        """What the parent's adds to hidden states, ``[B, T, D]``."""
+        return self.gives.float() - self.parents.float()
 
 
 def through(
@@ -250,13 +292,13 @@ def through(
     """Run the parent's layer: the places of its subblocks and of itself, and what it gives."""
     if stages.layout == "whole":
         output = staged.run(batch, i, hidden)
-        return dict.fromkeys(("attention", "ffn", BLOCK), Place(batch, hidden, output)), output
+        return dict.fromkeys(("attention", "ffn", BLOCK), Place(batch, hidden, hidden, output)), output
     middle = staged.run(batch, i, hidden, stages.attention)
     given = middle if stages.layout == "sequence" else hidden
     output = staged.run(batch, i, given, stages.ffn)
     whole = output if stages.layout == "sequence" else middle + output - hidden
-    places = {"attention": Place(batch, hidden, middle), "ffn": Place(batch, given, output)}
-    return places | {BLOCK: Place(batch, hidden, whole)}, whole
+    places = {"attention": Place(batch, hidden, hidden, middle), "ffn": Place(batch, given, given, output)}
+    return places | {BLOCK: Place(batch, hidden, hidden, whole)}, whole
 
 
 @dataclass
@@ -270,6 +312,7 @@ class _Work:
     seed: int
     store: Store
     progress: Progress
+    child: dict[int, list[Alternative]] | None
 
     def all_layers(self, calibration: torch.Tensor, training: torch.Tensor, stage: str) -> Kept:
         runtime, depth = self.library.parent.runtime, len(self.staged.layers)
@@ -285,14 +328,17 @@ class _Work:
         total = depth * sum(len(rows.tokens) for rows in of.values())
         ranks.start(runtime)
         with self.progress.stage(stage, total, "rows through a layer") as advance:
-            ranks.together(lambda: self._own_layers(of, advance))
+            if self.child is None:
+                ranks.together(lambda: self._own_layers(of, advance))
+            else:  # what a layer is given, those before it must have learned to give
+                ranks.on_first(lambda: self._own_layers(of, advance))
         return self.store.kept(depth)
 
     def _own_layers(self, of: dict[str, Rows], advance: Callable[[float], None]) -> None:
         """Take rows through all layers, and distil this rank's."""
         runtime = self.library.parent.runtime
         for i in range(len(self.staged.layers)):
-            is_own = i % runtime.world_size == runtime.rank
+            is_own = self.child is not None or i % runtime.world_size == runtime.rank
             if is_own and self.pupils.get(i) and not self.store.has(layer_name(i)):
                 _Layer(self, i, of).distill(advance)
             else:
@@ -300,6 +346,8 @@ class _Work:
                     self.pass_on(i, rows)
                     advance(len(rows.tokens))
             for rows in of.values():
+                if self.child and i < max(self.child):
+                    self._pass_child_on(i, rows)
                 rows.go_on()
 
     @torch.no_grad()
@@ -309,6 +357,19 @@ class _Work:
             batch, hidden = rows.start(self.staged, numbers)
             with self.staged.arithmetic.needs():
                 rows.gave(numbers, self.staged.run(batch, i, hidden))
+
+    @torch.no_grad()
+    def _pass_child_on(self, i: int, rows: Rows) -> None:
+        """Take rows through the child's layer, with what was learned; before its first changed one it is the parent."""
+        assert self.child is not None
+        if i < min(self.child):
+            return
+        library = self.library.with_kept(self.library.kept, self.store.kept(i + 1))
+        layer = library.layer(*self.child.get(i, [Alternative(i, "ffn", "parent")]))
+        for numbers in rows.batches():
+            batch, hidden = rows.start(self.staged, numbers)
+            with self.staged.arithmetic.needs():
+                rows.child_gave(numbers, self.staged.run(batch, i, rows.of_child(numbers, hidden), layer))
 
 
 class _Layer:
@@ -336,7 +397,7 @@ class _Layer:
         for name, group in zip(names, groups, strict=True):
             if not self.work.store.has(name):
                 self._teach(name, group, refitted, held_out)
-        if not self.rows["training"].went:
+        if not self.rows["training"].parent.went:
             self.work.pass_on(self.i, self.rows["training"])
         advance(len(self.rows["training"].tokens))
         if len(groups) > 1:
@@ -385,11 +446,19 @@ class _Layer:
 
     # ------------------------------------------------------------------------------------------ training
 
+    def _places(self, rows: Rows, numbers: torch.Tensor) -> tuple[dict[str, Place], torch.Tensor]:
+        """Places on a batch of rows, and what the parent's layer gives."""
+        batch, hidden = rows.start(self.staged, numbers)
+        places, output = through(self.staged, self.i, self.stages, batch, hidden)
+        if self.work.child is not None:
+            places = {BLOCK: replace(places[BLOCK], given=rows.of_child(numbers, hidden))}
+        return places, output
+
     @torch.no_grad()
     def _held_out(self, advance: Callable[[float], None]) -> list[dict[str, Place]]:
         rows, found = self.rows["held out"], []
         for numbers in rows.batches():
-            places, output = through(self.staged, self.i, self.stages, *rows.start(self.staged, numbers))
+            places, output = self._places(rows, numbers)
             found.append(places)
             rows.gave(numbers, output)
             advance(len(numbers))
@@ -411,7 +480,10 @@ class _Layer:
     def _student(self, pupil: Pupil, changed: Tensors) -> Student:
         module, kinds = self._module(pupil), self.recipe.kinds
         learning = [a for a in pupil.alternatives if a.kind != "no_op" and (kinds is None or a.kind in kinds)]
-        names = {name for a in learning for name in self._weights_of(a.subblock, module)}
+        subblocks = {a.subblock for a in learning}
+        if pupil.place == BLOCK and kinds is None:  # the parent's own learns with what stands beside it
+            subblocks = set(SUBBLOCKS) - {a.subblock for a in pupil.alternatives if a.kind == "no_op"}
+        names = {name for subblock in subblocks for name in self._weights_of(subblock, module)}
         return Student(pupil.identity, module, names, changed)
 
     def _weights_of(self, subblock: str, module: nn.Module) -> list[str]:
@@ -431,7 +503,7 @@ class _Layer:
     def _loss(self, student: Student, place: Place) -> torch.Tensor:
         """E|y' - y|^2 / E|y|^2 of a batch."""
         made = self.staged.run(place.batch, self.i, place.given, student.module)
-        size = (place.gives.float() - place.given.float()).square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        size = place.added().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
         return (made.float() - place.gives.float()).square().mean() / size
 
     @torch.no_grad()
@@ -441,7 +513,7 @@ class _Layer:
         for place in held_out:
             made = self.staged.run(place.batch, self.i, place.given, student.module)
             error += float((made.float() - place.gives.float()).double().square().sum())
-            size += float((place.gives.float() - place.given.float()).double().square().sum())
+            size += float(place.added().double().square().sum())
         return error / max(size, 1e-30)
 
     def _teach(
@@ -459,7 +531,10 @@ class _Layer:
                 if not before < pruned:
                     student.take(old)
                     before = pruned
-            student.begin(self.recipe.learning_rate, pruned, before)
+            rate = self.recipe.learning_rate
+            if pupil.place == BLOCK:  # the farther it has to go, the longer its steps
+                rate = self.recipe.coupled_learning_rate * min(1.0, before**0.5)
+            student.begin(rate, pruned, before)
         skip = store.restore(name, students)
         order = torch.randperm(len(rows.tokens), generator=torch.Generator().manual_seed(self.work.seed)).split(
             rows.size
@@ -469,7 +544,7 @@ class _Layer:
             active = [(p, s) for p, s in zip(group, students, strict=True) if s.active and step >= skip]
             with self.staged.arithmetic.needs():
                 with torch.no_grad():
-                    places, output = through(self.staged, self.i, self.stages, *rows.start(self.staged, numbers))
+                    places, output = self._places(rows, numbers)
                 rows.gave(numbers, output)
                 for pupil, student in active:
                     place = places[pupil.place]
