@@ -113,7 +113,7 @@ def full_report(layers: int = 9, **changes: Any) -> dict[str, Any]:
             "sums": [{"what": "this child", "predicted": 0.5, "measured": 0.7, "error": 0.02},
                      {"what": "frontier", "predicted": 0.2, "measured": 0.25, "error": 0.01}],
             "times": [{"what": what, "phase": phase, "fraction": 0.7, "predicted": 0.75, "measured": 0.73}
-                      for what in ("random child 1", "this child") for phase in ("prefill", "decode")],
+                      for what in ("made-up choice 1", "this child") for phase in ("prefill", "decode")],
         },
         "times": {"parent": {"prefill_seconds": 0.08}, "child": {"prefill_seconds": 0.06}, "batch": 1, "prompt": 384,
                   "generated": 128, "device": "a CPU, 1 thread"},
