@@ -12,6 +12,7 @@ from layersmith.model_descriptor.stock import stock_model
 @pytest.mark.parametrize(
     "model_type",
     [
+        "falcon_h1",  # a mixer whose size is 128 heads of 8
         "falcon",  # 71 heads of 64
         "helium",  # 20 heads of 128, which are as long as the hidden states: neither both nor one can be divided much
     ],

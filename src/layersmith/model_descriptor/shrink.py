@@ -26,6 +26,9 @@ _LEAST = (2, 4, 8)
 # Sizes of heads that stay: where a state has heads, their number and their size cannot both be divided.
 _KEPT: tuple[tuple[int, ...], ...] = ((), (64,), (128,), (64, 128), (256,), (64, 128, 256))
 
+# Attributes that stay, one at a time, where nothing else helps.
+_MOST_FACTORS = 6
+
 
 def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
     """``config`` itself if its model is small, else one with fewer and narrower layers of all the same kinds.
@@ -54,12 +57,16 @@ def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
     odd = tuple(sorted(v for v in numbers if v % 2 and v > max(_LEAST)))
     # Where none is small enough, one that is no larger than what is its own specimen will do.
     bounds = ((0, _SMALL), (_SMALL, _LARGEST))
-    for attempt, (least_size, most_size) in itertools.product(("everything", "all but patterns"), bounds):
+    for attempt, (least_size, most_size) in itertools.product(("everything", "all but patterns", "factors"), bounds):
         if attempt == "all but patterns" and not fixed:
             fixed = _patterns(config, kinds)
-        for length, kept, divisor, least in itertools.product(lengths, (*_KEPT, odd), _DIVISORS, _LEAST):
+        sizes = (*_KEPT, odd)
+        staying = [fixed]
+        if attempt == "factors":
+            sizes, staying = _KEPT[:1], [fixed | {name} for name in _factors(config)]
+        for stays, length, kept, divisor, least in itertools.product(staying, lengths, sizes, _DIVISORS, _LEAST):
             depth = dict.fromkeys(depths, length)
-            small = _divided(config, divisor, least, kept, fixed, len(kinds), depth)
+            small = _divided(config, divisor, least, kept, stays, len(kinds), depth)
             try:
                 model = stock_model(small)
                 if not least_size < _elements(model) <= most_size:
@@ -108,6 +115,20 @@ def _patterns(config: PretrainedConfig, kinds: list[Any]) -> set[str]:
             if len(layers) == len(kinds) and [signature(layer) for layer in layers.children()] != kinds:
                 found.add(name)
     return found
+
+
+def _factors(config: PretrainedConfig) -> list[str]:
+    """Attributes of which another's number is the product with a third's, e.g. the size of heads, smallest first.
+
+    Of such three not all can be divided.
+    """
+    found: dict[str, int] = {}
+    for own in _configs(config):
+        numbers = {n: v for n, v in vars(own).items() if type(v) is int and v > 1 and not n.endswith("_token_id")}
+        for (name, value), (_, other) in itertools.permutations(numbers.items(), 2):
+            if value <= other and value * other in numbers.values():
+                found[name] = value
+    return sorted(found, key=lambda name: found[name])[:_MOST_FACTORS]
 
 
 def _longest_list(model: nn.Module) -> nn.ModuleList:
