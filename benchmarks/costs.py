@@ -175,10 +175,8 @@ def rendered(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
             f"## {one['name']}, {one['parameters'] / 1e6:.1f}M parameters",
             "",
             f"{one['device']}. Timing the parts took {one['seconds']:.0f} CPU seconds; a sum of 0.5 is taken for: "
-            f"{said}. "
-            f"The parent takes {1e3 * one['parent']['prefill']:.1f} ms to the first token, "
-            f"{1e3 * one['parent']['decode']:.2f} ms "
-            "per token.",
+            f"{said}. The parent takes {1e3 * one['parent']['prefill']:.1f} ms to the first token, "
+            f"{1e3 * one['parent']['decode']:.2f} ms per token.",
             "",
             "| parameters | "
             + " | ".join(f"{w}: sum | predicted | measured | off by" for w in _PHASES.values())

@@ -22,7 +22,6 @@ import numpy as np
 _SPREAD = 0.1
 # A step of the sum is worth at least so much of a step of the whole.
 _LEAST_SLOPE = 0.1
-_HALVINGS = 60
 
 
 @dataclass(frozen=True)
@@ -111,18 +110,17 @@ class Bend:
             cost: from costs by name, increasing in each.
             limit: of the whole child.
         """
-        low, high = 0.0, 2.0
-        if cost(self.whole(self._share(high))) <= limit:
-            return limit  # far beyond the parent; there the slope is 1
-        for _ in range(_HALVINGS):
-            middle = (low + high) / 2
-            low, high = (middle, high) if cost(self.whole(self._share(middle))) <= limit else (low, middle)
-        return cost(self._share(low)) if low > 0 else limit
+        unit, curve = self._curve_of(cost)
+        return curve.inverse(limit / unit) * unit
 
     def whole_for(self, cost: Callable[[Mapping[str, Any]], float], total: float) -> float:
         """What a child costs whose parts sum to ``total``, under the same assumption."""
-        parent = cost(self.parent)
-        return cost(self.whole(self._share(total / parent))) if parent else total
+        unit, curve = self._curve_of(cost)
+        return curve(total / unit) * unit
 
-    def _share(self, share: float) -> dict[str, float]:
-        return {name: share * value for name, value in self.parent.items()}
+    def _curve_of(self, cost: Callable[[Mapping[str, Any]], float]) -> tuple[float, Curve]:
+        """The parent's cost, and what a share of it stands for."""
+        unit = cost(self.parent) or 1.0
+        sums = sorted({share for curve in self.curves.values() for share in curve.sums})
+        children = ({name: share * value for name, value in self.parent.items()} for share in sums)
+        return unit, Curve(tuple(sums), tuple(cost(self.whole(child)) / unit for child in children))

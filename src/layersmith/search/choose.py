@@ -157,11 +157,11 @@ class Space:
         wanted = {**(self.limits if limits is None else limits), **self.rule_limits}
         inside = self.inside(wanted)
         choice = self.choice(self._solver.solve(inside))
-        for _ in range(_TRIES):
+        for _ in range(_TRIES if self.costs.bend is not None else 0):
             # A limit on what is made of several times was translated as if all were the same share of the parent's.
             total = self._totals(choice.alternatives)
             over = {name: limit / total[name] for name, limit in wanted.items() if total[name] > limit * (1 + 1e-9)}
-            if not over or self.costs.bend is None:
+            if not over:
                 break
             inside |= {name: inside[name] * share for name, share in over.items()}
             choice = self.choice(self._solver.solve(inside))
@@ -221,17 +221,17 @@ class Space:
 
     def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Choice:
         """A choice of these alternatives, with its score and costs."""
-        own = self.costs.whole(self._sums(chosen))
+        own = self._costs_of(chosen)
         return Choice(tuple(chosen), self.score(chosen), own, self.costs.parent, self.limits, self.budget, proven)
 
-    def _sums(self, chosen: Sequence[Alternative]) -> dict[str, Any]:
-        """Costs of the parts."""
+    def _costs_of(self, chosen: Sequence[Alternative]) -> dict[str, Any]:
+        """Of a whole child."""
         sums: dict[str, Any] = {}
         for name in self.costs.parent:
             values = [self.costs.by_key[a.key][name] for a in chosen]
             whole = all(isinstance(v, int) for v in values)
             sums[name] = self.costs.fixed[name] + (sum(values) if whole else math.fsum(values))
-        return sums
+        return self.costs.whole(sums)
 
     def score(self, chosen: Sequence[Alternative]) -> float:
         return math.fsum(self.losses[a.key] for a in chosen)
@@ -243,12 +243,14 @@ class Space:
 
     def _totals(self, chosen: Sequence[Alternative]) -> dict[str, float]:
         """All costs of a whole child, those of rules included."""
-        fixed = rules_of.fixed_of(self.rules, self.costs)
-        names = self._own_costs[chosen[0].key]
-        totals = {name: fixed.get(name, 0) + math.fsum(self._own_costs[a.key][name] for a in chosen) for name in names}
-        whole: dict[str, float] = self.costs.whole(totals)
+        whole = self._costs_of(chosen)
         extra = rules_of.extra_costs(self.rules, self.costs)
-        return whole | {name: rules_of.weighted(limit, whole) for name, limit in extra.items()}
+        return whole | {
+            name: rules_of.weighted(extra[name], whole)
+            if name in extra
+            else sum(self._own_costs[a.key][name] for a in chosen)
+            for name in self.rule_limits
+        }
 
     # ------------------------------------------------------------------------------------------ sums and wholes
 
