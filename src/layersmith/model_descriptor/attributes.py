@@ -363,8 +363,16 @@ class Trial:
         return (self, replace(self, alone=True)) if others else (self,)
 
     @property
+    def layer_name(self) -> str:
+        return self.prefix.rstrip(".")
+
+    @property
+    def index(self) -> int:
+        return int(self.layer_name.rpartition(".")[2])
+
+    @property
     def layer_names(self) -> list[str]:
-        layers = self.prefix.rstrip(".").rpartition(".")[0]
+        layers = self.layer_name.rpartition(".")[0]
         return [name for name, _ in self.specimen.model.get_submodule(layers).named_children()]
 
     def value(self, path: Path) -> int:

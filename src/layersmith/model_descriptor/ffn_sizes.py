@@ -182,7 +182,7 @@ def own_experts(experts: FFNSizes, per_token: Path | None) -> OwnExperts | None:
         return None
 
     def layer_with(path: Path, value: int) -> nn.Module:
-        return trial.made(path, value).model.get_submodule(trial.prefix.rstrip("."))
+        return trial.made(path, value).model.get_submodule(trial.layer_name)
 
     def changed(other: nn.Module, value: int, new: int) -> Iterator[tuple[str, str]]:
         for name, module in layer.named_modules():
@@ -195,7 +195,7 @@ def own_experts(experts: FFNSizes, per_token: Path | None) -> OwnExperts | None:
                         raise UnsupportedModel(f"{name}.{attribute} changes in another way")
                     yield name, attribute
 
-    layer = trial.specimen.model.get_submodule(trial.prefix.rstrip("."))
+    layer = trial.specimen.model.get_submodule(trial.layer_name)
     inside = tuple(f"{name}." for name in (experts.kind.ffn.modules if experts.kind.ffn is not None else ()))
     weights: list[tuple[str, int]] = []
     uses: tuple[tuple[str, str], ...] = ()

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from layersmith.errors import UnsupportedModel
-from layersmith.model_descriptor.mixers import filled_cache
-from layersmith.model_descriptor.specimen import Specimen, first_tensor_of
+from layersmith.model_descriptor.mixers import keys_in_cache
+from layersmith.model_descriptor.specimen import Specimen, first_tensor_of, restored
 from layersmith.model_descriptor.subblocks import LayerKind
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def find_kv_heads(
         is not it, where that was seen, and the attributes that set them.
     """
     reason, of_keys = "", []
-    cached = _heads_of_keys(trial.specimen, trial.prefix)
+    cached = _heads_of_keys(trial.specimen, trial.index)
     for path, effect in effects.items() if kind.attention is not None else ():
         value = trial.value(path)
         changes = {
@@ -76,40 +76,34 @@ def keys_need_queries(trial: Trial, effects: Mapping[Path, Effect], of_keys: Seq
         of_keys: the attributes that set the number of heads of the keys.
         of_queries: the number of its query heads.
     """
-    index = int(trial.prefix.rstrip(".").rpartition(".")[2])
     others = {name for path in of_keys for name in effects[path].shapes}
     own = [name for name in effects[of_queries].shapes if name not in others]
-    model = trial.specimen.model
-    kept = {name: model.get_parameter(trial.prefix + name).detach().clone() for name in own}
+    weights = [trial.specimen.model.get_parameter(trial.prefix + name) for name in own]
     try:
-        before = filled_cache(trial.specimen).layers[index].keys
-        with torch.no_grad():
-            for name, weight in kept.items():
-                model.get_parameter(trial.prefix + name).copy_(2 * weight)
-        return not torch.equal(before, filled_cache(trial.specimen).layers[index].keys)
+        before = keys_in_cache(trial.specimen, trial.index)
+        with restored(weights):
+            with torch.no_grad():
+                for weight in weights:
+                    weight.mul_(2)
+            after = keys_in_cache(trial.specimen, trial.index)
     except Exception:  # a family's own code may keep no cache, or another kind
         return False
-    finally:
-        with torch.no_grad():
-            for name, weight in kept.items():
-                model.get_parameter(trial.prefix + name).copy_(weight)
+    return before is not None and after is not None and not torch.equal(before, after)
 
 
-def _heads_of_keys(specimen: Specimen, prefix: str) -> int | None:
+def _heads_of_keys(specimen: Specimen, index: int) -> int | None:
     """K of the keys ``[B, K, T, d]`` that a layer leaves in the cache; None if it leaves none."""
-    index = int(prefix.rstrip(".").rpartition(".")[2])
     try:
-        layers = filled_cache(specimen).layers
-        keys = getattr(layers[index], "keys", None) if index < len(layers) else None
+        keys = keys_in_cache(specimen, index)
     except Exception:  # a family's own code may keep no cache, or another kind
         return None
-    return keys.shape[1] if isinstance(keys, torch.Tensor) and keys.ndim == 4 else None
+    return keys.shape[1] if keys is not None and keys.ndim == 4 else None
 
 
 def _doubles_keys(trial: Trial, path: Path, value: int) -> bool:
     """Whether twice as much of an attribute makes keys of twice as many heads."""
     try:
-        return _heads_of_keys(trial.made(path, 2 * value), trial.prefix) == 2 * value
+        return _heads_of_keys(trial.made(path, 2 * value), trial.index) == 2 * value
     except UnsupportedModel:
         return False
 
@@ -119,22 +113,17 @@ def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     assert kind.attention is not None
     model = trial.specimen.model
     weights = [model.get_parameter(trial.prefix + name) for name in names]
-    kept = [w.detach().clone() for w in weights]
     # A mixer beside it does not read them, and gives what it gives.
     holders = [m for m in kind.attention.modules if any(name.startswith(f"{m}.") for name in names)]
     watched = [trial.prefix + name for name in holders or kind.attention.modules]
-    try:
+    outputs = []
+    with restored(weights):
         with torch.no_grad():
-            for w in weights:
-                w.zero_()
-        outputs = []
+            for weight in weights:
+                weight.zero_()
         for ids in (trial.specimen.ids, trial.specimen.other_ids):
             calls = [c for c in trial.specimen.trace(ids, keep=watched) if c.name in watched]
             outputs.append([first_tensor_of(c.output) for c in calls])
-    finally:
-        with torch.no_grad():
-            for w, old in zip(weights, kept, strict=True):
-                w.copy_(old)
     return all(
         a is not None and b is not None and torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs, strict=True)
     )

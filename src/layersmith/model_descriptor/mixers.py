@@ -69,7 +69,7 @@ def find_mixer(
         without: attributes that alone change no shapes; one may be the size of a head where another is the width of
             all of them.
     """
-    index = int(trial.prefix.rstrip(".").rpartition(".")[2])
+    index = trial.index
     state = _state(trial.specimen, index) if kind.attention is not None else None
     if state is None or len(state) not in (3, 4):
         return None
@@ -142,7 +142,8 @@ def find_mixer(
                 sizes["num_groups"] = path
                 break
     known = {1: 1, heads: 0}.get(groups)
-    alone = _keeps_no_keys(trial.specimen, index)
+    keys = keys_in_cache(trial.specimen, index)
+    alone = keys is None or not keys.numel()
     problem = f"with other sizes of its mixer it does not run ({problems[0]})" if problems and not sizes else ""
     return MixerSizes(
         **sizes, reader=reader, headless=headless, square=square, groups=known, is_alone=alone, problem=problem
@@ -192,10 +193,11 @@ def filled_cache(specimen: Specimen) -> Any:
     return next(value for value in output.values() if hasattr(value, "layers"))
 
 
-def _keeps_no_keys(specimen: Specimen, index: int) -> bool:
+def keys_in_cache(specimen: Specimen, index: int) -> torch.Tensor | None:
+    """The keys that a run leaves of a layer; None if it leaves none."""
     layers = filled_cache(specimen).layers
     keys = getattr(layers[index], "keys", None) if index < len(layers) else None
-    return not isinstance(keys, torch.Tensor) or not keys.numel()
+    return keys if isinstance(keys, torch.Tensor) else None
 
 
 def _states(specimen: Specimen, index: int) -> list[torch.Tensor]:

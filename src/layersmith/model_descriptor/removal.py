@@ -132,6 +132,12 @@ def _replacement(original: nn.Module, record: Record) -> nn.Module:
     return make_replacement(record | {"size": getattr(original, size)} if size else record)
 
 
+def _put_asked(layer: nn.Module, name: str, record: Record, asked: dict[str, set[str]]) -> None:
+    """Put what stands for a module in its place, and note there what the model asks of it."""
+    original = layer.get_submodule(name)
+    layer.set_submodule(name, _Asked(original, _replacement(original, record), asked[name]))
+
+
 def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple[dict[str, set[str]], str]:
     """Run with modules replaced and with their outputs silenced; both must agree to the bit.
 
@@ -156,7 +162,7 @@ def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple
             filled = cached[name_of_cache]
         try:
             for name, record in subblock.replaced:
-                layer.set_submodule(name, _Asked(originals[name], _replacement(originals[name], record), asked[name]))
+                _put_asked(layer, name, record, asked)
             seen = specimen.run()
             with suppress(Exception), torch.no_grad():  # more may be asked where there is a cache
                 model(input_ids=specimen.ids, use_cache=True)
@@ -187,8 +193,7 @@ def _build_asking(
     def finish(layer: nn.Module, index: int) -> None:
         for name, record in subblock.replaced:
             with suppress(AttributeError):  # another kind of layer
-                original = layer.get_submodule(name)
-                layer.set_submodule(name, _Asked(original, _replacement(original, record), asked[name]))
+                _put_asked(layer, name, record, asked)
 
     with suppress(Exception), own_layers([layer_class], lambda own, index: own, finish):
         stock_model(specimen.config)
@@ -203,8 +208,7 @@ def _afresh(specimen: Specimen, layer_name: str, subblock: Subblock, asked: dict
     real = copy.deepcopy(fresh)
     layer = fresh.get_submodule(layer_name)
     for name, record in subblock.replaced:
-        original = layer.get_submodule(name)
-        layer.set_submodule(name, _Asked(original, _replacement(original, record), asked[name]))
+        _put_asked(layer, name, record, asked)
     with suppress(Exception), torch.no_grad():
         fresh(input_ids=specimen.ids, use_cache=False)
     for name, record in _with_attributes(subblock.replaced, asked):

@@ -19,13 +19,12 @@ from layersmith.model_descriptor.subblocks import signature
 _OWN = 30_000_000  # parameters; up to here a model is its own specimen
 _VOCABULARY = 997
 _SMALL = 8_000_000  # and up to here a smaller one is small enough
-_LARGEST = 30_000_000  # or up to here, where there is no such
+_LARGEST = _OWN  # or up to here, where there is no such: no larger than what is its own specimen
 _DIVISORS = (2, 4, 8, 16, 32, 64)
 # Numbers below this stay.
 _LEAST = (2, 4, 8)
 # Sizes of heads that stay: where a state has heads, their number and their size cannot both be divided.
 _KEPT: tuple[tuple[int, ...], ...] = ((), (64,), (128,), (64, 128), (256,), (64, 128, 256))
-
 # Attributes that stay, one at a time, where nothing else helps.
 _MOST_FACTORS = 6
 
@@ -55,29 +54,40 @@ def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
     # An odd number of heads, of which the other sizes are multiples, stays.
     numbers = {v for own in _configs(config) for n, v in vars(own).items() if type(v) is int and "token" not in n}
     odd = tuple(sorted(v for v in numbers if v % 2 and v > max(_LEAST)))
-    # Where none is small enough, one that is no larger than what is its own specimen will do.
-    bounds = ((0, _SMALL), (_SMALL, _LARGEST))
-    for attempt, (least_size, most_size) in itertools.product(("everything", "all but patterns", "factors"), bounds):
-        if attempt == "all but patterns" and not fixed:
+
+    def runs(small: PretrainedConfig) -> bool:
+        nonlocal problem
+        try:
+            Specimen(small)
+        except Exception as error:  # whatever a family's own code raises for sizes that do not go together
+            problem = first_line(error)
+            return False
+        return True
+
+    for attempt in ("everything", "all but patterns", "factors"):
+        if attempt == "all but patterns":
             fixed = _patterns(config, kinds)
         sizes = (*_KEPT, odd)
         staying = [fixed]
         if attempt == "factors":
             sizes, staying = _KEPT[:1], [fixed | {name} for name in _factors(config)]
+        larger = []
         for stays, length, kept, divisor, least in itertools.product(staying, lengths, sizes, _DIVISORS, _LEAST):
-            depth = dict.fromkeys(depths, length)
-            small = _divided(config, divisor, least, kept, stays, len(kinds), depth)
+            small = _divided(config, divisor, least, kept, stays, len(kinds), dict.fromkeys(depths, length))
             try:
                 model = stock_model(small)
-                if not least_size < _elements(model) <= most_size:
+                size = _elements(model)
+                if size > _LARGEST or {signature(layer) for layer in _longest_list(model).children()} != set(kinds):
                     continue
-                if {signature(layer) for layer in _longest_list(model).children()} != set(kinds):
-                    continue
-                Specimen(small)
-            except Exception as error:  # whatever a family's own code raises for sizes that do not go together
+            except Exception as error:  # as above
                 problem = first_line(error)
                 continue
-            return small
+            if size > _SMALL:
+                larger.append(small)
+            elif runs(small):
+                return small
+        if (found := next(filter(runs, larger), None)) is not None:
+            return found
     raise UnsupportedModel(f"no smaller model of its family could be made to experiment with ({problem}).")
 
 

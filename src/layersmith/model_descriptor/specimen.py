@@ -185,13 +185,21 @@ class Specimen:
 
     def _matters(self, parameter: torch.Tensor, logits: torch.Tensor) -> bool:
         """Whether the logits are others once a parameter is another."""
-        kept = parameter.detach().clone()
+        with restored([parameter]), torch.no_grad():
+            parameter.add_(torch.linspace(1, 2, parameter.numel()).view_as(parameter))
+            return not torch.equal(self.forward(self.ids), logits)
+
+
+@contextmanager
+def restored(weights: Sequence[torch.Tensor]) -> Iterator[None]:
+    """What is written into weights within is gone after it."""
+    kept = [weight.detach().clone() for weight in weights]
+    try:
+        yield
+    finally:
         with torch.no_grad():
-            try:
-                parameter.add_(torch.linspace(1, 2, kept.numel()).view_as(kept))
-                return not torch.equal(self.forward(self.ids), logits)
-            finally:
-                parameter.copy_(kept)
+            for weight, old in zip(weights, kept, strict=True):
+                weight.copy_(old)
 
 
 def cache_argument(model: nn.Module) -> str:
