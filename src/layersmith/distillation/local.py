@@ -332,7 +332,7 @@ class _Work:
                 ranks.together(lambda: self._own_layers(of, advance))
             else:  # what a layer is given, those before it must have learned to give
                 ranks.on_first(lambda: self._own_layers(of, advance))
-        return self.store.kept(depth)
+        return self.store.kept(range(depth))
 
     def _own_layers(self, of: dict[str, Rows], advance: Callable[[float], None]) -> None:
         """Take rows through all layers, and distil this rank's."""
@@ -345,9 +345,11 @@ class _Work:
                 for rows in of.values():
                     self.pass_on(i, rows)
                     advance(len(rows.tokens))
+            if self.child and min(self.child) <= i < max(self.child):  # before its first changed one it is the parent
+                layer = self._childs_layer(i, self.child)
+                for rows in of.values():
+                    self._pass_child_on(i, layer, rows)
             for rows in of.values():
-                if self.child and i < max(self.child):
-                    self._pass_child_on(i, rows)
                 rows.go_on()
 
     @torch.no_grad()
@@ -358,14 +360,14 @@ class _Work:
             with self.staged.arithmetic.needs():
                 rows.gave(numbers, self.staged.run(batch, i, hidden))
 
+    def _childs_layer(self, i: int, changed: Mapping[int, Sequence[Alternative]]) -> nn.Module:
+        """With what was learned."""
+        library = self.library.with_kept(self.library.kept, self.store.kept([i]))
+        return library.layer(*changed.get(i, [Alternative(i, "ffn", "parent")]))
+
     @torch.no_grad()
-    def _pass_child_on(self, i: int, rows: Rows) -> None:
-        """Take rows through the child's layer, with what was learned; before its first changed one it is the parent."""
-        assert self.child is not None
-        if i < min(self.child):
-            return
-        library = self.library.with_kept(self.library.kept, self.store.kept(i + 1))
-        layer = library.layer(*self.child.get(i, [Alternative(i, "ffn", "parent")]))
+    def _pass_child_on(self, i: int, layer: nn.Module, rows: Rows) -> None:
+        """Take rows through the child's layer."""
         for numbers in rows.batches():
             batch, hidden = rows.start(self.staged, numbers)
             with self.staged.arithmetic.needs():

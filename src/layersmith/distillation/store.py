@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,9 +70,9 @@ class Store:
             for suffix in (".safetensors", ".json"):
                 self._file(name, suffix).unlink(missing_ok=True)
 
-    def kept(self, depth: int) -> Kept:
-        """Everything."""
-        records = [record for i in range(depth) for record in self._records(layer_name(i)) or []]
+    def kept(self, layers: Iterable[int]) -> Kept:
+        """Everything that is done of some layers."""
+        records = [record for i in layers for record in self._records(layer_name(i)) or []]
         weights = {k: v for _, own in self._in_memory.values() for k, v in own.items()}
         return Kept(tuple(records), weights, self.folder)
 
