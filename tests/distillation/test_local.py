@@ -183,17 +183,23 @@ def test_groups_that_fit_in_memory_learn_the_same(tmp_path: Path) -> None:
         assert in_groups.kept.records == whole.kept.records
 
 
-def test_arithmetic_is_what_is_needed_and_little_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Needed: the parent's layers once on every token, and three times the products of each alternative that learns."""
-    library = library_of("llama", tmp_path / "parent")
+@pytest.fixture
+def taken_apart(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The parents that distillation takes apart."""
     seen: list[Any] = []
     take_apart = local.take_apart
     monkeypatch.setattr(local, "take_apart", lambda *args: seen.append(take_apart(*args)) or seen[-1])
+    return seen
+
+
+def test_arithmetic_is_what_is_needed_and_little_more(tmp_path: Path, taken_apart: list[Any]) -> None:
+    """Needed: the parent's layers once on every token, and three times the products of each alternative that learns."""
+    library = library_of("llama", tmp_path / "parent")
     recipe = dataclasses.replace(RECIPE, kinds=("ffn_width",), reconstruct=False, stop_below=0.0)
     made = distill_locally(library, CALIBRATION, TRAINING, recipe)
     trained = [r for r in made.kept.records if r["tokens"]]
     assert {r["kind"] for r in trained} == {"ffn_width"}
-    arithmetic = seen[0].arithmetic
+    arithmetic = taken_apart[0].arithmetic
     tokens = max(r["tokens"] for r in trained)
     config = library.parent.config
     ffn = 2 * 3 * config.hidden_size * config.intermediate_size
@@ -288,12 +294,9 @@ def test_pairs_interrupted_at_any_step_end_with_the_same_bytes(tmp_path: Path, m
     assert in_memory.pairs.identity == made.pairs.identity
 
 
-def test_arithmetic_of_pairs_is_what_is_needed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_arithmetic_of_pairs_is_what_is_needed(tmp_path: Path, taken_apart: list[Any]) -> None:
     """Needed: parent and child once on every token, and three times the products of the child's layers that learn."""
     library = library_of("llama", tmp_path / "parent")
-    seen: list[Any] = []
-    take_apart = local.take_apart
-    monkeypatch.setattr(local, "take_apart", lambda *args: seen.append(take_apart(*args)) or seen[-1])
     chosen = [a for a in library.alternatives if a.kind == "ffn_width" and a.layer in (1, 2)]
     made = distill_chosen(library, chosen, TRAINING, dataclasses.replace(RECIPE, stop_below=0.0))
     config = library.parent.config
@@ -304,7 +307,7 @@ def test_arithmetic_of_pairs_is_what_is_needed(tmp_path: Path, monkeypatch: pyte
     # Layer 1 of the child is run once more than it learns; layer 2, where it ends to matter, is not.
     expected = 4 * whole * (2 * size + attention) + (3 * (a + b) + whole) * 2 * size_of_child
     expected += (3.5 * (a + b) + whole) * attention
-    arithmetic = seen[0].arithmetic
+    arithmetic = taken_apart[0].arithmetic
     assert arithmetic.needed == pytest.approx(expected, rel=0.02)
     assert arithmetic.done <= 1.3 * arithmetic.needed
 

@@ -86,10 +86,11 @@ def prior(
     jumps *= seen
     own = torch.eye(len(logs), dtype=torch.float64)
     covariance = spread[:, None] * spread * correlation + jumps[:, None] * jumps * (0.8 * kind + 0.2 * own)
-    scatter = torch.tensor([s or 0.0 for s in of_experts or [None] * len(logs)], dtype=torch.float64)
+    by_rows = of_experts or [None] * len(logs)
+    scatter = torch.tensor([s or 0.0 for s in by_rows], dtype=torch.float64)
     covariance += torch.diag(scatter.square() / num_rows)
     small = (logs.exp() / (_SMALL_SHARE * logs.exp().median())).clamp(max=1).square()
-    routed = seen | torch.tensor([s is not None for s in of_experts or [None] * len(logs)])
+    routed = seen | torch.tensor([s is not None for s in by_rows])
     return Prior(covariance, 0.12 + 0.3 * (spread + jumps) + scatter, torch.where(routed, small, 1.0))
 
 
