@@ -90,18 +90,25 @@ class Stopped(Exception):
     pass
 
 
-class Interrupted:
-    """A function that raises every so many calls."""
+def in_pieces(work: Callable[[], Any], every: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, int]:
+    """What work comes to that is stopped at every so manyth step of a student and begun again, and how often it was."""
+    learn, calls, stops = Student.learn, 0, 0
 
-    def __init__(self, function: Callable[..., Any], every: int):
-        self.function, self.every, self.calls, self.times = function, every, 0, 0
-
-    def __call__(self, *args: Any) -> Any:
-        self.calls += 1
-        if self.calls % self.every == 0:
-            self.times += 1
+    def interrupted(*args: Any) -> None:
+        nonlocal calls, stops
+        calls += 1
+        if calls % every == 0:
+            stops += 1
             raise Stopped
-        return self.function(*args)
+        learn(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Student, "learn", interrupted)
+        while True:
+            try:
+                return work(), stops
+            except Stopped:
+                continue
 
 
 def test_interrupted_at_any_step_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -109,20 +116,14 @@ def test_interrupted_at_any_step_it_ends_with_the_same_bytes(tmp_path: Path, mon
     given = {"inputs": "these"}
     distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "whole", **given)
     monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
-    learn = Student.learn
-    interrupted = Interrupted(learn, 23)
-    monkeypatch.setattr(Student, "learn", lambda *args: interrupted(*args))
-    while True:
-        try:
-            distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "pieces", **given)
-            break
-        except Stopped:
-            continue
-    assert interrupted.times > 4
-    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+    pieces = tmp_path / "pieces"
+    _, stops = in_pieces(
+        lambda: distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=pieces, **given), 23, monkeypatch
+    )
+    assert stops > 4
+    assert contents(pieces) == contents(tmp_path / "whole")
     # Work of other inputs is not taken for this.
-    monkeypatch.setattr(Student, "learn", learn)
-    other = distill_locally(library, CALIBRATION, TRAINING[:14], RECIPE, work=tmp_path / "pieces", inputs="others")
+    other = distill_locally(library, CALIBRATION, TRAINING[:14], RECIPE, work=pieces, inputs="others")
     assert (
         other.kept.records[0]["tokens"]
         < json.loads((tmp_path / "whole" / "layers" / "layer-001.json").read_text())["records"][0]["tokens"]
@@ -278,18 +279,12 @@ def test_pairs_interrupted_at_any_step_end_with_the_same_bytes(tmp_path: Path, m
     chosen, given = chosen_of(library), {"inputs": "these"}
     distill_chosen(library, chosen, TRAINING, RECIPE, work=tmp_path / "whole", **given)
     monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
-    learn = Student.learn
-    interrupted = Interrupted(learn, 7)
-    monkeypatch.setattr(Student, "learn", lambda *args: interrupted(*args))
-    while True:
-        try:
-            made = distill_chosen(library, chosen, TRAINING, RECIPE, work=tmp_path / "pieces", **given)
-            break
-        except Stopped:
-            continue
-    assert interrupted.times > 5
-    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
-    monkeypatch.setattr(Student, "learn", learn)
+    pieces = tmp_path / "pieces"
+    made, stops = in_pieces(
+        lambda: distill_chosen(library, chosen, TRAINING, RECIPE, work=pieces, **given), 7, monkeypatch
+    )
+    assert stops > 5
+    assert contents(pieces) == contents(tmp_path / "whole")
     in_memory = distill_chosen(library, chosen, TRAINING, RECIPE)
     assert in_memory.pairs.identity == made.pairs.identity
 
