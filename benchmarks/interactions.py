@@ -41,6 +41,7 @@ from layersmith.scoring.score import standard_error
 from layersmith.scoring.together import Together
 from layersmith.search.budget import parse_budget
 from layersmith.search.choose import Space
+from layersmith.search.whole import whole_models
 
 BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 _OTHERS, _STARTS, _EXCHANGES = 5, 3, 4000
@@ -69,14 +70,14 @@ def examined(folder: str, seed: int) -> dict[str, Any]:
     costs = pipeline.cost_table(library.parent, library, parse_budget(params="1.0"))
     rng = random.Random(seed)
     spaces = {f: pipeline.search_space(library, scores, recipe, costs, parse_budget(params=str(f))) for f in BUDGETS}
-    models = pipeline.whole_models(library, rows, recipe, pipeline.SILENT)
+    models = whole_models(library, rows, recipe, pipeline.SILENT)
     known = models.together(library.alternatives, range(len(rows)), seed)
     if known is None:
         raise SystemExit(f"{folder}: its parent cannot be taken apart.")
     form = Form(dict(spaces[BUDGETS[0]].losses), known)
 
     def truth(choices: Sequence[Chosen], on: torch.Tensor) -> list[list[float]]:
-        models = pipeline.whole_models(library, on, recipe, pipeline.SILENT)
+        models = whole_models(library, on, recipe, pipeline.SILENT)
         return [[row["kl_divergence"] for row in own] for own in models.run(choices, range(len(on)))]
 
     children = [(f, own) for f, space in spaces.items() for own in [space.best().alternatives, *others(space, rng)]]

@@ -37,10 +37,12 @@ from layersmith.progress import Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run import versions
 from layersmith.runtime import Runtime
+from layersmith.scoring.contest import Axis
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import Score, losses
 from layersmith.search.budget import parse_budget
 from layersmith.search.choose import choose
+from layersmith.search.frontier import axes_of
 
 _BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -53,10 +55,12 @@ class _Notes(Progress):
         self.notes.append(text)
 
 
-def timed(library: Library, rows: torch.Tensor, recipe: ScoringRecipe) -> tuple[list[Score], float, str]:
+def timed(
+    library: Library, rows: torch.Tensor, recipe: ScoringRecipe, axes: Sequence[Axis] = ()
+) -> tuple[list[Score], float, str]:
     """Scores, CPU seconds, and what was said of the arithmetic."""
     notes, started = _Notes(), time.process_time()
-    scores = score_library(library, rows, recipe, progress=notes)
+    scores = score_library(library, rows, recipe, axes=axes, progress=notes)
     return scores, time.process_time() - started, "; ".join(notes.notes)
 
 
@@ -228,7 +232,9 @@ def main() -> None:
         "layers": len(parent.blocks), "alternatives": count, "tokens": rows.numel(),
         "forward_seconds": forward, "matrix_gflops": 1e-9 / per_flop,
     }  # fmt: skip
-    estimated, seconds, said = timed(library, rows, ScoringRecipe(mode="second_order", batch_tokens=args.batch_tokens))
+    axes = axes_of(library.alternatives, costs, parse_budget(params="0.5"))
+    of_estimates = ScoringRecipe(mode="second_order", batch_tokens=args.batch_tokens)
+    estimated, seconds, said = timed(library, rows, of_estimates, axes)
     result["second_order"] = {"cpu_seconds": seconds, "said": said}
     if not args.no_exact:
         exact, seconds, said = timed(library, rows, ScoringRecipe(mode="exact", batch_tokens=args.batch_tokens))

@@ -37,6 +37,7 @@ from layersmith.search.budget import parse_budget
 from layersmith.search.program import by_branch_and_cut
 from layersmith.search.refine import refine
 from layersmith.search.solve import Candidate, Group, Solver
+from layersmith.search.whole import whole_models
 
 _HIDDEN, _FFN, _KV, _HEAD, _QUERIES, _VOCAB = 8192, 28672, 8, 128, 64, 128256
 _FRACTIONS = {"parameters": 0.6, "kv": 0.5, "memory": 0.58, "prefill": 0.6, "decode": 0.55}
@@ -115,8 +116,8 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
     scores = pipeline.read_scores(run, library)
     seen, unseen = scoring_rows(run), read_tensors(run.folder / "data" / "tokens.safetensors")["evaluation"]
     unseen = unseen[:most_rows]
-    models = pipeline.whole_models(library, seen, recipe, pipeline.SILENT)
-    judge = pipeline.whole_models(library, unseen, recipe, pipeline.SILENT)
+    models = whole_models(library, seen, recipe, pipeline.SILENT)
+    judge = whole_models(library, unseen, recipe, pipeline.SILENT)
     costs = pipeline.cost_table(library.parent, library, parse_budget(params="1.0"))
 
     def truth(choices: Sequence[Any]) -> list[list[float]]:

@@ -29,6 +29,7 @@ from layersmith.scoring.score import standard_error
 from layersmith.search.budget import Budget
 from layersmith.search.choose import Choice, Space
 from layersmith.search.settle import Settled
+from layersmith.search.whole import whole_models
 from layersmith.timed import find_times, settled_choice, that_holds
 
 
@@ -158,7 +159,7 @@ def frontier_again(
 
     def measured(choices: Sequence[Choice]) -> list[dict[str, Any]]:
         rows = scoring_rows(run)
-        models = pipeline.whole_models(library, rows, recipe, progress)
+        models = whole_models(library, rows, recipe, progress)
         everything = [*choices, space.of([a for a in library.alternatives if a.kind == "parent"])]
         with progress.stage("measure", len(rows), "sequences") as advance:
             found: list[list[float]] = [[] for _ in everything]

@@ -497,7 +497,7 @@ def evaluate(
                 device=runtime.device,
                 trust_remote_code=recipe.trust_remote_code,
             ).eval()
-            batch = pipeline.batch_sequences(recipe, tokens)
+            batch = recipe.scoring.rows_at_once(tokens.shape[1])
             found[when] = compare(parent.model, child, tokens, batch_sequences=batch, progress=progress).to_dict()
             del child
         write_json(folder / "evaluation.json", found)

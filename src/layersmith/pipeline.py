@@ -40,15 +40,15 @@ from layersmith.report.html import render
 from layersmith.report.optional import read_optional
 from layersmith.run import Run, versions
 from layersmith.runtime import Runtime
+from layersmith.scoring.contest import Axis
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import Journal, Score, losses
 from layersmith.search import baselines
 from layersmith.search.budget import Budget, format_count
 from layersmith.search.choose import Choice, Space
-from layersmith.search.frontier import frontier, to_dict
+from layersmith.search.frontier import axes_of, frontier, to_dict
 from layersmith.search.refine import Refined, read_refined, refine
-from layersmith.search.whole import WholeModels
-from layersmith.staged import CannotTakeApart, take_apart
+from layersmith.search.whole import whole_models
 from layersmith.streaming import is_too_large, load_streamed
 from layersmith.timed import find_times, keep_times, reachable, solve, that_holds, time_child
 
@@ -180,13 +180,17 @@ def stages(
         library = make_library(run, library_inputs, model, recipe, found, tokens, progress)
         yield "library"
 
-        score_inputs = fingerprint([library.identity, data_inputs, run_dtype(model), schema.to_data(recipe.scoring)])
-        scores = make_scores(run, score_inputs, library, recipe, tokens.scoring, progress)
+        def costs_by(known: Times | None) -> CostTable:
+            return costs if known is None else known.into(costs, library.alternatives)
+
+        axes = axes_of(library.alternatives, costs_by(times), budget)
+        judging = [schema.to_data(recipe.scoring), [axis.cost for axis in axes]]
+        score_inputs = fingerprint([library.identity, data_inputs, run_dtype(model), *judging])
+        scores = make_scores(run, score_inputs, library, recipe, axes, tokens.scoring, progress)
         yield "scores"
 
         def space_of(known: Times | None) -> Space:
-            own = costs if known is None else known.into(costs, library.alternatives)
-            return search_space(library, scores, recipe, own, budget)
+            return search_space(library, scores, recipe, costs_by(known), budget)
 
         space, choice, times = solve(run, score_inputs, library, recipe, times, space_of, progress)
         yield "settled"
@@ -310,7 +314,7 @@ def make_library(
             recipe.library,
             found,
             tokens.calibration,
-            batch_sequences=batch_sequences(recipe, tokens.calibration),
+            batch_sequences=recipe.scoring.rows_at_once(tokens.calibration.shape[1]),
             checkpoint=run.partial("library"),
             inputs=inputs,
             progress=progress,
@@ -365,13 +369,20 @@ def with_pairs(run: Run, library: Library) -> Library:
 
 
 def make_scores(
-    run: Run, inputs: str, library: Library, recipe: Recipe, tokens: torch.Tensor, progress: Progress
+    run: Run,
+    inputs: str,
+    library: Library,
+    recipe: Recipe,
+    axes: Sequence[Axis],
+    tokens: torch.Tensor,
+    progress: Progress,
 ) -> list[Score]:
     def make(folder: Path) -> None:
         scores = score_library(
             library,
             tokens,
             recipe.scoring,
+            axes=axes,
             seed=recipe.seed,
             journal=run.partial("scores"),
             inputs=inputs,
@@ -421,16 +432,6 @@ def write_frontier(
         {name: [(c, measured.get(c.alternatives)) for c in own] for name, own in others.items()},
     )  # fmt: skip
     write_json(folder / "frontier.json", data)
-
-
-def whole_models(library: Library, tokens: torch.Tensor, recipe: Recipe, progress: Progress) -> WholeModels:
-    """What runs choices on rows ``[N, T]``."""
-    try:
-        staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
-    except CannotTakeApart as reason:
-        staged = None
-        progress.note(f"children are run whole, because {reason}.")
-    return WholeModels(library, staged, tokens, batch_sequences(recipe, tokens))
 
 
 def make_refined(
@@ -542,7 +543,7 @@ def evaluate_child(
         else:
             child, _, _ = load_streamed(run.folder / "child", model.runtime, model.descriptor, run.folder)
         comparison = compare(
-            model.model, child, tokens, batch_sequences=batch_sequences(recipe, tokens), progress=progress
+            model.model, child, tokens, batch_sequences=recipe.scoring.rows_at_once(tokens.shape[1]), progress=progress
         )
         samples = []
         if recipe.completion_tokens and model.stream is None:  # each token would read all weights
@@ -578,10 +579,6 @@ def finish(
 
 
 # ---------------------------------------------------------------------------------------------- shared
-
-
-def batch_sequences(recipe: Recipe, tokens: torch.Tensor) -> int:
-    return max(1, recipe.scoring.batch_tokens // tokens.shape[1])
 
 
 def run_dtype(model: Parent) -> str:

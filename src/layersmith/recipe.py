@@ -150,9 +150,11 @@ class ScoringRecipe:
             from a few backward passes and corrects it by exact runs where they tell most; ``auto`` is
             ``second_order`` where it can be had and saves work. Other objectives need ``exact``.
         samples: backward passes of ``second_order``.
-        exact_passes: work that its exact runs may take, in forward passes of the parent over the scoring rows; twice as
-            much where routers choose experts.
+        exact_passes: work that its exact runs may take, in forward passes of the parent over the scoring rows; three
+            times as much where routers choose experts.
         precision: relative standard error of every score at which no more is run exactly.
+        settled: nor, after a quarter of that work, once children chosen by the scores are thought to lose no larger a
+            share more than the best by true scores.
         row_precision: of ``exact``: no further rows are run once the relative standard errors of the scores beside each
             other, against what all rows would give, are below this in the root mean square; 0: all rows are run.
         batch_tokens: tokens in one forward pass; fewer where they would take much beside the parent's weights.
@@ -164,9 +166,14 @@ class ScoringRecipe:
     samples: int = 1
     exact_passes: float = 4.0
     precision: float = 0.05
+    settled: float = 0.02
     row_precision: float = 0.0
     batch_tokens: int = 4096
     spill_gib: float = 16.0
+
+    def rows_at_once(self, length: int) -> int:
+        """Rows of so many tokens in one forward pass."""
+        return max(1, self.batch_tokens // length)
 
 
 @dataclass(frozen=True)

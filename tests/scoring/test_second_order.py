@@ -7,22 +7,36 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from layersmith.costs.counted import Workload
+from layersmith.costs.library_costs import count_costs
 from layersmith.demo.job import MODEL
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import load_parent
+from layersmith.progress import Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.runtime import Runtime
 from layersmith.scoring import library_scores
+from layersmith.scoring.contest import Axis
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
 from layersmith.scoring.library_scores import row_order, score_library
 from layersmith.scoring.second_order import _signs, estimate, look
 from layersmith.scoring.states import States
+from layersmith.search.budget import parse_budget
+from layersmith.search.frontier import axes_of
 from layersmith.staged import StagedParent, take_apart
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 
 TOKENS = torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(4))
+
+
+class Notes(Progress):
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
 
 def library_of(path: Path, recipe: LibraryRecipe, tokens: torch.Tensor = TOKENS) -> Library:
@@ -158,16 +172,58 @@ def test_scores_of_a_trained_model(trained: tuple[Library, torch.Tensor], truth:
     assert 0.4 < float(torch.tensor(z).square().mean().sqrt()) < 2.5
 
 
+def axes_for(library: Library) -> list[Axis]:
+    parent = library.parent
+    costs = count_costs(
+        parent.descriptor, parent.config, parent.blocks, library.alternatives, library.axes, parent.dtype,
+        Workload(1, 1),
+    )  # fmt: skip
+    return axes_of(library.alternatives, costs, parse_budget(params="0.7", kv_cache="0.5"))
+
+
 def test_interrupted_at_any_line_the_scores_are_the_same(trained: tuple[Library, torch.Tensor], tmp_path: Path) -> None:
     library, tokens = trained
-    recipe = ScoringRecipe(batch_tokens=256, exact_passes=1.0)
-    journal = tmp_path / "journal"
-    whole = score_library(library, tokens[:4], recipe, journal=journal, inputs="a")
+    recipe = ScoringRecipe(batch_tokens=256, exact_passes=2.0, settled=0.0)
+    journal, axes = tmp_path / "journal", axes_for(library)
+    whole = score_library(library, tokens[:4], recipe, axes=axes, journal=journal, inputs="a")
     lines = journal.read_bytes().splitlines(keepends=True)
     for kept in (1, len(lines) // 5, len(lines) // 2, len(lines) - 3):
         journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:9])
-        again = score_library(library, tokens[:4], recipe, journal=journal, inputs="a")
+        again = score_library(library, tokens[:4], recipe, axes=axes, journal=journal, inputs="a")
         assert [s.rows for s in again] == [s.rows for s in whole]
+
+
+def test_exact_runs_go_where_the_search_is_undecided_and_end_when_it_is_settled(
+    trained: tuple[Library, torch.Tensor], truth: dict[str, float]
+) -> None:
+    library, tokens = trained
+    axes = axes_for(library)
+    assert [axis.cost for axis in axes] == ["parameters", "kv_cache_bytes"]
+    assert axes[1].sizes == (0.9, 0.8, 0.7, 0.6, 0.5)
+    found, rows = {}, {}
+    for name, recipe in (("early", ScoringRecipe(settled=1.0)), ("all", ScoringRecipe(settled=0.0))):
+        notes = Notes()
+        found[name] = score_library(library, tokens, recipe, axes=axes, progress=notes)
+        rows[name] = {s.alternative.key: s.exact_rows for s in found[name] if s.alternative.kind != "parent"}
+        assert "from those by true scores" in notes.notes[-1]
+    assert all(rows["all"][key] >= n for key, n in rows["early"].items())
+    assert 2 * sum(rows["early"].values()) < sum(rows["all"].values())
+    # What more was run decides: choices by the scores are as good as those by true ones.
+    costs = axes[0].shares
+    for size in (0.9, 0.7):
+        taken = []
+        for scores in (truth, {s.alternative.key: s.mean("kl_divergence") for s in found["all"]}):
+            low, high = 0.0, 1e3
+            for _ in range(60):
+                chosen = {}
+                for a in library.alternatives:
+                    value = scores[a.key] + (low + high) / 2 * costs[a.key]
+                    place = a.layer, a.subblock
+                    chosen[place] = min(chosen.get(place, (value, a.key)), (value, a.key))
+                above = sum(costs[key] for _, key in chosen.values()) + axes[0].fixed > size
+                low, high = ((low + high) / 2, high) if above else (low, (low + high) / 2)
+            taken.append(sum(truth[key] for _, key in chosen.values()))
+        assert taken[1] < 1.05 * taken[0]
 
 
 def test_exact_where_nothing_is_saved_or_kl_is_not_asked_for(

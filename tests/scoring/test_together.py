@@ -18,7 +18,7 @@ from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.search.surrogate import Surrogate
-from layersmith.search.whole import WholeModels
+from layersmith.search.whole import WholeModels, whole_models
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def models() -> WholeModels:
     rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
     recipe = LibraryRecipe(ffn_fractions=(0.875, 0.75), kv_heads=(), query_heads=False, linear=(), no_op=())
     library = build_library(parent, recipe, survey(parent, recipe), rows, batch_sequences=8)
-    return pipeline.whole_models(library, rows, Recipe(), SILENT)
+    return whole_models(library, rows, Recipe(), SILENT)
 
 
 def children(library: Library, count: int) -> list[list]:

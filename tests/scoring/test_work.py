@@ -62,6 +62,21 @@ def test_work_within_work_is_not_timed_twice() -> None:
     assert work.seconds_left == pytest.approx(9 * 2 + 5 * 2)
 
 
+def test_what_an_operation_took_so_far_is_not_left() -> None:
+    clock = Clock()
+    work = Work(clock)
+    work.plan("rest", 10)
+    work.plan("build", 4)
+    do(work, clock, "build", 1, 1)
+    do(work, clock, "rest", 2, 4)
+    with work.doing("rest", 4):
+        clock.seconds += 3
+        do(work, clock, "build", 1, 1)
+        assert work.seconds_left == pytest.approx(8 * 2 - 3 + 2 * 1)
+        clock.seconds += 100  # it takes longer than was thought: what else is left is not done by that
+        assert work.seconds_left == pytest.approx(4 * 2 + 2 * 1)
+
+
 def test_what_was_done_before_takes_no_time_and_counts() -> None:
     clock = Clock()
     work = Work(clock)

@@ -100,7 +100,15 @@ def _same(keys: Sequence[object]) -> torch.Tensor:
     return (own[:, None] == own).double()
 
 
-def choose_runs(known: Prior, costs: Sequence[float], num_rows: int, budget: float, precision: float) -> dict[int, int]:
+def choose_runs(
+    known: Prior,
+    costs: Sequence[float],
+    num_rows: int,
+    budget: float,
+    precision: float,
+    done: Mapping[int, int] | None = None,
+    worth: torch.Tensor | None = None,
+) -> dict[int, int]:
     """Which alternatives to run exactly, and on how many rows.
 
     Args:
@@ -109,19 +117,26 @@ def choose_runs(known: Prior, costs: Sequence[float], num_rows: int, budget: flo
         num_rows: N; a first run is on one row, a further one doubles the rows.
         budget: for the sum of costs.
         precision: nothing more is run once every standard deviation of r is below, as far as it counts.
+        done: index to its rows, of what was run before and costs nothing more.
+        worth: ``[n]``, how much the variance of each counts; default: as in the prior.
 
     Returns:
-        Index of an alternative to its rows.
+        Index of an alternative to its rows, those of before included.
     """
     left = known.covariance.clone()
     cost = torch.tensor(costs, dtype=torch.float64)
     rows = torch.zeros(len(cost), dtype=torch.float64)
+    if done:
+        at, cross, solved = _given(known, done, num_rows)
+        left -= cross @ solved
+        rows[at] = torch.tensor(list(done.values()), dtype=torch.float64)
+    weight = known.weight if worth is None else worth
     spent = 0.0
     while True:
         variance = left.diagonal()
         more = torch.minimum(torch.where(rows > 0, rows, 1.0), num_rows - rows)
         noise = known.noise.square() / more.clamp_min(1)
-        gain = known.weight @ left.square() / (variance + noise) / (cost * more.clamp_min(1))
+        gain = weight @ left.square() / (variance + noise) / (cost * more.clamp_min(1))
         gain[(more < 1) | (spent + cost * more > budget)] = -1
         best = int(gain.argmax())
         if gain[best] <= 0 or float((known.weight * variance).max()) <= precision**2:
@@ -130,6 +145,19 @@ def choose_runs(known: Prior, costs: Sequence[float], num_rows: int, budget: flo
         left -= torch.outer(column, column) / (variance[best] + noise[best])
         spent += float(cost[best] * more[best])
         rows[best] += more[best]
+
+
+def _given(known: Prior, counts: Mapping[int, int], num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Places ``[m]`` of what was run on so many rows, covariances with that ``[n, m]``, and its weights ``[m, n]``."""
+    at = torch.tensor(list(counts))
+    cross = known.covariance[:, at]
+    return at, cross, torch.linalg.solve(cross[at] + torch.diag(_variance_of_runs(known, counts, num_rows)), cross.T)
+
+
+def _variance_of_runs(known: Prior, counts: Mapping[int, int], num_rows: int) -> torch.Tensor:
+    """``[m]``: of r as exact runs on so many rows show it."""
+    rows = torch.tensor(list(counts.values()), dtype=torch.float64)
+    return known.noise[torch.tensor(list(counts))].square() * (1 / rows - 1 / num_rows) + 1e-8
 
 
 def correct(
@@ -142,15 +170,43 @@ def correct(
         observed: index to r on the rows that were run, and their number.
         num_rows: N.
     """
-    n = len(known.noise)
     if not observed:
-        return torch.zeros(n, dtype=torch.float64), known.covariance.diagonal().sqrt()
-    at = torch.tensor(list(observed))
-    values = torch.tensor([r for r, _ in observed.values()], dtype=torch.float64)
-    counts = torch.tensor([rows for _, rows in observed.values()], dtype=torch.float64)
-    noise = known.noise[at].square() * (1 / counts - 1 / num_rows) + 1e-8
-    cross = known.covariance[:, at]
-    solved = torch.linalg.solve(cross[at] + torch.diag(noise), cross.T)
-    mean = solved.T @ values
+        return torch.zeros_like(known.noise), known.covariance.diagonal().sqrt()
+    _, cross, solved = _given(known, {i: rows for i, (_, rows) in observed.items()}, num_rows)
+    mean = solved.T @ torch.tensor([r for r, _ in observed.values()], dtype=torch.float64)
     variance = known.covariance.diagonal() - (cross * solved.T).sum(1)
     return mean, variance.clamp_min(0).sqrt()
+
+
+def draw(known: Prior, observed: Mapping[int, tuple[float, int]], num_rows: int, count: int, seed: int) -> torch.Tensor:
+    """``[n, count]``: r as it may be, given what exact runs showed: draws of the prior, led to what was seen.
+
+    Args:
+        known: the prior.
+        observed: index to r on the rows that were run, and their number.
+        num_rows: N.
+        count: of the draws.
+        seed: of the draws.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    n = len(known.noise)
+    free = torch.randn(n, count, generator=generator, dtype=torch.float64)
+    drawn = torch.linalg.cholesky(known.covariance) @ free
+    if not observed:
+        return drawn
+    counts = {i: rows for i, (_, rows) in observed.items()}
+    at, _, solved = _given(known, counts, num_rows)
+    noise = torch.randn(len(at), count, generator=generator, dtype=torch.float64)
+    seen = torch.tensor([r for r, _ in observed.values()], dtype=torch.float64)
+    off = seen[:, None] - drawn[at] - noise * _variance_of_runs(known, counts, num_rows).sqrt()[:, None]
+    return drawn + solved.T @ off
+
+
+def misfit(known: Prior, observed: Mapping[int, tuple[float, int]], num_rows: int) -> float:
+    """What exact runs showed over what the prior expects of them, in the root mean square; 1 if it is right."""
+    if not observed:
+        return 1.0
+    counts = {i: rows for i, (_, rows) in observed.items()}
+    expected = known.covariance.diagonal()[list(counts)] + _variance_of_runs(known, counts, num_rows)
+    seen = torch.tensor([r for r, _ in observed.values()], dtype=torch.float64)
+    return float((seen.square() / expected).mean().sqrt())

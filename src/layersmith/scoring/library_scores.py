@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,8 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.progress import SILENT, Advance, Progress
 from layersmith.recipe import ScoringRecipe
-from layersmith.scoring.correction import Prior, choose_runs, correct, prior
+from layersmith.scoring.contest import Axis, Contest
+from layersmith.scoring.correction import Prior, correct, prior
 from layersmith.scoring.exact import (
     Job,
     Measured,
@@ -33,12 +34,15 @@ from layersmith.scoring.exact import (
     run_layer_by_layer,
 )
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
+from layersmith.scoring.rounds import SHARES, SHARES_OF_STREAMED, Observed, Rounds, Runs, relative_log
 from layersmith.scoring.score import Journal, Score, error_beside_each_other, standard_error
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
 from layersmith.scoring.states import States, StatesOnDisk, most_seconds
 from layersmith.scoring.work import Work, plan_all
 from layersmith.staged import STREAMED_BYTES, CannotTakeApart, StagedParent, bytes_within_a_layer, take_apart
 
+# Identity of an alternative to the number of rows on which it runs exactly.
+_Runs = Mapping[str, int]
 _PARENT = "parent"
 _ESTIMATE = "second order "  # before the identity of an alternative
 KL = "kl_divergence"
@@ -56,6 +60,7 @@ def score_library(
     tokens: torch.Tensor,
     recipe: ScoringRecipe,
     *,
+    axes: Sequence[Axis] = (),
     seed: int = 0,
     journal: Path | None = None,
     inputs: str = "",
@@ -67,6 +72,7 @@ def score_library(
         library: the alternatives.
         tokens: ``[N, T]`` scoring rows.
         recipe: how.
+        axes: by which the search will choose; what decides there is run exactly first. Default: all scores count alike.
         seed: of the random signs.
         journal: a file that keeps results as they come.
         inputs: digest of everything that scores depend on; a journal of other inputs is started anew.
@@ -85,7 +91,7 @@ def score_library(
             progress.note(f"scoring runs the whole model for every alternative, because {reason}.")
         folder = journal.parent if journal else Path(tempfile.gettempdir())
         told = _Told(advance, len(pending), tokens.shape[1], clock_of(progress, device))
-        scoring = _Scoring(library, staged, tokens, recipe, pending, folder, told)
+        scoring = _Scoring(library, staged, tokens, recipe, pending, folder, told, axes)
         with Journal(journal, inputs) as results:
             if scoring.by_estimates:
                 scores = scoring.estimated(results, seed)
@@ -167,6 +173,8 @@ class _Scoring:
     pending: list[Alternative]
     folder: Path
     told: _Told
+    axes: Sequence[Axis] = ()
+    regret: float | None = None
 
     @property
     def work(self) -> Work:
@@ -200,7 +208,10 @@ class _Scoring:
             rows, all_rows = scores[0].exact_rows, len(self.tokens)
             return f"{len(own)} alternatives exactly" + (f", on {rows} of {all_rows} rows" if rows < all_rows else "")
         exact = sum(s.exact_rows > 0 for s in own)
-        return f"{len(own)} alternatives by second order, {exact} of them also exactly on some rows"
+        said = f"{len(own)} alternatives by second order, {exact} of them also exactly on some rows"
+        if self.regret is None:
+            return said
+        return f"{said}; children chosen by them are about {self.regret:.1%} from those by true scores"
 
     def batches(self, rows: Sequence[int]) -> Iterator[list[int]]:
         size = max(1, self.tokens_at_once // self.tokens.shape[1])
@@ -241,7 +252,8 @@ class _Scoring:
             self.work.forget()
             self.told.begin("scored", until)
             self.told.add_known(done * len(self.pending))
-            self.exact(results, {a.identity: end for a in self.pending}, done, until)
+            of_all = [{a.identity: rows for a in self.pending} for rows in (end, done, until)]
+            self.exact(results, *of_all)
             done = end
             if precision and done < num_rows:
                 error = error_beside_each_other(self._losses(results, row_order(num_rows)[:done]), num_rows)
@@ -260,34 +272,34 @@ class _Scoring:
         difference = torch.tensor(values, dtype=torch.float64) - torch.tensor(of_parent, dtype=torch.float64)
         return -difference if objective.endswith("agreement") else difference
 
-    def exact(self, results: Journal, wanted: dict[str, int], since: int = 0, until: int | None = None) -> None:
+    def exact(self, results: Journal, wanted: _Runs, done: _Runs, planned: _Runs | None = None) -> None:
         """Run alternatives exactly, each on the first of the rows in their order.
 
         Args:
             results: those that are there already; new ones are added.
-            wanted: identity to a number of rows.
-            since: so many rows are done.
-            until: rows that will follow from what comes of these, as far as is known; default: none.
+            wanted: the runs.
+            done: those of before.
+            planned: those that there will be in all, as far as is known; default: none follow.
         """
-        self._plan_exact(results, {of: n if until is None else until for of, n in wanted.items()}, since)
-        for rows, groups, missing in self._parts(results, wanted, since):
+        self._plan_exact(results, planned or wanted, done)
+        for rows, groups, missing in self._parts(results, wanted, done):
             self.told.add_known(len(rows) * (sum(map(len, groups)) - sum(map(len, missing))))
         if self.streamed:
             assert self.staged is not None
-            jobs, rows_of = self._jobs(results, wanted, since)
+            jobs, rows_of = self._jobs(results, wanted, done)
             found = run_layer_by_layer(self.staged, jobs, self.states(), self.recipe.spill_gib * 1024**3, self.work)
             for n, measured in found:
                 self._write(results, rows_of[n], measured)
             return
-        for rows, _, missing in self._parts(results, wanted, since):
+        for rows, _, missing in self._parts(results, wanted, done):
             if missing or not results.has(_PARENT, rows):
                 batch = self.tokens[rows].to(self.library.parent.runtime.device)
                 for measured in run_exactly(self.library, self.staged, missing, batch, self.work):
                     self._write(results, rows, measured)
 
-    def _plan_exact(self, results: Journal, wanted: dict[str, int], since: int = 0) -> None:
+    def _plan_exact(self, results: Journal, wanted: _Runs, done: _Runs) -> None:
         length = self.tokens.shape[1]
-        for rows, groups, missing in self._parts(results, wanted, since):
+        for rows, groups, missing in self._parts(results, wanted, done):
             for group in groups:
                 plan = self.work.plan if group in missing else self.work.done_before
                 for a in group:
@@ -296,26 +308,28 @@ class _Scoring:
                 plan_all(self.work.plan, amounts_of_parent(self.staged, len(rows), length))
         if self.streamed:
             assert self.staged is not None
-            jobs, _ = self._jobs(results, wanted, since)
+            jobs, _ = self._jobs(results, wanted, done)
             plan_layer_by_layer(self.staged, jobs, self.recipe.spill_gib * 1024**3, self.work.plan)
 
     def _parts(
-        self, results: Journal, wanted: dict[str, int], since: int
+        self, results: Journal, wanted: _Runs, done: _Runs
     ) -> Iterator[tuple[list[int], list[list[Alternative]], list[list[Alternative]]]]:
         """Rows of a batch, alternatives in the groups in which they run, and those groups of which some are missing."""
         order = row_order(len(self.tokens))
-        for places in self._exact_batches(wanted, since):
+        for places in self._exact_batches(wanted, done):
             rows = [order[p] for p in places]
-            own = [a for a in self.pending if wanted.get(a.identity, 0) > places[0]]
+            own = [a for a in self.pending if done.get(a.identity, 0) <= places[0] < wanted.get(a.identity, 0)]
+            if not own:
+                continue
             # Groups do not hang on what is known already, or an interrupted run would round in another way.
             together = 1 if self.streamed else max(1, self.tokens_at_once // (len(rows) * self.tokens.shape[1]))
             groups = in_groups(own, together)
             yield rows, groups, [g for g in groups if not all(results.has(a.identity, rows) for a in g)]
 
-    def _jobs(self, results: Journal, wanted: dict[str, int], since: int) -> tuple[list[Job], list[list[int]]]:
+    def _jobs(self, results: Journal, wanted: _Runs, done: _Runs) -> tuple[list[Job], list[list[int]]]:
         """What is missing, and the rows of each job."""
         jobs, rows_of = [], []
-        for rows, _, missing in self._parts(results, wanted, since):
+        for rows, _, missing in self._parts(results, wanted, done):
             if missing or not results.has(_PARENT, rows):
                 batch = self.tokens[rows].to(self.library.parent.runtime.device)
                 jobs.append(Job(batch, [a for group in missing for a in group]))
@@ -328,10 +342,10 @@ class _Scoring:
         if measured.alternative is not None:
             self.told.add(len(rows))
 
-    def _exact_batches(self, wanted: dict[str, int], since: int) -> Iterator[list[int]]:
+    def _exact_batches(self, wanted: _Runs, done: _Runs) -> Iterator[list[int]]:
         """Places in the order of rows; all rows of a batch are wanted by the same alternatives."""
-        ends = sorted({n for n in wanted.values() if n > since})
-        for start, end in zip([since, *ends], ends, strict=False):
+        ends = sorted({n for runs in (wanted, done) for n in runs.values() if n})
+        for start, end in zip([0, *ends], ends, strict=False):
             yield from self.batches(range(start, end))
 
     # ------------------------------------------------------------------------------------------ estimates
@@ -354,8 +368,9 @@ class _Scoring:
                     plan_estimate(self.staged, self.pending, found, shapes, self.recipe.samples, plan)
             self.told.add_known(len(self.pending) * sum(map(len, known)))
         # How many exact runs there will be: KL goes with the square of the change, near enough for that.
-        _, runs = self._choose([[size**2] * num_rows for size in sizes], sizes)
-        self._plan_exact(Journal(None, ""), runs)
+        with self.work.doing("choose", 1):
+            foreseen = self._rounds([[size**2] * num_rows for size in sizes], sizes).foreseen(0, {}, {})
+        self._plan_exact(Journal(None, ""), self._by_identity(foreseen), {})
         for own in missing:
             while own:
                 size = self._batches_of_a_sweep(found, own[0])
@@ -367,27 +382,65 @@ class _Scoring:
             a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
             for a in self.pending
         }
-        before, runs = self._choose([by_row[a.identity] for a in self.pending], sizes)
-        self.work.forget()
-        self.told.begin(f"of {len(runs)} run exactly", sum(runs.values()) / max(1, len(runs)))
-        self.exact(results, runs)
-        return self._corrected(results, by_row, before, runs)
-
-    def _choose(self, by_row: Sequence[Sequence[float]], sizes: Sequence[float]) -> tuple[Prior, dict[str, int]]:
-        """What is known before exact runs, and which there are to be: identity to a number of rows."""
-        num_rows, blocks = len(self.tokens), self.library.parent.blocks
         with self.work.doing("choose", 1):
-            estimates = [math.fsum(own) / num_rows for own in by_row]
-            routed = [self._before_routers(a) for a in self.pending]
-            of_experts = [
-                _scatter(own) if a.subblock == "ffn" and blocks[a.layer].ffn.moe is not None else None
-                for a, own in zip(self.pending, by_row, strict=True)
-            ]
-            before = prior(self.pending, estimates, sizes, routed, of_experts, num_rows)
-            costs = [self.cost(a) / num_rows for a in self.pending]
-            passes = exact_passes(self.recipe, blocks)
-            chosen = choose_runs(before, costs, num_rows, passes, self.recipe.precision)
-        return before, {self.pending[index].identity: n for index, n in chosen.items()}
+            rounds = self._rounds([by_row[a.identity] for a in self.pending], sizes)
+        runs: Runs = {}
+        for k in range(rounds.count):
+            with self.work.doing("choose", 0):
+                observed = self._observed(results, by_row, runs)
+                following = rounds.after(k, runs, observed)
+                foreseen = rounds.foreseen(k, runs, observed)
+            self.work.forget()
+            if following == runs:
+                break
+            self.told.begin(f"of {len(foreseen)} run exactly", sum(foreseen.values()) / max(1, len(foreseen)))
+            self.told.add_known(sum(runs.values()))
+            self.exact(results, *map(self._by_identity, (following, runs, foreseen)))
+            runs = following
+        observed = self._observed(results, by_row, runs)
+        if rounds.contest is not None:
+            self.regret, _ = rounds.worth(observed)
+        return self._corrected(results, by_row, rounds.known, observed, runs)
+
+    def _by_identity(self, runs: Runs) -> _Runs:
+        return {self.pending[index].identity: rows for index, rows in runs.items()}
+
+    def _rounds(self, by_row: Sequence[Sequence[float]], sizes: Sequence[float]) -> Rounds:
+        """The rounds of exact runs, from estimates by row and the sizes of changes."""
+        num_rows, recipe = len(self.tokens), self.recipe
+        return Rounds(
+            known=self._prior(by_row, sizes),
+            estimates=torch.tensor([math.fsum(own) / num_rows for own in by_row], dtype=torch.float64),
+            costs=[self.cost(a) / num_rows for a in self.pending],
+            num_rows=num_rows,
+            passes=exact_passes(recipe, self.library.parent.blocks),
+            precision=recipe.precision,
+            settled=recipe.settled,
+            contest=Contest(self.library.alternatives, self.pending, self.axes) if self.axes else None,
+            shares=SHARES_OF_STREAMED if self.streamed else SHARES,
+        )
+
+    def _prior(self, by_row: Sequence[Sequence[float]], sizes: Sequence[float]) -> Prior:
+        """What is known before exact runs, from estimates by row and the sizes of changes."""
+        num_rows, blocks = len(self.tokens), self.library.parent.blocks
+        estimates = [math.fsum(own) / num_rows for own in by_row]
+        routed = [self._before_routers(a) for a in self.pending]
+        of_experts = [
+            _scatter(own) if a.subblock == "ffn" and blocks[a.layer].ffn.moe is not None else None
+            for a, own in zip(self.pending, by_row, strict=True)
+        ]
+        return prior(self.pending, estimates, sizes, routed, of_experts, num_rows)
+
+    def _observed(self, results: Journal, by_row: dict[str, list[float]], runs: Runs) -> Observed:
+        """What exact runs showed."""
+        order, found = row_order(len(self.tokens)), {}
+        for index, n in runs.items():
+            of = self.pending[index].identity
+            on = order[:n]
+            r = relative_log([results.known[of, row][KL] for row in on], [by_row[of][row] for row in on])
+            if r is not None:
+                found[index] = r, n
+        return found
 
     def _before_routers(self, a: Alternative) -> bool:
         """Whether what an alternative changes decides which experts some token gets."""
@@ -434,23 +487,16 @@ class _Scoring:
                 results.write(_ESTIMATE + a.identity, rows, [{KL: float(v)} for v in own[a.identity]])
 
     def _corrected(
-        self, results: Journal, by_row: dict[str, list[float]], before: Prior, runs: dict[str, int]
+        self, results: Journal, by_row: dict[str, list[float]], known: Prior, observed: Observed, runs: Runs
     ) -> list[Score]:
         num_rows = len(self.tokens)
         order = row_order(num_rows)
-        observed: dict[int, tuple[float, int]] = {}
-        for index, a in enumerate(self.pending):
-            if n := runs.get(a.identity, 0):
-                exact = math.fsum(results.known[a.identity, row][KL] for row in order[:n])
-                estimated = math.fsum(by_row[a.identity][row] for row in order[:n])
-                if exact > 0 and estimated > 0:
-                    observed[index] = (math.log(exact / estimated), n)
-        mean, deviation = correct(before, observed, num_rows)
+        mean, deviation = correct(known, observed, num_rows)
         scores = {}
         for index, a in enumerate(self.pending):
             factor = math.exp(float(mean[index]))
             values = [factor * e for e in by_row[a.identity]]
-            exact_rows = order[: runs.get(a.identity, 0)]
+            exact_rows = order[: runs.get(index, 0)]
             error = (
                 float(deviation[index]) * math.fsum(v for r, v in enumerate(values) if r not in exact_rows) / num_rows
             )
@@ -467,7 +513,7 @@ class _Scoring:
 
 def exact_passes(recipe: ScoringRecipe, blocks: Sequence[BlockConfig]) -> float:
     """Work that exact runs may take: where routers choose experts, estimates say less."""
-    return recipe.exact_passes * (2 if any(block.ffn.moe is not None for block in blocks) else 1)
+    return recipe.exact_passes * (3 if any(block.ffn.moe is not None for block in blocks) else 1)
 
 
 def _scatter(values: Sequence[float]) -> float:

@@ -7,7 +7,8 @@ t_k the time that m_k of it took, and T the time since the beginning,
 
     time left = (T / sum_k t_k) sum_k n_k t_k / m_k.
 
-The first factor is for what lies between the operations that are timed. A kind of which nothing was done yet takes the
+The first factor is for what lies between the operations that are timed. An operation that is not at its end counts in
+neither T nor t_k, and what it took so far is no longer left. A kind of which nothing was done yet takes the
 rate of one that it is like; the first few runs of a kind are not typical, so that rate counts on, as much as a small
 share of all there is of the kind.
 """
@@ -77,6 +78,8 @@ class Work:
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._kinds = clock, defaultdict[str, _Kind](_Kind)
         self._started, self._inside = clock(), 0.0
+        # What is being done, around all that is done within it: kind, amount, beginning, and what was timed by then.
+        self._open: tuple[str, float, float, float] | None = None
         self.tell: Callable[[], None] = lambda: None
 
     def plan(self, kind: str, amount: float) -> None:
@@ -95,7 +98,9 @@ class Work:
     @contextmanager
     def doing(self, kind: str, amount: float) -> Iterator[None]:
         """While open, so much of a kind is done; what is done of others meanwhile is theirs."""
-        began, outside = self._clock(), self._inside
+        began, outside, outermost = self._clock(), self._inside, self._open is None
+        if outermost:
+            self._open = kind, amount, began, self._timed
         self._inside = 0.0
         yield
         own, taken = self._kinds[kind], self._clock() - began
@@ -103,14 +108,25 @@ class Work:
         self._inside = outside + taken
         own.done += amount
         own.left = max(0.0, own.left - amount)
+        if outermost:
+            self._open = None
         self.tell()
 
     @property
     def seconds_left(self) -> float | None:
         """Of the clock; None where nothing is known of some kind that is left."""
-        timed = sum(own.seconds for own in self._kinds.values())
-        left = self._seconds_of(lambda own: own.left)
-        return left and left * (self._clock() - self._started) / timed
+        left, now = self._seconds_of(lambda own: own.left), self._clock()
+        if not left:
+            return left
+        if self._open is None:
+            return left * (now - self._started) / self._timed
+        kind, amount, began, timed = self._open
+        so_far = min(now - began - (self._timed - timed), self.seconds_of(kind, amount) or 0.0)
+        return max(0.0, left - so_far) * ((began - self._started) / timed if timed else 1.0)
+
+    @property
+    def _timed(self) -> float:
+        return sum(own.seconds for own in self._kinds.values())
 
     def seconds_of(self, kind: str, amount: float) -> float | None:
         """What an amount of a kind takes; None where nothing is known of it."""

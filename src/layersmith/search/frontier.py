@@ -7,9 +7,35 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from layersmith.costs.library_costs import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
-from layersmith.search.budget import COSTS, Limit, is_time
+from layersmith.library.alternative import Alternative
+from layersmith.scoring.contest import Axis
+from layersmith.search.budget import COSTS, Budget, Limit, is_time
 from layersmith.search.choose import Choice, Space
+
+# Of the parent's cost: the children that scores are for, whatever the budget of this run.
+_SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
+
+
+def axes_of(alternatives: Sequence[Alternative], costs: CostTable, budget: Budget) -> list[Axis]:
+    """The costs by which children will be chosen: parameters, and what a budget limits."""
+    found: list[Axis] = []
+    for name in dict.fromkeys(["parameters", *(limit.cost for limit in budget.limits)]):
+        whole = costs.parent.get(name)
+        if not whole or any(name not in costs.by_key[a.key] for a in alternatives):
+            continue  # made of several costs
+        shares = {a.key: costs.by_key[a.key][name] / whole for a in alternatives}
+        if any(shares == axis.shares for axis in found):
+            continue  # bytes, if all are of one size
+        places: dict[tuple[int, str], float] = {}
+        for a in alternatives:
+            place = a.layer, a.subblock
+            places[place] = min(places.get(place, math.inf), shares[a.key])
+        fixed = costs.fixed[name] / whole
+        least = fixed + math.fsum(places.values())
+        found.append(Axis(name, shares, fixed, tuple(size for size in _SIZES if size > least)))
+    return found
 
 
 def frontier(

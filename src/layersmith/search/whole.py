@@ -20,10 +20,12 @@ from torch import nn
 from layersmith.execution import exchanged, logits_and_hidden
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
+from layersmith.progress import Progress
+from layersmith.recipe import Recipe
 from layersmith.scoring.exact import spans
 from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
 from layersmith.scoring.together import Together, together
-from layersmith.staged import Batch, StagedParent
+from layersmith.staged import Batch, CannotTakeApart, StagedParent, take_apart
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
 
@@ -175,3 +177,13 @@ def _parting(one: Places, other: Places) -> int:
 
 def _sort_key(places: Places) -> list[str]:
     return ["|".join(a.name for a in own) for own in places]
+
+
+def whole_models(library: Library, tokens: torch.Tensor, recipe: Recipe, progress: Progress) -> WholeModels:
+    """What runs choices on rows ``[N, T]``."""
+    try:
+        staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
+    except CannotTakeApart as reason:
+        staged = None
+        progress.note(f"children are run whole, because {reason}.")
+    return WholeModels(library, staged, tokens, recipe.scoring.rows_at_once(tokens.shape[1]))

@@ -1,0 +1,100 @@
+"""Which alternatives are run exactly, round after round, and when it is enough.
+
+The first round serves the scores as such: it lowers their errors as much as it can. Each further one serves what they
+are for, and goes to alternatives that decide what the search takes (:mod:`layersmith.scoring.contest`), by what the
+rounds before have shown; there is none once the search's choices are settled.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from layersmith.scoring.contest import Contest
+from layersmith.scoring.correction import Prior, choose_runs, correct, draw, misfit
+
+# Of the work that exact runs may take, what each round has; where every round reads the parent from the disk, fewer.
+SHARES, SHARES_OF_STREAMED = (0.25, 0.25, 0.25, 0.25), (0.25, 0.75)
+_DRAWS = 128
+
+# Place of an alternative to the number of rows on which it runs exactly; and to what they showed, with that number.
+Runs = Mapping[int, int]
+Observed = Mapping[int, tuple[float, int]]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """See the module's docstring.
+
+    Attributes:
+        known: before any exact run.
+        estimates: ``[n]``.
+        costs: of an exact run on one row, in forward passes.
+        num_rows: N.
+        passes: that all exact runs may take.
+        precision: nothing more is run once every score is known so well.
+        settled: nor, after the first round, once the regret is below.
+        contest: of the search; None: everything serves the scores as such, in one round.
+        shares: of the rounds.
+    """
+
+    known: Prior
+    estimates: torch.Tensor
+    costs: Sequence[float]
+    num_rows: int
+    passes: float
+    precision: float
+    settled: float
+    contest: Contest | None
+    shares: tuple[float, ...] = SHARES
+
+    @property
+    def count(self) -> int:
+        """Of the rounds, at most."""
+        return 1 if self.contest is None else len(self.shares)
+
+    def after(self, k: int, runs: Runs, observed: Observed) -> dict[int, int]:
+        """All runs there are after round k; those of before if there is nothing more to be run.
+
+        Args:
+            k: from 0.
+            runs: of the rounds before.
+            observed: what they showed.
+        """
+        worth = None
+        if k and self.contest is not None:
+            regret, worth = self.worth(observed)
+            if regret <= self.settled:
+                return dict(runs)
+        passes = self.passes * (1 if self.contest is None else self.shares[k])
+        return choose_runs(self.known, self.costs, self.num_rows, passes, self.precision, runs, worth)
+
+    def foreseen(self, k: int, runs: Runs, observed: Observed) -> Runs:
+        """All runs there will be, from round k on, if they show what is believed."""
+        while k < self.count and (more := self.after(k, runs, observed)) != runs:
+            mean, _ = correct(self.known, observed, self.num_rows)
+            observed = {
+                i: observed[i] if runs.get(i) == n and i in observed else (float(mean[i]), n) for i, n in more.items()
+            }
+            k, runs = k + 1, more
+        return runs
+
+    def worth(self, observed: Observed) -> tuple[float, torch.Tensor]:
+        """The regret of children chosen by the scores, and how much the variance of each is worth, ``[n]``.
+
+        Where exact runs show more than they should by what was known before, the regret is as much larger.
+        """
+        assert self.contest is not None
+        mean, deviation = correct(self.known, observed, self.num_rows)
+        drawn = draw(self.known, observed, self.num_rows, _DRAWS, seed=0)
+        regret, part = self.contest.regret(self.estimates * mean.exp(), self.estimates[:, None] * drawn.exp())
+        return regret * max(1.0, misfit(self.known, observed, self.num_rows)), part / deviation.square().clamp_min(1e-9)
+
+
+def relative_log(exact: Sequence[float], estimated: Sequence[float]) -> float | None:
+    """r on some rows; None where one of the two is nothing."""
+    over, under = math.fsum(exact), math.fsum(estimated)
+    return math.log(over / under) if over > 0 and under > 0 else None
