@@ -4,6 +4,7 @@ import torch
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.contest import Axis, Contest
 from layersmith.scoring.correction import choose_runs, correct, draw, prior
+from layersmith.scoring.rounds import Rounds
 
 # Two layers' FFNs, of which each can also be half as wide or gone: (cost, score) of what is not the parent's.
 CHOICES = {
@@ -73,3 +74,43 @@ def test_runs_go_on_from_those_of_before_and_to_what_is_worth_most() -> None:
     assert all(more[i] >= rows for i, rows in first.items())
     assert 0 < sum(more.values()) - sum(first.values()) <= 15
     assert more[5] == max(more.values()) > first.get(5, 0)
+
+
+def test_rounds_end_when_the_search_is_settled_and_that_is_foreseen() -> None:
+    alternatives = [Alternative(i, "ffn", "no_op") for i in range(12)]
+    parents = [Alternative(i, "ffn", "parent") for i in range(12)]
+    shares = {a.key: 0.0 for a in alternatives} | {a.key: 1 / 12 for a in parents}
+    estimates = torch.logspace(-4, -1, 12).double()
+    known = prior(alternatives, estimates.tolist(), [0.3] * 12)
+    search = Contest([*alternatives, *parents], alternatives, [Axis("parameters", shares, 0.0, (0.7, 0.5))])
+
+    def rounds(settled: float, contest: Contest | None = search) -> Rounds:
+        return Rounds(known, estimates, [0.05] * 12, 16, 4.0, 0.0, settled, contest)
+
+    def all_of(own: Rounds, r: float) -> list[dict[int, int]]:
+        """What there is after each round, if every exact run shows r times its standard deviation."""
+        found: list[dict[int, int]] = []
+        before: dict[int, int] = {}
+        for k in range(own.count):
+            observed = {i: (r * float(known.covariance[i, i].sqrt()), n) for i, n in before.items()}
+            following = own.after(k, before, observed)
+            if following == before:
+                break
+            found.append(following)
+            before = following
+        return found
+
+    costs = [0.05 * sum(runs.values()) for runs in all_of(rounds(0.0), 0.0)]
+    assert len(costs) == 4
+    assert all(k < cost <= k + 1 for k, cost in enumerate(costs))
+    assert len(all_of(rounds(1.0), 0.0)) == 1
+    assert len(all_of(rounds(1.0, contest=None), 0.0)) == 1
+    assert 0.05 * sum(all_of(rounds(1.0, contest=None), 0.0)[0].values()) > 3  # all of the work
+    own = rounds(0.05)
+    first = own.after(0, {}, {})
+    assert own.foreseen(0, {}, {}, first) == all_of(own, 0.0)[-1]
+    # Where runs show three times what was expected, the search is settled later, if at all.
+    regrets = [
+        own.worth({i: (r * float(known.covariance[i, i].sqrt()), n) for i, n in first.items()})[0] for r in (0, 3)
+    ]
+    assert regrets[1] > regrets[0] > 0

@@ -369,7 +369,8 @@ class _Scoring:
             self.told.add_known(len(self.pending) * sum(map(len, known)))
         # How many exact runs there will be: KL goes with the square of the change, near enough for that.
         with self.work.doing("choose", 1):
-            foreseen = self._rounds([[size**2] * num_rows for size in sizes], sizes).foreseen(0, {}, {})
+            rounds = self._rounds([[size**2] * num_rows for size in sizes], sizes)
+            foreseen = rounds.foreseen(0, {}, {}, rounds.after(0, {}, {}))
         self._plan_exact(Journal(None, ""), self._by_identity(foreseen), {})
         for own in missing:
             while own:
@@ -389,7 +390,7 @@ class _Scoring:
             with self.work.doing("choose", 0):
                 observed = self._observed(results, by_row, runs)
                 following = rounds.after(k, runs, observed)
-                foreseen = rounds.foreseen(k, runs, observed)
+                foreseen = rounds.foreseen(k, runs, observed, following)
             self.work.forget()
             if following == runs:
                 break

@@ -72,15 +72,14 @@ class Rounds:
         passes = self.passes * (1 if self.contest is None else self.shares[k])
         return choose_runs(self.known, self.costs, self.num_rows, passes, self.precision, runs, worth)
 
-    def foreseen(self, k: int, runs: Runs, observed: Observed) -> Runs:
-        """All runs there will be, from round k on, if they show what is believed."""
-        while k < self.count and (more := self.after(k, runs, observed)) != runs:
+    def foreseen(self, k: int, before: Runs, observed: Observed, following: Runs) -> Runs:
+        """All runs there will be if those that follow in round k, and further ones, show what is believed."""
+        while following != before and k + 1 < self.count:
             mean, _ = correct(self.known, observed, self.num_rows)
-            observed = {
-                i: observed[i] if runs.get(i) == n and i in observed else (float(mean[i]), n) for i, n in more.items()
-            }
-            k, runs = k + 1, more
-        return runs
+            seen = {i for i in observed if before[i] == following[i]}
+            observed = {i: observed[i] if i in seen else (float(mean[i]), n) for i, n in following.items()}
+            k, before, following = k + 1, following, self.after(k + 1, following, observed)
+        return following
 
     def worth(self, observed: Observed) -> tuple[float, torch.Tensor]:
         """The regret of children chosen by the scores, and how much the variance of each is worth, ``[n]``.
