@@ -34,7 +34,7 @@ from layersmith.scoring.exact import (
     run_layer_by_layer,
 )
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
-from layersmith.scoring.rounds import SHARES, SHARES_OF_STREAMED, Observed, Rounds, Runs, relative_log
+from layersmith.scoring.rounds import Observed, Rounds, Runs, relative_log
 from layersmith.scoring.score import Journal, Score, error_beside_each_other, standard_error
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
 from layersmith.scoring.states import States, StatesOnDisk, most_seconds
@@ -418,7 +418,6 @@ class _Scoring:
             precision=recipe.precision,
             settled=recipe.settled,
             contest=Contest(self.library.alternatives, self.pending, self.axes) if self.axes else None,
-            shares=SHARES_OF_STREAMED if self.streamed else SHARES,
         )
 
     def _prior(self, by_row: Sequence[Sequence[float]], sizes: Sequence[float]) -> Prior:

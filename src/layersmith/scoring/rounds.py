@@ -16,8 +16,7 @@ import torch
 from layersmith.scoring.contest import Contest
 from layersmith.scoring.correction import Prior, choose_runs, correct, draw, misfit
 
-# Of the work that exact runs may take, what each round has; where every round reads the parent from the disk, fewer.
-SHARES, SHARES_OF_STREAMED = (0.25, 0.25, 0.25, 0.25), (0.25, 0.75)
+ROUNDS = 4  # at most, of equal work
 _DRAWS = 128
 
 # Place of an alternative to the number of rows on which it runs exactly; and to what they showed, with that number.
@@ -38,7 +37,6 @@ class Rounds:
         precision: nothing more is run once every score is known so well.
         settled: nor, after the first round, once the regret is below.
         contest: of the search; None: everything serves the scores as such, in one round.
-        shares: of the rounds.
     """
 
     known: Prior
@@ -49,12 +47,11 @@ class Rounds:
     precision: float
     settled: float
     contest: Contest | None
-    shares: tuple[float, ...] = SHARES
 
     @property
     def count(self) -> int:
         """Of the rounds, at most."""
-        return 1 if self.contest is None else len(self.shares)
+        return 1 if self.contest is None else ROUNDS
 
     def after(self, k: int, runs: Runs, observed: Observed) -> dict[int, int]:
         """All runs there are after round k; those of before if there is nothing more to be run.
@@ -69,7 +66,7 @@ class Rounds:
             regret, worth = self.worth(observed)
             if regret <= self.settled:
                 return dict(runs)
-        passes = self.passes * (1 if self.contest is None else self.shares[k])
+        passes = self.passes / self.count
         return choose_runs(self.known, self.costs, self.num_rows, passes, self.precision, runs, worth)
 
     def foreseen(self, k: int, before: Runs, observed: Observed, following: Runs) -> Runs:
