@@ -25,10 +25,13 @@ from layersmith.data import load_tokenizer
 from layersmith.demo.job import MODEL, standard_library
 from layersmith.library.library import build_library, survey
 from layersmith.parent import load_parent
+from layersmith.pipeline import cost_table
 from layersmith.progress import Advance, Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
+from layersmith.search.budget import parse_budget
+from layersmith.search.frontier import axes_of
 
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -89,10 +92,12 @@ def main() -> None:
         recipe = LibraryRecipe(ffn_fractions=args.ffn, linear=()) if args.ffn else LibraryRecipe()
         library = build_library(parent, recipe, survey(parent, recipe), calibration, batch_sequences=4)
         result["alternatives"] = sum(a.kind != "parent" for a in library.alternatives)
+        budget = parse_budget(params="0.7")
+        axes = axes_of(library.alternatives, cost_table(parent, library, budget), budget)
         for mode in args.modes.split(","):
             recorder = Recorder()
             journal = Path(folder) / f"{mode}.journal"
-            score_library(library, rows, ScoringRecipe(mode=mode), journal=journal, progress=recorder)
+            score_library(library, rows, ScoringRecipe(mode=mode), axes=axes, journal=journal, progress=recorder)
             result[mode] = recorder.errors()
     print(table(result))
     if args.out:

@@ -189,6 +189,8 @@ def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
 
 def print_distilled(console: Console, made: Any) -> None:
     """What was tried, and parent against child before and after."""
+    from layersmith.evaluation.compare import closed  # it takes torch
+
     if made.finalists:
         table = Table(title="finalists", title_justify="left")
         for heading in ("solution", "sum of scores", "KL after a short while", ""):
@@ -208,12 +210,11 @@ def print_distilled(console: Console, made: Any) -> None:
             with_noise(after["child"], after["child_standard_error"]),
         )
     console.print(table)
-    before, after = (
-        next(r for r in rows if r["metric"] == "loss") for rows in (made.before["rows"], made.after["rows"])
-    )
-    if before["difference"] > 0:
-        closed = 1 - after["difference"] / before["difference"]
-        console.print(f"{closed:.0%} of the loss between child and parent is closed", highlight=False)
+    loss = next(r for r in made.before["rows"] if r["metric"] == "loss")
+    if loss["difference"] > 2 * (loss["difference_standard_error"] or 0.0):
+        share, error = closed(made.before, made.after)
+        noise = "" if error is None else f" ± {error:.0%}"
+        console.print(f"{share:z.0%}{noise} of the loss between child and parent is closed", highlight=False)
     console.print(f"child: {made.child}", markup=False, highlight=False, soft_wrap=True)
 
 

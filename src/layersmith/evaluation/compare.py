@@ -101,6 +101,24 @@ class Comparison:
         }
 
 
+def closed(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float | None]:
+    """Of the loss of a child above its parent's, the share that it lost no longer, and its standard error.
+
+    Args:
+        before: an evaluation, as :meth:`Comparison.to_dict` gives it.
+        after: of the child as it became, on the same rows.
+
+    Returns:
+        1 - A / B, A and B the mean differences, with the error of a ratio of means over the same rows; None for a
+        single row.
+    """
+    rows = [own["by_row"] for own in (before, after)]
+    above = [[c - p for c, p in zip(own["child_loss"], own["parent_loss"], strict=True)] for own in rows]
+    whole, left = map(_mean, above)
+    error = standard_error([a - left / whole * b for b, a in zip(*above, strict=True)])
+    return 1 - left / whole, None if error is None else error / abs(whole)
+
+
 def _mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 

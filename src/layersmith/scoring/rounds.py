@@ -16,7 +16,8 @@ import torch
 from layersmith.scoring.contest import Contest
 from layersmith.scoring.correction import Prior, choose_runs, correct, draw, misfit
 
-ROUNDS = 4  # at most, of equal work
+# What rounds have of all the work; short ones, since whether there is a next one cannot be told long before.
+SHARES = (1 / 4, *[1 / 8] * 6)
 _DRAWS = 128
 
 # Place of an alternative to the number of rows on which it runs exactly; and to what they showed, with that number.
@@ -51,7 +52,7 @@ class Rounds:
     @property
     def count(self) -> int:
         """Of the rounds, at most."""
-        return 1 if self.contest is None else ROUNDS
+        return 1 if self.contest is None else len(SHARES)
 
     def after(self, k: int, runs: Runs, observed: Observed) -> dict[int, int]:
         """All runs there are after round k; those of before if there is nothing more to be run.
@@ -66,7 +67,7 @@ class Rounds:
             regret, worth = self.worth(observed)
             if regret <= self.settled:
                 return dict(runs)
-        passes = self.passes / self.count
+        passes = self.passes * (1.0 if self.contest is None else SHARES[k])
         return choose_runs(self.known, self.costs, self.num_rows, passes, self.precision, runs, worth)
 
     def foreseen(self, k: int, before: Runs, observed: Observed, following: Runs) -> Runs:
