@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -32,6 +33,7 @@ from layersmith.distillation.losses import FromHidden, FromTop, Mixture, cosine_
 from layersmith.distillation.parent_logits import ParentLogits, remember
 from layersmith.distillation.trainer import RowOrder, Steps, Student, Teacher, train
 from layersmith.errors import InputError, UsageError
+from layersmith.evaluation.compare import closed
 from layersmith.parent import Parent
 from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DistillationRecipe, SearchRecipe
@@ -490,3 +492,21 @@ def test_it_logs_to_tensorboard(tmp_path: Path) -> None:
     trained = learn(stock_model(config), stock_model(config, 2), tmp_path, tokens=512, report_to=("tensorboard",))
     events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [e.value for e in events.Scalars("train/kl")] == pytest.approx([p["kl"] for p in trained.curve["points"]])
+
+
+def test_what_is_closed_carries_the_noise_of_its_rows() -> None:
+    parent = [1.0, 2.0, 3.0, 4.0]
+    above = [0.2, 0.1, 0.3, 0.2]
+
+    def evaluation(differences: list[float]) -> dict[str, Any]:
+        child = [p + d for p, d in zip(parent, differences, strict=True)]
+        return {"by_row": {"parent_loss": parent, "child_loss": child}}
+
+    before = evaluation(above)
+    share, error = closed(before, evaluation([d / 4 for d in above]))
+    assert share == pytest.approx(0.75)
+    assert error == pytest.approx(0, abs=1e-9)  # the same share of every row
+    after = [0.1, 0.0, 0.0, 0.1]
+    share, error = closed(before, evaluation(after))
+    assert share == pytest.approx(0.75)
+    assert error == pytest.approx(stdev(a - 0.25 * b for a, b in zip(after, above, strict=True)) / 2 / 0.2)
