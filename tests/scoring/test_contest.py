@@ -106,9 +106,23 @@ def test_rounds_end_when_the_search_is_settled_and_that_is_foreseen() -> None:
     assert len(all_of(rounds(1.0), 0.0)) == 1
     assert len(all_of(rounds(1.0, contest=None), 0.0)) == 1
     assert 0.05 * sum(all_of(rounds(1.0, contest=None), 0.0)[0].values()) > 3  # all of the work
-    own = rounds(0.05)
-    first = own.after(0, {}, {})
-    assert own.foreseen(0, {}, {}, first) == all_of(own, 0.0)[-1]
+    first = rounds(0.0).after(0, {}, {})
+    own = rounds(0.8 * rounds(0.0).worth({i: (0.0, n) for i, n in first.items()})[0])
+    count, foreseen = own.foresee(0, {}, {})
+    assert foreseen == all_of(own, 0.0)[-1]
+    assert 1 < count == len(all_of(own, 0.0)) < 7
+    # What was foreseen is done, and more only where the regret is much larger than it should be.
+    nothing = dict.fromkeys(range(12), (0.0, 16))
+    assert own.after(1, first, nothing) == first
+    assert own.after(1, first, nothing, foreseen=2) != first
+    seen = {i: (0.0, n) for i, n in foreseen.items()}
+    assert own.after(count, foreseen, seen, count) == foreseen
+    assert (
+        own.after(
+            count, foreseen, {i: (3 * float(known.covariance[i, i].sqrt()), n) for i, n in foreseen.items()}, count
+        )
+        != foreseen
+    )
     # Where runs show three times what was expected, the search is settled later, if at all.
     regrets = [
         own.worth({i: (r * float(known.covariance[i, i].sqrt()), n) for i, n in first.items()})[0] for r in (0, 3)

@@ -51,6 +51,8 @@ SWEEP_PASSES = 6.0
 # What tokens that run at once may take: this where it is much beside the weights, else a share of those.
 _SMALL_BYTES = 256 * 1024**2
 _SHARE_OF_WEIGHTS = 0.1
+# Rounds of exact runs, as long as no estimate is known; and one row in so many comes first in a sweep, and tells.
+_GUESSED_ROUNDS, _FIRST_SHARE = 2, 8
 # The first rows of exact runs that may stop early.
 _LEAST_ROWS = 8
 
@@ -297,19 +299,24 @@ class _Scoring:
                 for measured in run_exactly(self.library, self.staged, missing, batch, self.work):
                     self._write(results, rows, measured)
 
-    def _plan_exact(self, results: Journal, wanted: _Runs, done: _Runs) -> None:
+    def _plan_exact(self, results: Journal, wanted: _Runs, done: _Runs, times: int = 1) -> None:
+        """Tell of the work of exact runs; ``times`` -1 takes back what was told."""
+
+        def add(kind: str, amount: float) -> None:
+            self.work.plan(kind, times * amount)
+
         length = self.tokens.shape[1]
         for rows, groups, missing in self._parts(results, wanted, done):
             for group in groups:
-                plan = self.work.plan if group in missing else self.work.done_before
+                plan = add if group in missing else self.work.done_before
                 for a in group:
                     plan_all(plan, amounts_of(self.library, self.staged, a, len(rows), length))
             if not self.streamed and (missing or not results.has(_PARENT, rows)):
-                plan_all(self.work.plan, amounts_of_parent(self.staged, len(rows), length))
+                plan_all(add, amounts_of_parent(self.staged, len(rows), length))
         if self.streamed:
             assert self.staged is not None
             jobs, _ = self._jobs(results, wanted, done)
-            plan_layer_by_layer(self.staged, jobs, self.recipe.spill_gib * 1024**3, self.work.plan)
+            plan_layer_by_layer(self.staged, jobs, self.recipe.spill_gib * 1024**3, add)
 
     def _parts(
         self, results: Journal, wanted: _Runs, done: _Runs
@@ -367,10 +374,11 @@ class _Scoring:
                     shapes = [self.tokens[rows].shape for rows in batches]
                     plan_estimate(self.staged, self.pending, found, shapes, self.recipe.samples, plan)
             self.told.add_known(len(self.pending) * sum(map(len, known)))
-        # How many exact runs there will be: KL goes with the square of the change, near enough for that.
+        # Which exact runs there will be: KL goes with the square of the change, near enough for a guess.
         with self.work.doing("choose", 1):
             rounds = self._rounds([[size**2] * num_rows for size in sizes], sizes)
-            foreseen = rounds.foreseen(0, {}, {}, rounds.after(0, {}, {}))
+            routed = any(block.ffn.moe is not None for block in self.library.parent.blocks)
+            _, foreseen = rounds.foresee(0, {}, {}, rounds.count if routed else min(_GUESSED_ROUNDS, rounds.count))
         self._plan_exact(Journal(None, ""), self._by_identity(foreseen), {})
         for own in missing:
             while own:
@@ -379,29 +387,46 @@ class _Scoring:
                     self.work.plan("reading", 2 * len(self.staged.layers))
                 self._sweep(results, found, own[:size], seed)
                 own = own[size:]
+                if foreseen and self._has_estimates(results, self._first_rows):
+                    self._plan_exact(Journal(None, ""), self._by_identity(foreseen), {}, -1)
+                    self._plan_exact(Journal(None, ""), self._by_identity(self._foreseen(results, sizes)[1]), {})
+                    foreseen = {}
         by_row = {
             a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
             for a in self.pending
         }
         with self.work.doing("choose", 1):
             rounds = self._rounds([by_row[a.identity] for a in self.pending], sizes)
+            count, _ = self._foreseen(results, sizes)
         runs: Runs = {}
         for k in range(rounds.count):
             with self.work.doing("choose", 0):
                 observed = self._observed(results, by_row, runs)
-                following = rounds.after(k, runs, observed)
-                foreseen = rounds.foreseen(k, runs, observed, following)
+                following = rounds.after(k, runs, observed, count)
+                _, planned = rounds.foresee(k, runs, observed, max(count, k + 1))
             self.work.forget()
             if following == runs:
                 break
-            self.told.begin(f"of {len(foreseen)} run exactly", sum(foreseen.values()) / max(1, len(foreseen)))
+            self.told.begin(f"of {len(planned)} run exactly", sum(planned.values()) / max(1, len(planned)))
             self.told.add_known(sum(runs.values()))
-            self.exact(results, *map(self._by_identity, (following, runs, foreseen)))
+            self.exact(results, *map(self._by_identity, (following, runs, planned)))
             runs = following
         observed = self._observed(results, by_row, runs)
         if rounds.contest is not None:
             self.regret, _ = rounds.worth(observed)
         return self._corrected(results, by_row, rounds.known, observed, runs)
+
+    @property
+    def _first_rows(self) -> list[int]:
+        """Those that come first in a sweep, so that some estimates soon are known."""
+        return list(range(max(1, len(self.tokens) // _FIRST_SHARE)))
+
+    def _foreseen(self, results: Journal, sizes: Sequence[float]) -> tuple[int, Runs]:
+        """How many rounds of exact runs there are, and which, by the estimates on the first rows."""
+        rows, num_rows = self._first_rows, len(self.tokens)
+        of = [[results.known[_ESTIMATE + a.identity, row][KL] for row in rows] for a in self.pending]
+        by_row = [[value * num_rows / len(rows) for value in own] for own in of]
+        return self._rounds(by_row, sizes).foresee(0, {}, {})
 
     def _by_identity(self, runs: Runs) -> _Runs:
         return {self.pending[index].identity: rows for index, rows in runs.items()}
@@ -451,7 +476,9 @@ class _Scoring:
         """Batches that go through a layer before the next is run: one by one where layers lie in memory."""
         assert self.staged is not None
         batches = list(self.batches(range(num_rows)))
-        size = 1
+        size, first = 1, self._first_rows
+        if len(batches[0]) > len(first) and not self.streamed:
+            batches = [first, *self.batches(range(len(first), num_rows))]
         if self.streamed:
             # What every layer is given, and the gradients.
             waiting = len(self.staged.layers) + 1 + self.recipe.samples

@@ -2,7 +2,8 @@
 
 The first round serves the scores as such: it lowers their errors as much as it can. Each further one serves what they
 are for, and goes to alternatives that decide what the search takes (:mod:`layersmith.scoring.contest`), by what the
-rounds before have shown; there is none once the search's choices are settled.
+rounds before have shown. How many it takes to settle the search's choices is foreseen by the first estimates, so that
+the time left can be told; only where runs show otherwise are there more.
 """
 
 from __future__ import annotations
@@ -16,9 +17,10 @@ import torch
 from layersmith.scoring.contest import Contest
 from layersmith.scoring.correction import Prior, choose_runs, correct, draw, misfit
 
-# What rounds have of all the work; short ones, since whether there is a next one cannot be told long before.
-SHARES = (1 / 4, *[1 / 8] * 6)
+SHARES = (1 / 4, *[1 / 8] * 6)  # of all the work, for each round
 _DRAWS = 128
+# More rounds than were foreseen are made where the regret is so many times as large as it should be.
+_UNFORESEEN = 1.5
 
 # Place of an alternative to the number of rows on which it runs exactly; and to what they showed, with that number.
 Runs = Mapping[int, int]
@@ -36,7 +38,7 @@ class Rounds:
         num_rows: N.
         passes: that all exact runs may take.
         precision: nothing more is run once every score is known so well.
-        settled: nor, after the first round, once the regret is below.
+        settled: nor, after the first round, once the regret is thought to be below.
         contest: of the search; None: everything serves the scores as such, in one round.
     """
 
@@ -54,30 +56,31 @@ class Rounds:
         """Of the rounds, at most."""
         return 1 if self.contest is None else len(SHARES)
 
-    def after(self, k: int, runs: Runs, observed: Observed) -> dict[int, int]:
+    def after(self, k: int, runs: Runs, observed: Observed, foreseen: int = 0) -> dict[int, int]:
         """All runs there are after round k; those of before if there is nothing more to be run.
 
         Args:
             k: from 0.
             runs: of the rounds before.
             observed: what they showed.
+            foreseen: so many rounds are made, the others if they are needed.
         """
         worth = None
         if k and self.contest is not None:
             regret, worth = self.worth(observed)
-            if regret <= self.settled:
+            if k >= foreseen and regret <= self.settled * (_UNFORESEEN if foreseen else 1):
                 return dict(runs)
         passes = self.passes * (1.0 if self.contest is None else SHARES[k])
         return choose_runs(self.known, self.costs, self.num_rows, passes, self.precision, runs, worth)
 
-    def foreseen(self, k: int, before: Runs, observed: Observed, following: Runs) -> Runs:
-        """All runs there will be if those that follow in round k, and further ones, show what is believed."""
-        while following != before and k + 1 < self.count:
+    def foresee(self, k: int, runs: Runs, observed: Observed, foreseen: int = 0) -> tuple[int, Runs]:
+        """The number of rounds there will be, and all runs, if those from round k on show what is believed."""
+        while k < (foreseen or self.count) and (following := self.after(k, runs, observed, foreseen)) != runs:
             mean, _ = correct(self.known, observed, self.num_rows)
-            seen = {i for i in observed if before[i] == following[i]}
+            seen = {i for i in observed if runs[i] == following[i]}
             observed = {i: observed[i] if i in seen else (float(mean[i]), n) for i, n in following.items()}
-            k, before, following = k + 1, following, self.after(k + 1, following, observed)
-        return following
+            k, runs = k + 1, following
+        return k, runs
 
     def worth(self, observed: Observed) -> tuple[float, torch.Tensor]:
         """The regret of children chosen by the scores, and how much the variance of each is worth, ``[n]``.
