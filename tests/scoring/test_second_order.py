@@ -7,12 +7,11 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from layersmith.costs.counted import Workload
-from layersmith.costs.library_costs import count_costs
 from layersmith.demo.job import MODEL
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import load_parent
+from layersmith.pipeline import cost_table
 from layersmith.progress import Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.runtime import Runtime
@@ -173,12 +172,8 @@ def test_scores_of_a_trained_model(trained: tuple[Library, torch.Tensor], truth:
 
 
 def axes_for(library: Library) -> list[Axis]:
-    parent = library.parent
-    costs = count_costs(
-        parent.descriptor, parent.config, parent.blocks, library.alternatives, library.axes, parent.dtype,
-        Workload(1, 1),
-    )  # fmt: skip
-    return axes_of(library.alternatives, costs, parse_budget(params="0.7", kv_cache="0.5"))
+    budget = parse_budget(params="0.7", kv_cache="0.5")
+    return axes_of(library.alternatives, cost_table(library.parent, library, budget), budget)
 
 
 def test_interrupted_at_any_line_the_scores_are_the_same(trained: tuple[Library, torch.Tensor], tmp_path: Path) -> None:

@@ -181,9 +181,9 @@ def test_an_interrupted_run_goes_on_where_it_was(
     library, journal, own = library_of(path), tmp_path / "journal", listening()
     score_library(library, TOKENS, RECIPES[mode], journal=journal, inputs="a", progress=own)
     lines = journal.read_bytes().splitlines(keepends=True)
-    journal.write_bytes(b"".join(lines[: len(lines) * 3 // 4]))
+    journal.write_bytes(b"".join(lines[: len(lines) * 4 // 5]))  # estimates come first, exact runs take longer
     own = listening()
     score_library(library, TOKENS, RECIPES[mode], journal=journal, inputs="a", progress=own)
     at, steps, left, _ = own.said[0]
-    assert steps > 0.35 * own.total
+    assert steps > 0.4 * own.total
     assert at + left == pytest.approx(own.clock(), rel=0.2)

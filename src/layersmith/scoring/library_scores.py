@@ -374,11 +374,9 @@ class _Scoring:
                     shapes = [self.tokens[rows].shape for rows in batches]
                     plan_estimate(self.staged, self.pending, found, shapes, self.recipe.samples, plan)
             self.told.add_known(len(self.pending) * sum(map(len, known)))
-        # Which exact runs there will be: KL goes with the square of the change, near enough for a guess.
         with self.work.doing("choose", 1):
-            rounds = self._rounds([[size**2] * num_rows for size in sizes], sizes)
-            routed = any(block.ffn.moe is not None for block in self.library.parent.blocks)
-            _, foreseen = rounds.foresee(0, {}, {}, rounds.count if routed else min(_GUESSED_ROUNDS, rounds.count))
+            guessed = not self._has_estimates(results, self._first_rows)
+            foreseen = self._guessed(sizes) if guessed else self._foreseen(results, sizes)[1]
         self._plan_exact(Journal(None, ""), self._by_identity(foreseen), {})
         for own in missing:
             while own:
@@ -387,10 +385,10 @@ class _Scoring:
                     self.work.plan("reading", 2 * len(self.staged.layers))
                 self._sweep(results, found, own[:size], seed)
                 own = own[size:]
-                if foreseen and self._has_estimates(results, self._first_rows):
+                if guessed and self._has_estimates(results, self._first_rows):
                     self._plan_exact(Journal(None, ""), self._by_identity(foreseen), {}, -1)
                     self._plan_exact(Journal(None, ""), self._by_identity(self._foreseen(results, sizes)[1]), {})
-                    foreseen = {}
+                    guessed = False
         by_row = {
             a.identity: [results.known[_ESTIMATE + a.identity, row][KL] for row in range(num_rows)]
             for a in self.pending
@@ -420,6 +418,12 @@ class _Scoring:
     def _first_rows(self) -> list[int]:
         """Those that come first in a sweep, so that some estimates soon are known."""
         return list(range(max(1, len(self.tokens) // _FIRST_SHARE)))
+
+    def _guessed(self, sizes: Sequence[float]) -> Runs:
+        """Exact runs there may be, from the sizes of changes alone: KL goes with their square, near enough for that."""
+        rounds = self._rounds([[size**2] * len(self.tokens) for size in sizes], sizes)
+        routed = any(block.ffn.moe is not None for block in self.library.parent.blocks)
+        return rounds.foresee(0, {}, {}, rounds.count if routed else min(_GUESSED_ROUNDS, rounds.count))[1]
 
     def _foreseen(self, results: Journal, sizes: Sequence[float]) -> tuple[int, Runs]:
         """How many rounds of exact runs there are, and which, by the estimates on the first rows."""
