@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from transformers import AutoModelForCausalLM, GemmaConfig, MixtralConfig, Pretr
 
 import layersmith
 from layersmith.errors import InputError
+from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import Parent, load_parent
-from layersmith.progress import Progress
-from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.progress import SILENT, Progress
+from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe
 from layersmith.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.states import States, StatesOnDisk
+from layersmith.search.whole import whole_models
 from layersmith.streaming import is_too_large
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -73,6 +76,51 @@ def test_scores_and_children_are_those_of_a_parent_in_memory(checkpoint: Path, t
         assert torch.equal(children[0](TOKENS).logits, children[1](TOKENS).logits)
 
 
+def test_whole_children_lose_what_they_do_in_memory(checkpoint: Path, tmp_path: Path) -> None:
+    at_once, streamed = map(library_of, both(checkpoint, tmp_path))
+    rng, choices = random.Random(0), []
+    for _ in range(5):
+        places: dict[tuple[int, str], list[Alternative]] = {}
+        for a in at_once.alternatives:
+            places.setdefault((a.layer, a.subblock), []).append(a)
+        choices.append([rng.choice(own) for own in places.values()])
+    choices.append([a for a in at_once.alternatives if a.kind == "parent"])
+    choices.append([*choices[0][:-1], choices[-1][-1]])  # begins as the first does
+    little = Recipe(scoring=ScoringRecipe(batch_tokens=48, spill_gib=5 * 2 * 48 * 32 * 4 / 1024**3))
+    expected, found, in_parts = (
+        whole_models(library, TOKENS, recipe, SILENT, tmp_path)
+        for library, recipe in ((at_once, Recipe()), (streamed, Recipe()), (streamed, little))
+    )
+    for chosen, rows in ((choices, range(6)), (choices[:2], range(1, 5)), (choices[2:], range(1, 5))):
+        losses = [
+            [[row["kl_divergence"] for row in own] for own in models.run(chosen, rows)]
+            for models in (expected, found, in_parts)
+        ]
+        for one, other in zip(losses[0], losses[1], strict=True):
+            assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+        for one, other in zip(losses[0], losses[2], strict=True):
+            assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
+
+
+def test_all_children_go_through_a_layer_before_the_next_is_read(
+    make_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    parent = load_parent(make_parent("llama"), CPU, stream_near=tmp_path)
+    assert parent.stream is not None
+    library, read, names = library_of(parent), parent.stream.files.read, []
+
+    def noted(name: str, device: torch.device) -> torch.Tensor:
+        names.append(name)
+        return read(name, device)
+
+    models = whole_models(library, TOKENS, Recipe(scoring=ScoringRecipe(batch_tokens=48)), SILENT, tmp_path)
+    parent.stream.files.read = noted  # type: ignore[method-assign]
+    narrow = [a for a in library.alternatives if a.kind == "ffn_width"]
+    models.run([[a] for a in narrow], range(6))
+    queries = [name for name in names if name.endswith("q_proj.weight")]
+    assert len(queries) == len(set(queries)) == len(parent.blocks)
+
+
 def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path) -> None:
     """When a layer is read nothing holds on to the weights of another, be it a stage, an alternative or a graph."""
     parent = load_parent(make_parent("llama"), CPU, stream_near=tmp_path)
@@ -94,6 +142,12 @@ def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path
         score_library(library, TOKENS, recipe)
         assert len(alive) > 2 * len(parent.blocks)
         assert set(alive) == {0}
+    alive.clear()
+    models = whole_models(library, TOKENS, Recipe(), SILENT, tmp_path)
+    changed = [a for a in library.alternatives if a.kind == "ffn_width"]
+    models.run([changed, changed[1:]], range(6))
+    assert len(alive) >= len(parent.blocks)
+    assert set(alive) == {0}
 
 
 def test_statistics_read_a_layer_once_however_many_batches_there_are(
@@ -164,11 +218,11 @@ def test_work_that_takes_long_gives_its_results_by_the_way(
 
 def test_the_main_job_from_the_disk(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
     parent = make_parent("llama")
-    recipe = {**TINY_RECIPE, "search": {"refine_passes": 0}}  # what lies on the disk is not refined
     results = [
-        layersmith.compress(parent, tmp_path / how, data=text_folder, budget=0.8, recipe={**recipe, "stream": how})
+        layersmith.compress(parent, tmp_path / how, data=text_folder, budget=0.8, recipe={**TINY_RECIPE, "stream": how})
         for how in ("never", "always")
     ]
+    assert all((tmp_path / how / "refine" / "refine.json").is_file() for how in ("never", "always"))
     assert results[0].choice.alternatives == results[1].choice.alternatives
     for metric in ("loss", "kl_divergence"):
         assert results[1].metric(metric)["child"] == pytest.approx(results[0].metric(metric)["child"], rel=1e-4)

@@ -14,7 +14,7 @@ from layersmith import pipeline
 from layersmith.artifacts import read_json, read_tensors, whole_folder
 from layersmith.costs.times import Times
 from layersmith.data import evaluation_rows, load_tokenizer
-from layersmith.errors import InputError, UsageError, did_you_mean
+from layersmith.errors import InputError, UnsupportedModel, UsageError, did_you_mean
 from layersmith.evaluation.compare import compare
 from layersmith.heterogeneous.checkpoint import load, save
 from layersmith.library.library import Library
@@ -115,11 +115,17 @@ def search_several(
     if refine and not passes:
         passes = SearchRecipe.refine_passes
     wanted = (out is not None if refine is None else refine) and passes and choices[0].score > 0
-    if wanted and library.parent.stream is None:
+    if wanted:
         recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
-        refined = pipeline.refined_choice(space, choices[0], library, recipe, scoring_rows(run), None, "", progress)
-        known = settled.times if settled is not None else None
-        choices[0] = that_holds(choices[0], refined.choice, known, library.parent, recipe, progress)
+        rows, known = scoring_rows(run), settled.times if settled is not None else None
+        try:
+            refined = pipeline.refined_choice(space, choices[0], library, recipe, rows, None, "", progress)
+        except UnsupportedModel as reason:
+            if refine:
+                raise
+            progress.note(f"not refined: {reason}")
+        else:
+            choices[0] = that_holds(choices[0], refined.choice, known, library.parent, recipe, progress)
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
             taught = pipeline.with_pairs(run, library)
@@ -154,21 +160,14 @@ def frontier_again(
     """
     run = Run.existing(run_folder)
     recipe, library, space, _ = _space(run, budget, objective, descriptor, rules, progress)
-    if measure and library.parent.stream is not None:
-        raise UsageError("--measure runs many children in turn, and this parent is read from the disk. Leave it out.")
 
     def measured(choices: Sequence[Choice]) -> list[dict[str, Any]]:
         rows = scoring_rows(run)
-        models = whole_models(library, rows, recipe, progress)
+        models = whole_models(library, rows, recipe, progress, run.folder)
         everything = [*choices, space.of([a for a in library.alternatives if a.kind == "parent"])]
         with progress.stage("measure", len(rows), "sequences") as advance:
-            found: list[list[float]] = [[] for _ in everything]
-            for start in range(0, len(rows), models.batch_rows):
-                batch = range(start, min(start + models.batch_rows, len(rows)))
-                for own, values in zip(found, models.run([c.alternatives for c in everything], batch), strict=True):
-                    own += [value[recipe.scoring.objective] for value in values]
-                advance(len(batch))
-        *own_rows, parent = found
+            found = models.run([c.alternatives for c in everything], range(len(rows)), advance)
+        *own_rows, parent = [[values[recipe.scoring.objective] for values in own] for own in found]
         whole = math.fsum(parent) / len(parent)
         return [
             {

@@ -24,7 +24,7 @@ from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.costs.times import Times
 from layersmith.data import check_vocabulary, load_tokenizer, prepare
 from layersmith.distillation.local import distill_chosen, distill_locally
-from layersmith.errors import UsageError
+from layersmith.errors import UnsupportedModel, UsageError
 from layersmith.evaluation.compare import compare, complete
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.kept import Kept
@@ -448,9 +448,6 @@ def make_refined(
     """The choice, bettered by running whole models; as it is where that is not wanted, or nothing was removed."""
     if not recipe.search.refine_passes or all(a.kind == "parent" for a in choice.alternatives):
         return choice
-    if library.parent.stream is not None:
-        progress.note("not refined: the parent is read from the disk, and refinement runs many children in turn.")
-        return choice
 
     def make(folder: Path) -> None:
         refined = refined_choice(space, choice, library, recipe, tokens, run.partial("refine"), inputs, progress)
@@ -458,7 +455,11 @@ def make_refined(
         refined = dataclasses.replace(refined, choice=taken)
         write_json(folder / "refine.json", refined.to_dict())
 
-    run.do("refine", inputs, make)
+    try:
+        run.do("refine", inputs, make)
+    except UnsupportedModel as reason:
+        progress.note(f"not refined: {reason}")
+        return choice
     return read_refined(read_json(run.folder / "refine" / "refine.json")).choice
 
 
@@ -473,8 +474,9 @@ def refined_choice(
     progress: Progress,
 ) -> Refined:
     """Run children like the choice on the scoring rows and search on; see :mod:`layersmith.search.refine`."""
+    folder = journal.parent if journal is not None else None
     with progress.stage("refine", recipe.search.refine_passes, "passes") as advance, Journal(journal, inputs) as kept:
-        models = whole_models(library, tokens, recipe, progress)
+        models = whole_models(library, tokens, recipe, progress, folder)
         refined = refine(
             space, choice, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
         )

@@ -36,6 +36,9 @@ from layersmith.parent import Parent
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 # What tokens that run at once may take where the parent's weights stay on the disk.
 STREAMED_BYTES = 64 * 1024**2
+# Elsewhere: this where it is much beside the weights, else a share of those.
+_SMALL_BYTES = 256 * 1024**2
+_SHARE_OF_WEIGHTS = 0.1
 
 
 @dataclass(frozen=True)
@@ -349,6 +352,21 @@ class StagedParent:
             return self.library.layer(alternative)
         other = "ffn" if alternative.subblock == "attention" else "attention"
         return self.library.layer(alternative, Alternative(alternative.layer, other, "no_op"))
+
+
+def tokens_at_once(parent: Parent, staged: StagedParent | None, most: int) -> int:
+    """Of ``most``, so many that what a layer makes of them stays small beside the parent's weights."""
+    streamed = staged is not None and staged.streamed
+    weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
+    limit = STREAMED_BYTES if streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
+    vocab_size, held = parent.language_config.vocab_size, 0
+    if staged is not None:
+        vocab_size = staged.vocab_size
+        # What every layer is given, unless that waits on the disk.
+        held = 0 if streamed else staged.bytes_of_a_token * (len(staged.layers) + 1)
+    # While it goes through a layer, or while the parent's logits are at hand.
+    of_token = max(bytes_within_a_layer(parent), 8.0 * vocab_size)
+    return int(min(most, max(1, limit // (of_token + held))))
 
 
 def bytes_within_a_layer(parent: Parent) -> float:

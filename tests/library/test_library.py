@@ -12,7 +12,7 @@ import layersmith
 from layersmith import ModelDescriptor
 from layersmith.execution import exchanged, forward
 from layersmith.library import ranking, statistics
-from layersmith.library.alternative import Alternative, ffn_widths, kv_head_counts
+from layersmith.library.alternative import Alternative, ffn_widths, head_group_counts, kv_head_counts
 from layersmith.library.library import Library, build_library, probes_for, survey
 from layersmith.library.weights import keep_groups, keep_kv_heads, keep_query_heads, narrow, pool_kv_heads
 from layersmith.parent import Parent, load_parent
@@ -299,6 +299,13 @@ def test_grids_follow_the_hardware() -> None:
     assert kv_head_counts(8, 32, LibraryRecipe()) == [4, 2, 1]
     assert kv_head_counts(6, 12, LibraryRecipe()) == [3, 1]
     assert kv_head_counts(8, 32, LibraryRecipe(kv_heads=(8, 3, 4))) == [4]
+
+
+def test_kv_heads_that_go_with_their_query_heads_need_not_divide_anything() -> None:
+    assert head_group_counts(8, True, 32, LibraryRecipe()) == [6, 4, 2, 1]
+    assert head_group_counts(8, True, 32, LibraryRecipe(kv_heads=(8, 3, 4))) == [4, 3]
+    assert head_group_counts(2, True, 8, LibraryRecipe()) == [1]
+    assert head_group_counts(12, False, 12, LibraryRecipe()) == [9, 6, 3]
 
 
 def test_kept_layers_stay(make_parent: Callable[..., Path]) -> None:

@@ -1,5 +1,7 @@
 """How alternatives work together, on a trained model."""
 
+import argparse
+import gzip
 import math
 import random
 from pathlib import Path
@@ -8,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 
-from layersmith import pipeline
 from layersmith.data import load_tokenizer
 from layersmith.demo.job import MODEL
 from layersmith.library.library import Library, build_library, survey
@@ -24,7 +25,7 @@ from layersmith.search.whole import WholeModels, whole_models
 @pytest.fixture(scope="module")
 def models() -> WholeModels:
     parent = load_parent(MODEL, Runtime(torch.device("cpu"), torch.float32))
-    text = Path(pipeline.__file__).read_text(encoding="utf-8") + Path(random.__file__).read_text(encoding="utf-8")
+    text = "".join(Path(module.__file__).read_text(encoding="utf-8") for module in (random, argparse, gzip))
     rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
     recipe = LibraryRecipe(ffn_fractions=(0.875, 0.75), kv_heads=(), query_heads=False, linear=(), no_op=())
     library = build_library(parent, recipe, survey(parent, recipe), rows, batch_sequences=8)
@@ -48,7 +49,7 @@ def test_pairs_tell_what_a_child_loses(models: WholeModels) -> None:
     assert known is not None
     norms = np.linalg.norm(known.directions, axis=1)
     assert norms == pytest.approx(np.ones(len(norms)), abs=1e-5)
-    chosen = children(library, 8)
+    chosen = children(library, 24)
     sums = np.array([math.fsum(losses[a.key] for a in own) for own in chosen])
     pairs = known.of_pairs(losses, chosen)
     truth = np.array([np.mean([row["kl_divergence"] for row in own]) for own in models.run(chosen, range(16))])

@@ -212,9 +212,7 @@ def _of_heads(i: int, axis: HeadsAxis, recipe: LibraryRecipe) -> list[Alternativ
             methods = [m for m in recipe.kv_methods if m != "pool" or axis.size % size == 0]
             found += [Alternative(i, "attention", "kv_heads", method, size * unit) for method in methods]
     if axis.fewer_groups and recipe.query_heads:
-        sizes = kv_head_counts(axis.size, axis.num_heads, recipe)
-        if not axis.fewer_kv:  # every head has keys of its own: any number will do
-            sizes = fractions_of(axis.size, recipe.head_fractions)
+        sizes = head_group_counts(axis.size, axis.fewer_kv, axis.num_heads, recipe)
         found += [Alternative(i, "attention", "head_groups", "contribution", k * unit, k * group * unit) for k in sizes]
     if axis.fewer_queries and recipe.query_heads:
         sizes = fractions_of(axis.num_heads // axis.shares, recipe.head_fractions)
@@ -293,6 +291,23 @@ def kv_head_counts(full: int, num_heads: int, recipe: LibraryRecipe) -> list[int
         count = max(k for k in range(1, count // 2 + 1) if num_heads % k == 0)
         counts.append(count)
     return counts
+
+
+def head_group_counts(full: int, shared: bool, num_heads: int, recipe: LibraryRecipe) -> list[int]:
+    """The numbers of KV heads to try where their query heads go with them, most first: any will do.
+
+    Args:
+        full: what the parent has.
+        shared: whether several query heads share one.
+        num_heads: the parent's query heads.
+        recipe: says which.
+    """
+    if not shared:
+        return fractions_of(full, recipe.head_fractions)
+    if recipe.kv_heads is not None:
+        return sorted({k for k in recipe.kv_heads if k < full}, reverse=True)
+    counts = {*kv_head_counts(full, num_heads, recipe), *fractions_of(full, recipe.head_fractions)}
+    return sorted(counts, reverse=True)
 
 
 def why_no_linear(descriptor: type[ModelDescriptor], layers: Sequence[Any], subblock: str) -> list[str]:

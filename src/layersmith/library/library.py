@@ -249,6 +249,10 @@ class Library:
                 setattr(layer, LAYER_TYPE, alternative.method)
         return layer.eval().requires_grad_(False)
 
+    def num_parameters(self, *alternatives: Alternative) -> int:
+        """Of what :meth:`layer` gives, which is not made for that."""
+        return sum(p.numel() for p in self._skeleton(alternatives[0].layer, alternatives).parameters())
+
     def _skeleton(self, index: int, changed: Sequence[Alternative]) -> nn.Module:
         """The layer on the meta device. All layers that can be the same are built so at once, and kept."""
         configs: dict[str, Any] = {a.subblock: a.subblock_config(self.parent.blocks[index]) for a in changed}

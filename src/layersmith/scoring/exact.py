@@ -180,7 +180,7 @@ def run_layer_by_layer(
 
     for n, job in enumerate(jobs):
         with work.doing("head", of_head(n)):
-            (own,) = _by_spans(staged, job.rows, states, [("parent", depth, n)])
+            (own,) = by_spans(staged, job.rows, states, [("parent", depth, n)])
         yield n, Measured(None, own)
     seconds = work.seconds_of("forward", 1.0)
     most_operations = most_seconds(staged, work, 1) / seconds if seconds else math.inf
@@ -202,7 +202,7 @@ def run_layer_by_layer(
             run = [alternative for alternative, numbers in wave if n in numbers]
             with work.doing("head", (1 + len(run)) * of_head(n)):
                 changed = [(alternative.identity, n) for alternative in run]
-                _, *measured = _by_spans(staged, job.rows, states, [("parent", depth, n), *changed])
+                _, *measured = by_spans(staged, job.rows, states, [("parent", depth, n), *changed])
                 for key in changed:
                     states.forget(key)
             for alternative, rows in zip(run, measured, strict=True):
@@ -280,7 +280,7 @@ def _begin(
         states.pop(("middle", n))
 
 
-def _by_spans(staged: StagedParent, rows: torch.Tensor, states: States, keys: Sequence[Hashable]) -> list[Rows]:
+def by_spans(staged: StagedParent, rows: torch.Tensor, states: States, keys: Sequence[Hashable]) -> list[Rows]:
     """Metrics of hidden states ``[B, T, D]``, the parent's own first; nothing is held but those of a span."""
     found: list[list[dict[str, torch.Tensor]]] = [[] for _ in keys]
     labels = labels_of(rows)

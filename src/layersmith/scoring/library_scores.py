@@ -39,7 +39,7 @@ from layersmith.scoring.score import Journal, Score, error_beside_each_other, st
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
 from layersmith.scoring.states import States, StatesOnDisk, most_seconds
 from layersmith.scoring.work import Work, plan_all
-from layersmith.staged import STREAMED_BYTES, CannotTakeApart, StagedParent, bytes_within_a_layer, take_apart
+from layersmith.staged import CannotTakeApart, StagedParent, take_apart, tokens_at_once
 
 # Identity of an alternative to the number of rows on which it runs exactly.
 _Runs = Mapping[str, int]
@@ -48,9 +48,6 @@ _ESTIMATE = "second order "  # before the identity of an alternative
 KL = "kl_divergence"
 # About what a second-order sweep costs in forward passes; where fewer exact ones do, there is nothing to save.
 SWEEP_PASSES = 6.0
-# What tokens that run at once may take: this where it is much beside the weights, else a share of those.
-_SMALL_BYTES = 256 * 1024**2
-_SHARE_OF_WEIGHTS = 0.1
 # Rounds of exact runs, as long as no estimate is known; and one row in so many comes first in a sweep, and tells.
 _GUESSED_ROUNDS, _FIRST_SHARE = 2, 8
 # The first rows of exact runs that may stop early.
@@ -222,18 +219,7 @@ class _Scoring:
 
     @cached_property
     def tokens_at_once(self) -> int:
-        """Of the recipe's, so many that what a layer makes of them stays small beside the parent's weights."""
-        parent = self.library.parent
-        weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
-        most = STREAMED_BYTES if self.streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
-        vocab_size, held = parent.language_config.vocab_size, 0
-        if self.staged is not None:
-            vocab_size = self.staged.vocab_size
-            # What every layer is given, unless that waits on the disk.
-            held = 0 if self.streamed else self.staged.bytes_of_a_token * (len(self.staged.layers) + 1)
-        # While it goes through a layer, or while the parent's logits are at hand.
-        of_token = max(bytes_within_a_layer(parent), 8.0 * vocab_size)
-        return int(min(self.recipe.batch_tokens, max(1, most // (of_token + held))))
+        return tokens_at_once(self.library.parent, self.staged, self.recipe.batch_tokens)
 
     @property
     def streamed(self) -> bool:

@@ -54,7 +54,11 @@ class Together:
 
 
 def together(
-    staged: StagedParent, alternatives: Sequence[Alternative], batches: Sequence[torch.Tensor], seed: int
+    staged: StagedParent,
+    alternatives: Sequence[Alternative],
+    batches: Sequence[torch.Tensor],
+    seed: int,
+    states: States | None = None,
 ) -> Together:
     """Sweep rows for how alternatives work together.
 
@@ -63,13 +67,14 @@ def together(
         alternatives: without the parent's own.
         batches: rows of token ids, ``[B, T]`` each.
         seed: of the signs.
+        states: where hidden states wait; default: in memory.
     """
     found = look(staged, alternatives, batches[0][:1])
     total = sum(rows.numel() for rows in batches)
     products = Products(every=max(1, -(-total // _MOST_TOKENS)))
     numbers = iter(range(total))
     seeds = [[[seed * 1_000_003 + next(numbers) for _ in rows]] for rows in batches]
-    estimate(staged, alternatives, found, batches, seeds, States(), products=products)
+    estimate(staged, alternatives, found, batches, seeds, states or States(), products=products)
     values = products.by_identity()
     own = np.stack([values[a.identity] for a in alternatives])
     own /= np.maximum(np.linalg.norm(own, axis=1, keepdims=True), 1e-30)

@@ -1,8 +1,9 @@
 """Choices as whole models: what a child really loses on scoring rows, not the sum of its parts.
 
 Children that agree in their first layers share what these give: choices are run in the order of their layers, batch by
-batch of rows, each from where it parts from the one before. What the parent says is computed once a batch. Where a
-parent cannot be taken apart (see :mod:`layersmith.staged`), its own forward is run with layers exchanged.
+batch of rows, each from where it parts from the one before. What the parent says is computed once a batch. Where the
+parent's weights stay on the disk, all choices and all rows go through a layer before the next is read. Where a parent
+cannot be taken apart (see :mod:`layersmith.staged`), its own forward is run with layers exchanged.
 
 Work is counted in forward passes of the parent over all rows.
 
@@ -11,21 +12,26 @@ Shapes: N rows, B rows of a batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+import math
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from layersmith.errors import UnsupportedModel
 from layersmith.execution import exchanged, logits_and_hidden
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.progress import Progress
 from layersmith.recipe import Recipe
-from layersmith.scoring.exact import spans
+from layersmith.scoring.exact import by_spans, spans
 from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
+from layersmith.scoring.states import States, StatesOnDisk
 from layersmith.scoring.together import Together, together
-from layersmith.staged import Batch, CannotTakeApart, StagedParent, take_apart
+from layersmith.staged import Batch, CannotTakeApart, StagedParent, take_apart, tokens_at_once
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
 
@@ -43,6 +49,8 @@ class WholeModels:
         staged: the parent taken apart; None where it cannot be.
         tokens: ``[N, T]`` rows.
         batch_rows: rows that run together.
+        folder: where hidden states wait if the parent's weights stay on the disk.
+        spill_bytes: that those may take.
         passes: work done so far.
     """
 
@@ -50,27 +58,47 @@ class WholeModels:
     staged: StagedParent | None
     tokens: torch.Tensor
     batch_rows: int
+    folder: Path = Path(tempfile.gettempdir())
+    spill_bytes: float = math.inf
     passes: float = 0.0
+    _ends: dict[tuple[int, ...], States] = field(default_factory=dict)
     _built: dict[tuple[Alternative, ...], nn.Module] = field(default_factory=dict)
     _started: dict[tuple[int, ...], tuple[Batch | None, Reference]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         parent = self.library.parent
-        layers = [sum(p.numel() for p in layer.parameters()) for layer in parent.layers]
+        self._layers = [sum(p.numel() for p in layer.parameters()) for layer in parent.layers]
         self._head = sum(p.numel() for p in parent.head.parameters())
-        self._whole = sum(layers) + self._head
+        self._whole = sum(self._layers) + self._head
+        self._changed: dict[tuple[Alternative, ...], int] = {}
 
     @torch.no_grad()
-    def run(self, choices: Sequence[Sequence[Alternative]], rows: Sequence[int]) -> list[Rows]:
-        """Metrics of every choice on every one of some rows."""
+    def run(
+        self,
+        choices: Sequence[Sequence[Alternative]],
+        rows: Sequence[int],
+        advance: Callable[[float], None] = lambda rows: None,
+    ) -> list[Rows]:
+        """Metrics of every choice on every one of some rows; ``advance`` is told of rows."""
         order = sorted(range(len(choices)), key=lambda k: _sort_key(self._places(choices[k])))
+        sorted_places = [self._places(choices[k]) for k in order]
         found: list[Rows] = [[] for _ in choices]
-        for start in range(0, len(rows), self.batch_rows):
-            batch = tuple(rows[start : start + self.batch_rows])
-            own = self._in_stages if self.staged is not None else self._by_exchange
-            for index, result in own([self._places(choices[k]) for k in order], batch).items():
+        batches = [tuple(rows[start : start + self.batch_rows]) for start in range(0, len(rows), self.batch_rows)]
+        way = self._in_stages if self.staged is not None else self._by_exchange
+        parts: Iterable[list[tuple[int, ...]]] = ([batch] for batch in batches)
+        if self.streamed:
+            self._ends = {batch: kept for batch, kept in self._ends.items() if batch in batches}
+            way, parts = self._layer_by_layer, self._that_may_wait(batches, len(choices))
+        for part in parts:
+            for index, result in way(sorted_places, part).items():
                 found[order[index]] += result
+            advance(sum(map(len, part)))
         return found
+
+    @property
+    def streamed(self) -> bool:
+        """Whether the parent's weights stay on the disk until a layer runs."""
+        return self.library.parent.stream is not None
 
     def cost(self, choices: Sequence[Sequence[Alternative]], num_rows: int) -> float:
         """Forward passes that :meth:`run` takes, what is shared counted once; without the parent's own."""
@@ -83,15 +111,15 @@ class WholeModels:
 
     def together(self, alternatives: Sequence[Alternative], rows: Sequence[int], seed: int) -> Together | None:
         """How alternatives work together on some rows; None where the parent cannot be taken apart."""
-        if self.staged is None or self.staged.streamed:
+        if self.staged is None:
             return None
         batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
-        return together(self.staged, [a for a in alternatives if a.kind != "parent"], batches, seed)
+        return together(self.staged, [a for a in alternatives if a.kind != "parent"], batches, seed, self._states())
 
-    # ------------------------------------------------------------------------------------------ two ways
+    # ------------------------------------------------------------------------------------------ three ways
 
-    def _in_stages(self, choices: Sequence[Places], rows: tuple[int, ...]) -> Mapping[int, Rows]:
-        staged = self.staged
+    def _in_stages(self, choices: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
+        staged, (rows,) = self.staged, batches
         assert staged is not None
         batch, reference = self._start(rows)
         assert batch is not None
@@ -113,7 +141,68 @@ class WholeModels:
             before = places
         return found
 
-    def _by_exchange(self, choices: Sequence[Places], rows: tuple[int, ...]) -> Mapping[int, Rows]:
+    def _layer_by_layer(self, choices: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
+        """What choices have in common from the first layer on is run once; the parent is one of them the first time."""
+        staged = self.staged
+        assert staged is not None
+        known, states, depth = self._end_of_parent(batches), self._states(), len(self._layers)
+        wanted = list(choices) if known is not None else [*choices, ((),) * depth]
+        started = [staged.start(self._tokens_of(rows)) for rows in batches]
+        for n, batch in enumerate(started):
+            states.put(((), n), batch.embedded)
+            started[n] = replace(batch, embedded=batch.embedded.new_empty(0))
+        for i in range(depth):
+            staged.read(i)
+            reached = dict.fromkeys(places[: i + 1] for places in wanted)
+            for own in dict.fromkeys(way[i] for way in reached):
+                module = self.library.layer(*own) if own else None
+                for way in reached:
+                    if way[i] == own:
+                        for n, rows in enumerate(batches):
+                            states.put((way, n), staged.run(started[n], i, states.get((way[:i], n)), module))
+                            self._count(self._weights(i, own), rows)
+                del module  # it holds on to weights
+            for way in dict.fromkeys(places[:i] for places in wanted):
+                for n in range(len(batches)):
+                    states.forget((way, n))
+        if known is None:
+            known = self._keep_end(batches, states, wanted[-1])
+        found: dict[int, Rows] = {k: [] for k in range(len(choices))}
+        for n, rows in enumerate(batches):
+            states.put("parent", known.get(rows))
+            _, *measured = by_spans(staged, self._tokens_of(rows), states, ["parent", *((own, n) for own in choices)])
+            states.forget("parent")
+            for k, own_rows in enumerate(measured):
+                found[k] += own_rows
+                self._count(self._head, rows)
+        return found
+
+    def _that_may_wait(self, batches: Sequence[tuple[int, ...]], choices: int) -> Iterator[list[tuple[int, ...]]]:
+        """Batches that go through a layer together: their hidden states, before and after it, take what they may."""
+        assert self.staged is not None
+        of_batch = 2 * (choices + 1) * self.batch_rows * self.tokens.shape[1] * self.staged.bytes_of_a_token
+        size = max(1, int(min(len(batches), self.spill_bytes / of_batch)))
+        for start in range(0, len(batches), size):
+            yield list(batches[start : start + size])
+
+    def _end_of_parent(self, batches: Sequence[tuple[int, ...]]) -> States | None:
+        """What the parent's last layer gives of batches, if that is known."""
+        if all(rows in self._ends for rows in batches):
+            return self._ends[batches[0]]
+        return None
+
+    def _keep_end(self, batches: Sequence[tuple[int, ...]], states: States, parent: Places) -> States:
+        kept = self._states()
+        for n, rows in enumerate(batches):
+            kept.put(rows, states.get((parent, n)))
+        self._ends |= dict.fromkeys(batches, kept)
+        return kept
+
+    def _states(self) -> States:
+        return StatesOnDisk(self.folder) if self.streamed else States()
+
+    def _by_exchange(self, choices: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
+        (rows,) = batches
         _, reference = self._start(rows)
         found = {}
         for index, places in enumerate(choices):
@@ -164,7 +253,11 @@ class WholeModels:
         return self._built[own]
 
     def _weights(self, i: int, own: tuple[Alternative, ...]) -> int:
-        return sum(p.numel() for p in self._layer(i, own).parameters())
+        if not own:
+            return self._layers[i]
+        if own not in self._changed:
+            self._changed[own] = self.library.num_parameters(*own)
+        return self._changed[own]
 
     def _count(self, weights: int, rows: Sequence[int]) -> None:
         self.passes += weights / self._whole * len(rows) / len(self.tokens)
@@ -179,11 +272,33 @@ def _sort_key(places: Places) -> list[str]:
     return ["|".join(a.name for a in own) for own in places]
 
 
-def whole_models(library: Library, tokens: torch.Tensor, recipe: Recipe, progress: Progress) -> WholeModels:
-    """What runs choices on rows ``[N, T]``."""
+def whole_models(
+    library: Library, tokens: torch.Tensor, recipe: Recipe, progress: Progress, folder: Path | None = None
+) -> WholeModels:
+    """What runs choices on rows ``[N, T]``.
+
+    Args:
+        library: of their alternatives.
+        tokens: the rows.
+        recipe: says how many run together, and what may wait on the disk.
+        progress: told where a parent cannot be taken apart.
+        folder: where hidden states wait if the parent's weights stay on the disk; default: that of temporary files.
+
+    Raises:
+        UnsupportedModel: the parent's weights stay on the disk, and it cannot be taken apart.
+    """
+    parent, most = library.parent, recipe.scoring.batch_tokens
     try:
-        staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
+        staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(parent.runtime.device))
     except CannotTakeApart as reason:
+        if parent.stream is not None:
+            raise UnsupportedModel(
+                f"{parent.path}: it is read from the disk layer by layer, and no child can be run so, because {reason}."
+            ) from None
         staged = None
         progress.note(f"children are run whole, because {reason}.")
-    return WholeModels(library, staged, tokens, recipe.scoring.rows_at_once(tokens.shape[1]))
+    if parent.stream is not None:
+        most = tokens_at_once(parent, staged, most)
+    rows = max(1, most // tokens.shape[1])
+    folder = folder or Path(tempfile.gettempdir())
+    return WholeModels(library, staged, tokens, rows, folder, recipe.scoring.spill_gib * 1024**3)
