@@ -83,7 +83,8 @@ class LibraryRecipe:
         windows: whether attentions that see everything may get the window that others of the model have.
         mixers: whether Mamba and linear-attention mixers may have fewer or smaller heads and a smaller state.
         head_fractions: to which the query heads of a KV head are reduced, KV heads that go with their query heads
-            (these also to the default of ``kv_heads``), and all heads where each has its own keys; for mixers the heads of a group, the groups, the size of a head, and the state.
+            (these also to the default of ``kv_heads``), and all heads where each has its own keys; for mixers
+            the heads of a group, the groups, the size of a head, and the state.
         expert_fractions: to which the number of experts, that of a token, and the width of experts are reduced.
         linear: subblocks that one linear map may replace.
         no_op: subblocks that may be removed.

@@ -16,7 +16,7 @@ from layersmith.costs.library_costs import CostTable, count_costs
 from layersmith.costs.measured import Stopwatch, check, measure, time_models
 from layersmith.costs.roofline import predict
 from layersmith.costs.times import PREFILL, SOLUTION, Check, Times, costs_of, from_csv, kept_in, to_csv
-from layersmith.errors import InputError, first_line
+from layersmith.errors import Infeasible, InputError, first_line
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, Survey, survey
@@ -74,13 +74,32 @@ def find_times(
     if kept.is_file() and (run.folder / "run.json").is_file() and run.is_done("costs", inputs):
         times = Times.from_dict(read_json(kept))
     else:
-        times = _found(model, found, costs, workload, recipe, progress)
+
+        def possible(least: Times) -> None:
+            """Refuse what a model of no-ops is twice as slow as allowed for; nothing that is hardly off."""
+
+            def check(own: Times) -> None:
+                reachable(found.alternatives, own.into(costs, found.alternatives), budget, recipe.search, model.blocks)
+
+            try:
+                check(dataclasses.replace(least, fixed=least.fixed.scaled(0.5, 0.5)))
+            except Infeasible:
+                check(least)
+                raise
+
+        times = _found(model, found, costs, workload, recipe, progress, possible)
     reachable(found.alternatives, times.into(costs, found.alternatives), budget, recipe.search, model.blocks)
     return times
 
 
 def _found(
-    model: Parent, found: Survey | Library, costs: CostTable, workload: Workload, recipe: Recipe, progress: Progress
+    model: Parent,
+    found: Survey | Library,
+    costs: CostTable,
+    workload: Workload,
+    recipe: Recipe,
+    progress: Progress,
+    possible: Callable[[Times], None] = lambda least: None,
 ) -> Times:
     """Times from where the recipe says."""
     if recipe.costs.times is not None:
@@ -93,7 +112,7 @@ def _found(
             recipe.costs.device, model.language_config, model.blocks, found.axes, found.alternatives, counted,
             model.dtype, workload,
         )  # fmt: skip
-    return measure(model, found.alternatives, costs, workload, recipe.costs, progress)
+    return measure(model, found.alternatives, costs, workload, recipe.costs, progress, possible)
 
 
 def times_of(

@@ -191,7 +191,7 @@ def test_a_shape_is_timed_once(
     first = measure(parent, some, costs, LOAD, recipe)
     assert not steady
     more = measure(parent, found.alternatives, costs, LOAD, recipe)
-    assert 0 < len({id(model) for model in steady}) < 12
+    assert 0 < len({id(model) for model in steady}) < 13
     assert {key: more.by_key[key].prefill for key in first.by_key} == pytest.approx(
         {key: own.prefill for key, own in first.by_key.items()}
     )
@@ -359,6 +359,24 @@ def test_a_child_within_limits_of_time(make_parent: Callable[..., Path], text_fo
             make_parent("llama"), tmp_path / "other", data=text_folder, recipe=recipe, budget={"time_per_token": 1e-4}
         )
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("budget", [{"ttft": "1us"}, {"time_per_token": 0.01}, {"throughput": "9999999999tokens/s"}])
+def test_what_no_child_can_reach_is_refused_before_all_is_timed(
+    budget: dict[str, Any], make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path, steady: list[Any],
+    monkeypatch: Any,
+) -> None:  # fmt: skip
+    monkeypatch.setenv("LAYERSMITH_CACHE", str(tmp_path / "cache"))
+    recipe = TINY_RECIPE | {"costs": {"rounds": 3}}
+    with pytest.raises(Infeasible, match="fastest child"):
+        layersmith.compress(make_parent("llama"), tmp_path / "run", data=text_folder, recipe=recipe, budget=budget)
+    assert len(steady) < 6
+    assert not (tmp_path / "run").exists()
+    # What is near to what can be reached is told by measuring.
+    near = {"ttft": f"{0.9 * 1e6 * 1e-3}us"}
+    with pytest.raises(Infeasible, match="fastest child"):
+        layersmith.compress(make_parent("llama"), tmp_path / "run", data=text_folder, recipe=recipe, budget=near)
+    assert len(steady) > 30
 
 
 def test_a_run_against_the_clock(

@@ -140,8 +140,15 @@ def measure(
     workload: Workload,
     recipe: CostsRecipe,
     progress: Progress = SILENT,
+    possible: Callable[[Times], None] = lambda least: None,
 ) -> Times:
     """Time every shape of a search space here, those that are known from before excepted.
+
+    Args:
+        parent, alternatives, costs, workload, recipe: what is timed, and how.
+        progress: told of rounds.
+        possible: given, before the long work, times that are below those of any child (:func:`least_times`); it raises
+            what it has to say of them.
 
     Raises:
         UnsupportedModel: the family cannot generate.
@@ -155,6 +162,9 @@ def measure(
     known = _Known(parent, watch.workload, recipe)
     missing = [shape for shape in shapes if shape.name not in known.savings]
     if missing or known.parent is None:
+        least = least_times(watch, alternatives)
+        if least is not None:
+            possible(least)
         before = {
             shape: known.savings[shape.name].scaled(known.whole.prefill, known.whole.decode)
             for shape in shapes
@@ -183,6 +193,28 @@ def measure(
         checks = _checks(watch, times, alternatives, costs, recipe, progress)
         known.keep_checks(name, checks)
     return times.checked(*checks)
+
+
+def least_times(watch: Stopwatch, alternatives: Sequence[Alternative]) -> Times | None:
+    """The parent's times, and of everything else those of a model of no-ops; seconds where all of it takes minutes.
+
+    None where the family cannot be without subblocks or does not generate, where the parent does not lie in memory,
+    and where each model would be compiled for that.
+    """
+    parent, resting = watch.parent, no_op_blocks(watch.parent)
+    if resting is None or parent.stream is not None or watch.served.backend != "eager":
+        return None
+    try:
+        with quietly(watch.served.backend):
+            seen = [watch.served.once(model) for model in [watch.carve(resting)] * LEAST_ROUNDS + [parent.model]]
+    except Exception:  # of which measuring tells
+        return None
+    *some, whole = seen
+    least = Timing(min(t.prefill for t in some), min(t.decode for t in some))
+    own = [a for a in alternatives if a.kind == "parent"]
+    inside = (whole.at_least(least) - least).scaled(1 / len(own), 1 / len(own))
+    by_key = {a.key: inside if a.kind == "parent" else ZERO for a in alternatives}
+    return Times("measured", device_name(parent.runtime), watch.workload, by_key, least)
 
 
 def kinds_of(parent: Parent, alternatives: Sequence[Alternative], costs: CostTable) -> list[int]:

@@ -252,9 +252,11 @@ class Solver:
             least = outside + sum(min(c.costs[cost] for c in g.candidates) for g in self.groups)
             if least > limit:
                 parts = f", of which {self._amount(cost, outside)} outside the layers" if outside else ""
+                if is_throughput(cost):  # whose parts do not add up
+                    parts = ""
                 raise Infeasible(
-                    f"Infeasible: {_words(cost)} {self._amount(cost, limit)}. The smallest child this library can "
-                    f"give is {self._amount(cost, least)}{parts}. Raise the budget, or allow more in the recipe's "
+                    f"Infeasible: {_words(cost)} {self._amount(cost, limit)}. The {_extreme(cost)} child this library "
+                    f"can give is {self._amount(cost, least)}{parts}. Raise the budget, or allow more in the recipe's "
                     "library (narrower FFNs, no-ops)."
                 )
 
@@ -339,6 +341,10 @@ def within(
 
 def _words(cost: str) -> str:
     return COST_WORDS.get(cost) or cost.removeprefix("rule:").replace("_", " ")
+
+
+def _extreme(cost: str) -> str:
+    return "fastest" if cost.endswith("_seconds") else "smallest"
 
 
 def _bound(cost: str) -> str:
