@@ -102,6 +102,22 @@ def test_whole_children_lose_what_they_do_in_memory(checkpoint: Path, tmp_path: 
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
 
 
+def test_exchanges_do_what_they_do_in_memory(make_parent: Callable[..., Path], tmp_path: Path) -> None:
+    at_once, streamed = map(library_of, both(make_parent("llama"), tmp_path))
+    chosen = [next(a for a in at_once.alternatives if (a.layer, a.subblock) == (i, s) and a.kind != "parent")
+              for i in range(len(at_once.parent.blocks)) for s in ("attention", "ffn")]  # fmt: skip
+    others = [a for a in at_once.alternatives if a not in chosen]
+    one, other = (
+        whole_models(library, TOKENS, Recipe(scoring=ScoringRecipe(batch_tokens=48)), SILENT, tmp_path).around(
+            chosen, others, range(5), 3
+        )
+        for library in (at_once, streamed)
+    )
+    assert other.place == one.place
+    assert other.linear == pytest.approx(one.linear, rel=1e-3, abs=1e-6)
+    assert other.mixed == pytest.approx(one.mixed, rel=1e-3, abs=1e-6)
+
+
 def test_all_children_go_through_a_layer_before_the_next_is_read(
     make_parent: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -146,7 +162,9 @@ def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path
     models = whole_models(library, TOKENS, Recipe(), SILENT, tmp_path)
     changed = [a for a in library.alternatives if a.kind == "ffn_width"]
     models.run([changed, changed[1:]], range(6))
-    assert len(alive) >= len(parent.blocks)
+    own = [a for a in library.alternatives if a.kind == "parent"]
+    models.around(own, changed, range(6), 0)
+    assert len(alive) >= 3 * len(parent.blocks)
     assert set(alive) == {0}
 
 

@@ -293,7 +293,7 @@ class SearchRecipe:
         tensor_parallel: heads and widths that are left are multiples of this; KV heads may also divide it.
         limits: on several costs together.
         refine_passes: work that refinement may take, in forward passes of the parent over the scoring rows; 0 for none.
-        refine_rows: scoring rows on which most choices are tried.
+        refine_rows: scoring rows on which most choices are tried; default: as many as the work is enough for.
         frontier_points: budgets for which the frontier is computed.
     """
 
@@ -303,8 +303,8 @@ class SearchRecipe:
     alike: int | tuple[tuple[int, ...], ...] | None = None
     tensor_parallel: int = 1
     limits: tuple[CombinedLimit, ...] = ()
-    refine_passes: float = 10.0
-    refine_rows: int = 8
+    refine_passes: float = 8.0
+    refine_rows: int | None = None
     frontier_points: int = 50
 
     def __post_init__(self) -> None:
@@ -312,9 +312,9 @@ class SearchRecipe:
         for name in ("most_no_op_attentions", "most_no_op_ffns", "refine_passes"):
             if (getattr(self, name) or 0) < 0:
                 raise UsageError(f"recipe search.{name}: cannot be negative, got {getattr(self, name)}.")
-        for name in ("tensor_parallel", "refine_rows"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"recipe search.{name}: must be at least 1, got {getattr(self, name)}.")
+        for name, value in (("tensor_parallel", self.tensor_parallel), ("refine_rows", self.refine_rows)):
+            if value is not None and value < 1:
+                raise UsageError(f"recipe search.{name}: must be at least 1, got {value}.")
         if self.frontier_points < 2:
             raise UsageError("recipe search.frontier_points: must be at least 2.")
         if isinstance(self.alike, int) and self.alike < 0:

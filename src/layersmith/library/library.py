@@ -251,7 +251,9 @@ class Library:
 
     def num_parameters(self, *alternatives: Alternative) -> int:
         """Of what :meth:`layer` gives, which is not made for that."""
-        return sum(p.numel() for p in self._skeleton(alternatives[0].layer, alternatives).parameters())
+        changed = [a for a in alternatives if a.kind != "parent"]
+        layer = self._skeleton(changed[0].layer, changed) if changed else self.parent.layers[alternatives[0].layer]
+        return sum(p.numel() for p in layer.parameters())
 
     def _skeleton(self, index: int, changed: Sequence[Alternative]) -> nn.Module:
         """The layer on the meta device. All layers that can be the same are built so at once, and kept."""

@@ -270,30 +270,9 @@ def _changed(
 
 
 @dataclass
-class Products:
-    """Products g . delta of all alternatives, of some of the tokens that a sweep sees.
-
-    Attributes:
-        every: of each batch every so manieth token is kept.
-    """
-
-    every: int = 1
-    _found: dict[str, list[torch.Tensor]] = field(default_factory=dict)
-
-    def keep(self, identity: str, product: torch.Tensor) -> None:
-        """Keep those of one alternative, ``[B, T]`` of the next batch."""
-        self._found.setdefault(identity, []).append(product.float().flatten()[:: self.every].cpu())
-
-    def by_identity(self) -> dict[str, Any]:
-        """Identity of an alternative to a float32 array ``[tokens]``."""
-        return {identity: torch.cat(own).numpy() for identity, own in self._found.items()}
-
-
-@dataclass
 class _Sums:
     """Sums over the tokens of each row of a batch, ``[B]`` by identity of an alternative."""
 
-    products: Products | None
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
 
     def add(self, own: Sequence[Alternative], products: Sequence[torch.Tensor]) -> None:
@@ -301,8 +280,6 @@ class _Sums:
         for a, product in zip(own, products, strict=True):
             total = product.square().sum(-1).double().cpu()
             self.squares[a.identity] = self.squares[a.identity] + total if a.identity in self.squares else total
-            if self.products is not None:
-                self.products.keep(a.identity, product)
 
 
 def estimate(
@@ -313,7 +290,6 @@ def estimate(
     seeds: Sequence[Sequence[Sequence[int]]],
     states: States,
     work: Work | None = None,
-    products: Products | None = None,
 ) -> list[dict[str, torch.Tensor]]:
     """Second-order estimates of KL in nats a token, on every row.
 
@@ -327,7 +303,6 @@ def estimate(
         seeds: for each batch and each backward pass one seed a row.
         states: where hidden states wait.
         work: told of what is done.
-        products: keeps what is squared, if given.
 
     Returns:
         For each batch identity of an alternative to ``[B]`` float64.
@@ -343,7 +318,7 @@ def estimate(
     by_place: dict[tuple[int, str], list[Alternative]] = {}
     for a in alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
-    sums = [_Sums(products) for _ in numbers]
+    sums = [_Sums() for _ in numbers]
     for i in reversed(range(depth)):
         own = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
         read(staged, i, work)
@@ -507,16 +482,19 @@ def _of_the_head(
         with torch.enable_grad(), staged.arithmetic.needs():
             logits, _ = staged.head(rows[:, start:end], part)
         p = logits.detach().float().softmax(-1)
-        root = p.sqrt()
         for k, own in enumerate(generators):
-            signed = _signs(own, end - start, p.shape[-1], p.device) * root
-            along = signed.sum(-1, keepdim=True)
-            v = torch.addcmul(signed, p, along, value=-1, out=signed).to(logits.dtype)
+            v = drawn(p, own).to(logits.dtype)
             keep = k + 1 < len(generators)
             (result[k][:, start:end],) = torch.autograd.grad(logits, part, v, retain_graph=keep)
             with staged.arithmetic.needs():
                 staged.arithmetic.count_backward(("head", part.shape))
     return result
+
+
+def drawn(p: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
+    """v of the module's docstring for distributions ``[B, T, V]``, each row by a generator of its own."""
+    signed = _signs(generators, p.shape[1], p.shape[-1], p.device) * p.sqrt()
+    return torch.addcmul(signed, p, signed.sum(-1, keepdim=True), value=-1, out=signed)
 
 
 _SIGN_BITS = 16

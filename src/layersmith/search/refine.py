@@ -1,11 +1,12 @@
-"""Refinement with the truth: choices near the program's are run as whole models, and the search goes on from there.
+"""Refinement with the truth: choices are run as whole models, and the search goes on around the best.
 
 The program minimises a sum of scores, each measured in an otherwise whole parent. What a child loses is another thing:
-errors of its parts add up or cancel. So the program's choice and others like it are run on some scoring rows; a
-:class:`~layersmith.search.surrogate.Surrogate` is given what was seen, and says which exchanges may be better; those
-are run next, until the work that is allowed is done. Where a sweep of second-order scores over the same rows is at most
-a third of that work, it comes first and tells the surrogate how alternatives work together. The best few are run on all
-rows, and the best of these is taken; the program's own choice always is among them, so it is never worse on these rows.
+errors of its parts add up or cancel. So the program's choice is run on some scoring rows. Then, round by round: a sweep
+around the best child tells what every exchange would change in what it loses, alone and with others
+(:mod:`layersmith.scoring.around`); the same integer program, with these for scores, gives the best child that differs
+in at most so many subblocks, for several numbers; those are run, and the best of all is the next to go on from. It ends
+where nothing better is found, or when the work that is allowed is done. The best few are run on all rows, and the best
+of these is taken; the program's own choice always is among them, so it is never worse on these rows.
 
 Everything that is run is kept in a journal by what the choice is and by row.
 """
@@ -14,29 +15,32 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
 
 from layersmith.artifacts import fingerprint
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
-from layersmith.scoring.library_scores import SWEEP_PASSES, row_order
+from layersmith.scoring.around import Around
+from layersmith.scoring.library_scores import row_order
 from layersmith.scoring.metrics import loss_of
 from layersmith.scoring.score import Journal, standard_error
-from layersmith.scoring.together import Together
 from layersmith.search.choose import Choice, Space
-from layersmith.search.surrogate import Surrogate
 from layersmith.search.whole import WholeModels
 
 Chosen = tuple[Alternative, ...]
+Members = Sequence[Sequence[tuple[Alternative, ...]]]  # for each group of the program what can be chosen
 
-_AT_ONCE = 6  # choices that are run before the surrogate is asked again
-_FINALISTS = 3  # run on all rows, beside the program's own
-_TEMPERATURE = 0.35  # of the random factors on scores by which the first others are found
-_PROPOSALS = 48  # exchanges that are looked at, in each step of a descent on the surrogate
-_STEPS = 30
-_MOST_OF_SWEEP = 1 / 3  # of the work that is allowed
+_FINALISTS = 2  # run on all rows, beside the program's own
+_ROUNDS = 2  # for which there should be work, so many rows are taken
+_MOST_EXCHANGES = (1 / 24, 1 / 12, 1 / 6, 1 / 3)  # of the children of a round, as shares of all subblocks
+# Optima under random factors on the scores say which alternatives are worth a look.
+_DRAWS, _TEMPERATURE = 32, 0.5
+_LINES = 6  # programs along the slope at the last one's answer, for each number of exchanges
+_PROPOSALS, _STEPS, _MISSES = 48, 30, 4  # exchanges at random from there
 
 
 @dataclass(frozen=True)
@@ -110,40 +114,36 @@ class _Search:
     advance: Callable[[float], None]
 
     def __post_init__(self) -> None:
-        order = row_order(len(self.models.tokens))
-        self.rows = sorted(order[: self.recipe.refine_rows])
-        self.all_rows = sorted(order)
+        self.all_rows = sorted(row_order(len(self.models.tokens)))
+        self.rows = self.all_rows
         self.seen: dict[Chosen, float] = {}  # on the few rows
-        self.passes = 1.0  # the parent itself
-        # Scores of the same rows would be better; they differ by one factor that the surrogate has to learn anyway.
-        self.losses: Mapping[str, float] = self.space.losses
-        self.together: Together | None = None
+        self.passes = 0.0
 
     def run(self, plain: Choice) -> Chosen:
         start = plain.alternatives
-        sweep = SWEEP_PASSES * len(self.rows) / len(self.all_rows)
-        if self.objective == "kl_divergence" and sweep <= _MOST_OF_SWEEP * self.recipe.refine_passes:
-            self.together = self.models.together(self.space.alternatives, self.rows, self.rng.randrange(2**20))
-            if self.together is not None:
-                self.passes += sweep
-                self.advance(sweep)
-        kept_back = self._price([start] * (_FINALISTS + 1), len(self.all_rows) - len(self.rows))
+        others = self._worth_a_look(plain)
+        self.rows = self._few_rows(start, others)
+        kept_back = self._end(start) * (1 - len(self.rows) / len(self.all_rows))
         allowed = self.recipe.refine_passes - kept_back
         self._see([start])
-        first = self._others_like(plain, allowed)
-        for at in range(0, len(first), _AT_ONCE):
-            self._see(first[at : at + _AT_ONCE])
+        base: Chosen | None = None
         while True:
-            following = self._following()
-            if not following or self.passes + self._price(following, len(self.rows)) > allowed:
+            best = min(self.seen, key=self._rank)
+            if best == base:
+                break  # nothing better was found around it
+            base = best
+            following = self._following(base, others, allowed)
+            while following and self.passes + self._price(following, len(self.rows)) > allowed:
+                following.pop()
+            if not following:
                 break
             self._see(following)
         finalists = [start, *(c for c in sorted(self.seen, key=self._rank) if c != start)][: _FINALISTS + 1]
         # The few rows are known of all of them.
-        others = len(self.all_rows) - len(self.rows)
-        while len(finalists) > 1 and self.passes + self._price(finalists, others) > self.recipe.refine_passes:
+        others_rows = len(self.all_rows) - len(self.rows)
+        while len(finalists) > 1 and self.passes + self._price(finalists, others_rows) > self.recipe.refine_passes:
             finalists.pop()
-        on_all = self._measure(finalists, self.all_rows, others)
+        on_all = self._measure(finalists, self.all_rows, others_rows)
         return finalists[min(range(len(finalists)), key=lambda k: (on_all[k], k))]
 
     # ------------------------------------------------------------------------------------------ what is run
@@ -181,63 +181,137 @@ class _Search:
         return [self.journal.known["parent", row][self.objective] for row in rows]
 
     def _price(self, choices: Sequence[Chosen], num_rows: int) -> float:
-        return self.models.cost(choices, num_rows)
+        """Of choices, and of the parent beside them."""
+        return self.models.cost(choices, num_rows) + num_rows / len(self.all_rows)
 
     def _rank(self, choice: Chosen) -> tuple[float, str]:
         return self.seen[choice], _key(choice)
 
     # ------------------------------------------------------------------------------------------ what to run
 
-    def _others_like(self, plain: Choice, allowed: float) -> list[Chosen]:
-        """Optima of the program with random factors on the scores of each place; for about half of the work."""
-        found: list[Chosen] = []
-        count = int(0.5 * (allowed - self.passes) / max(self._price([plain.alternatives], len(self.rows)), 1e-9))
-        for _ in range(min(count, 2 * len(plain.alternatives))):
+    def _worth_a_look(self, plain: Choice) -> list[Alternative]:
+        """Alternatives that the program takes, or would if scores were somewhat different."""
+        found = dict.fromkeys(plain.alternatives)
+        for _ in range(_DRAWS):
             factors = {(a.layer, a.subblock): math.exp(self.rng.gauss(0, _TEMPERATURE)) for a in plain.alternatives}
-            losses = {a.key: self.losses[a.key] * factors[a.layer, a.subblock] for a in self.space.alternatives}
+            losses = {a.key: self.space.losses[a.key] * factors[a.layer, a.subblock] for a in self.space.alternatives}
             other = self.space.best_by(losses)
-            if other is not None and other.alternatives not in self.seen and other.alternatives not in found:
-                found.append(other.alternatives)
-        return found
+            found |= dict.fromkeys(other.alternatives if other is not None else ())
+        return list(found)
 
-    def _following(self) -> list[Chosen]:
-        """What the surrogate takes for best, from several starts; each unlike the others."""
-        surrogate = Surrogate(self.losses, list(self.seen), list(self.seen.values()), self.together)
-        starts = sorted(self.seen, key=self._rank)
-        found: list[Chosen] = []
-        for k in range(_AT_ONCE):
-            optimism = (0.0, 0.5, 1.0)[k % 3]
-            end = self._descend(surrogate, starts[min(k // 2, len(starts) - 1)], optimism)
-            if end not in self.seen and end not in found:
-                found.append(end)
-        return found
+    def _few_rows(self, start: Chosen, others: Sequence[Alternative]) -> list[int]:
+        """So many that there is work for some rounds, and for finalists on all rows."""
+        order, whole = row_order(len(self.models.tokens)), len(self.all_rows)
+        if self.recipe.refine_rows is not None:
+            return sorted(order[: self.recipe.refine_rows])
+        of_child = self.models.cost([start], whole)
+        of_round = 1 + len(_MOST_EXCHANGES) * of_child
+        if self.models.staged is not None:
+            of_round += self.models.cost_around(start, others, whole)
+        of_end = self._end(start)
+        share = (self.recipe.refine_passes - of_end) / max(1 + of_child + _ROUNDS * of_round - of_end, 1e-9)
+        return sorted(order[: min(whole, max(1, int(share * whole)))])
 
-    def _descend(self, surrogate: Surrogate, start: Chosen, optimism: float) -> Chosen:
-        """Exchange one alternative or two at a time while the surrogate says it is better."""
+    def _end(self, start: Chosen) -> float:
+        """What finalists take on all rows, at most, if they are as large as one."""
+        return 1 + (_FINALISTS + 1) * self.models.cost([start], len(self.all_rows))
 
-        def judged(choices: Sequence[Chosen]) -> list[float]:
-            mean, deviation = surrogate.predict(choices)
-            return list(mean - optimism * deviation)
+    def _following(self, base: Chosen, others: Sequence[Alternative], allowed: float) -> list[Chosen]:
+        """What to run next, best first: children that differ little from one, by a sweep around it."""
+        if self.models.staged is None:
+            return self._like(base)
+        here = {(a.layer, a.subblock): a for a in base}
+        looked_at = [a for a in others if here[a.layer, a.subblock] != a]
+        price = self.models.cost_around(base, looked_at, len(self.rows))
+        if not looked_at or self.passes + price > allowed:
+            return []
+        around = self.models.around(base, looked_at, self.rows, self.rng.randrange(2**20))
+        self.passes += price
+        self.advance(price)
+        known = {*base, *looked_at}
+        pool = [[own for own in group if known.issuperset(own)] for group in self.space.members]
+        least = 2 * max(len(own) for group in self.space.members for own in group)
+        found: dict[Chosen, float] = {}
+        for most in sorted({max(least, round(share * len(base))) for share in _MOST_EXCHANGES}):
+            end = self._descend(around, base, self._by_program(around, base, most), most, pool)
+            if (foretold := self._foretold(around, base, end)) < 0 and end not in self.seen:
+                found[end] = foretold
+        return sorted(found, key=lambda c: found[c])
 
-        (value,) = judged([start])
-        misses = 0
+    def _by_program(self, around: Around, base: Chosen, most: int) -> Chosen:
+        """The best child with at most so many exchanges, by the program along slopes of what a sweep foretells."""
+        here = {(a.layer, a.subblock): a for a in base}
+        # What was not looked at is not to be taken.
+        far = 1e3 * (float(np.abs(around.beside(())).sum()) + 1e-12)
+        best, slopes = base, around.beside(())
+        for _ in range(_LINES):
+            losses: dict[str, float] = {}
+            for place, own in self.space.by_place.items():
+                told = {
+                    a.key: 0.0 if a == here[place] else float(slopes[k]) if (k := around.place.get(a.key)) is not None
+                    else far
+                    for a in own
+                }  # fmt: skip
+                least = min(told.values())
+                losses |= {key: loss - least for key, loss in told.items()}
+            found = self.space.best_by(losses, [(base, 1, most)])
+            if found is None:
+                break
+            if self._foretold(around, base, found.alternatives) < self._foretold(around, base, best):
+                best = found.alternatives
+            # Half way, or two answers may take turns.
+            slopes = (slopes + self._slopes(around, base, found.alternatives)) / 2
+        return best
+
+    def _slopes(self, around: Around, base: Chosen, choice: Chosen) -> np.ndarray:
+        """What each exchange adds where those of a choice in other places are made as well."""
+        exchanges = [a for a, own in zip(choice, base, strict=True) if a != own and a.key in around.place]
+        slopes = around.beside(exchanges)
+        rows: dict[tuple[int, str], list[int]] = {}
+        for a in self.space.alternatives:
+            if a.key in around.place:
+                rows.setdefault((a.layer, a.subblock), []).append(around.place[a.key])
+        for a in exchanges:
+            own = rows[a.layer, a.subblock]
+            slopes[own] -= around.mixed[own, around.place[a.key]]
+        return slopes
+
+    def _foretold(self, around: Around, base: Chosen, choice: Chosen) -> float:
+        """What a choice loses more than the one that a sweep went around; infinite where that was not looked at."""
+        exchanges = [a for a, own in zip(choice, base, strict=True) if a != own]
+        if any(a.key not in around.place for a in exchanges):
+            return math.inf
+        return around.of(exchanges)
+
+    def _descend(self, around: Around, base: Chosen, start: Chosen, most: int, pool: Members) -> Chosen:
+        """Exchange one alternative or some at a time while that is foretold to be better, and within ``most``."""
+        value, misses = self._foretold(around, base, start), 0
         for _ in range(_STEPS):
-            proposals = list(dict.fromkeys(self._exchanged(start) for _ in range(_PROPOSALS)))
-            proposals = [p for p in proposals if p != start and self.space.fits(p)]
-            if proposals:
-                values = judged(proposals)
-                at = min(range(len(proposals)), key=lambda k: values[k])
-                if values[at] < value:
-                    start, value, misses = proposals[at], values[at], 0
-                    continue
+            proposals = dict.fromkeys(self._exchanged(start, pool) for _ in range(_PROPOSALS))
+            told = {p: self._foretold(around, base, p) for p in proposals}
+            near = (p for p in proposals if sum(a != own for a, own in zip(p, base, strict=True)) <= most)
+            better = sorted((p for p in near if told[p] < value), key=lambda p: (told[p], _key(p)))
+            best = next((p for p in better if self.space.fits(p)), None)
+            if best is not None:
+                start, value, misses = best, told[best], 0
+                continue
             misses += 1
-            if misses == 4:
+            if misses == _MISSES:
                 break
         return start
 
-    def _exchanged(self, chosen: Chosen) -> Chosen:
+    def _like(self, base: Chosen) -> list[Chosen]:
+        """Where nothing is foretold: choices like the best, by chance."""
+        found: dict[Chosen, None] = {}
+        for _ in range(_PROPOSALS):
+            other = self._exchanged(base, self.space.members)
+            if other not in self.seen and self.space.fits(other):
+                found[other] = None
+        nearest = sorted(found, key=lambda c: (self.space.score(c), _key(c)))
+        return nearest[: len(_MOST_EXCHANGES)]
+
+    def _exchanged(self, chosen: Chosen, members: Members) -> Chosen:
         """Another alternative in one to three places (of layers alike in all of them)."""
-        members = self.space.members
         changed = {(a.layer, a.subblock): a for a in chosen}
         for own in self.rng.sample(members, min(len(members), self.rng.choice((1, 2, 2, 2, 3)))):
             for a in own[self.rng.randrange(len(own))]:

@@ -27,10 +27,10 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.progress import Progress
 from layersmith.recipe import Recipe
+from layersmith.scoring.around import Around, around, no_op_beside
 from layersmith.scoring.exact import by_spans, spans
 from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
 from layersmith.scoring.states import States, StatesOnDisk
-from layersmith.scoring.together import Together, together
 from layersmith.staged import Batch, CannotTakeApart, StagedParent, take_apart, tokens_at_once
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
@@ -109,12 +109,20 @@ class WholeModels:
             before = places
         return total / self._whole * num_rows / len(self.tokens)
 
-    def together(self, alternatives: Sequence[Alternative], rows: Sequence[int], seed: int) -> Together | None:
-        """How alternatives work together on some rows; None where the parent cannot be taken apart."""
-        if self.staged is None:
-            return None
+    def around(
+        self, choice: Sequence[Alternative], others: Sequence[Alternative], rows: Sequence[int], seed: int
+    ) -> Around:
+        """What exchanges for others do to a choice on some rows; the parent can be taken apart."""
+        assert self.staged is not None
         batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
-        return together(self.staged, [a for a in alternatives if a.kind != "parent"], batches, seed, self._states())
+        self.passes += self.cost_around(choice, others, len(rows))
+        return around(self.staged, choice, others, batches, seed, self._states())
+
+    def cost_around(self, choice: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
+        """Forward passes that :meth:`around` takes: the parent's; the child's, again by stages, and two back."""
+        child = sum(self._weights(i, own) for i, own in enumerate(self._places(choice))) + self._head
+        alone = sum(self.library.num_parameters(a, no_op_beside(a)) for a in others)
+        return (self._whole + 4 * child + alone) / self._whole * num_rows / len(self.tokens)
 
     # ------------------------------------------------------------------------------------------ three ways
 
