@@ -139,6 +139,7 @@ def test_all_children_go_through_a_layer_before_the_next_is_read(
 
 def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path) -> None:
     """When a layer is read nothing holds on to the weights of another, be it a stage, an alternative or a graph."""
+    gc.collect()  # what other tests left
     parent = load_parent(make_parent("llama"), CPU, stream_near=tmp_path)
     assert parent.stream is not None
     library = library_of(parent)
