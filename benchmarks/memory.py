@@ -2,7 +2,8 @@
 
 A run is begun and stopped when its library is there. Scoring then goes on in a process of its own, whose resident
 memory (``VmHWM`` of the Linux kernel) is read when it ends; so is that of a process that imports the same and loads
-nothing. ``--stream always`` leaves the parent's weights on the disk.
+nothing. ``--stream always`` leaves the parent's weights on the disk; ``--until refine`` goes on through the search and
+refinement of a child of a share of the parameters.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _RUN = """
 import sys, time
 from layersmith.pipeline import stages
 from layersmith.progress import Progress
-parent, out, text, until, recipe = sys.argv[1:]
+parent, out, text, until, recipe, params = sys.argv[1:]
 import json
 started = time.process_time()
-for stage in stages(parent, out, text, 1.0, json.loads(recipe)):
+for stage in stages(parent, out, text, float(params), json.loads(recipe)):
     if stage == until:
         break
 print("seconds", time.process_time() - started)
@@ -59,6 +60,8 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--ffn", default="0.75,0.5,0.25", help="widths as fractions")
     parser.add_argument("--every", type=int, default=1, help="only every so many layers have alternatives")
+    parser.add_argument("--until", default="scores", choices=["scores", "refine"])
+    parser.add_argument("--params", default="1.0", help="of the child that is refined, as a fraction")
     parser.add_argument("--out", help="a JSON file for the result")
     args = parser.parse_args()
     depth = json.loads((Path(args.parent) / "config.json").read_text())["num_hidden_layers"]
@@ -78,14 +81,15 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
         own = [args.parent, f"{folder}/run", args.text]
-        before, _ = peak_mib(_RUN, *own, "library", json.dumps(recipe))
-        peak, seconds = peak_mib(_RUN, *own, "scores", json.dumps(recipe))
+        before, _ = peak_mib(_RUN, *own, "library", json.dumps(recipe), args.params)
+        peak, seconds = peak_mib(_RUN, *own, args.until, json.dumps(recipe), args.params)
     imports, _ = peak_mib(_IMPORTS)
     stored = sum(file.stat().st_size for file in weight_files(Path(args.parent))) / 1024**2
     result = {
         "parent": Path(args.parent).name,
         "stream": args.stream,
         "scoring": args.scoring,
+        "until": args.until,
         "tokens": args.rows * args.length,
         "layers_with_alternatives": depth // args.every,
         "checkpoint_mib": round(stored, 1),

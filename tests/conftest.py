@@ -172,7 +172,7 @@ TINY_RECIPE: dict[str, Any] = {
     },
     "library": {"ffn_fractions": [0.5, 0.25]},
     "scoring": {"batch_tokens": 64},
-    "search": {"refine_passes": 4, "refine_rows": 2, "frontier_points": 6},
+    "search": {"refine_passes": 10, "refine_rows": 2, "frontier_points": 6},
     "costs": {"time_child": False},
     "completion_tokens": 4,
 }

@@ -263,7 +263,7 @@ RECIPE = TINY_RECIPE | {"distillation": QUICK | {"finalist_distance": 2}}
 def run(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run; tests work on copies of it."""
     out = tmp_path_factory.mktemp("global") / "run"
-    layersmith.compress(make_parent("llama_tied"), out, data=text_folder, budget=0.8, recipe=RECIPE)
+    layersmith.compress(make_parent("llama_tied"), out, data=text_folder, budget=0.6, recipe=RECIPE)
     return out
 
 
