@@ -75,7 +75,13 @@ def sample_report(layers: int = 3, names: tuple[str, ...] = (), **changes: Any) 
         "importance": [],
         "times": None,
         "checks": {"scores": [], "sums": [], "times": []},
-        "search": {"score": 0.5, "proven_optimal": False, "bound": 0.4375},
+        "search": {
+            "score": 0.5, "proven_optimal": False, "bound": 0.4375,
+            "refined": {
+                "tried": 7, "passes": 6.5, "objective": "kl_divergence", "rows": 24, "plain": 0.25, "choice": 0.125,
+                "error": 0.01, "difference": -0.125, "difference_standard_error": 0.005,
+            },
+        },
         "frontier": None,
         "distillation": None,
         "samples": [{"prompt": "def f():", "parent": "</pre><script>alert(1)</script>", "child": "pass"}],

@@ -49,6 +49,8 @@ def test_the_page_is_whole_and_says_the_numbers() -> None:
     words = " ".join(page.words)
     for expected in ("3.34M of 4.77M parameters (70%)", "2.6000 ± 0.0100", "+0.1000 ± 0.0020", "4 → 2 KV heads",
                      "4 KV heads → linear", "16,384 tokens", "3,340,000 of 3,341,000", '"seed": 0',
+                     "Refined: 7 children were run whole",
+                     "0.2500 for the least sum of scores and 0.1250 for this child (-0.1250 ± 0.0050)",
                      "1 h 25 min together", "1 min 12 s", "1 h 24 min"):  # fmt: skip
         assert expected in words, expected
     assert "nan" not in words

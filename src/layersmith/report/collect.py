@@ -79,7 +79,12 @@ def collect(
             "times": _checked_times(choice, times, optional.get("times")),
         },
         "times": times,
-        "search": {"score": choice.score, "proven_optimal": choice.proven_optimal, "bound": choice.bound},
+        "search": {
+            "score": choice.score,
+            "proven_optimal": choice.proven_optimal,
+            "bound": choice.bound,
+            "refined": optional.get("refined"),
+        },
         "frontier": frontier,
         "distillation": optional.get("distillation"),
         "samples": evaluation["samples"],

@@ -49,7 +49,7 @@ def render(report: dict[str, Any]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"number": number, "noise": with_noise}
+    environment.filters |= {"number": number, "noise": with_noise, "metric": metric_label}
     found = plots(report)
     every = [plot for section in found.values() for plot in section]
     return environment.from_string(_own("template.html.jinja")).render(

@@ -26,8 +26,17 @@ def read_optional(run: Run) -> dict[str, Any]:
         "clock": read_clock(run.folder),
         "frontier": read_frontier(run.folder / "frontier" / "frontier.json"),
         "distillation": read_distillation(run.folder),
+        "refined": read_refined(run.folder / "refine" / "refine.json"),
         "timings": run.times(),
     }
+
+
+def read_refined(path: Path) -> dict[str, Any] | None:
+    """What refinement tried and gained; None if there was none."""
+    if not path.is_file():
+        return None
+    data = read_json(path)
+    return {"tried": data["tried"], "passes": data["passes"], **data["measured"]}
 
 
 def read_frontier(path: Path) -> dict[str, Any] | None:
