@@ -57,7 +57,7 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Every model takes the same each time; the models that were timed."""
     seen: list[Any] = []
 
-    def once(self: clock.Served, model: Any) -> Timing:
+    def once(self: clock.Served, model: Any, known: Timing | None = None) -> Timing:
         seen.append(model)
         return takes(model)
 
@@ -210,7 +210,7 @@ def test_the_choice_holds_against_a_clock_that_disagrees(
     whole = takes(parent.model)
     budget = Budget.parse({"time_per_token": 0.8, "batch": 2, "context": 48, "generate": 16})
 
-    def slower(self: clock.Served, model: Any) -> Timing:
+    def slower(self: clock.Served, model: Any, known: Timing | None = None) -> Timing:
         # The machine is half as fast now, and children save a third less than their parts do.
         own = takes(model)
         return Timing(2 * own.prefill, 2 * (whole.decode - (whole.decode - own.decode) / 1.5))

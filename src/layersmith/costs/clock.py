@@ -27,6 +27,8 @@ from layersmith.runtime import Runtime
 
 # Fewer rounds tell nothing of the noise.
 LEAST_ROUNDS = 3
+# What others left in the caches makes the first tokens slow for about so long.
+_SETTLING_SECONDS = 0.02
 # A token whose cache is so much longer than the prompt, or more, has a run of its own.
 _LONGER = 1.05
 _SEED = 0
@@ -74,19 +76,26 @@ class Served:
     vocab_size: int
     warm: bool = False
 
-    def once(self, model: PreTrainedModel) -> Timing:
-        """Seconds to the first token, and of one more when half of those that are written are there."""
-        prompt = self.workload.prompt
+    def once(self, model: PreTrainedModel, known: Timing | None = None) -> Timing:
+        """Seconds to the first token, and of one more when half of those that are written are there.
+
+        Args:
+            model: that runs.
+            known: about what it takes, if that is known: then tokens come first that are not timed, until it runs as
+                it does after many.
+        """
+        prompt, room = self.workload.prompt, self.workload.generated - self.steps
+        settling = 0 if known is None else max(0, min(int(_SETTLING_SECONDS / max(known.decode, 1e-9)), room // 2))
         if self.warm:
             self._tokens(model, prompt, 1)
         # The middle of the tokens that are timed is the middle of those that are written.
-        middle = max(1, prompt + (self.workload.generated - self.steps) // 2)
-        if middle <= prompt * _LONGER:
-            first, *steps = self._tokens(model, prompt, self.steps + 1)
+        start = max(1, prompt + room // 2 - settling)
+        if start <= prompt * _LONGER:
+            first, *steps = self._tokens(model, prompt, settling + self.steps + 1)
         else:
             first, *_ = self._tokens(model, prompt, 1)
-            _, *steps = self._tokens(model, middle, self.steps + 1)
-        return Timing(first, float(np.median(steps)))
+            _, *steps = self._tokens(model, start, settling + self.steps + 1)
+        return Timing(first, float(np.median(steps[settling:])))
 
     def _tokens(self, model: Any, prompt: int, tokens: int) -> list[float]:
         """Seconds that each token took."""
@@ -162,8 +171,7 @@ def in_turns(
     order = list(range(len(places)))
     rng = random.Random(_SEED)
     with quietly(served.backend):
-        for model in models:
-            served.once(model)
+        known = [served.once(model) for model in models]
         advance(1)
         began = time.monotonic()
         seen: list[list[Timing]] = []
@@ -174,7 +182,7 @@ def in_turns(
             rng.shuffle(order)
             row = [ZERO] * len(places)
             for k in order:
-                row[k] = served.once(models[places[k]])
+                row[k] = served.once(models[places[k]], known[places[k]])
             seen.append(row)
             advance(1)
     prefill, decode = (
