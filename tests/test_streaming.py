@@ -107,15 +107,18 @@ def test_exchanges_do_what_they_do_in_memory(make_parent: Callable[..., Path], t
     chosen = [next(a for a in at_once.alternatives if (a.layer, a.subblock) == (i, s) and a.kind != "parent")
               for i in range(len(at_once.parent.blocks)) for s in ("attention", "ffn")]  # fmt: skip
     others = [a for a in at_once.alternatives if a not in chosen]
-    one, other = (
-        whole_models(library, TOKENS, Recipe(scoring=ScoringRecipe(batch_tokens=48)), SILENT, tmp_path).around(
-            chosen, others, range(5), 3
+    one, *more = (
+        whole_models(library, TOKENS, Recipe(scoring=scoring), SILENT, tmp_path).around(chosen, others, range(5), 3)
+        for library, scoring in (
+            (at_once, ScoringRecipe(batch_tokens=48)),
+            (streamed, ScoringRecipe(batch_tokens=48)),
+            (streamed, ScoringRecipe(batch_tokens=48, spill_gib=9 * 48 * 32 * 4 / 1024**3)),  # one batch at a time
         )
-        for library in (at_once, streamed)
     )
-    assert other.place == one.place
-    assert other.linear == pytest.approx(one.linear, rel=1e-3, abs=1e-6)
-    assert other.mixed == pytest.approx(one.mixed, rel=1e-3, abs=1e-6)
+    for other in more:
+        assert other.place == one.place
+        assert other.linear == pytest.approx(one.linear, rel=1e-3, abs=1e-6)
+        assert other.mixed == pytest.approx(one.mixed, rel=1e-3, abs=1e-6)
 
 
 def test_all_children_go_through_a_layer_before_the_next_is_read(

@@ -17,6 +17,7 @@ Shapes: B rows, T tokens, D hidden, A alternatives, S tokens that are kept.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -81,10 +82,11 @@ def around(
     batches: Sequence[torch.Tensor],
     seed: int,
     states: States,
+    most_bytes: float = math.inf,
 ) -> Around:
     """What exchanges do to a child.
 
-    A layer is done with all batches before the next begins.
+    A layer is done with all batches before the next begins, as far as their hidden states may wait.
 
     Args:
         staged: the parent.
@@ -93,17 +95,43 @@ def around(
         batches: rows of token ids, ``[B, T]`` each.
         seed: of the signs.
         states: where hidden states wait.
+        most_bytes: that they may take.
     """
     child: dict[int, dict[str, Alternative]] = {}
     for a in chosen:
         child.setdefault(a.layer, {})[a.subblock] = a
     total = sum(rows.numel() for rows in batches)
     sums = _Sums(max(1, -(-total // _MOST_TOKENS)))
-    started = _forward(staged, child, batches, states)
+    # What every layer is given, and ends and gradients.
+    of_batch = (len(staged.layers) + 4) * max(rows.numel() for rows in batches) * staged.bytes_of_a_token
+    size = max(1, int(min(len(batches), most_bytes / of_batch)))
     first = 0
+    for start in range(0, len(batches), size):
+        part = batches[start : start + size]
+        of_part = sum(len(rows) for rows in part)
+        _sweep(staged, child, others, part, range(first, first + of_part), seed, states, sums)
+        first += of_part
+    keys = list(sums.linear)
+    products = np.stack([torch.cat(sums.products[key]).numpy() for key in keys]).astype(np.float64)
+    mixed = products @ products.T / products.shape[1]
+    return Around({key: k for k, key in enumerate(keys)}, np.array([sums.linear[key] for key in keys]) / total, mixed)
+
+
+def _sweep(
+    staged: StagedParent,
+    child: Mapping[int, Mapping[str, Alternative]],
+    others: Sequence[Alternative],
+    batches: Sequence[torch.Tensor],
+    numbers: Sequence[int],
+    seed: int,
+    states: States,
+    sums: _Sums,
+) -> None:
+    """Add what exchanges change on some batches, whose rows have these numbers."""
+    started = _forward(staged, child, batches, states)
+    left = iter(numbers)
     for n, rows in enumerate(batches):
-        seeds = [seed * 1_000_003 + first + row for row in range(len(rows))]
-        first += len(rows)
+        seeds = [seed * 1_000_003 + next(left) for _ in rows]
         parent, own = (states.pop((name, n)) for name in ("parent", "child"))
         for k, g in enumerate(_of_the_head(staged, rows, parent, own, seeds)):
             states.put(("gradient", k, n), g)
@@ -119,10 +147,6 @@ def around(
     for n in range(len(batches)):
         for k in range(2):
             states.forget(("gradient", k, n))
-    keys = list(sums.linear)
-    products = np.stack([torch.cat(sums.products[key]).numpy() for key in keys]).astype(np.float64)
-    mixed = products @ products.T / products.shape[1]
-    return Around({key: k for k, key in enumerate(keys)}, np.array([sums.linear[key] for key in keys]) / total, mixed)
 
 
 def _forward(

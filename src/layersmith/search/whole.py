@@ -116,7 +116,8 @@ class WholeModels:
         assert self.staged is not None
         batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
         self.passes += self.cost_around(choice, others, len(rows))
-        return around(self.staged, choice, others, batches, seed, self._states())
+        most = self.spill_bytes if self.streamed else math.inf
+        return around(self.staged, choice, others, batches, seed, self._states(), most)
 
     def cost_around(self, choice: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
         """Forward passes that :meth:`around` takes: the parent's; the child's, again by stages, and two back."""
@@ -153,8 +154,9 @@ class WholeModels:
         """What choices have in common from the first layer on is run once; the parent is one of them the first time."""
         staged = self.staged
         assert staged is not None
-        known, states, depth = self._end_of_parent(batches), self._states(), len(self._layers)
-        wanted = list(choices) if known is not None else [*choices, ((),) * depth]
+        states, depth = self._states(), len(self._layers)
+        known = all(rows in self._ends for rows in batches)
+        wanted = list(choices) if known else [*choices, ((),) * depth]
         started = [staged.start(self._tokens_of(rows)) for rows in batches]
         for n, batch in enumerate(started):
             states.put(((), n), batch.embedded)
@@ -173,11 +175,14 @@ class WholeModels:
             for way in dict.fromkeys(places[:i] for places in wanted):
                 for n in range(len(batches)):
                     states.forget((way, n))
-        if known is None:
-            known = self._keep_end(batches, states, wanted[-1])
+        if not known:
+            kept = self._states()
+            for n, rows in enumerate(batches):
+                kept.put(rows, states.get((wanted[-1], n)))
+            self._ends |= dict.fromkeys(batches, kept)
         found: dict[int, Rows] = {k: [] for k in range(len(choices))}
         for n, rows in enumerate(batches):
-            states.put("parent", known.get(rows))
+            states.put("parent", self._ends[rows].get(rows))
             _, *measured = by_spans(staged, self._tokens_of(rows), states, ["parent", *((own, n) for own in choices)])
             states.forget("parent")
             for k, own_rows in enumerate(measured):
@@ -192,19 +197,6 @@ class WholeModels:
         size = max(1, int(min(len(batches), self.spill_bytes / of_batch)))
         for start in range(0, len(batches), size):
             yield list(batches[start : start + size])
-
-    def _end_of_parent(self, batches: Sequence[tuple[int, ...]]) -> States | None:
-        """What the parent's last layer gives of batches, if that is known."""
-        if all(rows in self._ends for rows in batches):
-            return self._ends[batches[0]]
-        return None
-
-    def _keep_end(self, batches: Sequence[tuple[int, ...]], states: States, parent: Places) -> States:
-        kept = self._states()
-        for n, rows in enumerate(batches):
-            kept.put(rows, states.get((parent, n)))
-        self._ends |= dict.fromkeys(batches, kept)
-        return kept
 
     def _states(self) -> States:
         return StatesOnDisk(self.folder) if self.streamed else States()
