@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from layersmith.arithmetic import Arithmetic
 from layersmith.errors import first_line
 from layersmith.execution import LAYER_TYPE, exchanged, first_tensor, hands_over, layer_outputs, logits_and_hidden
 from layersmith.heterogeneous.no_op import DummyBlock
-from layersmith.library.alternative import Alternative
+from layersmith.library.alternative import Alternative, no_op_beside
 from layersmith.library.library import Library
 from layersmith.parent import Parent
 
@@ -79,6 +79,10 @@ class Batch:
     input_ids: torch.Tensor
     embedded: torch.Tensor
     calls: tuple[Call, ...]
+
+    def without_embedded(self) -> Batch:
+        """The rest alone, where hidden states wait elsewhere."""
+        return replace(self, embedded=self.embedded.new_empty(0))
 
     def repeated(self, times: int) -> Batch:
         """The same rows several times over; nothing is copied for a single row."""
@@ -350,8 +354,7 @@ class StagedParent:
         """What runs in the place of the stage that an alternative changes."""
         if stages.layout == "whole":
             return self.library.layer(alternative)
-        other = "ffn" if alternative.subblock == "attention" else "attention"
-        return self.library.layer(alternative, Alternative(alternative.layer, other, "no_op"))
+        return self.library.layer(alternative, no_op_beside(alternative))
 
 
 def tokens_at_once(parent: Parent, staged: StagedParent | None, most: int) -> int:

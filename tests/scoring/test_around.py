@@ -12,13 +12,13 @@ import torch
 
 from layersmith.data import load_tokenizer
 from layersmith.demo.job import MODEL
-from layersmith.library.alternative import Alternative
+from layersmith.library.alternative import Alternative, no_op_beside
 from layersmith.library.library import Library, build_library, survey
 from layersmith.parent import load_parent
 from layersmith.progress import SILENT
 from layersmith.recipe import LibraryRecipe, Recipe
 from layersmith.runtime import Runtime
-from layersmith.scoring.around import around, no_op_beside
+from layersmith.scoring.around import around
 from layersmith.scoring.second_order import estimate, look
 from layersmith.scoring.states import States
 from layersmith.search.whole import whole_models

@@ -127,6 +127,11 @@ class Alternative:
         return dataclasses.replace(parent, **changes)
 
 
+def no_op_beside(a: Alternative) -> Alternative:
+    """What leaves of a layer the stage of one subblock."""
+    return Alternative(a.layer, "ffn" if a.subblock == "attention" else "attention", "no_op")
+
+
 def changed_by_layer(chosen: Sequence[Alternative]) -> dict[int, list[Alternative]]:
     """What of a choice is not the parent's own, by layer."""
     by_layer: dict[int, list[Alternative]] = {}

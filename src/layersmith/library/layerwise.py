@@ -5,7 +5,6 @@ All rows go through a layer before the next is read: each is read once, and the 
 
 from __future__ import annotations
 
-import dataclasses
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -68,7 +67,7 @@ def _means(
         for n, rows in enumerate(batches):
             batch = staged.start(rows.to(parent.runtime.device))
             states.put(n, batch.embedded)
-            started.append(dataclasses.replace(batch, embedded=batch.embedded.new_empty(0)))
+            started.append(batch.without_embedded())
         for i in range(depth):
             own, sums = [probe for probe in probes if probe.layer == i], dict[str, torch.Tensor]()
             staged.read(i)

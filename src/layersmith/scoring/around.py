@@ -16,7 +16,6 @@ Shapes: B rows, T tokens, D hidden, A alternatives, S tokens that are kept.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,7 +160,7 @@ def _forward(
         batch = staged.start(rows)
         for name in ("parent", "child"):
             states.put((name, n), batch.embedded)
-        started.append(dataclasses.replace(batch, embedded=batch.embedded.new_empty(0)))
+        started.append(batch.without_embedded())
     for i in range(len(staged.layers)):
         staged.read(i)
         module = staged.library.layer(*child[i].values())
@@ -191,11 +190,6 @@ def _of_the_head(
     return [slope, signs]
 
 
-def no_op_beside(a: Alternative) -> Alternative:
-    """What leaves of a layer the stage of one subblock."""
-    return Alternative(a.layer, "ffn" if a.subblock == "attention" else "attention", "no_op")
-
-
 class _Layer:
     """A layer of the child on one batch, by stages.
 
@@ -217,15 +211,15 @@ class _Layer:
     ):
         self.staged, self.batch, self.child, self.given, self.sums = staged, batch, child, given, sums
         self.i = next(iter(child.values())).layer
-        self.layout = staged.stages(self.i, batch, given).layout
+        self.stages = staged.stages(self.i, batch, given)
 
     def back(self, others: Sequence[Alternative], cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Add what exchanges change; returns the cotangents at what the layer is given."""
-        if self.layout == "whole":
+        if self.stages.layout == "whole":
             return _Stage(self, self._whole, self.child["attention"], self.given).back(others, cotangents)
         of_attention, of_ffn = ([a for a in others if a.subblock == subblock] for subblock in ("attention", "ffn"))
         attention = _Stage(self, self._alone, self.child["attention"], self.given)
-        if self.layout == "parallel":
+        if self.stages.layout == "parallel":
             ffn = _Stage(self, self._alone, self.child["ffn"], self.given)
             found = ffn.back(of_ffn, cotangents), attention.back(of_attention, cotangents)
             return [a + b - g for a, b, g in zip(*found, cotangents, strict=True)]
@@ -234,7 +228,7 @@ class _Layer:
 
     def _alone(self, a: Alternative) -> nn.Module:
         """What runs in the place of a subblock's stage."""
-        return self.staged.library.layer(a, no_op_beside(a))
+        return self.staged.module_of(a, self.stages)
 
     def _whole(self, a: Alternative) -> nn.Module:
         """The layer with an alternative beside what the child has."""

@@ -130,7 +130,7 @@ def start_all(staged: StagedParent, batches: Sequence[torch.Tensor], states: Sta
         for n, rows in enumerate(batches):
             batch = staged.start(rows)
             states.put(("parent", 0, n), batch.embedded)
-            started.append(dataclasses.replace(batch, embedded=batch.embedded.new_empty(0)))
+            started.append(batch.without_embedded())
         for i in range(len(staged.layers)):
             read(staged, i, work)
             for n, batch in enumerate(started):

@@ -140,10 +140,10 @@ class _Search:
             self._see(following)
         finalists = [start, *(c for c in sorted(self.seen, key=self._rank) if c != start)][: _FINALISTS + 1]
         # The few rows are known of all of them.
-        others_rows = len(self.all_rows) - len(self.rows)
-        while len(finalists) > 1 and self.passes + self._price(finalists, others_rows) > self.recipe.refine_passes:
+        left = len(self.all_rows) - len(self.rows)
+        while len(finalists) > 1 and self.passes + self._price(finalists, left) > self.recipe.refine_passes:
             finalists.pop()
-        on_all = self._measure(finalists, self.all_rows, others_rows)
+        on_all = self._measure(finalists, self.all_rows, left)
         return finalists[min(range(len(finalists)), key=lambda k: (on_all[k], k))]
 
     # ------------------------------------------------------------------------------------------ what is run
@@ -220,15 +220,15 @@ class _Search:
         """What to run next, best first: children that differ little from one, by a sweep around it."""
         if self.models.staged is None:
             return self._like(base)
-        here = {(a.layer, a.subblock): a for a in base}
-        looked_at = [a for a in others if here[a.layer, a.subblock] != a]
+        here = set(base)
+        looked_at = [a for a in others if a not in here]
         price = self.models.cost_around(base, looked_at, len(self.rows))
         if not looked_at or self.passes + price > allowed:
             return []
         around = self.models.around(base, looked_at, self.rows, self.rng.randrange(2**20))
         self.passes += price
         self.advance(price)
-        known = {*base, *looked_at}
+        known = here.union(looked_at)
         pool = [[own for own in group if known.issuperset(own)] for group in self.space.members]
         least = 2 * max(len(own) for group in self.space.members for own in group)
         found: dict[Chosen, float] = {}
@@ -240,15 +240,15 @@ class _Search:
 
     def _by_program(self, around: Around, base: Chosen, most: int) -> Chosen:
         """The best child with at most so many exchanges, by the program along slopes of what a sweep foretells."""
-        here = {(a.layer, a.subblock): a for a in base}
+        here = set(base)
         # What was not looked at is not to be taken.
         far = 1e3 * (float(np.abs(around.beside(())).sum()) + 1e-12)
         best, slopes = base, around.beside(())
         for _ in range(_LINES):
             losses: dict[str, float] = {}
-            for place, own in self.space.by_place.items():
+            for own in self.space.by_place.values():
                 told = {
-                    a.key: 0.0 if a == here[place] else float(slopes[k]) if (k := around.place.get(a.key)) is not None
+                    a.key: 0.0 if a in here else float(slopes[k]) if (k := around.place.get(a.key)) is not None
                     else far
                     for a in own
                 }  # fmt: skip

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -23,11 +23,11 @@ from torch import nn
 
 from layersmith.errors import UnsupportedModel
 from layersmith.execution import exchanged, logits_and_hidden
-from layersmith.library.alternative import Alternative
+from layersmith.library.alternative import Alternative, no_op_beside
 from layersmith.library.library import Library
 from layersmith.progress import Progress
 from layersmith.recipe import Recipe
-from layersmith.scoring.around import Around, around, no_op_beside
+from layersmith.scoring.around import Around, around
 from layersmith.scoring.exact import by_spans, spans
 from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
 from layersmith.scoring.states import States, StatesOnDisk
@@ -160,7 +160,7 @@ class WholeModels:
         started = [staged.start(self._tokens_of(rows)) for rows in batches]
         for n, batch in enumerate(started):
             states.put(((), n), batch.embedded)
-            started[n] = replace(batch, embedded=batch.embedded.new_empty(0))
+            started[n] = batch.without_embedded()
         for i in range(depth):
             staged.read(i)
             reached = dict.fromkeys(places[: i + 1] for places in wanted)
