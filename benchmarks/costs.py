@@ -32,15 +32,15 @@ from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
 from layersmith import pipeline
-from layersmith.again import reopen
+from layersmith.costs.budget import Budget
 from layersmith.costs.clock import told_apart
 from layersmith.costs.curve import Curve
 from layersmith.costs.measured import measure
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import CostsRecipe
-from layersmith.run import Run, versions
-from layersmith.search.budget import Budget
+from layersmith.run.folder import Run, versions
 from layersmith.search.frontier import frontier
+from layersmith.stages.reopen import reopen
 
 CHILDREN = 10
 _PHASES = {"prefill": "time to first token", "decode": "time per token"}

@@ -33,22 +33,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from benchmarks.scoring import matrix_seconds_per_flop
+from layersmith.costs.budget import parse_budget
 from layersmith.costs.counted import Workload
-from layersmith.costs.library_costs import CostTable, count_costs
-from layersmith.data import TokenSplits, load_tokenizer, prepare
+from layersmith.costs.table import CostTable, count_costs
+from layersmith.data.splits import TokenSplits, load_tokenizer, prepare
 from layersmith.distillation.local import distill_chosen, distill_locally
 from layersmith.evaluation.compare import compare
+from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
-from layersmith.parent import Parent, load_parent
-from layersmith.progress import Progress
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, ScoringRecipe
-from layersmith.run import versions
-from layersmith.runtime import Runtime
+from layersmith.run.folder import versions
+from layersmith.run.progress import Progress
+from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import losses
-from layersmith.search.budget import parse_budget
-from layersmith.search.choose import choose
+from layersmith.search.problem import choose
 
 METRICS = {"loss": "validation loss", "kl_divergence": "KL", "top_1_agreement": "top-1 agreement"}
 

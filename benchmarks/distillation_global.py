@@ -34,21 +34,21 @@ from transformers import PreTrainedModel, Trainer
 
 import layersmith
 from layersmith import pipeline
-from layersmith.again import reopen
-from layersmith.artifacts import read_tensors, write_json
-from layersmith.data import evaluation_rows, load_tokenizer
-from layersmith.distill import copied, find_rows
-from layersmith.distillation.trainer import RowOrder, Steps, together, train, training_arguments
+from layersmith.costs.budget import Budget
+from layersmith.data.splits import evaluation_rows, load_tokenizer
+from layersmith.distillation.train import RowOrder, Steps, together, train, training_arguments
 from layersmith.evaluation.compare import compare
+from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
-from layersmith.parent import Parent, load_parent
 from layersmith.recipe import DistillationRecipe, Recipe
-from layersmith.run import Run, versions
-from layersmith.runtime import Runtime
+from layersmith.run.artifacts import read_tensors, write_json
+from layersmith.run.folder import Run, versions
+from layersmith.run.runtime import Runtime
 from layersmith.scoring.score import losses
-from layersmith.search.budget import Budget
-from layersmith.search.choose import Choice, choose
+from layersmith.search.problem import Choice, choose
+from layersmith.stages.distill import copied, find_rows
+from layersmith.stages.reopen import reopen
 
 # ---------------------------------------------------------------------------------------------- speed
 

@@ -24,7 +24,7 @@ print("peak", next(line.split()[1] for line in open("/proc/self/status") if line
 _RUN = """
 import sys, time
 from layersmith.pipeline import stages
-from layersmith.progress import Progress
+from layersmith.run.progress import Progress
 parent, out, text, until, recipe, params = sys.argv[1:]
 import json
 started = time.process_time()

@@ -46,23 +46,23 @@ from transformers import PreTrainedModel
 import layersmith
 from benchmarks.distillation import Libraries, cost_table, dropped, libraries
 from benchmarks.distillation_global import uniform
-from layersmith.artifacts import fingerprint, read_json, write_json
-from layersmith.costs.library_costs import CostTable
-from layersmith.data import TokenSplits, load_tokenizer, prepare
+from layersmith.costs.budget import parse_budget
+from layersmith.costs.table import CostTable
+from layersmith.data.splits import TokenSplits, load_tokenizer, prepare
 from layersmith.demo.job import MODEL, split_library
-from layersmith.distill import copied
 from layersmith.distillation.local import distill_chosen
-from layersmith.distillation.trainer import train
+from layersmith.distillation.train import train
+from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.parent import Parent, load_parent
 from layersmith.pipeline import refined_choice
-from layersmith.progress import SILENT
 from layersmith.recipe import DistillationRecipe, LibraryRecipe, LocalDistillationRecipe, Recipe, SearchRecipe
-from layersmith.run import versions
-from layersmith.runtime import Runtime
-from layersmith.search.budget import parse_budget
-from layersmith.search.choose import Space
+from layersmith.run.artifacts import fingerprint, read_json, write_json
+from layersmith.run.folder import versions
+from layersmith.run.progress import SILENT
+from layersmith.run.runtime import Runtime
+from layersmith.search.problem import Space
+from layersmith.stages.distill import copied
 
 METRICS = {"loss": "loss above the parent's", "kl": "KL", "top_1": "top-1"}
 STEPS = ("(a) pruned", "(b) closed form", "(c) local")

@@ -27,22 +27,22 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from scipy.stats import spearmanr
 
+from layersmith.costs.budget import parse_budget
 from layersmith.costs.counted import Workload
-from layersmith.costs.library_costs import CostTable, count_costs
-from layersmith.data import load_tokenizer
+from layersmith.costs.table import CostTable, count_costs
+from layersmith.data.splits import load_tokenizer
 from layersmith.evaluation.compare import compare
+from layersmith.execution.parent import load_parent
 from layersmith.library.library import Library, build_library, survey
-from layersmith.parent import load_parent
-from layersmith.progress import Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
-from layersmith.run import versions
-from layersmith.runtime import Runtime
-from layersmith.scoring.contest import Axis
+from layersmith.run.folder import versions
+from layersmith.run.progress import Progress
+from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
+from layersmith.scoring.regret import Axis
 from layersmith.scoring.score import Score, losses
-from layersmith.search.budget import parse_budget
-from layersmith.search.choose import choose
 from layersmith.search.frontier import axes_of
+from layersmith.search.problem import choose
 
 _BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 

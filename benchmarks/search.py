@@ -28,16 +28,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from layersmith import pipeline
-from layersmith.again import reopen, scoring_rows
-from layersmith.artifacts import read_tensors
-from layersmith.run import Run, versions
+from layersmith.costs.budget import parse_budget
+from layersmith.run.artifacts import read_tensors
+from layersmith.run.folder import Run, versions
+from layersmith.scoring.children import whole_models
 from layersmith.scoring.score import Journal, standard_error
 from layersmith.search import baselines
-from layersmith.search.budget import parse_budget
 from layersmith.search.program import by_branch_and_cut
 from layersmith.search.refine import refine
 from layersmith.search.solve import Candidate, Group, Solver
-from layersmith.search.whole import whole_models
+from layersmith.stages.reopen import reopen, scoring_rows
 
 _HIDDEN, _FFN, _KV, _HEAD, _QUERIES, _VOCAB = 8192, 28672, 8, 128, 64, 128256
 _FRACTIONS = {"parameters": 0.6, "kv": 0.5, "memory": 0.58, "prefill": 0.6, "decode": 0.55}

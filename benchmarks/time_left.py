@@ -21,16 +21,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from layersmith.data import load_tokenizer
+from layersmith.costs.budget import parse_budget
+from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL, standard_library
+from layersmith.execution.parent import load_parent
 from layersmith.library.library import build_library, survey
-from layersmith.parent import load_parent
 from layersmith.pipeline import cost_table
-from layersmith.progress import Advance, Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
-from layersmith.runtime import Runtime
+from layersmith.run.progress import Advance, Progress
+from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
-from layersmith.search.budget import parse_budget
 from layersmith.search.frontier import axes_of
 
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import TINY_RECIPE
 
 import layersmith
+from tests.conftest import TINY_RECIPE
 
 COMMAND = [sys.executable, "-c", "from layersmith.cli import main; main()"]
 

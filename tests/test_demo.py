@@ -11,15 +11,15 @@ import pytest
 import torch
 
 import layersmith
-import layersmith.data
-from layersmith.again import evaluate_model
+import layersmith.data.splits
 from layersmith.demo import job
-from layersmith.execution import exchanged, forward
+from layersmith.execution.exchange import exchanged, forward
+from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, survey
-from layersmith.parent import load_parent
 from layersmith.recipe import LibraryRecipe
-from layersmith.runtime import Runtime
+from layersmith.run.runtime import Runtime
+from layersmith.stages.reopen import evaluate_model
 
 CARD = json.loads((job.MODEL / "training.json").read_text())
 
@@ -49,7 +49,7 @@ def test_it_has_learned_something_in_every_layer(tmp_path: Path) -> None:
     parent = load_parent(job.MODEL, Runtime(torch.device("cpu"), torch.float32))
     found = survey(parent, LibraryRecipe())
     library = Library(parent, found.axes, found.alternatives, {}, {}, [])
-    tokenizer = layersmith.data.load_tokenizer(job.MODEL)
+    tokenizer = layersmith.data.splits.load_tokenizer(job.MODEL)
     ids = torch.tensor([tokenizer(Path(str(json.__file__)).read_text())["input_ids"][:512]])
 
     def loss() -> float:

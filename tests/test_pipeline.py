@@ -14,18 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_RECIPE
 from safetensors.torch import load_file
 
 import layersmith
-from layersmith.again import evaluate_model, report_again, search_again
-from layersmith.artifacts import read_json
+from layersmith.costs.budget import parse_budget
 from layersmith.errors import Infeasible, InputError, LayersmithError, UsageError
 from layersmith.pipeline import STAGES, stages
 from layersmith.recipe import Recipe
 from layersmith.report.html import render
+from layersmith.run.artifacts import read_json
 from layersmith.scoring.metrics import METRICS
-from layersmith.search.budget import parse_budget
+from layersmith.stages.reopen import evaluate_model, report_again, search_again
+from tests.conftest import TINY_RECIPE
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -385,7 +385,7 @@ def test_a_full_disk_is_one_sentence(
     script = """
 import errno, json, sys
 import layersmith
-from layersmith import artifacts
+from layersmith.run import artifacts
 real, written = artifacts.os.fsync, 0
 def full(handle):
     global written

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.tiny import tiny_config, tiny_model
-from conftest import SIZES, TINY_RECIPE
 from transformers import PreTrainedTokenizerFast
 
 import layersmith
+from tests.conformance.tiny import tiny_config, tiny_model
+from tests.conftest import SIZES, TINY_RECIPE
 
 FAMILIES = ("mixtral", "deepseek_v3", "granitemoehybrid", "gemma2", "gptj", "gpt2", "olmo2")
 BUDGETS: dict[str, Any] = {"mixtral": {"params": 0.7, "active_params": 0.8}}

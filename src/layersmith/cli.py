@@ -18,7 +18,7 @@ from layersmith.recipe import BATCH, CONTEXT, DataRecipe
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from layersmith.progress import Progress
+    from layersmith.run.progress import Progress
 
 app = typer.Typer(
     help="Any Hugging Face decoder model and a budget in; a smaller model whose layers differ out.",
@@ -113,8 +113,8 @@ def compress(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will be done and what can be reached.")] = False,
 ) -> None:
     """Make a smaller model of PARENT for a budget."""
+    from layersmith.costs.budget import parse_budget
     from layersmith.recipe import Recipe
-    from layersmith.search.budget import parse_budget
 
     chosen = _with_options(
         Recipe.read(recipe), seed, device, eval_data, trust_remote_code, scoring, stream, distill, finalists
@@ -130,7 +130,7 @@ def compress(
     console = _console()
     family = _descriptor(descriptor)
     if dry_run:
-        from layersmith.dry_run import plan
+        from layersmith.stages.dry_run import plan
 
         console.print(plan(parent, out, data, chosen, budget, family), markup=False, highlight=False, soft_wrap=True)
         return
@@ -161,13 +161,13 @@ def inspect(
 ) -> None:
     """Print the blocks of a model, what can be changed in each, and where parameters and memory go."""
     if verify:
+        from layersmith.stages.verify import verify as try_everything
         from layersmith.terminal import print_verification
-        from layersmith.verification import verify as try_everything
 
         found = try_everything(parent, _descriptor(descriptor), trust_remote_code)
         print_verification(_console(), found)
         raise typer.Exit(1 if found.failed else 0)
-    from layersmith.inspection import inspect as look
+    from layersmith.stages.inspect import inspect as look
     from layersmith.terminal import print_inspection
 
     print_inspection(_console(), look(parent, batch, context, _descriptor(descriptor), trust_remote_code))
@@ -204,10 +204,10 @@ def search(
     out: Annotated[Path | None, typer.Option(help="Also write the child into this folder.")] = None,
 ) -> None:
     """Answer another budget from the scores of a run, in seconds."""
-    from layersmith.again import frontier_again, search_several
+    from layersmith.costs.budget import parse_budget
     from layersmith.recipe import Recipe
-    from layersmith.run import Run
-    from layersmith.search.budget import parse_budget
+    from layersmith.run.folder import Run
+    from layersmith.stages.reopen import frontier_again, search_several
     from layersmith.terminal import print_choice, print_frontier
 
     limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
@@ -254,12 +254,12 @@ def costs(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Time every alternative of PARENT on this machine: to the first token, and per token after it."""
-    from layersmith.artifacts import write_text
     from layersmith.costs.counted import Workload
     from layersmith.costs.times import to_csv
     from layersmith.recipe import Recipe
+    from layersmith.run.artifacts import write_text
+    from layersmith.stages.times import times_of
     from layersmith.terminal import print_times
-    from layersmith.timed import times_of
 
     chosen = Recipe.read(recipe)
     changes: dict[str, Any] = {"trust_remote_code": trust_remote_code or chosen.trust_remote_code}
@@ -299,7 +299,7 @@ def distill(
     descriptor: Descriptor = None,
 ) -> None:
     """Distil the parent of a run into its child; the result will be in RUN/distilled."""
-    from layersmith.distill import distill as learn
+    from layersmith.stages.distill import distill as learn
     from layersmith.terminal import print_distilled
 
     console = _console()
@@ -322,7 +322,7 @@ def evaluate(
     device: str = "auto",
 ) -> None:
     """Print loss, perplexity, and agreement with the parent, with the noise of each estimate."""
-    from layersmith.again import evaluate_model
+    from layersmith.stages.reopen import evaluate_model
     from layersmith.terminal import print_evaluation
 
     console = _console()
@@ -334,7 +334,7 @@ def evaluate(
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="Folder of a run that `compress` made.")]) -> None:
     """Write the report of a run again and print where it is."""
-    from layersmith.again import report_again
+    from layersmith.stages.reopen import report_again
 
     _console().print(str(report_again(run)), markup=False, highlight=False, soft_wrap=True)
 
@@ -386,7 +386,7 @@ def _fail(message: str, code: int) -> None:
 
 
 def _console() -> Console:
-    from layersmith.progress import open_console
+    from layersmith.run.progress import open_console
 
     return open_console()
 
@@ -473,6 +473,6 @@ def _print_result(console: Console, result: Any, with_samples: bool = False) -> 
 
 @contextmanager
 def _drawn(console: Console) -> Iterator[Progress]:
-    from layersmith.progress import shown_on
+    from layersmith.run.progress import shown_on
 
     yield shown_on(console)

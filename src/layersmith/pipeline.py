@@ -1,8 +1,9 @@
 """The main job, from top to bottom: the stages in their order. Start reading here.
 
-A stage that was done from the same inputs is skipped, one that was interrupted goes on; see :mod:`layersmith.run`.
+A stage that was done from the same inputs is skipped, and an interrupted one is resumed; see
+:mod:`layersmith.run.folder`.
 Every process of a launcher such as ``torchrun`` runs all of this. The first alone writes; the others help where
-training is divided, and wait for it elsewhere (:mod:`layersmith.ranks`).
+training is divided, and wait for it elsewhere (:mod:`layersmith.run.ranks`).
 """
 
 from __future__ import annotations
@@ -17,40 +18,41 @@ from typing import Any
 
 import torch
 
-from layersmith import ranks, schema
-from layersmith.artifacts import fingerprint, read_json, write_json, write_tensors, write_text
+from layersmith import schema
+from layersmith.costs.budget import Budget, format_count
 from layersmith.costs.counted import Workload
-from layersmith.costs.library_costs import CostTable, count_costs
+from layersmith.costs.table import CostTable, count_costs
 from layersmith.costs.times import Times
-from layersmith.data import check_vocabulary, load_tokenizer, prepare
+from layersmith.data.splits import check_vocabulary, load_tokenizer, prepare
 from layersmith.distillation.local import distill_chosen, distill_locally
 from layersmith.errors import UnsupportedModel, UsageError
 from layersmith.evaluation.compare import compare, complete
+from layersmith.execution.parent import Parent, load_parent
+from layersmith.execution.streaming import is_too_large, load_streamed
 from layersmith.heterogeneous.checkpoint import load
-from layersmith.library.kept import Kept
 from layersmith.library.library import Library, Survey, build_library, survey
+from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.parent import Parent, load_parent
-from layersmith.progress import SILENT, Progress
 from layersmith.recipe import Recipe
 from layersmith.report.card import complete_card, write_card
 from layersmith.report.collect import collect
 from layersmith.report.html import render
 from layersmith.report.optional import read_optional
-from layersmith.run import Run, versions
-from layersmith.runtime import Runtime
-from layersmith.scoring.contest import Axis
+from layersmith.run import ranks
+from layersmith.run.artifacts import fingerprint, read_json, write_json, write_tensors, write_text
+from layersmith.run.folder import Run, versions
+from layersmith.run.progress import SILENT, Progress
+from layersmith.run.runtime import Runtime
+from layersmith.scoring.children import whole_models
 from layersmith.scoring.library_scores import score_library
+from layersmith.scoring.regret import Axis
 from layersmith.scoring.score import Journal, Score, losses
 from layersmith.search import baselines
-from layersmith.search.budget import Budget, format_count
-from layersmith.search.choose import Choice, Space
 from layersmith.search.frontier import axes_of, frontier, to_dict
+from layersmith.search.problem import Choice, Space
 from layersmith.search.refine import Refined, read_refined, refine
-from layersmith.search.whole import whole_models
-from layersmith.streaming import is_too_large, load_streamed
-from layersmith.timed import find_times, keep_times, reachable, solve, that_holds, time_child
+from layersmith.stages.times import find_times, keep_times, reachable, solve, that_holds, time_child
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,7 @@ def stages(
     tokenizer = load_tokenizer(parent, trust_remote_code=recipe.trust_remote_code)
     tokens = ranks.from_first(lambda: read_data(data, recipe, model, tokenizer, progress))
     if recipe.distillation.tokens:
-        from layersmith.distill import check_training, distill_child  # they stand on this module
+        from layersmith.stages.distill import check_training, distill_child  # they stand on this module
 
         check_training(model, recipe, tokens.description["sequence_length"], run.folder)
     times = ranks.from_first(lambda: find_times(run, model, found, costs, budget, recipe, progress))

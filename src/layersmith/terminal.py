@@ -10,16 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layersmith.artifacts import read_json
+from layersmith.costs.budget import format_cost, format_seconds
 from layersmith.costs.times import Times, Timing
-from layersmith.inspection import Inspection
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.report.collect import described
 from layersmith.report.words import cost_label, load_in_words, ordered_costs, ratio
-from layersmith.search.budget import format_cost, format_seconds
-from layersmith.search.choose import Choice
-from layersmith.verification import Verification
+from layersmith.run.artifacts import read_json
+from layersmith.search.problem import Choice
+from layersmith.stages.inspect import Inspection
+from layersmith.stages.verify import Verification
 
 
 def print_result(console: Console, result: Any, with_samples: bool = False) -> None:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
-from layersmith.artifacts import file_digest, fingerprint
+from layersmith.run.artifacts import file_digest, fingerprint
 from tests.conformance import table
 from tests.conformance.checks import Verdict, examine
 

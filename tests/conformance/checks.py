@@ -27,17 +27,17 @@ from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, S
 import layersmith
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UnsupportedModel
+from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import decoder_layers
 from layersmith.library.library import Survey, survey
-from layersmith.model_descriptor.inferred import InferredDescriptor
-from layersmith.model_descriptor.removal import silent_stay_silent
-from layersmith.model_descriptor.specimen import Specimen, cache_argument
+from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
+from layersmith.model_descriptor.infer.removal import silent_stay_silent
+from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument
+from layersmith.model_descriptor.infer.subblocks import Subblock
 from layersmith.model_descriptor.stock import own_config
-from layersmith.model_descriptor.subblocks import Subblock
-from layersmith.parent import Parent
 from layersmith.recipe import LibraryRecipe
-from layersmith.runtime import Runtime
-from layersmith.verification import axis_verdicts, over_layers
+from layersmith.run.runtime import Runtime
+from layersmith.stages.verify import axis_verdicts, over_layers
 from tests.conformance.kinds import is_language_model_only, kind_of
 from tests.conformance.libraries import child_of_library
 from tests.conformance.resizings import resizings

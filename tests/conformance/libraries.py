@@ -9,10 +9,10 @@ import torch
 from transformers import PreTrainedModel
 
 from layersmith.block_config import has_attention
-from layersmith.execution import exchanged, forward
+from layersmith.execution.exchange import exchanged, forward
+from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, Survey, build_library
-from layersmith.parent import Parent
 from layersmith.recipe import LibraryRecipe
 
 

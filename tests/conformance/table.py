@@ -15,7 +15,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from layersmith.artifacts import read_json, write_json, write_text
+from layersmith.run.artifacts import read_json, write_json, write_text
 from tests.conformance.checks import CACHE_CHECKS, CHECKS, OK, Verdict, by_parent
 from tests.conformance.kinds import DECODER, HYBRID, MEANINGS
 

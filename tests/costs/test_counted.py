@@ -5,18 +5,18 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.tiny import tiny_config
-from conftest import FAMILIES, NO_ATTENTION, block, child_model
 from transformers import DynamicCache, PretrainedConfig
 
 import layersmith
 from layersmith import BlockConfig
-from layersmith.costs import library_costs
+from layersmith.costs import table as library_costs
 from layersmith.costs.counted import Workload, subblock_costs, total
-from layersmith.costs.library_costs import count_costs
+from layersmith.costs.table import count_costs
+from layersmith.library.axes.find import find_axes, meta_layers
 from layersmith.library.library import survey_of
-from layersmith.library.shapes import find_axes, meta_layers
 from layersmith.recipe import LibraryRecipe
+from tests.conformance.tiny import tiny_config
+from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model
 
 VARIANTS = {
     "parent": [block()] * 4,

@@ -7,14 +7,14 @@ import random
 
 import pytest
 
+from layersmith.costs.budget import Budget
 from layersmith.costs.curve import Bend, Curve
-from layersmith.costs.library_costs import CostTable
+from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import CombinedLimit, SearchRecipe
-from layersmith.search.budget import Budget
-from layersmith.search.choose import Space
 from layersmith.search.frontier import frontier
+from layersmith.search.problem import Space
 
 
 def test_a_curve_goes_through_what_was_seen_as_far_as_it_is_not_noise() -> None:

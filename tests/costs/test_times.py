@@ -12,24 +12,24 @@ import pytest
 import torch
 
 import layersmith
-from layersmith.artifacts import read_json
 from layersmith.costs import clock
+from layersmith.costs.budget import Budget, parse_limit
 from layersmith.costs.clock import told_apart
 from layersmith.costs.counted import Workload
 from layersmith.costs.measured import Stopwatch, measure
 from layersmith.costs.roofline import DEVICES, predict
 from layersmith.costs.times import TIMES, Times, Timing, costs_of, from_csv, to_csv
 from layersmith.errors import Infeasible, InputError, UsageError
-from layersmith.library.feasible import any_orders, no_maps
+from layersmith.execution.parent import Parent, load_parent
+from layersmith.library.axes.feasible import any_orders, no_maps
 from layersmith.library.library import Library, Survey, survey
-from layersmith.parent import Parent, load_parent
 from layersmith.pipeline import cost_table
 from layersmith.recipe import CostsRecipe, LibraryRecipe, Recipe
-from layersmith.runtime import Runtime
-from layersmith.search.budget import Budget, parse_limit
-from layersmith.search.choose import Space
-from layersmith.search.settle import settle
-from layersmith.timed import times_of, watched
+from layersmith.run.artifacts import read_json
+from layersmith.run.runtime import Runtime
+from layersmith.search.problem import Space
+from layersmith.search.time_limits import settle
+from layersmith.stages.times import times_of, watched
 from tests.conftest import TINY_RECIPE
 
 LOAD = Workload(batch=2, context=48, generate=16)
@@ -382,7 +382,7 @@ def test_what_no_child_can_reach_is_refused_before_all_is_timed(
 def test_a_run_against_the_clock(
     make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path, steady: list[Any]
 ) -> None:
-    from layersmith.again import search_several
+    from layersmith.stages.reopen import search_several
 
     recipe = TINY_RECIPE | {"costs": {"rounds": 3, "checks": 2}}
     path = make_parent("llama")

@@ -18,28 +18,28 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.tiny import tiny_config, tiny_model
-from conftest import FAMILIES, NO_ATTENTION, TINY_RECIPE, block, child_model, stock_model
 from torch.nn.functional import cosine_similarity, cross_entropy, kl_div, linear
 from transformers import Cohere2Config, Gemma2Config
 
 import layersmith
-from layersmith import again
-from layersmith.artifacts import read_json, read_tensors
-from layersmith.distill import distill
-from layersmith.distillation import trainer
+from layersmith.costs.budget import parse_budget
+from layersmith.distillation import train as trainer
 from layersmith.distillation.finalists import diverse_choices
 from layersmith.distillation.losses import FromHidden, FromTop, Mixture, cosine_distance, head_losses
 from layersmith.distillation.parent_logits import ParentLogits, remember
-from layersmith.distillation.trainer import RowOrder, Steps, Student, Teacher, train
+from layersmith.distillation.train import RowOrder, Steps, Student, Teacher, train
 from layersmith.errors import InputError, UsageError
 from layersmith.evaluation.compare import closed
-from layersmith.parent import Parent
-from layersmith.progress import SILENT, Progress
+from layersmith.execution.parent import Parent
 from layersmith.recipe import DistillationRecipe, SearchRecipe
-from layersmith.run import Run
-from layersmith.runtime import Runtime
-from layersmith.search.budget import parse_budget
+from layersmith.run.artifacts import read_json, read_tensors
+from layersmith.run.folder import Run
+from layersmith.run.progress import SILENT, Progress
+from layersmith.run.runtime import Runtime
+from layersmith.stages import reopen as again
+from layersmith.stages.distill import distill
+from tests.conformance.tiny import tiny_config, tiny_model
+from tests.conftest import FAMILIES, NO_ATTENTION, TINY_RECIPE, block, child_model, stock_model
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 QUICK: dict[str, Any] = {"batch_tokens": 128, "device_tokens": 64, "learning_rate": 0.003, "log_every": 2}
@@ -296,8 +296,8 @@ def test_a_run_is_distilled(own: Path) -> None:
 
 def test_training_never_shows_what_evaluation_does(own: Path, tmp_path: Path) -> None:
     """Not from the run's own data, and not from other text that holds the evaluation's in other spacing."""
-    from layersmith.data import load_tokenizer
-    from layersmith.overlap import Runs
+    from layersmith.data.overlap import Runs
+    from layersmith.data.splits import load_tokenizer
 
     tokenizer = load_tokenizer(own / "child")
     evaluation = read_tensors(own / "data" / "tokens.safetensors")["evaluation"]
@@ -367,7 +367,7 @@ def test_finalists_keep_the_searchs_rules(own: Path) -> None:
 
 SCRIPT = """
 import sys, json
-from layersmith.distill import distill
+from layersmith.stages.distill import distill
 distill(sys.argv[1], recipe={"distillation": json.loads(sys.argv[2])})
 """
 

@@ -18,12 +18,12 @@ from layersmith.distillation import local, store
 from layersmith.distillation.local import distill_chosen, distill_locally
 from layersmith.distillation.student import Student
 from layersmith.errors import UsageError
-from layersmith.execution import first_tensor
+from layersmith.execution.exchange import first_tensor
+from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
-from layersmith.parent import load_parent
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, Recipe
-from layersmith.runtime import Runtime
+from layersmith.run.runtime import Runtime
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 

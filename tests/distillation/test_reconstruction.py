@@ -8,14 +8,14 @@ import torch
 
 from layersmith.distillation.local import distill_locally, through
 from layersmith.distillation.reconstruction import RIDGE, watched
+from layersmith.execution.hidden_states import States
+from layersmith.execution.layerwise import take_apart
+from layersmith.execution.parent import load_parent
 from layersmith.library.library import Library, build_library, survey
-from layersmith.parent import load_parent
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe
-from layersmith.runtime import Runtime
+from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.second_order import Survey, estimate, look
-from layersmith.scoring.states import States
-from layersmith.staged import take_apart
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 

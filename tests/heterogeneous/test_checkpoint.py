@@ -7,8 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance.tiny import tiny_config
-from conftest import FAMILIES, NO_ATTENTION, block, child_model, stock_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, DbrxForCausalLM, LlamaForCausalLM
 
@@ -16,6 +14,8 @@ import layersmith
 from layersmith.errors import InputError
 from layersmith.heterogeneous.checkpoint import read_subblocks, write_subblocks
 from layersmith.library.alternative import Alternative
+from tests.conformance.tiny import tiny_config
+from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model, stock_model
 
 IDS = torch.arange(20)[None] * 7 % 512
 BLOCKS = [

@@ -4,12 +4,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, NO_ATTENTION, block, child_model, randomize
 from transformers import DynamicCache, Qwen2ForCausalLM, StaticCache
 
 import layersmith
 from layersmith.block_config import has_attention
 from layersmith.heterogeneous.patcher import deci_x_patcher
+from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model, randomize
 
 LINEAR = {"replace_with_linear": True}
 IDS = torch.randint(1, 512, (2, 30), generator=torch.Generator().manual_seed(1))

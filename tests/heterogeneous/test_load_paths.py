@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.tiny import tiny_config, tiny_model
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
@@ -17,6 +16,7 @@ from layersmith import BlockConfig, FFNConfig
 from layersmith.block_config import AttentionConfig
 from layersmith.errors import LayersmithError
 from layersmith.model_descriptor.describe import read_config
+from tests.conformance.tiny import tiny_config, tiny_model
 
 TOKENS = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(1))
 # Families whose checkpoints have a tensor for each expert, or other names than the model.
@@ -95,9 +95,9 @@ def test_remote_code_is_run_only_where_it_is_allowed(remote: Path) -> None:
 
 
 def test_a_remote_model_is_described_and_cut(remote: Path, tmp_path: Path) -> None:
+    from layersmith.execution.parent import load_parent
     from layersmith.heterogeneous.checkpoint import load
-    from layersmith.parent import load_parent
-    from layersmith.runtime import Runtime
+    from layersmith.run.runtime import Runtime
 
     model = load(remote, trust_remote_code=True).eval()
     descriptor = layersmith.describe(model)

@@ -1,6 +1,5 @@
 import pytest
 import torch
-from conftest import FAMILIES, NO_ATTENTION, block, child_model, stock_model
 from torch import nn
 from transformers import LlamaForCausalLM
 
@@ -9,6 +8,7 @@ from layersmith import ModelDescriptor
 from layersmith.errors import UnsupportedModel, UsageError
 from layersmith.heterogeneous.no_op import MatchingZeros, Same, return_tuple_of_size
 from layersmith.heterogeneous.patcher import deci_x_patcher
+from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model, stock_model
 
 IDS = torch.arange(20)[None] * 7 % 512
 

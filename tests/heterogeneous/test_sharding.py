@@ -7,10 +7,10 @@ import sys
 from pathlib import Path
 
 import torch
-from conftest import FAMILIES, NO_ATTENTION, block, child_model
 
 import layersmith
 from layersmith.heterogeneous.sharding import layers_of_rank
+from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model
 
 SCRIPT = """
 import json, sys
@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.heterogeneous.sharding import load_sharded
-from layersmith.runtime import Runtime
+from layersmith.run.runtime import Runtime
 
 dist.init_process_group("gloo")
 runtime = Runtime.detect("cpu", "float32")

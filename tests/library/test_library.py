@@ -6,18 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
 
 import layersmith
 from layersmith import ModelDescriptor
-from layersmith.execution import exchanged, forward
+from layersmith.execution.exchange import exchanged, forward
+from layersmith.execution.parent import Parent, load_parent
 from layersmith.library import ranking, statistics
 from layersmith.library.alternative import Alternative, ffn_widths, head_group_counts, kv_head_counts
 from layersmith.library.library import Library, build_library, probes_for, survey
-from layersmith.library.weights import keep_groups, keep_kv_heads, keep_query_heads, narrow, pool_kv_heads
-from layersmith.parent import Parent, load_parent
+from layersmith.library.slicing import keep_groups, keep_kv_heads, keep_query_heads, narrow, pool_kv_heads
 from layersmith.recipe import LibraryRecipe
-from layersmith.runtime import Runtime
+from layersmith.run.runtime import Runtime
+from tests.conftest import FAMILIES
 
 TOKENS = torch.randint(0, 512, (8, 32), generator=torch.Generator().manual_seed(3))
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -17,19 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.tiny import tiny_config
-from conftest import TINY_RECIPE, randomize
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.models.auto import configuration_auto, modeling_auto
 
 import layersmith
 from layersmith import BlockConfig, FFNConfig
 from layersmith.block_config import AttentionConfig
-from layersmith.distill import distill
 from layersmith.library.library import survey
 from layersmith.model_descriptor.stock import own_config, stock_class, stock_model
 from layersmith.recipe import LibraryRecipe
-from tests.library.test_axes_of_families import costs_of, parent_of_config
+from layersmith.stages.distill import distill
+from tests.conformance.tiny import tiny_config
+from tests.conftest import TINY_RECIPE, randomize
+from tests.library.axes.test_families import costs_of, parent_of_config
 
 # Old module name to new, in the source and so in the weights' names.
 MODULES = {

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FAMILIES, stock_model
 from torch import nn
 
 import layersmith
@@ -14,6 +13,7 @@ from layersmith import ModelDescriptor
 from layersmith.errors import UnsupportedModel
 from layersmith.model_descriptor import base
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
+from tests.conftest import FAMILIES, stock_model
 
 # name -> (kind, abstract, parameters)
 INTERFACE = {

@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NO_ATTENTION, SIZES, block, randomize
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel
 
 import layersmith
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
+from tests.conftest import NO_ATTENTION, SIZES, block, randomize
 from tests.model_descriptor.hand_written import LlamaModelDescriptor
 
 

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import pytest
-from conformance.tiny import tiny_config
 
 import layersmith
 from layersmith import BlockConfig
 from layersmith.block_config import AttentionConfig
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.build import child_config
-from layersmith.model_descriptor.inferred import InferredDescriptor
+from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
 from layersmith.model_descriptor.stock import own_config
+from tests.conformance.tiny import tiny_config
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ import torch
 
 import layersmith
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
-from layersmith.model_descriptor.inferred import InferredDescriptor
-from layersmith.model_descriptor.specimen import Specimen
+from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
+from layersmith.model_descriptor.infer.specimen import Specimen
 from tests.conformance.tiny import tiny_config, tiny_model
 
 CONFIG = tiny_config("reformer")

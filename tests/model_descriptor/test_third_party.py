@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import SIZES, TINY_RECIPE, randomize
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -33,7 +32,8 @@ import layersmith
 from layersmith.heterogeneous.no_op import MatchingZeros, Same, return_tuple_of_size
 from layersmith.heterogeneous.sharding import load_sharded
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.runtime import Runtime
+from layersmith.run.runtime import Runtime
+from tests.conftest import SIZES, TINY_RECIPE, randomize
 
 
 class _Zeros(nn.Module):
@@ -224,8 +224,8 @@ def test_the_whole_way(
     result = layersmith.compress(
         folder, tmp_path / "run", data=text_folder, budget=0.75, recipe=TINY_RECIPE, descriptor=descriptor
     )
-    notes = " ".join(result.evaluation and layersmith.artifacts.read_json(result.run / "report.json")["notes"])
-    offered = layersmith.artifacts.read_json(result.run / "library" / "library.json")
+    notes = " ".join(result.evaluation and layersmith.run.artifacts.read_json(result.run / "report.json")["notes"])
+    offered = layersmith.run.artifacts.read_json(result.run / "library" / "library.json")
     kinds = {(a["subblock"], a["kind"]) for a in offered["alternatives"]}
     assert (("ffn", "no_op") in kinds) == descriptor.mlp_no_op_supported() == (name != "olmo2")
     assert ("attention", "no_op") in kinds

@@ -6,14 +6,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from browser import BROWSER, Page, browser
-from conformance.tiny import tiny_config, tiny_model
-from conftest import SIZES, TINY_RECIPE
-from sample import full_report
 from transformers import PreTrainedTokenizerFast
 
 import layersmith
 from layersmith.report.html import render
+from tests.conformance.tiny import tiny_config, tiny_model
+from tests.conftest import SIZES, TINY_RECIPE
+from tests.report.browser import BROWSER, Page, browser
+from tests.report.sample import full_report
 
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here")
 PLOTS = 11

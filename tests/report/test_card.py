@@ -10,13 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
-from conftest import TINY_RECIPE
 
 import layersmith
-from layersmith.again import search_again
+from layersmith.costs.budget import parse_budget
 from layersmith.pipeline import stages
 from layersmith.report.card import base_model, data_name, license_of, table
-from layersmith.search.budget import parse_budget
+from layersmith.stages.reopen import search_again
+from tests.conftest import TINY_RECIPE
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], str]:

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import TINY_RECIPE
-from sample import frontier
 
 import layersmith
-from layersmith.again import report_again
-from layersmith.artifacts import write_json
 from layersmith.errors import InputError
 from layersmith.report.optional import read_distillation, read_frontier
+from layersmith.run.artifacts import write_json
+from layersmith.stages.reopen import report_again
+from tests.conftest import TINY_RECIPE
+from tests.report.sample import frontier
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:

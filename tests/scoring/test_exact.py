@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from layersmith.execution import exchanged, forward
+from layersmith.execution.exchange import exchanged, forward
+from layersmith.execution.parent import load_parent
 from layersmith.library.library import Library, build_library, survey
-from layersmith.parent import load_parent
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
-from layersmith.runtime import Runtime
+from layersmith.run.runtime import Runtime
 from layersmith.scoring import library_scores
 from layersmith.scoring.library_scores import row_order, score_library
 from layersmith.scoring.metrics import METRICS, Reference, measure, row_means

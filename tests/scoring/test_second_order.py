@@ -7,23 +7,23 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from layersmith.costs.budget import parse_budget
 from layersmith.demo.job import MODEL
+from layersmith.execution.hidden_states import States
+from layersmith.execution.layerwise import StagedParent, take_apart
+from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
-from layersmith.parent import load_parent
 from layersmith.pipeline import cost_table
-from layersmith.progress import Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
-from layersmith.runtime import Runtime
+from layersmith.run.progress import Progress
+from layersmith.run.runtime import Runtime
 from layersmith.scoring import library_scores
-from layersmith.scoring.contest import Axis
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
 from layersmith.scoring.library_scores import row_order, score_library
+from layersmith.scoring.regret import Axis
 from layersmith.scoring.second_order import _signs, estimate, look
-from layersmith.scoring.states import States
-from layersmith.search.budget import parse_budget
 from layersmith.search.frontier import axes_of
-from layersmith.staged import StagedParent, take_apart
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 
@@ -132,7 +132,7 @@ def trained() -> tuple[Library, torch.Tensor]:
     import argparse
     import textwrap
 
-    from layersmith.data import load_tokenizer
+    from layersmith.data.splits import load_tokenizer
 
     tokenizer = load_tokenizer(MODEL)
     text = Path(str(argparse.__file__)).read_text() + Path(str(textwrap.__file__)).read_text()

@@ -8,15 +8,15 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from layersmith.execution.layerwise import StagedParent, take_apart
+from layersmith.execution.parent import load_parent
 from layersmith.library.library import Library, build_library, survey
-from layersmith.parent import load_parent
-from layersmith.progress import Advance, Progress
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
-from layersmith.runtime import Runtime
+from layersmith.run.progress import Advance, Progress
+from layersmith.run.runtime import Runtime
 from layersmith.scoring import library_scores
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.work import Work
-from layersmith.staged import StagedParent, take_apart
 
 TOKENS = torch.randint(0, 512, (8, 24), generator=torch.Generator().manual_seed(4))
 

@@ -9,26 +9,26 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY_RECIPE
 
-from layersmith.again import reopen, scoring_rows
-from layersmith.data import load_tokenizer
+from layersmith.costs.budget import parse_budget
+from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL
 from layersmith.evaluation.compare import compare
+from layersmith.execution.layerwise import take_apart
+from layersmith.execution.parent import load_parent
 from layersmith.library.library import build_library, survey
-from layersmith.parent import load_parent
 from layersmith.pipeline import cost_table, read_scores, search_space, stages
-from layersmith.progress import SILENT
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
-from layersmith.run import Run
-from layersmith.runtime import Runtime
+from layersmith.run.folder import Run
+from layersmith.run.progress import SILENT
+from layersmith.run.runtime import Runtime
+from layersmith.scoring.children import WholeModels, whole_models
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import Journal
-from layersmith.search.budget import parse_budget
-from layersmith.search.choose import Space
+from layersmith.search.problem import Space
 from layersmith.search.refine import read_refined, refine
-from layersmith.search.whole import WholeModels, whole_models
-from layersmith.staged import take_apart
+from layersmith.stages.reopen import reopen, scoring_rows
+from tests.conftest import TINY_RECIPE
 
 
 @pytest.fixture(scope="module")

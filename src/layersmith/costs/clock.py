@@ -23,7 +23,7 @@ from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, St
 from layersmith.costs.counted import Workload
 from layersmith.costs.times import ZERO, Timing
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.runtime import Runtime
+from layersmith.run.runtime import Runtime
 
 # Fewer rounds tell nothing of the noise.
 LEAST_ROUNDS = 3

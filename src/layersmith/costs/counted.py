@@ -15,12 +15,12 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.heterogeneous.checkpoint import weight_groups
-from layersmith.heterogeneous.modeling_layersmith import as_parent
 from layersmith.heterogeneous.patcher import deci_x_patcher
-from layersmith.library.axes import REST, LayerAxes
+from layersmith.library.axes.axis import REST, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.inferred import InferredDescriptor
+from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
+from layersmith.modeling_layersmith import as_parent
 from layersmith.recipe import BATCH, CONTEXT, GENERATE
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")

@@ -23,21 +23,21 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from layersmith.artifacts import fingerprint, read_json, write_json
 from layersmith.block_config import BlockConfig
 from layersmith.costs.clock import LEAST_ROUNDS, Served, device_name, in_turns, quietly
 from layersmith.costs.counted import Workload, layers_alike
-from layersmith.costs.library_costs import CostTable
+from layersmith.costs.table import CostTable
 from layersmith.costs.times import ZERO, Check, Times, Timing
 from layersmith.errors import LayersmithError, UnsupportedModel, first_line
-from layersmith.execution import share_buffers
+from layersmith.execution.exchange import share_buffers
+from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import build
 from layersmith.library.alternative import Alternative
-from layersmith.model_descriptor.cache import cache_folder, key_of
+from layersmith.model_descriptor.infer.findings_cache import cache_folder, key_of
 from layersmith.model_descriptor.stock import own_config
-from layersmith.parent import Parent
-from layersmith.progress import SILENT, Progress
 from layersmith.recipe import CostsRecipe
+from layersmith.run.artifacts import fingerprint, read_json, write_json
+from layersmith.run.progress import SILENT, Progress
 
 # Layers of a kind that are timed where all would take too long or do not fit into memory.
 _LEAST_LAYERS = 2

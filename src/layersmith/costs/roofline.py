@@ -20,11 +20,11 @@ import torch
 
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.costs.counted import Workload, sliding_window
-from layersmith.costs.library_costs import CostTable
+from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times, Timing
 from layersmith.errors import UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
-from layersmith.library.axes import LayerAxes
+from layersmith.library.axes.axis import LayerAxes
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layersmith.artifacts import read_json
 from layersmith.costs.counted import Workload
 from layersmith.costs.curve import Bend, Curve
-from layersmith.costs.library_costs import CostTable
+from layersmith.costs.table import CostTable
 from layersmith.errors import InputError
 from layersmith.library.alternative import Alternative
+from layersmith.run.artifacts import read_json
 
 # What a table of times adds to counted costs, in seconds.
 PREFILL, DECODE, TOKEN = "prefill_seconds", "decode_seconds", "token_seconds"

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from layersmith.errors import InputError
 from layersmith.pipeline import Result, compress
-from layersmith.progress import SILENT, Progress
 from layersmith.recipe import DataRecipe, LocalDistillationRecipe, Recipe
+from layersmith.run.progress import SILENT, Progress
 
 MODEL = Path(__file__).parent / "demo-model"
 PROMPTS = ("def read_file(path):\n    with open(path",)

@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from layersmith.search.choose import Choice, Space
+from layersmith.search.problem import Choice, Space
 
 _LEAST_SHARE = 0.1
 

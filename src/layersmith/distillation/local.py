@@ -30,19 +30,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith import ranks
 from layersmith.distillation.reconstruction import Moments, refits
 from layersmith.distillation.store import Store, layer_name
 from layersmith.distillation.student import Student
 from layersmith.errors import UsageError
+from layersmith.execution.layerwise import Batch, CannotTakeApart, StagedParent, Stages, key_of, take_apart
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity
-from layersmith.library.kept import Kept, Tensors, digest_of
 from layersmith.library.library import Library
-from layersmith.progress import SILENT, Progress
+from layersmith.library.stored_weights import Kept, Tensors, digest_of
 from layersmith.recipe import LocalDistillationRecipe
-from layersmith.staged import Batch, CannotTakeApart, StagedParent, Stages, key_of, take_apart
+from layersmith.run import ranks
+from layersmith.run.progress import SILENT, Progress
 
 _HELD_OUT_EVERY = 24  # of the training rows one in so many is held out
 _CHECKS = 6

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.parent import Parent
+from layersmith.execution.parent import Parent
 
 
 def matrices_of(model: Parent) -> list[nn.Parameter]:

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 
-from layersmith.artifacts import fingerprint, read_tensors, write_tensors
 from layersmith.distillation.losses import FromTop, span_tokens
 from layersmith.distillation.tap import Tap
-from layersmith.parent import Parent
+from layersmith.execution.parent import Parent
+from layersmith.run.artifacts import fingerprint, read_tensors, write_tensors
 
 _FILE_ROWS = 64
 

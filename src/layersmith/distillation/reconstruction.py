@@ -25,10 +25,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.execution import first_tensor
-from layersmith.heterogeneous.modeling_layersmith import _first_tensor as first_argument
+from layersmith.execution.exchange import first_tensor
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
+from layersmith.modeling_layersmith import _first_tensor as first_argument
 
 # Lambda as a fraction of the mean of E[b_k^2].
 RIDGE = 1e-3

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from layersmith.artifacts import read_json, read_tensors, write_json, write_tensors
 from layersmith.distillation.student import Student
-from layersmith.library.kept import Kept, Tensors, layer_file, read_layer, write_layer
+from layersmith.library.stored_weights import Kept, Tensors, layer_file, read_layer, write_layer
+from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
 
 _SAVE_EVERY_SECONDS = 30.0
 

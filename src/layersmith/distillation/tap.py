@@ -19,8 +19,8 @@ import torch
 from torch import nn
 
 from layersmith.errors import InputError, UnsupportedModel
-from layersmith.execution import Handover, exchanged, first_tensor, layer_outputs
-from layersmith.parent import Parent
+from layersmith.execution.exchange import Handover, exchanged, first_tensor, layer_outputs
+from layersmith.execution.parent import Parent
 
 
 @dataclass(frozen=True, eq=False)

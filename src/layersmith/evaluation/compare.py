@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from layersmith.heterogeneous.build import head_of
-from layersmith.progress import SILENT, Progress
+from layersmith.run.progress import SILENT, Progress
 from layersmith.scoring.metrics import Reference, as_rows, measure, row_means
 from layersmith.scoring.score import standard_error
 

@@ -12,19 +12,19 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, read_block_configs
 from layersmith.errors import UsageError
-from layersmith.heterogeneous.modeling_layersmith import (
+from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
+from layersmith.heterogeneous.plan import fills_cache, make_plan, native_layers
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.describe import describe
+from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
+from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model, whole_number
+from layersmith.modeling_layersmith import (
     as_parent,
     cache_layer_types,
     heterogeneous_class,
     remote_code,
     without_guard,
 )
-from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
-from layersmith.heterogeneous.plan import fills_cache, make_plan, native_layers
-from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.describe import describe
-from layersmith.model_descriptor.inferred import InferredDescriptor
-from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model, whole_number
 
 
 def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> list[BlockConfig]:

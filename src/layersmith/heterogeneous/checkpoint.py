@@ -17,18 +17,18 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layersmith.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
 from layersmith.errors import InputError, LayersmithError, first_line
 from layersmith.heterogeneous.build import class_for
-from layersmith.heterogeneous.modeling_layersmith import (
-    HeterogeneousMixin,
-    refuse_incomplete,
-    without_guard,
-)
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import read_config
 from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model
+from layersmith.modeling_layersmith import (
+    HeterogeneousMixin,
+    refuse_incomplete,
+    without_guard,
+)
+from layersmith.run.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
 
 INDEX = "model.safetensors.index.json"
 SUBBLOCK_FOLDER = "subblocks_safetensors"

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.heterogeneous.modeling_layersmith import MatchingZeros, Same, return_tuple_of_size
+from layersmith.modeling_layersmith import MatchingZeros, Same, return_tuple_of_size
 
 __all__ = ["DummyBlock", "MatchingZeros", "Same", "return_tuple_of_size"]
 

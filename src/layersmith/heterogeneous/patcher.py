@@ -11,14 +11,6 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig, read_block_configs
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.modeling_layersmith import (
-    make_replacement,
-    own_layers,
-    renumber,
-    resize,
-    set_cache_slot,
-    with_overrides,
-)
 from layersmith.heterogeneous.plan import (
     cached_modules,
     fills_cache,
@@ -28,6 +20,14 @@ from layersmith.heterogeneous.plan import (
     slots_of_layers,
 )
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.modeling_layersmith import (
+    make_replacement,
+    own_layers,
+    renumber,
+    resize,
+    set_cache_slot,
+    with_overrides,
+)
 
 
 def layer_classes(descriptor: type[ModelDescriptor]) -> list[type[nn.Module]]:

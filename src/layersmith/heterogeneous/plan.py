@@ -16,8 +16,8 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.modeling_layersmith import MatchingZeros, PassArgument, cache_slots
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.modeling_layersmith import MatchingZeros, PassArgument, cache_slots
 
 SUBBLOCKS = ("attention", "ffn")
 NO_LINEAR = "no linear map can replace it"

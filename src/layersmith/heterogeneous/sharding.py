@@ -15,12 +15,12 @@ from torch import nn
 from layersmith.errors import InputError, UsageError
 from layersmith.heterogeneous.build import block_configs_of, build, decoder_layers
 from layersmith.heterogeneous.checkpoint import check_files, weight_groups, weight_map
-from layersmith.heterogeneous.modeling_layersmith import without_guard
 from layersmith.heterogeneous.no_op import Same
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.stock import own_config, quiet_transformers
-from layersmith.runtime import Runtime
+from layersmith.modeling_layersmith import without_guard
+from layersmith.run.runtime import Runtime
 
 
 def layers_of_rank(num_layers: int, rank: int, world_size: int) -> range:

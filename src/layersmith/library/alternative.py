@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from layersmith import schema
-from layersmith.artifacts import fingerprint
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UsageError
-from layersmith.library.axes import HeadsAxis, LayerAxes
+from layersmith.library.axes.axis import HeadsAxis, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import LibraryRecipe
+from layersmith.run.artifacts import fingerprint
 
 _FIELDS = {
     "kv_heads": "num_key_value_heads",

@@ -15,21 +15,19 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith import schema
-from layersmith.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.block_config import BlockConfig
-from layersmith.execution import LAYER_TYPE, share_buffers
+from layersmith.execution.exchange import LAYER_TYPE, share_buffers
+from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
 from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity, search_space, why_no_linear
-from layersmith.library.axes import Bundle, HeadsAxis, LayerAxes, WidthAxis, numbered
-from layersmith.library.feasible import any_orders, by_reason, no_maps, those_that_run
-from layersmith.library.kept import Kept
-from layersmith.library.proof import prove
-from layersmith.library.shapes import find_axes, input_dim, meta_layers
-from layersmith.library.statistics import Probe, expert_holder, expert_reader, gather
-from layersmith.library.trial import Trial
-from layersmith.library.weights import (
+from layersmith.library.axes.axis import Bundle, HeadsAxis, LayerAxes, WidthAxis, numbered
+from layersmith.library.axes.feasible import any_orders, by_reason, no_maps, those_that_run
+from layersmith.library.axes.find import find_axes, input_dim, meta_layers
+from layersmith.library.axes.prove import prove
+from layersmith.library.axes.trial import Trial
+from layersmith.library.slicing import (
     common_module,
     keep_experts,
     keep_groups,
@@ -42,10 +40,12 @@ from layersmith.library.weights import (
     pool_kv_heads,
     query_heads_of,
 )
+from layersmith.library.statistics import Probe, expert_holder, expert_reader, gather
+from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.parent import Parent
-from layersmith.progress import SILENT, Progress
 from layersmith.recipe import LibraryRecipe
+from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
+from layersmith.run.progress import SILENT, Progress
 
 
 @dataclass(eq=False)
@@ -398,7 +398,7 @@ def build_library(
     probes = probes_for(parent, axes, alternatives, ffn_ranking)
     of_layers: Iterable[dict[str, torch.Tensor]] | None = None
     if parent.stream is not None:
-        from layersmith.library.layerwise import gather_layerwise  # it stands on this module
+        from layersmith.library.layerwise_statistics import gather_layerwise  # it stands on this module
 
         bare = Library(parent, axes, alternatives, {}, {}, [])
         of_layers = gather_layerwise(bare, probes, tokens, batch_sequences, checkpoint, progress)

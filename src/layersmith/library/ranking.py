@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from layersmith.library.axes import HeadsAxis, HeadSizeAxis
+from layersmith.library.axes.axis import HeadsAxis, HeadSizeAxis
 
 # In float64, which takes twice the memory of the weight or more.
 _ROWS_AT_ONCE = 256

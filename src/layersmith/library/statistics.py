@@ -34,14 +34,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.artifacts import read_tensors, write_tensors
 from layersmith.errors import UnsupportedModel
-from layersmith.execution import first_tensor
-from layersmith.heterogeneous.modeling_layersmith import _first_tensor as first_argument
-from layersmith.library.axes import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
-from layersmith.library.weights import common_module, members_of
-from layersmith.parent import Parent
-from layersmith.progress import SILENT, Progress
+from layersmith.execution.exchange import first_tensor
+from layersmith.execution.parent import Parent
+from layersmith.library.axes.axis import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
+from layersmith.library.slicing import common_module, members_of
+from layersmith.modeling_layersmith import _first_tensor as first_argument
+from layersmith.run.artifacts import read_tensors, write_tensors
+from layersmith.run.progress import SILENT, Progress
 
 _SAVE_EVERY_SECONDS = 20.0
 _PROBE_TOKENS = 8  # that tell which weights a text reaches

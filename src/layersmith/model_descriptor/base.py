@@ -137,7 +137,7 @@ class ModelDescriptor(ABC):
 
         Args:
             model: the model, whose ``config`` tells all that is needed.
-            runtime: has ``device`` and ``dtype`` (see :class:`layersmith.runtime.Runtime`).
+            runtime: has ``device`` and ``dtype`` (see :class:`layersmith.run.runtime.Runtime`).
         """
 
     @classmethod

@@ -32,8 +32,8 @@ def describe(model: Any, *, trust_remote_code: bool = False) -> type[ModelDescri
     registered = ModelDescriptorFactory.registered(model_type)
     if registered is not None:
         return registered
-    from layersmith.heterogeneous.modeling_layersmith import as_parent
-    from layersmith.model_descriptor.inferred import infer
+    from layersmith.model_descriptor.infer.descriptor import infer
+    from layersmith.modeling_layersmith import as_parent
 
     try:
         return infer(as_parent(config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from layersmith.model_descriptor.subblocks import LayerKind
+from layersmith.model_descriptor.infer.subblocks import LayerKind
 
 
 def weight_groups(

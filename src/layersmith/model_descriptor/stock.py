@@ -18,7 +18,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from layersmith.errors import UnsupportedModel
-from layersmith.heterogeneous.modeling_layersmith import give_own_buffers, model_class_for, remote_class
+from layersmith.modeling_layersmith import give_own_buffers, model_class_for, remote_class
 
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:

@@ -12,9 +12,9 @@ from typing import Any
 
 import yaml
 
-from layersmith.artifacts import write_text
-from layersmith.heterogeneous.modeling_layersmith import FILE_NAME
+from layersmith.costs.budget import format_cost
 from layersmith.library.library import Library
+from layersmith.modeling_layersmith import FILE_NAME
 from layersmith.recipe import Overlap, Recipe
 from layersmith.report.collect import described, parent_name
 from layersmith.report.optional import read_clock, trained_alternatives
@@ -29,9 +29,9 @@ from layersmith.report.words import (
     share,
     with_noise,
 )
-from layersmith.run import Run
-from layersmith.search.budget import format_cost
-from layersmith.search.choose import Choice
+from layersmith.run.artifacts import write_text
+from layersmith.run.folder import Run
+from layersmith.search.problem import Choice
 
 CARD = "README.md"
 _LICENSE_KEYS = ("license", "license_name", "license_link")

@@ -7,14 +7,14 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from layersmith.costs.budget import format_cost
 from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
 from layersmith.report.words import cost_unit, metric_unit
 from layersmith.scoring.metrics import METRICS
 from layersmith.scoring.score import Score, losses
-from layersmith.search.budget import format_cost
-from layersmith.search.choose import Choice
+from layersmith.search.problem import Choice
 
 SCHEMA = 1
 

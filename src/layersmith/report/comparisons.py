@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from layersmith.costs.budget import format_cost
 from layersmith.report.plot import (
     SERIES,
     SHAPES,
@@ -20,7 +21,6 @@ from layersmith.report.plot import (
     tooltip,
 )
 from layersmith.report.words import cost_label, metric_label, metric_unit, number, with_noise
-from layersmith.search.budget import format_cost
 
 # ---------------------------------------------------------------------------------------------- the frontier
 

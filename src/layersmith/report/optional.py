@@ -10,9 +10,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layersmith.artifacts import read_json
 from layersmith.costs.times import kept_in
-from layersmith.run import Run
+from layersmith.run.artifacts import read_json
+from layersmith.run.folder import Run
 
 _POINT = ("cost", "fraction", "score", "measured")
 

@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from layersmith.search.budget import COST_WORDS, is_throughput
+from layersmith.costs.budget import COST_WORDS, is_throughput
 
 COST_LABELS = COST_WORDS | {"weight_bytes": "weight memory"}
 _UNITS = {"bytes": "bytes", "seconds": "seconds"}

@@ -8,7 +8,8 @@ are held for the parent alone.
 Where the parent's weights stay on the disk, a layer is done with everything that goes through it before the next is
 read: with the parent's own rows, and with alternatives of all layers before it.
 
-Where a parent cannot be taken apart (see :mod:`layersmith.staged`) the whole model is run with a layer exchanged.
+Where a parent cannot be taken apart (see :mod:`layersmith.execution.layerwise`) the whole model is run with a layer
+exchanged.
 
 Shapes: B rows, T tokens, D hidden, V vocabulary, A alternatives.
 """
@@ -22,13 +23,13 @@ from itertools import groupby
 
 import torch
 
-from layersmith.execution import forward_with, hands_over, layer_outputs
+from layersmith.execution.exchange import forward_with, hands_over, layer_outputs
+from layersmith.execution.hidden_states import States, most_seconds, plan_start, read, start_all
+from layersmith.execution.layerwise import Batch, StagedParent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.scoring.metrics import Reference, Rows, as_rows, labels_of, measure, row_means
-from layersmith.scoring.states import States, most_seconds, plan_start, read, start_all
 from layersmith.scoring.work import Plan, Work, plan_all, share_of_layer
-from layersmith.staged import Batch, StagedParent
 
 # Logits that are held at once for what is not the parent.
 _SPAN_BYTES = {"cpu": 4 * 1024**2, "cuda": 512 * 1024**2}

@@ -17,11 +17,12 @@ from pathlib import Path
 import torch
 
 from layersmith.block_config import BlockConfig
+from layersmith.execution.hidden_states import States, StatesOnDisk, most_seconds
+from layersmith.execution.layerwise import CannotTakeApart, StagedParent, take_apart, tokens_at_once
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.progress import SILENT, Advance, Progress
 from layersmith.recipe import ScoringRecipe
-from layersmith.scoring.contest import Axis, Contest
+from layersmith.run.progress import SILENT, Advance, Progress
 from layersmith.scoring.correction import Prior, correct, prior
 from layersmith.scoring.exact import (
     Job,
@@ -34,12 +35,11 @@ from layersmith.scoring.exact import (
     run_layer_by_layer,
 )
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
+from layersmith.scoring.regret import Axis, Contest
 from layersmith.scoring.rounds import Observed, Rounds, Runs, relative_log
 from layersmith.scoring.score import Journal, Score, error_beside_each_other, standard_error
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
-from layersmith.scoring.states import States, StatesOnDisk, most_seconds
 from layersmith.scoring.work import Work, plan_all
-from layersmith.staged import CannotTakeApart, StagedParent, take_apart, tokens_at_once
 
 # Identity of an alternative to the number of rows on which it runs exactly.
 _Runs = Mapping[str, int]

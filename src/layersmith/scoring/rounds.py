@@ -1,7 +1,7 @@
 """Which alternatives are run exactly, round after round, and when it is enough.
 
 The first round serves the scores as such: it lowers their errors as much as it can. Each further one serves what they
-are for, and goes to alternatives that decide what the search takes (:mod:`layersmith.scoring.contest`), by what the
+are for, and goes to alternatives that decide what the search takes (:mod:`layersmith.scoring.regret`), by what the
 rounds before have shown. How many it takes to settle the search's choices is foreseen by the first estimates, so that
 the time left can be told; only where runs show otherwise are there more.
 """
@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import torch
 
-from layersmith.scoring.contest import Contest
 from layersmith.scoring.correction import Prior, choose_runs, correct, draw, misfit
+from layersmith.scoring.regret import Contest
 
 SHARES = (1 / 4, *[1 / 8] * 6)  # of all the work, for each round
 _DRAWS = 128

@@ -13,9 +13,9 @@ from typing import IO, Any
 
 import torch
 
-from layersmith.artifacts import saying_disk_full
 from layersmith.errors import UsageError
 from layersmith.library.alternative import Alternative
+from layersmith.run.artifacts import saying_disk_full
 from layersmith.scoring.metrics import loss_of
 
 _SYNC_EVERY_SECONDS = 5.0

@@ -34,11 +34,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from layersmith.execution.hidden_states import States, plan_start, read, start_all
+from layersmith.execution.layerwise import Batch, StagedParent, key_of
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.exact import spans
-from layersmith.scoring.states import States, plan_start, read, start_all
 from layersmith.scoring.work import Plan, Work, share_of_layer
-from layersmith.staged import Batch, StagedParent, key_of
 
 # Enough to tell how large a change is beside the hidden states that it is made to.
 _PROBE_TOKENS = 32

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
-from layersmith.search.choose import Choice, Space
+from layersmith.search.problem import Choice, Space
 
 UNIFORM, DROPPED, RANDOM = "uniform narrowing", "layers dropped", "random"
 

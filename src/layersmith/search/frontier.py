@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from layersmith.costs.library_costs import CostTable
+from layersmith.costs.budget import COSTS, Budget, Limit, is_time
+from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
-from layersmith.scoring.contest import Axis
-from layersmith.search.budget import COSTS, Budget, Limit, is_time
-from layersmith.search.choose import Choice, Space
+from layersmith.scoring.regret import Axis
+from layersmith.search.problem import Choice, Space
 
 # Of the parent's cost: the children that scores are for, whatever the budget of this run.
 _SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)

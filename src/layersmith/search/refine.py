@@ -3,10 +3,10 @@
 The program minimises a sum of scores, each measured in an otherwise whole parent. What a child loses is another thing:
 errors of its parts add up or cancel. So the program's choice is run on some scoring rows. Then, round by round: a sweep
 around the best child tells what every exchange would change in what it loses, alone and with others
-(:mod:`layersmith.scoring.around`); the same integer program, with these for scores, gives the best child that differs
-in at most so many subblocks, for several numbers; those are run, and the best of all is the next to go on from. It ends
-where nothing better is found, or when the work that is allowed is done. The best few are run on all rows, and the best
-of these is taken; the program's own choice always is among them, so it is never worse on these rows.
+(:mod:`layersmith.scoring.exchanges`); the same integer program, with these for scores, gives the best child that
+differs in at most so many subblocks, for several numbers; those are run, and the best of all is the next to go on from.
+It ends where nothing better is found, or when the work that is allowed is done. The best few are run on all rows, and
+the best of these is taken; the program's own choice always is among them, so it is never worse on these rows.
 
 Everything that is run is kept in a journal by what the choice is and by row.
 """
@@ -21,15 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from layersmith.artifacts import fingerprint
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
-from layersmith.scoring.around import Around
+from layersmith.run.artifacts import fingerprint
+from layersmith.scoring.children import WholeModels
+from layersmith.scoring.exchanges import Around
 from layersmith.scoring.library_scores import row_order
 from layersmith.scoring.metrics import loss_of
 from layersmith.scoring.score import Journal, standard_error
-from layersmith.search.choose import Choice, Space
-from layersmith.search.whole import WholeModels
+from layersmith.search.problem import Choice, Space
 
 Chosen = tuple[Alternative, ...]
 Members = Sequence[Sequence[tuple[Alternative, ...]]]  # for each group of the program what can be chosen

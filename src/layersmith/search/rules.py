@@ -13,11 +13,11 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 from layersmith.block_config import AttentionConfig, BlockConfig
-from layersmith.costs.library_costs import CostTable
+from layersmith.costs.budget import COST_OF, is_time, parse_amount
+from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import CombinedLimit, SearchRecipe
-from layersmith.search.budget import COST_OF, is_time, parse_amount
 
 Place = tuple[int, str]
 Costs = dict[str, float]

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from layersmith.costs.budget import COST_WORDS, format_cost, is_throughput
 from layersmith.errors import Infeasible
-from layersmith.search.budget import COST_WORDS, format_cost, is_throughput
 from layersmith.search.core import GivesUp, best_near_bound
 from layersmith.search.program import (
     MOST_NODES,

@@ -1,0 +1,102 @@
+"""Several sources with shares, read as one: a YAML file with
+
+    mixture:
+      - {source: texts/, weight: 0.7}
+      - {source: code.jsonl, weight: 0.3, field: body}
+
+Weights are shares of tokens. Documents of the sources alternate so that any stretch of them has the shares; where one
+source ends, the mixture does, for without it there are no shares. Paths are relative to the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from layersmith import schema
+from layersmith.errors import InputError, UsageError
+
+Document = TypeVar("Document")
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a mixture.
+
+    Attributes:
+        source: see :func:`layersmith.data.splits.read_documents`.
+        weight: its share of the tokens, relative to the others'.
+        field, split: of its documents.
+    """
+
+    source: str
+    weight: float = 1.0
+    field: str | None = None
+    split: str = "train"
+
+    def __post_init__(self) -> None:
+        schema.check_fields(self)
+        if self.weight <= 0:
+            raise UsageError(f"mixture, {self.source}: its weight must be positive, got {self.weight}.")
+
+
+def read_mixture(source: str | Path) -> tuple[Part, ...] | None:
+    """The parts of a mixture's file; None if the source is something else.
+
+    Raises:
+        InputError: not YAML.
+        UsageError: an unknown key, or a value that makes no sense.
+    """
+    path = Path(source).expanduser()
+    if path.suffix not in (".yaml", ".yml") or not path.is_file():
+        return None
+    import yaml
+
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"{path}: not a YAML mixture ({' '.join(str(error).split())}).") from error
+    if not isinstance(data, dict) or "mixture" not in data:
+        return None
+    if list(data) != ["mixture"] or not isinstance(data["mixture"], list) or not data["mixture"]:
+        raise UsageError(f"{path}: expected one key, mixture, with a list of sources.")
+    return tuple(_part(entry, f"{path}: mixture[{i}]", path.parent) for i, entry in enumerate(data["mixture"]))
+
+
+def _part(entry: Any, where: str, folder: Path) -> Part:
+    part = schema.parse(Part, entry, where)
+    local = folder / Path(part.source).expanduser()
+    return Part(str(local), part.weight, part.field, part.split) if local.exists() else part
+
+
+def interleave(
+    parts: Sequence[Mapping[Any, Document]], weights: Sequence[float], tokens: Sequence[Mapping[Any, float]]
+) -> tuple[dict[Any, Document], int | None]:
+    """Documents of all parts, each time the next of the part that is most behind its share, until that has no more.
+
+    Args:
+        parts: documents by digest; one that an earlier part has is left out of the later.
+        weights: of the parts.
+        tokens: of each document, by digest.
+
+    Returns:
+        The documents in their order, and which part ended before others did.
+    """
+    taken: dict[Any, Document] = {}
+    seen: set[Any] = set()
+    own: list[list[Any]] = []
+    for part in parts:
+        own.append([digest for digest in part if digest not in seen])
+        seen.update(part)
+    done, next_of = [0.0] * len(parts), [0] * len(parts)
+    while True:
+        i = min(range(len(parts)), key=lambda p: (done[p] / weights[p], p))
+        if next_of[i] == len(own[i]):
+            left = any(next_of[p] < len(own[p]) for p in range(len(parts)))
+            return taken, i if left else None
+        digest = own[i][next_of[i]]
+        taken[digest] = parts[i][digest]
+        done[i] += tokens[i][digest]
+        next_of[i] += 1

@@ -1,0 +1,180 @@
+"""Run a model from the middle, or with some layers exchanged, through its own ``forward``.
+
+A model's forward makes masks, positions, caches and logits in ways that differ from family to family. So parts of it
+are run by exchanging decoder layers, never by repeating what the forward does: layers that need not run become modules
+that hand over a hidden state computed before.
+
+Shapes: B batch, T tokens, D hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+
+from layersmith.execution.parent import Parent
+from layersmith.heterogeneous.no_op import DummyBlock
+from layersmith.modeling_layersmith import give_own_buffers, unsaved_buffers
+
+# On a layer whose type is not the one that the parent's config says.
+LAYER_TYPE = "layersmith_layer_type"
+
+
+class Handover(DummyBlock):
+    """Stands for a layer that need not run; returns a hidden state in the form in which the layer would."""
+
+    def __init__(self, original_layer: nn.Module, block_index: int, output: Any):
+        super().__init__(original_layer, block_index)
+        self.output = output
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self.output
+
+
+@contextmanager
+def exchanged(parent: Parent, layers: Mapping[int, nn.Module]) -> Iterator[None]:
+    """While open, the model has other decoder layers at some indices.
+
+    A layer with a window where there was none, or the other way round, has the mask of its own type.
+    """
+    own_layers = parent.layers
+    originals = {i: own_layers[i] for i in layers}
+    types = getattr(parent.language_config, "layer_types", None)
+    changed = {
+        i: getattr(layer, LAYER_TYPE)
+        for i, layer in layers.items()
+        if isinstance(getattr(layer, LAYER_TYPE, None), str)
+    }
+    try:
+        if types and changed:
+            parent.language_config.layer_types = [changed.get(i, own) for i, own in enumerate(types)]
+        for i, layer in layers.items():
+            parent.model.set_submodule(parent.descriptor.layer_block_name(i), layer)
+        yield
+    finally:
+        if types and changed:
+            parent.language_config.layer_types = types
+        for i, layer in originals.items():
+            parent.model.set_submodule(parent.descriptor.layer_block_name(i), layer)
+
+
+def logits_and_hidden(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits ``[B, T, V]`` and the hidden states ``[B, T, D]`` that the head reads, of the model as it stands."""
+    seen: list[torch.Tensor] = []
+    norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
+    handle = norm.register_forward_hook(lambda module, args, output: seen.append(output))
+    try:
+        logits = parent.model(input_ids=input_ids, use_cache=False).logits
+    finally:
+        handle.remove()
+    return logits, seen[-1]
+
+
+forward = torch.inference_mode()(logits_and_hidden)
+
+
+@torch.inference_mode()
+def layer_outputs(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+    """As :func:`forward`, and what every decoder layer returned."""
+    outputs: list[Any] = [None] * len(parent.blocks)
+
+    def keep(index: int) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[index] = output
+
+        return hook
+
+    handles = [layer.register_forward_hook(keep(i)) for i, layer in enumerate(parent.layers)]
+    try:
+        logits, hidden = forward(parent, input_ids)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return logits, hidden, outputs
+
+
+def forward_with(
+    parent: Parent, input_ids: torch.Tensor, outputs: list[Any], index: int, layer: nn.Module
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`forward`, with ``layer`` at ``index``; earlier layers hand over the parent's ``outputs``."""
+    layers = _handovers(parent, outputs, index) if hands_over(parent) else {}
+    with exchanged(parent, {**layers, index: layer}):
+        return forward(parent, input_ids)
+
+
+def _handovers(parent: Parent, outputs: list[Any], index: int) -> dict[int, nn.Module]:
+    return {i: Handover(parent.layers[i], i, outputs[i]) for i in range(index)}
+
+
+_hands_over: WeakKeyDictionary[Parent, bool] = WeakKeyDictionary()
+
+
+def hands_over(parent: Parent) -> bool:
+    """Whether a layer can run on what the layers before it gave, without them having run; tried once.
+
+    It cannot where layers leave each other more than hidden states, e.g. keys and values that later ones use.
+    """
+    if parent not in _hands_over:
+        _hands_over[parent] = _can_hand_over(parent)
+    return _hands_over[parent]
+
+
+def _can_hand_over(parent: Parent) -> bool:
+    """Try it: each layer alone must give what it gave, though others last ran on other tokens."""
+    input_ids = torch.arange(3, 11, device=parent.runtime.device)[None] % parent.language_config.vocab_size
+    _, _, outputs = layer_outputs(parent, input_ids)
+    try:
+        forward(parent, input_ids.flip(1))
+        for index in reversed(range(1, len(parent.blocks))):
+            with exchanged(parent, _handovers(parent, outputs, index)):
+                alone = output_of(parent.layers[index], lambda: forward(parent, input_ids))
+            if not torch.equal(alone, first_tensor(outputs[index])):
+                return False
+    except Exception:  # whatever a family's own code raises when something is missing
+        return False
+    return True
+
+
+class _Enough(Exception):
+    """The layer has run; nothing after it is wanted."""
+
+
+def output_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
+    """The hidden states that a layer gives in a run of its model, which is stopped there."""
+    seen: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, args: Any, output: Any) -> None:
+        seen.append(first_tensor(output))
+        raise _Enough
+
+    handle = layer.register_forward_hook(stop)
+    try:
+        run()
+    except _Enough:
+        pass
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def share_buffers(source: nn.Module, target: nn.Module) -> None:
+    """Let ``target`` use those buffers of ``source`` under the same names that a ``state_dict`` does not hold.
+
+    Those that depend on the sizes of a layer are the target's own.
+    """
+    wanted = unsaved_buffers(target)
+    for name, buffer in source.named_buffers():
+        if name in wanted:
+            module, _, own_name = name.rpartition(".")
+            target.get_submodule(module)._buffers[own_name] = buffer
+    give_own_buffers(target)
+
+
+def first_tensor(output: Any) -> torch.Tensor:
+    """The hidden states in what a layer or subblock returned."""
+    return output if isinstance(output, torch.Tensor) else output[0]

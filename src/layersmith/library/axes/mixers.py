@@ -1,0 +1,240 @@
+"""Finds the axes of Mamba and linear-attention mixers, and the orders in which their parts may lie in fused weights.
+
+The heads of one group share what writes to the state and what reads it, as query heads share a KV head; so a mixer's
+heads are a ``HeadsAxis`` whose KV heads are the groups and whose queries are the heads.
+
+Shapes: H heads, P size of a head, N size of the state, G groups.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+from layersmith.block_config import BlockConfig, MambaConfig
+from layersmith.library.axes.axis import REST, HeadsAxis, HeadSizeAxis, NoAxis, Segment, StateAxis, WeightAxis
+from layersmith.library.axes.changes import other_size
+
+if TYPE_CHECKING:
+    from layersmith.library.axes.find import Finder, Governed
+
+Layout = tuple[tuple[Segment, ...], bool]
+
+
+def mixer_heads(finder: Finder, i: int) -> HeadsAxis:
+    """The heads of the mixer of layer ``i``.
+
+    Raises:
+        NoAxis: it has none that can be fewer.
+    """
+    mamba = _sizes(finder, i)
+    if mamba.num_heads == 1:
+        raise NoAxis("its state has no heads")
+    of_heads = _governed(finder, i, "mixer heads", _other_heads)
+    if not of_heads:
+        raise NoAxis("no attribute of its config changes the number of its heads alone")
+    count, num_heads = mamba.num_groups, mamba.num_heads
+    if num_heads % count:
+        raise NoAxis(f"its {num_heads} heads are not the same number for each of {count} groups")
+    group = num_heads // count
+    heads = {(g.name, g.dim): g for g in of_heads}
+    groups = (
+        {(g.name, g.dim): g for g in _governed(finder, i, "mixer groups", partial(_other, "num_groups"))}
+        if count > 1
+        else {}
+    )
+    groups_go_along = count > 1 and not groups and group == 1  # the number of heads is that of groups too
+    weights = []
+    for name, dim in dict.fromkeys([*heads, *groups]):
+        pieces = [
+            *(_pieces("queries", heads[name, dim].unit, mamba.head_dim) if (name, dim) in heads else ()),
+            *(_pieces("kv", groups[name, dim].unit, mamba.state_dim) if (name, dim) in groups else ()),
+        ]
+        taken = sum(s.unit * (num_heads if s.part == "queries" else count) for s in pieces)
+        if (rest := finder.base[i][name][dim] - taken) < 0:
+            raise NoAxis(f"the parts of {name} cannot be told apart")
+        weights.append(WeightAxis(name, dim, (*pieces, *([Segment(REST, rest)] if rest else []))))
+    reader, head_dim = finder.heads_reader(i, weights)
+    if groups_go_along:
+        return HeadsAxis(num_heads, num_heads, head_dim, tuple(weights), reader, fewer_groups=True)
+    if group == 1 and not groups:
+        raise NoAxis("it has one head in each group, and no attribute of its config changes the number of groups")
+    return HeadsAxis(
+        count, num_heads, head_dim, tuple(weights), reader, fewer_queries=group > 1, fewer_groups=bool(groups)
+    )
+
+
+def mixer_state(finder: Finder, i: int) -> StateAxis:
+    """The size of the state of the mixer of layer ``i``.
+
+    Raises:
+        NoAxis: it cannot be smaller.
+    """
+    mamba = _sizes(finder, i)
+    if mamba.state_dim < 2:
+        raise NoAxis("its state has one number already")
+    weights = []
+    for g in _governed(finder, i, "state", partial(_other, "state_dim")):
+        parts = (Segment("state"),) * g.unit
+        weights.append(WeightAxis(g.name, g.dim, (*parts, Segment(REST, g.rest)) if g.rest else parts))
+    if not weights:
+        raise NoAxis("no attribute of its config changes the size of its state alone")
+    return StateAxis(mamba.state_dim, tuple(weights))
+
+
+def mixer_head_size(finder: Finder, i: int) -> HeadSizeAxis:
+    """The size of the heads of the mixer of layer ``i``.
+
+    Raises:
+        NoAxis: it cannot be smaller.
+    """
+    mamba = _sizes(finder, i)
+    if mamba.num_heads == 1:
+        raise NoAxis("its state has no heads")
+    if mamba.head_dim < 2:
+        raise NoAxis("its heads have one entry already")
+    weights = []
+    for g in _governed(finder, i, "mixer head size", partial(_other, "head_dim")):
+        number, odd = divmod(g.unit, mamba.num_heads)
+        if odd and g.unit > 1:
+            raise NoAxis(f"the parts of {g.name} cannot be told apart")
+        parts = (Segment("entries"),) if odd else (Segment("channels"),) * number
+        weights.append(WeightAxis(g.name, g.dim, (*parts, *([Segment(REST, g.rest)] if g.rest else []))))
+    if not weights:
+        square = finder.described is not None and finder.described.square_state(i)
+        raise NoAxis(
+            "one attribute is the size of its heads and of its state"
+            if square
+            else "no attribute of its config changes the size of its heads alone"
+        )
+    readers = [w.name for w in weights if finder.takes(i, w)]
+    if len(readers) != 1:
+        raise NoAxis("the projection that its heads end in cannot be told")
+    return HeadSizeAxis(mamba.head_dim, mamba.num_heads, mamba.num_groups, tuple(weights), readers[0])
+
+
+def _sizes(finder: Finder, i: int) -> MambaConfig:
+    mamba = finder.blocks[i].attention.mamba
+    if mamba is None:
+        problem = finder.described.mixer_problem(i) if finder.described is not None else ""
+        raise NoAxis(
+            problem or "no attribute of its config changes the heads of its mixer or the size of its state alone"
+        )
+    return mamba
+
+
+def _governed(
+    finder: Finder, i: int, name: str, other: Callable[[MambaConfig, bool], tuple[MambaConfig, int, int] | None]
+) -> list[Governed]:
+    def change(block: BlockConfig, j: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
+        own = block.attention.mamba
+        made = other(own, larger) if own is not None else None
+        if made is None:
+            return None
+        attention = dataclasses.replace(block.attention, mamba=made[0])
+        return dataclasses.replace(block, attention=attention), made[1], made[2]
+
+    made = finder.experiment(name, change)
+    return finder.governed(made, i) if made.sizes[i] is not None else []
+
+
+def _other_heads(own: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
+    if own.num_heads < 2:
+        return None
+    group = own.num_heads // own.num_groups
+    other = other_size(own.num_heads, True) if group == 1 else other_size(group, larger) * own.num_groups
+    return dataclasses.replace(own, num_heads=other), other, own.num_heads
+
+
+def _other(field: str, own: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
+    size = getattr(own, field)
+    if size < 2:
+        return None
+    other = other_size(size, larger)
+    return dataclasses.replace(own, **{field: other}), other, size
+
+
+def _pieces(part: str, unit: int, size: int) -> tuple[Segment, ...]:
+    """As many pieces of ``size`` as there are in the entries of a unit, then single entries."""
+    wide, narrow = divmod(unit, size) if size > 1 else (0, unit)
+    return (Segment(part, size),) * wide + (Segment(part),) * narrow
+
+
+# ---------------------------------------------------------------------------------------------- orders
+
+
+def head_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
+    """Every order in which the parts of heads and groups may lie; weights with the same parts are laid out the same."""
+    for weights in _combined(axis.weights, lambda w: _head_layouts(w, axis.size)):
+        yield dataclasses.replace(axis, weights=weights)
+
+
+def state_guesses(axis: StateAxis, mamba: MambaConfig) -> Iterator[StateAxis]:
+    """Every order in which the entries of a state may lie between those of heads."""
+    for weights in _combined(axis.weights, lambda w: _state_layouts(w, mamba)):
+        yield dataclasses.replace(axis, weights=weights)
+
+
+def head_size_guesses(axis: HeadSizeAxis) -> Iterator[HeadSizeAxis]:
+    """Every order in which the entries of heads may lie between what belongs to no head."""
+    for weights in _combined(axis.weights, lambda w: _head_size_layouts(w, axis.groups)):
+        yield dataclasses.replace(axis, weights=weights)
+
+
+def _combined(
+    weights: Sequence[WeightAxis], layouts: Callable[[WeightAxis], list[Layout]]
+) -> Iterator[tuple[WeightAxis, ...]]:
+    options = {w.segments: layouts(w) for w in weights}
+    for chosen in itertools.product(*options.values()):
+        order = dict(zip(options, chosen, strict=True))
+        yield tuple(
+            dataclasses.replace(w, segments=order[w.segments][0], grouped=order[w.segments][1]) for w in weights
+        )
+
+
+def _head_layouts(w: WeightAxis, groups: int) -> list[Layout]:
+    """All heads and then what groups share, or the other way round; once, or group by group."""
+    heads = [s for s in w.segments if s.part == "queries"]
+    wide, narrow = [s for s in heads if s.unit > 1], [s for s in heads if s.unit == 1]
+    shared = [s for s in w.segments if s.part == "kv"]
+    rest = [s for s in w.segments if s.part == REST]
+    own_rest = [Segment(REST, s.unit // groups) for s in rest]
+    orders: list[Layout] = [((*wide, *shared, *rest, *narrow), False)]
+    if groups > 1 and all(s.unit % groups == 0 for s in rest) and len(w.segments) > 1:
+        orders += [((*shared, *own_rest, *wide, *narrow), True), ((*wide, *shared, *own_rest, *narrow), True)]
+    orders.append(((*shared, *rest, *wide, *narrow), False))
+    if len(heads) > 1 and not narrow:
+        orders.append(((Segment("queries", sum(s.unit for s in wide)), *shared, *rest), False))
+    return list(dict.fromkeys(orders))
+
+
+def _head_size_layouts(w: WeightAxis, groups: int) -> list[Layout]:
+    """All that is of heads and then the rest, or the other way round; once, or group by group."""
+    parts = tuple(s for s in w.segments if s.part != REST)
+    rest = sum(s.unit for s in w.segments if s.part == REST)
+    if not rest:
+        wide = (Segment(parts[0].part, len(parts)),)
+        return [(own, False) for own in dict.fromkeys((parts, wide))]
+    orders: list[Layout] = [((*parts, Segment(REST, rest)), False), ((Segment(REST, rest), *parts), False)]
+    if groups > 1 and rest % groups == 0:
+        own_rest = Segment(REST, rest // groups)
+        orders += [((own_rest, *parts), True), ((*parts, own_rest), True)]
+    return orders
+
+
+def _state_layouts(w: WeightAxis, mamba: MambaConfig) -> list[Layout]:
+    parts = [s for s in w.segments if s.part == "state"]
+    rest = sum(s.unit for s in w.segments if s.part == REST)
+    if not rest:
+        orders: list[list[Segment]] = [parts, [Segment("state", len(parts))]]
+    else:
+        # After the state there may lie one number for each head.
+        before = [b for b in dict.fromkeys((rest - mamba.num_heads, rest, 0)) if b >= 0]
+        orders = [[Segment(REST, b), *parts, Segment(REST, rest - b)] for b in before]
+        if (n := mamba.num_groups) > 1 and len(parts) % n == 0 and rest % n == 0:
+            of_group, own_rest = parts[: len(parts) // n], [Segment(REST, rest // n)]
+            orders += [[*of_group, *own_rest] * n, [*own_rest, *of_group] * n]
+    return [(tuple(s for s in order if s.unit), False) for order in orders]

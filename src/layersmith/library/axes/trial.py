@@ -1,0 +1,244 @@
+"""Layers in the place of a parent's, and guesses that are tried on them."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from layersmith.block_config import BlockConfig
+from layersmith.errors import first_line
+from layersmith.execution.exchange import forward_with, hands_over, layer_outputs, output_of, share_buffers
+from layersmith.execution.parent import Parent
+from layersmith.library.axes.axis import HeadsAxis, HeadSizeAxis, LayerAxes
+from layersmith.library.axes.find import meta_layers
+
+# Orders to try of what lies in a layer's weights; there are seldom more than six.
+_MOST_GUESSES = 48
+_SMALL = 1e-4
+
+Slice = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+Kill = Callable[[nn.Module], None]
+
+
+class Fails(Exception):
+    """An axis does not hold; the message says why."""
+
+
+class Trial:
+    """A layer as the parent runs it, and layers in its place."""
+
+    def __init__(self, parent: Parent, tokens: torch.Tensor):
+        self.parent, self.tokens = parent, tokens.to(parent.runtime.device)
+        hands_over(parent)  # tried now, not while a layer is watched
+        _, _, self.outputs = layer_outputs(parent, self.tokens)
+        self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
+        self._before: dict[int, torch.Tensor] = {}
+        self._skeletons: dict[str, nn.Module] = {}
+
+    def output(self, i: int, layer: nn.Module) -> torch.Tensor:
+        """The hidden states that a layer gives in the place of layer ``i``."""
+        return output_of(layer, lambda: forward_with(self.parent, self.tokens, self.outputs, i, layer))
+
+    def run(self, i: int, layer: nn.Module) -> torch.Tensor:
+        """The logits with a layer in the place of layer ``i``; its output where no other layer takes more from it."""
+        if hands_over(self.parent):
+            return self.output(i, layer)
+        return forward_with(self.parent, self.tokens, self.outputs, i, layer)[0]
+
+    def difference(self, i: int, block: BlockConfig, kill: Kill, cut: Slice, prepare: Kill | None = None) -> float:
+        """The largest difference between layer ``i`` with dead units and with them removed, relative to its update.
+
+        Args:
+            i: the layer.
+            block: its config with units removed.
+            kill: makes units of a layer dead.
+            cut: slices the layer's tensors.
+            prepare: done to both layers before they run.
+        """
+        original = self.parent.layer(i)
+        with_dead = copy.deepcopy(original)
+        self.parent.let_go()
+        with torch.no_grad():
+            kill(with_dead)
+        narrower = self.built(i, block)
+        tensors = dict(with_dead.state_dict())
+        tensors |= cut(tensors)
+        narrower.load_state_dict({name: tensors[name] for name in narrower.state_dict()}, strict=True, assign=True)
+        share_buffers(original, narrower)
+        if prepare is not None:
+            for layer in (with_dead, narrower):
+                prepare(layer)
+        seen = [self.output(i, with_dead), self.output(i, narrower.eval())]
+        del with_dead, narrower, tensors
+        update = (seen[0] - self.before(i)).float().abs().max().clamp_min(1e-12)
+        self.parent.let_go()
+        return float((seen[0] - seen[1]).float().abs().max() / update)
+
+    def built(self, i: int, block: BlockConfig) -> nn.Module:
+        """Layer ``i`` with another block config, on the meta device; the same for every guess."""
+        key = f"{i} {block.to_json()}"
+        if key not in self._skeletons:
+            blocks = [block if own == self.parent.blocks[i] else own for own in self.parent.blocks]
+            self._skeletons[key] = meta_layers(self.parent.descriptor, self.parent.config, blocks)[i]
+        return copy.deepcopy(self._skeletons[key])
+
+    def before(self, i: int) -> torch.Tensor:
+        """The hidden states that layer ``i`` is given."""
+        if i not in self._before:
+            seen: list[torch.Tensor] = []
+
+            def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+                tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+                seen.append(next(t for t in tensors if t.is_floating_point() and t.ndim >= 2))
+
+            handle = self.parent.layers[i].register_forward_pre_hook(watch, with_kwargs=True)
+            try:
+                self.output(i, self.parent.layer(i))
+            finally:
+                handle.remove()
+            self._before[i] = seen[0]
+        return self._before[i]
+
+
+def alike(trial: Trial, i: int, axes: LayerAxes) -> tuple[object, ...]:
+    """Equal for layers of which the same is true; those that others take more from than hidden states may differ."""
+    parent = trial.parent
+    layer = parent.layers[i]
+    shapes = tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())
+    types = getattr(parent.language_config, "layer_types", None)
+    # Whether others look for what it leaves under the name of its type is no matter of its shapes.
+    alone = -1 if hands_over(parent) or not axes.window else i
+    return type(layer), shapes, repr(axes), repr(parent.blocks[i]), types[i] if types else "", alone
+
+
+G = TypeVar("G")
+
+
+def first_that_holds(trial: Trial, guesses: Iterator[G], difference: Callable[[G], float], what: str) -> G:
+    least, problem = float("inf"), ""
+    for guess in itertools.islice(guesses, _MOST_GUESSES):
+        try:
+            found = difference(guess)
+        except (RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:
+            problem = first_line(error)  # weights do not fit, or a family's own code cannot run so
+            continue
+        if found < trial.tolerance:
+            return guess
+        least = min(least, found)
+    if least == float("inf"):
+        raise Fails(f"removing {what} fails ({problem})")
+    raise Fails(f"removing {what} changes the layer's output by {least:.1e}, so the slice is not understood")
+
+
+def twice(trial: Trial, difference: Callable[..., float], guess: Any, **how: Any) -> float:
+    """The larger of two trials in which others stay: what stays in one may be dead in the parent itself."""
+    first = difference(guess, others_stay=False, **how)
+    return first if first >= trial.tolerance else max(first, difference(guess, others_stay=True, **how))
+
+
+def dead_or_copies(trial: Trial, guesses: Callable[[], Iterator[G]], difference: Callable[..., float], what: str) -> G:
+    """The first guess with which what nothing reads can go.
+
+    If there is none, units that go are first made copies of those that stay: a norm over all of them together, or
+    another statistic of them, then sees the same before and after.
+    """
+    try:
+        return first_that_holds(trial, guesses(), partial(difference, copies=False), what)
+    except Fails as reason:
+        try:
+            return first_that_holds(trial, guesses(), partial(difference, copies=True), what)
+        except Fails:
+            raise reason from None
+
+
+def ways_that_hold(
+    trial: Trial,
+    axis: HeadsAxis,
+    ways: Sequence[str],
+    guesses: Iterable[HeadsAxis],
+    difference: Callable[..., float],
+    refused: Callable[[str, str], None] = lambda way, reason: None,
+) -> HeadsAxis:
+    """The axis with the layout of its heads, and with those ways of having fewer that hold.
+
+    Args:
+        trial: of the layer.
+        axis: as found.
+        ways: in the order in which they are tried.
+        guesses: axes with the layouts that there may be; the first that holds for a way is kept for the next.
+        difference: what a way, by a guess, changes; is also told whether units that go are made copies.
+        refused: told of a way that does not hold, and why.
+    """
+    held: list[str] = []
+    problem: Fails | None = None
+    options = list(itertools.islice(guesses, _MOST_GUESSES))
+    for way in ways:
+        if not getattr(axis, way):
+            continue
+        try:
+            found = dead_or_copies(trial, partial(iter, options), partial(difference, way), "dead heads")
+        except Fails as reason:
+            problem = problem or reason
+            refused(way, str(reason))
+        else:
+            options = [found]
+            held.append(way)
+    if not held:
+        raise problem or Fails("it has one head")
+    holds: dict[str, Any] = {way: way in held for way in ways}
+    return dataclasses.replace(options[0], **holds)
+
+
+def others(size: int, kept: torch.Tensor) -> torch.Tensor:
+    gone = torch.ones(size, dtype=torch.bool)
+    gone[kept] = False
+    return gone.nonzero().flatten()
+
+
+def without_small_numbers(layer: nn.Module) -> None:
+    """Set to zero what norms add to a variance: small plain numbers of its modules."""
+    for module in layer.modules():
+        for name, value in list(vars(module).items()):
+            if type(value) is float and 0 < value < _SMALL:
+                setattr(module, name, 0.0)
+
+
+def copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor) -> None:
+    """Make the units that go copies of those that stay, one after another and again from the first."""
+    source = kept[torch.arange(len(gone)) % len(kept)]
+    moved = weight.movedim(dim, 0)
+    moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
+
+
+def made_dead(
+    axis: HeadsAxis | HeadSizeAxis,
+    part: str,
+    gone: torch.Tensor,
+    copied: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
+) -> Kill:
+    """Makes units of a layer's heads dead: nothing reads them.
+
+    Args:
+        axis: of the heads.
+        part: whose units these are in the weight that reads heads.
+        gone: the units.
+        copied: parts to units of which others are made copies in all other weights, and those others.
+    """
+
+    def kill(layer: nn.Module) -> None:
+        state = layer.state_dict()
+        for w in axis.weights:
+            for own, (source, copies) in copied.items():
+                if w.name != axis.reader and any(s.part == own for s in w.segments):
+                    copy_units(state[w.name], w.dim, w.positions(own, axis.sizes), source, copies)
+        reader = axis.weight(axis.reader)
+        reader.silence(state[reader.name], reader.positions(part, axis.sizes)[gone].flatten())
+
+    return kill

@@ -1,0 +1,1 @@
+"""The descriptor of any model, found by experiment."""

@@ -1,0 +1,1 @@
+"""How a run is kept: its folder, its files, its processes, its progress."""

@@ -1,0 +1,267 @@
+"""Scores around a child: what each exchange of an alternative would change in what a child loses, to second order.
+
+Scores of the library are told at the parent, where the divergence is flat; a child is far from there, and its errors
+work together. So the same is told at the child. Let q be the child's distribution, p the parent's, delta_bt what
+alternative b in the place of the child's own changes in the hidden states after its stage at token t, and g the
+gradient of KL(p || q) with respect to those. The Hessian of KL(p || q) in the logits is the Fisher information of q,
+so with signs as in :mod:`layersmith.scoring.second_order` and their gradients h,
+
+    KL(child with exchanges) ~ KL(child) + E[sum over b of g_t . delta_bt] + 1/2 E[(sum over b of h_t . delta_bt)^2],
+
+b over the exchanges. One forward pass of parent and child and two backward passes of the child serve all of them; each
+alternative that is looked at is run in its own stage besides.
+
+Shapes: B rows, T tokens, D hidden, A alternatives, S tokens that are kept.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import nn
+
+from layersmith.execution.hidden_states import States
+from layersmith.execution.layerwise import Batch, StagedParent
+from layersmith.library.alternative import Alternative
+from layersmith.scoring.exact import spans
+from layersmith.scoring.second_order import drawn
+
+# So many tokens are kept, evenly; a mean product of that many is known within a few hundredths.
+_MOST_TOKENS = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Around:
+    """What exchanges do to a child's loss, in nats a token.
+
+    Attributes:
+        place: key of an alternative to its row and column.
+        linear: ``[A]`` float64, of each exchange to first order.
+        mixed: ``[A, A]`` float64, mean products of two exchanges.
+    """
+
+    place: Mapping[str, int]
+    linear: np.ndarray
+    mixed: np.ndarray
+
+    def of(self, exchanges: Sequence[Alternative]) -> float:
+        """What these exchanges change together, each in a place of its own."""
+        rows = [self.place[a.key] for a in exchanges]
+        return float(self.linear[rows].sum() + 0.5 * self.mixed[np.ix_(rows, rows)].sum())
+
+    def beside(self, exchanges: Sequence[Alternative]) -> np.ndarray:
+        """``[A]``: what each exchange alone changes, and what it adds where these are made as well."""
+        rows = [self.place[a.key] for a in exchanges]
+        return self.linear + 0.5 * np.diag(self.mixed) + self.mixed[:, rows].sum(1)
+
+
+@dataclass
+class _Sums:
+    """What is added up, by key of an alternative."""
+
+    every: int
+    linear: dict[str, float] = field(default_factory=dict)
+    products: dict[str, list[torch.Tensor]] = field(default_factory=dict)
+
+    def add(self, a: Alternative, change: torch.Tensor, cotangents: Sequence[torch.Tensor]) -> None:
+        slope, sign = (torch.linalg.vecdot(g.float(), change) for g in cotangents)
+        self.linear[a.key] = self.linear.get(a.key, 0.0) + float(slope.double().sum())
+        self.products.setdefault(a.key, []).append(sign.flatten()[:: self.every].cpu())
+
+
+@torch.no_grad()
+def around(
+    staged: StagedParent,
+    chosen: Sequence[Alternative],
+    others: Sequence[Alternative],
+    batches: Sequence[torch.Tensor],
+    seed: int,
+    states: States,
+    most_bytes: float = math.inf,
+) -> Around:
+    """What exchanges do to a child.
+
+    A layer is done with all batches before the next begins, as far as their hidden states may wait.
+
+    Args:
+        staged: the parent.
+        chosen: of the child, one for every subblock.
+        others: alternatives that are looked at, none of them the child's.
+        batches: rows of token ids, ``[B, T]`` each.
+        seed: of the signs.
+        states: where hidden states wait.
+        most_bytes: that they may take.
+    """
+    child: dict[int, dict[str, Alternative]] = {}
+    for a in chosen:
+        child.setdefault(a.layer, {})[a.subblock] = a
+    total = sum(rows.numel() for rows in batches)
+    sums = _Sums(max(1, -(-total // _MOST_TOKENS)))
+    # What every layer is given, and ends and gradients.
+    of_batch = (len(staged.layers) + 4) * max(rows.numel() for rows in batches) * staged.bytes_of_a_token
+    size = max(1, int(min(len(batches), most_bytes / of_batch)))
+    first = 0
+    for start in range(0, len(batches), size):
+        part = batches[start : start + size]
+        of_part = sum(len(rows) for rows in part)
+        _sweep(staged, child, others, part, range(first, first + of_part), seed, states, sums)
+        first += of_part
+    keys = list(sums.linear)
+    products = np.stack([torch.cat(sums.products[key]).numpy() for key in keys]).astype(np.float64)
+    mixed = products @ products.T / products.shape[1]
+    return Around({key: k for k, key in enumerate(keys)}, np.array([sums.linear[key] for key in keys]) / total, mixed)
+
+
+def _sweep(
+    staged: StagedParent,
+    child: Mapping[int, Mapping[str, Alternative]],
+    others: Sequence[Alternative],
+    batches: Sequence[torch.Tensor],
+    numbers: Sequence[int],
+    seed: int,
+    states: States,
+    sums: _Sums,
+) -> None:
+    """Add what exchanges change on some batches, whose rows have these numbers."""
+    started = _forward(staged, child, batches, states)
+    left = iter(numbers)
+    for n, rows in enumerate(batches):
+        seeds = [seed * 1_000_003 + next(left) for _ in rows]
+        parent, own = (states.pop((name, n)) for name in ("parent", "child"))
+        for k, g in enumerate(_of_the_head(staged, rows, parent, own, seeds)):
+            states.put(("gradient", k, n), g)
+    for i in reversed(range(len(staged.layers))):
+        staged.read(i)
+        of_layer = [a for a in others if a.layer == i]
+        for n, batch in enumerate(started):
+            cotangents = [states.pop(("gradient", k, n)) for k in range(2)]
+            layer = _Layer(staged, batch, child[i], states.pop(("given", i, n)), sums)
+            for k, g in enumerate(layer.back(of_layer, cotangents)):
+                states.put(("gradient", k, n), g)
+            del layer, cotangents, g  # they hold on to weights
+    for n in range(len(batches)):
+        for k in range(2):
+            states.forget(("gradient", k, n))
+
+
+def _forward(
+    staged: StagedParent,
+    child: Mapping[int, Mapping[str, Alternative]],
+    batches: Sequence[torch.Tensor],
+    states: States,
+) -> list[Batch]:
+    """Take batches through parent and child: ``("given", i, n)`` is what the child's layer i is given of batch n."""
+    started = []
+    for n, rows in enumerate(batches):
+        batch = staged.start(rows)
+        for name in ("parent", "child"):
+            states.put((name, n), batch.embedded)
+        started.append(batch.without_embedded())
+    for i in range(len(staged.layers)):
+        staged.read(i)
+        module = staged.library.layer(*child[i].values())
+        for n, batch in enumerate(started):
+            hidden = states.get(("child", n))
+            states.put(("given", i, n), hidden)
+            states.put(("child", n), staged.run(batch, i, hidden, module))
+            states.put(("parent", n), staged.run(batch, i, states.get(("parent", n))))
+        del module  # it holds on to weights
+    return started
+
+
+def _of_the_head(
+    staged: StagedParent, rows: torch.Tensor, parent: torch.Tensor, child: torch.Tensor, seeds: Sequence[int]
+) -> list[torch.Tensor]:
+    """Cotangents ``[B, T, D]`` at what the child's last layer gives: of KL(p || q), and of signs."""
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    slope, signs = torch.empty_like(child), torch.empty_like(child)
+    for start, end in spans(rows, staged.vocab_size):
+        ids, part = rows[:, start:end], child[:, start:end].detach().requires_grad_()
+        p = staged.head(ids, parent[:, start:end])[0].float().softmax(-1)
+        with torch.enable_grad():
+            logits, _ = staged.head(ids, part)
+        q = logits.detach().float().softmax(-1)
+        (slope[:, start:end],) = torch.autograd.grad(logits, part, (q - p).to(logits.dtype), retain_graph=True)
+        (signs[:, start:end],) = torch.autograd.grad(logits, part, drawn(q, generators).to(logits.dtype))
+    return [slope, signs]
+
+
+class _Layer:
+    """A layer of the child on one batch, by stages.
+
+    Args:
+        staged: the parent.
+        batch: the rows.
+        child: what the layer has, by subblock.
+        given: hidden states ``[B, T, D]`` that it is given.
+        sums: to which what exchanges change is added.
+    """
+
+    def __init__(
+        self,
+        staged: StagedParent,
+        batch: Batch,
+        child: Mapping[str, Alternative],
+        given: torch.Tensor,
+        sums: _Sums,
+    ):
+        self.staged, self.batch, self.child, self.given, self.sums = staged, batch, child, given, sums
+        self.i = next(iter(child.values())).layer
+        self.stages = staged.stages(self.i, batch, given)
+
+    def back(self, others: Sequence[Alternative], cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """Add what exchanges change; returns the cotangents at what the layer is given."""
+        if self.stages.layout == "whole":
+            return _Stage(self, self._whole, self.child["attention"], self.given).back(others, cotangents)
+        of_attention, of_ffn = ([a for a in others if a.subblock == subblock] for subblock in ("attention", "ffn"))
+        attention = _Stage(self, self._alone, self.child["attention"], self.given)
+        if self.stages.layout == "parallel":
+            ffn = _Stage(self, self._alone, self.child["ffn"], self.given)
+            found = ffn.back(of_ffn, cotangents), attention.back(of_attention, cotangents)
+            return [a + b - g for a, b, g in zip(*found, cotangents, strict=True)]
+        ffn = _Stage(self, self._alone, self.child["ffn"], attention.output.detach())
+        return attention.back(of_attention, ffn.back(of_ffn, cotangents))
+
+    def _alone(self, a: Alternative) -> nn.Module:
+        """What runs in the place of a subblock's stage."""
+        return self.staged.module_of(a, self.stages)
+
+    def _whole(self, a: Alternative) -> nn.Module:
+        """The layer with an alternative beside what the child has."""
+        return self.staged.library.layer(*({**self.child, a.subblock: a}).values())
+
+    def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
+        return self.staged.run(self.batch, self.i, hidden, module)
+
+
+class _Stage:
+    """What a layer does with a subblock, or all that it does, run so that gradients can be taken.
+
+    Args:
+        layer: whose it is.
+        module_of: what runs with an alternative.
+        own: the child's.
+        given: to the stage.
+    """
+
+    def __init__(
+        self, layer: _Layer, module_of: Callable[[Alternative], nn.Module], own: Alternative, given: torch.Tensor
+    ):
+        self.layer, self.module_of, self.given = layer, module_of, given.detach().requires_grad_()
+        with torch.enable_grad():
+            self.output = layer.run(module_of(own), self.given)
+
+    def back(self, others: Sequence[Alternative], cotangents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Add what exchanges change; returns the cotangents at what the stage is given."""
+        before = []
+        for k, g in enumerate(cotangents):
+            keep = k + 1 < len(cotangents)
+            before.append(torch.autograd.grad(self.output, self.given, g, retain_graph=keep)[0])
+        given, output = self.given.detach(), self.output.detach()
+        for a in others:
+            self.layer.sums.add(a, (self.layer.run(self.module_of(a), given) - output).float(), cotangents)
+        return before

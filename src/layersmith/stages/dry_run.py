@@ -1,0 +1,136 @@
+"""``--dry-run``: what will be done, what it takes, and what can be reached, from the config alone."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from layersmith.costs.budget import Budget, format_cost
+from layersmith.costs.counted import COSTS, Workload
+from layersmith.data.splits import read_documents
+from layersmith.heterogeneous.checkpoint import check_files
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.recipe import Recipe
+from layersmith.run.folder import Run
+from layersmith.run.runtime import Runtime
+from layersmith.scoring.library_scores import SWEEP_PASSES, exact_passes
+from layersmith.stages.inspect import outline
+from layersmith.stages.times import reachable
+
+
+def plan(
+    parent: str | Path,
+    out: str | Path,
+    data: str | Path,
+    recipe: Recipe,
+    budget: Budget,
+    descriptor: type[ModelDescriptor] | None = None,
+) -> str:
+    """The text that ``--dry-run`` prints.
+
+    Raises:
+        LayersmithError: whatever would stop the run before its work starts.
+    """
+    Run.check(Path(out))
+    check_files(parent)
+    next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
+    runtime = Runtime.detect(recipe.device, recipe.dtype)
+    found = outline(
+        parent, recipe.library, Workload(budget.batch, budget.context), descriptor, recipe.trust_remote_code
+    )
+    reachable(found.alternatives, found.costs, budget, recipe.search, found.blocks)
+    whole = found.costs.parent
+    smallest = {name: _smallest(found, name) for name in COSTS}
+    flops = count_flops(found, recipe)
+    kinds: dict[str, int] = {}
+    for alternative in found.alternatives:
+        if alternative.kind != "parent":
+            kinds[alternative.kind] = kinds.get(alternative.kind, 0) + 1
+    seconds = sum(flops.values()) / matrix_rate(runtime)
+    lines = [
+        f"parent: {parent}, {format_cost('parameters', whole['parameters'])} parameters",
+        f"budget: {', '.join(str(limit) for limit in budget.limits)}",
+        "can be reached:",
+        *(
+            f"  {name.replace('_', ' ')}: {format_cost(name, whole[name])} down to {format_cost(name, smallest[name])}"
+            f" ({smallest[name] / whole[name]:.2f}x)"
+            for name in COSTS
+            if whole[name]
+        ),
+        f"library: {sum(kinds.values())} alternatives in {len(found.axes)} layers ("
+        + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items())
+        + ")",
+        f"data: {data}, rows of {recipe.data.sequence_length} tokens: {recipe.data.calibration_sequences} calibration, "
+        f"{recipe.data.scoring_sequences} scoring, {recipe.data.evaluation_sequences} evaluation",
+        "arithmetic: " + ", ".join(f"{name} {value / 1e12:.2f} TFLOP" for name, value in flops.items()),
+        f"time: at least {_duration(seconds)} on this {runtime.device.type} at the rate that a matrix product reaches "
+        "on it now; expect two to four times that",
+        f"memory: {format_cost('weight_bytes', whole['parameters'] * runtime.dtype.itemsize)} for the parent's weights "
+        f"in {str(runtime.dtype).removeprefix('torch.')}, up to {recipe.library.statistics_gib:g} GiB for statistics",
+        f"disk: at most {format_cost('weight_bytes', whole['weight_bytes'])} for the child in {out}",
+        *(f"note: {note}" for note in found.notes),
+        *(
+            ["note: limits of time are looked at when the run has timed the parent's parts."]
+            if budget.has_times
+            else ()
+        ),
+        "nothing was written.",
+    ]
+    return "\n".join(lines)
+
+
+def _smallest(found: Any, name: str) -> int:
+    by_place: dict[tuple[int, str], int] = {}
+    for alternative in found.alternatives:
+        place = (alternative.layer, alternative.subblock)
+        cost = found.costs.by_key[alternative.key][name]
+        by_place[place] = min(cost, by_place.get(place, cost))
+    return sum(by_place.values()) + found.costs.fixed[name]
+
+
+def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
+    """Two operations for each weight and token, by stage.
+
+    An alternative that is run exactly runs its own layer and those after it; estimates of all cost a few passes.
+    """
+    data, layers = recipe.data, len(found.axes)
+    inside = [0] * layers
+    for alternative in found.alternatives:
+        if alternative.kind == "parent":
+            inside[alternative.layer] += found.costs.by_key[alternative.key]["active_parameters"]
+    head = found.costs.fixed["active_parameters"]
+    whole = sum(inside) + head
+    suffix = [sum(inside[i:]) + head for i in range(layers)]
+    scored = sum(suffix[a.layer] for a in found.alternatives if a.kind != "parent") + whole
+    if recipe.scoring.mode != "exact" and recipe.scoring.objective == "kl_divergence":
+        estimated = (SWEEP_PASSES + exact_passes(recipe.scoring, found.blocks)) * whole
+        scored = estimated if recipe.scoring.mode == "second_order" else min(scored, estimated)
+    length = data.sequence_length
+    refined = recipe.search.refine_passes * whole
+    return {
+        "statistics": 2.0 * whole * data.calibration_sequences * length,
+        "scores": 2.0 * scored * data.scoring_sequences * length,
+        "refine": 2.0 * refined * data.scoring_sequences * length,
+        "evaluation": 4.0 * whole * data.evaluation_sequences * length,
+    }
+
+
+def matrix_rate(runtime: Runtime, size: int = 1024) -> float:
+    """Operations a second of a square matrix product, as measured now."""
+    a = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device)
+    best = 0.0
+    for _ in range(4):
+        started = time.perf_counter()
+        product = a @ a
+        float(product[0, 0])  # waits for the device
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{max(1, round(seconds))} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,283 @@
+"""What a run does about time: find times of alternatives, make sure that a choice holds, time parent and child."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from layersmith import schema
+from layersmith.block_config import BlockConfig
+from layersmith.costs.budget import Budget, Limit
+from layersmith.costs.clock import device_name
+from layersmith.costs.counted import Workload
+from layersmith.costs.measured import Stopwatch, check, measure, time_models
+from layersmith.costs.roofline import predict
+from layersmith.costs.table import CostTable, count_costs
+from layersmith.costs.times import PREFILL, SOLUTION, Check, Times, costs_of, from_csv, kept_in, to_csv
+from layersmith.errors import Infeasible, InputError, first_line
+from layersmith.execution.parent import Parent
+from layersmith.heterogeneous.checkpoint import load
+from layersmith.library.alternative import Alternative
+from layersmith.library.library import Library, Survey, survey
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.recipe import Recipe, SearchRecipe
+from layersmith.run import ranks
+from layersmith.run.artifacts import file_digest, fingerprint, read_json, write_json, write_text
+from layersmith.run.folder import Run
+from layersmith.run.progress import SILENT, Progress
+from layersmith.search.problem import Choice, Space
+from layersmith.search.rules import without_times
+from layersmith.search.time_limits import TOLERANCE, Settled, compared, settle
+
+
+def reachable(
+    alternatives: Sequence[Alternative],
+    costs: CostTable,
+    budget: Budget,
+    rules: SearchRecipe,
+    blocks: Sequence[BlockConfig],
+) -> None:
+    """Make sure that limits can be met, those of time only where the costs have times.
+
+    Raises:
+        Infeasible: they cannot.
+    """
+    if PREFILL not in costs.parent:
+        rules = without_times(rules)
+        budget = budget.counted or dataclasses.replace(budget, limits=(Limit("parameters", fraction="1"),))
+    Space(alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget, rules, blocks).reachable()
+
+
+def find_times(
+    run: Run,
+    model: Parent,
+    found: Survey | Library,
+    costs: CostTable,
+    budget: Budget,
+    recipe: Recipe,
+    progress: Progress,
+) -> Times | None:
+    """Times of all alternatives, if the budget or a rule asks for any: those of the run, of a file, of a device, or
+    measured now.
+
+    Raises:
+        Infeasible: the budget cannot be met by them.
+    """
+    if not budget.has_times and without_times(recipe.search) == recipe.search:
+        return None
+    workload = Workload(budget.batch, budget.context, budget.generate).within(model.positions)
+    if workload.context < budget.context:
+        progress.note(f"times are for {workload.context:,} tokens, all that the model knows, not {budget.context:,}.")
+    kept = run.folder / "costs" / "times.json"
+    inputs = times_inputs(model, budget, recipe)
+    if kept.is_file() and (run.folder / "run.json").is_file() and run.is_done("costs", inputs):
+        times = Times.from_dict(read_json(kept))
+    else:
+
+        def possible(least: Times) -> None:
+            """Refuse what a model of no-ops is twice as slow as allowed for; nothing that is hardly off."""
+
+            def check(own: Times) -> None:
+                reachable(found.alternatives, own.into(costs, found.alternatives), budget, recipe.search, model.blocks)
+
+            try:
+                check(dataclasses.replace(least, fixed=least.fixed.scaled(0.5, 0.5)))
+            except Infeasible:
+                check(least)
+                raise
+
+        times = _found(model, found, costs, workload, recipe, progress, possible)
+    reachable(found.alternatives, times.into(costs, found.alternatives), budget, recipe.search, model.blocks)
+    return times
+
+
+def _found(
+    model: Parent,
+    found: Survey | Library,
+    costs: CostTable,
+    workload: Workload,
+    recipe: Recipe,
+    progress: Progress,
+    possible: Callable[[Times], None] = lambda least: None,
+) -> Times:
+    """Times from where the recipe says."""
+    if recipe.costs.times is not None:
+        return from_csv(recipe.costs.times, found.alternatives, workload)
+    if recipe.costs.device is not None:
+        counted = count_costs(
+            model.descriptor, model.config, model.blocks, found.alternatives, found.axes, model.dtype, workload
+        )
+        return predict(
+            recipe.costs.device, model.language_config, model.blocks, found.axes, found.alternatives, counted,
+            model.dtype, workload,
+        )  # fmt: skip
+    return measure(model, found.alternatives, costs, workload, recipe.costs, progress, possible)
+
+
+def times_of(
+    parent: str | Path,
+    recipe: Recipe,
+    workload: Workload,
+    descriptor: type[ModelDescriptor] | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Times, list[Alternative]]:
+    """Times of all alternatives of a parent, without a run."""
+    from layersmith.pipeline import open_parent  # it stands on this module
+
+    with progress.stage("describe", 1, "parent") as advance:
+        model = open_parent(parent, recipe, Path.cwd(), descriptor)
+        found = survey(model, recipe.library)
+        advance(1)
+    own = workload.within(model.positions)
+    costs = count_costs(model.descriptor, model.config, model.blocks, found.alternatives, found.axes, model.dtype, own)
+    return _found(model, found, costs, own, recipe, progress), found.alternatives
+
+
+def times_inputs(model: Parent, budget: Budget, recipe: Recipe) -> str:
+    """Digest of what the times of a run depend on.
+
+    Raises:
+        InputError: the file with times cannot be read.
+    """
+    given = None
+    if recipe.costs.times is not None:
+        try:
+            given = file_digest(Path(recipe.costs.times))
+        except OSError as error:
+            raise InputError(f"{recipe.costs.times}: cannot be read ({error.strerror}).") from error
+    load = [budget.batch, budget.context, budget.generate]
+    library = schema.to_data(recipe.library)
+    runs_on = [str(model.runtime.dtype), model.runtime.device.type]
+    return fingerprint([model.identity, load, library, schema.to_data(recipe.costs), given, runs_on])
+
+
+def keep_times(run: Run, times: Times, model: Parent, found: Survey, budget: Budget, recipe: Recipe) -> None:
+    """The stage ``costs``."""
+    run.do("costs", times_inputs(model, budget, recipe), lambda folder: write_times(folder, times, found.alternatives))
+
+
+def kept_times(run: Run) -> Times | None:
+    """The times of a run as they were known last; None where its budget has no limit of time."""
+    data = kept_in(run.folder)
+    return None if data is None else Times.from_dict(data)
+
+
+def write_times(folder: Path, times: Times, alternatives: Sequence[Alternative]) -> None:
+    write_json(folder / "times.json", times.to_dict(alternatives))
+    write_text(folder / "times.csv", to_csv(times, alternatives))
+
+
+def solve(
+    run: Run,
+    inputs: str,
+    library: Library,
+    recipe: Recipe,
+    times: Times | None,
+    space_of: Callable[[Times | None], Space],
+    progress: Progress,
+) -> tuple[Space, Choice, Times | None]:
+    """The best choice; within limits of time one that holds against the clock where that is here.
+
+    Args:
+        run: gets the stage ``settled``.
+        inputs: digest of what the space depends on beside times.
+        library, recipe: of the run.
+        times: of all alternatives, if the budget has limits of time.
+        space_of: of all choices, with some times.
+        progress: told of the work.
+    """
+    if times is None or times.source != "measured" or library.parent.stream is not None:
+        space = space_of(times)
+        return space, ranks.from_first(space.best), times
+
+    def make(folder: Path) -> None:
+        settled = settled_choice(times, space_of, library.parent, recipe, progress)
+        write_times(folder, settled.times, library.alternatives)
+        write_json(folder / "choice.json", settled.choice.to_dict())
+
+    run.do("settled", fingerprint([inputs, times.to_dict(library.alternatives), schema.to_data(recipe.search)]), make)
+    settled = Times.from_dict(read_json(run.folder / "settled" / "times.json"))
+    return space_of(settled), Choice.from_dict(read_json(run.folder / "settled" / "choice.json")), settled
+
+
+def settled_choice(
+    times: Times, space_of: Callable[[Times], Space], parent: Parent, recipe: Recipe, progress: Progress
+) -> Settled:
+    """A choice that holds against the clock; see :mod:`layersmith.search.time_limits`."""
+    watch = Stopwatch(parent, times.workload, recipe.costs)
+    with progress.stage("settle", 1, "child") as advance:
+        settled = settle(times, space_of, lambda known, choice: watched(watch, known, choice, recipe))
+        advance(1)
+    if settled.over > TOLERANCE:
+        progress.note(
+            f"timed as a whole the child is {settled.over:.1%} over its limit of time; none that was tried holds."
+        )
+    return settled
+
+
+def watched(watch: Stopwatch, times: Times, choice: Choice, recipe: Recipe) -> Check:
+    """A choice against the clock."""
+    fraction = choice.costs["parameters"] / choice.parent_costs["parameters"]
+    return check(watch, times, {SOLUTION: (choice.alternatives, fraction)}, recipe.costs)[0]
+
+
+def time_child(
+    run: Run,
+    inputs: str,
+    model: Parent,
+    budget: Budget,
+    recipe: Recipe,
+    times: Times | None,
+    progress: Progress,
+) -> None:
+    """The stage ``clock``: parent and child, as it lies on the disk, against the clock.
+
+    Nothing is measured where times are those of another machine, or the parent is not in memory.
+    """
+
+    def make(folder: Path) -> None:
+        child: Any = load(run.folder / "child", dtype=model.runtime.dtype, device=model.runtime.device).eval()
+        try:
+            own = time_models([model.model, child], workload, recipe.costs, model.language_config.vocab_size)
+        except Exception as error:  # whatever a family's own code raises
+            progress.note(f"parent and child are not timed: they do not generate here ({first_line(error)}).")
+            return
+        before, after = (costs_of(timing, workload) for timing in own)
+        how = {"batch": workload.batch, "prompt": workload.prompt, "generated": workload.generated}
+        data = {"parent": before, "child": after, **how, "device": device_name(model.runtime)}
+        write_json(folder / "times.json", data)
+
+    here = (times is None or times.source == "measured") and model.stream is None
+    if not here or not (budget.has_times or recipe.costs.time_child):
+        return
+    workload = Workload(budget.batch, budget.context, budget.generate).within(model.positions)
+    if not budget.has_times:  # nobody waits for it, so it has to be quick
+        workload = workload.within(recipe.data.sequence_length)
+    with progress.stage("clock", 1, "pair") as advance:
+        run.do("clock", fingerprint([inputs, schema.to_data(recipe.costs), dataclasses.asdict(workload)]), make)
+        advance(1)
+
+
+def that_holds(
+    plain: Choice, refined: Choice, times: Times | None, parent: Parent, recipe: Recipe, progress: Progress
+) -> Choice:
+    """The refined choice, or the program's own where, timed as a whole, the refined one is over its limit of time.
+
+    Args:
+        plain: the program's, which was settled.
+        refined: what refinement made of it.
+        times: by which it was settled; None where nothing was.
+        parent, recipe: of the run.
+        progress: told if the program's is taken.
+    """
+    timed = times is not None and times.source == "measured" and parent.stream is None
+    if times is None or not timed or refined.alternatives == plain.alternatives:
+        return refined
+    seen = watched(Stopwatch(parent, times.workload, recipe.costs), times, refined, recipe)
+    over, _ = compared(refined, seen, times)
+    if over <= TOLERANCE:
+        return refined
+    progress.note(f"the refined child is {over:.1%} over its limit of time; the program's own is taken.")
+    return plain

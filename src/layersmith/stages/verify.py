@@ -1,0 +1,293 @@
+"""``inspect --verify``: what a descriptor says of a model, tried on a small random model of the same kinds of layers.
+
+No weights are read. What is tried is what a child depends on: that every weight is in one group, that a removed
+subblock leaves what the parent gives with that subblock silenced, that a cache goes on where it was, and for every axis
+that removing what is dead changes nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+
+from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
+from layersmith.errors import LayersmithError, UnsupportedModel, first_line
+from layersmith.execution.parent import Parent
+from layersmith.heterogeneous.build import block_configs_of, build
+from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records, no_op_records
+from layersmith.library.axes.axis import LayerAxes
+from layersmith.library.axes.find import find_axes
+from layersmith.library.axes.prove import prove
+from layersmith.library.axes.trial import Trial
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.describe import describe, read_config
+from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
+from layersmith.model_descriptor.infer.removal import silent_stay_silent
+from layersmith.model_descriptor.infer.shrink import shrunk
+from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument
+from layersmith.model_descriptor.stock import own_config, stock_class, stock_model
+from layersmith.modeling_layersmith import as_parent
+from layersmith.run.runtime import Runtime
+
+OK = "ok"
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was tried and what came out.
+
+    Attributes:
+        name: of the model.
+        architecture: its class.
+        descriptor: of its family.
+        specimen: the small model in words.
+        seconds: that it took.
+        whole: what was tried on the whole model, to ``"ok"`` or what went wrong.
+        layers: for every kind of layer which layers are of it, and what was tried, to ``"ok"`` or the reason.
+    """
+
+    name: str
+    architecture: str
+    descriptor: str
+    specimen: str
+    seconds: float
+    whole: dict[str, str]
+    layers: list[tuple[str, dict[str, str]]]
+
+    @property
+    def failed(self) -> bool:
+        """Whether something that a child depends on does not hold."""
+        return any(verdict != OK for verdict in self.whole.values())
+
+
+def verify(
+    parent: str | Path, descriptor: type[ModelDescriptor] | None = None, trust_remote_code: bool = False
+) -> Verification:
+    """Try everything on a small random model of the same kinds of layers.
+
+    Args:
+        parent: folder or hub id.
+        descriptor: of the family; default: ``describe``.
+        trust_remote_code: let Transformers run code that lies in the folder.
+
+    Raises:
+        InputError: no config there.
+        UnsupportedModel: the family cannot be described, or no small model of it can be made.
+    """
+    started = time.perf_counter()
+    config = own_config(as_parent(read_config(parent, trust_remote_code=trust_remote_code)))
+    descriptor = descriptor or describe(config)
+    small = shrunk(config, stock_model(config))
+    specimen = specimen_parent(small, descriptor)
+    axes = prove(Trial(specimen, sample_tokens(specimen)), find_axes(specimen.descriptor, small, specimen.blocks))
+    kinds: dict[str, tuple[list[int], dict[str, str]]] = {}
+    for i in range(len(specimen.blocks)):
+        verdicts = layer_verdicts(specimen, i, axes[i])
+        kinds.setdefault(f"{type(specimen.layers[i]).__name__}{verdicts}", ([], verdicts))[0].append(i)
+    parameters = sum(p.numel() for p in specimen.model.parameters())
+    return Verification(
+        str(parent),
+        stock_class(config).__name__,
+        descriptor.__name__,
+        f"{len(specimen.blocks)} layers, {parameters:,} parameters",
+        time.perf_counter() - started,
+        whole_verdicts(specimen),
+        [(", ".join(map(str, layers)), verdicts) for layers, verdicts in kinds.values()],
+    )
+
+
+def specimen_parent(small: PretrainedConfig, descriptor: type[ModelDescriptor]) -> Parent:
+    """A small random model as a parent."""
+    if issubclass(descriptor, InferredDescriptor):
+        descriptor = descriptor.of(small)
+    model: Any = Specimen(small).model.requires_grad_(False)
+    blocks = tuple(block_configs_of(small, descriptor))
+    return Parent("", model, torch.float32, descriptor, blocks, "", Runtime(torch.device("cpu"), torch.float32))
+
+
+def sample_tokens(parent: Parent, length: int = 32) -> torch.Tensor:
+    """``[1, T]`` ids; any will do for a proof."""
+    return torch.arange(length)[None] * 31 % parent.language_config.vocab_size
+
+
+# ---------------------------------------------------------------------------------------------- a layer
+
+
+def layer_verdicts(parent: Parent, i: int, axes: LayerAxes) -> dict[str, str]:
+    """What can become of one layer: every way to ``"ok"``, or to the reason why there is none."""
+    verdicts = {}
+    for subblock in SUBBLOCKS:
+        label = "attention" if subblock == "attention" else "FFN"
+        verdicts[f"{label} no-op"] = _verdict(partial(_try_no_op, parent, i, subblock))
+        verdicts[f"{label} linear"] = _verdict(partial(_try_linear, parent, i, subblock))
+    return verdicts | axis_verdicts(axes, parent.blocks[i])
+
+
+def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
+    """The axes of a layer: ``"ok"``, or the reason why there is none."""
+    reasons, moe, heads = axes.reasons, block.ffn.moe, axes.kv
+    no_experts = reasons.get("experts", "its FFN has no experts")
+    no_mixer = "it keeps no state of fixed size in the cache"
+    attention = reasons.get("attention", "")
+    return {
+        "KV heads": OK if heads and heads.fewer_kv else reasons.get("kv_heads") or attention,
+        "query heads": OK
+        if heads and (heads.fewer_queries or heads.fewer_groups)
+        else reasons.get("query_heads") or attention,
+        "mixer heads": OK if axes.mixer else reasons.get("mixer", no_mixer),
+        "mixer head size": OK if axes.mixer_size else reasons.get("mixer_size", no_mixer),
+        "state sizes": OK if axes.state else reasons.get("state", no_mixer),
+        "window": OK if axes.window else reasons.get("window", ""),
+        "FFN width": (OK if axes.ffn else reasons.get("ffn", "")) if moe is None else "its FFN consists of experts",
+        "experts": (OK if axes.experts else reasons.get("experts", "")) if moe else no_experts,
+        "expert width": (OK if axes.ffn else reasons.get("ffn", "")) if moe else no_experts,
+        "experts per token": no_experts
+        if moe is None
+        else OK
+        if axes.experts and axes.experts.fewer_per_token
+        else "a token uses one"
+        if moe.num_experts_per_tok == 1
+        else reasons.get("experts", "its config has no number"),
+        "shared width": no_experts
+        if moe is None
+        else OK
+        if axes.shared
+        else reasons.get("shared", "it goes with the width of the others, or there are none"),
+    }
+
+
+def over_layers(verdicts: Sequence[dict[str, str]]) -> dict[str, str]:
+    """What holds of a model: ``"ok"`` where it holds of some layer, else the reasons of all of them."""
+    merged = {}
+    for what in verdicts[0]:
+        own = list(dict.fromkeys(v[what] for v in verdicts))
+        merged[what] = OK if OK in own else "; ".join(own)
+    return merged
+
+
+def _verdict(attempt: Callable[[], str]) -> str:
+    try:
+        return attempt()
+    except LayersmithError as error:
+        return str(error)
+    except Exception as error:  # whatever a family's own code raises
+        return f"{type(error).__name__}: {first_line(error)}"
+
+
+def without(block: BlockConfig, *subblocks: str) -> BlockConfig:
+    """A block with subblocks removed."""
+    attention = AttentionConfig(no_op=True) if "attention" in subblocks else block.attention
+    return BlockConfig(attention, FFNConfig(no_op=True) if "ffn" in subblocks else block.ffn)
+
+
+def _try_no_op(parent: Parent, i: int, subblock: str) -> str:
+    """The child gives, to the bit, what the parent gives with that subblock's output silenced."""
+    layer, block = parent.layers[i], parent.blocks[i]
+    if block.subblock(subblock).no_op:
+        return "this kind of layer has none"
+    records = no_op_records(parent.descriptor, layer, subblock)
+    prefix = parent.descriptor.layer_block_name(i)
+    silenced = {f"{prefix}.{name}": r.get("of") for name, r in records.items() if r["is"] in ("zeros", "argument")}
+    after = [f"{prefix}.{name}" for name, r in records.items() if r["is"] == "same"]
+    child = _child(parent, [without(own, subblock) if j == i else own for j, own in enumerate(parent.blocks)])
+    tokens = sample_tokens(parent)
+    with torch.no_grad():
+        with Specimen.silenced_in(parent.model, silenced), silent_stay_silent(parent.model, after):
+            wanted = parent.model(input_ids=tokens, use_cache=False).logits
+        seen = child(input_ids=tokens, use_cache=False).logits
+    return OK if torch.equal(seen, wanted) else f"its logits differ by {float((seen - wanted).abs().max()):.1e}"
+
+
+def _try_linear(parent: Parent, i: int, subblock: str) -> str:
+    if parent.blocks[i].subblock(subblock).no_op:
+        return "this kind of layer has none"
+    linear_records(parent.descriptor, parent.layers[i], subblock)
+    own = parent.blocks[i].subblock(subblock)
+    changed = dataclasses.replace(
+        parent.blocks[i],
+        **{subblock: dataclasses.replace(own, replace_with_linear=True)},  # type: ignore[arg-type]
+    )
+    child = build(
+        parent.config, [changed if j == i else b for j, b in enumerate(parent.blocks)], descriptor=parent.descriptor
+    )
+    with torch.no_grad():
+        child.eval()(input_ids=sample_tokens(parent), use_cache=False)
+    return OK
+
+
+def _child(parent: Parent, blocks: Sequence[BlockConfig]) -> Any:
+    child = build(parent.config, blocks, dtype=torch.float32, descriptor=parent.descriptor)
+    weights = parent.model.state_dict()
+    child.load_state_dict({name: weights[name] for name in child.state_dict()}, strict=True)
+    return child.eval()
+
+
+# ---------------------------------------------------------------------------------------------- the whole model
+
+
+def whole_verdicts(parent: Parent) -> dict[str, str]:
+    """What holds of the whole model."""
+    return {
+        "every weight in one group": _verdict(lambda: _try_groups(parent)),
+        "cached generation without the first attention": _verdict(lambda: _try_cache(parent)),
+    }
+
+
+def _try_groups(parent: Parent) -> str:
+    predicates = parent.descriptor.layer_name_predicates(len(parent.blocks))
+    for name in parent.model.state_dict():
+        groups = [group for group, pattern in predicates.items() if pattern.match(name)]
+        if len(groups) != 1:
+            return f"{name} is in {len(groups)} of them"
+    return OK
+
+
+def _try_cache(parent: Parent) -> str:
+    """In pieces, with a cache, the child gives what it gives in one go; if the parent does not, neither can it."""
+    first = next((i for i, b in enumerate(parent.blocks) if not b.attention.no_op), None)
+    if first is None or sum(not b.attention.no_op for b in parent.blocks) < 2:
+        return "there is no second attention"
+    if not parent.descriptor.attn_no_op_supported():
+        return "there is no attention no-op"
+    # Some parents ask a layer without keys and values how long the cache is; `generate` tells them the positions.
+    change, told = _in_pieces(parent, parent.model, told=False), False
+    if change > _CACHE_TOLERANCE:
+        with suppress(TypeError):  # it takes no positions
+            told = _in_pieces(parent, parent.model, told=True) <= _CACHE_TOLERANCE
+        if not told:
+            raise UnsupportedModel(f"the parent itself gives something else with a cache (by {change:.0e})")
+    child = _child(parent, [without(b, "attention") if i == first else b for i, b in enumerate(parent.blocks)])
+    change = _in_pieces(parent, child, told)
+    return OK if change < _CACHE_TOLERANCE else f"its logits differ by {change:.0e} of the largest"
+
+
+_CACHE_TOLERANCE = 2e-3
+
+
+def _in_pieces(parent: Parent, model: Any, told: bool) -> float:
+    """How far the logits of a text in pieces are from those in one go, relative to the largest.
+
+    Args:
+        parent: whose tokens are taken.
+        model: that runs.
+        told: whether it is told the positions of the tokens.
+    """
+    tokens = sample_tokens(parent, 12)
+    cache = DynamicCache(config=model.config)
+    with torch.no_grad():
+        whole = model(input_ids=tokens, use_cache=False).logits
+        pieces = []
+        for start, end in ((0, 7), (7, 8), (8, 9), (9, 12)):
+            more = {"position_ids": torch.arange(start, end)[None]} if told else {}
+            output = model(input_ids=tokens[:, start:end], use_cache=True, **{cache_argument(model): cache}, **more)
+            pieces.append(output.logits[:, -1])
+    return float((torch.stack(pieces, 1) - whole[:, [6, 7, 8, 11]]).abs().max() / whole.abs().max().clamp_min(1e-9))

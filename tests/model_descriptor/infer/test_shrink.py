@@ -1,0 +1,23 @@
+"""Full sizes that do not go together once each is divided by the same number."""
+
+from __future__ import annotations
+
+import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from layersmith.model_descriptor.infer.shrink import shrunk
+from layersmith.model_descriptor.stock import stock_model
+
+
+@pytest.mark.parametrize(
+    "model_type",
+    [
+        "falcon_h1",  # a mixer whose size is 128 heads of 8
+        "falcon",  # 71 heads of 64
+        "helium",  # 20 heads of 128, which are as long as the hidden states: neither both nor one can be divided much
+    ],
+)
+def test_a_smaller_model_of_the_same_layers_is_found(model_type: str) -> None:
+    config = CONFIG_MAPPING[model_type]()
+    small = stock_model(shrunk(config, stock_model(config)))
+    assert sum(p.numel() for p in small.parameters()) < 30_000_000

@@ -1,0 +1,119 @@
+"""What exchanges do to a child: against derivatives, against the sweep at the parent, and on a trained model."""
+
+import argparse
+import gzip
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from layersmith.data.splits import load_tokenizer
+from layersmith.demo.job import MODEL
+from layersmith.execution.hidden_states import States
+from layersmith.execution.layerwise import StagedParent, take_apart
+from layersmith.execution.parent import load_parent
+from layersmith.library.alternative import Alternative, no_op_beside
+from layersmith.library.library import Library, build_library, survey
+from layersmith.recipe import LibraryRecipe, Recipe
+from layersmith.run.progress import SILENT
+from layersmith.run.runtime import Runtime
+from layersmith.scoring.children import whole_models
+from layersmith.scoring.exchanges import around
+from layersmith.scoring.second_order import estimate, look
+
+TOKENS = torch.randint(0, 512, (4, 24), generator=torch.Generator().manual_seed(4))
+CPU = Runtime(torch.device("cpu"), torch.float32)
+
+
+def library_of(path: Path, tokens: torch.Tensor, recipe: LibraryRecipe) -> Library:
+    parent = load_parent(path, CPU)
+    return build_library(parent, recipe, survey(parent, recipe), tokens, batch_sequences=8)
+
+
+def of_places(library: Library) -> dict[tuple[int, str], list[Alternative]]:
+    places: dict[tuple[int, str], list[Alternative]] = {}
+    for a in library.alternatives:
+        places.setdefault((a.layer, a.subblock), []).append(a)
+    return places
+
+
+def test_around_the_parent_it_is_the_sweep(make_parent: Callable[..., Path], family: str) -> None:
+    library = library_of(make_parent(family), TOKENS, LibraryRecipe(ffn_fractions=(0.5,)))
+    staged = take_apart(library, TOKENS[:2])
+    parent = [a for a in library.alternatives if a.kind == "parent"]
+    others = [a for a in library.alternatives if a.kind != "parent"]
+    batches = [TOKENS[:3], TOKENS[3:]]
+    found = around(staged, parent, others, batches, 5, States())
+    assert np.abs(found.linear).max() < 1e-6  # the divergence is flat there
+    seeds = [[[5 * 1_000_003 + row for row in rows]] for rows in (range(3), range(3, 4))]
+    survey_ = look(staged, others, TOKENS[:1])
+    by_sweep = estimate(staged, others, survey_, batches, seeds, States())
+    for a in others:
+        expected = float(torch.cat([own[a.identity] for own in by_sweep]).mean())
+        k = found.place[a.key]
+        assert 0.5 * found.mixed[k, k] == pytest.approx(expected, rel=2e-3, abs=1e-9)
+
+
+@torch.no_grad()
+def loss(staged: StagedParent, child: dict[tuple[int, str], Alternative], mixed: Alternative, share: float) -> float:
+    """KL of a child in which a share of one stage's output is another alternative's."""
+    batch = staged.start(TOKENS)
+    hidden = batch.embedded
+    for i in range(len(staged.layers)):
+        for subblock in ("attention", "ffn"):
+            own = child[i, subblock]
+            made = staged.run(batch, i, hidden, staged.library.layer(own, no_op_beside(own)))
+            if (i, subblock) == (mixed.layer, mixed.subblock):
+                other = staged.run(batch, i, hidden, staged.library.layer(mixed, no_op_beside(mixed)))
+                made = (1 - share) * made + share * other
+            hidden = made
+    q = staged.head(TOKENS, hidden)[0].double().log_softmax(-1)
+    p = staged.head(TOKENS, staged.hidden_states(batch)[-1])[0].double().log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+def test_slopes_are_derivatives(make_parent: Callable[..., Path]) -> None:
+    library = library_of(make_parent("llama"), TOKENS, LibraryRecipe(ffn_fractions=(0.5,)))
+    staged, rng = take_apart(library, TOKENS[:2]), random.Random(3)
+    child = {place: rng.choice(own) for place, own in of_places(library).items()}
+    others = [a for a in library.alternatives if child[a.layer, a.subblock] != a]
+    found = around(staged, list(child.values()), others, [TOKENS[:3], TOKENS[3:]], 0, States())
+    assert set(found.place) == {a.key for a in others}
+    for a in rng.sample(others, 12):
+        slope = (loss(staged, child, a, 0.01) - loss(staged, child, a, -0.01)) / 0.02
+        assert found.linear[found.place[a.key]] == pytest.approx(slope, rel=0.03, abs=2e-5)
+
+
+def test_exchanges_are_foretold() -> None:
+    """On a trained model: what a child of two exchanges loses more or less, better than sums of scores say."""
+    text = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (random, argparse, gzip))
+    rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
+    library = library_of(MODEL, rows, LibraryRecipe(kv_heads=(3,), linear=(), no_op=()))
+    models, rng = whole_models(library, rows, Recipe(), SILENT), random.Random(0)
+    assert models.staged is not None
+    places = of_places(library)
+    child = {p: next((a for a in own if a.size == 256), own[0]) if p[0] else own[0] for p, own in places.items()}
+    near = {p: [a for a in own if a.size in (192, 320, 3)] for p, own in places.items() if p[0]}
+    others = [a for own in near.values() for a in own]
+    found = models.around(list(child.values()), others, range(16), 1)
+    parent = [a for a in library.alternatives if a.kind == "parent"]
+    at_parent = around(models.staged, parent, library.alternatives[1:], [rows], 1, States())
+    scores = {key: 0.5 * at_parent.mixed[k, k] for key, k in at_parent.place.items()}
+    tried, foretold, by_scores = [], [], []
+    for _ in range(24):
+        changed = [rng.choice(near[place]) for place in rng.sample(list(near), 2)]
+        tried.append(list({**child, **{(a.layer, a.subblock): a for a in changed}}.values()))
+        foretold.append(found.of(changed))
+        by_scores.append(sum(scores[a.key] - scores[child[a.layer, a.subblock].key] for a in changed))
+    before, *after = (np.mean([row["kl_divergence"] for row in own]) for own in
+                      models.run([list(child.values()), *tried], range(16)))  # fmt: skip
+    truth = np.array(after) - before
+    off = [np.abs(np.array(told) - truth).mean() / np.abs(truth).mean() for told in (foretold, by_scores)]
+    assert off[0] < 0.2, off
+    assert off[0] < 0.7 * off[1], off
+    one, other = changed
+    assert found.beside(())[found.place[one.key]] == pytest.approx(found.of([one]))
+    assert found.beside([other])[found.place[one.key]] == pytest.approx(found.of(changed) - found.of([other]))

@@ -1,0 +1,148 @@
+"""Rules, several choices, the frontier and baselines, against all choices one by one."""
+
+import dataclasses
+import itertools
+import random
+from typing import Any
+
+import pytest
+
+from layersmith import AttentionConfig, BlockConfig, FFNConfig
+from layersmith.costs.budget import parse_budget
+from layersmith.costs.table import CostTable
+from layersmith.errors import Infeasible, UsageError
+from layersmith.library.alternative import Alternative
+from layersmith.recipe import CombinedLimit, SearchRecipe
+from layersmith.search import baselines
+from layersmith.search.frontier import frontier, to_dict
+from layersmith.search.problem import Space
+
+LAYERS = 3
+BLOCKS = [
+    BlockConfig(AttentionConfig(num_key_value_heads=4, num_attention_heads=8), FFNConfig(intermediate_size=64))
+] * LAYERS
+
+
+def space(seed: int, rules: SearchRecipe, params: float = 0.6) -> Space:
+    rng = random.Random(seed)
+    alternatives, by_key, losses = [], {}, {}
+    for layer in range(LAYERS):
+        for subblock, kind, sizes in (("attention", "kv_heads", (2, 1)), ("ffn", "ffn_width", (48, 20))):
+            full = rng.randint(50, 90)
+            own = [Alternative(layer, subblock, "parent"), Alternative(layer, subblock, "no_op")]
+            own += [Alternative(layer, subblock, kind, "contribution", size) for size in sizes]
+            for a, share in zip(own, (1.0, 0.0, 0.7, 0.3), strict=True):
+                parameters = round(full * share)
+                cache = parameters // 3 if subblock == "attention" else 0
+                by_key[a.key] = {
+                    "parameters": parameters, "active_parameters": parameters, "weight_bytes": 2 * parameters,
+                    "kv_cache_bytes": cache, "memory_bytes": 2 * parameters + cache,
+                }  # fmt: skip
+                losses[a.key] = 0.0 if a.kind == "parent" else rng.random() * (1.2 - share)
+            alternatives += own
+    fixed = dict.fromkeys(by_key[alternatives[0].key], 0) | {"parameters": 40, "memory_bytes": 80, "weight_bytes": 80}
+    parent = {n: fixed[n] + sum(by_key[a.key][n] for a in alternatives if a.kind == "parent") for n in fixed}
+    return Space(alternatives, losses, CostTable(by_key, fixed, parent), parse_budget(params=params), rules, BLOCKS)
+
+
+RULES: dict[str, tuple[SearchRecipe, Any]] = {
+    "none": (SearchRecipe(), lambda c, cost: True),
+    "kept": (SearchRecipe(keep_layers=(1,)), lambda c, cost: all(a.kind == "parent" for a in c if a.layer == 1)),
+    "no-ops": (
+        SearchRecipe(most_no_op_attentions=1, most_no_op_ffns=0),
+        lambda c, cost: (
+            sum(a.kind == "no_op" for a in c if a.subblock == "attention") <= 1
+            and not any(a.kind == "no_op" for a in c if a.subblock == "ffn")
+        ),
+    ),
+    "uniform": (SearchRecipe(alike=0), lambda c, cost: len({a.name for a in c}) == 2),
+    "groups": (
+        SearchRecipe(alike=((0, 2),)),
+        lambda c, cost: all(c[i].name == c[i + 4].name for i in (0, 1)),
+    ),
+    "parallel": (SearchRecipe(tensor_parallel=8), lambda c, cost: all(a.size != 20 for a in c)),
+    "sum": (
+        SearchRecipe(limits=(CombinedLimit({"params": 0.5, "kv_cache": 3}, 0.55),)),
+        lambda c, cost: (
+            0.5 * cost["parameters"] + 3 * cost["kv_cache_bytes"]
+            <= 0.55 * (0.5 * cost["whole parameters"] + 3 * cost["whole kv_cache_bytes"])
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_equals_brute_force(name: str) -> None:
+    rules, holds = RULES[name]
+    for seed in range(4):
+        own = space(seed, rules)
+        places: dict[Any, list[Alternative]] = {}
+        for a in own.alternatives:
+            places.setdefault((a.layer, a.subblock), []).append(a)
+        best = None
+        for chosen in itertools.product(*(places[p] for p in sorted(places))):
+            costs = own.of(chosen).costs
+            whole = {f"whole {k}": v for k, v in own.costs.parent.items()}
+            if costs["parameters"] <= own.limits["parameters"] and holds(chosen, costs | whole):
+                score = own.score(chosen)
+                best = score if best is None else min(best, score)
+        if best is None:
+            with pytest.raises(Infeasible):
+                own.best()
+            continue
+        found = own.best()
+        assert found.score == pytest.approx(best, rel=1e-12)
+        assert holds(found.alternatives, found.costs | {f"whole {k}": v for k, v in own.costs.parent.items()})
+        assert found.costs["parameters"] <= own.limits["parameters"]
+
+
+def test_several_choices_differ() -> None:
+    own = space(1, SearchRecipe())
+    found = own.several(3, 3)
+    assert [c.score for c in found] == sorted(c.score for c in found)
+    for one, other in itertools.combinations(found, 2):
+        assert sum(a != b for a, b in zip(one.alternatives, other.alternatives, strict=True)) >= 3
+
+
+def test_the_frontier_falls_from_the_smallest_child_to_the_parent() -> None:
+    own = space(2, SearchRecipe())
+    found = frontier(own, "parameters", 12)
+    costs = [c.costs["parameters"] for c in found]
+    assert costs == sorted(costs)
+    assert [c.score for c in found] == sorted((c.score for c in found), reverse=True)
+    assert costs[0] == own.costs.fixed["parameters"]
+    assert found[-1].score == 0
+    for choice in found:
+        assert Space(own.alternatives, own.losses, own.costs, parse_budget(params="1.0"), own.rules, BLOCKS).best(
+            choice.limits
+        ).score == pytest.approx(choice.score)
+    others = baselines.all_of(own, "parameters", costs[1:-1], 0)
+    for name, choices in others.items():
+        assert choices, name
+        for choice in choices:
+            assert choice.score >= own.best({"parameters": choice.costs["parameters"]}).score - 1e-12
+    data = to_dict(own, "parameters", "kl_divergence", [(c, None) for c in found], {})
+    assert data["points"][-1]["fraction"] == 1.0
+    with pytest.raises(UsageError, match="unknown cost"):
+        frontier(own, "paramters")
+
+
+def test_what_cannot_be_met_is_said() -> None:
+    with pytest.raises(Infeasible, match=r"parameters 0\.05x.*smallest child"):
+        space(0, SearchRecipe(), 0.05).reachable()
+    with pytest.raises(Infeasible, match=r"parameters 0\.20x.*smallest child.*0\.\d\dx"):
+        space(0, SearchRecipe(keep_layers=(0, 1, 2)), 0.2).reachable()
+    with pytest.raises(Infeasible, match=r"no-op FFNs can be \d+ at least"):
+        space(0, SearchRecipe(most_no_op_attentions=0, most_no_op_ffns=0), 0.3).reachable()
+    with pytest.raises(Infeasible, match="tensor_parallel 3"):  # a no-op would be divisible, but layer 0 stays
+        space(0, SearchRecipe(tensor_parallel=3, keep_layers=(0,)))
+    for rules, match in (
+        (SearchRecipe(keep_layers=(9,)), "there is no layer 9"),
+        (SearchRecipe(alike=((0, 1), (1, 2))), "named twice"),
+        (SearchRecipe(limits=(CombinedLimit({"parms": 1}, 0.5),)), "Did you mean 'params'"),
+        (SearchRecipe(limits=(CombinedLimit({"params": 1}, "7 parsecs"),)), "not an amount"),
+    ):
+        with pytest.raises(UsageError, match=match):
+            space(0, rules)
+    with pytest.raises(UsageError, match="tensor_parallel"):
+        dataclasses.replace(SearchRecipe(), tensor_parallel=0)
