@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from layersmith import schema
-from layersmith.costs.budget import Budget, format_count
+from layersmith.costs.budget import Budget
 from layersmith.costs.counted import Workload
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.costs.times import Times
@@ -53,6 +53,7 @@ from layersmith.search.frontier import axes_of, frontier, to_dict
 from layersmith.search.problem import Choice, Space
 from layersmith.search.refine import Refined, read_refined, refine
 from layersmith.stages.times import find_times, keep_times, reachable, solve, that_holds, time_child
+from layersmith.units import format_count
 
 
 @dataclass(frozen=True)

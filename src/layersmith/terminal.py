@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from layersmith.costs.budget import format_cost, format_seconds
 from layersmith.costs.times import Times, Timing
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -20,6 +19,7 @@ from layersmith.run.artifacts import read_json
 from layersmith.search.problem import Choice
 from layersmith.stages.inspect import Inspection
 from layersmith.stages.verify import Verification
+from layersmith.units import format_cost, format_seconds
 
 
 def print_result(console: Console, result: Any, with_samples: bool = False) -> None:

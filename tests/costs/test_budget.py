@@ -1,6 +1,6 @@
 import pytest
 
-from layersmith.costs.budget import Budget, Limit, format_bytes, format_count, parse_budget, parse_limit
+from layersmith.costs.budget import Budget, Limit, parse_budget, parse_limit
 from layersmith.errors import UsageError
 
 
@@ -80,9 +80,3 @@ def test_a_limit_is_one_thing() -> None:
         Limit("parameters", "0.5", 10)
     with pytest.raises(UsageError):
         Limit("paramters", "0.5")
-
-
-def test_formats() -> None:
-    assert format_count(4_771_392) == "4.77M"
-    assert format_bytes(9_542_784) == "9.10 MiB"
-    assert format_count(12) == "12"

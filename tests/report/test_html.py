@@ -5,11 +5,11 @@ from typing import Any
 
 import pytest
 
-from layersmith.costs.budget import format_cost, format_seconds
 from layersmith.report.charts import shorter
 from layersmith.report.html import plots, render
 from layersmith.report.plot import columns, log_ticks
 from layersmith.report.words import cost_label
+from layersmith.units import format_cost, format_seconds
 from tests.report.sample import full_report, sample_report
 
 

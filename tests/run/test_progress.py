@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
-from layersmith.run.progress import SILENT, Bars, Lines, in_time, open_console, shown_on
+from layersmith.run.progress import SILENT, Bars, Lines, open_console, shown_on
 from layersmith.terminal import print_layers
 
 
@@ -81,7 +81,7 @@ def test_the_time_left_that_a_stage_tells_goes_before_that_of_its_steps(monkeypa
             assert progress._live is not None
             progress._live.refresh()
         text = written(live)
-        assert "03:2" in text
+        assert "3 min 2" in text
         assert ("(3 scored, 9 tokens/s)" in text) == said
         assert "of 10 alternatives" in text
 
@@ -114,10 +114,6 @@ def test_who_speaks_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     assert open_console().quiet
     monkeypatch.setenv("RANK", "0")
     assert isinstance(shown_on(open_console()), Bars)
-
-
-def test_times() -> None:
-    assert [in_time(s) for s in (0.04, 59.9, 200, 7500)] == ["0.0 s", "59.9 s", "3 min 20 s", "2 h 05 min"]
 
 
 @pytest.mark.parametrize("width", [50, 80, 120])

@@ -6,14 +6,14 @@ A throughput is a lower limit on tokens written a second, so an upper one on the
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 from layersmith.errors import UsageError, did_you_mean
 from layersmith.recipe import BATCH, CONTEXT
+from layersmith.units import BYTES, COUNTS, SECONDS, TOKENS_A_SECOND, format_cost, split_amount
 
 # Cost -> (the option and key that limits it, what it counts).
 COSTS = {
@@ -37,12 +37,6 @@ COST_WORDS = {
     "token_seconds": "throughput",
 }
 COST_OF = {key: cost for cost, (key, _) in COSTS.items()}
-_COUNTS = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9, "T": 10**12}
-_SECONDS = {"US": Decimal("1e-6"), "MS": Decimal("1e-3"), "S": Decimal(1), "MIN": Decimal(60)}
-_BYTES = {
-    **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
-    **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
-}
 
 
 def is_time(cost: str) -> bool:
@@ -222,19 +216,15 @@ def parse_limit(cost: str, text: Any) -> Limit:
     option, kind = COSTS[cost]
     example = f"a fraction such as {_FRACTION.get(kind, '0.7')}, or an amount such as {_AMOUNT[kind]}"
     wrong = f"--{option.replace('_', '-')} {text}"
-    typed = "" if isinstance(text, bool) else str(text).strip().replace("_", "").replace(",", "")
-    match = re.fullmatch(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z\u00b5/ ]*)", typed)
-    if not match:
+    amount = None if isinstance(text, bool) else split_amount(str(text))
+    if amount is None:
         raise UsageError(f"{wrong}: not a budget. Give {example}.")
-    try:
-        number = Decimal(match[1])
-    except InvalidOperation as error:
-        raise UsageError(f"{wrong}: not a number. Give {example}.") from error
-    unit = match[2].strip().upper()
+    number, typed = amount
+    unit = typed.upper()
     if number <= 0:
         raise UsageError(f"{wrong}: a budget must be more than nothing. Give {example}.")
     if kind == "tokens/s":
-        return _throughput(number, unit, f"{wrong}: {match[2]!r} is not a unit of throughput. Give {example}.")
+        return _throughput(number, unit, f"{wrong}: {typed!r} is not a unit of throughput. Give {example}.")
     if unit == "%":
         number, unit = number / 100, ""
         if number > 1:
@@ -242,26 +232,25 @@ def parse_limit(cost: str, text: Any) -> Limit:
     if unit == "" and number <= 1:
         return Limit(cost, fraction=format(number.normalize(), "f"))
     if kind == "count":
-        if unit not in _COUNTS:
-            raise UsageError(f"{wrong}: {match[2]!r} is not a unit of parameters (K, M, B, T). Give {example}.")
-        amount = number * _COUNTS[unit]
-        if unit == "" and (amount != int(amount) or amount < 1000):
+        if unit not in COUNTS:
+            raise UsageError(f"{wrong}: {typed!r} is not a unit of parameters (K, M, B, T). Give {example}.")
+        count = number * COUNTS[unit]
+        if unit == "" and (count != int(count) or count < 1000):
             raise UsageError(f"{wrong}: a fraction must be at most 1, and an amount needs a unit. Give {example}.")
-        return Limit(cost, amount=int(amount))
-    units, words = (_SECONDS, "time (us, ms, s, min)") if kind == "seconds" else (_BYTES, _BYTES_WORDS)
+        return Limit(cost, amount=int(count))
+    units, words = (SECONDS, "time (us, ms, s, min)") if kind == "seconds" else (BYTES, _BYTES_WORDS)
     if kind == "seconds":
         unit = unit.removesuffix("/TOKEN").removesuffix("/TOK").replace("\u00b5", "U").replace("\u039c", "U").strip()
     if unit not in units:
-        what = f"{match[2]!r} is not a unit of" if unit else "an amount needs a unit of"
+        what = f"{typed!r} is not a unit of" if unit else "an amount needs a unit of"
         raise UsageError(f"{wrong}: {what} {words}. Give {example}.")
-    amount = number * units[unit]
-    return Limit(cost, amount=float(amount) if kind == "seconds" else int(amount))
+    value = number * units[unit]
+    return Limit(cost, amount=float(value) if kind == "seconds" else int(value))
 
 
 _FRACTION = {"tokens/s": "1.5x"}
 _AMOUNT = {"count": "7B", "bytes": "10GiB", "seconds": "12ms", "tokens/s": "500tokens/s"}
 _BYTES_WORDS = "memory (KiB, MiB, GiB, TiB, KB, MB, GB, TB)"
-_RATES = ("TOKENS/S", "TOK/S", "TOKEN/S", "T/S", "/S", "TPS")
 
 
 def _throughput(number: Decimal, unit: str, wrong: str) -> Limit:
@@ -271,62 +260,6 @@ def _throughput(number: Decimal, unit: str, wrong: str) -> Limit:
         if unit == "" and number > 20:
             raise UsageError(wrong)
         return Limit("token_seconds", fraction=format(number.normalize(), "f"))
-    if unit.replace(" ", "") not in _RATES:
+    if unit.replace(" ", "") not in TOKENS_A_SECOND:
         raise UsageError(wrong)
     return Limit("token_seconds", amount=float(number))
-
-
-def parse_amount(text: str, where: str) -> Decimal:
-    """An amount with a unit of memory, time or parameters, e.g. ``10GiB``, ``12ms`` or ``7B``.
-
-    Raises:
-        UsageError: neither.
-    """
-    match = re.fullmatch(r"([0-9.]+)\s*(%|[A-Za-z]+)", text.strip().replace("_", ""))
-    units: dict[str, Any] = {**_COUNTS, **_BYTES, **_SECONDS, "%": Decimal("0.01")}
-    try:
-        if match and match[2].upper() in units:
-            return Decimal(match[1]) * units[match[2].upper()]
-    except InvalidOperation:
-        pass
-    raise UsageError(f"{where}: {text!r} is not an amount. Give a fraction such as 0.7, or an amount such as 10GiB.")
-
-
-def format_count(value: float) -> str:
-    """``4771392`` as ``4.77M``."""
-    for unit, scale in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("K", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.2f}{unit}"
-    return f"{value:.0f}"
-
-
-def format_bytes(value: float) -> str:
-    """``9542784`` as ``9.10 MiB``."""
-    for power, unit in ((4, "TiB"), (3, "GiB"), (2, "MiB"), (1, "KiB")):
-        if value >= 1024**power:
-            return f"{value / 1024**power:.2f} {unit}"
-    return f"{value:.0f} B"
-
-
-def format_seconds(value: float) -> str:
-    """``0.00342`` as ``3.42 ms``, ``5025`` as ``1 h 24 min``."""
-    if value >= 3600:
-        hours, minutes = divmod(round(value / 60), 60)
-        return f"{hours} h {minutes:02} min"
-    if value >= 60:
-        minutes, seconds = divmod(round(value), 60)
-        return f"{minutes} min {seconds:02} s"
-    if value >= 1 or value == 0:
-        return f"{value:.1f} s"
-    return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
-
-
-def format_cost(name: str, value: float) -> str:
-    """A cost for people: ``4.77M``, ``9.10 MiB``, ``3.42 ms`` or, of what each token takes, ``812 tokens/s``."""
-    if is_throughput(name):
-        return f"{1 / value:,.4g} tokens/s" if value else "no limit"
-    if name.endswith("bytes"):
-        return format_bytes(value)
-    if name.endswith("seconds"):
-        return format_seconds(value)
-    return format_count(value)

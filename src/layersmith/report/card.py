@@ -12,7 +12,6 @@ from typing import Any
 
 import yaml
 
-from layersmith.costs.budget import format_cost
 from layersmith.library.library import Library
 from layersmith.modeling_layersmith import FILE_NAME
 from layersmith.recipe import Overlap, Recipe
@@ -32,6 +31,7 @@ from layersmith.report.words import (
 from layersmith.run.artifacts import write_text
 from layersmith.run.folder import Run
 from layersmith.search.problem import Choice
+from layersmith.units import format_cost
 
 CARD = "README.md"
 _LICENSE_KEYS = ("license", "license_name", "license_link")

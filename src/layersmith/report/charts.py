@@ -12,9 +12,9 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from layersmith.costs.budget import format_cost
 from layersmith.report.plot import Plot, Table, log_ticks, make_spec, tooltip
 from layersmith.report.words import metric_label, number, with_noise
+from layersmith.units import format_cost
 
 # What can become of a subblock: kind of alternative to its name in the legend and the colour's name in the page.
 KINDS = {

@@ -7,7 +7,6 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from layersmith.costs.budget import format_cost
 from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
@@ -15,6 +14,7 @@ from layersmith.report.words import cost_unit, metric_unit
 from layersmith.scoring.metrics import METRICS
 from layersmith.scoring.score import Score, losses
 from layersmith.search.problem import Choice
+from layersmith.units import format_cost
 
 SCHEMA = 1
 

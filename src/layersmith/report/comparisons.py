@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from layersmith.costs.budget import format_cost
 from layersmith.report.plot import (
     SERIES,
     SHAPES,
@@ -21,6 +20,7 @@ from layersmith.report.plot import (
     tooltip,
 )
 from layersmith.report.words import cost_label, metric_label, metric_unit, number, with_noise
+from layersmith.units import format_cost
 
 # ---------------------------------------------------------------------------------------------- the frontier
 

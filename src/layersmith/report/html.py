@@ -12,7 +12,7 @@ from functools import cache
 from importlib.resources import files
 from typing import Any
 
-from layersmith.costs.budget import format_cost, format_seconds, is_throughput
+from layersmith.costs.budget import is_throughput
 from layersmith.report.charts import heat_map, importance, mosaic
 from layersmith.report.comparisons import checked_scores, checked_sums, checked_times, frontier_plot, locally, training
 from layersmith.report.plot import Plot, data_sets
@@ -27,6 +27,7 @@ from layersmith.report.words import (
     share,
     with_noise,
 )
+from layersmith.units import format_cost, format_seconds
 
 _NOT_COSTS = ("name",)
 # What the stages of a run do, for people; a stage that is not here is called by its folder's name.

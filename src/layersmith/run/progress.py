@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
+from layersmith.units import format_seconds
+
 if TYPE_CHECKING:
     import rich.progress
     from rich.console import Console
@@ -73,14 +75,6 @@ def shown_on(console: Console) -> Progress:
     return Bars(console) if console.is_terminal else Lines(console)
 
 
-def in_time(seconds: float) -> str:
-    """``4.0 s``, ``3 min 20 s``, ``2 h 05 min``."""
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02} min"
-
-
 class Lines(Progress):
     """A line when a stage is done, and now and then one that says how far a long one is."""
 
@@ -102,11 +96,12 @@ class Lines(Progress):
             if now - last > _SAY_EVERY_SECONDS and done < total:
                 left = (now - started) * (total - done) / max(done, 1e-9) if left is None else left
                 more = f" ({said})" if said else ""
-                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}{more}, about {in_time(left)} left")
+                until = format_seconds(round(left, 1))
+                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}{more}, about {until} left")
                 last = now
 
         yield advance
-        self._say(f"{name}: done in {in_time(time.monotonic() - started)}")
+        self._say(f"{name}: done in {_since(started)}")
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -134,7 +129,7 @@ class Bars(Lines):
         else:  # a stage within a stage has the bar while it lasts
             with self._task(self._live, name, total, unit) as advance:
                 yield advance
-        line = f"[green]{self._tick}[/green] {name:<12}[dim]{in_time(time.monotonic() - started):>11}[/dim]"
+        line = f"[green]{self._tick}[/green] {name:<12}[dim]{_since(started):>11}[/dim]"
         self.console.print(line, highlight=False)
 
     @contextmanager
@@ -162,10 +157,8 @@ class Bars(Lines):
         return "✓" if self.console.encoding.lower().startswith("utf") else "*"
 
 
-def _as_clock(seconds: float) -> str:
-    """``03:20``, ``2:05:00``."""
-    minutes, rest = divmod(max(0, round(seconds)), 60)
-    return f"{minutes:02}:{rest:02}" if minutes < 60 else f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+def _since(started: float) -> str:
+    return format_seconds(round(time.monotonic() - started, 1))
 
 
 def _live(console: Console) -> rich.progress.Progress:
@@ -179,10 +172,9 @@ def _live(console: Console) -> rich.progress.Progress:
             if task.total is None:
                 return Text("")
             ends = task.fields["ends"]
-            own = (
-                super().render(task) if ends is None else Text(_as_clock(ends - task.get_time()), "progress.remaining")
-            )
-            return Text.assemble(own, (" left", "dim"))
+            left = task.time_remaining if ends is None else ends - task.get_time()
+            text = "" if left is None else format_seconds(max(0, round(left)))
+            return Text.assemble((text, "progress.remaining"), (" left", "dim"))
 
     class Share(TextColumn):
         def render(self, task: Any) -> Text:

@@ -13,11 +13,12 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 
 from layersmith.block_config import AttentionConfig, BlockConfig
-from layersmith.costs.budget import COST_OF, is_time, parse_amount
+from layersmith.costs.budget import COST_OF, is_time
 from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import CombinedLimit, SearchRecipe
+from layersmith.units import parse_amount
 
 Place = tuple[int, str]
 Costs = dict[str, float]

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from layersmith.costs.budget import COST_WORDS, format_cost, is_throughput
+from layersmith.costs.budget import COST_WORDS, is_throughput
 from layersmith.errors import Infeasible
 from layersmith.search.core import GivesUp, best_near_bound
 from layersmith.search.program import (
@@ -40,6 +40,7 @@ from layersmith.search.program import (
     rows_of,
     without_idle_rows,
 )
+from layersmith.units import format_cost
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from layersmith.costs.budget import Budget, format_cost
+from layersmith.costs.budget import Budget
 from layersmith.costs.counted import COSTS, Workload
 from layersmith.data.splits import read_documents
 from layersmith.heterogeneous.checkpoint import check_files
@@ -19,6 +19,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import SWEEP_PASSES, exact_passes
 from layersmith.stages.inspect import outline
 from layersmith.stages.times import reachable
+from layersmith.units import format_cost, format_seconds
 
 
 def plan(
@@ -66,8 +67,8 @@ def plan(
         f"data: {data}, rows of {recipe.data.sequence_length} tokens: {recipe.data.calibration_sequences} calibration, "
         f"{recipe.data.scoring_sequences} scoring, {recipe.data.evaluation_sequences} evaluation",
         "arithmetic: " + ", ".join(f"{name} {value / 1e12:.2f} TFLOP" for name, value in flops.items()),
-        f"time: at least {_duration(seconds)} on this {runtime.device.type} at the rate that a matrix product reaches "
-        "on it now; expect two to four times that",
+        f"time: at least {format_seconds(max(1, round(seconds)))} on this {runtime.device.type} at the rate that "
+        "a matrix product reaches on it now; expect two to four times that",
         f"memory: {format_cost('weight_bytes', whole['parameters'] * runtime.dtype.itemsize)} for the parent's weights "
         f"in {str(runtime.dtype).removeprefix('torch.')}, up to {recipe.library.statistics_gib:g} GiB for statistics",
         f"disk: at most {format_cost('weight_bytes', whole['weight_bytes'])} for the child in {out}",
@@ -128,9 +129,3 @@ def matrix_rate(runtime: Runtime, size: int = 1024) -> float:
         float(product[0, 0])  # waits for the device
         best = max(best, 2 * size**3 / (time.perf_counter() - started))
     return best
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{max(1, round(seconds))} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
