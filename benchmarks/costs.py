@@ -79,23 +79,23 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     times = measure(parent, library.alternatives, costs, workload, timing)
     seconds = time.process_time() - started
     space = pipeline.search_space(library, scores, recipe, times.into(costs, library.alternatives), budget)
-    choices = [c for c in frontier(space, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
-    some = [choices[i * (len(choices) - 1) // (CHILDREN - 1)] for i in range(CHILDREN)]
+    solutions = [c for c in frontier(space, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
+    some = [solutions[i * (len(solutions) - 1) // (CHILDREN - 1)] for i in range(CHILDREN)]
     # The parent, beside which all are told, three times.
-    models = [*[parent.model] * 3, *(library.compose(choice.alternatives) for choice in some)]
+    models = [*[parent.model] * 3, *(library.compose(solution.alternatives) for solution in some)]
     seen, errors = stopwatch(models, options, parent.language_config.vocab_size)
     clock = {phase: sum(one[phase] for one in seen[:3]) / 3 for phase in _PHASES}
     noise = {phase: math.hypot(*(one[phase] for one in errors[:3])) / 3 / clock[phase] for phase in _PHASES}
     rows = []
-    for choice, own, error in zip(some, seen[3:], errors[3:], strict=True):
-        row: dict[str, Any] = {"parameters": choice.costs["parameters"] / choice.parent_costs["parameters"]}
-        parts = times.whole(a.key for a in choice.alternatives)
+    for solution, own, error in zip(some, seen[3:], errors[3:], strict=True):
+        row: dict[str, Any] = {"parameters": solution.costs["parameters"] / solution.parent_costs["parameters"]}
+        parts = times.whole(a.key for a in solution.alternatives)
         whole = times.parent(library.alternatives)
         for phase in _PHASES:
             name = f"{phase}_seconds"
             row[phase] = {
                 "sum": getattr(parts, phase) / getattr(whole, phase),
-                "predicted": choice.costs[name] / choice.parent_costs[name],
+                "predicted": solution.costs[name] / solution.parent_costs[name],
                 "measured": own[phase] / clock[phase],
                 "error": math.hypot(error[phase] / own[phase], noise[phase]),
             }

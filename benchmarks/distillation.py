@@ -9,7 +9,8 @@ of the table are children of the same budget:
 * ``dropped layers``: whole layers removed, those first whose two no-ops score least;
 * ``(a) as pruned``: the search over alternatives as they were pruned;
 * ``(b) reconstructed``: over alternatives whose last projections were refitted, scored so;
-* ``(c) locally distilled``: over alternatives that were trained, scored so; then each layer's choice trained together.
+* ``(c) locally distilled``: over alternatives that were trained, scored so; then each layer's chosen subblocks trained
+together.
 
 The second table is the library itself: replace-one-block KL by exact scores on rows that nothing was trained on, in a
 few layers, by kind of alternative. One thread, float32. ``benchmarks.recovery`` goes on with global distillation.

@@ -46,7 +46,7 @@ from layersmith.run.artifacts import read_tensors, write_json
 from layersmith.run.folder import Run, versions
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.score import losses
-from layersmith.search.problem import Choice, choose
+from layersmith.search.problem import Solution, choose
 from layersmith.stages.distill import copied, find_rows
 from layersmith.stages.reopen import reopen
 
@@ -142,7 +142,7 @@ def speed(args: argparse.Namespace) -> list[dict[str, Any]]:
 def models(
     library: Library,
     scores: Mapping[str, float],
-    choice: Choice,
+    solution: Solution,
     budget: Budget,
     recipe: Recipe,
     rows: torch.Tensor,
@@ -151,14 +151,14 @@ def models(
 ) -> Iterator[tuple[str, PreTrainedModel]]:
     """Every row's name and model, before distillation, in float32 with weights of its own."""
     parent = library.parent
-    yield "ours", copied(library.compose(choice.alternatives))
-    limit = budget.resolve(choice.parent_costs)["parameters"]
+    yield "ours", copied(library.compose(solution.alternatives))
+    limit = budget.resolve(solution.parent_costs)["parameters"]
     narrow = uniform(parent, recipe, limit, rows)
     if narrow is not None:
         yield "uniform", narrow
-    yield "layers dropped", copied(library.compose(without_layers(library, scores, choice, limit)))
+    yield "layers dropped", copied(library.compose(without_layers(library, scores, solution, limit)))
     torch.manual_seed(seed)
-    yield "from scratch", layersmith.build(parent.config, library.blocks(choice.alternatives), dtype=torch.float32)
+    yield "from scratch", layersmith.build(parent.config, library.blocks(solution.alternatives), dtype=torch.float32)
     if peer is not None:
         yield "peer", layersmith.load(peer, dtype=torch.float32)
 
@@ -182,13 +182,13 @@ def uniform(parent: Parent, recipe: Recipe, limit: int, rows: torch.Tensor) -> P
     return copied(library.compose([*chosen, *kept]))
 
 
-def without_layers(library: Library, scores: Mapping[str, float], choice: Choice, limit: int) -> list[Alternative]:
+def without_layers(library: Library, scores: Mapping[str, float], solution: Solution, limit: int) -> list[Alternative]:
     """Whole layers removed, in the order of what their two no-ops cost by score, until the parameters fit."""
     layers = sorted(
         range(len(library.parent.blocks)),
         key=lambda i: sum(scores[Alternative(i, s, "no_op").key] for s in ("attention", "ffn")),
     )
-    left = choice.parent_costs["parameters"]
+    left = solution.parent_costs["parameters"]
     chosen: list[Alternative] = []
     for i in layers:
         if left <= limit:
@@ -216,9 +216,9 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     for share in args.budgets:
         budget = Budget.parse({"params": str(share)})
         costs = pipeline.cost_table(parent, library, budget)
-        choice = choose(library.alternatives, scores, costs, budget)
+        solution = choose(library.alternatives, scores, costs, budget)
         for seed in args.seeds:
-            for name, child in models(library, scores, choice, budget, recipe, held["calibration"], args.peer, seed):
+            for name, child in models(library, scores, solution, budget, recipe, held["calibration"], args.peer, seed):
                 if args.only and name not in args.only:
                     continue
                 record = {"budget": share, "seed": seed, "model": name, "tokens": steps.count * steps.tokens}

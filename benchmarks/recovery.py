@@ -8,7 +8,7 @@ Without PARENT it is the demo's model and text. For every seed the documents are
     (a) pruned        the search over alternatives as they were pruned
     (b) closed form   over alternatives whose last projections were refitted, scored so
     (c) local         over alternatives that were trained, scored so, and refined by running whole children on the
-                      scoring rows; then each layer's choice trained together
+                      scoring rows; then each layer's chosen subblocks trained together
     uniform           every FFN as narrow as the budget asks, channels ranked the same way
     layers dropped    whole layers removed, those first whose two no-ops score least
     from scratch      the layers of (a) with random weights
@@ -18,9 +18,9 @@ Without PARENT it is the demo's model and text. For every seed the documents are
 The last four and (c) then learn from the parent, on the same rows in the same order; (c) so distilled is (d). With
 ``--distil-all`` (a) and (b) do too. FILE.jsonl has a line for every model that is done, and what is there is not done
 again; FILE.md the table of all of them. The search space is what both libraries know: FFN widths, KV heads and no-ops;
-``--whole-space`` has all kinds of alternatives, and no puzzletron. The choice of (a) and (b) is the integer program's,
-with ``--refine-passes 0`` that of (c) too. Tables that differ in settings of (c) alone share the other lines. One
-thread, float32.
+``--whole-space`` has all kinds of alternatives, and no puzzletron. The solution of (a) and (b) is the integer
+program's, with ``--refine-passes 0`` that of (c) too. Tables that differ in settings of (c) alone share the other
+lines. One thread, float32.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ from layersmith.distillation.train import train
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.pipeline import refined_choice
+from layersmith.pipeline import refined_solution
 from layersmith.recipe import DistillationRecipe, LibraryRecipe, LocalDistillationRecipe, Recipe, SearchRecipe
 from layersmith.run.artifacts import fingerprint, read_json, write_json
 from layersmith.run.folder import versions
@@ -162,13 +162,13 @@ def chosen_for(
     recipe = Recipe(search=SearchRecipe(refine_passes=refine_passes))
     limit = parse_budget(params=str(budget))
     space = Space(library.alternatives, of.made.scores[name], of.costs, limit, recipe.search, of.parent.blocks)
-    choice = space.best()
+    solution = space.best()
     if refine_passes:
-        inputs = fingerprint([library.identity, of.made.scores[name], choice.to_dict(), refine_passes])
-        refined = refined_choice(space, choice, library, recipe, of.tokens.scoring, journal, inputs, SILENT)
+        inputs = fingerprint([library.identity, of.made.scores[name], solution.to_dict(), refine_passes])
+        refined = refined_solution(space, solution, library, recipe, of.tokens.scoring, journal, inputs, SILENT)
         print(json.dumps({"seed": of.seed, "budget": budget, "row": row, "refined": refined.measured}), flush=True)
-        choice = refined.choice
-    return choice.alternatives
+        solution = refined.solution
+    return solution.alternatives
 
 
 def models(of: Seed, budget: float, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
@@ -389,7 +389,7 @@ def _part(lines: list[dict[str, Any]]) -> Iterator[str]:
     yield (
         f"# What children of {trained['parent']} recover ({trained['parameters_of_parent'] / 1e6:.2f}M parameters)\n\n"
         f"{space}; local distillation of every alternative on {trained['local_tokens']:,} tokens, of pairs on "
-        f"{trained['pair_tokens']:,}, on {whose}; choices of (c) {refined}; global distillation on "
+        f"{trained['pair_tokens']:,}, on {whose}; solutions of (c) {refined}; global distillation on "
         f"{trained['tokens']:,} tokens in steps of {trained['step_tokens']:,}, learning rate "
         f"{trained['learning_rate']:.2g}; evaluated on {trained['evaluation_rows'] * trained['length']:,} tokens a "
         "seed. One thread, float32, "

@@ -123,10 +123,10 @@ def children(
     for fraction in _BUDGETS:
         row: dict[str, Any] = {"budget": fraction}
         for name, scores in by.items():
-            choice = choose(
+            solution = choose(
                 library.alternatives, losses(scores, "kl_divergence"), costs, parse_budget(params=str(fraction))
             )
-            child = library.compose(choice.alternatives)
+            child = library.compose(solution.alternatives)
             result = compare(library.parent.model, child, rows, batch_sequences=4)
             values = result.metrics["kl_divergence"]
             row[name] = sum(values) / len(values)

@@ -110,7 +110,7 @@ def frontier_seconds(count: int) -> float:
 
 
 def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str, Any]:
-    """KL on unseen rows of the program's choice, the refined one, and the baselines."""
+    """KL on unseen rows of the program's solution, the refined one, and the baselines."""
     run = Run.existing(folder)
     recipe, library = reopen(run)
     scores = pipeline.read_scores(run, library)
@@ -120,8 +120,8 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
     judge = whole_models(library, unseen, recipe, pipeline.SILENT)
     costs = pipeline.cost_table(library.parent, library, parse_budget(params="1.0"))
 
-    def truth(choices: Sequence[Any]) -> list[list[float]]:
-        found = judge.run([c.alternatives for c in choices], range(len(unseen)))
+    def truth(solutions: Sequence[Any]) -> list[list[float]]:
+        found = judge.run([c.alternatives for c in solutions], range(len(unseen)))
         return [[row["kl_divergence"] for row in own] for own in found]
 
     rows = []
@@ -132,10 +132,10 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
         with Journal(None, "") as journal:
             refined = refine(space, plain, models, recipe.search, "kl_divergence", journal, seed=recipe.seed)
         seconds, passes = time.process_time() - started, models.passes - before
-        own = truth([plain, refined.choice])
+        own = truth([plain, refined.solution])
         difference = [a - b for a, b in zip(own[1], own[0], strict=True)]
         rows.append({
-            "budget": budget, "parameters": refined.choice.costs["parameters"],
+            "budget": budget, "parameters": refined.solution.costs["parameters"],
             "plain": _mean(own[0]), "refined": _mean(own[1]),
             "change": _mean(difference) / _mean(own[0]),
             "error": (standard_error(difference) or 0.0) / _mean(own[0]),

@@ -56,10 +56,10 @@ def finished(
 def test_the_child_is_what_the_search_counted(finished: layersmith.Result) -> None:
     child = layersmith.load(finished.child)
     parameters = sum(p.numel() for p in child.parameters())
-    assert parameters == finished.choice.costs["parameters"]
-    assert parameters <= finished.choice.limits["parameters"] < finished.choice.parent_costs["parameters"]
+    assert parameters == finished.solution.costs["parameters"]
+    assert parameters <= finished.solution.limits["parameters"] < finished.solution.parent_costs["parameters"]
     stored = load_file(finished.child / "model.safetensors")
-    assert sum(t.numel() * t.element_size() for t in stored.values()) == finished.choice.costs["weight_bytes"]
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == finished.solution.costs["weight_bytes"]
     assert finished.metric("kl_divergence")["child"] > 0
     assert finished.metric("kl_divergence")["child_standard_error"] > 0
     assert str(finished).endswith(f"child: {finished.child}")
@@ -93,8 +93,8 @@ def test_every_family(
     )
     child = layersmith.load(result.child)
     assert child.dtype == dtype
-    assert sum(p.numel() for p in child.parameters()) == result.choice.costs["parameters"]
-    assert result.choice.costs["memory_bytes"] <= result.choice.limits["memory_bytes"]
+    assert sum(p.numel() for p in child.parameters()) == result.solution.costs["parameters"]
+    assert result.solution.costs["memory_bytes"] <= result.solution.limits["memory_bytes"]
 
 
 def test_the_whole_budget_gives_the_parent(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
@@ -104,8 +104,8 @@ def test_the_whole_budget_gives_the_parent(make_parent: Callable[..., Path], tex
         if (tmp_path / "run").exists():
             shutil.rmtree(tmp_path / "run")
         result = layersmith.compress(parent, tmp_path / "run", data=text_folder, budget="1.0", recipe=recipe)
-        assert all(a.kind == "parent" for a in result.choice.alternatives)
-        assert result.choice.score == 0
+        assert all(a.kind == "parent" for a in result.solution.alternatives)
+        assert result.solution.score == 0
         before, after = load_file(parent / "model.safetensors"), load_file(result.child / "model.safetensors")
         assert before.keys() == after.keys()
         assert all(torch.equal(before[name], after[name]) for name in before)
@@ -204,11 +204,11 @@ def test_a_run_finds_its_parent_from_another_folder(
         if reached == "scores":
             break
     monkeypatch.chdir(tmp_path)
-    _, choice = search_again("here/run", parse_budget(params="0.8"))
-    assert choice.costs["parameters"] <= choice.limits["parameters"]
+    _, solution = search_again("here/run", parse_budget(params="0.8"))
+    assert solution.costs["parameters"] <= solution.limits["parameters"]
     (tmp_path / "here").rename(tmp_path / "there")  # both moved: found as the command named it
     monkeypatch.chdir(tmp_path / "there")
-    assert search_again("run", parse_budget(params="0.8"))[1].alternatives == choice.alternatives
+    assert search_again("run", parse_budget(params="0.8"))[1].alternatives == solution.alternatives
 
 
 def test_only_what_we_wrote_is_cleaned_up(
@@ -225,11 +225,11 @@ def test_only_what_we_wrote_is_cleaned_up(
 
 
 def test_another_budget_from_the_same_run(finished: layersmith.Result, tmp_path: Path) -> None:
-    _, choice = search_again(finished.run, parse_budget(params="0.8"), out=tmp_path / "smaller")
+    _, solution = search_again(finished.run, parse_budget(params="0.8"), out=tmp_path / "smaller")
     child = layersmith.load(tmp_path / "smaller")
-    assert sum(p.numel() for p in child.parameters()) == choice.costs["parameters"] <= choice.limits["parameters"]
+    assert sum(p.numel() for p in child.parameters()) == solution.costs["parameters"] <= solution.limits["parameters"]
     _, again = search_again(finished.run, parse_budget(params="0.9"))
-    assert again.alternatives == finished.choice.alternatives
+    assert again.alternatives == finished.solution.alternatives
     _, by_cache = search_again(finished.run, parse_budget(kv_cache="0.5", batch=3, context=77))
     assert by_cache.costs["kv_cache_bytes"] <= by_cache.parent_costs["kv_cache_bytes"] // 2
     with pytest.raises(Infeasible):
@@ -251,7 +251,7 @@ def test_what_was_trained_together_is_used_again(
     }
     finished = layersmith.compress(make_parent("llama"), tmp_path / "run", data=text_folder, budget=0.7, recipe=recipe)
     library, same = search_again(finished.run, parse_budget(params="0.7"), out=tmp_path / "same")
-    assert same.alternatives == finished.choice.alternatives
+    assert same.alternatives == finished.solution.alternatives
     child, again = (layersmith.load(folder).state_dict() for folder in (finished.child, tmp_path / "same"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in child.items())
     alone = library.compose(same.alternatives).state_dict()
@@ -263,7 +263,7 @@ def test_what_was_trained_together_is_used_again(
     trained = {record["layer"] for record in records if record["weights"]}
     used = set()
     for i in range(len(library.parent.blocks)):
-        own, theirs = ([a for a in c.alternatives if a.layer == i] for c in (other, finished.choice))
+        own, theirs = ([a for a in c.alternatives if a.layer == i] for c in (other, finished.solution))
         names = [name for name in made if name.startswith(f"{library.parent.descriptor.layer_block_name(i)}.")]
         if own == theirs:
             assert all(torch.equal(made[name], child[name]) for name in names)

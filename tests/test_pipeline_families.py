@@ -28,13 +28,13 @@ def test_compress(family: str, text_folder: Path, tokenizer: PreTrainedTokenizer
         tmp_path / "parent", tmp_path / "run", data=text_folder, budget=BUDGETS.get(family, 0.7), recipe=recipe
     )
     child = layersmith.load(result.child, dtype=torch.float32)
-    counted = result.choice.costs["parameters"]
+    counted = result.solution.costs["parameters"]
     assert sum(p.numel() for p in child.parameters()) == counted
-    assert counted <= 0.7 * result.choice.parent_costs["parameters"]
+    assert counted <= 0.7 * result.solution.parent_costs["parameters"]
     assert result.report.is_file()
     if family == "mixtral":
-        costs = result.choice.costs
-        assert costs["active_parameters"] <= 0.8 * result.choice.parent_costs["active_parameters"]
+        costs = result.solution.costs
+        assert costs["active_parameters"] <= 0.8 * result.solution.parent_costs["active_parameters"]
         assert costs["active_parameters"] < costs["parameters"]
 
 
@@ -51,7 +51,7 @@ def test_mixers_alone_can_meet_a_budget(text_folder: Path, tokenizer: PreTrained
         tmp_path / "parent", tmp_path / "run", data=text_folder, budget={"params": 0.95}, recipe=recipe
     )
     child = layersmith.load(result.child, dtype=torch.float32)
-    assert sum(p.numel() for p in child.parameters()) == result.choice.costs["parameters"]
+    assert sum(p.numel() for p in child.parameters()) == result.solution.costs["parameters"]
     parents, own = (layersmith.block_configs(c)[0].attention.mamba for c in (config, child.config))
     assert parents is not None
     assert own is not None

@@ -55,7 +55,7 @@ Alike = Annotated[
 ]
 TensorParallel = Annotated[int | None, typer.Option(help="Heads and widths that are left are multiples of this.")]
 Refine = Annotated[
-    bool | None, typer.Option("--refine/--no-refine", help="Better the choice by running whole children.")
+    bool | None, typer.Option("--refine/--no-refine", help="Better the solution by running whole children.")
 ]
 RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; what it leaves out has its default.")]
 Descriptor = Annotated[str | None, typer.Option(help="Descriptor of the model's family, as package.module:ClassName.")]
@@ -208,7 +208,7 @@ def search(
     from layersmith.recipe import Recipe
     from layersmith.run.folder import Run
     from layersmith.stages.reopen import frontier_again, search_several
-    from layersmith.terminal import print_choice, print_frontier
+    from layersmith.terminal import print_frontier, print_solution
 
     limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
     if frontier and not any(value is not None for value in limits):
@@ -226,14 +226,14 @@ def search(
         if frontier:
             path = frontier_again(run, budget, objective, progress, rules=rules, measure=measure)
         else:
-            library, choices = search_several(
+            library, best = search_several(
                 run, budget, objective, out, progress, rules=rules, refine=refine, solutions=solutions, differ=differ
             )
     if frontier:
         print_frontier(console, path)
         return
-    for choice in choices:
-        print_choice(console, library, choice)
+    for solution in best:
+        print_solution(console, library, solution)
     if out is not None:
         console.print(f"child: {out}", markup=False, highlight=False)
 

@@ -50,7 +50,7 @@ from layersmith.scoring.regret import Axis
 from layersmith.scoring.score import Journal, Score, losses
 from layersmith.search import baselines
 from layersmith.search.frontier import axes_of, frontier, to_dict
-from layersmith.search.problem import Choice, Space
+from layersmith.search.problem import Solution, Space
 from layersmith.search.refine import Refined, read_refined, refine
 from layersmith.stages.times import find_times, keep_times, reachable, solve, that_holds, time_child
 from layersmith.units import format_count
@@ -63,19 +63,19 @@ class Result:
     Attributes:
         run: its folder.
         child: the child's folder.
-        choice: the solution, with the costs of parent and child.
+        solution: the solution, with the costs of parent and child.
         evaluation: the evaluation's table and rows, as in ``evaluation/evaluation.json``.
         report: the HTML page.
     """
 
     run: Path
     child: Path
-    choice: Choice
+    solution: Solution
     evaluation: dict[str, Any]
     report: Path
 
     def __str__(self) -> str:
-        before, after = self.choice.parent_costs["parameters"], self.choice.costs["parameters"]
+        before, after = self.solution.parent_costs["parameters"], self.solution.costs["parameters"]
         loss, kl = self.metric("loss"), self.metric("kl_divergence")
         return (
             f"{format_count(before)} => {format_count(after)} parameters ({after / before:.2f}x), "
@@ -116,8 +116,8 @@ def compress(
     return result
 
 
-# Runs choices as whole models: for each its mean loss under the objective, and the standard error of that.
-Measure = Callable[[Sequence[Choice]], list[dict[str, Any]]]
+# Runs solutions as whole models: for each its mean loss under the objective, and the standard error of that.
+Measure = Callable[[Sequence[Solution]], list[dict[str, Any]]]
 # Points of a frontier, and of each baseline, that are run as whole models where that is asked for.
 MEASURED_POINTS = 10
 
@@ -195,24 +195,24 @@ def stages(
         def space_of(known: Times | None) -> Space:
             return search_space(library, scores, recipe, costs_by(known), budget)
 
-        space, choice, times = solve(run, score_inputs, library, recipe, times, space_of, progress)
+        space, solution, times = solve(run, score_inputs, library, recipe, times, space_of, progress)
         yield "settled"
 
-        search_inputs = fingerprint([score_inputs, choice.to_dict(), schema.to_data(recipe.search)])
+        search_inputs = fingerprint([score_inputs, solution.to_dict(), schema.to_data(recipe.search)])
         run.do("frontier", search_inputs, lambda folder: write_frontier(folder, space, recipe, progress=progress))
         yield "frontier"
 
-        choice = make_refined(run, search_inputs, space, choice, library, recipe, tokens.scoring, progress, times)
+        solution = make_refined(run, search_inputs, space, solution, library, recipe, tokens.scoring, progress, times)
         yield "refine"
 
-        solution_inputs = fingerprint([score_inputs, choice.to_dict()])
-        run.do("solution", solution_inputs, lambda folder: write_solution(folder, choice, space.costs))
+        solution_inputs = fingerprint([score_inputs, solution.to_dict()])
+        run.do("solution", solution_inputs, lambda folder: write_solution(folder, solution, space.costs))
         yield "solution"
 
-        library = teach_pairs(run, solution_inputs, library, choice, recipe, tokens.training, progress)
+        library = teach_pairs(run, solution_inputs, library, solution, recipe, tokens.training, progress)
         yield "pairs"
 
-        realize(run, solution_inputs, library, choice, tokenizer, recipe, progress)
+        realize(run, solution_inputs, library, solution, tokenizer, recipe, progress)
         yield "child"
 
         evaluation = evaluate_child(run, solution_inputs, model, recipe, tokens.evaluation, tokenizer, progress)
@@ -220,12 +220,12 @@ def stages(
 
         time_child(run, solution_inputs, model, budget, recipe, times, progress)
         yield "clock"
-        result = finish(run, library, scores, choice, space.costs.by_key, evaluation, recipe)
+        result = finish(run, library, scores, solution, space.costs.by_key, evaluation, recipe)
         if recipe.distillation.tokens:
             distilled = distill_child(run, model, recipe, data, True, progress)
             yield "distilled"
             evaluation = distilled.after | {"samples": evaluation["samples"]}
-            result = finish(run, library, scores, choice, space.costs.by_key, evaluation, recipe)
+            result = finish(run, library, scores, solution, space.costs.by_key, evaluation, recipe)
             result = dataclasses.replace(result, child=distilled.child)
         yield result
 
@@ -346,14 +346,20 @@ def make_library(
 
 
 def teach_pairs(
-    run: Run, inputs: str, library: Library, choice: Choice, recipe: Recipe, tokens: torch.Tensor, progress: Progress
+    run: Run,
+    inputs: str,
+    library: Library,
+    solution: Solution,
+    recipe: Recipe,
+    tokens: torch.Tensor,
+    progress: Progress,
 ) -> Library:
     """Train what was chosen for each layer together."""
 
     def make() -> Kept:
         return distill_chosen(
             library,
-            choice.alternatives,
+            solution.alternatives,
             tokens,
             recipe.local_distillation,
             seed=recipe.seed,
@@ -403,7 +409,7 @@ def read_scores(run: Run, library: Library) -> list[Score]:
 
 
 def search_space(library: Library, scores: list[Score], recipe: Recipe, costs: CostTable, budget: Budget) -> Space:
-    """All choices, as the recipe's objective and rules see them."""
+    """All solutions, as the recipe's objective and rules see them."""
     own = losses(scores, recipe.scoring.objective)
     return Space(library.alternatives, own, costs, budget, recipe.search, library.parent.blocks)
 
@@ -415,23 +421,23 @@ def write_frontier(
 
     Args:
         folder: gets ``frontier.json``.
-        space: of the choices.
+        space: of the solutions.
         recipe: how many points.
-        measure: runs choices as whole models; without it there are sums of scores only.
+        measure: runs solutions as whole models; without it there are sums of scores only.
         progress: told of points.
     """
     cost = space.budget.limits[0].cost
     with progress.stage("frontier", recipe.search.frontier_points, "budgets") as advance:
-        choices = frontier(space, cost, recipe.search.frontier_points, advance)
-    some = choices[:: max(1, len(choices) // MEASURED_POINTS)]
-    budgets = [choice.costs[cost] for choice in some if choice.score > 0]
+        solutions = frontier(space, cost, recipe.search.frontier_points, advance)
+    some = solutions[:: max(1, len(solutions) // MEASURED_POINTS)]
+    budgets = [solution.costs[cost] for solution in some if solution.score > 0]
     others = baselines.all_of(space, cost, budgets, recipe.seed)
     if measure is not None:
         others = {name: own[:: max(1, -(-len(own) // MEASURED_POINTS))] for name, own in others.items()}
-    wanted = [*some, *(choice for own in others.values() for choice in own)] if measure is not None else []
+    wanted = [*some, *(solution for own in others.values() for solution in own)] if measure is not None else []
     measured = dict(zip((c.alternatives for c in wanted), measure(wanted) if measure else [], strict=True))
     data = to_dict(
-        space, cost, recipe.scoring.objective, [(c, measured.get(c.alternatives)) for c in choices],
+        space, cost, recipe.scoring.objective, [(c, measured.get(c.alternatives)) for c in solutions],
         {name: [(c, measured.get(c.alternatives)) for c in own] for name, own in others.items()},
     )  # fmt: skip
     write_json(folder / "frontier.json", data)
@@ -441,34 +447,34 @@ def make_refined(
     run: Run,
     inputs: str,
     space: Space,
-    choice: Choice,
+    solution: Solution,
     library: Library,
     recipe: Recipe,
     tokens: torch.Tensor,
     progress: Progress,
     times: Times | None = None,
-) -> Choice:
-    """The choice, bettered by running whole models; as it is where that is not wanted, or nothing was removed."""
-    if not recipe.search.refine_passes or all(a.kind == "parent" for a in choice.alternatives):
-        return choice
+) -> Solution:
+    """The solution, bettered by running whole models; as it is where that is not wanted, or nothing was removed."""
+    if not recipe.search.refine_passes or all(a.kind == "parent" for a in solution.alternatives):
+        return solution
 
     def make(folder: Path) -> None:
-        refined = refined_choice(space, choice, library, recipe, tokens, run.partial("refine"), inputs, progress)
-        taken = that_holds(choice, refined.choice, times, library.parent, recipe, progress)
-        refined = dataclasses.replace(refined, choice=taken)
+        refined = refined_solution(space, solution, library, recipe, tokens, run.partial("refine"), inputs, progress)
+        taken = that_holds(solution, refined.solution, times, library.parent, recipe, progress)
+        refined = dataclasses.replace(refined, solution=taken)
         write_json(folder / "refine.json", refined.to_dict())
 
     try:
         run.do("refine", inputs, make)
     except UnsupportedModel as reason:
         progress.note(f"not refined: {reason}")
-        return choice
-    return read_refined(read_json(run.folder / "refine" / "refine.json")).choice
+        return solution
+    return read_refined(read_json(run.folder / "refine" / "refine.json")).solution
 
 
-def refined_choice(
+def refined_solution(
     space: Space,
-    choice: Choice,
+    solution: Solution,
     library: Library,
     recipe: Recipe,
     tokens: torch.Tensor,
@@ -476,37 +482,37 @@ def refined_choice(
     inputs: str,
     progress: Progress,
 ) -> Refined:
-    """Run children like the choice on the scoring rows and search on; see :mod:`layersmith.search.refine`."""
+    """Run children like the solution on the scoring rows and search on; see :mod:`layersmith.search.refine`."""
     folder = journal.parent if journal is not None else None
     with progress.stage("refine", recipe.search.refine_passes, "passes") as advance, Journal(journal, inputs) as kept:
         models = whole_models(library, tokens, recipe, progress, folder)
         refined = refine(
-            space, choice, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
+            space, solution, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
         )
     progress.note(str(refined))
     return refined
 
 
-def write_solution(folder: Path, choice: Choice, costs: CostTable) -> None:
-    write_json(folder / "solution.json", choice.to_dict())
+def write_solution(folder: Path, solution: Solution, costs: CostTable) -> None:
+    write_json(folder / "solution.json", solution.to_dict())
     write_json(folder / "costs.json", costs.to_dict())
 
 
 def realize(
-    run: Run, inputs: str, library: Library, choice: Choice, tokenizer: Any, recipe: Recipe, progress: Progress
+    run: Run, inputs: str, library: Library, solution: Solution, tokenizer: Any, recipe: Recipe, progress: Progress
 ) -> None:
     """Write the child in the parent's dtype, and check that it is what the search counted."""
 
     def make(folder: Path) -> None:
         own = library.with_parent(at_stored_dtype(library.parent, recipe, run.folder))
-        child = own.compose(choice.alternatives)
+        child = own.compose(solution.alternatives)
         counted = sum(parameter.numel() for parameter in child.parameters())
-        if counted != choice.costs["parameters"]:
-            raise RuntimeError(f"the child has {counted} parameters, the search counted {choice.costs['parameters']}")
+        if counted != solution.costs["parameters"]:
+            raise RuntimeError(f"the child has {counted} parameters, the search counted {solution.costs['parameters']}")
         with quiet_transformers():
             child.save_pretrained(folder, **shards(library.parent))
             tokenizer.save_pretrained(folder)
-        write_card(folder, run, library, choice, recipe)
+        write_card(folder, run, library, solution, recipe)
         advance(1)
 
     with progress.stage("realize", 1, "child") as advance:
@@ -566,7 +572,7 @@ def finish(
     run: Run,
     library: Library,
     scores: list[Score],
-    choice: Choice,
+    solution: Solution,
     costs: dict[str, dict[str, int]],
     evaluation: dict[str, Any],
     recipe: Recipe,
@@ -574,13 +580,13 @@ def finish(
     """Write the report, and what is known by now into the child's card."""
 
     def write() -> None:
-        complete_card(run.folder / "child", run, library, choice, recipe, evaluation)
-        report = collect(run.header(), library, scores, choice, costs, evaluation, recipe, read_optional(run))
+        complete_card(run.folder / "child", run, library, solution, recipe, evaluation)
+        report = collect(run.header(), library, scores, solution, costs, evaluation, recipe, read_optional(run))
         write_json(run.folder / "report.json", report)
         write_text(run.folder / "report.html", render(report))
 
     ranks.on_first(write)
-    return Result(run.folder, run.folder / "child", choice, evaluation, run.folder / "report.html")
+    return Result(run.folder, run.folder / "child", solution, evaluation, run.folder / "report.html")
 
 
 # ---------------------------------------------------------------------------------------------- shared

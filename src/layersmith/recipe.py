@@ -282,7 +282,7 @@ class CombinedLimit:
 
 @dataclass(frozen=True)
 class SearchRecipe:
-    """What a choice must satisfy beside the budget, and how it is refined.
+    """What a solution must satisfy beside the budget, and how it is refined.
 
     Attributes:
         keep_layers: layers that stay as they are.
@@ -293,7 +293,7 @@ class SearchRecipe:
         tensor_parallel: heads and widths that are left are multiples of this; KV heads may also divide it.
         limits: on several costs together.
         refine_passes: work that refinement may take, in forward passes of the parent over the scoring rows; 0 for none.
-        refine_rows: scoring rows on which most choices are tried; default: as many as the work is enough for.
+        refine_rows: scoring rows on which most solutions are tried; default: as many as the work is enough for.
         frontier_points: budgets for which the frontier is computed.
     """
 

@@ -16,7 +16,7 @@ from layersmith.library.library import Library
 from layersmith.report.collect import described
 from layersmith.report.words import cost_label, load_in_words, ordered_costs, ratio
 from layersmith.run.artifacts import read_json
-from layersmith.search.problem import Choice
+from layersmith.search.problem import Solution
 from layersmith.stages.inspect import Inspection
 from layersmith.stages.verify import Verification
 from layersmith.units import format_cost, format_seconds
@@ -24,17 +24,17 @@ from layersmith.units import format_cost, format_seconds
 
 def print_result(console: Console, result: Any, with_samples: bool = False) -> None:
     """Parent against child, and where everything lies."""
-    choice: Choice = result.choice
+    solution: Solution = result.solution
     report = read_json(result.run / "report.json")
     print_layers(console, report["layers"])
     table = Table(title="parent against child", title_justify="left")
     for heading in ("", "parent", "child", ""):
         table.add_column(heading, justify="left" if not heading else "right")
     measured = report["times"]
-    for name in ordered_costs(choice.costs):
+    for name in ordered_costs(solution.costs):
         if measured and name in measured["child"]:
             continue
-        before, after = choice.parent_costs[name], choice.costs[name]
+        before, after = solution.parent_costs[name], solution.costs[name]
         left = ratio(name, before, after)
         share = "" if left is None else f"{left:.2f}x"
         table.add_row(cost_label(name), format_cost(name, before), format_cost(name, after), share)
@@ -88,23 +88,23 @@ def with_noise(value: float, error: float | None, sign: str = "") -> str:
     return f"{value:{sign}.4f}" if error is None else f"{value:{sign}.4f} ± {error:.4f}"
 
 
-def print_choice(console: Console, library: Library, choice: Choice) -> None:
+def print_solution(console: Console, library: Library, solution: Solution) -> None:
     """A solution and its costs."""
     layers: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
-    for alternative in choice.alternatives:
+    for alternative in solution.alternatives:
         was, now = described(library, alternative)
         layers[alternative.layer][alternative.subblock] = {"kind": alternative.kind, "parent": was, "child": now}
     print_layers(console, layers)
-    for name in ordered_costs(choice.costs):
-        before_cost, after_cost = choice.parent_costs[name], choice.costs[name]
+    for name in ordered_costs(solution.costs):
+        before_cost, after_cost = solution.parent_costs[name], solution.costs[name]
         share = ratio(name, before_cost, after_cost) or 0.0
-        limit = f", limit {format_cost(name, choice.limits[name])}" if name in choice.limits else ""
+        limit = f", limit {format_cost(name, solution.limits[name])}" if name in solution.limits else ""
         change = f"{format_cost(name, before_cost)} => {format_cost(name, after_cost)} ({share:.2f}x{limit})"
         console.print(f"{cost_label(name)}: {change}", highlight=False)
-    how = "proven optimal for these scores" if choice.proven_optimal else "the best found"
-    if not choice.proven_optimal and choice.bound is not None:
-        how += f"; none within the limits is below {choice.bound:.4f}"
-    console.print(f"sum of scores: {choice.score:.4f}, {how}", highlight=False)
+    how = "proven optimal for these scores" if solution.proven_optimal else "the best found"
+    if not solution.proven_optimal and solution.bound is not None:
+        how += f"; none within the limits is below {solution.bound:.4f}"
+    console.print(f"sum of scores: {solution.score:.4f}, {how}", highlight=False)
 
 
 def print_frontier(console: Console, path: Path) -> None:

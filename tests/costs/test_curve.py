@@ -87,23 +87,23 @@ def test_limits_are_on_whole_children(key: str, fraction: float) -> None:
     limit = f"{1 / fraction}x" if key == "throughput" else fraction
     cost = {"ttft": "prefill_seconds", "time_per_token": "decode_seconds", "throughput": "token_seconds"}[key]
     own = space(Budget.parse({key: limit}))
-    choice = own.best()
-    whole = fraction * choice.parent_costs[cost]
-    assert 0.85 * whole < choice.costs[cost] <= whole * (1 + 1e-9)
-    assert own.fits(choice.alternatives)
-    # No other choice within the limit is better where one time is limited: tried by brute force over counts of kinds.
+    solution = own.best()
+    whole = fraction * solution.parent_costs[cost]
+    assert 0.85 * whole < solution.costs[cost] <= whole * (1 + 1e-9)
+    assert own.fits(solution.alternatives)
+    # No other solution within the limit is better where one time is limited: tried by brute force over counts of kinds.
     if key != "throughput":
         plain = Space(ALTERNATIVES, own.losses, table(False), own.budget)
         bend = own.costs.bend
         assert bend is not None
-        total = bend.curves[cost].inverse(fraction) * choice.parent_costs[cost]
-        assert choice.score == pytest.approx(plain.best({cost: total * (1 + 1e-12)}).score)
+        total = bend.curves[cost].inverse(fraction) * solution.parent_costs[cost]
+        assert solution.score == pytest.approx(plain.best({cost: total * (1 + 1e-12)}).score)
 
 
 def test_limits_on_sums_of_costs_are_on_whole_children() -> None:
     rules = SearchRecipe(limits=(CombinedLimit(costs={"ttft": 1, "time_per_token": 2}, at_most=0.5),))
-    choice = space(Budget.parse(1.0), rules).best()
-    one, whole = choice.costs, choice.parent_costs
+    solution = space(Budget.parse(1.0), rules).best()
+    one, whole = solution.costs, solution.parent_costs
     limit = 0.5 * (whole["prefill_seconds"] + 2 * whole["decode_seconds"])
     assert 0.85 * limit < one["prefill_seconds"] + 2 * one["decode_seconds"] <= limit * (1 + 1e-9)
 
@@ -112,13 +112,13 @@ def test_the_frontier_is_of_whole_children() -> None:
     found = frontier(space(Budget.parse({"time_per_token": 1.0})), "decode_seconds", 20)
     bend = table(True).bend
     assert bend is not None
-    for choice in found:
+    for solution in found:
         sums = table(False).fixed["decode_seconds"] + sum(
-            table(False).by_key[a.key]["decode_seconds"] for a in choice.alternatives
+            table(False).by_key[a.key]["decode_seconds"] for a in solution.alternatives
         )
-        whole = choice.parent_costs["decode_seconds"]
-        assert choice.costs["decode_seconds"] / whole == pytest.approx(bend.curves["decode_seconds"](sums / whole))
-        assert choice.costs["decode_seconds"] <= choice.limits["decode_seconds"] * (1 + 1e-9)
+        whole = solution.parent_costs["decode_seconds"]
+        assert solution.costs["decode_seconds"] / whole == pytest.approx(bend.curves["decode_seconds"](sums / whole))
+        assert solution.costs["decode_seconds"] <= solution.limits["decode_seconds"] * (1 + 1e-9)
     assert found[0].costs["decode_seconds"] == pytest.approx(0.1)
 
 

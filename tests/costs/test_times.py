@@ -200,7 +200,7 @@ def test_a_shape_is_timed_once(
     assert measure(parent, some, costs, LOAD, recipe).by_key.keys() == first.by_key.keys()
 
 
-def test_the_choice_holds_against_a_clock_that_disagrees(
+def test_the_solution_holds_against_a_clock_that_disagrees(
     parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
@@ -227,11 +227,11 @@ def test_the_choice_holds_against_a_clock_that_disagrees(
 
     watch = Stopwatch(parent, LOAD, recipe)
     own = Recipe(costs=recipe)
-    settled = settle(times, space_of, lambda known, choice: watched(watch, known, choice, own))
+    settled = settle(times, space_of, lambda known, solution: watched(watch, known, solution, own))
     assert settled.over <= 0.01
-    seen = slower(None, watch.carve(parent.blocks_with(settled.choice.alternatives)))  # type: ignore[arg-type]
+    seen = slower(None, watch.carve(parent.blocks_with(settled.solution.alternatives)))  # type: ignore[arg-type]
     assert seen.decode <= 0.8 * 2 * whole.decode * 1.01
-    assert settled.choice.costs["decode_seconds"] == pytest.approx(seen.decode, rel=0.02)
+    assert settled.solution.costs["decode_seconds"] == pytest.approx(seen.decode, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------- from elsewhere
@@ -345,7 +345,7 @@ def test_a_child_within_limits_of_time(make_parent: Callable[..., Path], text_fo
         make_parent("llama"), tmp_path / "run", data=text_folder, recipe=recipe,
         budget={"time_per_token": 0.8, "throughput": "1.2x", "context": 200, "batch": 4},
     )  # fmt: skip
-    costs, whole = made.choice.costs, made.choice.parent_costs
+    costs, whole = made.solution.costs, made.solution.parent_costs
     assert costs["decode_seconds"] <= 0.8 * whole["decode_seconds"] * (1 + 1e-9)
     assert costs["token_seconds"] <= whole["token_seconds"] / 1.2 * (1 + 1e-9)
     assert set(TIMES) <= set(costs)

@@ -24,7 +24,7 @@ from transformers import Cohere2Config, Gemma2Config
 import layersmith
 from layersmith.costs.budget import parse_budget
 from layersmith.distillation import train as trainer
-from layersmith.distillation.finalists import diverse_choices
+from layersmith.distillation.finalists import diverse_solutions
 from layersmith.distillation.losses import FromHidden, FromTop, Mixture, cosine_distance, head_losses
 from layersmith.distillation.parent_logits import ParentLogits, remember
 from layersmith.distillation.train import RowOrder, Steps, Student, Teacher, train
@@ -349,20 +349,20 @@ def test_finalists_keep_the_searchs_rules(own: Path) -> None:
     rules = SearchRecipe(keep_layers=(2,), most_no_op_attentions=1, alike=2)
     _, _, space, _ = again._space(run, parse_budget(params="0.8"), None, None, rules, SILENT)
     first = space.best()
-    found = diverse_choices(space, first, 4, distance=3)
+    found = diverse_solutions(space, first, 4, distance=3)
     assert found[0] == first
     assert len(found) == 4
-    for choice in found:
-        assert space.fits(choice.alternatives)
-        kinds = {(a.layer, a.subblock): a.kind for a in choice.alternatives}
+    for solution in found:
+        assert space.fits(solution.alternatives)
+        kinds = {(a.layer, a.subblock): a.kind for a in solution.alternatives}
         assert kinds[2, "attention"] == kinds[2, "ffn"] == "parent"
-        names = {(a.layer, a.subblock): a.name for a in choice.alternatives}
+        names = {(a.layer, a.subblock): a.name for a in solution.alternatives}
         assert all(names[0, subblock] == names[1, subblock] for subblock in ("attention", "ffn"))
-        assert sum(a.kind == "no_op" and a.subblock == "attention" for a in choice.alternatives) <= 1
+        assert sum(a.kind == "no_op" and a.subblock == "attention" for a in solution.alternatives) <= 1
         for other in found:
-            apart = sum(a != b for a, b in zip(choice.alternatives, other.alternatives, strict=True))
-            assert other is choice or apart >= 3
-    assert len(diverse_choices(space, first, 3, distance=len(space.by_place) + 1)) == 1
+            apart = sum(a != b for a, b in zip(solution.alternatives, other.alternatives, strict=True))
+            assert other is solution or apart >= 3
+    assert len(diverse_solutions(space, first, 3, distance=len(space.by_place) + 1)) == 1
 
 
 SCRIPT = """

@@ -78,20 +78,20 @@ def test_scores_and_children_are_those_of_a_parent_in_memory(checkpoint: Path, t
 
 def test_whole_children_lose_what_they_do_in_memory(checkpoint: Path, tmp_path: Path) -> None:
     at_once, streamed = map(library_of, both(checkpoint, tmp_path))
-    rng, choices = random.Random(0), []
+    rng, solutions = random.Random(0), []
     for _ in range(5):
         places: dict[tuple[int, str], list[Alternative]] = {}
         for a in at_once.alternatives:
             places.setdefault((a.layer, a.subblock), []).append(a)
-        choices.append([rng.choice(own) for own in places.values()])
-    choices.append([a for a in at_once.alternatives if a.kind == "parent"])
-    choices.append([*choices[0][:-1], choices[-1][-1]])  # begins as the first does
+        solutions.append([rng.choice(own) for own in places.values()])
+    solutions.append([a for a in at_once.alternatives if a.kind == "parent"])
+    solutions.append([*solutions[0][:-1], solutions[-1][-1]])  # begins as the first does
     little = Recipe(scoring=ScoringRecipe(batch_tokens=48, spill_gib=5 * 2 * 48 * 32 * 4 / 1024**3))
     expected, found, in_parts = (
         whole_models(library, TOKENS, recipe, SILENT, tmp_path)
         for library, recipe in ((at_once, Recipe()), (streamed, Recipe()), (streamed, little))
     )
-    for chosen, rows in ((choices, range(6)), (choices[:2], range(1, 5)), (choices[2:], range(1, 5))):
+    for chosen, rows in ((solutions, range(6)), (solutions[:2], range(1, 5)), (solutions[2:], range(1, 5))):
         losses = [
             [[row["kl_divergence"] for row in own] for own in models.run(chosen, rows)]
             for models in (expected, found, in_parts)
@@ -245,7 +245,7 @@ def test_the_main_job_from_the_disk(make_parent: Callable[..., Path], text_folde
         for how in ("never", "always")
     ]
     assert all((tmp_path / how / "refine" / "refine.json").is_file() for how in ("never", "always"))
-    assert results[0].choice.alternatives == results[1].choice.alternatives
+    assert results[0].solution.alternatives == results[1].solution.alternatives
     for metric in ("loss", "kl_divergence"):
         assert results[1].metric(metric)["child"] == pytest.approx(results[0].metric(metric)["child"], rel=1e-4)
     children = [layersmith.load(result.child) for result in results]

@@ -273,9 +273,9 @@ def test_a_child_can_be_a_parent(make_parent: Callable[..., Path], tmp_path: Pat
     kinds = {(a.layer, a.subblock) for a in again.alternatives if a.kind != "parent"}
     assert (0, "attention") not in kinds
     assert (2, "ffn") not in kinds
-    choice = [a for a in again.alternatives if a.key == "layer 3: ffn no-op"]
-    grandchild = again.compose(choice)
-    assert torch.equal(grandchild(TOKENS).logits, logits_with(parent, again.layers(choice)))
+    solution = [a for a in again.alternatives if a.key == "layer 3: ffn no-op"]
+    grandchild = again.compose(solution)
+    assert torch.equal(grandchild(TOKENS).logits, logits_with(parent, again.layers(solution)))
 
 
 def test_search_space_leaves_out_what_a_descriptor_lacks(make_parent: Callable[..., Path]) -> None:

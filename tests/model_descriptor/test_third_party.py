@@ -238,7 +238,7 @@ def test_the_whole_way(
     # The child is the same model wherever it is loaded, without the descriptor.
     ids = torch.arange(24)[None] * 5 % 512
     child = layersmith.load(result.child).eval()
-    assert sum(p.numel() for p in child.parameters()) == result.choice.costs["parameters"]
+    assert sum(p.numel() for p in child.parameters()) == result.solution.costs["parameters"]
     assert torch.equal(AutoModelForCausalLM.from_pretrained(result.child).eval()(ids).logits, child(ids).logits)
     script = """
 import sys, torch

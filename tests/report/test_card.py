@@ -43,7 +43,7 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
     loss = result.metric("loss")
     assert f"{loss['child']:.4f} ± {loss['child_standard_error']:.4f}" in text
     assert "Not evaluated." not in text
-    changed = [a for a in result.choice.alternatives if a.kind != "parent"]
+    changed = [a for a in result.solution.alternatives if a.kind != "parent"]
     assert text.count("→") == len(changed) > 0
     assert str(tmp_path) not in text
     assert str(text_folder) not in text
@@ -59,7 +59,7 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
     assert len(code) == 2
     names: dict[str, Any] = {}
     exec(code[0].replace("path/to/this/folder", str(result.child)), names)
-    assert sum(p.numel() for p in names["model"].parameters()) == result.choice.costs["parameters"]
+    assert sum(p.numel() for p in names["model"].parameters()) == result.solution.costs["parameters"]
 
 
 @pytest.mark.parametrize(

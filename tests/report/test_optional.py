@@ -56,7 +56,7 @@ def test_a_run_with_all_of_it(make_parent: Callable[..., Path], text_folder: Pat
     assert without["importance"]
     assert {t["stage"] for t in without["timings"]} >= {"describe", "library", "scores", "evaluation"}
     (own,) = without["checks"]["sums"]
-    assert own["predicted"] == result.choice.score
+    assert own["predicted"] == result.solution.score
     assert own["measured"] == result.metric("kl_divergence")["child"]
 
     made = frontier()

@@ -203,7 +203,7 @@ def test_exact_runs_go_where_the_search_is_undecided_and_end_when_it_is_settled(
         assert "from those by true scores" in notes.notes[-1]
     assert all(rows["all"][key] >= n for key, n in rows["early"].items())
     assert 2 * sum(rows["early"].values()) < sum(rows["all"].values())
-    # What more was run decides: choices by the scores are as good as those by true ones.
+    # What more was run decides: solutions by the scores are as good as those by true ones.
     costs = axes[0].shares
     for size in (0.9, 0.7):
         taken = []

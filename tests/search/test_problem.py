@@ -1,4 +1,4 @@
-"""Rules, several choices, the frontier and baselines, against all choices one by one."""
+"""Rules, several solutions, the frontier and baselines, against all solutions one by one."""
 
 import dataclasses
 import itertools
@@ -96,7 +96,7 @@ def test_equals_brute_force(name: str) -> None:
         assert found.costs["parameters"] <= own.limits["parameters"]
 
 
-def test_several_choices_differ() -> None:
+def test_several_solutions_differ() -> None:
     own = space(1, SearchRecipe())
     found = own.several(3, 3)
     assert [c.score for c in found] == sorted(c.score for c in found)
@@ -112,15 +112,15 @@ def test_the_frontier_falls_from_the_smallest_child_to_the_parent() -> None:
     assert [c.score for c in found] == sorted((c.score for c in found), reverse=True)
     assert costs[0] == own.costs.fixed["parameters"]
     assert found[-1].score == 0
-    for choice in found:
+    for solution in found:
         assert Space(own.alternatives, own.losses, own.costs, parse_budget(params="1.0"), own.rules, BLOCKS).best(
-            choice.limits
-        ).score == pytest.approx(choice.score)
+            solution.limits
+        ).score == pytest.approx(solution.score)
     others = baselines.all_of(own, "parameters", costs[1:-1], 0)
-    for name, choices in others.items():
-        assert choices, name
-        for choice in choices:
-            assert choice.score >= own.best({"parameters": choice.costs["parameters"]}).score - 1e-12
+    for name, solutions in others.items():
+        assert solutions, name
+        for solution in solutions:
+            assert solution.score >= own.best({"parameters": solution.costs["parameters"]}).score - 1e-12
     data = to_dict(own, "parameters", "kl_divergence", [(c, None) for c in found], {})
     assert data["points"][-1]["fraction"] == 1.0
     with pytest.raises(UsageError, match="unknown cost"):

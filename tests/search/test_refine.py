@@ -54,16 +54,16 @@ def models(scored: Any, in_stages: bool = True) -> WholeModels:
 @pytest.mark.parametrize("in_stages", [True, False])
 def test_whole_children_lose_what_the_written_ones_do(scored: Any, in_stages: bool) -> None:
     library, space, rows = scored
-    choices = [choice.alternatives for choice in space.several(3, 2)]
-    found = models(scored, in_stages).run(choices, range(len(rows)))
-    for chosen, own in zip(choices, found, strict=True):
+    solutions = [solution.alternatives for solution in space.several(3, 2)]
+    found = models(scored, in_stages).run(solutions, range(len(rows)))
+    for chosen, own in zip(solutions, found, strict=True):
         expected = compare(library.parent.model, library.compose(chosen), rows, batch_sequences=2)
         values = torch.tensor([row["kl_divergence"] for row in own])
         assert torch.allclose(values, torch.tensor(expected.metrics["kl_divergence"]), rtol=1e-3, atol=1e-6)
 
 
 def test_scores_that_are_wrong_are_mended() -> None:
-    """On a trained model: with scores that are off by random factors the program's choice is far from the best."""
+    """On a trained model: with scores that are off by random factors the program's solution is far from the best."""
     text = Path(argparse.__file__).read_text(encoding="utf-8")
     rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
     parent, recipe = load_parent(MODEL, Runtime(torch.device("cpu"), torch.float32)), LibraryRecipe(linear=(), no_op=())
@@ -113,7 +113,7 @@ def test_refinement(scored: Any, tmp_path: Path, objective: str) -> None:
     assert whole.tried > 1
     assert whole.passes <= recipe.refine_passes
     assert whole.measured["choice"] <= whole.measured["plain"]
-    assert space.fits(whole.choice.alternatives)
+    assert space.fits(whole.solution.alternatives)
     assert whole.measured["rows"] == len(rows)
     with pytest.raises(_Stop):
         run(tmp_path / "interrupted", 2.0)

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from layersmith.errors import Infeasible
-from layersmith.search.solve import Candidate, Group, Solution, solve, within
+from layersmith.search.solve import Candidate, Group, ProgramSolution, solve, within
 
 Instance = tuple[list[Group], dict[str, int], dict[str, int]]
 
@@ -56,7 +56,7 @@ def test_equals_brute_force(scale: int) -> None:
     assert 5 < infeasible < 120
 
 
-def check(groups: list[Group], limits: dict[str, int], fixed: dict[str, int], solution: Solution) -> None:
+def check(groups: list[Group], limits: dict[str, int], fixed: dict[str, int], solution: ProgramSolution) -> None:
     by_key = {c.key: c for g in groups for c in g.candidates}
     for name in fixed:
         own = fixed[name] + sum(by_key[key].costs[name] for key in solution.chosen)

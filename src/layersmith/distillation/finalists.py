@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from layersmith.search.problem import Choice, Space
+from layersmith.search.problem import Solution, Space
 
 _LEAST_SHARE = 0.1
 
@@ -38,13 +38,13 @@ class Finalist:
         return dataclasses.asdict(self)
 
 
-def diverse_choices(space: Space, first: Choice, count: int, distance: int | None = None) -> list[Choice]:
-    """Up to ``count`` choices within a budget and rules.
+def diverse_solutions(space: Space, first: Solution, count: int, distance: int | None = None) -> list[Solution]:
+    """Up to ``count`` solutions within a budget and rules.
 
     Args:
-        space: of all choices.
+        space: of all solutions.
         first: one of them, such as the run's own, which was bettered by running whole models.
-        count: of choices.
+        count: of solutions.
         distance: subblocks in which any two differ at least; default: a tenth of all.
 
     Returns:

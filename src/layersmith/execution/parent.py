@@ -77,7 +77,7 @@ class Parent:
         return head_of(self.model, self.descriptor)
 
     def blocks_with(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
-        """The block configs of the child that a choice makes."""
+        """The block configs of the child that a solution makes."""
         blocks = list(self.blocks)
         for alternative in chosen:
             blocks[alternative.layer] = alternative.block_config(blocks[alternative.layer])

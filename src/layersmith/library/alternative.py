@@ -133,7 +133,7 @@ def no_op_beside(a: Alternative) -> Alternative:
 
 
 def changed_by_layer(chosen: Sequence[Alternative]) -> dict[int, list[Alternative]]:
-    """What of a choice is not the parent's own, by layer."""
+    """What of a solution is not the parent's own, by layer."""
     by_layer: dict[int, list[Alternative]] = {}
     for alternative in chosen:
         if alternative.kind != "parent":

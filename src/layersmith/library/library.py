@@ -272,7 +272,7 @@ class Library:
         return self._skeletons[key, index]
 
     def layers(self, chosen: Sequence[Alternative]) -> dict[int, nn.Module]:
-        """The decoder layers in which a choice differs from the parent."""
+        """The decoder layers in which a solution differs from the parent."""
         return {i: self.layer(*alternatives) for i, alternatives in changed_by_layer(chosen).items()}
 
     def weights_together(self, changed: Sequence[Alternative]) -> dict[str, torch.Tensor]:
@@ -283,7 +283,7 @@ class Library:
         return own | self._on_device(self.pairs.of(pair_identity(changed)))
 
     def blocks(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
-        """The block configs of the child that a choice makes."""
+        """The block configs of the child that a solution makes."""
         return self.parent.blocks_with(chosen)
 
     def compose(self, chosen: Sequence[Alternative]) -> PreTrainedModel:

@@ -30,23 +30,23 @@ from layersmith.report.words import (
 )
 from layersmith.run.artifacts import write_text
 from layersmith.run.folder import Run
-from layersmith.search.problem import Choice
+from layersmith.search.problem import Solution
 from layersmith.units import format_cost
 
 CARD = "README.md"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
-def write_card(folder: Path, run: Run, library: Library, choice: Choice, recipe: Recipe, **learned: Any) -> None:
+def write_card(folder: Path, run: Run, library: Library, solution: Solution, recipe: Recipe, **learned: Any) -> None:
     """Write the card of a child that was not evaluated yet into its folder, beside the rest of it."""
-    write_text(folder / CARD, model_card(folder, run, library, choice, recipe, **learned))
+    write_text(folder / CARD, model_card(folder, run, library, solution, recipe, **learned))
 
 
 def complete_card(
     folder: Path,
     run: Run,
     library: Library,
-    choice: Choice,
+    solution: Solution,
     recipe: Recipe,
     evaluation: dict[str, Any],
     **learned: Any,
@@ -57,16 +57,16 @@ def complete_card(
     """
     card = folder / CARD
     if folder.is_dir():
-        unfinished = model_card(folder, run, library, choice, recipe, **learned)
+        unfinished = model_card(folder, run, library, solution, recipe, **learned)
         if not card.is_file() or card.read_text(encoding="utf-8", errors="replace") == unfinished:
-            write_text(card, model_card(folder, run, library, choice, recipe, evaluation, **learned))
+            write_text(card, model_card(folder, run, library, solution, recipe, evaluation, **learned))
 
 
 def model_card(
     folder: Path,
     run: Run,
     library: Library,
-    choice: Choice,
+    solution: Solution,
     recipe: Recipe,
     evaluation: dict[str, Any] | None = None,
     learned_tokens: int = 0,
@@ -78,7 +78,7 @@ def model_card(
         folder: the child's, with its weights and code in it.
         run: that it comes from.
         library: the alternatives, and the parent.
-        choice: the solution.
+        solution: the solution.
         recipe: how it was made.
         evaluation: as in ``evaluation/evaluation.json``; None if the child was not evaluated.
         learned_tokens: of global distillation, if there was any.
@@ -86,7 +86,7 @@ def model_card(
     """
     header = run.header()
     parent = str(header["parent"]["path"])
-    before, after = choice.parent_costs["parameters"], choice.costs["parameters"]
+    before, after = solution.parent_costs["parameters"], solution.costs["parameters"]
     front = {
         "base_model": base_model(parent),
         "library_name": "transformers",
@@ -94,26 +94,26 @@ def model_card(
         "tags": ["layersmith", "puzzle", "pruning", "heterogeneous-layers"],
         **license_of(parent, library.parent.config.to_dict()),
     }
-    changed = [a for a in choice.alternatives if a.kind != "parent"]
+    changed = [a for a in solution.alternatives if a.kind != "parent"]
     lines = [
         f"# {_md(parent_name(header))}, made smaller: {format_cost('parameters', after)} parameters",
         f"A child of {_md(base_model(parent))} with {format_cost('parameters', after)} of its "
         f"{format_cost('parameters', before)} parameters ({share(after, before)}). "
         + (
-            f"{len(changed)} of its {len(choice.alternatives)} attentions and FFNs differ from the parent's, so its "
+            f"{len(changed)} of its {len(solution.alternatives)} attentions and FFNs differ from the parent's, so its "
             "layers are not all alike."
             if changed
             else "Nothing was changed: the budget allowed the parent itself."
         ),
         "## What was changed",
-        _changes(library, choice) if changed else "Nothing.",
-        _costs(run, choice),
+        _changes(library, solution) if changed else "Nothing.",
+        _costs(run, solution),
         "## Quality",
         _quality(evaluation, _copies(recipe.data.overlap, header["data"].get("overlap"))),
         "## How to load it",
         _loading((folder / FILE_NAME).is_file(), recipe.trust_remote_code),
         "## How it was made",
-        _made(header, bool(trained_alternatives(run.folder)), learned_tokens, learned_from, choice, recipe),
+        _made(header, bool(trained_alternatives(run.folder)), learned_tokens, learned_from, solution, recipe),
     ]
     yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
     return f"---\n{yaml_text}---\n\n" + "\n\n".join(lines) + "\n"
@@ -165,9 +165,9 @@ def _front_matter(parent: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- parts
 
 
-def _changes(library: Library, choice: Choice) -> str:
+def _changes(library: Library, solution: Solution) -> str:
     rows: dict[int, dict[str, str]] = {}
-    for alternative in choice.alternatives:
+    for alternative in solution.alternatives:
         was, now = described(library, alternative)
         words = "" if alternative.kind == "parent" else f"{was} → {'removed' if now == 'no-op' else now}"
         rows.setdefault(alternative.layer, {})[alternative.subblock] = words
@@ -182,19 +182,19 @@ def _changes(library: Library, choice: Choice) -> str:
     )
 
 
-def _costs(run: Run, choice: Choice) -> str:
+def _costs(run: Run, solution: Solution) -> str:
     rows = []
     times = read_clock(run.folder)
-    whole, own_costs = choice.parent_costs, choice.costs
+    whole, own_costs = solution.parent_costs, solution.costs
     if times is not None:
         whole, own_costs = whole | times["parent"], own_costs | times["child"]
     for name in ordered_costs(own_costs):
         before, after = whole[name], own_costs[name]
-        limit = format_cost(name, choice.limits[name]) if name in choice.limits else ""
+        limit = format_cost(name, solution.limits[name]) if name in solution.limits else ""
         left = ratio(name, before, after)
         own = DASH if left is None else f"{left:.0%}"
         rows.append([cost_label(name), format_cost(name, before), format_cost(name, after), own, limit])
-    load = f"KV cache for a batch of {choice.budget.batch} with {choice.budget.context:,} tokens each."
+    load = f"KV cache for a batch of {solution.budget.batch} with {solution.budget.context:,} tokens each."
     if times is not None:
         load += f" Timed on {load_in_words(times)}."
     return table(["", "parent", "child", "left", "budget"], rows) + f"\n\n{load}"
@@ -258,12 +258,12 @@ def _made(
     locally: bool,
     learned_tokens: int,
     learned_from: str | None,
-    choice: Choice,
+    solution: Solution,
     recipe: Recipe,
 ) -> str:
     data, versions = header["data"], header["versions"]
     rows, length = data["sequences"], data["sequence_length"]
-    proven = ", proven to be the least within the budget" if choice.proven_optimal else ""
+    proven = ", proven to be the least within the budget" if solution.proven_optimal else ""
     training = [
         "Alternatives were trained against their parent subblocks (local distillation)." if locally else "",
         f"The child then learned from its parent on {learned_tokens:,} tokens"
@@ -280,7 +280,7 @@ def _made(
     return (
         "Every layer's alternatives were scored by what each alone does to the parent's predictions "
         f"({metric_label(recipe.scoring.objective)}), and an integer program chose one for each attention and FFN: the "
-        f"sum of scores is {number(choice.score)}{proven}. The method is that of "
+        f"sum of scores is {number(solution.score)}{proven}. The method is that of "
         f"[Puzzle](https://arxiv.org/abs/2411.19146). {trained}\n\n"
         f"- data: {_md(data_name(data['source']))}; {used}\n"
         f"- seed {header['seed']}; layersmith {versions['layersmith']}, torch {versions['torch']}, transformers "

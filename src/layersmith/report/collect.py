@@ -13,7 +13,7 @@ from layersmith.recipe import Recipe
 from layersmith.report.words import cost_unit, metric_unit
 from layersmith.scoring.metrics import METRICS
 from layersmith.scoring.score import Score, losses
-from layersmith.search.problem import Choice
+from layersmith.search.problem import Solution
 from layersmith.units import format_cost
 
 SCHEMA = 1
@@ -23,7 +23,7 @@ def collect(
     header: dict[str, Any],
     library: Library,
     scores: list[Score],
-    choice: Choice,
+    solution: Solution,
     costs: Mapping[str, Mapping[str, int]],
     evaluation: dict[str, Any],
     recipe: Recipe,
@@ -35,19 +35,21 @@ def collect(
         header: of the run: parent, versions, data.
         library: the alternatives.
         scores: of all of them.
-        choice: the solution.
+        solution: the solution.
         costs: key of an alternative to its costs.
         evaluation: as in ``evaluation/evaluation.json``.
         recipe: of the run.
         optional: as :func:`layersmith.report.optional.read_optional` gives it.
     """
-    before, after = choice.parent_costs, choice.costs
+    before, after = solution.parent_costs, solution.costs
     times = optional.get("clock")
     if times:  # what the clock says goes before what was predicted
         before, after = before | times["parent"], after | times["child"]
     # A fraction of a time is one of the time that the parent took beside the child.
-    timed = {cost: limit for cost, limit in choice.budget.resolve(before).items() if times and cost in times["parent"]}
-    limits = choice.limits | timed
+    timed = {
+        cost: limit for cost, limit in solution.budget.resolve(before).items() if times and cost in times["parent"]
+    }
+    limits = solution.limits | timed
     frontier = optional.get("frontier")
     if frontier is not None and frontier["cost"] in timed:
         frontier = frontier | {"budget": {"limit": timed[frontier["cost"]]}}
@@ -59,8 +61,8 @@ def collect(
         "title": f"{name}: {kept} to {own} parameters",
         "parent": {"name": name, **before},
         "child": {"name": f"{name}, child", **after},
-        "batch": choice.budget.batch,
-        "context": choice.budget.context,
+        "batch": solution.budget.batch,
+        "context": solution.budget.context,
         "budget": [
             {"label": cost, "limit": limit, "unit": cost_unit(cost), "used": after[cost], "parent": before[cost]}
             for cost, limit in limits.items()
@@ -70,19 +72,19 @@ def collect(
             "sequences": evaluation["sequences"],
             "rows": evaluation["rows"],
         },
-        "layers": _layers(library, scores, choice, costs, objective),
-        "scores": _heat_map(scores, choice, costs, objective),
+        "layers": _layers(library, scores, solution, costs, objective),
+        "scores": _heat_map(scores, solution, costs, objective),
         "importance": importance(library),
         "checks": {
             "scores": _checked_scores(scores),
-            "sums": _checked_sums(choice, optional.get("as_cut") or evaluation, objective, frontier),
-            "times": _checked_times(choice, times, optional.get("times")),
+            "sums": _checked_sums(solution, optional.get("as_cut") or evaluation, objective, frontier),
+            "times": _checked_times(solution, times, optional.get("times")),
         },
         "times": times,
         "search": {
-            "score": choice.score,
-            "proven_optimal": choice.proven_optimal,
-            "bound": choice.bound,
+            "score": solution.score,
+            "proven_optimal": solution.proven_optimal,
+            "bound": solution.bound,
             "refined": optional.get("refined"),
         },
         "frontier": frontier,
@@ -121,13 +123,13 @@ def described(library: Library, alternative: Alternative) -> tuple[str, str]:
 def _layers(
     library: Library,
     scores: list[Score],
-    choice: Choice,
+    solution: Solution,
     costs: Mapping[str, Mapping[str, int]],
     objective: str,
 ) -> list[dict[str, Any]]:
     loss = losses(scores, objective)
     rows: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
-    for alternative in choice.alternatives:
+    for alternative in solution.alternatives:
         parent = Alternative(alternative.layer, alternative.subblock, "parent")
         own, full = costs[alternative.key], costs[parent.key]
         was, now = described(library, alternative)
@@ -147,9 +149,9 @@ def _layers(
 
 
 def _heat_map(
-    scores: list[Score], choice: Choice, costs: Mapping[str, Mapping[str, int]], objective: str
+    scores: list[Score], solution: Solution, costs: Mapping[str, Mapping[str, int]], objective: str
 ) -> dict[str, Any]:
-    chosen, loss = {a.key for a in choice.alternatives}, losses(scores, objective)
+    chosen, loss = {a.key for a in solution.alternatives}, losses(scores, objective)
     names = list(dict.fromkeys(s.alternative.name for s in scores if s.alternative.kind != "parent"))
     columns = sorted(names, key=lambda name: not name.startswith("attention"))
     layers = sorted({s.alternative.layer for s in scores})
@@ -217,13 +219,13 @@ def _checked_scores(scores: list[Score]) -> list[dict[str, Any]]:
 
 
 def _checked_sums(
-    choice: Choice, evaluation: dict[str, Any], objective: str, frontier: dict[str, Any] | None
+    solution: Solution, evaluation: dict[str, Any], objective: str, frontier: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Sums of scores against what whole models measured: this child, and those of the frontier that were run."""
     found = []
     measured = measured_loss(evaluation, objective)
     if measured is not None:
-        found.append({"what": "this child", "predicted": choice.score, **measured})
+        found.append({"what": "this child", "predicted": solution.score, **measured})
     if frontier is not None and frontier["objective"] == objective:
         series = [("frontier", frontier["points"]), *((b["name"], b["points"]) for b in frontier["baselines"])]
         found += [
@@ -236,7 +238,7 @@ def _checked_sums(
 
 
 def _checked_times(
-    choice: Choice, measured: dict[str, Any] | None, times: dict[str, Any] | None
+    solution: Solution, measured: dict[str, Any] | None, times: dict[str, Any] | None
 ) -> list[dict[str, Any]]:
     """Times of whole children as fractions of the parent's: by the sums of their parts, and by the clock."""
     found: list[dict[str, Any]] = []
@@ -252,13 +254,13 @@ def _checked_times(
             for check in times["checks"]
             for phase in ("prefill", "decode")
         ]
-    if measured is not None and "prefill_seconds" in choice.costs:
+    if measured is not None and "prefill_seconds" in solution.costs:
         found += [
             {
                 "what": "this child",
                 "phase": phase,
-                "fraction": choice.costs["parameters"] / choice.parent_costs["parameters"],
-                "predicted": choice.costs[f"{phase}_seconds"] / choice.parent_costs[f"{phase}_seconds"],
+                "fraction": solution.costs["parameters"] / solution.parent_costs["parameters"],
+                "predicted": solution.costs[f"{phase}_seconds"] / solution.parent_costs[f"{phase}_seconds"],
                 "measured": measured["child"][f"{phase}_seconds"] / measured["parent"][f"{phase}_seconds"],
             }
             for phase in ("prefill", "decode")

@@ -1,15 +1,15 @@
 """The run folder: what a run has made so far, and what each piece was made from.
 
-recipe.yaml       every choice, defaults included
+recipe.yaml       every setting, defaults included
 run.json          parent, budget, versions, seed; the fingerprints of finished stages
 costs/            times of all alternatives, where the budget limits any
 data/             token rows and what they were made from
 library/          alternatives, what their weights are made from, and what they have learned
 scores/           metrics of every alternative on every row
-settled/          times as whole children corrected them, and the choice that holds; where times are measured
-frontier/         the best choice for every budget, and what others would do
-refine/           what whole children lost on the scoring rows, and the choice that came of it
-solution/         the budget, costs, and the choice
+settled/          times as whole children corrected them, and the solution that holds; where times are measured
+frontier/         the best solution for every budget, and what others would do
+refine/           what whole children lost on the scoring rows, and the solution that came of it
+solution/         the solution, its budget and costs
 pairs/            what the chosen alternatives have learned together
 child/            the child, a Hugging Face folder
 evaluation/       child against parent

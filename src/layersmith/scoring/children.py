@@ -1,8 +1,8 @@
-"""Choices as whole models: what a child really loses on scoring rows, not the sum of its parts.
+"""Solutions as whole models: what a child really loses on scoring rows, not the sum of its parts.
 
-Children that agree in their first layers share what these give: choices are run in the order of their layers, batch by
-batch of rows, each from where it parts from the one before. What the parent says is computed once a batch. Where the
-parent's weights stay on the disk, all choices and all rows go through a layer before the next is read. Where a parent
+Children that agree in their first layers share what these give: solutions are run in the order of their layers, batch
+by batch of rows, each from where it parts from the one before. What the parent says is computed once a batch. Where the
+parent's weights stay on the disk, all solutions and all rows go through a layer before the next is read. Where a parent
 cannot be taken apart (see :mod:`layersmith.execution.layerwise`), its own forward is run with layers exchanged.
 
 Work is counted in forward passes of the parent over all rows.
@@ -35,14 +35,14 @@ from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_me
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
 
-# Neighbours of a choice use the same layers again and again: so many stay built as have this share of the parent's
+# Neighbours of a solution use the same layers again and again: so many stay built as have this share of the parent's
 # weights.
 _KEPT_SHARE = 0.5
 
 
 @dataclass(eq=False)
 class WholeModels:
-    """Runs choices.
+    """Runs solutions.
 
     Attributes:
         library: of their alternatives.
@@ -75,20 +75,20 @@ class WholeModels:
     @torch.no_grad()
     def run(
         self,
-        choices: Sequence[Sequence[Alternative]],
+        solutions: Sequence[Sequence[Alternative]],
         rows: Sequence[int],
         advance: Callable[[float], None] = lambda rows: None,
     ) -> list[Rows]:
-        """Metrics of every choice on every one of some rows; ``advance`` is told of rows."""
-        order = sorted(range(len(choices)), key=lambda k: _sort_key(self._places(choices[k])))
-        sorted_places = [self._places(choices[k]) for k in order]
-        found: list[Rows] = [[] for _ in choices]
+        """Metrics of every solution on every one of some rows; ``advance`` is told of rows."""
+        order = sorted(range(len(solutions)), key=lambda k: _sort_key(self._places(solutions[k])))
+        sorted_places = [self._places(solutions[k]) for k in order]
+        found: list[Rows] = [[] for _ in solutions]
         batches = [tuple(rows[start : start + self.batch_rows]) for start in range(0, len(rows), self.batch_rows)]
         way = self._in_stages if self.staged is not None else self._by_exchange
         parts: Iterable[list[tuple[int, ...]]] = ([batch] for batch in batches)
         if self.streamed:
             self._ends = {batch: kept for batch, kept in self._ends.items() if batch in batches}
-            way, parts = self._layer_by_layer, self._that_may_wait(batches, len(choices))
+            way, parts = self._layer_by_layer, self._that_may_wait(batches, len(solutions))
         for part in parts:
             for index, result in way(sorted_places, part).items():
                 found[order[index]] += result
@@ -100,34 +100,34 @@ class WholeModels:
         """Whether the parent's weights stay on the disk until a layer runs."""
         return self.library.parent.stream is not None
 
-    def cost(self, choices: Sequence[Sequence[Alternative]], num_rows: int) -> float:
+    def cost(self, solutions: Sequence[Sequence[Alternative]], num_rows: int) -> float:
         """Forward passes that :meth:`run` takes, what is shared counted once; without the parent's own."""
         total, before = 0.0, None
-        for places in sorted((self._places(choice) for choice in choices), key=_sort_key):
+        for places in sorted((self._places(solution) for solution in solutions), key=_sort_key):
             first = 0 if before is None or self.staged is None else _parting(before, places)
             total += sum(self._weights(i, own) for i, own in enumerate(places) if i >= first) + self._head
             before = places
         return total / self._whole * num_rows / len(self.tokens)
 
     def around(
-        self, choice: Sequence[Alternative], others: Sequence[Alternative], rows: Sequence[int], seed: int
+        self, solution: Sequence[Alternative], others: Sequence[Alternative], rows: Sequence[int], seed: int
     ) -> Around:
-        """What exchanges for others do to a choice on some rows; the parent can be taken apart."""
+        """What exchanges for others do to a solution on some rows; the parent can be taken apart."""
         assert self.staged is not None
         batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
-        self.passes += self.cost_around(choice, others, len(rows))
+        self.passes += self.cost_around(solution, others, len(rows))
         most = self.spill_bytes if self.streamed else math.inf
-        return around(self.staged, choice, others, batches, seed, self._states(), most)
+        return around(self.staged, solution, others, batches, seed, self._states(), most)
 
-    def cost_around(self, choice: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
+    def cost_around(self, solution: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
         """Forward passes that :meth:`around` takes: the parent's; the child's, again by stages, and two back."""
-        child = sum(self._weights(i, own) for i, own in enumerate(self._places(choice))) + self._head
+        child = sum(self._weights(i, own) for i, own in enumerate(self._places(solution))) + self._head
         alone = sum(self.library.num_parameters(a, no_op_beside(a)) for a in others)
         return (self._whole + 4 * child + alone) / self._whole * num_rows / len(self.tokens)
 
     # ------------------------------------------------------------------------------------------ three ways
 
-    def _in_stages(self, choices: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
+    def _in_stages(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
         staged, (rows,) = self.staged, batches
         assert staged is not None
         batch, reference = self._start(rows)
@@ -135,7 +135,7 @@ class WholeModels:
         found: dict[int, Rows] = {}
         states: list[torch.Tensor] = [batch.embedded]  # what each layer is given, as far as it is known
         before: Places | None = None
-        for index, places in enumerate(choices):
+        for index, places in enumerate(solutions):
             first = 0 if before is None else _parting(before, places)
             del states[first + 1 :]
             for i in range(first, len(places)):
@@ -150,13 +150,13 @@ class WholeModels:
             before = places
         return found
 
-    def _layer_by_layer(self, choices: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
-        """What choices have in common from the first layer on is run once; the parent is one of them the first time."""
+    def _layer_by_layer(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
+        """Leading layers that solutions share are run once. The first time, the parent is one of the solutions."""
         staged = self.staged
         assert staged is not None
         states, depth = self._states(), len(self._layers)
         known = all(rows in self._ends for rows in batches)
-        wanted = list(choices) if known else [*choices, ((),) * depth]
+        wanted = list(solutions) if known else [*solutions, ((),) * depth]
         started = [staged.start(self._tokens_of(rows)) for rows in batches]
         for n, batch in enumerate(started):
             states.put(((), n), batch.embedded)
@@ -180,20 +180,20 @@ class WholeModels:
             for n, rows in enumerate(batches):
                 kept.put(rows, states.get((wanted[-1], n)))
             self._ends |= dict.fromkeys(batches, kept)
-        found: dict[int, Rows] = {k: [] for k in range(len(choices))}
+        found: dict[int, Rows] = {k: [] for k in range(len(solutions))}
         for n, rows in enumerate(batches):
             states.put("parent", self._ends[rows].get(rows))
-            _, *measured = by_spans(staged, self._tokens_of(rows), states, ["parent", *((own, n) for own in choices)])
+            _, *measured = by_spans(staged, self._tokens_of(rows), states, ["parent", *((own, n) for own in solutions)])
             states.forget("parent")
             for k, own_rows in enumerate(measured):
                 found[k] += own_rows
                 self._count(self._head, rows)
         return found
 
-    def _that_may_wait(self, batches: Sequence[tuple[int, ...]], choices: int) -> Iterator[list[tuple[int, ...]]]:
+    def _that_may_wait(self, batches: Sequence[tuple[int, ...]], solutions: int) -> Iterator[list[tuple[int, ...]]]:
         """Batches that go through a layer together: their hidden states, before and after it, take what they may."""
         assert self.staged is not None
-        of_batch = 2 * (choices + 1) * self.batch_rows * self.tokens.shape[1] * self.staged.bytes_of_a_token
+        of_batch = 2 * (solutions + 1) * self.batch_rows * self.tokens.shape[1] * self.staged.bytes_of_a_token
         size = max(1, int(min(len(batches), self.spill_bytes / of_batch)))
         for start in range(0, len(batches), size):
             yield list(batches[start : start + size])
@@ -201,11 +201,11 @@ class WholeModels:
     def _states(self) -> States:
         return StatesOnDisk(self.folder) if self.streamed else States()
 
-    def _by_exchange(self, choices: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
+    def _by_exchange(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
         (rows,) = batches
         _, reference = self._start(rows)
         found = {}
-        for index, places in enumerate(choices):
+        for index, places in enumerate(solutions):
             layers = {i: self._layer(i, own) for i, own in enumerate(places) if own}
             with exchanged(self.library.parent, layers):
                 logits, hidden = logits_and_hidden(self.library.parent, self._tokens_of(rows))
@@ -232,9 +232,9 @@ class WholeModels:
     def _tokens_of(self, rows: Sequence[int]) -> torch.Tensor:
         return self.tokens[list(rows)].to(self.library.parent.runtime.device)
 
-    def _places(self, choice: Sequence[Alternative]) -> Places:
+    def _places(self, solution: Sequence[Alternative]) -> Places:
         places: list[tuple[Alternative, ...]] = [() for _ in self.library.parent.blocks]
-        for alternative in sorted(choice, key=lambda a: a.subblock):
+        for alternative in sorted(solution, key=lambda a: a.subblock):
             if alternative.kind != "parent":
                 places[alternative.layer] += (alternative,)
         return tuple(places)
@@ -264,7 +264,7 @@ class WholeModels:
 
 
 def _parting(one: Places, other: Places) -> int:
-    """The first layer in which two choices differ; the number of layers if they do not."""
+    """The first layer in which two solutions differ; the number of layers if they do not."""
     return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 
 
@@ -275,7 +275,7 @@ def _sort_key(places: Places) -> list[str]:
 def whole_models(
     library: Library, tokens: torch.Tensor, recipe: Recipe, progress: Progress, folder: Path | None = None
 ) -> WholeModels:
-    """What runs choices on rows ``[N, T]``.
+    """What runs solutions on rows ``[N, T]``.
 
     Args:
         library: of their alternatives.

@@ -2,7 +2,7 @@
 
 The first round serves the scores as such: it lowers their errors as much as it can. Each further one serves what they
 are for, and goes to alternatives that decide what the search takes (:mod:`layersmith.scoring.regret`), by what the
-rounds before have shown. How many it takes to settle the search's choices is foreseen by the first estimates, so that
+rounds before have shown. How many it takes to settle the search's solutions is foreseen by the first estimates, so that
 the time left can be told; only where runs show otherwise are there more.
 """
 

@@ -1,6 +1,6 @@
 """What others would do with the same budget: narrow all layers alike, drop whole layers, choose at random.
 
-All take the same alternatives and scores as the search, so that what differs is the choice.
+All take the same alternatives and scores as the search, so that what differs is the solution.
 """
 
 from __future__ import annotations
@@ -11,13 +11,13 @@ from collections.abc import Sequence
 
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
-from layersmith.search.problem import Choice, Space
+from layersmith.search.problem import Solution, Space
 
 UNIFORM, DROPPED, RANDOM = "uniform narrowing", "layers dropped", "random"
 
 
-def uniform(space: Space, cost: str, budgets: Sequence[float]) -> list[Choice]:
-    """For each budget the best choice in which all layers (that are alike in the parent) become the same."""
+def uniform(space: Space, cost: str, budgets: Sequence[float]) -> list[Solution]:
+    """For each budget the best solution in which all layers (that are alike in the parent) become the same."""
     rules = dataclasses.replace(space.rules, alike=0)
     own = Space(space.alternatives, space.losses, space.costs, space.budget, rules, space.blocks)
     found = []
@@ -29,7 +29,7 @@ def uniform(space: Space, cost: str, budgets: Sequence[float]) -> list[Choice]:
     return _distinct(found)
 
 
-def dropped(space: Space, cost: str) -> list[Choice]:
+def dropped(space: Space, cost: str) -> list[Solution]:
     """One layer fewer at a time: those that score least, or the neighbours that do where that is less."""
     by_place = {(a.layer, a.subblock, a.kind): a for own in space.by_place.values() for a in own}
     parent = {place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in space.by_place.items()}
@@ -54,8 +54,8 @@ def dropped(space: Space, cost: str) -> list[Choice]:
     return _distinct(found)
 
 
-def at_random(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) -> list[Choice]:
-    """For each budget a random choice within it: narrowed place by place until it fits, then widened while it does."""
+def at_random(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) -> list[Solution]:
+    """For each budget a random solution within it: narrowed until it fits, then widened while it does."""
     rng = random.Random(seed)
     found = []
     for limit in budgets:
@@ -77,7 +77,7 @@ def at_random(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) 
     return _distinct(found)
 
 
-def all_of(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) -> dict[str, list[Choice]]:
+def all_of(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) -> dict[str, list[Solution]]:
     """Every baseline by its name."""
     return {
         UNIFORM: uniform(space, cost, budgets),
@@ -86,8 +86,8 @@ def all_of(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) -> 
     }
 
 
-def _distinct(choices: Sequence[Choice]) -> list[Choice]:
-    seen: dict[tuple[Alternative, ...], Choice] = {}
-    for choice in choices:
-        seen.setdefault(choice.alternatives, choice)
+def _distinct(solutions: Sequence[Solution]) -> list[Solution]:
+    seen: dict[tuple[Alternative, ...], Solution] = {}
+    for solution in solutions:
+        seen.setdefault(solution.alternatives, solution)
     return list(seen.values())

@@ -1,19 +1,19 @@
-"""The optimum of the integer program by enumerating all choices near its linear bound.
+"""The optimum of the integer program by enumerating all solutions near its linear bound.
 
-By duality the score of every choice within the limits is
+By duality the score of every solution within the limits is
 
     bound + sum over its columns of their waste + sum over limits of multiplier * what is left of the limit,
 
-all terms at least 0. Choices whose terms sum to at most a gap are few while the gap is small. So all of them are
+all terms at least 0. Solutions whose terms sum to at most a gap are few while the gap is small. So all of them are
 enumerated, for a gap that grows until there is one within the limits: then the best of them is the optimum, and that is
-the proof. Enumeration is by halves: partial choices of either half of the groups whose wastes are within the gap, and
+the proof. Enumeration is by halves: partial solutions of either half of the groups whose wastes are within the gap, and
 pairs of them that leave of each limit no more than the gap allows, found by sorting one limited cost and bucketing
 others.
 
 Source: the two ideas are Horowitz and Sahni, "Computing Partitions with Applications to the Knapsack Problem" (1974),
 and the core of Balas and Zemel, "An Algorithm for Large Zero-One Knapsack Problems" (1980).
 
-Shapes: G groups, N columns, K limited costs, S partial choices of a half.
+Shapes: G groups, N columns, K limited costs, S partial solutions of a half.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ import numpy as np
 
 from layersmith.search.program import Floats, Program, Relaxation
 
-# The choices to be enumerated first, and how many times more in each further round.
+# The solutions to be enumerated first, and how many times more in each further round.
 _FIRST, _MORE = 3e3, 6.0
-# Partial choices of a half, and pairs, at which enumeration gives up.
+# Partial solutions of a half, and pairs, at which enumeration gives up.
 _MOST_STATES, _MOST_PAIRS = 4_000_000, 300_000_000
 _CHUNK = 1_000_000
 _BINS = 256
@@ -37,11 +37,11 @@ _EQUAL = 1e-13
 
 
 class GivesUp(Exception):
-    """Too many choices are near the bound."""
+    """Too many solutions are near the bound."""
 
 
 def best_near_bound(program: Program, relaxed: Relaxation) -> np.ndarray | None:
-    """Columns ``[G]`` of the choice with the least score, and of equals the fewest changes; None if none fits.
+    """Columns ``[G]`` of the solution with the least score, and of equals the fewest changes; None if none fits.
 
     Raises:
         GivesUp: the enumeration would be too large.
@@ -62,7 +62,7 @@ def best_near_bound(program: Program, relaxed: Relaxation) -> np.ndarray | None:
 
 
 def _gap_for(relaxed: Relaxation, groups: Sequence[np.ndarray], target: float, widest: float, scale: float) -> float:
-    """A gap within which about so many choices have the sum of their wastes."""
+    """A gap within which about so many solutions have the sum of their wastes."""
     low, high = 1e-12 * scale, widest
     if _count(relaxed, groups, high) <= target:
         return high
@@ -76,7 +76,7 @@ def _gap_for(relaxed: Relaxation, groups: Sequence[np.ndarray], target: float, w
 
 
 def _count(relaxed: Relaxation, groups: Sequence[np.ndarray], gap: float) -> float:
-    """About how many choices have wastes that sum to at most the gap."""
+    """About how many solutions have wastes that sum to at most the gap."""
     counts = np.zeros(_BINS + 1)
     counts[0] = 1.0
     for own in groups:
@@ -92,12 +92,12 @@ def _count(relaxed: Relaxation, groups: Sequence[np.ndarray], gap: float) -> flo
 
 @dataclass(eq=False)
 class _Half:
-    """All partial choices of some groups whose wastes sum to at most the gap, least waste first.
+    """All partial solutions of some groups whose wastes sum to at most the gap, least waste first.
 
     Attributes:
         waste, score, changes: ``[S]``.
         cost: ``[K, S]``.
-        steps: for each group the partial choice that was gone on from, and the column that was added.
+        steps: for each group the partial solution that was gone on from, and the column that was added.
     """
 
     waste: Floats
@@ -137,7 +137,7 @@ def _half(program: Program, relaxed: Relaxation, groups: Sequence[np.ndarray], g
 
 
 def _not_beaten(score: Floats, changes: Floats, cost: Floats) -> np.ndarray:
-    """Partial choices for which no other costs as little in everything and scores less; all there is to find fast.
+    """Partial solutions for which no other costs as little in everything and scores less; all there is to find fast.
 
     With one limited cost these are all that matter; with more, the best of those with equal costs.
     """
@@ -161,7 +161,7 @@ def _not_beaten(score: Floats, changes: Floats, cost: Floats) -> np.ndarray:
 def _within(
     program: Program, relaxed: Relaxation, groups: Sequence[np.ndarray], gap: float, scale: float
 ) -> np.ndarray | None:
-    """The best choice within the limits and the gap, or None."""
+    """The best solution within the limits and the gap, or None."""
     near = [own[relaxed.waste[own] <= gap] for own in groups]
     alone = [int(own[0]) for own in near if len(own) == 1]
     open_groups = sorted(
@@ -179,11 +179,11 @@ def _within(
 def _best_pair(
     one: _Half, other: _Half, room: Floats, tolerance: Floats, multipliers: Floats, gap: float, equal: float
 ) -> tuple[int, int] | None:
-    """The pair of partial choices with the least waste, what is left of the limits included."""
+    """The pair of partial solutions with the least waste, what is left of the limits included."""
     if len(one.waste) > len(other.waste):
         pair = _best_pair(other, one, room, tolerance, multipliers, gap, equal)
         return None if pair is None else (pair[1], pair[0])
-    # What a partial choice leaves to the other, and how far below that the other may stay.
+    # What a partial solution leaves to the other, and how far below that the other may stay.
     leaves = room[:, None] - one.cost
     active = [k for k in range(len(room)) if multipliers[k] > 0]
     margin = {k: tolerance[k] + 1e-8 * float(np.ptp(other.cost[k])) for k in active}
@@ -231,10 +231,10 @@ def _best_pair(
 def _ranges(
     other: _Half, leaves: Floats, by_use: Sequence[int], span: dict[int, float], margin: dict[int, float]
 ) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """Where in an order of the other half's partial choices those lie that may go with each of the one's.
+    """Where in an order of the other half's partial solutions those lie that may go with each of the one's.
 
     They are sorted by the cost that tells most, within buckets of the two next, each as wide as what may be left; so
-    the partners of a choice lie in two neighbouring buckets of each.
+    the partners of a solution lie in two neighbouring buckets of each.
     """
     count = len(other.waste)
     if not by_use:

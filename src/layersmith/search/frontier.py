@@ -1,4 +1,4 @@
-"""The frontier: the best choice for one budget after another along the axis of one cost."""
+"""The frontier: the best solution for one budget after another along the axis of one cost."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.regret import Axis
-from layersmith.search.problem import Choice, Space
+from layersmith.search.problem import Solution, Space
 
 # Of the parent's cost: the children that scores are for, whatever the budget of this run.
 _SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -40,13 +40,13 @@ def axes_of(alternatives: Sequence[Alternative], costs: CostTable, budget: Budge
 
 def frontier(
     space: Space, cost: str = "parameters", points: int = 50, advance: Callable[[float], None] = lambda points: None
-) -> list[Choice]:
-    """Choices from the smallest child to the parent, by rising cost; limits on other costs are kept.
+) -> list[Solution]:
+    """Solutions from the smallest child to the parent, by rising cost; limits on other costs are kept.
 
-    Equal choices are there once, so there may be fewer.
+    Equal solutions are there once, so there may be fewer.
 
     Args:
-        space: of the choices.
+        space: of the solutions.
         cost: the axis.
         points: budgets, at even distances.
         advance: told of each.
@@ -60,56 +60,58 @@ def frontier(
     others = {name: limit for name, limit in space.limits.items() if name != cost}
     whole = space.costs.parent[cost]
     least = space.least(cost, others)
-    found: list[Choice] = []
+    found: list[Solution] = []
     for k in range(points):
         limit: Any = least + (whole - least) * k / (points - 1)
         limit = math.floor(limit) if isinstance(whole, int) else limit
         try:
-            choice = space.best({**others, cost: max(limit, least)})
+            solution = space.best({**others, cost: max(limit, least)})
         except Infeasible:  # the smallest of a cost that is not a whole number, within rounding
-            choice = None
+            solution = None
         advance(1)
-        if choice is not None and (not found or choice.alternatives != found[-1].alternatives):
-            found.append(_for(choice, {**others, cost: max(limit, least)}))
+        if solution is not None and (not found or solution.alternatives != found[-1].alternatives):
+            found.append(_for(solution, {**others, cost: max(limit, least)}))
     return found
 
 
-def _for(choice: Choice, limits: dict[str, Any]) -> Choice:
-    """The choice with the limits for which it is the best."""
+def _for(solution: Solution, limits: dict[str, Any]) -> Solution:
+    """The solution with the limits for which it is the best."""
     known = all(cost in COSTS and (isinstance(limit, int) or is_time(cost)) for cost, limit in limits.items())
-    budget = choice.budget
+    budget = solution.budget
     if known:
         own = tuple(Limit.of(cost, limit) for cost, limit in limits.items())
-        budget = dataclasses.replace(choice.budget, limits=own)
-    return dataclasses.replace(choice, limits=limits, budget=budget)
+        budget = dataclasses.replace(solution.budget, limits=own)
+    return dataclasses.replace(solution, limits=limits, budget=budget)
 
 
-def point(choice: Choice, cost: str, measured: dict[str, Any] | None = None, solution: bool = True) -> dict[str, Any]:
+def point(
+    solution: Solution, cost: str, measured: dict[str, Any] | None = None, with_solution: bool = True
+) -> dict[str, Any]:
     """One point of a frontier or a baseline, as in ``frontier.json``."""
-    whole = choice.parent_costs[cost]
+    whole = solution.parent_costs[cost]
     data = {
-        "cost": choice.costs[cost],
-        "fraction": choice.costs[cost] / whole if whole else 1.0,
-        "score": choice.score,
+        "cost": solution.costs[cost],
+        "fraction": solution.costs[cost] / whole if whole else 1.0,
+        "score": solution.score,
         "measured": measured,
     }
-    return data | ({"solution": choice.to_dict()} if solution else {})
+    return data | ({"solution": solution.to_dict()} if with_solution else {})
 
 
 def to_dict(
     space: Space,
     cost: str,
     objective: str,
-    choices: Sequence[tuple[Choice, dict[str, Any] | None]],
-    baselines: dict[str, Sequence[tuple[Choice, dict[str, Any] | None]]],
+    solutions: Sequence[tuple[Solution, dict[str, Any] | None]],
+    baselines: dict[str, Sequence[tuple[Solution, dict[str, Any] | None]]],
 ) -> dict[str, Any]:
     """``frontier.json``: points with their measurements, where they were run as whole models."""
     return {
         "cost": cost,
         "objective": objective,
-        "points": [point(choice, cost, measured) for choice, measured in choices],
+        "points": [point(solution, cost, measured) for solution, measured in solutions],
         "baselines": [
-            {"name": name, "points": [point(choice, cost, measured, False) for choice, measured in own]}
+            {"name": name, "points": [point(solution, cost, measured, False) for solution, measured in own]}
             for name, own in baselines.items()
         ],
         "budget": {"limit": space.limits.get(cost), "limits": space.limits, "parent": space.costs.parent},

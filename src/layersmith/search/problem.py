@@ -1,4 +1,4 @@
-"""From alternatives, scores, costs, a budget and rules to choices: one alternative for every subblock."""
+"""From alternatives, scores, costs, a budget and rules to solutions: one alternative for every subblock."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
 from layersmith.search import rules as rules_of
-from layersmith.search.solve import Candidate, Group, Solution, Solver
+from layersmith.search.solve import Candidate, Group, ProgramSolution, Solver
 
 NO_RULES = SearchRecipe()
-_ALIKE = rules_of.RULE + "like choice "
+_ALIKE = rules_of.RULE + "like solution "
 # How often a limit is drawn in until the whole child is within it.
 _TRIES = 4
 
 
 @dataclass(frozen=True)
-class Choice:
+class Solution:
     """One alternative for each subblock of each layer.
 
     Attributes:
@@ -35,7 +35,7 @@ class Choice:
         parent_costs: of the whole parent.
         limits: upper limits on costs that were asked for.
         budget: as it was asked for.
-        proven_optimal: whether no other choice within the limits has a lower score.
+        proven_optimal: whether no other solution within the limits has a lower score.
         bound: what no other is below, where that is known.
     """
 
@@ -61,9 +61,9 @@ class Choice:
         }
 
     @staticmethod
-    def from_dict(data: dict[str, Any]) -> Choice:
+    def from_dict(data: dict[str, Any]) -> Solution:
         alternatives = tuple(schema.parse(Alternative, entry, "solution.json") for entry in data["alternatives"])
-        return Choice(**{**data, "alternatives": alternatives, "budget": Budget.from_dict(data["budget"])})
+        return Solution(**{**data, "alternatives": alternatives, "budget": Budget.from_dict(data["budget"])})
 
 
 def choose(
@@ -73,25 +73,25 @@ def choose(
     budget: Budget,
     rules: SearchRecipe = NO_RULES,
     blocks: Sequence[BlockConfig] | None = None,
-) -> Choice:
-    """The best choice within a budget.
+) -> Solution:
+    """The best solution within a budget.
 
     Args:
         alternatives: of every layer, the parent's own included.
         losses: key of an alternative to what it costs in quality; the parent's are 0.
         costs: of every alternative.
         budget: upper limits.
-        rules: what a choice must satisfy beside it.
+        rules: what a solution must satisfy beside it.
         blocks: of the parent; needed where rules speak of sizes or of layers alike.
 
     Raises:
-        Infeasible: no choice fits; the message says what the smallest child is.
+        Infeasible: no solution fits; the message says what the smallest child is.
     """
     return Space(alternatives, losses, costs, budget, rules, blocks).best()
 
 
 class Space:
-    """All choices that rules allow, their scores and costs.
+    """All solutions that rules allow, their scores and costs.
 
     Args:
         alternatives, losses, costs, budget, rules, blocks: see :func:`choose`.
@@ -124,7 +124,7 @@ class Space:
         self._solver: Solver | None = None
 
     def with_costs(self, costs: CostTable) -> Space:
-        """The same choices where they cost something else."""
+        """The same solutions where they cost something else."""
         return Space(self.alternatives, self.losses, costs, self.budget, self.rules, self.blocks)
 
     def _alike(self, places: Sequence[rules_of.Place]) -> dict[str, tuple[Alternative, ...]]:
@@ -141,10 +141,10 @@ class Space:
         """For each group of the program what can be chosen."""
         return [list(own.values()) for own in self._members]
 
-    # ------------------------------------------------------------------------------------------ choices
+    # ------------------------------------------------------------------------------------------ solutions
 
-    def best(self, limits: Mapping[str, float] | None = None) -> Choice:
-        """The choice with the least sum of losses.
+    def best(self, limits: Mapping[str, float] | None = None) -> Solution:
+        """The solution with the least sum of losses.
 
         Args:
             limits: other than the budget's.
@@ -156,25 +156,25 @@ class Space:
             self._solver = self.solver()
         wanted = {**(self.limits if limits is None else limits), **self.rule_limits}
         inside = self.inside(wanted)
-        choice = self.choice(self._solver.solve(inside))
+        solution = self.solution(self._solver.solve(inside))
         for _ in range(_TRIES if self.costs.bend is not None else 0):
             # A limit on what is made of several times was translated as if all were the same share of the parent's.
-            total = self._totals(choice.alternatives)
+            total = self._totals(solution.alternatives)
             over = {name: limit / total[name] for name, limit in wanted.items() if total[name] > limit * (1 + 1e-9)}
             if not over:
                 break
             inside |= {name: inside[name] * share for name, share in over.items()}
-            choice = self.choice(self._solver.solve(inside))
-        return choice
+            solution = self.solution(self._solver.solve(inside))
+        return solution
 
     def best_by(
         self, losses: Mapping[str, float], away: Sequence[tuple[Sequence[Alternative], int, int]] = ()
-    ) -> Choice | None:
-        """The best choice by other losses, so far from others; None if there is none.
+    ) -> Solution | None:
+        """The best solution by other losses, so far from others; None if there is none.
 
         Args:
             losses: key of an alternative to its loss.
-            away: choices, and in how many subblocks the wanted one differs from each, at least and at most.
+            away: solutions, and in how many subblocks the wanted one differs from each, at least and at most.
         """
         likes = {}
         limits: dict[str, float] = {}
@@ -190,10 +190,10 @@ class Space:
             solution = self.solver(losses, likes).solve(self.inside(self.limits | self.rule_limits) | limits)
         except Infeasible:
             return None
-        return dataclasses.replace(self.choice(solution), score=self.score(self.choice(solution).alternatives))
+        return dataclasses.replace(self.solution(solution), score=self.score(self.solution(solution).alternatives))
 
-    def several(self, count: int, places: int) -> list[Choice]:
-        """The best choice, then each time the best that differs from all before in so many subblocks, at least."""
+    def several(self, count: int, places: int) -> list[Solution]:
+        """The best solution, then each time the best that differs from all before in so many subblocks, at least."""
         found = [self.best()]
         while len(found) < count:
             following = self.best_by(self.losses, [(own.alternatives, places, 2**31) for own in found])
@@ -206,23 +206,23 @@ class Space:
         """The least of a cost that a child can have within limits on others; rules hold.
 
         Raises:
-            Infeasible: no choice is within the limits.
+            Infeasible: no solution is within the limits.
         """
         return self._whole_of(cost, self.solver().least(cost, self.inside({**limits, **self.rule_limits})))
 
     def reachable(self) -> None:
-        """Raises: Infeasible: no choice is within the limits."""
+        """Raises: Infeasible: no solution is within the limits."""
         self.solver().reachable(self.inside(self.limits | self.rule_limits))
 
-    def choice(self, solution: Solution) -> Choice:
+    def solution(self, solution: ProgramSolution) -> Solution:
         by_key = {key: own for members in self._members for key, own in members.items()}
         chosen = sorted((a for key in solution.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
         return dataclasses.replace(self.of(chosen, solution.proven_optimal), bound=solution.bound)
 
-    def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Choice:
-        """A choice of these alternatives, with its score and costs."""
+    def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Solution:
+        """A solution of these alternatives, with its score and costs."""
         own = self._costs_of(chosen)
-        return Choice(tuple(chosen), self.score(chosen), own, self.costs.parent, self.limits, self.budget, proven)
+        return Solution(tuple(chosen), self.score(chosen), own, self.costs.parent, self.limits, self.budget, proven)
 
     def _costs_of(self, chosen: Sequence[Alternative]) -> dict[str, Any]:
         """Of a whole child."""
@@ -237,7 +237,7 @@ class Space:
         return math.fsum(self.losses[a.key] for a in chosen)
 
     def fits(self, chosen: Sequence[Alternative]) -> bool:
-        """Whether a choice is within all limits; rules on which alternatives go together are not looked at."""
+        """Whether a solution is within all limits; rules on which alternatives go together are not looked at."""
         totals = self._totals(chosen)
         return all(totals[name] <= limit for name, limit in (self.limits | self.rule_limits).items())
 
@@ -281,7 +281,7 @@ class Space:
     def solver(
         self, losses: Mapping[str, float] | None = None, likes: Mapping[str, tuple[set[str], int]] | None = None
     ) -> Solver:
-        """The integer program under some losses, and costs that count how many subblocks are like another choice's."""
+        """The integer program under some losses, and costs that count how many subblocks equal another solution's."""
         losses = self.losses if losses is None else losses
         groups = []
         for members in self._members:

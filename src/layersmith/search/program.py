@@ -17,13 +17,13 @@ Floats = np.ndarray[Any, np.dtype[np.float64]]
 
 # Whole numbers up to here, and sums of them, are exact in float64.
 _EXACT = 2**53
-# HiGHS calls a row satisfied within 1e-6; a choice that is over a limit by less is cut off and the program is solved
+# HiGHS calls a row satisfied within 1e-6; a solution that is over a limit by less is cut off and the program is solved
 # again. So many cuts are never needed in practice.
 _MOST_CUTS = 200
 # HiGHS stops when the absolute gap is under 1e-6, which SciPy gives no way to change; with the largest objective at
 # this value the gap is 1e-11 of it.
 _OBJECTIVE_SCALE = 1e5
-# Nodes at which branching stops, so that a search ends in about a minute, and those that first find some choice: what
+# Nodes at which branching stops, so that a search ends in about a minute, and those that first find some solution: what
 # is further above the bound than it is in no better one.
 MOST_NODES, FIRST_NODES = 10_000, 200
 # Columns of each group with which a relaxation starts that has multipliers from a neighbour.
@@ -117,10 +117,10 @@ class Relaxation:
     """The optimum of the linear relaxation, and what it says of every column.
 
     Attributes:
-        bound: no choice has a lower score.
+        bound: no solution has a lower score.
         multipliers: ``[K]``, what a unit of each limited cost is worth.
-        waste: ``[N]``, by how much any choice with this column is above the bound, at least. The score of a choice is
-            the bound, the wastes of its columns, and for each limit its multiplier times what is left of it.
+        waste: ``[N]``, by how much any solution with this column is above the bound, at least. The score of a solution
+            is the bound, the wastes of its columns, and for each limit its multiplier times what is left of it.
     """
 
     bound: float
@@ -200,7 +200,7 @@ class Branched:
 
     Attributes:
         columns: ``[G]``; None if nothing was found.
-        bound: no choice has a lower sum; infinite where none fits.
+        bound: no solution has a lower sum; infinite where none fits.
     """
 
     columns: np.ndarray | None
@@ -208,12 +208,12 @@ class Branched:
 
 
 def columns_near(program: Program, relaxed: Relaxation, score: float) -> np.ndarray:
-    """The columns that a choice with at most this score can have: others waste more than it is above the bound."""
+    """The columns that a solution with at most this score can have: others waste more than it is above the bound."""
     return np.flatnonzero(relaxed.waste <= score - relaxed.bound + 1e-9 * float(program.score.max()))
 
 
 def nearest(program: Program, relaxed: Relaxation) -> Branched:
-    """The choice with the least score as far as it is found in so many nodes, and the bound that was reached."""
+    """The solution with the least score as far as it is found in so many nodes, and the bound that was reached."""
     first = branched(program, program.score, nodes=FIRST_NODES)
     if first.columns is None:
         return branched(program, program.score)
@@ -229,7 +229,7 @@ def nearest(program: Program, relaxed: Relaxation) -> Branched:
 def by_branch_and_cut(
     program: Program, objective: Floats, score_limit: float | None = None, nodes: int | None = None
 ) -> np.ndarray | None:
-    """The columns ``[G]`` with the least sum of an objective ``[N]``, or None if no choice fits; by HiGHS."""
+    """The columns ``[G]`` with the least sum of an objective ``[N]``, or None if no solution fits; by HiGHS."""
     return branched(program, objective, score_limit, nodes).columns
 
 
@@ -239,10 +239,10 @@ def branched(
     """As :func:`by_branch_and_cut`, with the bound.
 
     Args:
-        program: whose choices are looked at.
+        program: whose solutions are looked at.
         objective: ``[N]``, its sum is to be least.
         score_limit: the sum of scores is at most this.
-        nodes: at most so many are looked at; then the best choice until there is returned.
+        nodes: at most so many are looked at; then the best solution until there is returned.
     """
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import csr_array, vstack
@@ -286,4 +286,4 @@ def branched(
         cut = np.zeros(n)
         cut[picked] = 1.0
         at_most(cut, len(picked) - 1.0)
-    raise RuntimeError(f"no choice within the limits after {_MOST_CUTS} cuts")
+    raise RuntimeError(f"no solution within the limits after {_MOST_CUTS} cuts")

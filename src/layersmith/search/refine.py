@@ -1,14 +1,14 @@
-"""Refinement with the truth: choices are run as whole models, and the search goes on around the best.
+"""Refinement with the truth: solutions are run as whole models, and the search goes on around the best.
 
 The program minimises a sum of scores, each measured in an otherwise whole parent. What a child loses is another thing:
-errors of its parts add up or cancel. So the program's choice is run on some scoring rows. Then, round by round: a sweep
-around the best child tells what every exchange would change in what it loses, alone and with others
+errors of its parts add up or cancel. So the program's solution is run on some scoring rows. Then, round by round: a
+sweep around the best child tells what every exchange would change in what it loses, alone and with others
 (:mod:`layersmith.scoring.exchanges`); the same integer program, with these for scores, gives the best child that
 differs in at most so many subblocks, for several numbers; those are run, and the best of all is the next to go on from.
 It ends where nothing better is found, or when the work that is allowed is done. The best few are run on all rows, and
-the best of these is taken; the program's own choice always is among them, so it is never worse on these rows.
+the best of these is taken; the program's own solution always is among them, so it is never worse on these rows.
 
-Everything that is run is kept in a journal by what the choice is and by row.
+Everything that is run is kept in a journal by what the solution is and by row.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from layersmith.scoring.exchanges import Around
 from layersmith.scoring.library_scores import row_order
 from layersmith.scoring.metrics import loss_of
 from layersmith.scoring.score import Journal, standard_error
-from layersmith.search.problem import Choice, Space
+from layersmith.search.problem import Solution, Space
 
 Chosen = tuple[Alternative, ...]
 Members = Sequence[Sequence[tuple[Alternative, ...]]]  # for each group of the program what can be chosen
@@ -48,22 +48,22 @@ class Refined:
     """What refinement found.
 
     Attributes:
-        choice: the best.
+        solution: the best.
         plain: the program's own.
-        tried: choices that were run.
+        tried: solutions that were run.
         passes: work done, in forward passes of the parent over the scoring rows.
         measured: loss of the two under the objective on all rows, and of their difference the standard error.
     """
 
-    choice: Choice
-    plain: Choice
+    solution: Solution
+    plain: Solution
     tried: int
     passes: float
     measured: dict[str, Any]
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "choice": self.choice.to_dict(), "plain": self.plain.to_dict(), "tried": self.tried,
+            "choice": self.solution.to_dict(), "plain": self.plain.to_dict(), "tried": self.tried,
             "passes": round(self.passes, 6), "measured": self.measured,
         }  # fmt: skip
 
@@ -77,7 +77,7 @@ class Refined:
 
 def refine(
     space: Space,
-    plain: Choice,
+    plain: Solution,
     models: WholeModels,
     recipe: SearchRecipe,
     objective: str,
@@ -86,12 +86,12 @@ def refine(
     seed: int = 0,
     advance: Callable[[float], None] = lambda passes: None,
 ) -> Refined:
-    """Search on from the program's choice with whole models.
+    """Search on from the program's solution with whole models.
 
     Args:
-        space: of the choices.
+        space: of the solutions.
         plain: the program's.
-        models: runs choices.
+        models: runs solutions.
         recipe: how much work is allowed.
         objective: the metric.
         journal: keeps results.
@@ -119,7 +119,7 @@ class _Search:
         self.seen: dict[Chosen, float] = {}  # on the few rows
         self.passes = 0.0
 
-    def run(self, plain: Choice) -> Chosen:
+    def run(self, plain: Solution) -> Chosen:
         start = plain.alternatives
         others = self._worth_a_look(plain)
         self.rows = self._few_rows(start, others)
@@ -148,20 +148,20 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------ what is run
 
-    def _see(self, choices: Sequence[Chosen]) -> None:
-        for choice, value in zip(choices, self._measure(choices, self.rows), strict=True):
-            self.seen[choice] = value
+    def _see(self, solutions: Sequence[Chosen]) -> None:
+        for solution, value in zip(solutions, self._measure(solutions, self.rows), strict=True):
+            self.seen[solution] = value
 
-    def _measure(self, choices: Sequence[Chosen], rows: Sequence[int], priced: int | None = None) -> list[float]:
+    def _measure(self, solutions: Sequence[Chosen], rows: Sequence[int], priced: int | None = None) -> list[float]:
         """Loss of each under the objective, on some rows; only what is not known yet is run.
 
         So many rows are counted as work, by default all.
         """
-        keys = [_key(choice) for choice in choices]
-        price = self._price(choices, len(rows) if priced is None else priced)
+        keys = [_key(solution) for solution in solutions]
+        price = self._price(solutions, len(rows) if priced is None else priced)
         missing = [row for row in rows if not all((key, row) in self.journal.known for key in keys)]
         if missing:
-            for key, own in zip(keys, self.models.run(choices, missing), strict=True):
+            for key, own in zip(keys, self.models.run(solutions, missing), strict=True):
                 self.journal.write(key, missing, own)
         # Counted as if all had been run, so that an interrupted search takes the same way.
         self.passes += price
@@ -180,16 +180,16 @@ class _Search:
             self.journal.write("parent", rows, self.models.run([own], rows)[0])
         return [self.journal.known["parent", row][self.objective] for row in rows]
 
-    def _price(self, choices: Sequence[Chosen], num_rows: int) -> float:
-        """Of choices, and of the parent beside them."""
-        return self.models.cost(choices, num_rows) + num_rows / len(self.all_rows)
+    def _price(self, solutions: Sequence[Chosen], num_rows: int) -> float:
+        """Of solutions, and of the parent beside them."""
+        return self.models.cost(solutions, num_rows) + num_rows / len(self.all_rows)
 
-    def _rank(self, choice: Chosen) -> tuple[float, str]:
-        return self.seen[choice], _key(choice)
+    def _rank(self, solution: Chosen) -> tuple[float, str]:
+        return self.seen[solution], _key(solution)
 
     # ------------------------------------------------------------------------------------------ what to run
 
-    def _worth_a_look(self, plain: Choice) -> list[Alternative]:
+    def _worth_a_look(self, plain: Solution) -> list[Alternative]:
         """Alternatives that the program takes, or would if scores were somewhat different."""
         found = dict.fromkeys(plain.alternatives)
         for _ in range(_DRAWS):
@@ -263,9 +263,9 @@ class _Search:
             slopes = (slopes + self._slopes(around, base, found.alternatives)) / 2
         return best
 
-    def _slopes(self, around: Around, base: Chosen, choice: Chosen) -> np.ndarray:
-        """What each exchange adds where those of a choice in other places are made as well."""
-        exchanges = [a for a, own in zip(choice, base, strict=True) if a != own and a.key in around.place]
+    def _slopes(self, around: Around, base: Chosen, solution: Chosen) -> np.ndarray:
+        """What each exchange adds where those of a solution in other places are made as well."""
+        exchanges = [a for a, own in zip(solution, base, strict=True) if a != own and a.key in around.place]
         slopes = around.beside(exchanges)
         rows: dict[tuple[int, str], list[int]] = {}
         for a in self.space.alternatives:
@@ -276,9 +276,9 @@ class _Search:
             slopes[own] -= around.mixed[own, around.place[a.key]]
         return slopes
 
-    def _foretold(self, around: Around, base: Chosen, choice: Chosen) -> float:
-        """What a choice loses more than the one that a sweep went around; infinite where that was not looked at."""
-        exchanges = [a for a, own in zip(choice, base, strict=True) if a != own]
+    def _foretold(self, around: Around, base: Chosen, solution: Chosen) -> float:
+        """What a solution loses more than the one that a sweep went around; infinite where that was not looked at."""
+        exchanges = [a for a, own in zip(solution, base, strict=True) if a != own]
         if any(a.key not in around.place for a in exchanges):
             return math.inf
         return around.of(exchanges)
@@ -301,7 +301,7 @@ class _Search:
         return start
 
     def _like(self, base: Chosen) -> list[Chosen]:
-        """Where nothing is foretold: choices like the best, by chance."""
+        """Where nothing is foretold: solutions like the best, by chance."""
         found: dict[Chosen, None] = {}
         for _ in range(_PROPOSALS):
             other = self._exchanged(base, self.space.members)
@@ -320,7 +320,7 @@ class _Search:
 
     # ------------------------------------------------------------------------------------------ the answer
 
-    def refined(self, plain: Choice, best: Chosen) -> Refined:
+    def refined(self, plain: Solution, best: Chosen) -> Refined:
         rows = self.all_rows
         values = {
             name: [self.journal.known[_key(own), row][self.objective] for row in rows]
@@ -335,15 +335,20 @@ class _Search:
             "difference_standard_error": standard_error(difference),
             "error": standard_error(values["choice"]),
         }
-        choice = plain if best == plain.alternatives else self.space.of(best)
-        return Refined(choice, plain, len(self.seen), self.passes, measured)
+        solution = plain if best == plain.alternatives else self.space.of(best)
+        return Refined(solution, plain, len(self.seen), self.passes, measured)
 
 
-def _key(choice: Sequence[Alternative]) -> str:
-    return fingerprint([a.key for a in choice if a.kind != "parent"])
+def _key(solution: Sequence[Alternative]) -> str:
+    return fingerprint([a.key for a in solution if a.kind != "parent"])
 
 
 def read_refined(data: dict[str, Any]) -> Refined:
     """From what :meth:`Refined.to_dict` gave."""
-    choices = {name: Choice.from_dict(data[name]) for name in ("choice", "plain")}
-    return Refined(**{**data, **choices})
+    return Refined(
+        solution=Solution.from_dict(data["choice"]),
+        plain=Solution.from_dict(data["plain"]),
+        tried=data["tried"],
+        passes=data["passes"],
+        measured=data["measured"],
+    )

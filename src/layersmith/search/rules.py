@@ -1,4 +1,4 @@
-"""What a choice must satisfy beside the budget, as groups, candidates and limits of the integer program.
+"""What a solution must satisfy beside the budget, as groups, candidates and limits of the integer program.
 
 Layers that stay, sizes that tensor parallelism can divide and layers that become the same decide which candidates there
 are; numbers of no-ops and sums of costs are further costs with limits of their own.

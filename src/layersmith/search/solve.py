@@ -8,11 +8,11 @@ subject to sum over c of x[g, c] = 1 for every group g,
 Source: arXiv 2411.19146, section 4.3. The optimum is found by enumerating everything near the bound of the linear
 relaxation (:mod:`layersmith.search.core`), which is exact and fast where layers are many; where too much is near the
 bound, HiGHS branches and cuts. Either way the answer is recomputed in exact integers. Costs that have nothing to do
-with each other, with limits that all bind, can be beyond any solver: after so many nodes the best choice that was found
-is given, with the bound that was reached.
+with each other, with limits that all bind, can be beyond any solver: after so many nodes the best solution that was
+found is given, with the bound that was reached.
 
-The parent scores 0 and nothing scores less, so it is the answer whenever it fits. Of choices with equal scores the one
-with fewer changes is taken.
+The parent scores 0 and nothing scores less, so it is the answer whenever it fits. Of solutions with equal scores the
+one with fewer changes is taken.
 """
 
 from __future__ import annotations
@@ -68,14 +68,14 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Solution:
-    """The choice.
+class ProgramSolution:
+    """The solution.
 
     Attributes:
         chosen: key of the candidate of each group, in the order of the groups.
         score: sum of its scores.
         costs: sums of its costs, what is fixed included.
-        bound: no choice within the limits has a lower score.
+        bound: no solution within the limits has a lower score.
     """
 
     chosen: tuple[str, ...]
@@ -85,7 +85,7 @@ class Solution:
 
     @property
     def proven_optimal(self) -> bool:
-        """Whether no choice within the limits has a lower score."""
+        """Whether no solution within the limits has a lower score."""
         return self.bound >= self.score
 
 
@@ -95,8 +95,8 @@ def solve(
     fixed: Mapping[str, float],
     *,
     parent_costs: Mapping[str, float] | None = None,
-) -> Solution:
-    """The best choice within the limits.
+) -> ProgramSolution:
+    """The best solution within the limits.
 
     Args:
         groups: at least one candidate each.
@@ -105,7 +105,7 @@ def solve(
         parent_costs: of the whole parent, for the words of errors.
 
     Raises:
-        Infeasible: no choice is within the limits; the message says what the smallest is.
+        Infeasible: no solution is within the limits; the message says what the smallest is.
         ValueError: a score that is negative or not a number.
     """
     return Solver(groups, fixed, parent_costs).solve(limits)
@@ -138,8 +138,8 @@ class Solver:
         self._kept: dict[tuple[str, ...], list[np.ndarray]] = {}
         self._multipliers: dict[str, float] = {}
 
-    def solve(self, limits: Mapping[str, float]) -> Solution:
-        """The best choice within the limits; see :func:`solve`."""
+    def solve(self, limits: Mapping[str, float]) -> ProgramSolution:
+        """The best solution within the limits; see :func:`solve`."""
         groups = self.groups
         parent = self._parent
         if parent is not None and score_of(groups, parent) == 0 and within(groups, parent, limits, self.fixed):
@@ -153,11 +153,11 @@ class Solver:
             raise Infeasible(self._together(limits))
         chosen = [int(i) for i in program.index[columns]]
         if not within(groups, chosen, limits, self.fixed):
-            raise RuntimeError("the choice that was found is not within the limits")
+            raise RuntimeError("the solution that was found is not within the limits")
         return self._solution(chosen, bound)
 
     def reachable(self, limits: Mapping[str, float]) -> None:
-        """Raises: Infeasible: no choice is within the limits."""
+        """Raises: Infeasible: no solution is within the limits."""
         if self._parent is not None and within(self.groups, self._parent, limits, self.fixed):
             return
         self._refuse_unreachable(limits)
@@ -169,7 +169,7 @@ class Solver:
         """The least total of a cost within limits on others, as far as it is found in so many nodes.
 
         Raises:
-            Infeasible: no choice is within the limits.
+            Infeasible: no solution is within the limits.
         """
         fixed = self.fixed.get(cost, 0)
         if not limits:
@@ -211,7 +211,7 @@ class Solver:
         return program, kept_names
 
     def _without_loss(self, program: Program) -> np.ndarray | None:
-        """Of choices that lose nothing the one with fewest changes, if there is one within the limits."""
+        """Of solutions that lose nothing the one with fewest changes, if there is one within the limits."""
         free = np.flatnonzero(program.score == 0)
         own = program.group[free]
         if len(np.unique(own)) < program.num_groups:
@@ -223,7 +223,7 @@ class Solver:
         return None if found is None else free[found]
 
     def _best(self, program: Program, names: Sequence[str]) -> tuple[np.ndarray | None, float]:
-        """The columns of the best choice, and the bound; infinite where it is proven to be the best."""
+        """The columns of the best solution, and the bound; infinite where it is proven to be the best."""
         start = np.array([self._multipliers.get(name, math.nan) for name in names])
         relaxed = relax(program, None if np.isnan(start).any() else start)
         if relaxed is None:
@@ -234,11 +234,11 @@ class Solver:
         except GivesUp:
             return _by_highs(program, relaxed)
 
-    def _solution(self, chosen: Sequence[int], bound: float) -> Solution:
+    def _solution(self, chosen: Sequence[int], bound: float) -> ProgramSolution:
         groups = self.groups
         names = groups[0].candidates[0].costs if groups else self.fixed
         score = score_of(groups, chosen)
-        return Solution(
+        return ProgramSolution(
             tuple(g.candidates[i].key for g, i in zip(groups, chosen, strict=True)),
             score,
             {cost: total_of(groups, chosen, self.fixed, cost) for cost in names},
@@ -286,8 +286,8 @@ class Solver:
 
 
 def _by_highs(program: Program, relaxed: Relaxation) -> tuple[np.ndarray | None, float]:
-    """The best choice, and of equals the one with fewest changes (the program is solved again for that); and a bound on
-    the score of any, infinite where the choice is proven to be the best."""
+    """The best solution, and of equals the one with fewest changes (the program is solved again for that); and a bound
+    on the score of any, infinite where the solution is proven to be the best."""
     found = nearest(program, relaxed)
     best = found.columns
     if best is None:
@@ -332,7 +332,7 @@ def total_of(groups: Sequence[Group], chosen: Sequence[int], fixed: Mapping[str,
 def within(
     groups: Sequence[Group], chosen: Sequence[int], limits: Mapping[str, float], fixed: Mapping[str, float]
 ) -> bool:
-    """Whether a choice is within all limits; costs that are whole numbers in exact integers."""
+    """Whether a solution is within all limits; costs that are whole numbers in exact integers."""
     return all(
         total <= limit + (0 if isinstance(total, int) else 1e-9 * abs(limit))
         for cost, limit in limits.items()

@@ -28,7 +28,7 @@ from layersmith import pipeline, schema
 from layersmith.costs.budget import Budget
 from layersmith.data.overlap import without_copies
 from layersmith.data.splits import check_vocabulary, evaluation_rows, holds_tokens, load_tokenizer, prepare
-from layersmith.distillation.finalists import Finalist, diverse_choices
+from layersmith.distillation.finalists import Finalist, diverse_solutions
 from layersmith.distillation.parent_logits import ParentLogits, cache_folder, remember
 from layersmith.distillation.train import Steps, Trained, hidden_size_of, train, training_arguments
 from layersmith.errors import InputError, UsageError
@@ -45,7 +45,7 @@ from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write
 from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
-from layersmith.search.problem import Choice
+from layersmith.search.problem import Solution
 from layersmith.stages.times import kept_times
 
 # Bytes a parameter on the disk: two checkpoints of weights and two moments in float32.
@@ -162,7 +162,7 @@ def distill_child(
         solution = run.folder / "distillation" / "finalists"
         start = solution / str(next(t["number"] for t in tried if t["won"]))
     library = Library.read(run.folder / "library", parent)
-    of_card = (run, library, Choice.from_dict(read_json(solution / "solution.json")), recipe)
+    of_card = (run, library, Solution.from_dict(read_json(solution / "solution.json")), recipe)
     learned: dict[str, Any] = {"learned_tokens": steps.count * steps.tokens, "learned_from": str(source)}
     if not is_done:
         train_child(
@@ -390,14 +390,14 @@ def try_finalists(
     if not ranks.from_first(lambda: run.is_done("distillation/finalists", inputs) and place.is_dir()):
         tokens = settings.finalist_tokens or max(1, settings.tokens // 10)
         found = _solutions(run, parent, recipe)
-        if len(found.choices) < settings.finalists:
-            progress.note(f"only {len(found.choices)} solutions differ enough to be tried")
+        if len(found.solutions) < settings.finalists:
+            progress.note(f"only {len(found.solutions)} solutions differ enough to be tried")
         work = _own_folder(run.folder / "distillation" / "finalists.work", inputs)
         short = dataclasses.replace(settings, eval_every=0, report_to=())
-        with progress.stage("finalists", tokens * len(found.choices), "tokens") as advance:
+        with progress.stage("finalists", tokens * len(found.solutions), "tokens") as advance:
             tried = [
-                _try(work, i, choice, found.library, parent, recipe, short, tokens, rows, held["scoring"], advance)
-                for i, choice in enumerate(found.choices)
+                _try(work, i, solution, found.library, parent, recipe, short, tokens, rows, held["scoring"], advance)
+                for i, solution in enumerate(found.solutions)
             ]
         best = min(range(len(tried)), key=lambda i: (tried[i].kl, i))
         records = [finalist.to_dict() | {"won": i == best} for i, finalist in enumerate(tried)]
@@ -405,7 +405,7 @@ def try_finalists(
         def write(folder: Path) -> None:
             shutil.copytree(work / f"{best}" / "child", folder / f"{best}")
             write_json(folder / "finalists.json", records)
-            write_json(folder / "solution.json", found.choices[best].to_dict())
+            write_json(folder / "solution.json", found.solutions[best].to_dict())
 
         run.do("distillation/finalists", inputs, write)
         ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
@@ -415,7 +415,7 @@ def try_finalists(
 @dataclass(frozen=True)
 class _Found:
     library: Library
-    choices: list[Choice]
+    solutions: list[Solution]
 
 
 def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
@@ -427,15 +427,15 @@ def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
     if (times := kept_times(run)) is not None:
         costs = times.into(costs, library.alternatives)
     space = pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
-    own = Choice.from_dict(read_json(run.folder / "solution" / "solution.json"))
-    choices = ranks.from_first(lambda: diverse_choices(space, own, settings.finalists, settings.finalist_distance))
-    return _Found(library, choices)
+    own = Solution.from_dict(read_json(run.folder / "solution" / "solution.json"))
+    solutions = ranks.from_first(lambda: diverse_solutions(space, own, settings.finalists, settings.finalist_distance))
+    return _Found(library, solutions)
 
 
 def _try(
     work: Path,
     number: int,
-    choice: Choice,
+    solution: Solution,
     library: Library,
     parent: Parent,
     recipe: Recipe,
@@ -447,13 +447,13 @@ def _try(
 ) -> Finalist:
     folder = work / f"{number}"
     if not (folder / "finalist.json").is_file():
-        child = library.compose(choice.alternatives)
+        child = library.compose(solution.alternatives)
         own = copied(child)
         trained = train(
             parent, own, rows, settings, tokens=tokens, seed=recipe.seed, folder=folder / "checkpoints",
             curve=folder / "log.json", name=f"finalist {number}", validation=validation, advance=advance,
         )  # fmt: skip
-        finalist = Finalist(number, choice.score, choice.costs["parameters"], tokens, trained.validation["kl"])
+        finalist = Finalist(number, solution.score, solution.costs["parameters"], tokens, trained.validation["kl"])
 
         def write() -> None:
             shutil.rmtree(folder / "child", ignore_errors=True)

@@ -28,9 +28,9 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import whole_models
 from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
-from layersmith.search.problem import Choice, Space
+from layersmith.search.problem import Solution, Space
 from layersmith.search.time_limits import Settled
-from layersmith.stages.times import find_times, settled_choice, that_holds
+from layersmith.stages.times import find_times, settled_solution, that_holds
 
 
 def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[Recipe, Library]:
@@ -52,10 +52,10 @@ def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[R
 
 def search_again(
     run_folder: str | Path, budget: Budget, objective: str | None = None, out: str | Path | None = None, **more: Any
-) -> tuple[Library, Choice]:
+) -> tuple[Library, Solution]:
     """The best child of a finished run for another budget; see :func:`search_several`."""
-    library, (choice, *_) = search_several(run_folder, budget, objective, out, **more)
-    return library, choice
+    library, (solution, *_) = search_several(run_folder, budget, objective, out, **more)
+    return library, solution
 
 
 def search_several(
@@ -69,7 +69,7 @@ def search_several(
     refine: bool | None = None,
     solutions: int = 1,
     differ: int = 1,
-) -> tuple[Library, list[Choice]]:
+) -> tuple[Library, list[Solution]]:
     """The best children of a finished run for another budget; the first is written to ``out`` if that is given.
 
     Where the first has for a layer what the run's own solution has, it is written with what was trained there together,
@@ -82,10 +82,10 @@ def search_several(
         out: the child's folder.
         progress: told where the work is.
         descriptor: of the family.
-        rules: what a choice must satisfy beside the budget; default: the recipe's.
-        refine: whether whole children are run on the run's scoring rows to better the choice; default: if a child is
+        rules: what a solution must satisfy beside the budget; default: the recipe's.
+        refine: whether whole children are run on the run's scoring rows to better the solution; default: if a child is
             written and the recipe has passes for it.
-        solutions: how many choices, best first; the first is the child.
+        solutions: how many solutions, best first; the first is the child.
         differ: in how many subblocks each differs from those before, at least.
 
     Raises:
@@ -103,41 +103,41 @@ def search_several(
     settled: Settled | None = None
     if out is not None and times is not None and times.source == "measured" and library.parent.stream is None:
         first = space
-        settled = settled_choice(
+        settled = settled_solution(
             times, lambda known: first.with_costs(known.into(first.costs, library.alternatives)), library.parent,
             recipe, progress,
         )  # fmt: skip
         space = settled.space
-    choices = space.several(solutions, differ)
+    best = space.several(solutions, differ)
     if settled is not None:
-        choices[0] = settled.choice
+        best[0] = settled.solution
     passes = recipe.search.refine_passes
     if refine and not passes:
         passes = SearchRecipe.refine_passes
-    wanted = (out is not None if refine is None else refine) and passes and choices[0].score > 0
+    wanted = (out is not None if refine is None else refine) and passes and best[0].score > 0
     if wanted:
         recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
         rows, known = scoring_rows(run), settled.times if settled is not None else None
         try:
-            refined = pipeline.refined_choice(space, choices[0], library, recipe, rows, None, "", progress)
+            refined = pipeline.refined_solution(space, best[0], library, recipe, rows, None, "", progress)
         except UnsupportedModel as reason:
             if refine:
                 raise
             progress.note(f"not refined: {reason}")
         else:
-            choices[0] = that_holds(choices[0], refined.choice, known, library.parent, recipe, progress)
+            best[0] = that_holds(best[0], refined.solution, known, library.parent, recipe, progress)
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
             taught = pipeline.with_pairs(run, library)
             own = taught.with_parent(pipeline.at_stored_dtype(library.parent, recipe, run.folder))
             save(
-                own.compose(choices[0].alternatives),
+                own.compose(best[0].alternatives),
                 out,
                 tokenizer=load_tokenizer(library.parent.path),
-                more=lambda folder: write_card(folder, run, library, choices[0], recipe),
+                more=lambda folder: write_card(folder, run, library, best[0], recipe),
             )
             advance(1)
-    return library, choices
+    return library, best
 
 
 def frontier_again(
@@ -161,10 +161,10 @@ def frontier_again(
     run = Run.existing(run_folder)
     recipe, library, space, _ = _space(run, budget, objective, descriptor, rules, progress)
 
-    def measured(choices: Sequence[Choice]) -> list[dict[str, Any]]:
+    def measured(solutions: Sequence[Solution]) -> list[dict[str, Any]]:
         rows = scoring_rows(run)
         models = whole_models(library, rows, recipe, progress, run.folder)
-        everything = [*choices, space.of([a for a in library.alternatives if a.kind == "parent"])]
+        everything = [*solutions, space.of([a for a in library.alternatives if a.kind == "parent"])]
         with progress.stage("measure", len(rows), "sequences") as advance:
             found = models.run([c.alternatives for c in everything], range(len(rows)), advance)
         *own_rows, parent = [[values[recipe.scoring.objective] for values in own] for own in found]
@@ -214,11 +214,11 @@ def report_again(run_folder: str | Path) -> Path:
     for stage, file in (("solution", "solution.json"), ("evaluation", "evaluation.json")):
         if not (run.folder / stage / file).is_file():
             raise InputError(f"{run.folder}: its {stage} is not finished. Run the same compress command again.")
-    choice = Choice.from_dict(read_json(run.folder / "solution" / "solution.json"))
+    solution = Solution.from_dict(read_json(run.folder / "solution" / "solution.json"))
     evaluation = read_json(run.folder / "evaluation" / "evaluation.json")
     scores = pipeline.read_scores(run, library)
     costs = read_json(run.folder / "solution" / "costs.json")["alternatives"]
-    return pipeline.finish(run, library, scores, choice, costs, evaluation, recipe).report
+    return pipeline.finish(run, library, scores, solution, costs, evaluation, recipe).report
 
 
 def evaluate_model(

@@ -1,4 +1,4 @@
-"""What a run does about time: find times of alternatives, make sure that a choice holds, time parent and child."""
+"""What a run does about time: find times of alternatives, make sure that a solution holds, time parent and child."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from layersmith.run import ranks
 from layersmith.run.artifacts import file_digest, fingerprint, read_json, write_json, write_text
 from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
-from layersmith.search.problem import Choice, Space
+from layersmith.search.problem import Solution, Space
 from layersmith.search.rules import without_times
 from layersmith.search.time_limits import TOLERANCE, Settled, compared, settle
 
@@ -177,15 +177,15 @@ def solve(
     times: Times | None,
     space_of: Callable[[Times | None], Space],
     progress: Progress,
-) -> tuple[Space, Choice, Times | None]:
-    """The best choice; within limits of time one that holds against the clock where that is here.
+) -> tuple[Space, Solution, Times | None]:
+    """The best solution; within limits of time one that holds against the clock where that is here.
 
     Args:
         run: gets the stage ``settled``.
         inputs: digest of what the space depends on beside times.
         library, recipe: of the run.
         times: of all alternatives, if the budget has limits of time.
-        space_of: of all choices, with some times.
+        space_of: of all solutions, with some times.
         progress: told of the work.
     """
     if times is None or times.source != "measured" or library.parent.stream is not None:
@@ -193,22 +193,22 @@ def solve(
         return space, ranks.from_first(space.best), times
 
     def make(folder: Path) -> None:
-        settled = settled_choice(times, space_of, library.parent, recipe, progress)
+        settled = settled_solution(times, space_of, library.parent, recipe, progress)
         write_times(folder, settled.times, library.alternatives)
-        write_json(folder / "choice.json", settled.choice.to_dict())
+        write_json(folder / "choice.json", settled.solution.to_dict())
 
     run.do("settled", fingerprint([inputs, times.to_dict(library.alternatives), schema.to_data(recipe.search)]), make)
     settled = Times.from_dict(read_json(run.folder / "settled" / "times.json"))
-    return space_of(settled), Choice.from_dict(read_json(run.folder / "settled" / "choice.json")), settled
+    return space_of(settled), Solution.from_dict(read_json(run.folder / "settled" / "choice.json")), settled
 
 
-def settled_choice(
+def settled_solution(
     times: Times, space_of: Callable[[Times], Space], parent: Parent, recipe: Recipe, progress: Progress
 ) -> Settled:
-    """A choice that holds against the clock; see :mod:`layersmith.search.time_limits`."""
+    """A solution that holds against the clock; see :mod:`layersmith.search.time_limits`."""
     watch = Stopwatch(parent, times.workload, recipe.costs)
     with progress.stage("settle", 1, "child") as advance:
-        settled = settle(times, space_of, lambda known, choice: watched(watch, known, choice, recipe))
+        settled = settle(times, space_of, lambda known, solution: watched(watch, known, solution, recipe))
         advance(1)
     if settled.over > TOLERANCE:
         progress.note(
@@ -217,10 +217,10 @@ def settled_choice(
     return settled
 
 
-def watched(watch: Stopwatch, times: Times, choice: Choice, recipe: Recipe) -> Check:
-    """A choice against the clock."""
-    fraction = choice.costs["parameters"] / choice.parent_costs["parameters"]
-    return check(watch, times, {SOLUTION: (choice.alternatives, fraction)}, recipe.costs)[0]
+def watched(watch: Stopwatch, times: Times, solution: Solution, recipe: Recipe) -> Check:
+    """A solution against the clock."""
+    fraction = solution.costs["parameters"] / solution.parent_costs["parameters"]
+    return check(watch, times, {SOLUTION: (solution.alternatives, fraction)}, recipe.costs)[0]
 
 
 def time_child(
@@ -261,9 +261,9 @@ def time_child(
 
 
 def that_holds(
-    plain: Choice, refined: Choice, times: Times | None, parent: Parent, recipe: Recipe, progress: Progress
-) -> Choice:
-    """The refined choice, or the program's own where, timed as a whole, the refined one is over its limit of time.
+    plain: Solution, refined: Solution, times: Times | None, parent: Parent, recipe: Recipe, progress: Progress
+) -> Solution:
+    """The refined solution, or the program's own where, timed as a whole, the refined one is over its limit of time.
 
     Args:
         plain: the program's, which was settled.
