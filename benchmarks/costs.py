@@ -33,7 +33,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from layersmith import pipeline
 from layersmith.costs.budget import Budget
-from layersmith.costs.clock import told_apart
+from layersmith.costs.clock import median_polish
 from layersmith.costs.curve import Curve
 from layersmith.costs.measured import measure
 from layersmith.model_descriptor.stock import quiet_transformers
@@ -155,7 +155,7 @@ def stopwatch(
                 seen.append(row)
     own, errors = {}, {}
     for phase in _PHASES:
-        own[phase], errors[phase] = told_apart([[one[phase] for one in row] for row in seen])
+        own[phase], errors[phase] = median_polish([[one[phase] for one in row] for row in seen])
     by_model = [[{phase: of[phase][k] for phase in _PHASES} for k in range(len(models))] for of in (own, errors)]
     return by_model[0], by_model[1]
 

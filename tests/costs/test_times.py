@@ -14,10 +14,12 @@ import torch
 import layersmith
 from layersmith.costs import clock
 from layersmith.costs.budget import Budget, parse_limit
-from layersmith.costs.clock import told_apart
+from layersmith.costs.clock import median_polish
 from layersmith.costs.counted import Workload
-from layersmith.costs.measured import Stopwatch, measure
+from layersmith.costs.measured import measure
 from layersmith.costs.roofline import DEVICES, predict
+from layersmith.costs.savings import Shape, shrink
+from layersmith.costs.stopwatch import Stopwatch
 from layersmith.costs.times import TIMES, Times, Timing, costs_of, from_csv, to_csv
 from layersmith.errors import Infeasible, InputError, UsageError
 from layersmith.execution.parent import Parent, load_parent
@@ -74,16 +76,35 @@ def test_a_slow_round_slows_all_alike() -> None:
     slow = [1.0, 3.0, 1.0, 1.2, 1.0, 7.0, 1.0, 1.0, 2.0]
     rounds = [[t * s * rng.uniform(0.99, 1.01) for t in own] for s in slow]
     rounds[3][1] *= 9  # and one model alone, once
-    times, errors = told_apart(rounds)
+    times, errors = median_polish(rounds)
     assert times == pytest.approx(own, rel=0.02)
     assert all(0 < error < 0.01 * time for error, time in zip(errors, own, strict=True))
 
 
 def test_the_clock_runs(parent: Parent) -> None:
     watch = Stopwatch(parent, LOAD, CostsRecipe(rounds=1, decode_steps=2, seconds=1e-3))
-    (whole, again), _ = watch.time([parent.blocks, parent.blocks])
-    assert 0 < whole.decode < whole.prefill + whole.decode < 60
-    assert again.decode == pytest.approx(whole.decode, rel=5)
+    whole, again = watch.time([parent.blocks, parent.blocks])
+    assert 0 < whole.time.decode < whole.time.prefill + whole.time.decode < 60
+    assert again.time.decode == pytest.approx(whole.time.decode, rel=5)
+
+
+def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeats of a model that disagree by more than a third mark its time as unreliable."""
+    rng = random.Random(0)
+
+    def timed(noise: float) -> clock.Measurement:
+        def once(self: clock.Served, model: Any, known: Timing | None = None) -> Timing:
+            return Timing(0.01 * rng.uniform(1, 1 + noise), 0.001)
+
+        monkeypatch.setattr(clock.Served, "once", once)
+        return clock.time_in_turns([None], clock.Served(LOAD, 4, "eager", 10), 9, 60.0, repeats=[3])[0]
+
+    quiet, busy = timed(0.1), timed(20.0)
+    assert not quiet.busy
+    assert quiet.spread.prefill < 0.1
+    assert quiet.spread.decode == 0
+    assert busy.busy
+    assert busy.spread.prefill > 1
 
 
 def test_what_is_timed_has_the_shapes_of_the_child_and_the_memory_of_the_parent(parent: Parent, found: Survey) -> None:
@@ -111,12 +132,10 @@ def test_what_is_timed_has_the_shapes_of_the_child_and_the_memory_of_the_parent(
 
 
 def test_noise_is_taken_from_what_lies_on_a_line() -> None:
-    from layersmith.costs.measured import _Shape, steadied
-
     rng = random.Random(3)
     block = layersmith.BlockConfig(layersmith.AttentionConfig(), layersmith.FFNConfig())
     shapes = [
-        _Shape(0, "ffn", dataclasses.replace(block, ffn=layersmith.FFNConfig(intermediate_size=size)))
+        Shape(0, "ffn", dataclasses.replace(block, ffn=layersmith.FFNConfig(intermediate_size=size)))
         for size in (64, 128, 192, 256, 320)
     ]
     removed = {shape: ("ffn_width", 384.0 - (shape.block.ffn.intermediate_size or 0)) for shape in shapes}
@@ -124,7 +143,7 @@ def test_noise_is_taken_from_what_lies_on_a_line() -> None:
 
     def off(noise: float, said: float) -> tuple[float, float]:
         seen = {shape: Timing(own + noise * rng.gauss(0, 1), own) for shape, own in true.items()}
-        found = steadied(seen, dict.fromkeys(shapes, Timing(said, said)), removed)
+        found = shrink(seen, dict.fromkeys(shapes, Timing(said, said)), removed)
         return tuple(sum((t[s].prefill - true[s]) ** 2 for s in shapes) for t in (seen, found))  # type: ignore[return-value]
 
     pairs = [off(5e-5, 5e-5) for _ in range(50)]

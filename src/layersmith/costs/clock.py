@@ -1,7 +1,8 @@
-"""Models against the clock, through Transformers' own ``generate``, all of a session in turns.
+"""Models against the clock: time to first token and time per token through Transformers' own ``generate``.
 
-A time is told from rounds by a two-way fit of medians: how long a model takes, times how slow the machine was in that
-round. A machine that is busy for a while thus slows all alike.
+All models of a session are timed in rounds, in shuffled order. Times are estimated from the rounds by median polish
+(model effect x effect of the machine's state in that round), so a machine that is busy for a while slows all models
+alike and the ratios between them hold.
 """
 
 from __future__ import annotations
@@ -20,22 +21,45 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
+from layersmith import upstream
 from layersmith.costs.counted import Workload
 from layersmith.costs.times import ZERO, Timing
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.run.runtime import Runtime
 
-# Fewer rounds tell nothing of the noise.
+# With fewer rounds there is no estimate of the noise.
 LEAST_ROUNDS = 3
-# What others left in the caches makes the first tokens slow for about so long.
+# Repeats of one model that differ by more than this share of their median call the machine busy.
+BUSY_SPREAD = 1 / 3
+# After a prefill the caches hold other data: the first tokens are slow for about this long and are not timed.
 _SETTLING_SECONDS = 0.02
-# A token whose cache is so much longer than the prompt, or more, has a run of its own.
+# The timed tokens get a run of their own if their cache is longer than the prompt by this factor or more.
 _LONGER = 1.05
 _SEED = 0
 
 
-class _Marks(StoppingCriteria):
-    """Notes when each token is there."""
+@dataclass(frozen=True)
+class Measurement:
+    """What one model takes, and how reliable that is.
+
+    Attributes:
+        time: Seconds, by median polish.
+        error: Standard errors of the time, in seconds.
+        spread: Distance between the 10th and the 90th percentile of the repeats, as they were timed, over their median.
+    """
+
+    time: Timing
+    error: Timing
+    spread: Timing
+
+    @property
+    def busy(self) -> bool:
+        """Whether other work on the machine disturbed the repeats, so that the time is not to be relied on."""
+        return max(self.spread.prefill, self.spread.decode) > BUSY_SPREAD
+
+
+class _TokenClock(StoppingCriteria):
+    """Records the time at which each token is complete; never stops the generation."""
 
     def __init__(self, device: torch.device):
         self.device, self.times = device, [0.0]
@@ -46,9 +70,9 @@ class _Marks(StoppingCriteria):
 
 
 def now(device: torch.device) -> float:
-    """Seconds, when a device has done what it was given.
+    """Seconds, once the device has finished its queue.
 
-    One thread on a CPU is told its own time, so that what others take of the machine is not in it.
+    A single CPU thread is timed in thread time, which leaves out what other processes take; all else in wall time.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -62,12 +86,12 @@ class Served:
     """How a model is run when it is timed.
 
     Attributes:
-        workload: batch, prompt, tokens that are written.
-        steps: tokens of which the median is taken.
-        backend: as in the recipe.
-        vocab_size: random tokens are below it.
-        warm: whether it first runs untimed each time, so that weights that others do not share are in the caches, as
-            where it is served alone.
+        workload: Batch, length of the prompt, and number of generated tokens.
+        steps: Number of decode steps of which the median is taken.
+        backend: ``eager`` or ``compile``, as in the recipe.
+        vocab_size: Random token ids are below this.
+        warm: Whether the model first runs untimed each time. Its weights are then in the caches, as they are when it is
+            served alone.
     """
 
     workload: Workload
@@ -77,18 +101,17 @@ class Served:
     warm: bool = False
 
     def once(self, model: PreTrainedModel, known: Timing | None = None) -> Timing:
-        """Seconds to the first token, and of one more when half of those that are written are there.
+        """Seconds to the first token, and of one decode step when half of the generated tokens exist.
 
         Args:
-            model: that runs.
-            known: about what it takes, if that is known: then tokens come first that are not timed, until it runs as
-                it does after many.
+            model: Model to run.
+            known: Roughly what the model takes. If given, tokens are generated untimed first until the caches settle.
         """
         prompt, room = self.workload.prompt, self.workload.generated - self.steps
         settling = 0 if known is None else max(0, min(int(_SETTLING_SECONDS / max(known.decode, 1e-9)), room // 2))
         if self.warm:
             self._tokens(model, prompt, 1)
-        # The middle of the tokens that are timed is the middle of those that are written.
+        # The middle of the timed tokens is the middle of the generated ones.
         start = max(1, prompt + room // 2 - settling)
         if start <= prompt * _LONGER:
             first, *steps = self._tokens(model, prompt, settling + self.steps + 1)
@@ -98,133 +121,134 @@ class Served:
         return Timing(first, float(np.median(steps[settling:])))
 
     def _tokens(self, model: Any, prompt: int, tokens: int) -> list[float]:
-        """Seconds that each token took."""
+        """Seconds that each of ``tokens`` generated tokens took."""
         generator = torch.Generator().manual_seed(_SEED)
         shape = (self.workload.batch, prompt)
         ids = torch.randint(0, self.vocab_size, shape, generator=generator).to(model.device)
-        marks = _Marks(model.device)
-        marks.times[0] = now(model.device)
+        token_clock = _TokenClock(model.device)
+        token_clock.times[0] = now(model.device)
         model.generate(
             ids,
             attention_mask=torch.ones_like(ids),
             generation_config=self._config(tokens),
-            stopping_criteria=StoppingCriteriaList([marks]),
+            stopping_criteria=StoppingCriteriaList([token_clock]),
         )
-        return [float(t) for t in np.diff(marks.times)]
+        return [float(t) for t in np.diff(token_clock.times)]
 
     def _config(self, tokens: int) -> GenerationConfig:
-        own: dict[str, Any] = {"disable_compile": True}
+        compilation: dict[str, Any] = {"disable_compile": True}
         if self.backend == "compile":
-            own = {"cache_implementation": "static", "compile_config": _everywhere()}
+            compilation = {"cache_implementation": "static", "compile_config": upstream.compile_on_any_device()}
         return GenerationConfig(
-            max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True, pad_token_id=0, **own
+            max_new_tokens=tokens,
+            min_new_tokens=tokens,
+            do_sample=False,
+            use_cache=True,
+            pad_token_id=0,
+            **compilation,
         )
-
-
-def _everywhere() -> Any:
-    from transformers import CompileConfig
-
-    config: Any = CompileConfig(fullgraph=False)
-    config._compile_all_devices = True  # what a GPU gets by itself, on a CPU too
-    return config
 
 
 @contextmanager
 def quietly(backend: str) -> Iterator[None]:
-    """Without what Transformers says of generation; as many compiled models at once as are timed."""
-    logger = logging.getLogger("transformers.generation")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """Silence Transformers' messages about generation, and let torch keep every timed model compiled."""
+    generation_logger = logging.getLogger("transformers.generation")
+    level = generation_logger.level
+    generation_logger.setLevel(logging.ERROR)
     try:
         with quiet_transformers():
             if backend == "compile":
-                from torch._dynamo import config
-
-                with config.patch(recompile_limit=4096, accumulated_recompile_limit=16384):
+                with upstream.many_compiled_models():
                     yield
             else:
                 yield
     finally:
-        logger.setLevel(level)
+        generation_logger.setLevel(level)
 
 
-def in_turns(
+def time_in_turns(
     models: Sequence[Any],
     served: Served,
     rounds: int,
     seconds: float,
     advance: Callable[[float], None] = lambda rounds: None,
     repeats: Sequence[int] | None = None,
-) -> tuple[list[Timing], list[Timing]]:
-    """Time models in rounds of all of them, after one that warms up: times, and their standard errors.
+) -> list[Measurement]:
+    """Time models in rounds of all of them, after one round that warms up.
 
     Args:
-        models: that are timed.
-        served: how they run.
-        rounds: at most.
-        seconds: about so many for all rounds, but a few rounds are always made.
-        advance: told of rounds.
-        repeats: how often each model runs in a round; default: once. A parent, beside which all others are told, is
-            worth more than one.
+        models: Models to time.
+        served: How they run.
+        rounds: Maximum number of rounds.
+        seconds: Approximate limit for all rounds; ``LEAST_ROUNDS`` are always made.
+        advance: Called with the number of rounds just done.
+        repeats: Number of runs of each model in a round, once by default. The reference of a comparison is worth more
+            than one.
     """
-    places = [k for k, times in enumerate(repeats or [1] * len(models)) for _ in range(times)]
-    order = list(range(len(places)))
+    slots = [k for k, times in enumerate(repeats or [1] * len(models)) for _ in range(times)]
+    order = list(range(len(slots)))
     rng = random.Random(_SEED)
     with quietly(served.backend):
         known = [served.once(model) for model in models]
         advance(1)
         began = time.monotonic()
-        seen: list[list[Timing]] = []
-        while len(seen) < max(rounds, LEAST_ROUNDS):
+        timed_rounds: list[list[Timing]] = []
+        while len(timed_rounds) < max(rounds, LEAST_ROUNDS):
             used = time.monotonic() - began
-            if len(seen) >= LEAST_ROUNDS and used + used / len(seen) > seconds:
+            if len(timed_rounds) >= LEAST_ROUNDS and used + used / len(timed_rounds) > seconds:
                 break
             rng.shuffle(order)
-            row = [ZERO] * len(places)
+            row = [ZERO] * len(slots)
             for k in order:
-                row[k] = served.once(models[places[k]], known[places[k]])
-            seen.append(row)
+                row[k] = served.once(models[slots[k]], known[slots[k]])
+            timed_rounds.append(row)
             advance(1)
-    prefill, decode = (
-        told_apart([[getattr(t, phase) for t in row] for row in seen]) for phase in ("prefill", "decode")
-    )
-    own, errors = (
-        [Timing(p, d) for p, d in zip(first, second, strict=True)]
-        for first, second in zip(prefill, decode, strict=True)
-    )
-    roots = [places.count(k) ** -0.5 for k in range(len(models))]
-    errors = [error.scaled(root, root) for error, root in zip(_together(errors, places), roots, strict=True)]
-    return _together(own, places), errors
+    return _measurements(timed_rounds, slots)
 
 
-def _together(values: Sequence[Timing], places: Sequence[int]) -> list[Timing]:
-    """Means over what is of the same model."""
-    found = []
-    for k in range(max(places) + 1):
-        own = [value for value, place in zip(values, places, strict=True) if place == k]
-        found.append(sum(own, ZERO).scaled(1 / len(own), 1 / len(own)))
-    return found
+def _measurements(rounds: Sequence[Sequence[Timing]], slots: Sequence[int]) -> list[Measurement]:
+    """A measurement of each model from times ``[rounds][slots]``; ``slots`` says which model ran in each slot."""
+    by_phase = {}
+    for phase in ("prefill", "decode"):
+        seconds = np.array([[getattr(timing, phase) for timing in row] for row in rounds])
+        times, errors = median_polish(seconds)
+        rows = []
+        for k in range(max(slots) + 1):
+            of_model = [slot for slot, model in enumerate(slots) if model == k]
+            low, middle, high = np.quantile(seconds[:, of_model], [0.1, 0.5, 0.9])
+            mean_time, mean_error = (
+                sum(values[slot] for slot in of_model) * (1 / len(of_model)) for values in (times, errors)
+            )
+            rows.append((mean_time, mean_error * len(of_model) ** -0.5, float((high - low) / middle)))
+        by_phase[phase] = rows
+    return [
+        Measurement(*(Timing(p, d) for p, d in zip(prefill, decode, strict=True)))
+        for prefill, decode in zip(by_phase["prefill"], by_phase["decode"], strict=True)
+    ]
 
 
-def told_apart(seconds: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
-    """Times of models, and their standard errors, from times ``[R, M]`` in rounds.
+def median_polish(seconds: Any) -> tuple[list[float], list[float]]:
+    """Times of models and their standard errors, from times ``[R, M]`` of M models in R rounds.
 
-    A time is the model's own times the round's, by medians (Tukey's polish). A round counts as it usually was: the
-    median round is 1.
+    With logs, ``log seconds[r, m] = time[m] + state[r] + noise``: both effects are estimated by taking out medians of
+    rows and columns in turn. A round counts as the machine usually was: the median round has state 0.
+
+    Source: Tukey, "Exploratory Data Analysis" (1977), chapter 11.
     """
     logs = np.log(np.array(seconds))
-    own, rounds = np.median(logs, 0), np.zeros(len(logs))
+    models, states = np.median(logs, 0), np.zeros(len(logs))
     for _ in range(10):
-        rounds = np.median(logs - own, 1)
-        own = np.median(logs - rounds[:, None], 0)
-    # A median's error is 1.25 times that of a mean; the deviation is told from the median of absolute ones.
-    deviation = 1.4826 * np.median(np.abs(logs - own - rounds[:, None]), 0)
-    own = np.exp(own + np.median(rounds))
-    return own.tolist(), (own * 1.2533 * deviation / np.sqrt(len(logs))).tolist()
+        states = np.median(logs - models, 1)
+        models = np.median(logs - states[:, None], 0)
+    # 1.4826 x the median absolute residual estimates the standard deviation of normal noise; the standard error of a
+    # median is 1.2533 times that of a mean.
+    deviation = 1.4826 * np.median(np.abs(logs - models - states[:, None]), 0)
+    times = np.exp(models + np.median(states))
+    return times.tolist(), (times * 1.2533 * deviation / np.sqrt(len(logs))).tolist()
 
 
 def device_name(runtime: Runtime) -> str:
-    """The device that is timed, in words; times of equal names are alike."""
+    """Name of the timed device. Times on devices of the same name are comparable."""
     if runtime.device.type == "cuda":
         return torch.cuda.get_device_name(runtime.device)
     cpu = platform.processor() or platform.machine()

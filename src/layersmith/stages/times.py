@@ -12,12 +12,14 @@ from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Budget, Limit
 from layersmith.costs.clock import device_name
 from layersmith.costs.counted import Workload
-from layersmith.costs.measured import Stopwatch, check, measure, time_models
+from layersmith.costs.measured import measure
 from layersmith.costs.roofline import predict
+from layersmith.costs.stopwatch import Stopwatch, check, time_models
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.costs.times import PREFILL, SOLUTION, Check, Times, costs_of, from_csv, kept_in, to_csv
-from layersmith.errors import Infeasible, InputError, first_line
+from layersmith.errors import Infeasible, InputError
 from layersmith.execution.parent import Parent
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, Survey, survey
@@ -239,14 +241,24 @@ def time_child(
 
     def make(folder: Path) -> None:
         child: Any = load(run.folder / "child", dtype=model.runtime.dtype, device=model.runtime.device).eval()
-        try:
-            own = time_models([model.model, child], workload, recipe.costs, model.language_config.vocab_size)
-        except Exception as error:  # whatever a family's own code raises
-            progress.note(f"parent and child are not timed: they do not generate here ({first_line(error)}).")
+        with foreign_code("do parent and child generate?", refusal_is_answer=True) as attempt:
+            measured = time_models([model.model, child], workload, recipe.costs, model.language_config.vocab_size)
+        if attempt.failed:
+            progress.note(f"parent and child are not timed: they do not generate here ({attempt.reason}).")
             return
-        before, after = (costs_of(timing, workload) for timing in own)
+        before, after = (costs_of(measurement.time, workload) for measurement in measured)
         how = {"batch": workload.batch, "prompt": workload.prompt, "generated": workload.generated}
-        data = {"parent": before, "child": after, **how, "device": device_name(model.runtime)}
+        noise = {
+            name: {"error": dataclasses.asdict(m.error), "spread": dataclasses.asdict(m.spread), "busy": m.busy}
+            for name, m in zip(("parent", "child"), measured, strict=True)
+        }
+        data = {"parent": before, "child": after, **how, "device": device_name(model.runtime), "noise": noise}
+        if any(m.busy for m in measured):
+            widest = max(max(m.spread.prefill, m.spread.decode) for m in measured)
+            progress.note(
+                f"the machine was busy while parent and child were timed: repeats of one time differ by {widest:.0%}. "
+                "Do not read a speed-up from these times; time them again on a quiet machine."
+            )
         write_json(folder / "times.json", data)
 
     here = (times is None or times.source == "measured") and model.stream is None
