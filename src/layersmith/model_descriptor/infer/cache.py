@@ -18,9 +18,10 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from layersmith.block_config import MambaConfig
-from layersmith.model_descriptor.infer.mixers import filled_cache, recurrent_states
+from layersmith.model_descriptor.infer.attributes import numbers, value_at
+from layersmith.model_descriptor.infer.cache_contents import filled_cache, recurrent_states
 from layersmith.model_descriptor.infer.removal import put
-from layersmith.model_descriptor.infer.sizes import Sizes, numbers, value_at
+from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.specimen import TOKENS, Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 from layersmith.model_descriptor.stock import language_config, stock_model, whole_number
@@ -157,9 +158,8 @@ def in_cache(
         of_layer: the kind of each.
         kinds, sizes: of every kind.
     """
-    try:
-        cache = filled_cache(specimen)
-    except Exception:  # a family's own code may keep no cache, or another kind
+    cache = filled_cache(specimen)
+    if cache is None:
         return [InCache()] * len(kinds)
     narrow, shorter = _narrow_cache(specimen), _shorter_cache(specimen)
     found = []

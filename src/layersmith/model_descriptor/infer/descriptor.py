@@ -20,6 +20,7 @@ from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, Mam
 from layersmith.errors import UnsupportedModel, first_line
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.infer import findings_cache as cache
+from layersmith.model_descriptor.infer.attributes import AttributePath, merged, nested, value_at
 from layersmith.model_descriptor.infer.cache import (
     InCache,
     KeptState,
@@ -41,7 +42,7 @@ from layersmith.model_descriptor.infer.mixers import mixer_values
 from layersmith.model_descriptor.infer.per_kind_sizes import split, splits_of
 from layersmith.model_descriptor.infer.removal import proved, put
 from layersmith.model_descriptor.infer.shrink import shrunk
-from layersmith.model_descriptor.infer.sizes import Path, find_sizes, merged, nested, value_at
+from layersmith.model_descriptor.infer.sizes import find_sizes
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Subblock, find_kind, signature
 from layersmith.model_descriptor.patterns import weight_groups
@@ -462,7 +463,7 @@ class InferredDescriptor(ModelDescriptor):
 def _block(findings: Findings, config: PretrainedConfig, index: int) -> BlockConfig:
     kind, sizes = findings.kinds[findings.of_layer[index]], findings.sizes[findings.of_layer[index]]
 
-    def number(path: Path | None) -> int | None:
+    def number(path: AttributePath | None) -> int | None:
         return value_at(config, path, index) or None if path is not None else None
 
     attention = AttentionConfig(no_op=True)
@@ -505,7 +506,9 @@ def descriptor_of(findings: Findings, config: PretrainedConfig) -> type[ModelDes
         for sizes in findings.sizes:
             unit = sizes.config_width
             attention = block_config.attention
-            values: list[tuple[Path | None, int | None, int]] = [(sizes.kv_heads, attention.num_key_value_heads, 1)]
+            values: list[tuple[AttributePath | None, int | None, int]] = [
+                (sizes.kv_heads, attention.num_key_value_heads, 1)
+            ]
             if attention.num_attention_heads is not None:
                 values += [(path, attention.num_attention_heads, 1) for path in sizes.query_heads]
                 if sizes.head_size is not None and sizes.query_heads:

@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from layersmith.errors import UnsupportedModel
+from layersmith.model_descriptor.experiment import Effect, Shapes
+from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.experts import before_digit, experts_used, lie_flat
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 
 if TYPE_CHECKING:
-    from layersmith.model_descriptor.infer.sizes import Effect, Path, Shapes, Trial
+    from layersmith.model_descriptor.infer.sizes import Trial
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class FFNSizes:
         members: weights of experts.
     """
 
-    def __init__(self, trial: Trial, kind: LayerKind, base: Shapes, effects: dict[Path, Effect]):
+    def __init__(self, trial: Trial, kind: LayerKind, base: Shapes, effects: dict[AttributePath, Effect]):
         self.trial, self.base, self.kind = trial, base, kind
         ffn = kind.ffn
         inside = () if ffn is None else tuple(f"{n}." for n in (*ffn.modules, *(name for name, _ in ffn.replaced)))
@@ -70,7 +72,7 @@ class FFNSizes:
         self.flat = () if self.count is None else self._flat(self.count)
         self.members = self._members()
 
-    def _is_count(self, path: Path) -> bool:
+    def _is_count(self, path: AttributePath) -> bool:
         """Whole matrices come and go: along the first dimension of a stack of them, or as members of a list.
 
         A stack may have room for more than the attribute counts, as for experts that do nothing.
@@ -92,7 +94,7 @@ class FFNSizes:
         """Places for experts that have weights in some stacks and none in others: they do nothing."""
         return max((self.base[n][0] - self.number for n in self.members if len(self.base[n]) == 3), default=0)
 
-    def _flat(self, path: Path) -> tuple[str, ...]:
+    def _flat(self, path: AttributePath) -> tuple[str, ...]:
         """Matrices with experts one after another along the first dimension, if the attribute is their number."""
         effect, value = self.effects[path], self.trial.value(path)
         rows = {n: (self.base[n][0], new[0]) for n, new in effect.shapes.items() if self.base[n][1:] == new[1:]}
@@ -123,13 +125,13 @@ class FFNSizes:
         """A shape, of a single expert where experts lie flat."""
         return (shape[0] // self.number, *shape[1:]) if name in self.flat else shape
 
-    def widest(self, inside: bool) -> tuple[Path | None, int, tuple[str, int] | None]:
+    def widest(self, inside: bool) -> tuple[AttributePath | None, int, tuple[str, int] | None]:
         """The attribute that is the width of the largest matrices inside or beside the experts.
 
         Returns:
             The attribute, what it calls a width of 1, and a weight and dimension that are as long as the width.
         """
-        found: list[tuple[bool, int, Path, int, tuple[str, int]]] = []
+        found: list[tuple[bool, int, AttributePath, int, tuple[str, int]]] = []
         for path, effect in self.effects.items():
             governed = {n: new for n, new in effect.shapes.items() if (n in self.members) is inside}
             if effect.came_or_went or path == self.count or not governed:
@@ -165,7 +167,7 @@ class FFNSizes:
                 return path, factor, at
         return None, 1, None
 
-    def _is_width_at(self, path: Path, value: int, width: int, matrices: Collection[str]) -> bool:
+    def _is_width_at(self, path: AttributePath, value: int, width: int, matrices: Collection[str]) -> bool:
         """Whether a small value is kept as it is, not rounded up."""
         try:
             shapes = self.trial.shapes(path, value)
@@ -175,13 +177,13 @@ class FFNSizes:
         return all(width in shape or 2 * width in shape for shape in own.values())
 
 
-def own_experts(experts: FFNSizes, per_token: Path | None) -> OwnExperts | None:
+def own_experts(experts: FFNSizes, per_token: AttributePath | None) -> OwnExperts | None:
     """What there is for each expert of an FFN; None if it is not understood, or the attribute is the FFN's alone."""
     trial, count, number = experts.trial, experts.count, experts.number
     if not experts.of_both or count is None:
         return None
 
-    def layer_with(path: Path, value: int) -> nn.Module:
+    def layer_with(path: AttributePath, value: int) -> nn.Module:
         return trial.made(path, value).model.get_submodule(trial.layer_name)
 
     def changed(other: nn.Module, value: int, new: int) -> Iterator[tuple[str, str]]:
@@ -233,13 +235,13 @@ def unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tup
     return tuple((name, shape.index(width)) for name, shape in own.items() if width in shape)
 
 
-def experts_per_token(trial: Trial, without: Sequence[Path], experts: FFNSizes) -> Path | None:
+def experts_per_token(trial: Trial, without: Sequence[AttributePath], experts: FFNSizes) -> AttributePath | None:
     """The attribute without a shape whose change changes the number of experts that one token uses."""
 
     def used(specimen: Specimen) -> int:
         return experts_used(specimen, trial.prefix, experts.members, experts.flat, experts.number)
 
-    def used_with(path: Path, other: int) -> int | None:
+    def used_with(path: AttributePath, other: int) -> int | None:
         try:
             return used(trial.made(path, other))
         except (UnsupportedModel, RuntimeError):

@@ -7,8 +7,9 @@ from collections import Counter
 from torch import nn
 from transformers import PretrainedConfig
 
+from layersmith.model_descriptor.infer.attributes import numbers, value_at
 from layersmith.model_descriptor.infer.mixers import mamba_config
-from layersmith.model_descriptor.infer.sizes import Sizes, numbers, value_at
+from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 from layersmith.model_descriptor.stock import language_config
 

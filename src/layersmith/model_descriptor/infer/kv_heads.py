@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from layersmith.errors import UnsupportedModel
-from layersmith.model_descriptor.infer.mixers import keys_in_cache
+from layersmith.model_descriptor.experiment import Effect, Shapes
+from layersmith.model_descriptor.infer.attributes import AttributePath
+from layersmith.model_descriptor.infer.cache_contents import keys_in_cache
 from layersmith.model_descriptor.infer.specimen import Specimen, first_tensor_of, restored
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 
 if TYPE_CHECKING:
-    from layersmith.model_descriptor.infer.sizes import Effect, Path, Shapes, Trial
+    from layersmith.model_descriptor.infer.sizes import Trial
 
 _MORE = "there are more of them than the config says, which says what other layers have"
 NOT_UNDERSTOOD = "with every KV head there twice the model gives something else, so where they lie is not understood"
@@ -21,8 +23,8 @@ OF_QUERIES = "keys are made of the queries that read them too, so none can go wi
 
 
 def find_kv_heads(
-    trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[Path, Effect]
-) -> tuple[Path | None, str, list[Path]]:
+    trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[AttributePath, Effect]
+) -> tuple[AttributePath | None, str, list[AttributePath]]:
     """The attribute whose double, with each head's keys and values there twice, changes nothing.
 
     Returns:
@@ -67,7 +69,9 @@ def find_kv_heads(
     return None, reason, of_keys
 
 
-def keys_need_queries(trial: Trial, effects: Mapping[Path, Effect], of_keys: Sequence[Path], of_queries: Path) -> bool:
+def keys_need_queries(
+    trial: Trial, effects: Mapping[AttributePath, Effect], of_keys: Sequence[AttributePath], of_queries: AttributePath
+) -> bool:
     """Whether keys in the cache change with weights that the number of query heads governs, and theirs does not.
 
     Args:
@@ -100,7 +104,7 @@ def _heads_of_keys(specimen: Specimen, index: int) -> int | None:
     return keys.shape[1] if keys is not None and keys.ndim == 4 else None
 
 
-def _doubles_keys(trial: Trial, path: Path, value: int) -> bool:
+def _doubles_keys(trial: Trial, path: AttributePath, value: int) -> bool:
     """Whether twice as much of an attribute makes keys of twice as many heads."""
     try:
         return _heads_of_keys(trial.made(path, 2 * value), trial.index) == 2 * value
@@ -129,7 +133,7 @@ def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
     )
 
 
-def _duplicates(trial: Trial, path: Path, seed: int, factor: int = 1) -> bool:
+def _duplicates(trial: Trial, path: AttributePath, seed: int, factor: int = 1) -> bool:
     """Whether a model with some of the heads gives what one with every one of them there several times gives.
 
     Where the specimen has as many heads as queries, the one with fewer is the one that has every head once; how often

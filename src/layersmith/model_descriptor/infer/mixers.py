@@ -22,11 +22,14 @@ from torch import nn
 
 from layersmith.block_config import MambaConfig
 from layersmith.errors import first_line
+from layersmith.model_descriptor.experiment import Effect, Shapes
+from layersmith.model_descriptor.infer.attributes import AttributePath
+from layersmith.model_descriptor.infer.cache_contents import filled_cache, keys_in_cache, recurrent_states
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 
 if TYPE_CHECKING:
-    from layersmith.model_descriptor.infer.sizes import Effect, Path, Shapes, Trial
+    from layersmith.model_descriptor.infer.sizes import Trial
 
 
 @dataclass(frozen=True)
@@ -57,7 +60,11 @@ class MixerSizes:
 
 
 def find_mixer(
-    trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[Path, Effect], without: Sequence[Path]
+    trial: Trial,
+    kind: LayerKind,
+    base: Shapes,
+    effects: Mapping[AttributePath, Effect],
+    without: Sequence[AttributePath],
 ) -> MixerSizes | None:
     """The attributes of a kind of layer's mixer; None if it has none with a state in the cache.
 
@@ -87,7 +94,7 @@ def find_mixer(
 
     problems: list[str] = []
 
-    def tried(values: dict[Path, Any], heads_alone: bool = False) -> tuple[list[int], int, Shapes] | None:
+    def tried(values: dict[AttributePath, Any], heads_alone: bool = False) -> tuple[list[int], int, Shapes] | None:
         """Dimensions of the state that are twice as long then, how long the reader is, and the shapes."""
         try:
             shapes = trial.shapes_with(values)
@@ -150,13 +157,15 @@ def find_mixer(
     )
 
 
-def _pairs(trial: Trial, firsts: Sequence[Path], seconds: Sequence[Path], size: int) -> Iterator[tuple[Path, Path]]:
+def _pairs(
+    trial: Trial, firsts: Sequence[AttributePath], seconds: Sequence[AttributePath], size: int
+) -> Iterator[tuple[AttributePath, AttributePath]]:
     for first, second in product(firsts, seconds):
         if first != second and trial.value(first) == size and trial.value(second):
             yield first, second
 
 
-def _takes_shares(trial: Trial, pair: tuple[Path, Path], size: int) -> bool:
+def _takes_shares(trial: Trial, pair: tuple[AttributePath, AttributePath], size: int) -> bool:
     """Whether the second can be in proportion to any value of the first, where that is no whole number."""
     new = size + size // 2
     try:
@@ -166,7 +175,9 @@ def _takes_shares(trial: Trial, pair: tuple[Path, Path], size: int) -> bool:
     return True
 
 
-def _is_groups(trial: Trial, path: Path, index: int, base: Shapes, state: tuple[int, ...], entries: int) -> bool:
+def _is_groups(
+    trial: Trial, path: AttributePath, index: int, base: Shapes, state: tuple[int, ...], entries: int
+) -> bool:
     """Whether another number adds or takes so many rows for each, runs, and leaves the state as it is."""
     value = trial.value(path)
     for other in (2 * value, value // 2):
@@ -186,32 +197,8 @@ def _rows(base: Shapes, changed: Shapes) -> int:
     return sum(changed[name][0] - shape[0] for name, shape in base.items() if len(shape) == 2 and name in changed)
 
 
-def filled_cache(specimen: Specimen) -> Any:
-    """The cache that a run leaves; models without any attention call it by another name."""
-    with torch.no_grad():
-        output = specimen.model(input_ids=specimen.ids, use_cache=True)
-    return next(value for value in output.values() if hasattr(value, "layers"))
-
-
-def keys_in_cache(specimen: Specimen, index: int) -> torch.Tensor | None:
-    """The keys that a run leaves of a layer; None if it leaves none."""
-    layers = filled_cache(specimen).layers
-    keys = getattr(layers[index], "keys", None) if index < len(layers) else None
-    return keys if isinstance(keys, torch.Tensor) else None
-
-
 def _states(specimen: Specimen, index: int) -> list[torch.Tensor]:
     return recurrent_states(filled_cache(specimen), index)
-
-
-def recurrent_states(cache: Any, index: int) -> list[torch.Tensor]:
-    """The states that a layer keeps of all tokens; a family's own kind of cache may hold a list with one a layer."""
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    if states := getattr(layer, "recurrent_states", None):
-        return [state for state in states.values() if state is not None]
-    lists = [value for value in vars(cache).values() if isinstance(value, list) and value is not cache.layers]
-    entries = [own[index] for own in lists if index < len(own)]
-    return [entry for entry in entries if isinstance(entry, torch.Tensor)]
 
 
 def _state(specimen: Specimen, index: int) -> tuple[int, ...] | None:
@@ -260,8 +247,8 @@ def mamba_config(
 
 
 def mixer_values(
-    sizes: MixerSizes | None, mamba: MambaConfig | None, value: Callable[[Path], int]
-) -> list[tuple[Path, int | float]]:
+    sizes: MixerSizes | None, mamba: MambaConfig | None, value: Callable[[AttributePath], int]
+) -> list[tuple[AttributePath, int | float]]:
     """What a mixer's sizes ask of the attributes; those that are as the config has them stay unsaid.
 
     Args:
@@ -271,11 +258,11 @@ def mixer_values(
     """
     if sizes is None or mamba is None:
         return []
-    shares: dict[Path, Fraction] = {}
+    shares: dict[AttributePath, Fraction] = {}
     for together, size in ((sizes.num_heads, mamba.num_heads), (sizes.head_dim, mamba.head_dim)):
         for path in together:
             shares[path] = shares.get(path, Fraction(1)) * Fraction(size, value(together[0]))
-    values: list[tuple[Path, int | float]] = [
+    values: list[tuple[AttributePath, int | float]] = [
         (path, in_proportion(value(path), share.numerator, share.denominator)) for path, share in shares.items()
     ]
     wanted = ((sizes.state_dim, mamba.state_dim), (sizes.num_groups, mamba.num_groups))

@@ -13,7 +13,9 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.model_descriptor.infer.sizes import Path, Shapes, Sizes, nested, shapes_of_layers, value_at
+from layersmith.model_descriptor.experiment import Shapes
+from layersmith.model_descriptor.infer.attributes import AttributePath, nested, value_at
+from layersmith.model_descriptor.infer.sizes import Sizes, shapes_of_layers
 from layersmith.modeling_layersmith import with_overrides
 
 
@@ -29,8 +31,8 @@ class Split:
     """
 
     kind: int
-    paths: tuple[Path, ...]
-    idle: frozenset[Path]
+    paths: tuple[AttributePath, ...]
+    idle: frozenset[AttributePath]
     number: int
 
 
@@ -82,11 +84,11 @@ def split(
 
 
 def _idle(
-    config: PretrainedConfig, classes: Sequence[type[nn.Module]], layers: str, paths: Sequence[Path]
-) -> list[frozenset[Path]]:
+    config: PretrainedConfig, classes: Sequence[type[nn.Module]], layers: str, paths: Sequence[AttributePath]
+) -> list[frozenset[AttributePath]]:
     """The attributes that change no shape of a layer, for every layer."""
     base = _shapes(config, classes, layers, None, 0)
-    idle: list[set[Path]] = [set() for _ in base]
+    idle: list[set[AttributePath]] = [set() for _ in base]
     for path in paths:
         for factor in (2, 3):
             try:
@@ -101,7 +103,7 @@ def _idle(
 
 
 def _shapes(
-    config: PretrainedConfig, classes: Sequence[type[nn.Module]], layers: str, path: Path | None, factor: int
+    config: PretrainedConfig, classes: Sequence[type[nn.Module]], layers: str, path: AttributePath | None, factor: int
 ) -> list[Shapes]:
     def configure(own: PretrainedConfig, index: int) -> PretrainedConfig:
         changes: dict[str, Any] = {} if path is None else nested(own, path, factor * value_at(own, path, index))

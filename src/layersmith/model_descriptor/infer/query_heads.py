@@ -12,10 +12,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from layersmith.errors import UnsupportedModel, first_line
+from layersmith.model_descriptor.experiment import Effect, Shapes
+from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 
 if TYPE_CHECKING:
-    from layersmith.model_descriptor.infer.sizes import Effect, Path, Shapes, Trial
+    from layersmith.model_descriptor.infer.sizes import Trial
 
 
 _Change = tuple[torch.Size, torch.Size]
@@ -38,8 +40,8 @@ class QueryHeads:
         pairs: whether two work together, one of either half of all, and end next to each other in a projection.
     """
 
-    paths: tuple[Path, ...] = ()
-    pin: tuple[Path, int] | None = None
+    paths: tuple[AttributePath, ...] = ()
+    pin: tuple[AttributePath, int] | None = None
     reason: str = ""
     blocks: int = 1
     pairs: bool = False
@@ -49,10 +51,10 @@ def find_query_heads(
     trial: Trial,
     kind: LayerKind,
     base: Shapes,
-    effects: Mapping[Path, Effect],
-    named: Sequence[tuple[Path, int]],
-    idle: Collection[Path],
-    kv_heads: Path | None,
+    effects: Mapping[AttributePath, Effect],
+    named: Sequence[tuple[AttributePath, int]],
+    idle: Collection[AttributePath],
+    kv_heads: AttributePath | None,
 ) -> QueryHeads:
     """The number of query heads, found in all layers at once, or in those of the kind where that shows nothing."""
     found: list[QueryHeads] = []
@@ -67,10 +69,10 @@ def _found(
     trial: Trial,
     kind: LayerKind,
     base: Shapes,
-    effects: Mapping[Path, Effect],
-    named: Sequence[tuple[Path, int]],
-    idle: Collection[Path],
-    kv_heads: Path | None,
+    effects: Mapping[AttributePath, Effect],
+    named: Sequence[tuple[AttributePath, int]],
+    idle: Collection[AttributePath],
+    kv_heads: AttributePath | None,
 ) -> QueryHeads:
     """The attributes whose double, with each query head there twice and read at half, changes nothing.
 
@@ -105,7 +107,7 @@ def _found(
         equal += [p for p in idle if kv_heads is None and p[-1] == "num_key_value_heads" and p not in equal]
         # The size of a head, read off the weights: what a head of the last projection takes.
         sizes = sorted({n // value for shape in base.values() for n in shape if n % value == 0 and n > value})
-        pins: list[tuple[Path, int] | None] = [None, *((p, size) for p in unset for size in sizes)]
+        pins: list[tuple[AttributePath, int] | None] = [None, *((p, size) for p in unset for size in sizes)]
         pins += [(p, v) for p, v in named if v in sizes and p != path and p not in idle]
         for pin in dict.fromkeys(pins):
             for together in ((path,), *((path, other) for other in equal if pin is None)):
@@ -140,7 +142,7 @@ def _found(
     return QueryHeads(reason=next(iter(reasons), ""))
 
 
-def _why_not(trial: Trial, path: Path, heads: int) -> str:
+def _why_not(trial: Trial, path: AttributePath, heads: int) -> str:
     """Why their number cannot differ, where their double gives something else, or does not run."""
     try:
         trial.made(path, 2 * heads)
@@ -150,7 +152,7 @@ def _why_not(trial: Trial, path: Path, heads: int) -> str:
 
 
 def _does_not_run(
-    trial: Trial, path: Path, heads: int, pins: Sequence[tuple[Path, int] | None], base: Shapes
+    trial: Trial, path: AttributePath, heads: int, pins: Sequence[tuple[AttributePath, int] | None], base: Shapes
 ) -> list[str]:
     """Why what is called so as usual is not it, where layers with more heads of the same size do not run."""
     for pin in dict.fromkeys(pins):
@@ -169,7 +171,7 @@ def _does_not_run(
     return []
 
 
-def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
+def _sets_sizes(trial: Trial, path: AttributePath, base: Shapes) -> bool:
     """Whether an attribute that a config does not have sets sizes of a layer, once it has it."""
     from layersmith.model_descriptor.infer.sizes import ANY_SIZES
 
@@ -179,7 +181,7 @@ def _sets_sizes(trial: Trial, path: Path, base: Shapes) -> bool:
         return True
 
 
-def _in_blocks(trial: Trial, path: Path, heads: int, base: Shapes) -> int:
+def _in_blocks(trial: Trial, path: AttributePath, heads: int, base: Shapes) -> int:
     """The blocks of a projection of several that heads end in, each of which reads other heads; 1 if there are none."""
     if _is_plain(trial, (path,), None, heads, base):
         return 1
@@ -189,7 +191,9 @@ def _in_blocks(trial: Trial, path: Path, heads: int, base: Shapes) -> int:
     return 1
 
 
-def _is_plain(trial: Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, base: Shapes) -> bool:
+def _is_plain(
+    trial: Trial, paths: Sequence[AttributePath], pin: tuple[AttributePath, int] | None, heads: int, base: Shapes
+) -> bool:
     """Whether heads end in a linear map as such, which has no blocks."""
     more = trial.shapes_with({**dict.fromkeys(paths, 2 * heads), **dict([pin] if pin else [])})
     changes = _changes(base, more).items()
@@ -202,7 +206,9 @@ def _changes(base: Shapes, other: Shapes) -> dict[str, tuple[tuple[int, ...], tu
     return {name: (shape, other[name]) for name, shape in base.items() if shape != other[name]}
 
 
-def _doubles(trial: Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, heads: int, base: Shapes) -> bool:
+def _doubles(
+    trial: Trial, paths: Sequence[AttributePath], pin: tuple[AttributePath, int] | None, heads: int, base: Shapes
+) -> bool:
     """Whether twice the heads make a side of some matrix twice as long and none shorter, and a pin alone nothing.
 
     What reads them has at least two entries for each: with one it is a rank, of which entries may be there twice too.
@@ -234,8 +240,8 @@ def _doubles(trial: Trial, paths: Sequence[Path], pin: tuple[Path, int] | None, 
 
 def _doubled_queries(
     trial: Trial,
-    paths: Sequence[Path],
-    pin: tuple[Path, int] | None,
+    paths: Sequence[AttributePath],
+    pin: tuple[AttributePath, int] | None,
     heads: int,
     seed: int,
     blocks: int = 1,

@@ -8,7 +8,7 @@ told in ``ffn_sizes.py``.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -18,6 +18,15 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
+from layersmith.model_descriptor.experiment import Effect, Shapes, parameter_shapes
+from layersmith.model_descriptor.infer.attributes import (
+    AttributePath,
+    merged,
+    nested,
+    numbers,
+    numbers_of_layer,
+    value_at,
+)
 from layersmith.model_descriptor.infer.ffn import FFNSizes, OwnExperts, experts_per_token, own_experts, unsaid_width
 from layersmith.model_descriptor.infer.kv_heads import NOT_UNDERSTOOD, OF_QUERIES, find_kv_heads, keys_need_queries
 from layersmith.model_descriptor.infer.mixers import MixerSizes, find_mixer
@@ -29,9 +38,6 @@ from layersmith.modeling_layersmith import own_layers, with_overrides
 
 # Of an attribute that is not set, to see whether it sets a size; at most one of them is what the size is without it.
 ANY_SIZES = (24, 40)
-
-Path = tuple[str, ...]
-Shapes = dict[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -58,15 +64,15 @@ class Sizes:
         own_experts: what is built of these numbers in the FFN, where it is.
     """
 
-    kv_heads: Path | None = None
-    width: Path | None = None
-    num_experts: Path | None = None
-    expert_width: Path | None = None
-    shared_width: Path | None = None
-    experts_per_token: Path | None = None
+    kv_heads: AttributePath | None = None
+    width: AttributePath | None = None
+    num_experts: AttributePath | None = None
+    expert_width: AttributePath | None = None
+    shared_width: AttributePath | None = None
+    experts_per_token: AttributePath | None = None
     config_width: int = 1
-    query_heads: tuple[Path, ...] = ()
-    head_size: tuple[Path, int] | None = None
+    query_heads: tuple[AttributePath, ...] = ()
+    head_size: tuple[AttributePath, int] | None = None
     width_at: tuple[str, int] | None = None
     shared_width_at: tuple[str, int] | None = None
     resized: tuple[tuple[str, int], ...] = ()
@@ -78,26 +84,8 @@ class Sizes:
     head_blocks: int = 1
     head_pairs: bool = False
     no_kv_heads: str = ""
-    keys: Path | None = None
-    heads_elsewhere: Path | None = None
-
-
-@dataclass(frozen=True)
-class Effect:
-    """What another value of an attribute does to one layer.
-
-    Attributes:
-        other: the value.
-        shapes: parameter to its new shape, where it changed.
-        came_or_went: parameters that are only in one of the two layers.
-    """
-
-    other: int
-    shapes: Shapes = field(default_factory=dict)
-    came_or_went: frozenset[str] = frozenset()
-
-    def __bool__(self) -> bool:
-        return bool(self.shapes or self.came_or_went)
+    keys: AttributePath | None = None
+    heads_elsewhere: AttributePath | None = None
 
 
 def shapes_of_layers(
@@ -109,7 +97,7 @@ def shapes_of_layers(
     """Shapes of all layers, each built from what is made of the config for it."""
     with own_layers(layer_classes, configure, lambda layer, index: None):
         layers = stock_model(config).get_submodule(layers_name)
-    return [{n: tuple(p.shape) for n, p in layer.named_parameters()} for layer in layers.children()]
+    return [parameter_shapes(layer) for layer in layers.children()]
 
 
 def find_sizes(
@@ -160,10 +148,10 @@ def find_sizes(
         return [Sizes()] * len(kinds)
     config = layer_configs[0]
     examples = [list(of_layer).index(kind) for kind in range(len(kinds))]
-    effects: dict[Path, list[Effect]] = {}
-    without: list[Path] = []
+    effects: dict[AttributePath, list[Effect]] = {}
+    without: list[AttributePath] = []
 
-    def effects_of(path: Path, value: int) -> list[Effect]:
+    def effects_of(path: AttributePath, value: int) -> list[Effect]:
         """What another value does to an example of every kind; nothing is noted where none can be built."""
         for other in (2 * value, value // 2, value + 1) if value else ANY_SIZES:
             if other < 1 or other == value:
@@ -172,12 +160,12 @@ def find_sizes(
                 changed = shapes(nested(config, path, other))
             except Exception:  # whatever a family's own code raises for a size that it cannot take
                 continue
-            found = [_effect(base[i], changed[i], other) for i in examples]
+            found = [Effect.between(base[i], changed[i], other) for i in examples]
             if any(found) or value or other == ANY_SIZES[-1]:
                 return found  # else it may be what the size is anyway
         return []
 
-    of_kinds = [dict(_numbers_of(config, len(base), i)) for i in examples]
+    of_kinds = [numbers_of_layer(config, len(base), i) for i in examples]
     for path, value in numbers(config, len(base)):
         found = effects_of(path, value)
         for k, own_numbers in enumerate(of_kinds):
@@ -248,7 +236,7 @@ def find_sizes(
             )
         )
 
-    def elsewhere(k: int) -> Path | None:
+    def elsewhere(k: int) -> AttributePath | None:
         for other in found_sizes:
             for path in other.query_heads[:1]:
                 more = nested(config, path, 2 * value_at(config, path))
@@ -280,57 +268,6 @@ def _noting_what_is_missing(config: PretrainedConfig, missing: list[str]) -> Pre
     return config
 
 
-def numbers(config: PretrainedConfig, num_layers: int, above: Path = ()) -> Iterator[tuple[Path, int]]:
-    """Every attribute of a config, and of the configs in it, that is a number, a number a layer, or 0 for none."""
-    for name, value in vars(config).items():
-        if name.startswith("_") or name.endswith(("_token_id", "dtype")):
-            continue
-        if isinstance(value, PretrainedConfig):
-            yield from numbers(value, num_layers, (*above, name))
-        elif type(value) is int and value >= 1:
-            yield (*above, name), value
-        elif isinstance(value, list) and len(value) == num_layers and all(type(v) is int and v > 1 for v in value):
-            yield (*above, name), value[0]
-        elif value is None:
-            yield (*above, name), 0
-
-
-def _numbers_of(config: PretrainedConfig, num_layers: int, layer: int) -> Iterator[tuple[Path, int]]:
-    """:func:`numbers`, as they are in a layer where a family's own config gives layers others."""
-    by_layer = getattr(config, "per_layer_attributes", None) or ()
-    for path, value in numbers(config, num_layers):
-        yield path, value_at(config, path, layer) or value if path[0] in by_layer else value
-
-
-def nested(config: Any, path: Path, value: Any) -> dict[str, Any]:
-    """Overrides that set the attribute at ``path``; an attribute with a number a layer gets it for all."""
-    if path[0] in (getattr(config, "per_layer_attributes", None) or ()):
-        return {path[0]: value}
-    own = getattr(config, path[0], None)
-    if len(path) > 1:
-        return {path[0]: nested(own, path[1:], value)}
-    return {path[0]: [value] * len(own) if isinstance(own, list) else value}
-
-
-def merged(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
-    """Overrides of both, nested ones too; the second's go before."""
-    result = dict(first)
-    for name, value in second.items():
-        old = result.get(name)
-        result[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
-    return result
-
-
-def value_at(config: PretrainedConfig, path: Path, layer: int = 0) -> int:
-    """The number at ``path``; 0 for none."""
-    if path[0] in (getattr(config, "per_layer_attributes", None) or ()):
-        config = config.per_layer_config[layer]
-    own: Any = config
-    for name in path:
-        own = getattr(own, name, None)
-    return own[layer] if isinstance(own, list) else own or 0
-
-
 @dataclass(frozen=True)
 class Trial:
     """Specimens whose layers have other configs, and the shapes of such a layer.
@@ -355,7 +292,7 @@ class Trial:
     built: Callable[[dict[str, Any]], Shapes]
     alike: tuple[int, ...] = ()
     alone: bool = False
-    numbers: Mapping[Path, int] = field(default_factory=dict)
+    numbers: Mapping[AttributePath, int] = field(default_factory=dict)
 
     def ways(self) -> tuple[Trial, ...]:
         """All layers with other values, then only those of the kind: what is twice there may be so in these alone."""
@@ -375,19 +312,19 @@ class Trial:
         layers = self.layer_name.rpartition(".")[0]
         return [name for name, _ in self.specimen.model.get_submodule(layers).named_children()]
 
-    def value(self, path: Path) -> int:
+    def value(self, path: AttributePath) -> int:
         return self.numbers.get(path) or value_at(self.config, path)
 
-    def made(self, path: Path, value: int, seed: int = 0) -> Specimen:
+    def made(self, path: AttributePath, value: int, seed: int = 0) -> Specimen:
         """A specimen that has run, with another value of an attribute in the layers."""
         return self.made_with({path: value}, seed)
 
-    def made_with(self, values: Mapping[Path, Any], seed: int = 0) -> Specimen:
+    def made_with(self, values: Mapping[AttributePath, Any], seed: int = 0) -> Specimen:
         """A specimen that has run, with other values of attributes in the layers."""
         with self._changed(values):
             return Specimen(self.specimen.config, seed)
 
-    def _changed(self, values: Mapping[Path, Any]) -> AbstractContextManager[None]:
+    def _changed(self, values: Mapping[AttributePath, Any]) -> AbstractContextManager[None]:
         overrides = self._overrides(values)
 
         def configure(config: PretrainedConfig, index: int) -> PretrainedConfig:
@@ -395,7 +332,7 @@ class Trial:
 
         return own_layers(self.layer_classes, configure, lambda layer, index: None)
 
-    def runs_unfused(self, values: Mapping[Path, Any]) -> bool:
+    def runs_unfused(self, values: Mapping[AttributePath, Any]) -> bool:
         """Whether a specimen with other values of attributes in the layers runs with Transformers' plain attention."""
         config = copy.deepcopy(self.specimen.config)
         config._attn_implementation = "eager"
@@ -406,28 +343,22 @@ class Trial:
             return False
         return True
 
-    def _overrides(self, values: Mapping[Path, Any]) -> dict[str, Any]:
+    def _overrides(self, values: Mapping[AttributePath, Any]) -> dict[str, Any]:
         overrides: dict[str, Any] = {}
         for path, value in values.items():
             overrides = merged(overrides, nested(self.config, path, value))
         return overrides
 
-    def shapes(self, path: Path, value: int) -> Shapes:
+    def shapes(self, path: AttributePath, value: int) -> Shapes:
         """The shapes of the layer with another value of an attribute."""
         return self.shapes_with({path: value})
 
-    def shapes_with(self, values: Mapping[Path, Any]) -> Shapes:
+    def shapes_with(self, values: Mapping[AttributePath, Any]) -> Shapes:
         return self.built(self._overrides(values))
 
-    def runs(self, path: Path, value: int) -> bool:
+    def runs(self, path: AttributePath, value: int) -> bool:
         try:
             self.made(path, value)
         except UnsupportedModel:
             return False
         return True
-
-
-def _effect(base: Shapes, changed: Shapes, other: int) -> Effect:
-    # In the order of the layer's weights: that of a set would differ from process to process.
-    shapes = {name: changed[name] for name in base if name in changed and base[name] != changed[name]}
-    return Effect(other, shapes, frozenset(base.keys() ^ changed.keys()))
