@@ -21,13 +21,13 @@ ENCODER = "encoder"
 ENCODER_DECODER = "encoder-decoder"
 
 MEANINGS = {
-    DECODER: "causal, or returns keys and values to go on from; every layer that remembers earlier tokens does so in "
-    "memory that grows with their number. A short convolution within an attention does not count",
-    HYBRID: "as a decoder, but some layers remember earlier tokens in memory of one size (a state-space or "
-    "linear-attention state, or a convolution in the attention's place), others, or the same ones beside it, in memory "
-    "that grows. A model that returns no memory is a hybrid if its config names a `linear_attention` layer",
-    PURE_SSM: "causal; earlier tokens are remembered in memory of one size only",
-    ENCODER: "the logits of a token depend on tokens after it, and no keys and values are returned to go on from",
+    DECODER: "causal, or returns keys and values to continue from. Every layer that remembers earlier tokens does so "
+    "in memory that grows with their number. A short convolution within an attention does not count",
+    HYBRID: "like a decoder, but some layers remember earlier tokens in memory of fixed size: a state-space or "
+    "linear-attention state, or a convolution in the attention's place. Others, or the same ones, also use memory that "
+    "grows. A model that returns no memory is a hybrid if its config names a `linear_attention` layer",
+    PURE_SSM: "causal; earlier tokens are remembered in memory of fixed size only",
+    ENCODER: "the logits of a token depend on later tokens, and no keys and values are returned to continue from",
     ENCODER_DECODER: "its config has `is_encoder_decoder` or `encoder_layers`; its causal model is the decoder alone",
 }
 

@@ -1,4 +1,8 @@
-"""docs/families.md and docs/families.json: what was seen of every family, for people and for the next comparison."""
+"""docs/families.md and docs/families.json: the results for every model family.
+
+``families.md`` is a summary for people. ``families.json`` has everything; docs/families.html searches it, and the next
+comparison starts from it.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +20,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from layersmith.run.artifacts import read_json, write_json, write_text
-from tests.conformance.checks import CACHE_CHECKS, CHECKS, OK, Verdict, by_parent
+from tests.conformance.checks import CACHE_CHECKS, OK, Verdict, by_parent
 from tests.conformance.kinds import DECODER, HYBRID, MEANINGS
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -118,31 +122,30 @@ def rendered(verdicts: Sequence[Verdict], made_with: dict[str, str]) -> str:
     counted = [v for v in verdicts if is_counted(v)]
     others = [v for v in verdicts if v.model_type in CAUSAL and not is_counted(v)]
     images = [v for v in verdicts if v.model_type not in CAUSAL]
+    not_run = [f"`{v.model_type}`" for v in verdicts if v.parent]
     parts = [
-        "# Families",
+        "# Model families",
         _how_made(verdicts, made_with),
         "## In short",
         _summary(counted, others, images),
-        "## What the words mean",
-        _definitions(),
-        f"## The {len(counted)} decoder and hybrid language models",
-        _table(counted, verdicts),
-        f"## The other {len(others)} types with a causal language model",
-        _table(others, verdicts),
-        f"## The {len(images)} image-text-to-text types beside those",
-        _table(images, verdicts),
-        "## What fails",
-        _listing(verdicts, _own_failures, "Nothing that a stock parent can do."),
-        "## What the stock parent fails itself",
-        "A check is made with the stock parent where the child fails it. What the parent gave:",
-        _listing(verdicts, _parents_failures, "Nothing."),
         "## Refused",
         "layersmith says so, with the reason, before it changes anything.",
         _listing(verdicts, lambda v: [_reason(v)] if v.refused else [], "None."),
-        "## Stock parents that do not run on text alone",
-        _listing(verdicts, lambda v: [v.parent] if v.parent else [], "None."),
-        "## What is not offered, and why",
-        _listing(verdicts, _not_offered, "Everything is."),
+        "## Checks that fail",
+        "These types are described, and a check fails that the unmodified parent passes.",
+        _listing(verdicts, _failures, "None."),
+        "## Parents that do not run",
+        "The unmodified model does not run on text alone, or not in this environment, so nothing could be checked. "
+        "Most of these need images.",
+        f"{', '.join(not_run)}." if not_run else "None.",
+        "## What the columns mean",
+        _definitions(),
+        f"## The {len(counted)} decoder and hybrid language models",
+        _table(counted),
+        f"## The other {len(others)} types with a causal language model",
+        _table(others),
+        f"## The {len(images)} image-text-to-text types",
+        _table(images),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -150,13 +153,13 @@ def rendered(verdicts: Sequence[Verdict], made_with: dict[str, str]) -> str:
 def _how_made(verdicts: Sequence[Verdict], made_with: dict[str, str]) -> str:
     tools = ", ".join(f"{name} {version}" for name, version in made_with.items())
     return (
-        f"Made by `make conformance` with {tools}; not edited by hand. Each of the {len(verdicts)} model types in "
-        "Transformers' causal language-model and image-text-to-text mappings is examined in a process of its own. Its "
-        "own config class makes a config of a few narrow layers in which every kind of layer of the default pattern is "
-        "there (`tests/conformance/tiny.py`); a model of it with random float32 weights is the parent. "
-        "`layersmith.describe` finds its descriptor by experiment. Then all checks of `tests/conformance/checks.py` "
-        "are made, and where a child fails one, with the stock parent too. `families.json` beside this file has the "
-        'same as data. `make families TYPES="llama gpt2"` examines a few and prints what it sees.'
+        f"This page says what layersmith can do with each of the {len(verdicts)} model types in Transformers' causal "
+        f"language-model and image-text-to-text mappings. `make conformance` writes it, with {tools}; do not edit it. "
+        "For each type, a small random model is built from the type's config class, described by experiment, and put "
+        "to the checks of `tests/conformance/checks.py`.\n\n"
+        "The [searchable table](families.html) has every check, and the reason for everything that is not offered. It "
+        "reads `families.json`, so it needs a web server: `make docs`, or `python -m http.server` in `docs`. "
+        '`make families TYPES="llama gpt2"` examines a few types and prints the results.'
     )
 
 
@@ -166,13 +169,9 @@ def _summary(counted: Sequence[Verdict], others: Sequence[Verdict], images: Sequ
     hybrids = [v for v in counted if v.kind == HYBRID]
     lines = [
         f"Of the {len(counted)} types that are decoder or hybrid language models and nothing else "
-        f"({len(counted) - len(hybrids)} decoders, {len(hybrids)} hybrids), **{len(whole)}** are described with both "
-        "no-ops, all four cache modes, heterogeneous build, save and reload"
-        + (
-            f"; for {len(helped)} of them a check says `parent`, because the stock parent fails it too."
-            if helped
-            else "."
-        )
+        f"({len(counted) - len(hybrids)} decoders, {len(hybrids)} hybrids), **{len(whole)}** are described and pass "
+        "the checks of no-ops, four cache modes, heterogeneous build, save and reload."
+        + (f" For {len(helped)} of them the unmodified parent fails a check too." if helped else "")
     ]
     missing = [v for v in counted if not is_whole(v)]
     if missing:
@@ -190,6 +189,10 @@ def _summary(counted: Sequence[Verdict], others: Sequence[Verdict], images: Sequ
         )
         rows.append((name, *(str(n) for n in numbers)))
     lines.append(_markdown(rows))
+    everyone = [*counted, *others, *images]
+    can = ", ".join(f"{axis} {n}" for axis in axes_of(everyone) if (n := sum(offers(v, axis) for v in everyone)))
+    if can:
+        lines.append(f"Types in which a size can shrink, by axis: {can}.")
     return "\n\n".join(lines)
 
 
@@ -203,100 +206,90 @@ def _why_not_whole(verdict: Verdict) -> str:
 def _definitions() -> str:
     kinds = "\n".join(f"- **{kind}**: {meaning}." for kind, meaning in MEANINGS.items())
     return (
-        "The kind of a family is seen in how its tiny model behaves (`tests/conformance/kinds.py`), not in its name. "
-        "A kind is left empty where the model does not run.\n\n"
+        "**Kind** is seen in how the small model behaves (`tests/conformance/kinds.py`), not in its name. It is empty "
+        "if the model does not run.\n\n"
         f"{kinds}\n\n"
-        "The **decoder and hybrid language models** counted above are the types that have a causal language model in "
-        "Transformers, are a decoder or a hybrid, and have no part that a text leaves idle, such as a vision tower or "
-        "layers of cross-attention (experts and adapters that some texts use do not count as idle).\n\n"
-        "Cells: `ok`; `parent` where the stock parent fails the check itself; `fails`; `–` where there is nothing to "
-        "check, because the family is not described or has no such thing. The checks:\n\n"
+        "**Decoder and hybrid language models** have a causal language model in Transformers, are a decoder or a "
+        "hybrid, and have no part that text leaves idle, such as a vision tower or layers of cross-attention. Experts "
+        "and adapters that only some texts use do not count as idle.\n\n"
+        "**Checks** says `all` if every check passes. If the unmodified parent fails a check too, the check is named "
+        "after `all but, as the parent,`. The checks:\n\n"
         "- **groups**: every weight is in one group, and no weight of an attention's or FFN's group matters only for "
         "the other one (by gradients, with each silenced in all layers).\n"
-        "- **attention, FFN, both**: with subblocks removed (from the first layer of each kind of layer; from every "
-        "other layer) the child's logits equal, to the bit, the parent's with those outputs silenced, and the weights "
-        "are gone.\n"
-        "- **continuation, chunks, padding, static**: the child's logits by way of a cache (several tokens at a time, "
-        "a prompt in chunks, padding on the left of one of two texts, a static cache) equal those of a full pass; for "
-        "a child without attention in the first layer and FFNs in others, and for one without attention in the first "
-        "layer of each type. Where the stock parent passes only if it is told the positions of the tokens, as "
-        "`generate` tells them, both are told. **generation**: greedy `generate` takes the largest logit of a full "
-        "pass.\n"
-        "- **build**: each size that the block configs give is halved in the first layer of each kind: no weight of "
-        "another subblock changes shape; the child with all of it runs, is saved and reloads equal.\n"
-        "- **reload**: both children saved and loaded give equal logits. **stock**: so does plain Transformers by the "
-        "file in the child's folder, with layersmith's wrapping taken off.\n"
-        "- **library**: of the library that the default recipe makes, every alternative runs in the model, in the "
-        "first layer of each kind; a child of some of each kind gives what its layers gave in the parent, goes on from "
-        "a cache, is saved and reloads equal."
+        "- **attention no-op, ffn no-op, both no-ops**: with subblocks removed, the child's logits equal, to the bit, "
+        "the parent's with those outputs silenced, and the weights are gone. Subblocks are removed from the first "
+        "layer of each kind of layer, and from every other layer.\n"
+        "- **continuation, chunked prefill, left padding, static cache**: the child's logits through a cache equal "
+        "those of a full pass. One child has no attention in the first layer and no FFN in others; one has no "
+        "attention in the first layer of each type. If the parent passes only when it is given the positions of the "
+        "tokens, as `generate` gives them, both are given them.\n"
+        "- **generation**: greedy `generate` takes the largest logit of a full pass.\n"
+        "- **heterogeneous build**: each size in the block configs is halved in the first layer of each kind. No "
+        "weight of another subblock changes its shape. The child with all of it runs, is saved and reloads equal.\n"
+        "- **save and reload**: both children saved and loaded give equal logits. **stock reload**: so does plain "
+        "Transformers with the file in the child's folder.\n"
+        "- **library**: every alternative of the default recipe runs in the model, in the first layer of each kind. A "
+        "child with some of each kind gives what its layers gave in the parent, continues from a cache, is saved and "
+        "reloads equal.\n\n"
+        "**Can shrink** lists the axes that are proved for the type. Removal and linear replacement are not listed."
     )
 
 
-_SHORT = {
-    "attention no-op": "attention",
-    "ffn no-op": "FFN",
-    "both no-ops": "both",
-    "chunked prefill": "chunks",
-    "left padding": "padding",
-    "static cache": "static",
-    "heterogeneous build": "build",
-    "save and reload": "reload",
-    "stock reload": "stock",
-}
+def axes_of(verdicts: Iterable[Verdict]) -> list[str]:
+    """The axes that some type has a result for, in the order of the table."""
+    known = {axis for verdict in verdicts for axis in verdict.axes}
+    return [axis for axis in AXES if axis in known] + sorted(known - set(AXES))
 
 
-def _table(verdicts: Sequence[Verdict], everything: Sequence[Verdict]) -> str:
-    known = {axis for verdict in everything for axis in verdict.axes}
-    axes = [axis for axis in AXES if axis in known] + sorted(known - set(AXES))
-    rows: list[tuple[str, ...]] = [("family", "kind", "described", *(_SHORT.get(c, c) for c in CHECKS), *axes)]
+def offers(verdict: Verdict, axis: str) -> bool:
+    """Whether a type can shrink along an axis."""
+    return verdict.axes.get(axis) == OK
+
+
+def _table(verdicts: Sequence[Verdict]) -> str:
+    rows: list[tuple[str, ...]] = [("type", "kind", "checks", "can shrink")]
     for verdict in verdicts:
-        described = (
-            OK if verdict.described else "refused" if verdict.refused else "parent" if verdict.parent else "fails"
-        )
-        checks = [_cell(verdict.results.get(name)) for name in CHECKS]
-        own_axes = [OK if verdict.axes.get(axis) == OK else NOTHING for axis in axes]
-        rows.append((f"`{verdict.model_type}`", verdict.kind, described, *checks, *own_axes))
+        axes = ", ".join(axis for axis in axes_of([verdict]) if offers(verdict, axis))
+        rows.append((f"`{verdict.model_type}`", verdict.kind, _checks(verdict), axes or NOTHING))
     return _markdown(rows)
 
 
-def _cell(result: str | None) -> str:
-    if result is None:
-        return NOTHING
-    return OK if result == OK else "parent" if by_parent(result) else "fails"
+def _checks(verdict: Verdict) -> str:
+    if verdict.refused:
+        return "refused"
+    if verdict.parent:
+        return "parent does not run"
+    failed = [name for name, result in verdict.results.items() if not _passes(result)]
+    if failed:
+        return f"fails {', '.join(failed)}"
+    parents = [name for name, result in verdict.results.items() if by_parent(result)]
+    return f"all but, as the parent, {', '.join(parents)}" if parents else "all"
 
 
 def _passes(result: str) -> bool:
     return result == OK or by_parent(result)
 
 
-def _own_failures(verdict: Verdict) -> list[str]:
-    return [f"{name}: {result}" for name, result in verdict.results.items() if not _passes(result)]
-
-
-def _parents_failures(verdict: Verdict) -> list[str]:
-    """The failures of a parent, checks with the same one together."""
+def _failures(verdict: Verdict) -> list[str]:
+    """The failures that the parent does not share, checks with the same message together."""
     by_words: dict[str, list[str]] = {}
     for name, result in verdict.results.items():
-        if by_parent(result):
-            by_words.setdefault(result.removeprefix("parent: "), []).append(name)
+        if not _passes(result):
+            by_words.setdefault(result, []).append(name)
     return [f"{', '.join(names)}: {words}" for words, names in by_words.items()]
-
-
-def _not_offered(verdict: Verdict) -> list[str]:
-    return [*verdict.notes, *(f"{axis}: {reason}" for axis, reason in verdict.axes.items() if reason != OK)]
 
 
 def _listing(verdicts: Sequence[Verdict], lines: Callable[[Verdict], list[str]], nothing: str) -> str:
     items = [
-        f"- `{v.model_type}`: {_cleaned('; '.join(line.rstrip('.') for line in own))}"
+        f"- `{v.model_type}`: {_cleaned('; '.join(line.rstrip('.') for line in some))}"
         for v in verdicts
-        if (own := lines(v))
+        if (some := lines(v))
     ]
     return "\n".join(items) or nothing
 
 
 def _reason(verdict: Verdict) -> str:
-    """Why a family is refused, without what is said of every refused one."""
+    """Why a type is refused, without the sentence that every refusal ends with."""
     text = re.sub(r" A descriptor written for layersmith\.ModelDescriptor and registered.*", "", verdict.refused)
     return text.removeprefix(f"{verdict.model_type}: ")
 

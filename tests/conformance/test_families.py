@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+from pathlib import Path
+
 import pytest
 
 from tests.conformance import table
@@ -57,7 +61,7 @@ def test_a_parent_that_needs_pictures_says_so() -> None:
     assert not verdict.described
 
 
-def test_the_table_has_every_family_and_its_failures_in_words() -> None:
+def test_the_summary_has_every_family_and_its_failures_in_words(tmp_path: Path) -> None:
     ok = dict.fromkeys(CHECKS, OK)
     verdicts = [
         Verdict("llama", DECODER, True, results=ok, axes={"KV heads": OK, "experts": "it has no experts"}),
@@ -67,18 +71,30 @@ def test_the_table_has_every_family_and_its_failures_in_words() -> None:
         Verdict("blip", parent="needs pixel_values"),
     ]
     text = table.rendered(verdicts, {"transformers": "5"})
-    row = next(line for line in text.splitlines() if line.startswith("| `llama`"))
-    assert row == f"| `llama` | decoder | {' | '.join([OK] * (1 + len(CHECKS)))} | ok | – |"
+    lines = text.splitlines()
     assert "Of the 3 types" in text
     assert "**1** are described" in text
     for line in (
-        "- `bart`: left padding: logits differ.",
+        "| `llama` | decoder | all | KV heads |",
+        "| `bart` | encoder-decoder | all but, as the parent, left padding | – |",
+        "| `gptj` | decoder | fails groups | – |",
+        "| `zamba2` | hybrid | refused | – |",
+        "| `blip` |  | parent does not run | – |",
         "- `gptj`: groups: x is in 2 weight groups.",
         "- `zamba2`: shared modules.",
-        "- `blip`: needs pixel\\_values.",
-        "- `llama`: experts: it has no experts.",
+        "`blip`.",
     ):
-        assert line in text.splitlines()
+        assert line in lines
+    table.write(verdicts, tmp_path)
+    kept, _ = table.read(tmp_path)
+    assert {v.model_type: v for v in kept} == {v.model_type: v for v in verdicts}
+
+
+def test_the_searchable_page_reads_what_a_verdict_has() -> None:
+    page = (table.DOCS / "families.html").read_text(encoding="utf-8")
+    used = set(re.findall(r"\bfamily\.(\w+)", page))
+    assert {"results", "axes", "notes", "refused", "parent"} <= used
+    assert used <= {field.name for field in dataclasses.fields(Verdict)}
 
 
 def test_what_passed_and_does_not_any_more_is_worse() -> None:
