@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test check conformance families lint types install clean
+.PHONY: demo test check conformance families docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -23,6 +23,16 @@ conformance: $(READY)
 # A few types only, and nothing written: make families TYPES="llama gpt2"
 families: $(READY)
 	$(BIN)/python -m tests.conformance $(or $(TYPES),$(error say which: make families TYPES="llama gpt2"))
+
+# The documentation as a site in runs/site. It needs an environment of its own, but neither torch nor transformers.
+docs: .venv-docs/.ready
+	.venv-docs/bin/mkdocs build --strict
+
+.venv-docs/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv-docs
+	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
+	touch .venv-docs/.ready
 
 check: lint types test
 
