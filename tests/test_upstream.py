@@ -1,15 +1,244 @@
-"""Private names of other projects do what layersmith.upstream says."""
+"""What layersmith relies on in other projects beyond their public interfaces: a new version that breaks it says which.
 
+One test for each function of ``layersmith.upstream``, and one for each touch point of ``modeling_layersmith`` and
+``heterogeneous/auto.py``, which may not import it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import pytest
 import torch
+from torch import nn
+from transformers import (
+    AutoConfig,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+from transformers.models.auto import auto_factory
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_MAPPING,
+)
+from transformers.pytorch_utils import Conv1D
 
-from layersmith import upstream
+from layersmith import modeling_layersmith, upstream
+from tests.conftest import FAMILIES
+
+TOKENS = torch.arange(5)[None]
+
+
+def llama(**more: Any) -> LlamaForCausalLM:
+    return LlamaForCausalLM(FAMILIES["llama"](**more)).eval()
+
+
+# ---------------------------------------------------------------------------------------------- Transformers: models
+
+
+def test_model_from_config() -> None:
+    model = upstream.model_from_config(LlamaForCausalLM, FAMILIES["llama"](), dtype=torch.bfloat16)
+    assert isinstance(model, LlamaForCausalLM)
+    assert model.dtype == torch.bfloat16
+
+
+def test_output_size_attribute() -> None:
+    for module in (nn.Linear(3, 5), Conv1D(5, 3)):
+        assert getattr(module, upstream.output_size_attribute(module)) == 5
+    assert upstream.output_size_attribute(nn.LayerNorm(3)) == ""
 
 
 def test_generation_compiles_on_any_device() -> None:
     assert upstream.compile_on_any_device()._compile_all_devices
 
 
+# ---------------------------------------------------------------------------------------------- Transformers: configs
+
+
+def test_per_layer_entries() -> None:
+    config = FAMILIES["llama"]()
+    assert not upstream.is_heterogeneous(config)
+    assert upstream.per_layer_entries(config) == {}
+    upstream.set_per_layer_entries(config, {1: {"intermediate_size": 8}})
+    assert upstream.is_heterogeneous(config)
+    assert upstream.per_layer_entries(config) == {1: {"intermediate_size": 8}}
+    upstream.set_per_layer_entries(config, {})
+    assert not upstream.is_heterogeneous(config)
+    assert config.intermediate_size == 64
+
+
+# ---------------------------------------------------------------------------------------------- Transformers: caches
+
+
+def test_keys_and_values_in_a_cache() -> None:
+    cache = llama()(input_ids=TOKENS, use_cache=True).past_key_values
+    slots = upstream.cache_slots(cache)
+    assert len(slots) == 4
+    for slot in slots:
+        keys, values = upstream.keys_and_values(slot)
+        assert keys is not None
+        assert values is not None
+        assert keys.shape == values.shape == (1, 4, 5, 16)
+        assert not upstream.convolution_states(slot)
+    assert upstream.cache_slots(None) == []
+    assert upstream.keys_and_values(None) == (None, None)
+
+
+def test_states_in_a_cache() -> None:
+    config = MambaConfig(vocab_size=32, hidden_size=16, state_size=4, num_hidden_layers=2, expand=2)
+    output = MambaForCausalLM(config).eval()(input_ids=TOKENS, use_cache=True)
+    cache = next(value for value in output.values() if upstream.cache_slots(value))
+    for slot in upstream.cache_slots(cache):
+        (convolution,), (state,) = upstream.convolution_states(slot), upstream.recurrent_states(slot)
+        assert convolution.shape == (1, 32, config.conv_kernel)
+        assert state.shape[0] == 1
+        assert state.numel() == 32 * 4
+        assert upstream.keys_and_values(slot) == (None, None)
+
+
+# ---------------------------------------------------------------------------------------------- PyTorch
+
+
 def test_many_compiled_models_are_kept() -> None:
     with upstream.many_compiled_models():
         assert torch._dynamo.config.recompile_limit == 4096
     assert torch._dynamo.config.recompile_limit < 4096
+
+
+# ---------------------------------------------------------------------------------------------- accelerate
+
+
+# ---------------------------------------------------------------------------------------------- others
+
+
+# ---------------------------------------------------------------------------------------------- modeling_layersmith
+
+
+def test_a_model_starts_its_weights_module_by_module(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    original = PreTrainedModel._initialize_weights
+
+    def watched(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
+        seen.append(type(module).__name__)
+        original(self, module, *args, **kwargs)
+
+    monkeypatch.setattr(PreTrainedModel, "_initialize_weights", watched)
+    llama()
+    assert "Linear" in seen
+    assert "LlamaDecoderLayer" in seen
+
+
+def test_a_model_calls_post_init_when_it_has_its_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    layers = []
+    original = PreTrainedModel.post_init
+
+    def watched(self: PreTrainedModel) -> None:
+        layers.append(sum(type(module).__name__ == "LlamaDecoderLayer" for module in self.modules()))
+        original(self)
+
+    monkeypatch.setattr(PreTrainedModel, "post_init", watched)
+    llama()
+    assert layers == [4, 4]  # LlamaModel, LlamaForCausalLM
+
+
+def test_init_weights_fills_a_module() -> None:
+    model = llama()
+    part = model.model.layers[0].mlp.up_proj
+    nn.init.constant_(part.weight, torch.nan)
+    with torch.no_grad():
+        model._init_weights(part)
+    assert part.weight.isfinite().all()
+
+
+def test_models_have_the_methods_that_a_child_extends() -> None:
+    for name in ("from_pretrained", "save_pretrained", "set_attn_implementation", "initialize_weights", "_from_config"):
+        assert callable(getattr(PreTrainedModel, name)), name
+    assert callable(PreTrainedModel.register_for_auto_class)
+
+
+def test_loading_tells_which_weights_do_not_fit(tmp_path: Any) -> None:
+    llama().save_pretrained(tmp_path)
+    _, info = LlamaForCausalLM.from_pretrained(tmp_path, output_loading_info=True)
+    assert {"missing_keys", "mismatched_keys", "unexpected_keys"} <= info.keys()
+
+
+def test_generation_asks_for_the_shape_of_a_static_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(LlamaForCausalLM, "_get_static_cache_init_shape", lambda self: asked.append(self))
+    how = {"cache_implementation": "static", "prefill_chunk_size": 2, "disable_compile": True}
+    output = llama().generate(TOKENS, max_new_tokens=2, **how)
+    assert output.shape[1] > TOKENS.shape[1]
+    assert asked  # None: each layer's first keys say its shape
+
+
+def test_the_attention_implementation_is_kept_in_the_config() -> None:
+    model = llama()
+    model.set_attn_implementation("eager")
+    assert model.config._attn_implementation_internal == "eager"
+    assert model.model.layers[0].self_attn.config._attn_implementation_internal == "eager"
+
+
+def test_auto_mappings_give_names_and_classes() -> None:
+    for mapping in (MODEL_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING):
+        assert all(isinstance(name, str) for name in mapping._model_mapping)
+    assert MODEL_FOR_CAUSAL_LM_MAPPING[LlamaConfig] is LlamaForCausalLM
+
+
+def test_a_config_knows_where_it_came_from(tmp_path: Any) -> None:
+    FAMILIES["llama"]().save_pretrained(tmp_path)
+    assert AutoConfig.from_pretrained(tmp_path)._name_or_path == str(tmp_path)
+
+
+def test_classes_are_read_out_of_a_checkpoint() -> None:
+    from transformers.dynamic_module_utils import get_class_from_dynamic_module
+
+    assert list(inspect.signature(get_class_from_dynamic_module).parameters)[:2] == [
+        "class_reference",
+        "pretrained_model_name_or_path",
+    ]
+
+
+def test_attributes_that_differ_by_layer_cannot_be_read_from_the_config() -> None:
+    config = FAMILIES["llama"](per_layer_config={0: {"intermediate_size": 8}})
+    assert config.per_layer_attributes == {"intermediate_size"}
+    assert config.per_layer_config[0].intermediate_size == 8
+    assert config.per_layer_config[1].intermediate_size == 64
+    with pytest.raises(RuntimeError, match="per-layer attribute"):
+        _ = config.intermediate_size
+
+
+def test_a_cache_slot_is_picked_by_the_layer_index_of_an_attention() -> None:
+    model = llama()
+    layer = model.model.layers[1]
+    modeling_layersmith.set_cache_slot(layer, 7)
+    assert layer.self_attn.layer_idx == 7
+
+
+def test_the_length_so_far_is_that_of_slot_0() -> None:
+    cache = DynamicCache(config=FAMILIES["llama"]())
+    cache.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16), 1)
+    assert cache.get_seq_length() == 0
+    cache.update(torch.zeros(1, 4, 3, 16), torch.zeros(1, 4, 3, 16), 0)
+    assert cache.get_seq_length() == 3
+
+
+def test_buffers_of_a_module_are_replaced_in_place() -> None:
+    rotary = llama().model.rotary_emb
+    assert isinstance(rotary._buffers["inv_freq"], torch.Tensor)
+    assert "inv_freq" not in rotary.state_dict()
+
+
+# ---------------------------------------------------------------------------------------------- heterogeneous/auto.py
+
+
+def test_auto_classes_pick_a_model_class_by_the_config() -> None:
+    pick = inspect.unwrap(auto_factory._get_model_class)
+    assert pick(FAMILIES["llama"](), MODEL_FOR_CAUSAL_LM_MAPPING) is LlamaForCausalLM
+    assert issubclass(LlamaForCausalLM.config_class, PretrainedConfig)

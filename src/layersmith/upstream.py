@@ -1,7 +1,11 @@
-"""Every use of a private or undocumented name of another project, one function each.
+"""Every use of a private or undocumented part of another project, one function each.
 
-Each docstring names the public behaviour that the function stands in for. ``tests/test_upstream.py`` has a test for
-each function, and is run against the lowest and the newest supported versions.
+Private names change without notice. So they are used here alone; each function's docstring names the public behaviour
+that it stands in for, and ``tests/test_upstream.py`` has one test for each, so that a new version that breaks one is
+known by its name. Two modules are exempt and are tested in the same file: ``modeling_layersmith.py`` travels with
+checkpoints and imports nothing of layersmith, and ``heterogeneous/auto.py`` runs before Transformers may be imported.
+
+Add a function under the heading of its project.
 """
 
 from __future__ import annotations
@@ -10,9 +14,31 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from transformers import CompileConfig
+import torch
+from torch import nn
+from transformers import CompileConfig, PretrainedConfig, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
-# ---------------------------------------------------------------------------------------------- transformers
+# ---------------------------------------------------------------------------------------------- Transformers: models
+
+
+def model_from_config(cls: type[PreTrainedModel], config: PretrainedConfig, **how: Any) -> PreTrainedModel:
+    """``AutoModelForCausalLM.from_config`` for a model class that is chosen already.
+
+    Args:
+        cls: The model class.
+        config: Config of the model; a dtype that is not given is the config's own.
+        how: ``dtype`` and ``attn_implementation``, as ``from_config`` takes them.
+    """
+    return cls._from_config(config, **how)
+
+
+def output_size_attribute(module: nn.Module) -> str:
+    """The attribute of a linear layer that holds the size of its output; empty for other modules.
+
+    Stands in for a common interface of ``nn.Linear`` and of Transformers' transposed ``Conv1D``, as GPT-2 has it.
+    """
+    return "out_features" if isinstance(module, nn.Linear) else "nf" if isinstance(module, Conv1D) else ""
 
 
 def compile_on_any_device() -> Any:
@@ -22,7 +48,64 @@ def compile_on_any_device() -> Any:
     return config
 
 
-# ---------------------------------------------------------------------------------------------- torch
+# ---------------------------------------------------------------------------------------------- Transformers: configs
+
+
+def is_heterogeneous(config: PretrainedConfig) -> bool:
+    """Whether a config has attributes that differ by layer (``per_layer_config``)."""
+    return bool(getattr(config, "is_heterogeneous", False))
+
+
+def per_layer_entries(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
+    """What ``per_layer_config`` says of single layers, by the layer's index.
+
+    The public attribute of that name gives whole configs, one for each layer; its entries are in ``to_dict`` alone.
+    """
+    return {int(i): entry for i, entry in (config.to_dict().get("per_layer_config") or {}).items()}
+
+
+def set_per_layer_entries(config: PretrainedConfig, entries: dict[int, dict[str, Any]]) -> None:
+    """Replace what ``per_layer_config`` says; without entries the config says the same of all layers.
+
+    Stands in for the constructor's argument ``per_layer_config`` on a config that exists already.
+    """
+    by_layer: Any = entries or None
+    config.per_layer_config = by_layer
+
+
+# ---------------------------------------------------------------------------------------------- Transformers: caches
+
+
+def cache_slots(cache: Any) -> list[Any]:
+    """The slots of a ``Cache``, one for each attention or mixer that writes to it; none for what is no such cache."""
+    return list(getattr(cache, "layers", None) or ())
+
+
+def keys_and_values(slot: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """The keys and values of a cache slot, each ``[B, heads, T, head size]``; None where it holds none.
+
+    Stands in for what ``DynamicCache.update`` returns, after the fact.
+    """
+    kept = getattr(slot, "keys", None), getattr(slot, "values", None)
+    return tuple(value if isinstance(value, torch.Tensor) else None for value in kept)  # type: ignore[return-value]
+
+
+def convolution_states(slot: Any) -> list[torch.Tensor]:
+    """The inputs that a short convolution keeps in a cache slot, each ``[B, channels, kernel]``."""
+    return _states(slot, "conv_states")
+
+
+def recurrent_states(slot: Any) -> list[torch.Tensor]:
+    """The states of a state-space or linear-attention mixer in a cache slot, each ``[B, heads, ...]``."""
+    return _states(slot, "recurrent_states")
+
+
+def _states(slot: Any, name: str) -> list[torch.Tensor]:
+    states = getattr(slot, name, None)
+    return [state for state in states.values() if state is not None] if isinstance(states, dict) else []
+
+
+# ---------------------------------------------------------------------------------------------- PyTorch
 
 
 @contextmanager
@@ -32,3 +115,9 @@ def many_compiled_models() -> Iterator[None]:
 
     with config.patch(recompile_limit=4096, accumulated_recompile_limit=16384):
         yield
+
+
+# ---------------------------------------------------------------------------------------------- accelerate
+
+
+# ---------------------------------------------------------------------------------------------- others

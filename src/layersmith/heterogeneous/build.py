@@ -25,6 +25,7 @@ from layersmith.modeling_layersmith import (
     remote_code,
     without_guard,
 )
+from layersmith.upstream import model_from_config
 
 
 def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> list[BlockConfig]:
@@ -191,7 +192,8 @@ def build(
     descriptor = descriptor or describe(config)
     child = child_config(config, block_configs, descriptor)
     with torch.device(device or "cpu"), quiet_transformers():
-        return child_class(descriptor, stock_class(child))._from_config(child, dtype=dtype or config_dtype(child))
+        cls = child_class(descriptor, stock_class(child))
+        return model_from_config(cls, child, dtype=dtype or config_dtype(child))
 
 
 def head_of(model: PreTrainedModel, descriptor: type[ModelDescriptor] | None = None) -> nn.Module:

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from layersmith.errors import UnsupportedModel
 from layersmith.modeling_layersmith import give_own_buffers, model_class_for, remote_class
+from layersmith.upstream import model_from_config
 
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
@@ -59,8 +60,8 @@ def language_config(config: Any) -> Any:
 def stock_model(config: PretrainedConfig, device: str = "meta", dtype: torch.dtype | None = None) -> PreTrainedModel:
     """A fresh stock model of a config; on the meta device it has all shapes and takes no memory."""
     with torch.device(device), quiet_transformers():
-        cls = stock_class(config)
-        return cls._from_config(copy.deepcopy(own_config(config)), **({} if dtype is None else {"dtype": dtype}))
+        how = {} if dtype is None else {"dtype": dtype}
+        return model_from_config(stock_class(config), copy.deepcopy(own_config(config)), **how)
 
 
 def whole_number(config: PretrainedConfig, name: str) -> int | None:
@@ -106,10 +107,10 @@ def restore_buffers(model: nn.Module, runtime: Any) -> None:
     saved = set(model.state_dict())
     for name, module in fresh.named_modules():
         own = wanted.get(name)
-        for buffer_name, buffer in module._buffers.items():
-            full = f"{name}.{buffer_name}".removeprefix(".")
-            if own is not None and full not in saved and buffer_name in own._buffers and buffer is not None:
-                own._buffers[buffer_name] = buffer.to(runtime.device)
+        there = set() if own is None else {n for n, _ in own.named_buffers(recurse=False, remove_duplicate=False)}
+        for buffer_name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
+            if buffer_name in there and f"{name}.{buffer_name}".removeprefix(".") not in saved:
+                setattr(own, buffer_name, buffer.to(runtime.device))
         if own is not None:
             # Numbers beside the buffers, e.g. a rope's scaling, may have been lost with them.
             for plain, value in vars(module).items():

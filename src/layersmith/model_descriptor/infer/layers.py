@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -71,10 +71,11 @@ def find_structure(specimen: Specimen) -> Structure:
     if not norm:  # a norm without weights
         bare = [c for c in calls if c.begin > last_end and c.name and not list(model.get_submodule(c.name).children())]
         norm = next((c.name for c in bare if c.name != head and not c.name.startswith(prefix) and _changes(c)), "")
+    saved = set(model.state_dict())
     rotary = tuple(
         name
         for name, module in model.named_modules()
-        if module._non_persistent_buffers_set and not name.startswith(prefix)
+        if not name.startswith(prefix) and _has_unsaved_buffers(name, module, saved)
     )
     return Structure(layers, num_layers, embedding, head, norm, tuple(dict.fromkeys(c.name for c in after)), rotary)
 
@@ -110,6 +111,11 @@ def _find_layers(model: nn.Module, calls: list[Call]) -> tuple[str, int]:
         raise UnsupportedModel("no list of modules runs one after another, so its layers cannot be told.")
     _, name, length = max(found)
     return name, length
+
+
+def _has_unsaved_buffers(name: str, module: nn.Module, saved: Collection[str]) -> bool:
+    buffers = module.named_buffers(recurse=False, remove_duplicate=False)
+    return any(f"{name}.{buffer}".removeprefix(".") not in saved for buffer, _ in buffers)
 
 
 def _own(model: nn.Module, names: dict[int, str], method: str) -> str | None:

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from layersmith.errors import first_line
 from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument, first_tensor_of, with_first_tensor
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Record, Subblock
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.modeling_layersmith import make_replacement, own_layers
+from layersmith.upstream import output_size_attribute
 
 
 def proved(specimen: Specimen, layer_names: Sequence[str], kind: LayerKind, notes: list[str]) -> LayerKind:
@@ -109,7 +109,7 @@ def _last_part(specimen: Specimen, layer_names: Sequence[str], subblock: Subbloc
         if given is None or bool(given.any()) or name not in outputs:
             continue
         record = {"is": "zeros", "returns": len(outputs[name]) if isinstance(outputs[name], tuple | list) else 0}
-        if size := _size_of_output(specimen.model.get_submodule(name)):
+        if size := output_size_attribute(specimen.model.get_submodule(name)):
             record["size"] = size
         around = [r for r in subblock.replaced if r[0] not in subblock.modules and not r[1].get("returns")]
         around = [r for r in around if begin[r[0]] > begin[subblock.modules[0]]]
@@ -120,11 +120,6 @@ def _last_part(specimen: Specimen, layer_names: Sequence[str], subblock: Subbloc
                 replaced = _with_attributes(replaced, asked)
                 return Subblock(subblock.modules, replaced, stays=True)
     return None
-
-
-def _size_of_output(module: nn.Module) -> str:
-    """The attribute of a linear map that is the size of what it gives; in a small model it may be that of its input."""
-    return "out_features" if isinstance(module, nn.Linear) else "nf" if isinstance(module, Conv1D) else ""
 
 
 def _replacement(original: nn.Module, record: Record) -> nn.Module:
