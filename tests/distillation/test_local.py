@@ -188,8 +188,8 @@ def test_groups_that_fit_in_memory_learn_the_same(tmp_path: Path) -> None:
 def taken_apart(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The parents that distillation takes apart."""
     seen: list[Any] = []
-    take_apart = local.take_apart
-    monkeypatch.setattr(local, "take_apart", lambda *args: seen.append(take_apart(*args)) or seen[-1])
+    split_layers = local.split_layers
+    monkeypatch.setattr(local, "split_layers", lambda *args: seen.append(split_layers(*args)) or seen[-1])
     return seen
 
 

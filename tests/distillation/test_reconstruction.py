@@ -9,7 +9,7 @@ import torch
 from layersmith.distillation.local import distill_locally, through
 from layersmith.distillation.reconstruction import RIDGE, watched
 from layersmith.execution.hidden_states import States
-from layersmith.execution.layerwise import take_apart
+from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.library import Library, build_library, survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe
@@ -37,10 +37,10 @@ def test_it_is_least_squares(model_type: str, tmp_path: Path) -> None:
     """Of |W' b - W a|^2 and the ridge, over all tokens; a and b are what both modules are given."""
     library = library_of(model_type, tmp_path)
     made = distill_locally(library, TOKENS, TOKENS[:0], ONLY_LEAST_SQUARES)
-    staged = take_apart(library, TOKENS[:2])
+    staged = split_layers(library.parent, library)
     batch = staged.start(TOKENS)
     hidden = staged.run(batch, 0, batch.embedded)
-    stages = staged.stages(1, batch, hidden)
+    stages = staged.split(1, batch, hidden)
     places, _ = through(staged, 1, stages, batch, hidden)
     kinds = set()
     for a in library.alternatives:
@@ -78,21 +78,21 @@ def test_it_helps_in_every_layout(model_type: str, tmp_path: Path) -> None:
     refitted = {r["of"]: r["weights"] for r in made.kept.records if r["weights"]}
     assert refitted
     assert made.identity != library.identity
-    staged = take_apart(library, TOKENS[:2])
+    staged = split_layers(library.parent, library)
     batch = staged.start(TOKENS)
     hidden = batch.embedded
     for i in range(2):
-        places, output = through(staged, i, staged.stages(i, batch, hidden), batch, hidden)
+        places, output = through(staged, i, staged.split(i, batch, hidden), batch, hidden)
         for a in library.alternatives:
             if a.layer == i and a.key in refitted:
                 errors = []
                 for own in (library, made):
-                    staged.library = own
+                    staged.builder = own
                     changed = staged.run(
-                        batch, i, places[a.subblock].given, staged.module_of(a, staged.stages(i, batch, hidden))
+                        batch, i, places[a.subblock].given, staged.module_of(a, staged.split(i, batch, hidden))
                     )
                     errors.append(float((changed - places[a.subblock].gives).square().mean()))
-                staged.library = library
+                staged.builder = library
                 assert errors[1] < errors[0], a.key
         hidden = output
     for a in library.alternatives:
@@ -125,7 +125,7 @@ def test_second_order_scores_see_what_was_refitted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gptj"])
 def test_what_was_only_refitted_is_estimated_without_a_run_of_its_own(model_type: str, tmp_path: Path) -> None:
     made = distill_locally(library_of(model_type, tmp_path), TOKENS, TOKENS[:0], ONLY_LEAST_SQUARES)
-    staged = take_apart(made, TOKENS[:2])
+    staged = split_layers(made.parent, made)
     alternatives = [a for a in made.alternatives if a.kind != "parent"]
     found = look(staged, alternatives, TOKENS[:1])
     kinds = {(a.kind, a.method) for a in alternatives if a.identity in found.refitted}

@@ -160,7 +160,7 @@ def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path
     for recipe in (ScoringRecipe(mode="second_order"), ScoringRecipe(mode="exact")):
         alive.clear()
         score_library(library, TOKENS, recipe)
-        assert len(alive) > 2 * len(parent.blocks)
+        assert len(alive) >= 2 * len(parent.blocks)
         assert set(alive) == {0}
     alive.clear()
     models = whole_models(library, TOKENS, Recipe(), SILENT, tmp_path)

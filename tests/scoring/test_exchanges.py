@@ -13,9 +13,9 @@ import torch
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL
 from layersmith.execution.hidden_states import States
-from layersmith.execution.layerwise import StagedParent, take_apart
+from layersmith.execution.layerwise import LayerwiseParent, split_layers
 from layersmith.execution.parent import load_parent
-from layersmith.library.alternative import Alternative, no_op_beside
+from layersmith.library.alternative import Alternative, no_op_of_other
 from layersmith.library.library import Library, build_library, survey
 from layersmith.recipe import LibraryRecipe, Recipe
 from layersmith.run.progress import SILENT
@@ -42,7 +42,7 @@ def of_places(library: Library) -> dict[tuple[int, str], list[Alternative]]:
 
 def test_around_the_parent_it_is_the_sweep(make_parent: Callable[..., Path], family: str) -> None:
     library = library_of(make_parent(family), TOKENS, LibraryRecipe(ffn_fractions=(0.5,)))
-    staged = take_apart(library, TOKENS[:2])
+    staged = split_layers(library.parent, library)
     parent = [a for a in library.alternatives if a.kind == "parent"]
     others = [a for a in library.alternatives if a.kind != "parent"]
     batches = [TOKENS[:3], TOKENS[3:]]
@@ -58,16 +58,16 @@ def test_around_the_parent_it_is_the_sweep(make_parent: Callable[..., Path], fam
 
 
 @torch.no_grad()
-def loss(staged: StagedParent, child: dict[tuple[int, str], Alternative], mixed: Alternative, share: float) -> float:
+def loss(staged: LayerwiseParent, child: dict[tuple[int, str], Alternative], mixed: Alternative, share: float) -> float:
     """KL of a child in which a share of one stage's output is another alternative's."""
     batch = staged.start(TOKENS)
     hidden = batch.embedded
     for i in range(len(staged.layers)):
         for subblock in ("attention", "ffn"):
             own = child[i, subblock]
-            made = staged.run(batch, i, hidden, staged.library.layer(own, no_op_beside(own)))
+            made = staged.run(batch, i, hidden, staged.builder.layer(own, no_op_of_other(own)))
             if (i, subblock) == (mixed.layer, mixed.subblock):
-                other = staged.run(batch, i, hidden, staged.library.layer(mixed, no_op_beside(mixed)))
+                other = staged.run(batch, i, hidden, staged.builder.layer(mixed, no_op_of_other(mixed)))
                 made = (1 - share) * made + share * other
             hidden = made
     q = staged.head(TOKENS, hidden)[0].double().log_softmax(-1)
@@ -77,7 +77,7 @@ def loss(staged: StagedParent, child: dict[tuple[int, str], Alternative], mixed:
 
 def test_slopes_are_derivatives(make_parent: Callable[..., Path]) -> None:
     library = library_of(make_parent("llama"), TOKENS, LibraryRecipe(ffn_fractions=(0.5,)))
-    staged, rng = take_apart(library, TOKENS[:2]), random.Random(3)
+    staged, rng = split_layers(library.parent, library), random.Random(3)
     child = {place: rng.choice(own) for place, own in of_places(library).items()}
     others = [a for a in library.alternatives if child[a.layer, a.subblock] != a]
     found = around(staged, list(child.values()), others, [TOKENS[:3], TOKENS[3:]], 0, States())

@@ -10,7 +10,7 @@ from scipy.stats import spearmanr
 from layersmith.costs.budget import parse_budget
 from layersmith.demo.job import MODEL
 from layersmith.execution.hidden_states import States
-from layersmith.execution.layerwise import StagedParent, take_apart
+from layersmith.execution.layerwise import LayerwiseParent, split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
@@ -43,8 +43,8 @@ def library_of(path: Path, recipe: LibraryRecipe, tokens: torch.Tensor = TOKENS)
     return build_library(parent, recipe, survey(parent, recipe), tokens, batch_sequences=3)
 
 
-def of_stages(library: Library, tokens: torch.Tensor = TOKENS) -> StagedParent:
-    return take_apart(library, tokens[:2])
+def of_stages(library: Library, tokens: torch.Tensor = TOKENS) -> LayerwiseParent:
+    return split_layers(library.parent, library)
 
 
 def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: str) -> None:
@@ -63,7 +63,7 @@ def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: st
     signed = p.sqrt() * _signs([torch.Generator().manual_seed(7)], 6, p.shape[-1], p.device)[0]
     v = signed - p * signed.sum(-1, keepdim=True)
     for a in alternatives:
-        stages = staged.stages(a.layer, batch, hidden[a.layer])
+        stages = staged.split(a.layer, batch, hidden[a.layer])
         x = hidden[a.layer]
         if a.subblock == "ffn":
             x = staged.run(batch, a.layer, x, stages.attention)

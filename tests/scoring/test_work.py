@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from layersmith.execution.layerwise import StagedParent, take_apart
-from layersmith.execution.parent import load_parent
+from layersmith.execution.layerwise import LayerwiseParent, split_layers
+from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.library import Library, build_library, survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import Advance, Progress
@@ -103,7 +103,7 @@ class Listening(Progress):
     """What is said, on a clock that counted operations drive."""
 
     def __init__(self) -> None:
-        self.staged: list[StagedParent] = []
+        self.staged: list[LayerwiseParent] = []
         self.said: list[tuple[float, float, float, str]] = []
         self.steps = self.total = 0.0
         self.clock = lambda: 1e-6 * self.staged[0].arithmetic.done if self.staged else 0.0
@@ -126,11 +126,11 @@ class Listening(Progress):
 def listening(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Listening]:
     made: list[Listening] = []
 
-    def taken_apart(library: Library, rows: torch.Tensor) -> StagedParent:
-        made[-1].staged.append(take_apart(library, rows))
+    def split(parent: Parent, library: Library) -> LayerwiseParent:
+        made[-1].staged.append(split_layers(parent, library))
         return made[-1].staged[-1]
 
-    monkeypatch.setattr(library_scores, "take_apart", taken_apart)
+    monkeypatch.setattr(library_scores, "split_layers", split)
     return lambda: made.append(Listening()) or made[-1]
 
 

@@ -14,7 +14,7 @@ from layersmith.costs.budget import parse_budget
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL
 from layersmith.evaluation.compare import compare
-from layersmith.execution.layerwise import take_apart
+from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.library import build_library, survey
 from layersmith.pipeline import cost_table, read_scores, search_space, stages
@@ -48,7 +48,7 @@ def scored(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory
 
 def models(scored: Any, in_stages: bool = True) -> WholeModels:
     library, _, rows = scored
-    return WholeModels(library, take_apart(library, rows[:1].repeat(2, 1)) if in_stages else None, rows, 2)
+    return WholeModels(library, split_layers(library.parent, library) if in_stages else None, rows, 2)
 
 
 @pytest.mark.parametrize("in_stages", [True, False])

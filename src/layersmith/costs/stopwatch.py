@@ -23,7 +23,7 @@ from layersmith.costs.times import Check, Times, Timing
 from layersmith.execution.exchange import share_buffers
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import build
-from layersmith.library.alternative import Alternative
+from layersmith.library.alternative import Alternative, child_blocks
 from layersmith.recipe import CostsRecipe
 
 # How often the reference of a comparison runs in each round; its error is in every ratio to it.
@@ -111,7 +111,7 @@ def check(
         recipe: The recipe's section ``costs``.
         advance: Called with the number of rounds just done.
     """
-    blocks = [watch.parent.blocks_with(chosen) for chosen, _ in children.values()]
+    blocks = [child_blocks(watch.parent.blocks, chosen) for chosen, _ in children.values()]
     parent, *measured = watch.time([watch.parent.blocks, *blocks], recipe.seconds / 2, advance)
     checks = []
     for (name, (chosen, fraction)), child in zip(children.items(), measured, strict=True):

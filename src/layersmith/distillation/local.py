@@ -34,7 +34,7 @@ from layersmith.distillation.reconstruction import Moments, refits
 from layersmith.distillation.store import Store, layer_name
 from layersmith.distillation.student import Student
 from layersmith.errors import UsageError
-from layersmith.execution.layerwise import Batch, CannotTakeApart, StagedParent, Stages, key_of, take_apart
+from layersmith.execution.layerwise import Batch, LayerwiseParent, NotLayerwise, Split, key_of, split_layers
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity
@@ -151,9 +151,9 @@ def _distill(
     if library.parent.runtime.world_size > 1 and store.folder is None:
         raise UsageError("several processes distill into one folder: give them one with work=.")
     try:
-        staged = take_apart(library, rows[:1, :32].repeat(2, 1).to(library.parent.runtime.device))
-    except CannotTakeApart as reason:
-        progress.note(f"alternatives are not distilled, because the parent cannot be taken apart: {reason}.")
+        staged = split_layers(library.parent, library)
+    except NotLayerwise as reason:
+        progress.note(f"alternatives are not distilled, because the parent cannot run layer by layer: {reason}.")
         return None
     work = _Work(library, staged, pupils, recipe, seed, store, progress, child)
     kept = work.all_layers(calibration, training, stage)
@@ -242,9 +242,9 @@ class Rows:
         """Numbers of rows."""
         yield from torch.arange(len(self.tokens)).split(self.size)
 
-    def start(self, staged: StagedParent, rows: torch.Tensor) -> tuple[Batch, torch.Tensor]:
+    def start(self, staged: LayerwiseParent, rows: torch.Tensor) -> tuple[Batch, torch.Tensor]:
         """Rows as the parent's layer at hand is given them."""
-        device = staged.library.parent.runtime.device
+        device = staged.parent.runtime.device
         batch = staged.start(self.tokens[rows].to(device))
         return batch, batch.embedded if self.parent.hidden is None else self.parent.hidden[rows].to(device)
 
@@ -287,7 +287,7 @@ class Place:
 
 
 def through(
-    staged: StagedParent, i: int, stages: Stages, batch: Batch, hidden: torch.Tensor
+    staged: LayerwiseParent, i: int, stages: Split, batch: Batch, hidden: torch.Tensor
 ) -> tuple[dict[str, Place], torch.Tensor]:
     """Run the parent's layer: the places of its subblocks and of itself, and what it gives."""
     if stages.layout == "whole":
@@ -306,7 +306,7 @@ class _Work:
     """What is to be done, and with what."""
 
     library: Library
-    staged: StagedParent
+    staged: LayerwiseParent
     pupils: dict[int, list[Pupil]]
     recipe: LocalDistillationRecipe
     seed: int
@@ -381,7 +381,7 @@ class _Layer:
         self.work, self.i, self.rows = work, i, rows
         self.staged, self.library, self.recipe = work.staged, work.library, work.recipe
         first = next(iter(rows.values()))
-        self.stages = self.staged.stages(i, *first.start(self.staged, torch.arange(1)))
+        self.stages = self.staged.split(i, *first.start(self.staged, torch.arange(1)))
         self.pupils = work.pupils[i]
 
     def distill(self, advance: Callable[[float], None]) -> None:

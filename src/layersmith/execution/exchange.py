@@ -12,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 
 from layersmith.execution.parent import Parent
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.modeling_layersmith import give_own_buffers, unsaved_buffers
 
@@ -111,33 +111,28 @@ def _handovers(parent: Parent, outputs: list[Any], index: int) -> dict[int, nn.M
     return {i: Handover(parent.layers[i], i, outputs[i]) for i in range(index)}
 
 
-_hands_over: WeakKeyDictionary[Parent, bool] = WeakKeyDictionary()
-
-
 def hands_over(parent: Parent) -> bool:
-    """Whether a layer can run on what the layers before it gave, without them having run; tried once.
+    """Whether a layer can run on the output of the layers before it when these did not run; tried once.
 
-    It cannot where layers leave each other more than hidden states, e.g. keys and values that later ones use.
+    It cannot where layers pass on more than hidden states, e.g. keys and values that later layers use.
     """
-    if parent not in _hands_over:
-        _hands_over[parent] = _can_hand_over(parent)
-    return _hands_over[parent]
+    return bool(parent.once("hands over hidden states alone", lambda: _can_hand_over(parent)))
 
 
 def _can_hand_over(parent: Parent) -> bool:
-    """Try it: each layer alone must give what it gave, though others last ran on other tokens."""
+    """Try it: each layer alone must return the same, although the others last ran on other tokens."""
     input_ids = torch.arange(3, 11, device=parent.runtime.device)[None] % parent.language_config.vocab_size
     _, _, outputs = layer_outputs(parent, input_ids)
-    try:
+    if any(output is None for output in outputs):
+        return False
+    with foreign_code("does a layer run without those before it?", refusal_is_answer=True) as attempt:
         forward(parent, input_ids.flip(1))
         for index in reversed(range(1, len(parent.blocks))):
             with exchanged(parent, _handovers(parent, outputs, index)):
                 alone = output_of(parent.layers[index], lambda: forward(parent, input_ids))
             if not torch.equal(alone, first_tensor(outputs[index])):
                 return False
-    except Exception:  # whatever a family's own code raises when something is missing
-        return False
-    return True
+    return not attempt.failed
 
 
 class _Enough(Exception):

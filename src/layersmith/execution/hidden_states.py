@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 import tempfile
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable
 from pathlib import Path
 
 import torch
 
-from layersmith.execution.layerwise import Batch, StagedParent
 from layersmith.run.artifacts import saying_disk_full
-from layersmith.scoring.work import Plan, Work
 
 
 class States:
@@ -106,49 +104,3 @@ class StatesOnDisk(States):
     def forget(self, key: Hashable) -> None:
         slot = self._slots.pop(key)
         self._free.setdefault(slot.bytes, []).append(slot.start)
-
-
-# What a killed run may lose: as many seconds of work, or more where layers would else be read too often beside it.
-_LOST_SECONDS = 60.0
-_SHARE_OF_READING = 0.05
-
-
-def most_seconds(staged: StagedParent, work: Work, readings: int) -> float:
-    """How long work should take whose results come at its end, and that reads all layers so many times."""
-    reading = work.seconds_of("reading", readings * len(staged.layers)) or 0.0
-    return max(_LOST_SECONDS, reading / _SHARE_OF_READING)
-
-
-@torch.no_grad()
-def start_all(staged: StagedParent, batches: Sequence[torch.Tensor], states: States, work: Work) -> list[Batch]:
-    """Take batches through the parent: ``("parent", i, n)`` is what layer i is given of batch n, or the head after all.
-
-    A layer is done with all batches before the next begins.
-    """
-    started = []
-    with staged.arithmetic.needs():
-        for n, rows in enumerate(batches):
-            batch = staged.start(rows)
-            states.put(("parent", 0, n), batch.embedded)
-            started.append(batch.without_embedded())
-        for i in range(len(staged.layers)):
-            read(staged, i, work)
-            for n, batch in enumerate(started):
-                with work.doing("forward", staged.operations(i, i + 1, *batches[n].shape)):
-                    states.put(("parent", i + 1, n), staged.run(batch, i, states.get(("parent", i, n))))
-    return started
-
-
-def plan_start(staged: StagedParent, shapes: Sequence[torch.Size], plan: Plan) -> None:
-    """Tell what :func:`start_all` will do on batches of shapes ``[B, T]``."""
-    if staged.streamed:
-        plan("reading", len(staged.layers))
-    for shape in shapes:
-        plan("forward", staged.operations(0, len(staged.layers), *shape))
-
-
-def read(staged: StagedParent, i: int, work: Work) -> None:
-    """Have a layer's weights in memory."""
-    if staged.streamed:
-        with work.doing("reading", 1.0):
-            staged.read(i)

@@ -1,31 +1,30 @@
-"""A parent taken apart: embedding, one stage of a layer after another, head.
+"""A parent run layer by layer: embedding, one decoder layer after another, head.
 
-A model's own forward decides what its layers are given besides hidden states: masks, positions, rotary tables. So it is
-run once a batch with stand-ins for its layers, which note what they are given; from then on each layer is called with
-just that, as often and on whichever hidden states are wanted. The head is the same forward with the hidden states
-handed in after the last layer.
+A model's own forward decides what its layers get besides hidden states: masks, positions, rotary tables. It therefore
+runs once per batch with stand-ins in place of the layers, which record their arguments. From then on each layer is
+called with these arguments, as often as needed and on any hidden states. The head is the same forward, in which the
+stand-in for the last layer returns given hidden states.
 
-A layer is split in two where its descriptor's no-ops allow: the layer without its FFN is the stage of the attention,
-the layer without its attention that of the FFN. Which of three ways the stages make up the layer is found by trying:
+A layer is split into its two subblocks where the descriptor's no-ops allow it. The layer without its FFN runs the
+attention, the layer without its attention runs the FFN. An experiment shows how the two make up the layer:
 
-* ``sequence``: the FFN's stage reads what the attention's gives;
-* ``parallel``: both read the layer's input, and what they add to it adds up;
-* ``whole``: neither; the layer is one stage.
+* ``sequence``: the FFN reads the output of the attention;
+* ``parallel``: both read the input of the layer, and their updates are added;
+* ``whole``: neither is true, so the layer is not split.
 
 Shapes: B rows, T tokens, D hidden, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import nn
 
-from layersmith.errors import first_line
 from layersmith.execution.exchange import (
     LAYER_TYPE,
     exchanged,
@@ -36,38 +35,73 @@ from layersmith.execution.exchange import (
 )
 from layersmith.execution.flops import Arithmetic
 from layersmith.execution.parent import Parent
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.no_op import DummyBlock
-from layersmith.library.alternative import Alternative, no_op_beside
-from layersmith.library.library import Library
 
 _TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
-# What tokens that run at once may take where the parent's weights stay on the disk.
+# Hidden states of tokens that run at once, where the parent's weights stay on the disk and memory is scarce.
 STREAMED_BYTES = 64 * 1024**2
-# Elsewhere: this where it is much beside the weights, else a share of those.
+# The same where the weights are in memory: a share of their size, but at least what is small on any machine.
 _SMALL_BYTES = 256 * 1024**2
 _SHARE_OF_WEIGHTS = 0.1
 
 
+class NotLayerwise(Exception):
+    """A parent cannot be run layer by layer; the message says why."""
+
+
+class Replacement(Protocol):
+    """An alternative, as far as running it needs to know."""
+
+    @property
+    def layer(self) -> int: ...
+
+    @property
+    def subblock(self) -> str: ...
+
+
+class LayerBuilder(Protocol):
+    """Builds decoder layers that differ from the parent's; a library is one."""
+
+    def layer(self, *alternatives: Any) -> nn.Module:
+        """The layer with these alternatives in it."""
+
+    def alone(self, alternative: Any) -> nn.Module:
+        """The layer with this alternative and without its other subblock."""
+
+    def without(self, i: int, subblock: str) -> nn.Module:
+        """Layer ``i`` of the parent without one of its subblocks."""
+
+
+Builder = TypeVar("Builder", bound=LayerBuilder)
+
+
 @dataclass(frozen=True)
 class Call:
-    """What a model gives one of its layers besides hidden states."""
+    """The arguments of a decoder layer."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
     @property
     def hidden(self) -> torch.Tensor:
-        """The hidden states that it came with."""
+        """The hidden states among them.
+
+        Raises:
+            NotLayerwise: they have another name than in Transformers' layers.
+        """
+        if not self.args and "hidden_states" not in self.kwargs:
+            raise NotLayerwise("its layers take no argument called hidden_states")
         hidden: torch.Tensor = self.args[0] if self.args else self.kwargs["hidden_states"]
         return hidden
 
     def without_hidden(self) -> Call:
-        """The rest alone; hidden states need not be held on to."""
+        """The other arguments, so that hidden states need not stay in memory."""
         kwargs = {name: value for name, value in self.kwargs.items() if name != "hidden_states"}
         return Call((None, *self.args[1:]) if self.args else (), kwargs)
 
     def of(self, layer: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        """The hidden states that a layer makes of others."""
+        """The hidden states that a layer returns for others."""
         if self.args:
             return first_tensor(layer(hidden, *self.args[1:], **self.kwargs))
         return first_tensor(layer(**{**self.kwargs, "hidden_states": hidden}))
@@ -79,8 +113,8 @@ class Batch:
 
     Attributes:
         input_ids: ``[B, T]``.
-        embedded: ``[B, T, D]``, what the first layer is given.
-        calls: one a layer, without hidden states.
+        embedded: ``[B, T, D]``, the input of the first layer.
+        calls: one per layer, without hidden states.
     """
 
     input_ids: torch.Tensor
@@ -88,11 +122,11 @@ class Batch:
     calls: tuple[Call, ...]
 
     def without_embedded(self) -> Batch:
-        """The rest alone, where hidden states wait elsewhere."""
+        """The same batch for callers that keep its hidden states elsewhere."""
         return replace(self, embedded=self.embedded.new_empty(0))
 
     def repeated(self, times: int) -> Batch:
-        """The same rows several times over; nothing is copied for a single row."""
+        """The same rows several times over; a single row is expanded, not copied."""
         if times == 1:
             return self
         num_rows = len(self.input_ids)
@@ -106,7 +140,7 @@ class Batch:
                 return type(value)(repeat(v) for v in value)
             return {k: repeat(v) for k, v in value.items()} if isinstance(value, dict) else value
 
-        seen: dict[int, Any] = {}  # layers are given the same objects
+        seen: dict[int, Any] = {}  # layers get the same objects
 
         def once(value: Any) -> Any:
             if id(value) not in seen:
@@ -118,8 +152,8 @@ class Batch:
 
 
 @dataclass(frozen=True)
-class Stages:
-    """How a layer is split.
+class Split:
+    """How a layer is split into its subblocks.
 
     Attributes:
         layout: ``sequence``, ``parallel`` or ``whole``.
@@ -132,11 +166,11 @@ class Stages:
 
 
 class _Enough(Exception):
-    """The last layer has been called; nothing after it is wanted."""
+    """The last layer was called; the rest of the forward is not needed."""
 
 
 class _StandIn(DummyBlock):
-    """Stands for a layer: notes what it is given, and hands on hidden states in the form in which the layer would."""
+    """Takes the place of a layer: records its arguments and returns hidden states in the form of the layer's output."""
 
     def __init__(self, original_layer: nn.Module, block_index: int, like: Any):
         super().__init__(original_layer, block_index)
@@ -152,283 +186,324 @@ class _StandIn(DummyBlock):
             if self.stops:
                 raise _Enough
             hidden = self.call.hidden
-        return hidden if isinstance(self.like, torch.Tensor) else type(self.like)((hidden, *self.like[1:]))
+        if isinstance(self.like, torch.Tensor):
+            return hidden
+        try:
+            return type(self.like)((hidden, *self.like[1:]))
+        except TypeError:
+            raise NotLayerwise(f"its layers return a {type(self.like).__name__}") from None
 
 
-class StagedParent:
-    """See the module's docstring.
+@dataclass
+class _Facts:
+    """What is found out about a parent once, by running it.
 
     Attributes:
-        library: of alternatives for its layers.
-        layers: its decoder layers.
-        vocab_size: V, of its logits.
-        bytes_of_a_token: in hidden states.
-        arithmetic: counts what is run.
+        vocab_size: V.
+        bytes_of_a_token: size of one token's hidden states.
+        stand_ins: one per layer.
+        plain_head: whether logits are the output embedding of the normed hidden states and nothing else.
+        layouts: how layers that were tried are split, see :class:`Split`.
+        counts: operations of each layer, per token and per pair of tokens.
+        head_count: operations of the head per token.
     """
 
-    def __init__(self, library: Library):
-        parent = self._parent = library.parent
-        self.library, self.layers = library, parent.layers
-        probe = torch.arange(3, 11, device=parent.runtime.device)[None] % parent.language_config.vocab_size
+    vocab_size: int
+    bytes_of_a_token: int
+    stand_ins: list[_StandIn]
+    plain_head: bool = False
+    layouts: dict[int, str] = field(default_factory=dict)
+    counts: list[tuple[float, float]] = field(default_factory=list)
+    head_count: float = 0.0
+
+    @staticmethod
+    def of(parent: Parent) -> _Facts:
+        probe = _probe(parent, 8)
         logits, _, outputs = layer_outputs(parent, probe)
-        self.vocab_size = logits.shape[-1]
-        self._stand_ins = [_StandIn(layer, i, outputs[i]) for i, layer in enumerate(self.layers)]
         hidden = first_tensor(outputs[0])
-        self.bytes_of_a_token = hidden.element_size() * hidden.shape[-1]
+        stand_ins = [_StandIn(layer, i, outputs[i]) for i, layer in enumerate(parent.layers)]
+        facts = _Facts(logits.shape[-1], hidden.element_size() * hidden.shape[-1], stand_ins)
+        with torch.no_grad():
+            layerwise = LayerwiseParent(parent, _NoAlternatives(), facts)
+            expected, read = layerwise.head(probe, layerwise.start(probe).embedded)
+            facts.plain_head = parent.head is not None and torch.equal(parent.head(read), expected)
+        return facts
+
+
+class LayerwiseParent(Generic[Builder]):
+    """A parent that runs layer by layer; see the module's docstring. :func:`split_layers` makes one.
+
+    Attributes:
+        parent: the model.
+        builder: builds layers with alternatives in them.
+        layers: the parent's decoder layers.
+        vocab_size: V, of its logits.
+        bytes_of_a_token: size of one token's hidden states.
+        arithmetic: counts the operations of everything that runs.
+    """
+
+    def __init__(self, parent: Parent, builder: Builder, facts: _Facts):
+        self.parent, self.builder, self.layers, self._facts = parent, builder, parent.layers, facts
+        self.vocab_size, self.bytes_of_a_token = facts.vocab_size, facts.bytes_of_a_token
         self.arithmetic = Arithmetic()
-        self._stages: dict[int, Stages] = {}
-        self._layouts: dict[int, str] = {}
+        self._splits: dict[int, Split] = {}
         self._types = getattr(parent.language_config, "layer_types", None)
         self._norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
-        self._output: Any = parent.head
-        self._plain_head = False
-        self._plain_head = self._has_plain_head(probe)
-        self._counts: list[tuple[float, float]] = []
-        self._of_head = 0.0
+
+    @property
+    def streamed(self) -> bool:
+        """Whether weights stay on the disk until a layer runs."""
+        return self.parent.stream is not None
 
     @contextmanager
     def _without_layers(self) -> Iterator[_StandIn]:
-        """While open, stand-ins are in the layers' places; yields the last."""
-        with exchanged(self._parent, dict(enumerate(self._stand_ins))):
-            yield self._stand_ins[-1]
+        """While open, stand-ins take the layers' places; yields the last."""
+        with exchanged(self.parent, dict(enumerate(self._facts.stand_ins))):
+            yield self._facts.stand_ins[-1]
 
     # ------------------------------------------------------------------------------------------ the way through
 
     def start(self, input_ids: torch.Tensor) -> Batch:
-        """Embed rows ``[B, T]`` and note what each layer will be given."""
+        """Embed rows ``[B, T]`` and record the arguments of every layer."""
         with self._without_layers() as last:
             last.stops = True
             try:
-                self._parent.model(input_ids=input_ids, use_cache=False)
+                self.parent.model(input_ids=input_ids, use_cache=False)
             except _Enough:
                 pass
             finally:
                 last.stops = False
         calls = []
-        for stand_in in self._stand_ins:
-            assert stand_in.call is not None
+        for i, stand_in in enumerate(self._facts.stand_ins):
+            if stand_in.call is None:
+                raise NotLayerwise(f"its forward does not call layer {i}")
             calls.append(stand_in.call)
             stand_in.call = None
         return Batch(input_ids, calls[0].hidden, tuple(call.without_hidden() for call in calls))
 
     def hidden_states(self, batch: Batch) -> list[torch.Tensor]:
-        """What each layer is given, and what the last one gives: ``[B, T, D]`` each."""
+        """The input of every layer and the output of the last: ``[B, T, D]`` each."""
         states = [batch.embedded]
         for i in range(len(self.layers)):
             states.append(self.run(batch, i, states[-1]))
         return states
 
     def run(self, batch: Batch, i: int, hidden: torch.Tensor, module: nn.Module | None = None) -> torch.Tensor:
-        """Layer ``i``, or ``module`` in its place, on hidden states ``[B, T, D]``."""
+        """The output of layer ``i``, or of ``module`` in its place, for hidden states ``[B, T, D]``."""
         self._forget_others(i)
         module = self.layers[i] if module is None else module
-        own_type, call = getattr(module, LAYER_TYPE, None), batch.calls[i]
-        if isinstance(own_type, str) and self._types:
-            call = batch.calls[list(self._types).index(own_type)]
+        layer_type, call = getattr(module, LAYER_TYPE, None), batch.calls[i]
+        if isinstance(layer_type, str) and self._types:
+            call = batch.calls[list(self._types).index(layer_type)]
         return self.arithmetic.count(key_of(module, hidden), lambda: call.of(module, hidden))
 
-    @property
-    def streamed(self) -> bool:
-        """Whether weights stay on the disk until a layer runs."""
-        return self._parent.stream is not None
-
     def read(self, i: int) -> None:
-        """Have the weights of layer ``i`` in memory, and of no other where they stay on the disk."""
+        """Have the weights of layer ``i`` in memory; of a streamed parent, of this layer only."""
         self._forget_others(i)
-        self._parent.layer(i)
+        self.parent.layer(i)
 
     def head(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits ``[B, T, V]`` and what the head reads, from what the last layer gives.
+        """Logits ``[B, T, V]`` and the hidden states that the head reads, from the output of the last layer.
 
-        For all tokens or some neighbouring ones; ``input_ids`` are theirs.
+        Both may be of all tokens or of some neighbouring ones; ``input_ids`` are theirs.
         """
         return self.arithmetic.count(("head", hidden.shape), lambda: self._head(input_ids, hidden))
 
     def _head(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        if self._plain_head:
+        if self._facts.plain_head:
             read = self._norm(hidden)
-            return self._output(read), read
+            return self.parent.head(read), read
         with self._without_layers() as last:
             last.gives = hidden
             try:
-                return logits_and_hidden(self._parent, input_ids)
+                return logits_and_hidden(self.parent, input_ids)
             finally:
                 last.gives = None
-
-    @torch.no_grad()
-    def _has_plain_head(self, probe: torch.Tensor) -> bool:
-        """Whether logits are the output embedding of the normed hidden states and nothing else, by trying."""
-        hidden = self.start(probe).embedded
-        expected, read = self.head(probe, hidden)
-        return self._output is not None and torch.equal(self._output(read), expected)
 
     # ------------------------------------------------------------------------------------------ work
 
     def operations(self, start: int, end: int, rows: int, length: int) -> float:
-        """About what layers from ``start`` until before ``end`` do on rows of so many tokens.
+        """Estimated operations of the layers ``start`` to ``end - 1`` on ``rows`` rows of ``length`` tokens.
 
-        Attentions as if every token looked at every other, and everything else in proportion to the tokens.
+        Attention counts as if every token attended to every other; everything else is proportional to the tokens.
         """
         tokens, pairs = rows * length, rows * length**2
-        return sum(matrices * tokens + attention * pairs for matrices, attention in self._counts[start:end])
+        return sum(matrices * tokens + attention * pairs for matrices, attention in self._facts.counts[start:end])
 
     def head_operations(self, rows: int, length: int) -> float:
-        """The same of the head."""
-        return self._of_head * rows * length
+        """Estimated operations of the head."""
+        return self._facts.head_count * rows * length
 
-    def note_operations(self, layers: Sequence[Hashable], head: tuple[str, torch.Size], of: torch.Size) -> None:
-        """Let :meth:`operations` go by what was counted.
+    # ------------------------------------------------------------------------------------------ subblocks
 
-        Args:
-            layers: their keys, when they ran on ``of`` rows and tokens.
-            head: its key; the shape in it is what it ran on.
-            of: ``[B, T]``.
-        """
-        (rows, length), (_, shape) = of, head
-        self._counts = [(m / (rows * length), p / (rows * length**2)) for m, p in map(self.arithmetic.of, layers)]
-        self._of_head = sum(self.arithmetic.of(head)) / (shape[0] * shape[1])
-
-    # ------------------------------------------------------------------------------------------ stages
-
-    def stages(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
-        """How layer ``i`` is split; tried once, on ``hidden`` ``[B, T, D]`` that it is given."""
-        if i not in self._stages:
+    def split(self, i: int, batch: Batch, hidden: torch.Tensor) -> Split:
+        """How layer ``i`` is split; the experiment runs once, on ``hidden`` ``[B, T, D]``, an input of the layer."""
+        if i not in self._splits:
             self._forget_others(i)
-            self._stages[i] = self._split(i, batch, hidden)
-            self._layouts[i] = self._stages[i].layout
-        return self._stages[i]
+            self._splits[i] = self._find_split(i, batch, hidden)
+            self._facts.layouts[i] = self._splits[i].layout
+        return self._splits[i]
 
     def _forget_others(self, i: int) -> None:
-        """Stages hold on to their layer's weights; where these stay on the disk, one layer's are kept."""
-        if self.streamed and i not in self._stages:
-            self._stages.clear()
+        """Split layers hold weights; of a streamed parent, one layer's are kept."""
+        if self.streamed and i not in self._splits:
+            self._splits.clear()
 
-    def _split(self, i: int, batch: Batch, hidden: torch.Tensor) -> Stages:
-        layout = self._layouts.get(i)
-        if layout == "whole" or not self.can_split(i):
-            return Stages("whole")
-        attention, ffn = (self.library.layer(Alternative(i, other, "no_op")) for other in ("ffn", "attention"))
+    def _find_split(self, i: int, batch: Batch, hidden: torch.Tensor) -> Split:
+        layout = self._facts.layouts.get(i)
+        if layout == "whole" or not self._can_split(i):
+            return Split("whole")
+        attention, ffn = (self.builder.without(i, other) for other in ("ffn", "attention"))
         if layout is not None:
-            return Stages(layout, attention, ffn)
+            return Split(layout, attention, ffn)
         with torch.no_grad():
             whole = self.run(batch, i, hidden)
             after = self.run(batch, i, hidden, attention)
             in_sequence = self.run(batch, i, after, ffn)
-            side_by_side = after + self.run(batch, i, hidden, ffn) - hidden
-        for layout, made in (("sequence", in_sequence), ("parallel", side_by_side)):
+            in_parallel = after + self.run(batch, i, hidden, ffn) - hidden
+        for layout, made in (("sequence", in_sequence), ("parallel", in_parallel)):
             if _equal(made, whole, hidden):
-                return Stages(layout, attention, ffn)
-        return Stages("whole")
+                return Split(layout, attention, ffn)
+        return Split("whole")
 
-    def can_split(self, i: int) -> bool:
-        descriptor, block = self._parent.descriptor, self._parent.blocks[i]
-        present = not any(own.no_op or own.replace_with_linear for own in (block.attention, block.ffn))
+    def _can_split(self, i: int) -> bool:
+        descriptor, block = self.parent.descriptor, self.parent.blocks[i]
+        present = not any(subblock.no_op or subblock.replace_with_linear for subblock in (block.attention, block.ffn))
         return present and descriptor.attn_no_op_supported() and descriptor.mlp_no_op_supported()
 
-    def replacement(self, alternative: Alternative) -> nn.Module:
-        """What runs in the place of its layer, or of its stage where the layer is a ``sequence``."""
-        stages = self._stages[alternative.layer]
-        return self.module_of(alternative, stages) if stages.layout == "sequence" else self.library.layer(alternative)
+    def module_of(self, alternative: Replacement, split: Split) -> nn.Module:
+        """The module that runs an alternative in place of its subblock; of the whole layer where that is not split."""
+        return self.builder.layer(alternative) if split.layout == "whole" else self.builder.alone(alternative)
+
+    def replacement(self, alternative: Replacement) -> nn.Module:
+        """The module that runs an alternative in place of its subblock where layers are a ``sequence``, else layer."""
+        in_sequence = self._splits[alternative.layer].layout == "sequence"
+        return self.builder.alone(alternative) if in_sequence else self.builder.layer(alternative)
 
     def replaced(
         self,
         batch: Batch,
-        alternative: Alternative,
+        alternative: Replacement,
         hidden: torch.Tensor,
         middle: torch.Tensor | None,
         module: nn.Module | None = None,
     ) -> torch.Tensor:
-        """What the layer of an alternative gives with it.
+        """The output of a layer with an alternative in it.
 
         Args:
             batch: the rows.
-            alternative: of a layer whose stages are known.
-            hidden: what the layer is given.
-            middle: what its attention's stage gives, where an FFN's alternative of a ``sequence`` starts from there.
-            module: its :meth:`replacement`, if that was made before.
+            alternative: of a layer that was split.
+            hidden: the input of the layer.
+            middle: the output of its attention, if the alternative is an FFN's and the layer a ``sequence``.
+            module: its :meth:`replacement`, if that exists already.
         """
         i = alternative.layer
-        stages = self._stages[i]
+        split = self._splits[i]
         module = self.replacement(alternative) if module is None else module
-        if stages.layout != "sequence":
+        if split.layout != "sequence":
             return self.run(batch, i, hidden, module)
         if alternative.subblock == "ffn":
             assert middle is not None
             return self.run(batch, i, middle, module)
-        return self.run(batch, i, self.run(batch, i, hidden, module), stages.ffn)
-
-    def module_of(self, alternative: Alternative, stages: Stages) -> nn.Module:
-        """What runs in the place of the stage that an alternative changes."""
-        if stages.layout == "whole":
-            return self.library.layer(alternative)
-        return self.library.layer(alternative, no_op_beside(alternative))
+        return self.run(batch, i, self.run(batch, i, hidden, module), split.ffn)
 
 
-def tokens_at_once(parent: Parent, staged: StagedParent | None, most: int) -> int:
-    """Of ``most``, so many that what a layer makes of them stays small beside the parent's weights."""
-    streamed = staged is not None and staged.streamed
+def split_layers(parent: Parent, builder: Builder) -> LayerwiseParent[Builder]:
+    """The parent, ready to run layer by layer. That it then computes what it computes as a whole is checked once.
+
+    Args:
+        parent: the model.
+        builder: builds layers with alternatives in them.
+
+    Raises:
+        NotLayerwise: it computes something else.
+    """
+    facts = parent.once("runs layer by layer", lambda: _checked(parent))
+    if isinstance(facts, NotLayerwise):
+        raise NotLayerwise(*facts.args)
+    return LayerwiseParent(parent, builder, facts)
+
+
+class _NoAlternatives:
+    """Builds nothing; the check of a parent needs no alternatives."""
+
+    def layer(self, *alternatives: Any) -> nn.Module:
+        raise NotImplementedError
+
+    alone = without = layer
+
+
+def _probe(parent: Parent, length: int) -> torch.Tensor:
+    """``[1, length]`` token ids; any will do for a check."""
+    return torch.arange(3, 3 + length, device=parent.runtime.device)[None] % parent.language_config.vocab_size
+
+
+@torch.no_grad()
+def _checked(parent: Parent) -> _Facts | NotLayerwise:
+    """What is known of the parent after the check, or why it cannot run layer by layer."""
+    if not hands_over(parent):
+        return NotLayerwise("its layers pass on more than hidden states")
+    input_ids = _probe(parent, 32).repeat(2, 1)  # enough tokens for masks and windows to matter
+    expected = parent.model(input_ids=input_ids, use_cache=False).logits
+    with foreign_code("do the layers run one at a time?", refusal_is_answer=True) as attempt:
+        try:
+            facts = _Facts.of(parent)
+            logits = _logits_layer_by_layer(LayerwiseParent(parent, _NoAlternatives(), facts), facts, input_ids)
+        except NotLayerwise as reason:
+            return reason
+    if attempt.failed:
+        return NotLayerwise(f"a layer cannot be called by itself: {attempt.reason}")
+    if not all(made.shape == expected.shape and _equal(made, expected, torch.zeros_like(made)) for made in logits):
+        return NotLayerwise("its layers, called one by one, compute something else")
+    return facts
+
+
+def _logits_layer_by_layer(
+    layerwise: LayerwiseParent[Any], facts: _Facts, input_ids: torch.Tensor
+) -> list[torch.Tensor]:
+    """The logits of rows ``[B, T]`` that run twice in one batch, the head in two parts; counts operations meanwhile."""
+    batch = layerwise.start(input_ids)
+    hidden, twice, keys = batch.embedded.repeat(2, 1, 1), batch.repeated(2), []
+    for i, layer in enumerate(layerwise.layers):
+        keys.append(key_of(layer, hidden))
+        hidden = layerwise.run(twice, i, hidden)
+    num_rows, length = input_ids.shape
+    half, logits = length // 2, []
+    for states in hidden.chunk(2):
+        parts = [(input_ids[:, :half], states[:, :half]), (input_ids[:, half:], states[:, half:])]
+        logits.append(torch.cat([layerwise.head(ids, part)[0] for ids, part in parts], 1))
+    tokens, count = 2 * num_rows * length, layerwise.arithmetic.of
+    facts.counts = [(matrices / tokens, pairs / (tokens * length)) for matrices, pairs in map(count, keys)]
+    facts.head_count = sum(count(("head", hidden[:num_rows, :half].shape))) / (num_rows * half)
+    return logits
+
+
+def tokens_at_once(parent: Parent, layerwise: LayerwiseParent[Any] | None, most: int) -> int:
+    """How many tokens may run at once, at most ``most``: their memory stays small against the parent's weights."""
+    streamed = layerwise is not None and layerwise.streamed
     weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
     limit = STREAMED_BYTES if streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
     vocab_size, held = parent.language_config.vocab_size, 0
-    if staged is not None:
-        vocab_size = staged.vocab_size
-        # What every layer is given, unless that waits on the disk.
-        held = 0 if streamed else staged.bytes_of_a_token * (len(staged.layers) + 1)
-    # While it goes through a layer, or while the parent's logits are at hand.
+    if layerwise is not None:
+        vocab_size = layerwise.vocab_size
+        # The inputs of all layers, unless they are kept on the disk.
+        held = 0 if streamed else layerwise.bytes_of_a_token * (len(layerwise.layers) + 1)
+    # Within a layer, or with the parent's logits in memory.
     of_token = max(bytes_within_a_layer(parent), 8.0 * vocab_size)
     return int(min(most, max(1, limit // (of_token + held))))
 
 
 def bytes_within_a_layer(parent: Parent) -> float:
-    """About what a token takes while it, or its gradient, goes through a layer."""
+    """Estimated memory of a token while it, or its gradient, goes through a layer."""
     widest = max(sum(p.shape[-2] for p in layer.parameters() if p.ndim > 1) for layer in parent.layers)
     return 3.0 * parent.runtime.dtype.itemsize * widest
 
 
 def key_of(module: nn.Module, hidden: torch.Tensor) -> tuple[Any, ...]:
-    """Equal for modules that do as many operations on hidden states of this shape."""
+    """Equal for modules that do the same number of operations on hidden states of this shape."""
     return (type(module), hidden.shape, tuple(p.shape for p in module.parameters()))
 
 
 def _equal(made: torch.Tensor, whole: torch.Tensor, given: torch.Tensor) -> bool:
     update = (whole - given).float().abs().max().clamp_min(1e-12)
     return bool((made - whole).float().abs().max() <= _TOLERANCE.get(whole.dtype, 3e-2) * update)
-
-
-class CannotTakeApart(Exception):
-    """A parent does not give layer by layer what it gives as a whole; the message says why."""
-
-
-@torch.no_grad()
-def take_apart(library: Library, input_ids: torch.Tensor) -> StagedParent:
-    """The parent taken apart, if so it gives what it gives as a whole; tried on rows ``[B, T]``, B at least 2.
-
-    Raises:
-        CannotTakeApart: it does not.
-    """
-    parent = library.parent
-    if not hands_over(parent):
-        raise CannotTakeApart("its layers leave each other more than hidden states")
-    expected = parent.model(input_ids=input_ids, use_cache=False).logits
-    try:
-        staged = StagedParent(library)
-        batch = staged.start(input_ids)
-        hidden = batch.embedded.repeat(2, 1, 1)
-        twice = batch.repeated(2)
-        keys = []
-        for i, layer in enumerate(staged.layers):
-            keys.append(key_of(layer, hidden))
-            hidden = staged.run(twice, i, hidden)
-        half = max(1, input_ids.shape[1] // 2)
-        made_of = hidden[: len(input_ids), :half].shape
-        made = []
-        for own in hidden.view(2, *batch.embedded.shape):
-            parts = [(input_ids[:, :half], own[:, :half]), (input_ids[:, half:], own[:, half:])]
-            made.append(torch.cat([staged.head(ids, part)[0] for ids, part in parts if ids.shape[1]], 1))
-    except Exception as error:  # whatever a family's own code raises when it is not run as it expects
-        raise CannotTakeApart(f"a layer cannot be called by itself: {first_line(error)}") from error
-    if not all(_equal(logits, expected, torch.zeros_like(expected)) for logits in made):
-        raise CannotTakeApart("called one by one, its layers give something else")
-    staged.note_operations(keys, ("head", made_of), twice.input_ids.shape)
-    staged.arithmetic = Arithmetic()
-    return staged

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,9 +21,6 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.run.artifacts import file_digest, fingerprint, plain
 from layersmith.run.runtime import Runtime
-
-if TYPE_CHECKING:
-    from layersmith.library.alternative import Alternative
 
 # Up to this size weights are hashed whole; above, each file's header, size and ends are.
 _WHOLE_HASH_BYTES = 2 * 1024**3
@@ -52,6 +49,7 @@ class Parent:
     identity: str
     runtime: Runtime
     stream: WeightStream | None = None
+    _answers: dict[str, Any] = field(default_factory=dict, init=False, repr=False)
 
     @property
     def config(self) -> PretrainedConfig:
@@ -76,12 +74,11 @@ class Parent:
         """The language-model head."""
         return head_of(self.model, self.descriptor)
 
-    def blocks_with(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
-        """The block configs of the child that a solution makes."""
-        blocks = list(self.blocks)
-        for alternative in chosen:
-            blocks[alternative.layer] = alternative.block_config(blocks[alternative.layer])
-        return blocks
+    def once(self, question: str, find: Callable[[], Any]) -> Any:
+        """The answer to a question about this model; ``find`` runs the first time that it is asked."""
+        if question not in self._answers:
+            self._answers[question] = find()
+        return self._answers[question]
 
     def layer(self, i: int) -> nn.Module:
         """A decoder layer with its weights in memory."""

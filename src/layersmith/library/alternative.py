@@ -10,6 +10,7 @@ from typing import Any
 from layersmith import schema
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UsageError
+from layersmith.heterogeneous.plan import NO_LINEAR, linear_records
 from layersmith.library.axes.axis import HeadsAxis, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import LibraryRecipe
@@ -127,9 +128,17 @@ class Alternative:
         return dataclasses.replace(parent, **changes)
 
 
-def no_op_beside(a: Alternative) -> Alternative:
-    """What leaves of a layer the stage of one subblock."""
+def no_op_of_other(a: Alternative) -> Alternative:
+    """The alternative that removes the other subblock of the same layer."""
     return Alternative(a.layer, "ffn" if a.subblock == "attention" else "attention", "no_op")
+
+
+def child_blocks(parent: Sequence[BlockConfig], chosen: Sequence[Alternative]) -> list[BlockConfig]:
+    """The block configs of the child with these alternatives."""
+    blocks = list(parent)
+    for alternative in chosen:
+        blocks[alternative.layer] = alternative.block_config(blocks[alternative.layer])
+    return blocks
 
 
 def changed_by_layer(chosen: Sequence[Alternative]) -> dict[int, list[Alternative]]:
@@ -317,8 +326,6 @@ def head_group_counts(full: int, shared: bool, num_heads: int, recipe: LibraryRe
 
 def why_no_linear(descriptor: type[ModelDescriptor], layers: Sequence[Any], subblock: str) -> list[str]:
     """For every layer why no linear map can stand in the place of its subblock; empty if one can."""
-    from layersmith.heterogeneous.plan import NO_LINEAR, linear_records
-
     reasons = []
     for layer in layers:
         reason = ""

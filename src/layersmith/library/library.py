@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 from pathlib import Path
@@ -17,16 +18,26 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layersmith import schema
 from layersmith.block_config import BlockConfig
 from layersmith.execution.exchange import LAYER_TYPE, share_buffers
+from layersmith.execution.layerwise import NotLayerwise, split_layers
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library import ranking
-from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity, search_space, why_no_linear
+from layersmith.library.alternative import (
+    Alternative,
+    changed_by_layer,
+    child_blocks,
+    no_op_of_other,
+    pair_identity,
+    search_space,
+    why_no_linear,
+)
 from layersmith.library.axes.axis import Bundle, HeadsAxis, LayerAxes, WidthAxis, numbered
 from layersmith.library.axes.feasible import any_orders, by_reason, no_maps, those_that_run
 from layersmith.library.axes.find import find_axes, input_dim, meta_layers
 from layersmith.library.axes.prove import prove
 from layersmith.library.axes.trial import Trial
+from layersmith.library.layerwise_statistics import gather_layerwise
 from layersmith.library.slicing import (
     common_module,
     keep_experts,
@@ -249,6 +260,14 @@ class Library:
                 setattr(layer, LAYER_TYPE, alternative.method)
         return layer.eval().requires_grad_(False)
 
+    def without(self, i: int, subblock: str) -> nn.Module:
+        """Layer ``i`` of the parent without one of its subblocks."""
+        return self.layer(Alternative(i, subblock, "no_op"))
+
+    def alone(self, alternative: Alternative) -> nn.Module:
+        """The layer with this alternative in it and without the other subblock."""
+        return self.layer(alternative, no_op_of_other(alternative))
+
     def num_parameters(self, *alternatives: Alternative) -> int:
         """Of what :meth:`layer` gives, which is not made for that."""
         changed = [a for a in alternatives if a.kind != "parent"]
@@ -284,7 +303,7 @@ class Library:
 
     def blocks(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
         """The block configs of the child that a solution makes."""
-        return self.parent.blocks_with(chosen)
+        return child_blocks(self.parent.blocks, chosen)
 
     def compose(self, chosen: Sequence[Alternative]) -> PreTrainedModel:
         """The child as a model of its own; weights that did not change are shared with the parent."""
@@ -398,10 +417,10 @@ def build_library(
     probes = probes_for(parent, axes, alternatives, ffn_ranking)
     of_layers: Iterable[dict[str, torch.Tensor]] | None = None
     if parent.stream is not None:
-        from layersmith.library.layerwise_statistics import gather_layerwise  # it stands on this module
-
-        bare = Library(parent, axes, alternatives, {}, {}, [])
-        of_layers = gather_layerwise(bare, probes, tokens, batch_sequences, checkpoint, progress)
+        with suppress(NotLayerwise):
+            layerwise = split_layers(parent, Library(parent, axes, alternatives, {}, {}, []))
+            folder = checkpoint.parent if checkpoint else None
+            of_layers = gather_layerwise(layerwise, probes, tokens, batch_sequences, folder, progress)
     if of_layers is None:
         of_all = gather(
             parent,

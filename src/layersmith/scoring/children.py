@@ -24,8 +24,8 @@ from torch import nn
 from layersmith.errors import UnsupportedModel
 from layersmith.execution.exchange import exchanged, logits_and_hidden
 from layersmith.execution.hidden_states import States, StatesOnDisk
-from layersmith.execution.layerwise import Batch, CannotTakeApart, StagedParent, take_apart, tokens_at_once
-from layersmith.library.alternative import Alternative, no_op_beside
+from layersmith.execution.layerwise import Batch, LayerwiseParent, NotLayerwise, split_layers, tokens_at_once
+from layersmith.library.alternative import Alternative, no_op_of_other
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
 from layersmith.run.progress import Progress
@@ -55,7 +55,7 @@ class WholeModels:
     """
 
     library: Library
-    staged: StagedParent | None
+    staged: LayerwiseParent | None
     tokens: torch.Tensor
     batch_rows: int
     folder: Path = Path(tempfile.gettempdir())
@@ -122,7 +122,7 @@ class WholeModels:
     def cost_around(self, solution: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
         """Forward passes that :meth:`around` takes: the parent's; the child's, again by stages, and two back."""
         child = sum(self._weights(i, own) for i, own in enumerate(self._places(solution))) + self._head
-        alone = sum(self.library.num_parameters(a, no_op_beside(a)) for a in others)
+        alone = sum(self.library.num_parameters(a, no_op_of_other(a)) for a in others)
         return (self._whole + 4 * child + alone) / self._whole * num_rows / len(self.tokens)
 
     # ------------------------------------------------------------------------------------------ three ways
@@ -289,8 +289,8 @@ def whole_models(
     """
     parent, most = library.parent, recipe.scoring.batch_tokens
     try:
-        staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(parent.runtime.device))
-    except CannotTakeApart as reason:
+        staged = split_layers(library.parent, library)
+    except NotLayerwise as reason:
         if parent.stream is not None:
             raise UnsupportedModel(
                 f"{parent.path}: it is read from the disk layer by layer, and no child can be run so, because {reason}."

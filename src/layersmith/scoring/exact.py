@@ -24,10 +24,11 @@ from itertools import groupby
 import torch
 
 from layersmith.execution.exchange import forward_with, hands_over, layer_outputs
-from layersmith.execution.hidden_states import States, most_seconds, plan_start, read, start_all
-from layersmith.execution.layerwise import Batch, StagedParent
+from layersmith.execution.hidden_states import States
+from layersmith.execution.layerwise import Batch, LayerwiseParent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
+from layersmith.scoring.forward import most_seconds, plan_start, read, start_all
 from layersmith.scoring.metrics import Reference, Rows, as_rows, labels_of, measure, row_means
 from layersmith.scoring.work import Plan, Work, plan_all, share_of_layer
 
@@ -45,7 +46,7 @@ class Measured:
 
 def run_exactly(
     library: Library,
-    staged: StagedParent | None,
+    staged: LayerwiseParent | None,
     groups: Sequence[Sequence[Alternative]],
     rows: torch.Tensor,
     work: Work | None = None,
@@ -67,7 +68,7 @@ def run_exactly(
 
 
 def amounts_of(
-    library: Library, staged: StagedParent | None, a: Alternative, rows: int, length: int
+    library: Library, staged: LayerwiseParent | None, a: Alternative, rows: int, length: int
 ) -> dict[str, float]:
     """Kinds of work of an exact run to their amounts."""
     depth = len(library.parent.blocks)
@@ -86,7 +87,7 @@ def _share_of_layer(a: Alternative) -> float:
     return share_of_layer(a) + (0.5 if a.subblock == "attention" else 0.0)
 
 
-def amounts_of_parent(staged: StagedParent | None, rows: int, length: int) -> dict[str, float]:
+def amounts_of_parent(staged: LayerwiseParent | None, rows: int, length: int) -> dict[str, float]:
     """The same of what the parent itself gives."""
     if staged is None:
         return {"whole": rows}
@@ -104,7 +105,7 @@ def in_groups(alternatives: Sequence[Alternative], together: int) -> list[list[A
 
 @torch.no_grad()
 def _run_staged(
-    staged: StagedParent, groups: Sequence[Sequence[Alternative]], rows: torch.Tensor, work: Work
+    staged: LayerwiseParent, groups: Sequence[Sequence[Alternative]], rows: torch.Tensor, work: Work
 ) -> Iterator[Measured]:
     depth, shape = len(staged.layers), rows.shape
     of_head = staged.head_operations(*shape)
@@ -122,7 +123,7 @@ def _run_staged(
         of_layer_itself, of_rest = staged.operations(i, i + 1, *shape), staged.operations(i + 1, depth, *shape)
         starts_there = any(a.subblock == "ffn" for group in own for a in group)
         with work.doing("build", 0.0):
-            stages = staged.stages(i, batch, inputs[i])
+            stages = staged.split(i, batch, inputs[i])
         middle = None
         if starts_there and stages.layout == "sequence":
             with work.doing("own ffn", 0.0):
@@ -155,7 +156,7 @@ class Job:
 
 @torch.no_grad()
 def run_layer_by_layer(
-    staged: StagedParent, jobs: Sequence[Job], states: States, most_bytes: float, work: Work | None = None
+    staged: LayerwiseParent, jobs: Sequence[Job], states: States, most_bytes: float, work: Work | None = None
 ) -> Iterator[tuple[int, Measured]]:
     """Metrics of alternatives on the rows of several batches; the parent's own first, then by waves of alternatives.
 
@@ -210,7 +211,7 @@ def run_layer_by_layer(
                 yield n, Measured(alternative, rows)
 
 
-def plan_layer_by_layer(staged: StagedParent, jobs: Sequence[Job], most_bytes: float, plan: Plan) -> None:
+def plan_layer_by_layer(staged: LayerwiseParent, jobs: Sequence[Job], most_bytes: float, plan: Plan) -> None:
     """Tell what :func:`run_layer_by_layer` will do, but for the runs of the alternatives themselves."""
     plan_start(staged, [job.rows.shape for job in jobs], plan)
     for job in jobs:
@@ -222,7 +223,7 @@ def plan_layer_by_layer(staged: StagedParent, jobs: Sequence[Job], most_bytes: f
 _Wave = list[tuple[Alternative, list[int]]]
 
 
-def _amounts_of_waves(staged: StagedParent, jobs: Sequence[Job], waves: Sequence[_Wave]) -> dict[str, float]:
+def _amounts_of_waves(staged: LayerwiseParent, jobs: Sequence[Job], waves: Sequence[_Wave]) -> dict[str, float]:
     """What waves take beside the runs of their alternatives."""
     of_heads = sum(staged.head_operations(*job.rows.shape) for job in jobs)
     reading = sum(len(staged.layers) - wave[0][0].layer for wave in waves)
@@ -230,7 +231,7 @@ def _amounts_of_waves(staged: StagedParent, jobs: Sequence[Job], waves: Sequence
 
 
 def _waves(
-    staged: StagedParent, jobs: Sequence[Job], most_bytes: float, most_operations: float = math.inf
+    staged: LayerwiseParent, jobs: Sequence[Job], most_bytes: float, most_operations: float = math.inf
 ) -> Iterator[_Wave]:
     """Alternatives by layer: as many as may wait at once, and take so many operations or one more."""
     by_identity: dict[str, tuple[Alternative, list[int]]] = {}
@@ -252,7 +253,7 @@ def _waves(
 
 
 def _begin(
-    staged: StagedParent,
+    staged: LayerwiseParent,
     jobs: Sequence[Job],
     started: Sequence[Batch],
     own: Sequence[tuple[Alternative, list[int]]],
@@ -266,7 +267,7 @@ def _begin(
         for n in numbers:
             hidden = states.get(("parent", i, n))
             with work.doing("build", 1.0):
-                stages = staged.stages(i, started[n], hidden)
+                stages = staged.split(i, started[n], hidden)
                 module = staged.replacement(alternative) if module is None else module
             amount = _share_of_layer(alternative) * staged.operations(i, i + 1, *jobs[n].rows.shape)
             with work.doing(f"own {alternative.subblock}", amount):
@@ -281,7 +282,7 @@ def _begin(
         states.pop(("middle", n))
 
 
-def by_spans(staged: StagedParent, rows: torch.Tensor, states: States, keys: Sequence[Hashable]) -> list[Rows]:
+def by_spans(staged: LayerwiseParent, rows: torch.Tensor, states: States, keys: Sequence[Hashable]) -> list[Rows]:
     """Metrics of hidden states ``[B, T, D]``, the parent's own first; nothing is held but those of a span."""
     found: list[list[dict[str, torch.Tensor]]] = [[] for _ in keys]
     labels = labels_of(rows)
@@ -298,7 +299,7 @@ def by_spans(staged: StagedParent, rows: torch.Tensor, states: States, keys: Seq
 # ---------------------------------------------------------------------------------------------- by batches
 
 
-def _rest(staged: StagedParent, batch: Batch, i: int, hidden: torch.Tensor) -> torch.Tensor:
+def _rest(staged: LayerwiseParent, batch: Batch, i: int, hidden: torch.Tensor) -> torch.Tensor:
     """``[A, B, T, D]`` through the layers after ``i``."""
     many = batch.repeated(len(hidden))
     shape = hidden.shape
@@ -308,7 +309,7 @@ def _rest(staged: StagedParent, batch: Batch, i: int, hidden: torch.Tensor) -> t
     return flat.view(shape)
 
 
-def _measured(staged: StagedParent, reference: Reference, rows: torch.Tensor, hidden: torch.Tensor) -> list[Rows]:
+def _measured(staged: LayerwiseParent, reference: Reference, rows: torch.Tensor, hidden: torch.Tensor) -> list[Rows]:
     """For each of A hidden states ``[A, B, T, D]`` that the last layer gives, the metrics of every row."""
     result = []
     for own in hidden:

@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from layersmith.execution.hidden_states import States
-from layersmith.execution.layerwise import Batch, StagedParent
+from layersmith.execution.layerwise import Batch, LayerwiseParent
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.exact import spans
 from layersmith.scoring.second_order import drawn
@@ -75,7 +75,7 @@ class _Sums:
 
 @torch.no_grad()
 def around(
-    staged: StagedParent,
+    staged: LayerwiseParent,
     chosen: Sequence[Alternative],
     others: Sequence[Alternative],
     batches: Sequence[torch.Tensor],
@@ -117,7 +117,7 @@ def around(
 
 
 def _sweep(
-    staged: StagedParent,
+    staged: LayerwiseParent,
     child: Mapping[int, Mapping[str, Alternative]],
     others: Sequence[Alternative],
     batches: Sequence[torch.Tensor],
@@ -149,7 +149,7 @@ def _sweep(
 
 
 def _forward(
-    staged: StagedParent,
+    staged: LayerwiseParent,
     child: Mapping[int, Mapping[str, Alternative]],
     batches: Sequence[torch.Tensor],
     states: States,
@@ -163,7 +163,7 @@ def _forward(
         started.append(batch.without_embedded())
     for i in range(len(staged.layers)):
         staged.read(i)
-        module = staged.library.layer(*child[i].values())
+        module = staged.builder.layer(*child[i].values())
         for n, batch in enumerate(started):
             hidden = states.get(("child", n))
             states.put(("given", i, n), hidden)
@@ -174,7 +174,7 @@ def _forward(
 
 
 def _of_the_head(
-    staged: StagedParent, rows: torch.Tensor, parent: torch.Tensor, child: torch.Tensor, seeds: Sequence[int]
+    staged: LayerwiseParent, rows: torch.Tensor, parent: torch.Tensor, child: torch.Tensor, seeds: Sequence[int]
 ) -> list[torch.Tensor]:
     """Cotangents ``[B, T, D]`` at what the child's last layer gives: of KL(p || q), and of signs."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -203,7 +203,7 @@ class _Layer:
 
     def __init__(
         self,
-        staged: StagedParent,
+        staged: LayerwiseParent,
         batch: Batch,
         child: Mapping[str, Alternative],
         given: torch.Tensor,
@@ -211,7 +211,7 @@ class _Layer:
     ):
         self.staged, self.batch, self.child, self.given, self.sums = staged, batch, child, given, sums
         self.i = next(iter(child.values())).layer
-        self.stages = staged.stages(self.i, batch, given)
+        self.stages = staged.split(self.i, batch, given)
 
     def back(self, others: Sequence[Alternative], cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Add what exchanges change; returns the cotangents at what the layer is given."""
@@ -232,7 +232,7 @@ class _Layer:
 
     def _whole(self, a: Alternative) -> nn.Module:
         """The layer with an alternative beside what the child has."""
-        return self.staged.library.layer(*({**self.child, a.subblock: a}).values())
+        return self.staged.builder.layer(*({**self.child, a.subblock: a}).values())
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return self.staged.run(self.batch, self.i, hidden, module)

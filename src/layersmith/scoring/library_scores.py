@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from layersmith.block_config import BlockConfig
-from layersmith.execution.hidden_states import States, StatesOnDisk, most_seconds
-from layersmith.execution.layerwise import CannotTakeApart, StagedParent, take_apart, tokens_at_once
+from layersmith.execution.hidden_states import States, StatesOnDisk
+from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers, tokens_at_once
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.recipe import ScoringRecipe
@@ -34,6 +34,7 @@ from layersmith.scoring.exact import (
     run_exactly,
     run_layer_by_layer,
 )
+from layersmith.scoring.forward import most_seconds
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
 from layersmith.scoring.regret import Axis, Contest
 from layersmith.scoring.rounds import Observed, Rounds, Runs, relative_log
@@ -83,10 +84,10 @@ def score_library(
     pending = [a for a in library.alternatives if a.kind != _PARENT]
     device = library.parent.runtime.device
     with progress.stage("score", len(pending), "alternatives") as advance:
-        staged: StagedParent | None = None
+        staged: LayerwiseParent | None = None
         try:
-            staged = take_apart(library, tokens[:1, :32].repeat(2, 1).to(device))
-        except CannotTakeApart as reason:
+            staged = split_layers(library.parent, library)
+        except NotLayerwise as reason:
             progress.note(f"scoring runs the whole model for every alternative, because {reason}.")
         folder = journal.parent if journal else Path(tempfile.gettempdir())
         told = _Told(advance, len(pending), tokens.shape[1], clock_of(progress, device))
@@ -166,7 +167,7 @@ class _Scoring:
     """What is to be done, and with what."""
 
     library: Library
-    staged: StagedParent | None
+    staged: LayerwiseParent | None
     tokens: torch.Tensor
     recipe: ScoringRecipe
     pending: list[Alternative]

@@ -34,10 +34,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.execution.hidden_states import States, plan_start, read, start_all
-from layersmith.execution.layerwise import Batch, StagedParent, key_of
+from layersmith.execution.hidden_states import States
+from layersmith.execution.layerwise import Batch, LayerwiseParent, key_of
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.exact import spans
+from layersmith.scoring.forward import plan_start, read, start_all
 from layersmith.scoring.work import Plan, Work, share_of_layer
 
 # Enough to tell how large a change is beside the hidden states that it is made to.
@@ -71,9 +72,9 @@ class Survey:
 class _Layer:
     """A layer's alternatives, on one batch: by stage."""
 
-    def __init__(self, staged: StagedParent, i: int, batch: Batch, hidden: torch.Tensor, work: Work):
+    def __init__(self, staged: LayerwiseParent, i: int, batch: Batch, hidden: torch.Tensor, work: Work):
         self.staged, self.i, self.batch, self.work = staged, i, batch, work
-        self.stages = staged.stages(i, batch, hidden)
+        self.stages = staged.split(i, batch, hidden)
 
     def module(self, subblock: str) -> nn.Module:
         """What runs without alternatives."""
@@ -91,7 +92,7 @@ class _Layer:
 
 @torch.no_grad()
 def look(
-    staged: StagedParent, alternatives: Sequence[Alternative], rows: torch.Tensor, work: Work | None = None
+    staged: LayerwiseParent, alternatives: Sequence[Alternative], rows: torch.Tensor, work: Work | None = None
 ) -> Survey:
     """How large every change is, and which alternatives only silence units, tried on the start of a row.
 
@@ -122,7 +123,7 @@ def look(
 
 
 def _look_at(
-    staged: StagedParent,
+    staged: LayerwiseParent,
     layer: _Layer,
     own: Sequence[Alternative],
     given: torch.Tensor,
@@ -149,7 +150,7 @@ def _relative(change: torch.Tensor, beside: torch.Tensor) -> float:
 
 
 def _silencing(
-    staged: StagedParent,
+    staged: LayerwiseParent,
     layer: _Layer,
     own: Sequence[Alternative],
     given: torch.Tensor,
@@ -162,7 +163,7 @@ def _silencing(
     """
     if layer.stages.layout == "whole":
         return {}
-    library = staged.library
+    library = staged.builder
     kinds: dict[tuple[str, str, bool], list[Alternative]] = {}
     for a in own:
         kinds.setdefault((a.kind, a.method, library.refitted(a) is not None), []).append(a)
@@ -210,14 +211,14 @@ def _bias(reader: nn.Module) -> torch.Tensor | float:
 
 
 def _refitted(
-    staged: StagedParent, a: Alternative, gone: torch.Tensor, x: torch.Tensor
+    staged: LayerwiseParent, a: Alternative, gone: torch.Tensor, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Entries ``[K]`` of its parent's input that a refitted reader has, and its weight ``[D, K]``."""
-    reader = staged.library.reader(a)
+    reader = staged.builder.reader(a)
     assert reader is not None
     is_left = torch.ones(x.shape[-1], dtype=torch.bool)
     is_left[gone.cpu()] = False
-    weight = staged.library.kept.of(a.identity)[reader[0]].to(x.device, x.dtype)
+    weight = staged.builder.kept.of(a.identity)[reader[0]].to(x.device, x.dtype)
     return is_left.nonzero()[:, 0].to(x.device), weight.movedim(reader[1], 1)
 
 
@@ -283,7 +284,7 @@ class _Sums:
 
 
 def estimate(
-    staged: StagedParent,
+    staged: LayerwiseParent,
     alternatives: Sequence[Alternative],
     found: Survey,
     batches: Sequence[torch.Tensor],
@@ -339,7 +340,7 @@ def estimate(
 
 
 def plan_estimate(
-    staged: StagedParent,
+    staged: LayerwiseParent,
     alternatives: Sequence[Alternative],
     found: Survey,
     shapes: Sequence[torch.Size],
@@ -358,13 +359,13 @@ def plan_estimate(
         plan("back", sum(_amount_back(staged, found, i, own, samples, shape) for i, own in enumerate(by_layer)))
 
 
-def _amount_of_head(staged: StagedParent, samples: int, shape: torch.Size) -> float:
+def _amount_of_head(staged: LayerwiseParent, samples: int, shape: torch.Size) -> float:
     """As many operations of a head that is measured as take the same time: its metrics take more than a softmax."""
     return (0.6 + samples) * staged.head_operations(*shape)
 
 
 def _amount_back(
-    staged: StagedParent, found: Survey, i: int, own: Sequence[Alternative], samples: int, shape: torch.Size
+    staged: LayerwiseParent, found: Survey, i: int, own: Sequence[Alternative], samples: int, shape: torch.Size
 ) -> float:
     """About what a layer takes in :func:`estimate`, in operations of a forward pass.
 
@@ -472,7 +473,7 @@ def _masks(silent: Sequence[Alternative], found: Survey, sizes: dict[str, int]) 
 
 
 def _of_the_head(
-    staged: StagedParent, rows: torch.Tensor, hidden: torch.Tensor, seeds: Sequence[Sequence[int]]
+    staged: LayerwiseParent, rows: torch.Tensor, hidden: torch.Tensor, seeds: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
     """Cotangents ``[B, T, D]`` at what the last layer gives, one for each backward pass."""
     generators = [[torch.Generator().manual_seed(seed) for seed in own] for own in seeds]
