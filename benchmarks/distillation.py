@@ -43,7 +43,7 @@ from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
-from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, ScoringRecipe
+from layersmith.recipe import DataRecipe, LibraryRecipe, LocalDistillationRecipe, ScoringRecipe
 from layersmith.run.folder import versions
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
@@ -82,13 +82,14 @@ def splits_of(text: Path, parent: Parent, args: argparse.Namespace, seed: int) -
     return prepare(
         text,
         load_tokenizer(parent.path),
-        sequence_length=args.length,
-        calibration_sequences=64,
-        scoring_sequences=args.scoring_rows,
-        evaluation_sequences=args.evaluation_rows,
-        training_sequences=args.tokens // args.length * 25 // 24 + 1,
-        overlap="leave_out",
-        seed=seed,
+        DataRecipe(
+            sequence_length=args.length,
+            calibration_sequences=64,
+            scoring_sequences=args.scoring_rows,
+            evaluation_sequences=args.evaluation_rows,
+            training_sequences=args.tokens // args.length * 25 // 24 + 1,
+        ),
+        seed,
     )
 
 

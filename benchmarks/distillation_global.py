@@ -41,7 +41,7 @@ from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
-from layersmith.recipe import DistillationRecipe, Recipe
+from layersmith.recipe import DataRecipe, DistillationRecipe, Recipe
 from layersmith.run.artifacts import read_tensors, write_json
 from layersmith.run.folder import Run, versions
 from layersmith.run.runtime import Runtime
@@ -84,7 +84,8 @@ def measure(which: str, parent_path: str, child_path: str, text: str, recipe: Di
     torch.set_num_threads(1)
     parent = load_parent(parent_path, Runtime.detect("cpu"))
     child = layersmith.load(child_path, dtype=torch.float32)
-    rows = evaluation_rows(text, load_tokenizer(parent_path), sequence_length=256, sequences=tokens // 256, seed=0)
+    wanted = DataRecipe(sequence_length=256, evaluation_sequences=tokens // 256)
+    rows = evaluation_rows(text, load_tokenizer(parent_path), wanted, seed=0)
     steps = Steps.of(recipe, tokens, rows.shape[1])
     seconds: list[float] = []
     with tempfile.TemporaryDirectory() as folder:

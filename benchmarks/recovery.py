@@ -56,7 +56,14 @@ from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.pipeline import refined_solution
-from layersmith.recipe import DistillationRecipe, LibraryRecipe, LocalDistillationRecipe, Recipe, SearchRecipe
+from layersmith.recipe import (
+    DataRecipe,
+    DistillationRecipe,
+    LibraryRecipe,
+    LocalDistillationRecipe,
+    Recipe,
+    SearchRecipe,
+)
 from layersmith.run.artifacts import fingerprint, read_json, write_json
 from layersmith.run.folder import versions
 from layersmith.run.progress import SILENT
@@ -126,10 +133,18 @@ def prepared(parent: Parent, args: argparse.Namespace, seed: int) -> Seed:
     torch.manual_seed(seed)
     most = max(args.tokens, args.local_tokens * 25 // 24 + args.length)
     tokens = prepare(
-        args.text, load_tokenizer(parent.path), sequence_length=args.length, calibration_sequences=64,
-        scoring_sequences=args.scoring_rows, evaluation_sequences=args.evaluation_rows,
-        training_sequences=most // args.length + 1, evaluation_source=args.held_out, overlap="leave_out", seed=seed,
-    )  # fmt: skip
+        args.text,
+        load_tokenizer(parent.path),
+        DataRecipe(
+            sequence_length=args.length,
+            calibration_sequences=64,
+            scoring_sequences=args.scoring_rows,
+            evaluation_sequences=args.evaluation_rows,
+            training_sequences=most // args.length + 1,
+            evaluation_source=args.held_out,
+        ),
+        seed,
+    )
     space = LibraryRecipe() if args.whole_space else LibraryRecipe(
         ffn_fractions=(0.75, 0.5, 0.25), kv_methods=("contribution",), query_heads=False, windows=False, linear=(),
     )  # fmt: skip

@@ -277,20 +277,8 @@ def read_data(data: str | Path, recipe: Recipe, model: Parent, tokenizer: Any, p
     """Token rows for calibration, scoring and evaluation."""
     longest = model.positions or recipe.data.sequence_length
     with progress.stage("data", 1, "source") as advance:
-        tokens = prepare(
-            data,
-            tokenizer,
-            sequence_length=min(recipe.data.sequence_length, longest),
-            calibration_sequences=recipe.data.calibration_sequences,
-            scoring_sequences=recipe.data.scoring_sequences,
-            evaluation_sequences=recipe.data.evaluation_sequences,
-            training_sequences=recipe.data.training_sequences,
-            seed=recipe.seed,
-            evaluation_source=recipe.data.evaluation_source,
-            overlap=recipe.data.overlap,
-            field=recipe.data.field,
-            split=recipe.data.split,
-        )
+        rows = dataclasses.replace(recipe.data, sequence_length=min(recipe.data.sequence_length, longest))
+        tokens = prepare(data, tokenizer, rows, recipe.seed)
         splits = (tokens.calibration, tokens.scoring, tokens.evaluation, tokens.training)
         largest = max(int(rows.max()) for rows in splits if len(rows))
         check_vocabulary(largest + 1, model.language_config.vocab_size)

@@ -7,8 +7,8 @@ import torch
 
 from layersmith.data.mixture import interleave, read_mixture
 from layersmith.data.overlap import Runs
-from layersmith.data.splits import prepare
 from layersmith.errors import InputError, UsageError
+from tests.data.test_splits import prepare
 
 SIZES: dict[str, Any] = {
     "sequence_length": 16, "calibration_sequences": 20, "scoring_sequences": 10, "evaluation_sequences": 10, "seed": 0,
@@ -122,7 +122,7 @@ def test_what_is_done_about_copies(tmp_path: Path, tokenizer: Any) -> None:
         assert torch.equal(getattr(warned, name), getattr(allowed, name))
         assert len(getattr(left_out, name)) == len(getattr(allowed, name)) - count[name]
         assert not runs.within(getattr(left_out, name)).any()
-    for splits_made, said in ((warned, "used all the same"), (left_out, "left out")):
+    for splits_made, said in ((warned, "are used"), (left_out, "left out")):
         assert sum(said in warning for warning in splits_made.description["warnings"]) == sum(map(bool, count.values()))
     with pytest.raises(
         InputError, match=r"share long runs of text with evaluation\. Give other text, or set data\.over"

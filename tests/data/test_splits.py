@@ -1,5 +1,7 @@
 import json
+import random
 import re
+import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,13 +13,22 @@ import pytest
 import torch
 from datasets import Dataset, DatasetDict
 
-from layersmith.data.splits import check_vocabulary, load_tokenizer, prepare, read_documents
+from layersmith.data import read, splits
+from layersmith.data.read import read_documents
+from layersmith.data.splits import TokenSplits, check_vocabulary, load_tokenizer
 from layersmith.errors import InputError, UsageError
+from layersmith.recipe import DataRecipe
 
 SIZES: dict[str, Any] = {
     "sequence_length": 16, "calibration_sequences": 6, "scoring_sequences": 4, "evaluation_sequences": 5, "seed": 0,
 }  # fmt: skip
 CHAT = [{"role": "user", "content": "How?"}, {"role": "assistant", "content": "So."}]
+
+
+def prepare(source: Any, tokenizer: Any, *, seed: int = 0, **sizes: Any) -> TokenSplits:
+    """Rows with sizes given by name; without training rows or a look at overlaps unless they are asked for."""
+    wanted = DataRecipe(**{"training_sequences": 0, "overlap": "allow"} | sizes)
+    return splits.prepare(source, tokenizer, wanted, seed)
 
 
 def lines(path: Path, records: list[Any]) -> Path:
@@ -57,6 +68,12 @@ def test_every_kind_of_source(tmp_path: Path) -> None:
 )
 def test_chats(tmp_path: Path, record: dict) -> None:
     assert list(read_documents(lines(tmp_path / "chat.jsonl", [record]))) == [CHAT]
+
+
+def test_messages_of_several_parts(tmp_path: Path) -> None:
+    parts = [{"type": "text", "text": "What is "}, {"type": "image"}, {"type": "text", "text": "this?"}]
+    source = lines(tmp_path / "chat.jsonl", [{"messages": [{"role": "user", "content": parts}]}])
+    assert list(read_documents(source)) == [[{"role": "user", "content": "What is this?"}]]
 
 
 def test_chats_go_through_the_template(tmp_path: Path, tokenizer: Any) -> None:
@@ -122,8 +139,11 @@ def test_deterministic(text_folder: Path, run_python: Callable, tmp_path: Path, 
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     script = (
         "import sys, json; from layersmith.data.splits import *\n"
+        "from layersmith.recipe import DataRecipe\n"
         "t = load_tokenizer(sys.argv[1])\n"
-        f"print(json.dumps(prepare(sys.argv[2], t, **{SIZES!r}).description['sha256'], sort_keys=True))"
+        f"sizes = {SIZES!r}; seed = sizes.pop('seed')\n"
+        "wanted = DataRecipe(**sizes, training_sequences=0, overlap='allow')\n"
+        "print(json.dumps(prepare(sys.argv[2], t, wanted, seed).description['sha256'], sort_keys=True))"
     )
     done = run_python(script, str(tmp_path / "tokenizer"), str(text_folder))
     own = prepare(text_folder, tokenizer, **SIZES).description["sha256"]
@@ -211,3 +231,53 @@ def test_training_takes_what_the_others_leave(tokenizer: Any, tmp_path: Path) ->
         lines(tmp_path / "few.jsonl", records[:12]), tokenizer, training_sequences=50, **SIZES | {"sequence_length": 64}
     )
     assert min(map(len, (few.calibration, few.scoring, few.evaluation, few.training))) >= 1
+
+
+# ---------------------------------------------------------------------------------------------- large sources
+
+
+def test_a_long_text_is_cut_at_blank_lines(tmp_path: Path) -> None:
+    """Read in pieces, it gives the documents that the whole text gives."""
+    generator = random.Random(0)
+    words = ("a" * generator.randrange(1, 12) + generator.choice([" ", " ", " ", "\n", "\n\n"]) for _ in range(600_000))
+    text = "".join(words) + "b" * 40_000
+    (tmp_path / "long.txt").write_text(text)
+    documents = [str(document) for document in read_documents(tmp_path / "long.txt")]
+    assert "".join(documents) == text
+    assert max(map(len, documents)) <= 16_000
+    assert all(document.endswith("\n\n") for document in documents[:-5])
+
+
+def test_a_source_larger_than_memory(tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large file no more is read, or kept in memory, than what the rows need and a fixed amount."""
+    source = lines(tmp_path / "large.jsonl", [{"text": f"n{i} " * 400} for i in range(20_000)])
+    assert source.stat().st_size > 40e6
+    monkeypatch.setattr(splits, "_READ_AT_LEAST", 1_000_000)
+    tracemalloc.start()
+    try:
+        prepare(source, tokenizer, **SIZES)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 8e6
+
+
+def test_a_large_folder_gives_some_of_every_file(tmp_path: Path) -> None:
+    sizes = {"small.txt": 3_000, "middle.txt": 200_000, "large.txt": 900_000}
+    for name, size in sizes.items():
+        (tmp_path / name).write_text((name[0] + "\n") * (size // 2))
+    texts = [str(document) for document in read_documents(tmp_path, limit=300_000)]
+    characters = {name: sum(text.count(name[0]) * 2 for text in texts) for name in sizes}
+    assert characters["small.txt"] == 3_000
+    assert 130_000 < characters["middle.txt"] < 170_000
+    assert 130_000 < characters["large.txt"] < 170_000
+    assert list(read_documents(tmp_path, limit=300_000)) == texts
+
+
+def test_of_very_many_files_some_are_drawn(tmp_path: Path) -> None:
+    for number in range(300):
+        (tmp_path / f"{number:03}.txt").write_text(f"{number:03}" * 1000)
+    drawn = [read_documents(tmp_path, limit=30_000, seed=seed) for seed in (0, 0, 1)]
+    first, again, other = ({str(document)[:3] for document in documents} for documents in drawn)
+    assert len(first) == read._FILES_AT_LEAST
+    assert first == again != other

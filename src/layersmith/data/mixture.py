@@ -1,11 +1,11 @@
-"""Several sources with shares, read as one: a YAML file with
+"""A mixture: several sources with shares, read as one. It is a YAML file such as
 
     mixture:
       - {source: texts/, weight: 0.7}
       - {source: code.jsonl, weight: 0.3, field: body}
 
-Weights are shares of tokens. Documents of the sources alternate so that any stretch of them has the shares; where one
-source ends, the mixture does, for without it there are no shares. Paths are relative to the file.
+Weights are shares of tokens. Documents of the sources alternate so that any stretch of them has these shares, and the
+mixture ends when one of its sources does. Paths are relative to the file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
+
+import yaml
 
 from layersmith import schema
 from layersmith.errors import InputError, UsageError
@@ -26,9 +28,10 @@ class Part:
     """One source of a mixture.
 
     Attributes:
-        source: see :func:`layersmith.data.splits.read_documents`.
-        weight: its share of the tokens, relative to the others'.
-        field, split: of its documents.
+        source: File, folder or hub dataset; see :func:`layersmith.data.read.read_documents`.
+        weight: Share of the tokens, relative to the weights of the other sources.
+        field: Column that holds the text. By default it is looked for under its usual names.
+        split: Split of a dataset.
     """
 
     source: str
@@ -43,17 +46,15 @@ class Part:
 
 
 def read_mixture(source: str | Path) -> tuple[Part, ...] | None:
-    """The parts of a mixture's file; None if the source is something else.
+    """The parts of a mixture file; None if the source is something else.
 
     Raises:
-        InputError: not YAML.
-        UsageError: an unknown key, or a value that makes no sense.
+        InputError: The file is not YAML.
+        UsageError: It has an unknown key, or a value that makes no sense.
     """
     path = Path(source).expanduser()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return None
-    import yaml
-
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -74,29 +75,29 @@ def _part(entry: Any, where: str, folder: Path) -> Part:
 def interleave(
     parts: Sequence[Mapping[Any, Document]], weights: Sequence[float], tokens: Sequence[Mapping[Any, float]]
 ) -> tuple[dict[Any, Document], int | None]:
-    """Documents of all parts, each time the next of the part that is most behind its share, until that has no more.
+    """Alternate the documents of all parts: the next one comes from the part that is furthest behind its share.
 
     Args:
-        parts: documents by digest; one that an earlier part has is left out of the later.
-        weights: of the parts.
-        tokens: of each document, by digest.
+        parts: Documents by digest. One that an earlier part also has is left out of the later part.
+        weights: Weight of each part.
+        tokens: Number of tokens of each document, by digest.
 
     Returns:
-        The documents in their order, and which part ended before others did.
+        The documents in their order, and the index of the part that ended before others did, if one did.
     """
     taken: dict[Any, Document] = {}
     seen: set[Any] = set()
-    own: list[list[Any]] = []
+    digests: list[list[Any]] = []
     for part in parts:
-        own.append([digest for digest in part if digest not in seen])
+        digests.append([digest for digest in part if digest not in seen])
         seen.update(part)
-    done, next_of = [0.0] * len(parts), [0] * len(parts)
+    done, position = [0.0] * len(parts), [0] * len(parts)
     while True:
         i = min(range(len(parts)), key=lambda p: (done[p] / weights[p], p))
-        if next_of[i] == len(own[i]):
-            left = any(next_of[p] < len(own[p]) for p in range(len(parts)))
+        if position[i] == len(digests[i]):
+            left = any(position[p] < len(digests[p]) for p in range(len(parts)))
             return taken, i if left else None
-        digest = own[i][next_of[i]]
+        digest = digests[i][position[i]]
         taken[digest] = parts[i][digest]
         done[i] += tokens[i][digest]
-        next_of[i] += 1
+        position[i] += 1

@@ -1,10 +1,10 @@
-"""Whether rows of one split are in another, word for word or nearly.
+"""Rows of one split that another split also has, word for word or nearly.
 
-Documents of equal text are never dealt to two splits, but texts are copied with other headers, spaces or case. So rows
-are compared by runs of letters and digits: two rows overlap if 200 of them on end, whatever stands between them, are in
-both. (About 50 tokens, the length of arXiv 2107.06499, section 4.1.) Where there is no text, runs of 50 token ids are
-compared. What three evaluation rows or more have in common, such as a licence or the frame of a prompt, is a form that
-such texts have, and no copy.
+Documents of equal text are never dealt to two splits, but texts are copied with other headers, spaces or letter case.
+So rows are compared by runs of letters and digits: two rows overlap if both contain the same 200 of them in a row,
+ignoring everything in between. That is about 50 tokens, the length that arXiv 2107.06499, section 4.1, uses. Rows of
+token ids without a tokenizer are compared by runs of 50 ids. A run that three or more evaluation rows share, such as a
+licence or the frame of a prompt, is boilerplate and does not count.
 
 Shapes: N rows, T tokens.
 """
@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+import numpy as np
+import torch
 
 from layersmith.errors import InputError
 from layersmith.recipe import Overlap
-
-if TYPE_CHECKING:
-    import numpy as np
-    import torch
 
 RUN_CHARACTERS = 200
 RUN_TOKENS = 50
@@ -38,64 +37,60 @@ def without_copies(
     warnings: list[str],
     field: str = "data.overlap",
 ) -> tuple[dict[str, torch.Tensor], dict[str, int] | None]:
-    """Look for what evaluation shows in other splits, and do about it what the recipe says.
+    """Look for rows that share long runs of text with evaluation, and treat them as the recipe says.
 
     Args:
-        splits: ``[N, T]`` rows by the name of what they are for.
-        evaluation: ``[M, T]`` rows.
-        tokenizer: that they were made with; None where they never were text.
-        what: is to be done.
-        where: rows come from, for people.
-        warnings: are added to.
-        field: of the recipe that says so.
+        splits: Rows ``[N, T]`` of each split, by its name.
+        evaluation: Rows ``[M, T]``.
+        tokenizer: Tokenizer that made the rows; None if they were token ids from the start.
+        what: What to do with such rows: leave them out, use them and warn, refuse, or do not look.
+        where: Name of the source, for messages.
+        warnings: List to which warnings are added.
+        field: Key of the recipe that decides this, for messages.
 
     Returns:
-        The rows to go on with, and how many of each split were found; None if nobody looked.
+        The rows to use, and how many of each split overlap; None instead of the numbers if ``what`` is ``allow``.
 
     Raises:
-        InputError: some were found and are refused, or nothing is left.
+        InputError: Some rows overlap and are refused, or none are left.
     """
     if what == "allow":
         return dict(splits), None
     runs, kept = Runs(evaluation, tokenizer), {}
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for name, rows in splits.items():
         copied = runs.within(rows)
-        found[name], kept[name] = int(copied.sum()), rows
-        if not found[name]:
+        counts[name], kept[name] = int(copied.sum()), rows
+        if not counts[name]:
             continue
-        said = f"{where}: {found[name]} of {len(rows)} {name} rows share long runs of text with evaluation"
+        overlap = f"{where}: {counts[name]} of {len(rows)} {name} rows share long runs of text with evaluation"
         if what == "refuse":
-            raise InputError(f"{said}. Give other text, or set {field} to leave_out or warn in the recipe.")
+            raise InputError(f"{overlap}. Give other text, or set {field} to leave_out or warn in the recipe.")
         if what == "leave_out":
             kept[name] = rows[~copied]
             if not len(kept[name]):
-                raise InputError(f"{said}, so none is left. Give other text, or set {field} to warn in the recipe.")
-        done = "were left out" if what == "leave_out" else "are used all the same"
-        warnings.append(f"{where}: {found[name]} {name} rows that share long runs of text with evaluation {done}.")
-    return kept, found
+                raise InputError(f"{overlap}, so none is left. Give other text, or set {field} to warn in the recipe.")
+        outcome = "were left out" if what == "leave_out" else "are used"
+        warnings.append(f"{where}: {counts[name]} {name} rows that share long runs of text with evaluation {outcome}.")
+    return kept, counts
 
 
 class Runs:
-    """All runs of the rows that nothing else may hold, as hashes."""
+    """Hashes of all runs of some rows, to look for them in others."""
 
     def __init__(self, rows: torch.Tensor, tokenizer: Any | None):
-        """Of rows ``[N, T]``; ``tokenizer`` spells them, if there is one."""
-        import numpy as np
-
+        """Hash the runs of rows ``[N, T]``; ``tokenizer`` turns them into text, if given."""
         self.tokenizer = tokenizer
         spelt = self._spelt(rows)
         # Where half a row is shorter than a run, that is the run.
         half = int(np.median([len(text) for text in spelt])) // 2
         self.length = max(1, min(RUN_TOKENS if tokenizer is None else RUN_CHARACTERS, half))
-        own = np.concatenate([np.unique(_hashes(text, self.length)) for text in spelt])
-        self.hashes, rows_with = np.unique(own, return_counts=True)
+        hashes_of_rows = np.concatenate([np.unique(_hashes(text, self.length)) for text in spelt])
+        self.hashes, rows_with = np.unique(hashes_of_rows, return_counts=True)
         self.hashes = self.hashes[rows_with < _FORM_ROWS]
 
     def _spelt(self, rows: torch.Tensor) -> list[np.ndarray]:
         """Each row as numbers: code points of its letters and digits in lower case, or token ids."""
-        import numpy as np
-
         if self.tokenizer is None:
             return list(rows.numpy().astype(np.uint64))
         texts = self.tokenizer.batch_decode(rows.tolist(), skip_special_tokens=True)
@@ -103,41 +98,34 @@ class Runs:
         return [np.frombuffer(text.encode("utf-32-le"), np.uint32).astype(np.uint64) for text in letters]
 
     def within(self, rows: torch.Tensor) -> torch.Tensor:
-        """Which of other rows ``[M, T]`` hold one of the runs: ``[M]`` bool."""
-        import numpy as np
-        import torch
-
-        found: list[bool] = []
+        """Which of other rows ``[M, T]`` contain one of the runs: ``[M]`` bool."""
+        contains: list[bool] = []
         for start in range(0, len(rows), _ROWS_AT_ONCE):
             for text in self._spelt(rows[start : start + _ROWS_AT_ONCE]):
-                own = _hashes(text, self.length)
-                at = np.searchsorted(self.hashes, own).clip(max=max(0, len(self.hashes) - 1))
-                found.append(bool(len(self.hashes)) and bool((self.hashes[at] == own).any()))
-        return torch.tensor(found, dtype=torch.bool)
+                hashes = _hashes(text, self.length)
+                at = np.searchsorted(self.hashes, hashes).clip(max=max(0, len(self.hashes) - 1))
+                contains.append(bool(len(self.hashes)) and bool((self.hashes[at] == hashes).any()))
+        return torch.tensor(contains, dtype=torch.bool)
 
 
 def _hashes(numbers: np.ndarray, length: int) -> np.ndarray:
-    """A 64-bit hash of every run of so many numbers; none if there are fewer.
+    """A 64-bit hash of every run of ``length`` numbers; empty if there are fewer numbers.
 
     Hashes of runs of 1, 2, 4, ... are made from those of half the length, so a run takes a few operations on whole
-    arrays; a length that is no power of two is two of them that overlap.
+    arrays. A length that is no power of two is covered by two overlapping runs.
     """
-    import numpy as np
-
     if len(numbers) < length:
         return np.empty(0, np.uint64)
-    own, reach = _mixed(numbers), 1
+    hashes, reach = _mixed(numbers), 1
     while 2 * reach <= length:
-        own = _mixed(own[: len(own) - reach] + np.uint64(3) * own[reach:])
+        hashes = _mixed(hashes[: len(hashes) - reach] + np.uint64(3) * hashes[reach:])
         reach *= 2
     shift = length - reach
-    return own if not shift else _mixed(own[: len(own) - shift] + np.uint64(5) * own[shift:])
+    return hashes if not shift else _mixed(hashes[: len(hashes) - shift] + np.uint64(5) * hashes[shift:])
 
 
 def _mixed(numbers: np.ndarray) -> np.ndarray:
     """The finalizer of SplitMix64."""
-    import numpy as np
-
     x = numbers + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -241,21 +241,11 @@ def find_rows(
     """
     length, spelling = held["evaluation"].shape[1], None if holds_tokens(source) else tokenizer
     what = recipe.distillation.overlap or recipe.data.overlap
-    options: dict[str, Any] = {"sequence_length": length, "seed": recipe.seed}
-    options |= {"field": recipe.data.field, "split": recipe.data.split}
     warnings: list[str] = []
     rows = torch.empty(0, length, dtype=torch.long)
     if is_the_runs:
-        dealt = prepare(
-            source,
-            tokenizer,
-            calibration_sequences=recipe.data.calibration_sequences,
-            scoring_sequences=recipe.data.scoring_sequences,
-            evaluation_sequences=recipe.data.evaluation_sequences,
-            training_sequences=wanted,
-            evaluation_source=recipe.data.evaluation_source,
-            **options,
-        )
+        dealing = dataclasses.replace(recipe.data, sequence_length=length, training_sequences=wanted, overlap="allow")
+        dealt = prepare(source, tokenizer, dealing, recipe.seed)
         splits = {"scoring": dealt.scoring}
         scoring = without_copies(splits, dealt.evaluation, spelling, recipe.data.overlap, source, [])[0]["scoring"]
         if torch.equal(dealt.evaluation, held["evaluation"]) and torch.equal(scoring, held["scoring"]):
@@ -263,7 +253,8 @@ def find_rows(
         else:
             warnings.append(f"{source}: no longer deals the run's rows; evaluation's are kept out by what is in them.")
     if not len(rows):
-        rows = evaluation_rows(source, tokenizer, sequences=wanted, **options)
+        reading = dataclasses.replace(recipe.data, sequence_length=length, evaluation_sequences=wanted)
+        rows = evaluation_rows(source, tokenizer, reading, recipe.seed)
     splits = {"training": rows}
     kept, found = without_copies(
         splits, held["evaluation"], spelling, what, source, warnings, field="distillation.overlap"

@@ -10,7 +10,7 @@ import torch
 
 from layersmith.costs.budget import Budget
 from layersmith.costs.counted import COSTS, Workload
-from layersmith.data.splits import read_documents
+from layersmith.data.read import read_documents
 from layersmith.heterogeneous.checkpoint import check_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe

@@ -243,6 +243,7 @@ def evaluate_model(
     reference = load(parent, dtype=runtime.dtype, device=runtime.device).eval() if parent is not None else loaded
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
     length = min(sequence_length, longest)
-    rows = evaluation_rows(data, load_tokenizer(model), sequence_length=length, sequences=sequences, seed=seed)
+    wanted = DataRecipe(sequence_length=length, evaluation_sequences=sequences)
+    rows = evaluation_rows(data, load_tokenizer(model), wanted, seed)
     batch = max(1, ScoringRecipe.batch_tokens // rows.shape[1])
     return compare(reference, loaded, rows, batch_sequences=batch, progress=progress).to_dict()
