@@ -1,4 +1,8 @@
-"""Lets pages in docs link to the repository's other files: the site gets copies of those that pages link to."""
+"""Adapts pages to the site.
+
+Pages in docs may link to other files of the repository: the site gets copies of those. Docstrings may use roles of
+Sphinx, as in ``:class:`Recipe` ``: the site shows the name alone.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 _LINK = re.compile(r"(\]\()((?:\.\./)+)([^)#]+)")
+_ROLE = re.compile(r":(?:class|func|meth|mod|data|attr|exc):<code>~?([\w.]*?)(\w+)</code>")
 _ROOT = Path(__file__).parents[1]
 
 
@@ -40,6 +45,11 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return match[1] + posixpath.relpath(_in_site(path), folder or ".")
 
     return _LINK.sub(moved, markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """Show the name alone where a docstring has a role of Sphinx."""
+    return _ROLE.sub(lambda match: f"<code>{match[2]}</code>", html)
 
 
 def _in_site(name: str) -> str:

@@ -1,1 +1,1 @@
-"""What an alternative takes."""
+"""What alternatives and models cost: counted, measured or predicted; limits and workloads."""

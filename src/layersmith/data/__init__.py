@@ -1,1 +1,1 @@
-"""Text to token rows."""
+"""Text to token rows: reading, mixtures, splits, and overlap between splits."""

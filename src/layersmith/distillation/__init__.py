@@ -1,1 +1,1 @@
-"""Distillation: alternatives learn from the parent's subblocks, a child from the parent."""
+"""Distillation: alternatives learn from their parent subblocks, and a child from its parent."""

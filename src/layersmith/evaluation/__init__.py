@@ -1,1 +1,1 @@
-"""How good a child is beside its parent."""
+"""How good a child is, compared with its parent."""

@@ -1,1 +1,1 @@
-"""Running a model: whole, layer by layer, from the disk, or with some modules exchanged."""
+"""Running a model: whole, layer by layer, from the disk, or with some modules replaced."""

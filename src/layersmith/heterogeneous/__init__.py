@@ -1,1 +1,1 @@
-"""Models whose layers differ: build, save, load, shard."""
+"""Models whose layers differ: build, save, load and shard them."""

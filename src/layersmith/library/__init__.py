@@ -1,1 +1,1 @@
-"""The library: all the alternatives of all the layers, and the statistics that they are made from."""
+"""The library: all alternatives of all layers, and the importance statistics that they are made from."""

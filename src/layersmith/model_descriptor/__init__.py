@@ -1,1 +1,1 @@
-"""What a model family looks like: the descriptor interface, the registry, and the families written by hand."""
+"""What the code knows about an architecture: the descriptor interface, the registry, and inference by experiment."""

@@ -1,1 +1,1 @@
-"""One HTML page that tells what a run gave."""
+"""The report of a run: one HTML page, its data as JSON, and the model card."""

@@ -1,1 +1,1 @@
-"""How a run is kept: its folder, its files, its processes, its progress."""
+"""How a run is kept: its folder, stages, artifacts, processes and progress."""

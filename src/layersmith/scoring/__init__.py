@@ -1,1 +1,1 @@
-"""How much each alternative hurts."""
+"""Scores: how much the loss increases if one alternative replaces its parent subblock."""

@@ -1,1 +1,1 @@
-"""From scores, costs and a budget to one alternative for every subblock."""
+"""Search: from scores, costs and limits to one alternative for every subblock."""

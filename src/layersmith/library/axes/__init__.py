@@ -1,1 +1,1 @@
-"""The axes along which a layer can shrink: found by experiment, proved on the parent's weights."""
+"""The axes along which a layer can shrink: identified by experiment, proved on the parent's weights."""

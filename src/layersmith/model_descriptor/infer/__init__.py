@@ -1,1 +1,1 @@
-"""The descriptor of any model, found by experiment."""
+"""Inference of a descriptor by experiment: build a small model, change one thing, compare."""
