@@ -31,16 +31,19 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from layersmith import pipeline
 from layersmith.costs.budget import Budget
 from layersmith.costs.clock import median_polish
+from layersmith.costs.counted import Workload
 from layersmith.costs.curve import Curve
 from layersmith.costs.measured import measure
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import CostsRecipe
 from layersmith.run.folder import Run, versions
 from layersmith.search.frontier import frontier
+from layersmith.stages.describe import cost_table
 from layersmith.stages.reopen import reopen
+from layersmith.stages.scores import read_scores
+from layersmith.stages.search import search_space
 
 CHILDREN = 10
 _PHASES = {"prefill": "time to first token", "decode": "time per token"}
@@ -71,14 +74,14 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     parent = library.parent
     load = {"batch": options.batch, "context": options.context, "generate": options.generate}
     budget = Budget.parse({"time_per_token": 1.0, **load})
-    workload = pipeline.Workload(**load)
-    costs = pipeline.cost_table(parent, library, budget)
-    scores = pipeline.read_scores(Run.existing(folder), library)
+    workload = Workload(**load)
+    costs = cost_table(parent, library, budget)
+    scores = read_scores(Run.existing(folder), library)
     started = time.process_time()
     timing = CostsRecipe(seconds=options.seconds, rounds=options.rounds)
     times = measure(parent, library.alternatives, costs, workload, timing)
     seconds = time.process_time() - started
-    space = pipeline.search_space(library, scores, recipe, times.into(costs, library.alternatives), budget)
+    space = search_space(library, scores, recipe, times.into(costs, library.alternatives), budget)
     solutions = [c for c in frontier(space, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
     some = [solutions[i * (len(solutions) - 1) // (CHILDREN - 1)] for i in range(CHILDREN)]
     # The parent, beside which all are told, three times.

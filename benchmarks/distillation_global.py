@@ -33,7 +33,6 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 import layersmith
-from layersmith import pipeline
 from layersmith.costs.budget import Budget
 from layersmith.data.splits import evaluation_rows, load_tokenizer
 from layersmith.distillation.train import RowOrder, Steps, together, train, training_arguments
@@ -47,8 +46,10 @@ from layersmith.run.folder import Run, versions
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.score import losses
 from layersmith.search.problem import Solution, choose
+from layersmith.stages.describe import cost_table
 from layersmith.stages.distill import copied, find_rows
 from layersmith.stages.reopen import reopen
+from layersmith.stages.scores import read_scores
 
 # ---------------------------------------------------------------------------------------------- speed
 
@@ -204,7 +205,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     run = Run.existing(args.run_folder)
     recipe, library = reopen(run)
     parent, header = library.parent, run.header()
-    scores = losses(pipeline.read_scores(run, library), recipe.scoring.objective)
+    scores = losses(read_scores(run, library), recipe.scoring.objective)
     held = read_tensors(run.folder / "data" / "tokens.safetensors")
     judges = held["evaluation"][: args.rows]
     settings = DistillationRecipe(tokens=args.tokens)
@@ -216,7 +217,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     print("|---|---|---|---|---|---|---|")
     for share in args.budgets:
         budget = Budget.parse({"params": str(share)})
-        costs = pipeline.cost_table(parent, library, budget)
+        costs = cost_table(parent, library, budget)
         solution = choose(library.alternatives, scores, costs, budget)
         for seed in args.seeds:
             for name, child in models(library, scores, solution, budget, recipe, held["calibration"], args.peer, seed):

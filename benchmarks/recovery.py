@@ -55,7 +55,6 @@ from layersmith.distillation.train import train
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.pipeline import refined_solution
 from layersmith.recipe import (
     DataRecipe,
     DistillationRecipe,
@@ -70,6 +69,7 @@ from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
 from layersmith.search.problem import Space
 from layersmith.stages.distill import copied
+from layersmith.stages.refine import refined_solution
 
 METRICS = {"loss": "loss above the parent's", "kl": "KL", "top_1": "top-1"}
 STEPS = ("(a) pruned", "(b) closed form", "(c) local")

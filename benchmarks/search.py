@@ -27,17 +27,20 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from layersmith import pipeline
 from layersmith.costs.budget import parse_budget
 from layersmith.run.artifacts import read_tensors
 from layersmith.run.folder import Run, versions
+from layersmith.run.progress import SILENT
 from layersmith.scoring.children import whole_models
 from layersmith.scoring.score import Journal, standard_error
 from layersmith.search import baselines
 from layersmith.search.program import by_branch_and_cut
 from layersmith.search.refine import refine
 from layersmith.search.solve import Candidate, Group, Solver
+from layersmith.stages.describe import cost_table
 from layersmith.stages.reopen import reopen, scoring_rows
+from layersmith.stages.scores import read_scores
+from layersmith.stages.search import search_space
 
 _HIDDEN, _FFN, _KV, _HEAD, _QUERIES, _VOCAB = 8192, 28672, 8, 128, 64, 128256
 _FRACTIONS = {"parameters": 0.6, "kv": 0.5, "memory": 0.58, "prefill": 0.6, "decode": 0.55}
@@ -113,19 +116,19 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
     """KL on unseen rows of the program's solution, the refined one, and the baselines."""
     run = Run.existing(folder)
     recipe, library = reopen(run)
-    scores = pipeline.read_scores(run, library)
+    scores = read_scores(run, library)
     seen, unseen = scoring_rows(run), read_tensors(run.folder / "data" / "tokens.safetensors")["evaluation"]
     unseen = unseen[:most_rows]
-    models = whole_models(library, seen, recipe, pipeline.SILENT)
-    judge = whole_models(library, unseen, recipe, pipeline.SILENT)
-    costs = pipeline.cost_table(library.parent, library, parse_budget(params="1.0"))
+    models = whole_models(library, seen, recipe, SILENT)
+    judge = whole_models(library, unseen, recipe, SILENT)
+    costs = cost_table(library.parent, library, parse_budget(params="1.0"))
 
     def truth(solutions: Sequence[Any]) -> list[list[float]]:
         found = judge.run([c.alternatives for c in solutions], range(len(unseen)))
         return [[row["kl_divergence"] for row in own] for own in found]
 
     rows = []
-    spaces = {f: pipeline.search_space(library, scores, recipe, costs, parse_budget(params=str(f))) for f in budgets}
+    spaces = {f: search_space(library, scores, recipe, costs, parse_budget(params=str(f))) for f in budgets}
     for budget, space in spaces.items():
         plain = space.best()
         before, started = models.passes, time.process_time()

@@ -26,12 +26,12 @@ from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL, standard_library
 from layersmith.execution.parent import load_parent
 from layersmith.library.library import build_library, survey
-from layersmith.pipeline import cost_table
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import Advance, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.search.frontier import axes_of
+from layersmith.stages.describe import cost_table
 
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 

@@ -26,12 +26,12 @@ from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import child_blocks
 from layersmith.library.axes.feasible import any_orders, no_maps
 from layersmith.library.library import Library, Survey, survey
-from layersmith.pipeline import cost_table
 from layersmith.recipe import CostsRecipe, LibraryRecipe, Recipe
 from layersmith.run.artifacts import read_json
 from layersmith.run.runtime import Runtime
 from layersmith.search.problem import Space
 from layersmith.search.time_limits import settle
+from layersmith.stages.describe import cost_table
 from layersmith.stages.times import times_of, watched
 from tests.conftest import TINY_RECIPE
 

@@ -14,7 +14,6 @@ from layersmith.execution.layerwise import LayerwiseParent, split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, build_library, survey
-from layersmith.pipeline import cost_table
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
@@ -24,6 +23,7 @@ from layersmith.scoring.library_scores import row_order, score_library
 from layersmith.scoring.regret import Axis
 from layersmith.scoring.second_order import _signs, estimate, look
 from layersmith.search.frontier import axes_of
+from layersmith.stages.describe import cost_table
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 

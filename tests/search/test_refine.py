@@ -17,7 +17,7 @@ from layersmith.evaluation.compare import compare
 from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.library import build_library, survey
-from layersmith.pipeline import cost_table, read_scores, search_space, stages
+from layersmith.pipeline import stages
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
 from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT
@@ -27,7 +27,10 @@ from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import Journal
 from layersmith.search.problem import Space
 from layersmith.search.refine import read_refined, refine
+from layersmith.stages.describe import cost_table
 from layersmith.stages.reopen import reopen, scoring_rows
+from layersmith.stages.scores import read_scores
+from layersmith.stages.search import search_space
 from tests.conftest import TINY_RECIPE
 
 

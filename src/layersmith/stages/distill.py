@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layersmith import pipeline, schema
+from layersmith import schema
 from layersmith.costs.budget import Budget
 from layersmith.data.overlap import without_copies
 from layersmith.data.splits import check_vocabulary, evaluation_rows, holds_tokens, load_tokenizer, prepare
@@ -46,6 +46,10 @@ from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.search.problem import Solution
+from layersmith.stages.describe import at_stored_dtype, cost_table, run_dtype
+from layersmith.stages.library import with_pairs
+from layersmith.stages.scores import read_scores
+from layersmith.stages.search import search_space
 from layersmith.stages.times import kept_times
 
 # Bytes a parameter on the disk: two checkpoints of weights and two moments in float32.
@@ -150,7 +154,7 @@ def distill_child(
             run.header()["stages"]["distillation/data"],
             schema.to_data(dataclasses.replace(settings, report_to=(), save_seconds=0.0)),
             recipe.seed,
-            pipeline.run_dtype(parent),
+            run_dtype(parent),
         ]
     )
     is_done = ranks.from_first(lambda: run.is_done("distilled", inputs) and (run.folder / "distilled").is_dir())
@@ -411,13 +415,13 @@ class _Found:
 
 def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
     settings = recipe.distillation
-    stored = pipeline.at_stored_dtype(parent, recipe, run.folder)
-    library = pipeline.with_pairs(run, Library.read(run.folder / "library", stored))
+    stored = at_stored_dtype(parent, recipe, run.folder)
+    library = with_pairs(run, Library.read(run.folder / "library", stored))
     budget = Budget.from_dict(run.header()["budget"])
-    costs = pipeline.cost_table(stored, library, budget)
+    costs = cost_table(stored, library, budget)
     if (times := kept_times(run)) is not None:
         costs = times.into(costs, library.alternatives)
-    space = pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
+    space = search_space(library, read_scores(run, library), recipe, costs, budget)
     own = Solution.from_dict(read_json(run.folder / "solution" / "solution.json"))
     solutions = ranks.from_first(lambda: diverse_solutions(space, own, settings.finalists, settings.finalist_distance))
     return _Found(library, solutions)

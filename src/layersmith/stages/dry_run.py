@@ -17,8 +17,8 @@ from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import SWEEP_PASSES, exact_passes
+from layersmith.stages.describe import reachable
 from layersmith.stages.inspect import outline
-from layersmith.stages.times import reachable
 from layersmith.units import format_cost, format_seconds
 
 

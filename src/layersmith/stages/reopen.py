@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 
-from layersmith import pipeline
 from layersmith.costs.budget import Budget
 from layersmith.costs.times import Times
 from layersmith.data.splits import evaluation_rows, load_tokenizer
@@ -30,6 +29,12 @@ from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
 from layersmith.search.problem import Solution, Space
 from layersmith.search.time_limits import Settled
+from layersmith.stages.describe import at_stored_dtype, cost_table, open_parent
+from layersmith.stages.library import with_pairs
+from layersmith.stages.refine import refined_solution
+from layersmith.stages.report import finish
+from layersmith.stages.scores import read_scores
+from layersmith.stages.search import search_space, write_frontier
 from layersmith.stages.times import find_times, settled_solution, that_holds
 
 
@@ -44,7 +49,7 @@ def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[R
     for stage in ("library", "scores"):
         if stage not in header["stages"]:
             raise InputError(f"{run.folder}: its {stage} are not finished. Run the same compress command again.")
-    parent = pipeline.open_parent(run.meant(header["parent"]["path"]), recipe, run.folder, descriptor)
+    parent = open_parent(run.meant(header["parent"]["path"]), recipe, run.folder, descriptor)
     if parent.identity != header["parent"]["identity"]:
         raise InputError(f"{parent.path}: not the parent of {run.folder} any more; its weights or config changed.")
     return recipe, Library.read(run.folder / "library", parent)
@@ -119,7 +124,7 @@ def search_several(
         recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
         rows, known = scoring_rows(run), settled.times if settled is not None else None
         try:
-            refined = pipeline.refined_solution(space, best[0], library, recipe, rows, None, "", progress)
+            refined = refined_solution(space, best[0], library, recipe, rows, None, "", progress)
         except UnsupportedModel as reason:
             if refine:
                 raise
@@ -128,8 +133,8 @@ def search_several(
             best[0] = that_holds(best[0], refined.solution, known, library.parent, recipe, progress)
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
-            taught = pipeline.with_pairs(run, library)
-            own = taught.with_parent(pipeline.at_stored_dtype(library.parent, recipe, run.folder))
+            taught = with_pairs(run, library)
+            own = taught.with_parent(at_stored_dtype(library.parent, recipe, run.folder))
             save(
                 own.compose(best[0].alternatives),
                 out,
@@ -178,7 +183,7 @@ def frontier_again(
         ]
 
     with whole_folder(run.folder / "frontier") as folder:
-        pipeline.write_frontier(folder, space, recipe, measured if measure else None, progress)
+        write_frontier(folder, space, recipe, measured if measure else None, progress)
     return run.folder / "frontier" / "frontier.json"
 
 
@@ -199,11 +204,11 @@ def _space(
     chosen: Any = objective or recipe.scoring.objective
     scoring = dataclasses.replace(recipe.scoring, objective=chosen, mode="auto")
     recipe = dataclasses.replace(recipe, scoring=scoring, search=rules or recipe.search)
-    costs = pipeline.cost_table(library.parent, library, budget)
+    costs = cost_table(library.parent, library, budget)
     times = find_times(run, library.parent, library, costs, budget, recipe, progress)
     if times is not None:
         costs = times.into(costs, library.alternatives)
-    space = pipeline.search_space(library, pipeline.read_scores(run, library), recipe, costs, budget)
+    space = search_space(library, read_scores(run, library), recipe, costs, budget)
     return recipe, library, space, times
 
 
@@ -216,9 +221,9 @@ def report_again(run_folder: str | Path) -> Path:
             raise InputError(f"{run.folder}: its {stage} is not finished. Run the same compress command again.")
     solution = Solution.from_dict(read_json(run.folder / "solution" / "solution.json"))
     evaluation = read_json(run.folder / "evaluation" / "evaluation.json")
-    scores = pipeline.read_scores(run, library)
+    scores = read_scores(run, library)
     costs = read_json(run.folder / "solution" / "costs.json")["alternatives"]
-    return pipeline.finish(run, library, scores, solution, costs, evaluation, recipe).report
+    return finish(run, library, scores, solution, costs, evaluation, recipe).report
 
 
 def evaluate_model(

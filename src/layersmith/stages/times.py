@@ -8,15 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from layersmith import schema
-from layersmith.block_config import BlockConfig
-from layersmith.costs.budget import Budget, Limit
+from layersmith.costs.budget import Budget
 from layersmith.costs.clock import device_name
 from layersmith.costs.counted import Workload
 from layersmith.costs.measured import measure
 from layersmith.costs.roofline import predict
 from layersmith.costs.stopwatch import Stopwatch, check, time_models
 from layersmith.costs.table import CostTable, count_costs
-from layersmith.costs.times import PREFILL, SOLUTION, Check, Times, costs_of, from_csv, kept_in, to_csv
+from layersmith.costs.times import SOLUTION, Check, Times, costs_of, from_csv, kept_in, to_csv
 from layersmith.errors import Infeasible, InputError
 from layersmith.execution.parent import Parent
 from layersmith.foreign import foreign_code
@@ -24,7 +23,7 @@ from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, Survey, survey
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.recipe import Recipe, SearchRecipe
+from layersmith.recipe import Recipe
 from layersmith.run import ranks
 from layersmith.run.artifacts import file_digest, fingerprint, read_json, write_json, write_text
 from layersmith.run.folder import Run
@@ -32,24 +31,7 @@ from layersmith.run.progress import SILENT, Progress
 from layersmith.search.problem import Solution, Space
 from layersmith.search.rules import without_times
 from layersmith.search.time_limits import TOLERANCE, Settled, compared, settle
-
-
-def reachable(
-    alternatives: Sequence[Alternative],
-    costs: CostTable,
-    budget: Budget,
-    rules: SearchRecipe,
-    blocks: Sequence[BlockConfig],
-) -> None:
-    """Make sure that limits can be met, those of time only where the costs have times.
-
-    Raises:
-        Infeasible: they cannot.
-    """
-    if PREFILL not in costs.parent:
-        rules = without_times(rules)
-        budget = budget.counted or dataclasses.replace(budget, limits=(Limit("parameters", fraction="1"),))
-    Space(alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget, rules, blocks).reachable()
+from layersmith.stages.describe import open_parent, reachable
 
 
 def find_times(
@@ -126,8 +108,6 @@ def times_of(
     progress: Progress = SILENT,
 ) -> tuple[Times, list[Alternative]]:
     """Times of all alternatives of a parent, without a run."""
-    from layersmith.pipeline import open_parent  # it stands on this module
-
     with progress.stage("describe", 1, "parent") as advance:
         model = open_parent(parent, recipe, Path.cwd(), descriptor)
         found = survey(model, recipe.library)
