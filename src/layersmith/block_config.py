@@ -1,171 +1,130 @@
-"""What one decoder layer is: a pair of an attention config and an FFN config.
+"""The shape of one decoder layer: an attention config and an FFN config.
 
-The schema is the one that a child's ``config.json`` carries under ``block_configs`` and that
-puzzletron's checkpoints carry too, so either side reads the other's files. ``None`` means "as the
-model's own config says".
+The JSON form is what a child's ``config.json`` carries under ``block_configs``. Puzzletron's checkpoints use the same
+form, so either side reads the other's files. ``None`` means "the value in the model's config".
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from dataclasses import field
+from typing import Any, ClassVar, TypeVar
 
-from layersmith import schema
+from pydantic import PositiveInt
+
 from layersmith.errors import UsageError
+from layersmith.records import field_names, parse, record, to_data
 
-C = TypeVar("C", bound="_Record")
+C = TypeVar("C", bound="_Config")
 
 
-class _Record:
-    """JSON both ways, and unknown fields refused by name."""
+class _Config:
+    """Conversion to JSON data and back."""
 
-    # Written to JSON even when they hold their default, so that a reader sees them.
-    _always_written: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        schema.check_fields(self)
+    # Fields that are written even if they are None. The others are left out then, as most tools do not know them.
+    _always_written: ClassVar[tuple[str, ...]] = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """The record as JSON data; fields that only other tools use are left out while unset."""
-        data = {}
-        for name in schema.field_names(self):
-            value = getattr(self, name)
-            if value is not None or name in self._always_written:
-                data[name] = value.to_dict() if isinstance(value, _Record) else schema.to_data(value)
-        return data
+        """The config as JSON data."""
+        values = {name: getattr(self, name) for name in field_names(self)}
+        return {
+            name: value.to_dict() if isinstance(value, _Config) else to_data(value)
+            for name, value in values.items()
+            if value is not None or name in self._always_written
+        }
 
     def to_json(self) -> str:
+        """The config as one line of JSON."""
         return json.dumps(self.to_dict())
 
     @classmethod
-    def from_dict(cls: type[C], data: dict[str, Any], where: str | None = None) -> C:
-        """The inverse of :meth:`to_dict`.
+    def from_dict(cls: type[C], data: object, where: str | None = None) -> C:
+        """The inverse of :meth:`to_dict`; ``where`` names the place in messages.
 
         Raises:
-            UsageError: an unknown field (named, with the nearest known one) or a value of the wrong type.
+            UsageError: an unknown field or a value of the wrong type.
         """
-        return schema.parse(cls, data, where or cls.__name__)
-
-    @classmethod
-    def from_json(cls: type[C], text: str) -> C:
-        try:
-            data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{cls.__name__}: not JSON ({error}).") from error
-        return cls.from_dict(data)
-
-    def _check_positive(self, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{type(self).__name__}.{name}: must be at least 1, got {value}. Use no_op to remove.")
+        return parse(cls, data, f"{where or cls.__name__}.")
 
 
-@dataclass(frozen=True)
-class MambaConfig(_Record):
-    """Sizes of a Mamba mixer that stands in the attention's place."""
+@record()
+class MambaConfig(_Config):
+    """Sizes of a Mamba or linear-attention mixer, which takes the attention's place."""
 
-    state_dim: int
-    num_heads: int
-    head_dim: int
-    num_groups: int
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_positive("state_dim", "num_heads", "head_dim", "num_groups")
+    state_dim: PositiveInt
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    num_groups: PositiveInt
 
 
-@dataclass(frozen=True)
-class MoEConfig(_Record):
+@record()
+class MoEConfig(_Config):
     """Sizes of a mixture-of-experts FFN."""
 
-    num_local_experts: int
-    num_experts_per_tok: int = 1
-    expert_intermediate_dim: int | None = None
+    num_local_experts: PositiveInt
+    num_experts_per_tok: PositiveInt = 1
+    expert_intermediate_dim: PositiveInt | None = None
     shared_expert_intermediate_dim: int | None = None
 
     _always_written = ("expert_intermediate_dim", "shared_expert_intermediate_dim")
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_positive("num_local_experts", "num_experts_per_tok", "expert_intermediate_dim")
         if self.num_experts_per_tok > self.num_local_experts:
-            raise UsageError(
-                f"MoEConfig.num_experts_per_tok: {self.num_experts_per_tok} of {self.num_local_experts} experts."
-            )
+            raise ValueError(f"{self.num_experts_per_tok} experts per token of only {self.num_local_experts}.")
 
 
-@dataclass(frozen=True)
-class _SubblockConfig(_Record):
+@record()
+class _SubblockConfig(_Config):
     no_op: bool = False
+    """The subblock is removed: the layer passes its input on."""
     replace_with_linear: bool = False
+    """One linear map, ``[hidden_size, hidden_size]``, replaces the subblock."""
     sparsify: tuple[str, ...] | None = None
+    """For puzzletron's files only; layersmith ignores it."""
     weights_precision: str | None = None
+    """For puzzletron's files only; layersmith ignores it."""
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if self.no_op and self.replace_with_linear:
-            raise UsageError(f"{type(self).__name__}: no_op and replace_with_linear exclude each other.")
-
-    def _drop_sizes_if_replaced(self, *names: str) -> None:
-        # A subblock that is not there has no sizes; without this, equal subblocks would compare unequal.
+            raise ValueError("no_op and replace_with_linear exclude each other.")
         if self.no_op or self.replace_with_linear:
-            for name in names:
+            # Without sizes, equal subblocks compare equal.
+            for name in set(field_names(self)) - set(field_names(_SubblockConfig)):
                 object.__setattr__(self, name, None)
 
 
-@dataclass(frozen=True)
+@record()
 class AttentionConfig(_SubblockConfig):
-    """The attention of one layer.
+    """The attention of one layer."""
 
-    Attributes:
-        no_op: the subblock is removed: the layer passes its input on.
-        replace_with_linear: one ``hidden_size`` x ``hidden_size`` map stands in its place.
-        num_key_value_heads: K, or None for what the model's config says.
-        num_attention_heads: H, or None for what the model's config says; the size of a head stays.
-        layer_type: how far it sees, in the words of the model's config (``"sliding_attention"``,
-            ``"full_attention"``), or None for what that says of the layer.
-    """
-
-    num_key_value_heads: int | None = None
-    num_attention_heads: int | None = None
+    num_key_value_heads: PositiveInt | None = None
+    """Number of KV heads."""
+    num_attention_heads: PositiveInt | None = None
+    """Number of query heads. The size of a head does not change."""
     layer_type: str | None = None
+    """What the attention sees, in the words of the model's config: ``sliding_attention``, ``full_attention``."""
     mamba: MambaConfig | None = None
+    """The mixer's sizes, where it takes the attention's place."""
     llama4: dict[str, Any] | None = None
+    """For puzzletron's files only; layersmith ignores it."""
 
     _always_written = ("num_key_value_heads",)
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_positive("num_key_value_heads", "num_attention_heads")
-        self._drop_sizes_if_replaced("num_key_value_heads", "num_attention_heads", "layer_type", "mamba", "llama4")
 
-
-@dataclass(frozen=True)
+@record()
 class FFNConfig(_SubblockConfig):
-    """The feed-forward network of one layer.
+    """The feed-forward network of one layer."""
 
-    Attributes:
-        no_op: the subblock is removed: the layer passes its input on.
-        replace_with_linear: one ``hidden_size`` x ``hidden_size`` map stands in its place.
-        intermediate_size: F, or None for what the model's config says.
-        moe: the experts, where the FFN is a mixture.
-    """
-
-    intermediate_size: int | None = None
+    intermediate_size: PositiveInt | None = None
+    """Width of a dense FFN."""
     moe: MoEConfig | None = None
+    """The experts, where the FFN is a mixture."""
 
     _always_written = ("intermediate_size", "moe")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self._check_positive("intermediate_size")
-        self._drop_sizes_if_replaced("intermediate_size", "moe")
 
-
-@dataclass(frozen=True)
-class BlockConfig(_Record):
+@record()
+class BlockConfig(_Config):
     """One decoder layer: its attention and its FFN.
 
     >>> BlockConfig(ffn=FFNConfig(no_op=True)).to_dict()["ffn"]["no_op"]
@@ -175,6 +134,7 @@ class BlockConfig(_Record):
     attention: AttentionConfig = field(default_factory=AttentionConfig)
     ffn: FFNConfig = field(default_factory=FFNConfig)
     parallel_blocks: tuple[dict[str, Any], ...] | None = None
+    """For puzzletron's files only; layersmith ignores it."""
 
     def subblock(self, name: str) -> AttentionConfig | FFNConfig:
         """The config of the subblock ``"attention"`` or ``"ffn"``."""
@@ -185,10 +145,10 @@ def read_block_configs(entries: object, where: str) -> list[BlockConfig]:
     """Block configs from the ``block_configs`` list of a ``config.json``.
 
     Raises:
-        UsageError: not a list of records of this schema.
+        UsageError: not a list of block configs.
     """
     if not isinstance(entries, list | tuple):
-        raise UsageError(f"{where}: block_configs is not a list with one entry a layer.")
+        raise UsageError(f"{where}: block_configs is not a list with one entry per layer.")
     return [
         entry if isinstance(entry, BlockConfig) else BlockConfig.from_dict(entry, f"{where}: block_configs[{i}]")
         for i, entry in enumerate(entries)
@@ -196,5 +156,5 @@ def read_block_configs(entries: object, where: str) -> list[BlockConfig]:
 
 
 def has_attention(block_config: BlockConfig) -> bool:
-    """Whether a block has an attention that writes to the KV cache."""
+    """Whether a block has an attention, which writes to the KV cache."""
     return not (block_config.attention.no_op or block_config.attention.replace_with_linear)

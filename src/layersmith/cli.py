@@ -48,10 +48,14 @@ Generate = Annotated[
     int | None, typer.Option(help="Tokens of --context that the model writes; default: 128, at most half.")
 ]
 KeepLayers = Annotated[str | None, typer.Option(help="Layers that stay as they are, e.g. 0,1,31.")]
-MostNoOpAttentions = Annotated[int | None, typer.Option(help="Attentions that may be removed, at most.")]
-MostNoOpFFNs = Annotated[int | None, typer.Option("--most-no-op-ffns", help="FFNs that may be removed, at most.")]
-Alike = Annotated[
-    str | None, typer.Option(help="So many neighbouring layers become the same; all for a uniform child.")
+MaxRemovedAttentions = Annotated[int | None, typer.Option(help="Maximum number of attentions to remove.")]
+MaxRemovedFFNs = Annotated[int | None, typer.Option("--max-removed-ffns", help="Maximum number of FFNs to remove.")]
+UniformGroups = Annotated[
+    str | None, typer.Option(help="Give groups of N neighbouring layers the same shape ('all': every layer).")
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change a setting of the recipe: section.key=value. May be repeated."),
 ]
 TensorParallel = Annotated[int | None, typer.Option(help="Heads and widths that are left are multiples of this.")]
 Refine = Annotated[
@@ -82,7 +86,8 @@ def compress(
     context: Context = CONTEXT,
     generate: Generate = None,
     recipe: RecipeFile = None,
-    seed: Annotated[int | None, typer.Option(help="Goes before the recipe's.")] = None,
+    settings: Settings = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed (overrides the recipe).")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
     scoring: Annotated[
         str | None, typer.Option(help="auto, exact or second_order: how alternatives are scored; before the recipe's.")
@@ -96,9 +101,9 @@ def compress(
     ] = None,
     finalists: Annotated[int | None, typer.Option(help="Solutions that --distill tries first.")] = None,
     keep_layers: KeepLayers = None,
-    most_no_op_attentions: MostNoOpAttentions = None,
-    most_no_op_ffns: MostNoOpFFNs = None,
-    alike: Alike = None,
+    max_removed_attentions: MaxRemovedAttentions = None,
+    max_removed_ffns: MaxRemovedFFNs = None,
+    uniform_groups: UniformGroups = None,
     tensor_parallel: TensorParallel = None,
     refine: Refine = None,
     descriptor: Descriptor = None,
@@ -116,11 +121,10 @@ def compress(
     from layersmith.costs.budget import parse_budget
     from layersmith.recipe import Recipe
 
-    chosen = _with_options(
-        Recipe.read(recipe), seed, device, eval_data, trust_remote_code, scoring, stream, distill, finalists
-    )
+    chosen = Recipe.read(recipe).with_settings(settings or ())
+    chosen = _with_options(chosen, seed, device, eval_data, trust_remote_code, scoring, stream, distill, finalists)
     rules = _with_rules(
-        chosen.search, keep_layers, most_no_op_attentions, most_no_op_ffns, alike, tensor_parallel, refine
+        chosen.search, keep_layers, max_removed_attentions, max_removed_ffns, uniform_groups, tensor_parallel, refine
     )
     chosen = dataclasses.replace(chosen, search=rules)
     budget = parse_budget(
@@ -188,16 +192,16 @@ def search(
     context: Context = CONTEXT,
     generate: Generate = None,
     keep_layers: KeepLayers = None,
-    most_no_op_attentions: MostNoOpAttentions = None,
-    most_no_op_ffns: MostNoOpFFNs = None,
-    alike: Alike = None,
+    max_removed_attentions: MaxRemovedAttentions = None,
+    max_removed_ffns: MaxRemovedFFNs = None,
+    uniform_groups: UniformGroups = None,
     tensor_parallel: TensorParallel = None,
     refine: Annotated[
         bool | None,
         typer.Option("--refine/--no-refine", help="Better it by running whole children; default: if one is written."),
     ] = None,
     solutions: Annotated[int, typer.Option(help="Print so many, best first.")] = 1,
-    differ: Annotated[int, typer.Option(help="Subblocks in which each differs from those before.")] = 1,
+    min_distance: Annotated[int, typer.Option(help="Subblocks in which each differs from those before.")] = 1,
     frontier: Annotated[bool, typer.Option("--frontier", help="Write RUN/frontier: every budget's answer.")] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Run some of it, and baselines, as whole models.")] = False,
     objective: Annotated[str | None, typer.Option(help="Metric to search by; default: the recipe's.")] = None,
@@ -219,7 +223,7 @@ def search(
     )  # fmt: skip
     rules = _with_rules(
         Recipe.from_dict(Run.existing(run).header()["recipe"]).search,
-        keep_layers, most_no_op_attentions, most_no_op_ffns, alike, tensor_parallel, None,
+        keep_layers, max_removed_attentions, max_removed_ffns, uniform_groups, tensor_parallel, None,
     )  # fmt: skip
     console = _console()
     with _drawn(console) as progress:
@@ -227,8 +231,9 @@ def search(
             path = frontier_again(run, budget, objective, progress, rules=rules, measure=measure)
         else:
             library, best = search_several(
-                run, budget, objective, out, progress, rules=rules, refine=refine, solutions=solutions, differ=differ
-            )
+                run, budget, objective, out, progress, rules=rules, refine=refine, solutions=solutions,
+                min_distance=min_distance,
+            )  # fmt: skip
     if frontier:
         print_frontier(console, path)
         return
@@ -411,9 +416,6 @@ def _with_options(
     distill: int | None,
     finalists: int | None,
 ) -> Any:
-    from layersmith import schema
-    from layersmith.recipe import ScoringRecipe
-
     changes: dict[str, Any] = {}
     if seed is not None:
         changes["seed"] = seed
@@ -426,9 +428,7 @@ def _with_options(
     if eval_data is not None:
         changes["data"] = dataclasses.replace(recipe.data, evaluation_source=eval_data)
     if scoring is not None:
-        changes["scoring"] = schema.parse(
-            ScoringRecipe, schema.to_data(recipe.scoring) | {"mode": scoring}, "--scoring"
-        )
+        changes["scoring"] = dataclasses.replace(recipe.scoring, mode=scoring)
     distillation = {"tokens": distill, "finalists": finalists}
     changes["distillation"] = dataclasses.replace(
         recipe.distillation, **{name: value for name, value in distillation.items() if value is not None}
@@ -439,9 +439,9 @@ def _with_options(
 def _with_rules(
     search: Any,
     keep_layers: str | None,
-    most_no_op_attentions: int | None,
-    most_no_op_ffns: int | None,
-    alike: str | None,
+    max_removed_attentions: int | None,
+    max_removed_ffns: int | None,
+    uniform_groups: str | None,
     tensor_parallel: int | None,
     refine: bool | None,
 ) -> Any:
@@ -449,17 +449,17 @@ def _with_rules(
     from layersmith.recipe import SearchRecipe
 
     changes: dict[str, Any] = {
-        "most_no_op_attentions": most_no_op_attentions,
-        "most_no_op_ffns": most_no_op_ffns,
+        "max_removed_attentions": max_removed_attentions,
+        "max_removed_ffns": max_removed_ffns,
         "tensor_parallel": tensor_parallel,
     }
     try:
         if keep_layers is not None:
             changes["keep_layers"] = tuple(int(layer) for layer in keep_layers.split(","))
-        if alike is not None:
-            changes["alike"] = 0 if alike == "all" else int(alike)
+        if uniform_groups is not None:
+            changes["uniform_groups"] = 0 if uniform_groups == "all" else int(uniform_groups)
     except ValueError as error:
-        raise UsageError("--keep-layers takes numbers such as 0,1,31, and --alike a number or all.") from error
+        raise UsageError("--keep-layers takes numbers such as 0,1,31, and --uniform-groups a number or all.") from error
     if refine is not None:
         changes["refine_passes"] = (search.refine_passes or SearchRecipe.refine_passes) if refine else 0.0
     return dataclasses.replace(search, **{name: value for name, value in changes.items() if value is not None})

@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from layersmith import schema
 from layersmith.costs.budget import Budget
 from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times
@@ -22,6 +21,7 @@ from layersmith.data.splits import load_tokenizer
 from layersmith.errors import UsageError
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
+from layersmith.records import to_data
 from layersmith.run import ranks
 from layersmith.run.artifacts import fingerprint
 from layersmith.run.folder import Run, versions
@@ -126,7 +126,7 @@ def stages(
         run.do("data", data_inputs, lambda folder: write_data(folder, tokens))
         yield "data"
 
-        making = [schema.to_data(recipe.library), schema.to_data(recipe.local_distillation)]
+        making = [to_data(recipe.library), to_data(recipe.local_distillation)]
         library_inputs = fingerprint([model.identity, data_inputs, *making, run_dtype(model)])
         library = make_library(run, library_inputs, model, recipe, found, tokens, progress)
         yield "library"
@@ -135,7 +135,7 @@ def stages(
             return costs if known is None else known.into(costs, library.alternatives)
 
         axes = axes_of(library.alternatives, costs_by(times), budget)
-        judging = [schema.to_data(recipe.scoring), [axis.cost for axis in axes]]
+        judging = [to_data(recipe.scoring), [axis.cost for axis in axes]]
         score_inputs = fingerprint([library.identity, data_inputs, run_dtype(model), *judging])
         scores = make_scores(run, score_inputs, library, recipe, axes, tokens.scoring, progress)
         yield "scores"
@@ -146,7 +146,7 @@ def stages(
         space, solution, times = solve(run, score_inputs, library, recipe, times, space_of, progress)
         yield "settled"
 
-        search_inputs = fingerprint([score_inputs, solution.to_dict(), schema.to_data(recipe.search)])
+        search_inputs = fingerprint([score_inputs, solution.to_dict(), to_data(recipe.search)])
         run.do("frontier", search_inputs, lambda folder: write_frontier(folder, space, recipe, progress=progress))
         yield "frontier"
 

@@ -63,7 +63,7 @@ def test_what_is_no_mixture(tmp_path: Path) -> None:
     assert read_mixture("org/name") is None
     for parts, error, match in (
         (["{source: a, wieght: 1}"], UsageError, "Did you mean 'weight'"),
-        (["{source: a, weight: -1}"], UsageError, "must be positive"),
+        (["{source: a, weight: -1}"], UsageError, "must be greater than 0"),
         (["{source: "], InputError, "not a YAML mixture"),
     ):
         with pytest.raises(error, match=match):
@@ -109,7 +109,7 @@ def test_what_is_done_about_copies(tmp_path: Path, tokenizer: Any) -> None:
 
     def dealt(what: Any) -> Any:
         wanted = SIZES | {"sequence_length": 128, "training_sequences": 10**6, "overlap": what}
-        return prepare(texts, tokenizer, **wanted, evaluation_source=held)
+        return prepare(texts, tokenizer, **wanted, evaluation_source=str(held))
 
     allowed, warned, left_out = dealt("allow"), dealt("warn"), dealt("leave_out")
     runs = Runs(allowed.evaluation, tokenizer)

@@ -346,7 +346,7 @@ def test_finalists(own: Path) -> None:
 def test_finalists_keep_the_searchs_rules(own: Path) -> None:
     """The first is the run's own; all are apart from each other, within the budget, and as the rules say."""
     run = Run.existing(own)
-    rules = SearchRecipe(keep_layers=(2,), most_no_op_attentions=1, alike=2)
+    rules = SearchRecipe(keep_layers=(2,), max_removed_attentions=1, uniform_groups=2)
     _, _, space, _ = again._space(run, parse_budget(params="0.8"), None, None, rules, SILENT)
     first = space.best()
     found = diverse_solutions(space, first, 4, distance=3)

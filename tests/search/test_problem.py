@@ -49,15 +49,15 @@ RULES: dict[str, tuple[SearchRecipe, Any]] = {
     "none": (SearchRecipe(), lambda c, cost: True),
     "kept": (SearchRecipe(keep_layers=(1,)), lambda c, cost: all(a.kind == "parent" for a in c if a.layer == 1)),
     "no-ops": (
-        SearchRecipe(most_no_op_attentions=1, most_no_op_ffns=0),
+        SearchRecipe(max_removed_attentions=1, max_removed_ffns=0),
         lambda c, cost: (
             sum(a.kind == "no_op" for a in c if a.subblock == "attention") <= 1
             and not any(a.kind == "no_op" for a in c if a.subblock == "ffn")
         ),
     ),
-    "uniform": (SearchRecipe(alike=0), lambda c, cost: len({a.name for a in c}) == 2),
+    "uniform": (SearchRecipe(uniform_groups=0), lambda c, cost: len({a.name for a in c}) == 2),
     "groups": (
-        SearchRecipe(alike=((0, 2),)),
+        SearchRecipe(uniform_groups=((0, 2),)),
         lambda c, cost: all(c[i].name == c[i + 4].name for i in (0, 1)),
     ),
     "parallel": (SearchRecipe(tensor_parallel=8), lambda c, cost: all(a.size != 20 for a in c)),
@@ -133,12 +133,12 @@ def test_what_cannot_be_met_is_said() -> None:
     with pytest.raises(Infeasible, match=r"parameters 0\.20x.*smallest child.*0\.\d\dx"):
         space(0, SearchRecipe(keep_layers=(0, 1, 2)), 0.2).reachable()
     with pytest.raises(Infeasible, match=r"no-op FFNs can be \d+ at least"):
-        space(0, SearchRecipe(most_no_op_attentions=0, most_no_op_ffns=0), 0.3).reachable()
+        space(0, SearchRecipe(max_removed_attentions=0, max_removed_ffns=0), 0.3).reachable()
     with pytest.raises(Infeasible, match="tensor_parallel 3"):  # a no-op would be divisible, but layer 0 stays
         space(0, SearchRecipe(tensor_parallel=3, keep_layers=(0,)))
     for rules, match in (
         (SearchRecipe(keep_layers=(9,)), "there is no layer 9"),
-        (SearchRecipe(alike=((0, 1), (1, 2))), "named twice"),
+        (SearchRecipe(uniform_groups=((0, 1), (1, 2))), "named twice"),
         (SearchRecipe(limits=(CombinedLimit({"parms": 1}, 0.5),)), "Did you mean 'params'"),
         (SearchRecipe(limits=(CombinedLimit({"params": 1}, "7 parsecs"),)), "not an amount"),
     ):

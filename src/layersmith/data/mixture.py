@@ -11,19 +11,20 @@ mixture ends when one of its sources does. Paths are relative to the file.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
+from pydantic import PositiveFloat
 
-from layersmith import schema
 from layersmith.errors import InputError, UsageError
+from layersmith.records import parse, record
 
 Document = TypeVar("Document")
 
 
-@dataclass(frozen=True)
+@record()
 class Part:
     """One source of a mixture.
 
@@ -35,14 +36,9 @@ class Part:
     """
 
     source: str
-    weight: float = 1.0
+    weight: PositiveFloat = 1.0
     field: str | None = None
     split: str = "train"
-
-    def __post_init__(self) -> None:
-        schema.check_fields(self)
-        if self.weight <= 0:
-            raise UsageError(f"mixture, {self.source}: its weight must be positive, got {self.weight}.")
 
 
 def read_mixture(source: str | Path) -> tuple[Part, ...] | None:
@@ -67,9 +63,9 @@ def read_mixture(source: str | Path) -> tuple[Part, ...] | None:
 
 
 def _part(entry: Any, where: str, folder: Path) -> Part:
-    part = schema.parse(Part, entry, where)
+    part = parse(Part, entry, f"{where}.")
     local = folder / Path(part.source).expanduser()
-    return Part(str(local), part.weight, part.field, part.split) if local.exists() else part
+    return replace(part, source=str(local)) if local.exists() else part
 
 
 def interleave(

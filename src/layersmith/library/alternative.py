@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layersmith import schema
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UsageError
 from layersmith.heterogeneous.plan import NO_LINEAR, linear_records
 from layersmith.library.axes.axis import HeadsAxis, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import LibraryRecipe
+from layersmith.records import to_data
 from layersmith.run.artifacts import fingerprint
 
 _FIELDS = {
@@ -94,7 +94,7 @@ class Alternative:
     @property
     def identity(self) -> str:
         """Digest of all fields."""
-        return fingerprint(schema.to_data(self))
+        return fingerprint(to_data(self))
 
     def subblock_config(self, parent: BlockConfig) -> AttentionConfig | FFNConfig:
         """The config of the subblock with this alternative."""

@@ -15,7 +15,6 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layersmith import schema
 from layersmith.block_config import BlockConfig
 from layersmith.execution.exchange import LAYER_TYPE, share_buffers
 from layersmith.execution.layerwise import NotLayerwise, split_layers
@@ -55,6 +54,7 @@ from layersmith.library.statistics import Probe, expert_holder, expert_reader, g
 from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import LibraryRecipe
+from layersmith.records import parse, to_data
 from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.run.progress import SILENT, Progress
 
@@ -326,8 +326,8 @@ class Library:
     def write(self, folder: Path) -> None:
         tensors = {f"order.{k}": v for k, v in self.orders.items()} | {f"map.{k}": v for k, v in self.maps.items()}
         write_tensors(folder / "tensors.safetensors", tensors)
-        data = {"alternatives": [schema.to_data(a) for a in self.alternatives], "notes": list(self.notes)}
-        write_json(folder / "library.json", data | {"axes": [schema.to_data(a) for a in self.axes]})
+        data = {"alternatives": [to_data(a) for a in self.alternatives], "notes": list(self.notes)}
+        write_json(folder / "library.json", data | {"axes": [to_data(a) for a in self.axes]})
         write_json(folder / "importance.json", {k: [list(point) for point in v] for k, v in self.importance.items()})
         self.kept.write(folder)
 
@@ -338,8 +338,8 @@ class Library:
         curves = folder / "importance.json"
         return Library(
             parent,
-            [schema.parse(LayerAxes, entry, "library.json") for entry in data["axes"]],
-            [schema.parse(Alternative, entry, "library.json") for entry in data["alternatives"]],
+            [parse(LayerAxes, entry, "library.json") for entry in data["axes"]],
+            [parse(Alternative, entry, "library.json") for entry in data["alternatives"]],
             {k.removeprefix("order."): v for k, v in tensors.items() if k.startswith("order.")},
             {k.removeprefix("map."): v for k, v in tensors.items() if k.startswith("map.")},
             data["notes"],

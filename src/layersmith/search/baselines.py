@@ -18,7 +18,7 @@ UNIFORM, DROPPED, RANDOM = "uniform narrowing", "layers dropped", "random"
 
 def uniform(space: Space, cost: str, budgets: Sequence[float]) -> list[Solution]:
     """For each budget the best solution in which all layers (that are alike in the parent) become the same."""
-    rules = dataclasses.replace(space.rules, alike=0)
+    rules = dataclasses.replace(space.rules, uniform_groups=0)
     own = Space(space.alternatives, space.losses, space.costs, space.budget, rules, space.blocks)
     found = []
     for budget in budgets:

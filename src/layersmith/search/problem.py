@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from layersmith import schema
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Budget, is_time
 from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
+from layersmith.records import parse, to_data
 from layersmith.search import rules as rules_of
 from layersmith.search.solve import Candidate, Group, ProgramSolution, Solver
 
@@ -50,7 +50,7 @@ class Solution:
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "alternatives": [schema.to_data(a) for a in self.alternatives],
+            "alternatives": [to_data(a) for a in self.alternatives],
             "score": self.score,
             "costs": self.costs,
             "parent_costs": self.parent_costs,
@@ -62,7 +62,7 @@ class Solution:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Solution:
-        alternatives = tuple(schema.parse(Alternative, entry, "solution.json") for entry in data["alternatives"])
+        alternatives = tuple(parse(Alternative, entry, "solution.json") for entry in data["alternatives"])
         return Solution(**{**data, "alternatives": alternatives, "budget": Budget.from_dict(data["budget"])})
 
 
@@ -133,7 +133,7 @@ class Space:
         common = [name for name in by_name[0] if all(name in own for own in by_name)]
         if not common:
             where = ", ".join(str(layer) for layer, _ in places)
-            raise Infeasible(f"Infeasible: layers {where} have no {places[0][1]} in common. Change search.alike.")
+            raise Infeasible(f"Infeasible: layers {where} share no {places[0][1]}. Change search.uniform_groups.")
         return {" ".join(own[name].key for own in by_name): tuple(own[name] for own in by_name) for name in common}
 
     @property

@@ -93,17 +93,17 @@ def together(
         UsageError: layers that are not there, or one that is named twice.
     """
     num_layers = max(layer for layer, _ in by_place) + 1
-    if rules.alike is None or rules.alike == 1:
+    if rules.uniform_groups is None or rules.uniform_groups == 1:
         return [[place] for place in sorted(by_place)]
-    if isinstance(rules.alike, int):
-        size = rules.alike or num_layers
+    if isinstance(rules.uniform_groups, int):
+        size = rules.uniform_groups or num_layers
         sets = [tuple(range(start, min(start + size, num_layers))) for start in range(0, num_layers, size)]
     else:
-        sets = list(rules.alike)
+        sets = list(rules.uniform_groups)
         named = [layer for own in sets for layer in own]
-        _check_layers("alike", named, num_layers)
+        _check_layers("uniform_groups", named, num_layers)
         if len(set(named)) < len(named):
-            raise UsageError("recipe search.alike: a layer is named twice.")
+            raise UsageError("recipe search.uniform_groups: a layer is named twice.")
         sets += [(layer,) for layer in range(num_layers) if layer not in named]
     found = []
     for layers in sorted(sets):
@@ -145,7 +145,7 @@ def limits_of(rules: SearchRecipe, costs: CostTable) -> Costs:
         UsageError: an unknown cost, or an amount that makes no sense.
     """
     found: Costs = {}
-    for subblock, most in (("attention", rules.most_no_op_attentions), ("ffn", rules.most_no_op_ffns)):
+    for subblock, most in (("attention", rules.max_removed_attentions), ("ffn", rules.max_removed_ffns)):
         if most is not None:
             found[_NO_OPS[subblock]] = most
     for name, limit in extra_costs(rules, costs).items():

@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layersmith import schema
 from layersmith.costs.budget import Budget
 from layersmith.data.overlap import without_copies
 from layersmith.data.splits import check_vocabulary, evaluation_rows, holds_tokens, load_tokenizer, prepare
@@ -39,6 +38,7 @@ from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import DISTILLATION_TOKENS, DistillationRecipe, Recipe
+from layersmith.records import to_data
 from layersmith.report.card import complete_card, write_card
 from layersmith.run import ranks
 from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
@@ -152,7 +152,7 @@ def distill_child(
         [
             child_inputs,
             run.header()["stages"]["distillation/data"],
-            schema.to_data(dataclasses.replace(settings, report_to=(), save_seconds=0.0)),
+            to_data(dataclasses.replace(settings, report_to=(), save_seconds=0.0)),
             recipe.seed,
             run_dtype(parent),
         ]

@@ -73,7 +73,7 @@ def search_several(
     rules: SearchRecipe | None = None,
     refine: bool | None = None,
     solutions: int = 1,
-    differ: int = 1,
+    min_distance: int = 1,
 ) -> tuple[Library, list[Solution]]:
     """The best children of a finished run for another budget; the first is written to ``out`` if that is given.
 
@@ -91,7 +91,7 @@ def search_several(
         refine: whether whole children are run on the run's scoring rows to better the solution; default: if a child is
             written and the recipe has passes for it.
         solutions: how many solutions, best first; the first is the child.
-        differ: in how many subblocks each differs from those before, at least.
+        min_distance: in how many subblocks each differs from those before, at least.
 
     Raises:
         Infeasible: no child of the run's library fits.
@@ -102,8 +102,8 @@ def search_several(
         raise UsageError(f"--objective {objective}: unknown. {did_you_mean(objective, METRICS)}")
     if out is not None and Path(out).exists():
         raise InputError(f"{out}: already there. Choose another folder.")
-    if solutions < 1 or differ < 1:
-        raise UsageError("--solutions and --differ must be at least 1.")
+    if solutions < 1 or min_distance < 1:
+        raise UsageError("--solutions and --min-distance must be at least 1.")
     recipe, library, space, times = _space(run, budget, objective, descriptor, rules, progress)
     settled: Settled | None = None
     if out is not None and times is not None and times.source == "measured" and library.parent.stream is None:
@@ -113,7 +113,7 @@ def search_several(
             recipe, progress,
         )  # fmt: skip
         space = settled.space
-    best = space.several(solutions, differ)
+    best = space.several(solutions, min_distance)
     if settled is not None:
         best[0] = settled.solution
     passes = recipe.search.refine_passes

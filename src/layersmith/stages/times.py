@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from layersmith import schema
 from layersmith.costs.budget import Budget
 from layersmith.costs.clock import device_name
 from layersmith.costs.counted import Workload
@@ -24,6 +23,7 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, Survey, survey
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
+from layersmith.records import to_data
 from layersmith.run import ranks
 from layersmith.run.artifacts import file_digest, fingerprint, read_json, write_json, write_text
 from layersmith.run.folder import Run
@@ -130,9 +130,9 @@ def times_inputs(model: Parent, budget: Budget, recipe: Recipe) -> str:
         except OSError as error:
             raise InputError(f"{recipe.costs.times}: cannot be read ({error.strerror}).") from error
     load = [budget.batch, budget.context, budget.generate]
-    library = schema.to_data(recipe.library)
+    library = to_data(recipe.library)
     runs_on = [str(model.runtime.dtype), model.runtime.device.type]
-    return fingerprint([model.identity, load, library, schema.to_data(recipe.costs), given, runs_on])
+    return fingerprint([model.identity, load, library, to_data(recipe.costs), given, runs_on])
 
 
 def keep_times(run: Run, times: Times, model: Parent, found: Survey, budget: Budget, recipe: Recipe) -> None:
@@ -179,7 +179,7 @@ def solve(
         write_times(folder, settled.times, library.alternatives)
         write_json(folder / "choice.json", settled.solution.to_dict())
 
-    run.do("settled", fingerprint([inputs, times.to_dict(library.alternatives), schema.to_data(recipe.search)]), make)
+    run.do("settled", fingerprint([inputs, times.to_dict(library.alternatives), to_data(recipe.search)]), make)
     settled = Times.from_dict(read_json(run.folder / "settled" / "times.json"))
     return space_of(settled), Solution.from_dict(read_json(run.folder / "settled" / "choice.json")), settled
 
@@ -248,7 +248,7 @@ def time_child(
     if not budget.has_times:  # nobody waits for it, so it has to be quick
         workload = workload.within(recipe.data.sequence_length)
     with progress.stage("clock", 1, "pair") as advance:
-        run.do("clock", fingerprint([inputs, schema.to_data(recipe.costs), dataclasses.asdict(workload)]), make)
+        run.do("clock", fingerprint([inputs, to_data(recipe.costs), dataclasses.asdict(workload)]), make)
         advance(1)
 
 
