@@ -130,7 +130,7 @@ def test_own_evaluation_text_is_taken_out_of_the_rest(tmp_path: Path, tokenizer:
     records = [{"text": f"n{i} " * 30} for i in range(100)]
     source = lines(tmp_path / "all.jsonl", records)
     held_out = lines(tmp_path / "held.jsonl", records[:20])
-    splits = prepare(source, tokenizer, **SIZES, evaluation_source=held_out)
+    splits = prepare(source, tokenizer, **SIZES, evaluation_source=str(held_out))
     text = tokenizer.decode(torch.cat([splits.calibration, splits.scoring]).flatten())
     assert not {f"n{i}" for i in range(20)} & set(text.replace("<end>", " ").split())
 
