@@ -43,7 +43,7 @@ from layersmith.search.frontier import frontier
 from layersmith.stages.describe import cost_table
 from layersmith.stages.reopen import reopen
 from layersmith.stages.scores import read_scores
-from layersmith.stages.search import search_space
+from layersmith.stages.search import search_problem
 
 CHILDREN = 10
 _PHASES = {"prefill": "time to first token", "decode": "time per token"}
@@ -81,8 +81,8 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     timing = CostsRecipe(seconds=options.seconds, rounds=options.rounds)
     times = measure(parent, library.alternatives, costs, workload, timing)
     seconds = time.process_time() - started
-    space = search_space(library, scores, recipe, times.into(costs, library.alternatives), budget)
-    solutions = [c for c in frontier(space, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
+    problem = search_problem(library, scores, recipe, times.into(costs, library.alternatives), budget)
+    solutions = [c for c in frontier(problem, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
     some = [solutions[i * (len(solutions) - 1) // (CHILDREN - 1)] for i in range(CHILDREN)]
     # The parent, beside which all are told, three times.
     models = [*[parent.model] * 3, *(library.compose(solution.alternatives) for solution in some)]

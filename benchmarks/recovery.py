@@ -67,7 +67,7 @@ from layersmith.run.artifacts import fingerprint, read_json, write_json
 from layersmith.run.folder import versions
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
-from layersmith.search.problem import Space
+from layersmith.search.problem import SearchProblem
 from layersmith.stages.distill import copied
 from layersmith.stages.refine import refined_solution
 
@@ -176,11 +176,13 @@ def chosen_for(
     library: Library = getattr(of.made, name)
     recipe = Recipe(search=SearchRecipe(refine_passes=refine_passes))
     limit = parse_budget(params=str(budget))
-    space = Space(library.alternatives, of.made.scores[name], of.costs, limit, recipe.search, of.parent.blocks)
-    solution = space.best()
+    problem = SearchProblem(
+        library.alternatives, of.made.scores[name], of.costs, limit, recipe.search, of.parent.blocks
+    )
+    solution = problem.best()
     if refine_passes:
         inputs = fingerprint([library.identity, of.made.scores[name], solution.to_dict(), refine_passes])
-        refined = refined_solution(space, solution, library, recipe, of.tokens.scoring, journal, inputs, SILENT)
+        refined = refined_solution(problem, solution, library, recipe, of.tokens.scoring, journal, inputs, SILENT)
         print(json.dumps({"seed": of.seed, "budget": budget, "row": row, "refined": refined.measured}), flush=True)
         solution = refined.solution
     return solution.alternatives

@@ -40,7 +40,7 @@ from layersmith.search.solve import Candidate, Group, Solver
 from layersmith.stages.describe import cost_table
 from layersmith.stages.reopen import reopen, scoring_rows
 from layersmith.stages.scores import read_scores
-from layersmith.stages.search import search_space
+from layersmith.stages.search import search_problem
 
 _HIDDEN, _FFN, _KV, _HEAD, _QUERIES, _VOCAB = 8192, 28672, 8, 128, 64, 128256
 _FRACTIONS = {"parameters": 0.6, "kv": 0.5, "memory": 0.58, "prefill": 0.6, "decode": 0.55}
@@ -128,12 +128,12 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
         return [[row["kl_divergence"] for row in own] for own in found]
 
     rows = []
-    spaces = {f: search_space(library, scores, recipe, costs, parse_budget(params=str(f))) for f in budgets}
-    for budget, space in spaces.items():
-        plain = space.best()
+    problems = {f: search_problem(library, scores, recipe, costs, parse_budget(params=str(f))) for f in budgets}
+    for budget, problem in problems.items():
+        plain = problem.best()
         before, started = models.passes, time.process_time()
         with Journal(None, "") as journal:
-            refined = refine(space, plain, models, recipe.search, "kl_divergence", journal, seed=recipe.seed)
+            refined = refine(problem, plain, models, recipe.search, "kl_divergence", journal, seed=recipe.seed)
         seconds, passes = time.process_time() - started, models.passes - before
         own = truth([plain, refined.solution])
         difference = [a - b for a, b in zip(own[1], own[0], strict=True)]
@@ -144,11 +144,11 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
             "error": (standard_error(difference) or 0.0) / _mean(own[0]),
             "tried": refined.tried, "passes": passes, "seconds": seconds,
         })  # fmt: skip
-    space = next(iter(spaces.values()))
+    problem = next(iter(problems.values()))
     whole = costs.parent["parameters"]
     sizes = [min(1.0, f + step) * whole for f in budgets for step in (-0.04, 0.0, 0.04)]
     points: dict[str, list[tuple[float, float]]] = {}
-    for name, found in baselines.all_of(space, "parameters", sorted(sizes)).items():
+    for name, found in baselines.all_of(problem, "parameters", sorted(sizes)).items():
         low, high = (min(budgets) - 0.12) * whole, (max(budgets) + 0.12) * whole
         near = [c for c in found if low <= c.costs["parameters"] <= high]
         points[name] = [(c.costs["parameters"], _mean(v)) for c, v in zip(near, truth(near), strict=True)]

@@ -15,8 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
-from layersmith.costs.table import CostTable
-from layersmith.costs.times import Times
 from layersmith.data.splits import load_tokenizer
 from layersmith.errors import UsageError
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -28,7 +26,6 @@ from layersmith.run.folder import Run, versions
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.search.frontier import axes_of
-from layersmith.search.problem import Space
 from layersmith.stages.data import read_data, write_data
 from layersmith.stages.describe import examine, run_dtype
 from layersmith.stages.distill import check_training, distill_child
@@ -38,7 +35,7 @@ from layersmith.stages.realize import realize
 from layersmith.stages.refine import make_refined
 from layersmith.stages.report import Result, finish
 from layersmith.stages.scores import make_scores
-from layersmith.stages.search import search_space, write_frontier, write_solution
+from layersmith.stages.search import search_problem, write_frontier, write_solution
 from layersmith.stages.times import find_times, keep_times, solve, time_child
 
 
@@ -131,30 +128,26 @@ def stages(
         library = make_library(run, library_inputs, model, recipe, found, tokens, progress)
         yield "library"
 
-        def costs_by(known: Times | None) -> CostTable:
-            return costs if known is None else known.into(costs, library.alternatives)
-
-        axes = axes_of(library.alternatives, costs_by(times), budget)
+        costs = costs if times is None else times.into(costs, library.alternatives)
+        axes = axes_of(library.alternatives, costs, budget)
         judging = [to_data(recipe.scoring), [axis.cost for axis in axes]]
         score_inputs = fingerprint([library.identity, data_inputs, run_dtype(model), *judging])
         scores = make_scores(run, score_inputs, library, recipe, axes, tokens.scoring, progress)
         yield "scores"
 
-        def space_of(known: Times | None) -> Space:
-            return search_space(library, scores, recipe, costs_by(known), budget)
-
-        space, solution, times = solve(run, score_inputs, library, recipe, times, space_of, progress)
+        problem = search_problem(library, scores, recipe, costs, budget)
+        problem, solution, times = solve(run, score_inputs, problem, times, library.parent, recipe, progress)
         yield "settled"
 
         search_inputs = fingerprint([score_inputs, solution.to_dict(), to_data(recipe.search)])
-        run.do("frontier", search_inputs, lambda folder: write_frontier(folder, space, recipe, progress=progress))
+        run.do("frontier", search_inputs, lambda folder: write_frontier(folder, problem, recipe, progress=progress))
         yield "frontier"
 
-        solution = make_refined(run, search_inputs, space, solution, library, recipe, tokens.scoring, progress, times)
+        solution = make_refined(run, search_inputs, problem, solution, library, recipe, tokens.scoring, progress, times)
         yield "refine"
 
         solution_inputs = fingerprint([score_inputs, solution.to_dict()])
-        run.do("solution", solution_inputs, lambda folder: write_solution(folder, solution, space.costs))
+        run.do("solution", solution_inputs, lambda folder: write_solution(folder, solution, problem.costs))
         yield "solution"
 
         library = teach_pairs(run, solution_inputs, library, solution, recipe, tokens.training, progress)
@@ -168,11 +161,11 @@ def stages(
 
         time_child(run, solution_inputs, model, budget, recipe, times, progress)
         yield "clock"
-        result = finish(run, library, scores, solution, space.costs.by_key, evaluation, recipe)
+        result = finish(run, library, scores, solution, problem.costs.by_key, evaluation, recipe)
         if recipe.distillation.tokens:
             distilled = distill_child(run, model, recipe, data, True, progress)
             yield "distilled"
             evaluation = distilled.after | {"samples": evaluation["samples"]}
-            result = finish(run, library, scores, solution, space.costs.by_key, evaluation, recipe)
+            result = finish(run, library, scores, solution, problem.costs.by_key, evaluation, recipe)
             result = dataclasses.replace(result, child=distilled.child)
         yield result

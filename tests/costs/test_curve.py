@@ -14,7 +14,7 @@ from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import CombinedLimit, SearchRecipe
 from layersmith.search.frontier import frontier
-from layersmith.search.problem import Space
+from layersmith.search.problem import SearchProblem
 
 
 def test_a_curve_goes_through_what_was_seen_as_far_as_it_is_not_noise() -> None:
@@ -74,11 +74,11 @@ def table(bent: bool) -> CostTable:
     return CostTable(by_key, fixed, parent, Bend(curves, parent, made_of) if bent else None)  # type: ignore[arg-type]
 
 
-def space(budget: Budget, rules: SearchRecipe | None = None) -> Space:
+def problem(budget: Budget, rules: SearchRecipe | None = None) -> SearchProblem:
     rng = random.Random(4)
     loss = {"parent": 0.0, "ffn_width": 0.3, "no_op": 1.0}
     losses = {a.key: loss[a.kind] * rng.uniform(0.5, 2) for a in ALTERNATIVES}
-    return Space(ALTERNATIVES, losses, table(True), budget, rules or SearchRecipe())
+    return SearchProblem(ALTERNATIVES, losses, table(True), budget, rules or SearchRecipe())
 
 
 @pytest.mark.parametrize("fraction", [0.35, 0.6, 0.85])
@@ -86,14 +86,14 @@ def space(budget: Budget, rules: SearchRecipe | None = None) -> Space:
 def test_limits_are_on_whole_children(key: str, fraction: float) -> None:
     limit = f"{1 / fraction}x" if key == "throughput" else fraction
     cost = {"ttft": "prefill_seconds", "time_per_token": "decode_seconds", "throughput": "token_seconds"}[key]
-    own = space(Budget.parse({key: limit}))
+    own = problem(Budget.parse({key: limit}))
     solution = own.best()
     whole = fraction * solution.parent_costs[cost]
     assert 0.85 * whole < solution.costs[cost] <= whole * (1 + 1e-9)
     assert own.fits(solution.alternatives)
     # No other solution within the limit is better where one time is limited: tried by brute force over counts of kinds.
     if key != "throughput":
-        plain = Space(ALTERNATIVES, own.losses, table(False), own.budget)
+        plain = SearchProblem(ALTERNATIVES, own.losses, table(False), own.budget)
         bend = own.costs.bend
         assert bend is not None
         total = bend.curves[cost].inverse(fraction) * solution.parent_costs[cost]
@@ -102,14 +102,14 @@ def test_limits_are_on_whole_children(key: str, fraction: float) -> None:
 
 def test_limits_on_sums_of_costs_are_on_whole_children() -> None:
     rules = SearchRecipe(limits=(CombinedLimit(costs={"ttft": 1, "time_per_token": 2}, at_most=0.5),))
-    solution = space(Budget.parse(1.0), rules).best()
+    solution = problem(Budget.parse(1.0), rules).best()
     one, whole = solution.costs, solution.parent_costs
     limit = 0.5 * (whole["prefill_seconds"] + 2 * whole["decode_seconds"])
     assert 0.85 * limit < one["prefill_seconds"] + 2 * one["decode_seconds"] <= limit * (1 + 1e-9)
 
 
 def test_the_frontier_is_of_whole_children() -> None:
-    found = frontier(space(Budget.parse({"time_per_token": 1.0})), "decode_seconds", 20)
+    found = frontier(problem(Budget.parse({"time_per_token": 1.0})), "decode_seconds", 20)
     bend = table(True).bend
     assert bend is not None
     for solution in found:
@@ -125,7 +125,7 @@ def test_the_frontier_is_of_whole_children() -> None:
 def test_what_cannot_be_is_told_of_whole_children() -> None:
     rules = SearchRecipe(keep_layers=(0, 1, 2))
     with pytest.raises(Infeasible) as error:
-        space(Budget.parse({"time_per_token": 0.5}), rules).best()
+        problem(Budget.parse({"time_per_token": 0.5}), rules).best()
     whole = table(True).parent["decode_seconds"]
     least = Curve((0.1, 0.5, 1.0), (0.1, 0.6, 1.0))((0.1 + 0.45) / whole) * whole
     assert f"{0.5 * whole * 1e3:.3g} ms" in str(error.value)

@@ -29,10 +29,10 @@ from layersmith.library.library import Library, Survey, survey
 from layersmith.recipe import CostsRecipe, LibraryRecipe, Recipe
 from layersmith.run.artifacts import read_json
 from layersmith.run.runtime import Runtime
-from layersmith.search.problem import Space
-from layersmith.search.time_limits import settle
+from layersmith.search.problem import SearchProblem
+from layersmith.search.time_limits import solve_within
 from layersmith.stages.describe import cost_table
-from layersmith.stages.times import times_of, watched
+from layersmith.stages.times import times_of
 from tests.conftest import TINY_RECIPE
 
 LOAD = Workload(batch=2, context=48, generate=16)
@@ -241,17 +241,13 @@ def test_the_solution_holds_against_a_clock_that_disagrees(
     }
     losses |= {a.key: 0.0 for a in found.alternatives if a.kind == "parent"}
 
-    def space_of(known: Times | None) -> Space:
-        assert known is not None
-        return Space(found.alternatives, losses, known.into(costs, found.alternatives), budget)
-
+    problem = SearchProblem(found.alternatives, losses, times.into(costs, found.alternatives), budget)
     watch = Stopwatch(parent, LOAD, recipe)
-    own = Recipe(costs=recipe)
-    settled = settle(times, space_of, lambda known, solution: watched(watch, known, solution, own))
-    assert settled.over <= 0.01
-    seen = slower(None, watch.carve(child_blocks(parent.blocks, settled.solution.alternatives)))  # type: ignore[arg-type]
+    timed = solve_within(problem, times, watch)
+    assert timed.overrun <= 0.01
+    seen = slower(None, watch.carve(child_blocks(parent.blocks, timed.solution.alternatives)))  # type: ignore[arg-type]
     assert seen.decode <= 0.8 * 2 * whole.decode * 1.01
-    assert settled.solution.costs["decode_seconds"] == pytest.approx(seen.decode, rel=0.02)
+    assert timed.solution.costs["decode_seconds"] == pytest.approx(seen.decode, rel=0.02)
 
 
 # ---------------------------------------------------------------------------------------------- from elsewhere

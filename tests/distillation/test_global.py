@@ -347,13 +347,13 @@ def test_finalists_keep_the_searchs_rules(own: Path) -> None:
     """The first is the run's own; all are apart from each other, within the budget, and as the rules say."""
     run = Run.existing(own)
     rules = SearchRecipe(keep_layers=(2,), max_removed_attentions=1, uniform_groups=2)
-    _, _, space, _ = again._space(run, parse_budget(params="0.8"), None, None, rules, SILENT)
-    first = space.best()
-    found = diverse_solutions(space, first, 4, distance=3)
+    _, _, problem, _ = again._problem(run, parse_budget(params="0.8"), None, None, rules, SILENT)
+    first = problem.best()
+    found = diverse_solutions(problem, first, 4, distance=3)
     assert found[0] == first
     assert len(found) == 4
     for solution in found:
-        assert space.fits(solution.alternatives)
+        assert problem.fits(solution.alternatives)
         kinds = {(a.layer, a.subblock): a.kind for a in solution.alternatives}
         assert kinds[2, "attention"] == kinds[2, "ffn"] == "parent"
         names = {(a.layer, a.subblock): a.name for a in solution.alternatives}
@@ -362,7 +362,7 @@ def test_finalists_keep_the_searchs_rules(own: Path) -> None:
         for other in found:
             apart = sum(a != b for a, b in zip(solution.alternatives, other.alternatives, strict=True))
             assert other is solution or apart >= 3
-    assert len(diverse_solutions(space, first, 3, distance=len(space.by_place) + 1)) == 1
+    assert len(diverse_solutions(problem, first, 3, distance=len(problem.by_place) + 1)) == 1
 
 
 SCRIPT = """

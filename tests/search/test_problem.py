@@ -15,7 +15,7 @@ from layersmith.library.alternative import Alternative
 from layersmith.recipe import CombinedLimit, SearchRecipe
 from layersmith.search import baselines
 from layersmith.search.frontier import frontier, to_dict
-from layersmith.search.problem import Space
+from layersmith.search.problem import SearchProblem
 
 LAYERS = 3
 BLOCKS = [
@@ -23,7 +23,7 @@ BLOCKS = [
 ] * LAYERS
 
 
-def space(seed: int, rules: SearchRecipe, params: float = 0.6) -> Space:
+def problem(seed: int, rules: SearchRecipe, params: float = 0.6) -> SearchProblem:
     rng = random.Random(seed)
     alternatives, by_key, losses = [], {}, {}
     for layer in range(LAYERS):
@@ -42,7 +42,9 @@ def space(seed: int, rules: SearchRecipe, params: float = 0.6) -> Space:
             alternatives += own
     fixed = dict.fromkeys(by_key[alternatives[0].key], 0) | {"parameters": 40, "memory_bytes": 80, "weight_bytes": 80}
     parent = {n: fixed[n] + sum(by_key[a.key][n] for a in alternatives if a.kind == "parent") for n in fixed}
-    return Space(alternatives, losses, CostTable(by_key, fixed, parent), parse_budget(params=params), rules, BLOCKS)
+    return SearchProblem(
+        alternatives, losses, CostTable(by_key, fixed, parent), parse_budget(params=params), rules, BLOCKS
+    )
 
 
 RULES: dict[str, tuple[SearchRecipe, Any]] = {
@@ -75,7 +77,7 @@ RULES: dict[str, tuple[SearchRecipe, Any]] = {
 def test_equals_brute_force(name: str) -> None:
     rules, holds = RULES[name]
     for seed in range(4):
-        own = space(seed, rules)
+        own = problem(seed, rules)
         places: dict[Any, list[Alternative]] = {}
         for a in own.alternatives:
             places.setdefault((a.layer, a.subblock), []).append(a)
@@ -97,7 +99,7 @@ def test_equals_brute_force(name: str) -> None:
 
 
 def test_several_solutions_differ() -> None:
-    own = space(1, SearchRecipe())
+    own = problem(1, SearchRecipe())
     found = own.several(3, 3)
     assert [c.score for c in found] == sorted(c.score for c in found)
     for one, other in itertools.combinations(found, 2):
@@ -105,7 +107,7 @@ def test_several_solutions_differ() -> None:
 
 
 def test_the_frontier_falls_from_the_smallest_child_to_the_parent() -> None:
-    own = space(2, SearchRecipe())
+    own = problem(2, SearchRecipe())
     found = frontier(own, "parameters", 12)
     costs = [c.costs["parameters"] for c in found]
     assert costs == sorted(costs)
@@ -113,9 +115,9 @@ def test_the_frontier_falls_from_the_smallest_child_to_the_parent() -> None:
     assert costs[0] == own.costs.fixed["parameters"]
     assert found[-1].score == 0
     for solution in found:
-        assert Space(own.alternatives, own.losses, own.costs, parse_budget(params="1.0"), own.rules, BLOCKS).best(
-            solution.limits
-        ).score == pytest.approx(solution.score)
+        assert SearchProblem(
+            own.alternatives, own.losses, own.costs, parse_budget(params="1.0"), own.rules, BLOCKS
+        ).best(solution.limits).score == pytest.approx(solution.score)
     others = baselines.all_of(own, "parameters", costs[1:-1], 0)
     for name, solutions in others.items():
         assert solutions, name
@@ -129,13 +131,13 @@ def test_the_frontier_falls_from_the_smallest_child_to_the_parent() -> None:
 
 def test_what_cannot_be_met_is_said() -> None:
     with pytest.raises(Infeasible, match=r"parameters 0\.05x.*smallest child"):
-        space(0, SearchRecipe(), 0.05).reachable()
+        problem(0, SearchRecipe(), 0.05).reachable()
     with pytest.raises(Infeasible, match=r"parameters 0\.20x.*smallest child.*0\.\d\dx"):
-        space(0, SearchRecipe(keep_layers=(0, 1, 2)), 0.2).reachable()
+        problem(0, SearchRecipe(keep_layers=(0, 1, 2)), 0.2).reachable()
     with pytest.raises(Infeasible, match=r"no-op FFNs can be \d+ at least"):
-        space(0, SearchRecipe(max_removed_attentions=0, max_removed_ffns=0), 0.3).reachable()
+        problem(0, SearchRecipe(max_removed_attentions=0, max_removed_ffns=0), 0.3).reachable()
     with pytest.raises(Infeasible, match="tensor_parallel 3"):  # a no-op would be divisible, but layer 0 stays
-        space(0, SearchRecipe(tensor_parallel=3, keep_layers=(0,)))
+        problem(0, SearchRecipe(tensor_parallel=3, keep_layers=(0,)))
     for rules, match in (
         (SearchRecipe(keep_layers=(9,)), "there is no layer 9"),
         (SearchRecipe(uniform_groups=((0, 1), (1, 2))), "named twice"),
@@ -143,6 +145,6 @@ def test_what_cannot_be_met_is_said() -> None:
         (SearchRecipe(limits=(CombinedLimit({"params": 1}, "7 parsecs"),)), "not an amount"),
     ):
         with pytest.raises(UsageError, match=match):
-            space(0, rules)
+            problem(0, rules)
     with pytest.raises(UsageError, match="tensor_parallel"):
         dataclasses.replace(SearchRecipe(), tensor_parallel=0)

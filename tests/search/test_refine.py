@@ -25,12 +25,12 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import WholeModels, whole_models
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import Journal
-from layersmith.search.problem import Space
+from layersmith.search.problem import SearchProblem
 from layersmith.search.refine import read_refined, refine
 from layersmith.stages.describe import cost_table
 from layersmith.stages.reopen import reopen, scoring_rows
 from layersmith.stages.scores import read_scores
-from layersmith.stages.search import search_space
+from layersmith.stages.search import search_problem
 from tests.conftest import TINY_RECIPE
 
 
@@ -43,10 +43,10 @@ def scored(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory
     run = Run.existing(folder)
     recipe, library = reopen(run)
     budget = parse_budget(params="0.8")
-    space = search_space(
+    problem = search_problem(
         library, read_scores(run, library), recipe, cost_table(library.parent, library, budget), budget
     )
-    return library, space, scoring_rows(run)
+    return library, problem, scoring_rows(run)
 
 
 def models(scored: Any, in_stages: bool = True) -> WholeModels:
@@ -56,8 +56,8 @@ def models(scored: Any, in_stages: bool = True) -> WholeModels:
 
 @pytest.mark.parametrize("in_stages", [True, False])
 def test_whole_children_lose_what_the_written_ones_do(scored: Any, in_stages: bool) -> None:
-    library, space, rows = scored
-    solutions = [solution.alternatives for solution in space.several(3, 2)]
+    library, problem, rows = scored
+    solutions = [solution.alternatives for solution in problem.several(3, 2)]
     found = models(scored, in_stages).run(solutions, range(len(rows)))
     for chosen, own in zip(solutions, found, strict=True):
         expected = compare(library.parent.model, library.compose(chosen), rows, batch_sequences=2)
@@ -75,9 +75,9 @@ def test_scores_that_are_wrong_are_mended() -> None:
     scores = score_library(library, rows, ScoringRecipe(mode="second_order", exact_passes=0))
     losses = {s.alternative.key: max(0.0, s.mean("kl_divergence")) for s in scores}
     costs = cost_table(parent, library, budget)
-    right = Space(library.alternatives, losses, costs, budget)
+    right = SearchProblem(library.alternatives, losses, costs, budget)
     factors = {(a.layer, a.subblock): math.exp(rng.gauss(0, 1)) for a in library.alternatives}
-    wrong = Space(
+    wrong = SearchProblem(
         library.alternatives, {a.key: losses[a.key] * factors[a.layer, a.subblock] for a in library.alternatives},
         costs, budget,
     )  # fmt: skip
@@ -97,8 +97,8 @@ class _Stop(Exception):
 
 @pytest.mark.parametrize("objective", ["kl_divergence", "lm_loss"])
 def test_refinement(scored: Any, tmp_path: Path, objective: str) -> None:
-    _, space, rows = scored
-    recipe, plain = SearchRecipe(refine_passes=14, refine_rows=2), space.best()
+    _, problem, rows = scored
+    recipe, plain = SearchRecipe(refine_passes=14, refine_rows=2), problem.best()
 
     def run(path: Path, stop_after: float = 1e9) -> Any:
         done = 0.0
@@ -110,13 +110,13 @@ def test_refinement(scored: Any, tmp_path: Path, objective: str) -> None:
                 raise _Stop
 
         with Journal(path, "x") as journal:
-            return refine(space, plain, models(scored), recipe, objective, journal, advance=advance)
+            return refine(problem, plain, models(scored), recipe, objective, journal, advance=advance)
 
     whole = run(tmp_path / "whole")
     assert whole.tried > 1
     assert whole.passes <= recipe.refine_passes
     assert whole.measured["choice"] <= whole.measured["plain"]
-    assert space.fits(whole.solution.alternatives)
+    assert problem.fits(whole.solution.alternatives)
     assert whole.measured["rows"] == len(rows)
     with pytest.raises(_Stop):
         run(tmp_path / "interrupted", 2.0)

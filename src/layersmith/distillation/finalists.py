@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from layersmith.search.problem import Solution, Space
+from layersmith.search.problem import SearchProblem, Solution
 
 _LEAST_SHARE = 0.1
 
@@ -38,11 +38,13 @@ class Finalist:
         return dataclasses.asdict(self)
 
 
-def diverse_solutions(space: Space, first: Solution, count: int, distance: int | None = None) -> list[Solution]:
+def diverse_solutions(
+    problem: SearchProblem, first: Solution, count: int, distance: int | None = None
+) -> list[Solution]:
     """Up to ``count`` solutions within a budget and rules.
 
     Args:
-        space: of all solutions.
+        problem: The search problem to solve.
         first: one of them, such as the run's own, which was bettered by running whole models.
         count: of solutions.
         distance: subblocks in which any two differ at least; default: a tenth of all.
@@ -50,11 +52,11 @@ def diverse_solutions(space: Space, first: Solution, count: int, distance: int |
     Returns:
         The first, then the others by their sums of scores; fewer than ``count`` where no others are left.
     """
-    places = len(space.by_place)
+    places = len(problem.by_place)
     least = distance or max(1, math.ceil(_LEAST_SHARE * places))
     found = [first]
     while len(found) < count:
-        following = space.best_by(space.losses, [(own.alternatives, least, places) for own in found])
+        following = problem.best_by(problem.losses, [(own.alternatives, least, places) for own in found])
         if following is None:
             break
         found.append(following)

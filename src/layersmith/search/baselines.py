@@ -11,15 +11,15 @@ from collections.abc import Sequence
 
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
-from layersmith.search.problem import Solution, Space
+from layersmith.search.problem import SearchProblem, Solution
 
 UNIFORM, DROPPED, RANDOM = "uniform narrowing", "layers dropped", "random"
 
 
-def uniform(space: Space, cost: str, budgets: Sequence[float]) -> list[Solution]:
+def uniform(problem: SearchProblem, cost: str, budgets: Sequence[float]) -> list[Solution]:
     """For each budget the best solution in which all layers (that are alike in the parent) become the same."""
-    rules = dataclasses.replace(space.rules, uniform_groups=0)
-    own = Space(space.alternatives, space.losses, space.costs, space.budget, rules, space.blocks)
+    rules = dataclasses.replace(problem.rules, uniform_groups=0)
+    own = SearchProblem(problem.alternatives, problem.losses, problem.costs, problem.budget, rules, problem.blocks)
     found = []
     for budget in budgets:
         try:
@@ -29,17 +29,17 @@ def uniform(space: Space, cost: str, budgets: Sequence[float]) -> list[Solution]
     return _distinct(found)
 
 
-def dropped(space: Space, cost: str) -> list[Solution]:
+def dropped(problem: SearchProblem, cost: str) -> list[Solution]:
     """One layer fewer at a time: those that score least, or the neighbours that do where that is less."""
-    by_place = {(a.layer, a.subblock, a.kind): a for own in space.by_place.values() for a in own}
-    parent = {place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in space.by_place.items()}
-    layers = sorted({layer for layer, _ in space.by_place})
+    by_place = {(a.layer, a.subblock, a.kind): a for own in problem.by_place.values() for a in own}
+    parent = {place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in problem.by_place.items()}
+    layers = sorted({layer for layer, _ in problem.by_place})
     whole = {}
     for layer in layers:
         own = [by_place.get((layer, subblock, "no_op")) for subblock in ("attention", "ffn")]
         if None not in own:
             whole[layer] = [a for a in own if a is not None]
-    loss = {layer: sum(space.losses[a.key] for a in own) for layer, own in whole.items()}
+    loss = {layer: sum(problem.losses[a.key] for a in own) for layer, own in whole.items()}
     found = []
     for count in range(1, len(whole)):
         lowest = sorted(whole, key=lambda layer: (loss[layer], layer))[:count]
@@ -50,39 +50,41 @@ def dropped(space: Space, cost: str) -> list[Solution]:
         ]
         best = min([lowest, *spans], key=lambda own: sum(loss[layer] for layer in own))
         chosen = {(a.layer, a.subblock): a for layer in best for a in whole[layer]}
-        found.append(space.of([chosen.get(place, own) for place, own in sorted(parent.items())]))
+        found.append(problem.of([chosen.get(place, own) for place, own in sorted(parent.items())]))
     return _distinct(found)
 
 
-def at_random(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) -> list[Solution]:
+def at_random(problem: SearchProblem, cost: str, budgets: Sequence[float], seed: int = 0) -> list[Solution]:
     """For each budget a random solution within it: narrowed until it fits, then widened while it does."""
     rng = random.Random(seed)
     found = []
     for limit in budgets:
-        budget = space.inside({cost: limit})[cost]
-        chosen = {place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in space.by_place.items()}
-        costs = {a.key: space.costs.by_key[a.key][cost] for own in space.by_place.values() for a in own}
-        used = space.costs.fixed[cost] + sum(costs[a.key] for a in chosen.values())
+        budget = problem.inside({cost: limit})[cost]
+        chosen = {
+            place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in problem.by_place.items()
+        }
+        costs = {a.key: problem.costs.by_key[a.key][cost] for own in problem.by_place.values() for a in own}
+        used = problem.costs.fixed[cost] + sum(costs[a.key] for a in chosen.values())
         for narrower in (True, False):
             for _ in range(40 * len(chosen)):
                 if narrower and used <= budget:
                     break
                 place = rng.choice(list(chosen))
-                other = rng.choice(space.by_place[place])
+                other = rng.choice(problem.by_place[place])
                 step = costs[other.key] - costs[chosen[place].key]
                 if (step < 0) if narrower else (step >= 0 and used + step <= budget):
                     chosen[place], used = other, used + step
         if used <= budget:
-            found.append(space.of([own for _, own in sorted(chosen.items())]))
+            found.append(problem.of([own for _, own in sorted(chosen.items())]))
     return _distinct(found)
 
 
-def all_of(space: Space, cost: str, budgets: Sequence[float], seed: int = 0) -> dict[str, list[Solution]]:
+def all_of(problem: SearchProblem, cost: str, budgets: Sequence[float], seed: int = 0) -> dict[str, list[Solution]]:
     """Every baseline by its name."""
     return {
-        UNIFORM: uniform(space, cost, budgets),
-        DROPPED: dropped(space, cost),
-        RANDOM: at_random(space, cost, budgets, seed),
+        UNIFORM: uniform(problem, cost, budgets),
+        DROPPED: dropped(problem, cost),
+        RANDOM: at_random(problem, cost, budgets, seed),
     }
 
 

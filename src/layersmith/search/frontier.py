@@ -12,7 +12,7 @@ from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.regret import Axis
-from layersmith.search.problem import Solution, Space
+from layersmith.search.problem import SearchProblem, Solution
 
 # Of the parent's cost: the children that scores are for, whatever the budget of this run.
 _SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
@@ -39,14 +39,17 @@ def axes_of(alternatives: Sequence[Alternative], costs: CostTable, budget: Budge
 
 
 def frontier(
-    space: Space, cost: str = "parameters", points: int = 50, advance: Callable[[float], None] = lambda points: None
+    problem: SearchProblem,
+    cost: str = "parameters",
+    points: int = 50,
+    advance: Callable[[float], None] = lambda points: None,
 ) -> list[Solution]:
     """Solutions from the smallest child to the parent, by rising cost; limits on other costs are kept.
 
     Equal solutions are there once, so there may be fewer.
 
     Args:
-        space: of the solutions.
+        problem: The search problem to solve.
         cost: the axis.
         points: budgets, at even distances.
         advance: told of each.
@@ -55,17 +58,17 @@ def frontier(
         UsageError: an unknown cost.
         Infeasible: the other limits cannot be met.
     """
-    if cost not in space.costs.parent:
-        raise UsageError(f"frontier: unknown cost {cost!r}. {did_you_mean(cost, space.costs.parent)}")
-    others = {name: limit for name, limit in space.limits.items() if name != cost}
-    whole = space.costs.parent[cost]
-    least = space.least(cost, others)
+    if cost not in problem.costs.parent:
+        raise UsageError(f"frontier: unknown cost {cost!r}. {did_you_mean(cost, problem.costs.parent)}")
+    others = {name: limit for name, limit in problem.limits.items() if name != cost}
+    whole = problem.costs.parent[cost]
+    least = problem.least(cost, others)
     found: list[Solution] = []
     for k in range(points):
         limit: Any = least + (whole - least) * k / (points - 1)
         limit = math.floor(limit) if isinstance(whole, int) else limit
         try:
-            solution = space.best({**others, cost: max(limit, least)})
+            solution = problem.best({**others, cost: max(limit, least)})
         except Infeasible:  # the smallest of a cost that is not a whole number, within rounding
             solution = None
         advance(1)
@@ -99,7 +102,7 @@ def point(
 
 
 def to_dict(
-    space: Space,
+    problem: SearchProblem,
     cost: str,
     objective: str,
     solutions: Sequence[tuple[Solution, dict[str, Any] | None]],
@@ -114,5 +117,5 @@ def to_dict(
             {"name": name, "points": [point(solution, cost, measured, False) for solution, measured in own]}
             for name, own in baselines.items()
         ],
-        "budget": {"limit": space.limits.get(cost), "limits": space.limits, "parent": space.costs.parent},
+        "budget": {"limit": problem.limits.get(cost), "limits": problem.limits, "parent": problem.costs.parent},
     }

@@ -11,6 +11,7 @@ from typing import Any
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Budget, is_time
 from layersmith.costs.table import CostTable
+from layersmith.costs.times import Times
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
@@ -87,10 +88,10 @@ def choose(
     Raises:
         Infeasible: no solution fits; the message says what the smallest child is.
     """
-    return Space(alternatives, losses, costs, budget, rules, blocks).best()
+    return SearchProblem(alternatives, losses, costs, budget, rules, blocks).best()
 
 
-class Space:
+class SearchProblem:
     """All solutions that rules allow, their scores and costs.
 
     Args:
@@ -123,9 +124,10 @@ class Space:
         ]
         self._solver: Solver | None = None
 
-    def with_costs(self, costs: CostTable) -> Space:
-        """The same solutions where they cost something else."""
-        return Space(self.alternatives, self.losses, costs, self.budget, self.rules, self.blocks)
+    def with_times(self, times: Times) -> SearchProblem:
+        """The same problem with these times among the costs."""
+        costs = times.into(self.costs, self.alternatives)
+        return SearchProblem(self.alternatives, self.losses, costs, self.budget, self.rules, self.blocks)
 
     def _alike(self, places: Sequence[rules_of.Place]) -> dict[str, tuple[Alternative, ...]]:
         """Alternatives that all of some subblocks have, by name."""

@@ -29,7 +29,7 @@ from layersmith.scoring.exchanges import Around
 from layersmith.scoring.library_scores import row_order
 from layersmith.scoring.metrics import loss_of
 from layersmith.scoring.score import Journal, standard_error
-from layersmith.search.problem import Solution, Space
+from layersmith.search.problem import SearchProblem, Solution
 
 Chosen = tuple[Alternative, ...]
 Members = Sequence[Sequence[tuple[Alternative, ...]]]  # for each group of the program what can be chosen
@@ -76,7 +76,7 @@ class Refined:
 
 
 def refine(
-    space: Space,
+    problem: SearchProblem,
     plain: Solution,
     models: WholeModels,
     recipe: SearchRecipe,
@@ -89,7 +89,7 @@ def refine(
     """Search on from the program's solution with whole models.
 
     Args:
-        space: of the solutions.
+        problem: The search problem to solve.
         plain: the program's.
         models: runs solutions.
         recipe: how much work is allowed.
@@ -98,14 +98,14 @@ def refine(
         seed: of the random factors and exchanges.
         advance: told of passes.
     """
-    search = _Search(space, models, recipe, objective, journal, random.Random(seed), advance)
+    search = _Search(problem, models, recipe, objective, journal, random.Random(seed), advance)
     best = search.run(plain)
     return search.refined(plain, best)
 
 
 @dataclass(eq=False)
 class _Search:
-    space: Space
+    problem: SearchProblem
     models: WholeModels
     recipe: SearchRecipe
     objective: str
@@ -175,7 +175,7 @@ class _Search:
         return loss_of(self.objective, math.fsum(values) / len(values), math.fsum(parent) / len(parent))
 
     def _parent_rows(self, rows: Sequence[int]) -> list[float]:
-        own = tuple(a for a in self.space.alternatives if a.kind == "parent")
+        own = tuple(a for a in self.problem.alternatives if a.kind == "parent")
         if not self.journal.has("parent", rows):
             self.journal.write("parent", rows, self.models.run([own], rows)[0])
         return [self.journal.known["parent", row][self.objective] for row in rows]
@@ -194,8 +194,10 @@ class _Search:
         found = dict.fromkeys(plain.alternatives)
         for _ in range(_DRAWS):
             factors = {(a.layer, a.subblock): math.exp(self.rng.gauss(0, _TEMPERATURE)) for a in plain.alternatives}
-            losses = {a.key: self.space.losses[a.key] * factors[a.layer, a.subblock] for a in self.space.alternatives}
-            other = self.space.best_by(losses)
+            losses = {
+                a.key: self.problem.losses[a.key] * factors[a.layer, a.subblock] for a in self.problem.alternatives
+            }
+            other = self.problem.best_by(losses)
             found |= dict.fromkeys(other.alternatives if other is not None else ())
         return list(found)
 
@@ -229,8 +231,8 @@ class _Search:
         self.passes += price
         self.advance(price)
         known = here.union(looked_at)
-        pool = [[own for own in group if known.issuperset(own)] for group in self.space.members]
-        least = 2 * max(len(own) for group in self.space.members for own in group)
+        pool = [[own for own in group if known.issuperset(own)] for group in self.problem.members]
+        least = 2 * max(len(own) for group in self.problem.members for own in group)
         found: dict[Chosen, float] = {}
         for most in sorted({max(least, round(share * len(base))) for share in _MOST_EXCHANGES}):
             end = self._descend(around, base, self._by_program(around, base, most), most, pool)
@@ -246,7 +248,7 @@ class _Search:
         best, slopes = base, around.beside(())
         for _ in range(_LINES):
             losses: dict[str, float] = {}
-            for own in self.space.by_place.values():
+            for own in self.problem.by_place.values():
                 told = {
                     a.key: 0.0 if a in here else float(slopes[k]) if (k := around.place.get(a.key)) is not None
                     else far
@@ -254,7 +256,7 @@ class _Search:
                 }  # fmt: skip
                 least = min(told.values())
                 losses |= {key: loss - least for key, loss in told.items()}
-            found = self.space.best_by(losses, [(base, 1, most)])
+            found = self.problem.best_by(losses, [(base, 1, most)])
             if found is None:
                 break
             if self._foretold(around, base, found.alternatives) < self._foretold(around, base, best):
@@ -268,7 +270,7 @@ class _Search:
         exchanges = [a for a, own in zip(solution, base, strict=True) if a != own and a.key in around.place]
         slopes = around.beside(exchanges)
         rows: dict[tuple[int, str], list[int]] = {}
-        for a in self.space.alternatives:
+        for a in self.problem.alternatives:
             if a.key in around.place:
                 rows.setdefault((a.layer, a.subblock), []).append(around.place[a.key])
         for a in exchanges:
@@ -291,7 +293,7 @@ class _Search:
             told = {p: self._foretold(around, base, p) for p in proposals}
             near = (p for p in proposals if sum(a != own for a, own in zip(p, base, strict=True)) <= most)
             better = sorted((p for p in near if told[p] < value), key=lambda p: (told[p], _key(p)))
-            best = next((p for p in better if self.space.fits(p)), None)
+            best = next((p for p in better if self.problem.fits(p)), None)
             if best is not None:
                 start, value, misses = best, told[best], 0
                 continue
@@ -304,10 +306,10 @@ class _Search:
         """Where nothing is foretold: solutions like the best, by chance."""
         found: dict[Chosen, None] = {}
         for _ in range(_PROPOSALS):
-            other = self._exchanged(base, self.space.members)
-            if other not in self.seen and self.space.fits(other):
+            other = self._exchanged(base, self.problem.members)
+            if other not in self.seen and self.problem.fits(other):
                 found[other] = None
-        nearest = sorted(found, key=lambda c: (self.space.score(c), _key(c)))
+        nearest = sorted(found, key=lambda c: (self.problem.score(c), _key(c)))
         return nearest[: len(_MOST_EXCHANGES)]
 
     def _exchanged(self, chosen: Chosen, members: Members) -> Chosen:
@@ -335,7 +337,7 @@ class _Search:
             "difference_standard_error": standard_error(difference),
             "error": standard_error(values["choice"]),
         }
-        solution = plain if best == plain.alternatives else self.space.of(best)
+        solution = plain if best == plain.alternatives else self.problem.of(best)
         return Refined(solution, plain, len(self.seen), self.passes, measured)
 
 

@@ -1,85 +1,105 @@
-"""A solution within limits of time that holds against the clock.
+"""Solve within limits of time that are checked with a stopwatch.
 
-The program sees sums of parts. So its solution is timed as a whole model; where the sum was wrong, or the machine is
-not as fast as it was when the parts were timed, times are corrected by what was seen and the program is solved again.
+The program adds up times of parts, but a whole child takes more or less than the sum of its parts, and the machine may
+run at another speed than when the parts were timed. So each solution is timed as a whole child. If it exceeds a limit,
+or its predicted time was wrong, the times are corrected by that measurement and the program is solved again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from layersmith.costs.times import Check, Times, costs_of
+from layersmith.costs.stopwatch import Stopwatch, check
+from layersmith.costs.times import SOLUTION, Check, Times, costs_of
 from layersmith.errors import Infeasible
-from layersmith.search.problem import Solution, Space
+from layersmith.search.problem import SearchProblem, Solution
 
-# Of a limit: what a child may be over it, and by how much the sum may miss it, before the search goes on.
-TOLERANCE, CLOSE = 0.01, 0.02
+# A child may exceed a limit by this share: the standard error of a timing on a quiet machine is near it.
+TOLERANCE = 0.01
+# If the predicted time was off by more than this share, the corrected program may have a better solution.
+_CLOSE = 0.02
+# Each try times one child. Corrections converge within two tries in benchmarks/costs.py; more only repeat solutions.
 _TRIES = 4
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What came of it.
+class TimedSolution:
+    """A solution that was timed as a whole child.
 
     Attributes:
-        times: with the checks.
-        space: with those times.
-        solution: the best that was seen to hold; if none was, the one that is over its limits by least.
-        over: by what share it is over a limit; 0 or less if it holds.
+        solution: The best solution that was timed within the limits; if none was, the one that exceeds them least.
+        problem: The search problem with the corrected times.
+        times: The corrected times, with one check for each child that was timed.
+        overrun: By what share of a limit the child exceeds it, for the worst limit; 0 or less if it is within all.
     """
 
-    times: Times
-    space: Space
     solution: Solution
-    over: float
+    problem: SearchProblem
+    times: Times
+    overrun: float
 
 
-def settle(times: Times, space_of: Callable[[Times], Space], watch: Callable[[Times, Solution], Check]) -> Settled:
-    """Solve, time, correct, until the solution holds.
+def solve_within(problem: SearchProblem, times: Times, stopwatch: Stopwatch) -> TimedSolution:
+    """Solve a problem, time the solution, correct the times, and solve again until a solution is within its limits.
 
     Args:
-        times: as they were measured.
-        space_of: of all solutions, with some times.
-        watch: times a solution.
+        problem: The search problem, with its limits; its costs are replaced by those of the times.
+        times: Times of all alternatives, as measured part by part.
+        stopwatch: Times whole children of the same parent.
 
     Raises:
-        Infeasible: no solution is within the limits by the times as they are known then.
+        Infeasible: No solution is within the limits according to the times before any correction.
     """
-    tried: list[Settled] = []
+    tried: list[TimedSolution] = []
     for _ in range(_TRIES):
         try:
-            space = space_of(times)
-            solution = space.best()
+            problem = problem.with_times(times)
+            solution = problem.best()
         except Infeasible:
             if not tried:
                 raise
             break
         if any(solution.alternatives == other.solution.alternatives for other in tried):
             break
-        seen = watch(times, solution)
-        times = times.checked(seen).at_speed_of(seen, space.alternatives)
-        over, off = compared(solution, seen, times)
-        tried.append(Settled(times, space, solution, over))
-        if over <= TOLERANCE and off <= CLOSE:
+        measured = time_solution(solution, times, stopwatch)
+        times = times.checked(measured).at_speed_of(measured, problem.alternatives)
+        overrun, error = _against_limits(solution, measured, times)
+        tried.append(TimedSolution(solution, problem, times, overrun))
+        if overrun <= TOLERANCE and error <= _CLOSE:
             break
-    holding = [own for own in tried if own.over <= TOLERANCE]
-    best = min(holding, key=lambda own: own.solution.score) if holding else min(tried, key=lambda own: own.over)
-    # All was learnt by the end; the solution is told in those terms.
-    space = space_of(times)
-    return Settled(times, space, space.of(best.solution.alternatives, best.solution.proven_optimal), best.over)
+    within = [timed for timed in tried if timed.overrun <= TOLERANCE]
+    best = (
+        min(within, key=lambda timed: timed.solution.score) if within else min(tried, key=lambda timed: timed.overrun)
+    )
+    # The solution's costs are stated by the final times, which include all corrections.
+    problem = problem.with_times(times)
+    solution = problem.of(best.solution.alternatives, best.solution.proven_optimal)
+    return TimedSolution(solution, problem, times, best.overrun)
 
 
-def compared(solution: Solution, seen: Check, times: Times) -> tuple[float, float]:
-    """By what share a solution that was timed is over a limit, and how far the sum was from what was seen.
+def overrun_of(solution: Solution, times: Times, stopwatch: Stopwatch) -> float:
+    """Time a solution as a whole child; by what share it exceeds the worst of its limits (0 or less if within all)."""
+    return _against_limits(solution, time_solution(solution, times, stopwatch), times)[0]
 
-    Both are told beside the parent as it was timed then.
+
+def time_solution(solution: Solution, times: Times, stopwatch: Stopwatch) -> Check:
+    """Time a solution as a whole child, interleaved with its parent."""
+    fraction = solution.costs["parameters"] / solution.parent_costs["parameters"]
+    return check(stopwatch, times, {SOLUTION: (solution.alternatives, fraction)}, stopwatch.recipe)[0]
+
+
+def _against_limits(solution: Solution, measured: Check, times: Times) -> tuple[float, float]:
+    """The largest overrun of a limit, and the largest error of a predicted time, both as shares.
+
+    Both are relative to the parent as it was timed in the same rounds, which cancels the speed of the machine.
     """
-    measured, beside = (costs_of(timing, times.workload) for timing in (seen.whole, seen.parent))
-    over = off = 0.0
-    limits = [limit for limit in solution.budget.limits if limit.cost in measured]
-    if limits:
-        over = max(measured[x.cost] / x.resolve(beside[x.cost]) - 1 for x in limits)
-        said = {x.cost: solution.costs[x.cost] / solution.parent_costs[x.cost] for x in limits}
-        off = max(abs(measured[cost] / beside[cost] / share - 1) for cost, share in said.items())
-    return over, off
+    child, parent = (costs_of(timing, times.workload) for timing in (measured.whole, measured.parent))
+    limits = [limit for limit in solution.budget.limits if limit.cost in child]
+    if not limits:
+        return 0.0, 0.0
+    overrun = max(child[limit.cost] / limit.resolve(parent[limit.cost]) - 1 for limit in limits)
+    errors = []
+    for limit in limits:
+        predicted = solution.costs[limit.cost] / solution.parent_costs[limit.cost]
+        errors.append(abs(child[limit.cost] / parent[limit.cost] / predicted - 1))
+    return overrun, max(errors)

@@ -22,7 +22,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe, SearchRecipe
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
-from layersmith.search.problem import Space
+from layersmith.search.problem import SearchProblem
 from layersmith.search.rules import without_times
 
 
@@ -64,7 +64,7 @@ def reachable(
     if PREFILL not in costs.parent:
         rules = without_times(rules)
         budget = budget.counted or dataclasses.replace(budget, limits=(Limit("parameters", fraction="1"),))
-    Space(alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget, rules, blocks).reachable()
+    SearchProblem(alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget, rules, blocks).reachable()
 
 
 def open_parent(

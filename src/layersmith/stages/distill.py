@@ -49,7 +49,7 @@ from layersmith.search.problem import Solution
 from layersmith.stages.describe import at_stored_dtype, cost_table, run_dtype
 from layersmith.stages.library import with_pairs
 from layersmith.stages.scores import read_scores
-from layersmith.stages.search import search_space
+from layersmith.stages.search import search_problem
 from layersmith.stages.times import kept_times
 
 # Bytes a parameter on the disk: two checkpoints of weights and two moments in float32.
@@ -421,9 +421,11 @@ def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
     costs = cost_table(stored, library, budget)
     if (times := kept_times(run)) is not None:
         costs = times.into(costs, library.alternatives)
-    space = search_space(library, read_scores(run, library), recipe, costs, budget)
+    problem = search_problem(library, read_scores(run, library), recipe, costs, budget)
     own = Solution.from_dict(read_json(run.folder / "solution" / "solution.json"))
-    solutions = ranks.from_first(lambda: diverse_solutions(space, own, settings.finalists, settings.finalist_distance))
+    solutions = ranks.from_first(
+        lambda: diverse_solutions(problem, own, settings.finalists, settings.finalist_distance)
+    )
     return _Found(library, solutions)
 
 

@@ -16,15 +16,15 @@ from layersmith.run.folder import Run
 from layersmith.run.progress import Progress
 from layersmith.scoring.children import whole_models
 from layersmith.scoring.score import Journal
-from layersmith.search.problem import Solution, Space
+from layersmith.search.problem import SearchProblem, Solution
 from layersmith.search.refine import Refined, read_refined, refine
-from layersmith.stages.times import that_holds
+from layersmith.stages.times import within_time
 
 
 def make_refined(
     run: Run,
     inputs: str,
-    space: Space,
+    problem: SearchProblem,
     solution: Solution,
     library: Library,
     recipe: Recipe,
@@ -37,8 +37,8 @@ def make_refined(
         return solution
 
     def make(folder: Path) -> None:
-        refined = refined_solution(space, solution, library, recipe, tokens, run.partial("refine"), inputs, progress)
-        taken = that_holds(solution, refined.solution, times, library.parent, recipe, progress)
+        refined = refined_solution(problem, solution, library, recipe, tokens, run.partial("refine"), inputs, progress)
+        taken = within_time(solution, refined.solution, times, library.parent, recipe.costs, progress)
         refined = dataclasses.replace(refined, solution=taken)
         write_json(folder / "refine.json", refined.to_dict())
 
@@ -51,7 +51,7 @@ def make_refined(
 
 
 def refined_solution(
-    space: Space,
+    problem: SearchProblem,
     solution: Solution,
     library: Library,
     recipe: Recipe,
@@ -65,7 +65,7 @@ def refined_solution(
     with progress.stage("refine", recipe.search.refine_passes, "passes") as advance, Journal(journal, inputs) as kept:
         models = whole_models(library, tokens, recipe, progress, folder)
         refined = refine(
-            space, solution, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
+            problem, solution, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
         )
     progress.note(str(refined))
     return refined

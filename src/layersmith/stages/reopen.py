@@ -27,15 +27,15 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import whole_models
 from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
-from layersmith.search.problem import Solution, Space
-from layersmith.search.time_limits import Settled
+from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.time_limits import TimedSolution
 from layersmith.stages.describe import at_stored_dtype, cost_table, open_parent
 from layersmith.stages.library import with_pairs
 from layersmith.stages.refine import refined_solution
 from layersmith.stages.report import finish
 from layersmith.stages.scores import read_scores
-from layersmith.stages.search import search_space, write_frontier
-from layersmith.stages.times import find_times, settled_solution, that_holds
+from layersmith.stages.search import search_problem, write_frontier
+from layersmith.stages.times import find_times, solve_in_time, stopwatch_for, within_time
 
 
 def reopen(run: Run, descriptor: type[ModelDescriptor] | None = None) -> tuple[Recipe, Library]:
@@ -104,33 +104,30 @@ def search_several(
         raise InputError(f"{out}: already there. Choose another folder.")
     if solutions < 1 or min_distance < 1:
         raise UsageError("--solutions and --min-distance must be at least 1.")
-    recipe, library, space, times = _space(run, budget, objective, descriptor, rules, progress)
-    settled: Settled | None = None
-    if out is not None and times is not None and times.source == "measured" and library.parent.stream is None:
-        first = space
-        settled = settled_solution(
-            times, lambda known: first.with_costs(known.into(first.costs, library.alternatives)), library.parent,
-            recipe, progress,
-        )  # fmt: skip
-        space = settled.space
-    best = space.several(solutions, min_distance)
-    if settled is not None:
-        best[0] = settled.solution
+    recipe, library, problem, times = _problem(run, budget, objective, descriptor, rules, progress)
+    stopwatch = stopwatch_for(times, library.parent, recipe.costs) if out is not None else None
+    timed: TimedSolution | None = None
+    if times is not None and stopwatch is not None:
+        timed = solve_in_time(problem, times, stopwatch, progress)
+        problem = timed.problem
+    best = problem.several(solutions, min_distance)
+    if timed is not None:
+        best[0] = timed.solution
     passes = recipe.search.refine_passes
     if refine and not passes:
         passes = SearchRecipe.refine_passes
     wanted = (out is not None if refine is None else refine) and passes and best[0].score > 0
     if wanted:
         recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
-        rows, known = scoring_rows(run), settled.times if settled is not None else None
+        rows, known = scoring_rows(run), timed.times if timed is not None else None
         try:
-            refined = refined_solution(space, best[0], library, recipe, rows, None, "", progress)
+            refined = refined_solution(problem, best[0], library, recipe, rows, None, "", progress)
         except UnsupportedModel as reason:
             if refine:
                 raise
             progress.note(f"not refined: {reason}")
         else:
-            best[0] = that_holds(best[0], refined.solution, known, library.parent, recipe, progress)
+            best[0] = within_time(best[0], refined.solution, known, library.parent, recipe.costs, progress)
     if out is not None:
         with progress.stage("realize", 1, "child") as advance:
             taught = with_pairs(run, library)
@@ -164,12 +161,12 @@ def frontier_again(
         Infeasible: the other limits of the budget cannot be met.
     """
     run = Run.existing(run_folder)
-    recipe, library, space, _ = _space(run, budget, objective, descriptor, rules, progress)
+    recipe, library, problem, _ = _problem(run, budget, objective, descriptor, rules, progress)
 
     def measured(solutions: Sequence[Solution]) -> list[dict[str, Any]]:
         rows = scoring_rows(run)
         models = whole_models(library, rows, recipe, progress, run.folder)
-        everything = [*solutions, space.of([a for a in library.alternatives if a.kind == "parent"])]
+        everything = [*solutions, problem.of([a for a in library.alternatives if a.kind == "parent"])]
         with progress.stage("measure", len(rows), "sequences") as advance:
             found = models.run([c.alternatives for c in everything], range(len(rows)), advance)
         *own_rows, parent = [[values[recipe.scoring.objective] for values in own] for own in found]
@@ -183,7 +180,7 @@ def frontier_again(
         ]
 
     with whole_folder(run.folder / "frontier") as folder:
-        write_frontier(folder, space, recipe, measured if measure else None, progress)
+        write_frontier(folder, problem, recipe, measured if measure else None, progress)
     return run.folder / "frontier" / "frontier.json"
 
 
@@ -192,14 +189,14 @@ def scoring_rows(run: Run) -> torch.Tensor:
     return read_tensors(run.folder / "data" / "tokens.safetensors")["scoring"]
 
 
-def _space(
+def _problem(
     run: Run,
     budget: Budget,
     objective: str | None,
     descriptor: type[ModelDescriptor] | None,
     rules: SearchRecipe | None,
     progress: Progress,
-) -> tuple[Recipe, Library, Space, Times | None]:
+) -> tuple[Recipe, Library, SearchProblem, Times | None]:
     recipe, library = reopen(run, descriptor)
     chosen: Any = objective or recipe.scoring.objective
     scoring = dataclasses.replace(recipe.scoring, objective=chosen, mode="auto")
@@ -208,8 +205,8 @@ def _space(
     times = find_times(run, library.parent, library, costs, budget, recipe, progress)
     if times is not None:
         costs = times.into(costs, library.alternatives)
-    space = search_space(library, read_scores(run, library), recipe, costs, budget)
-    return recipe, library, space, times
+    problem = search_problem(library, read_scores(run, library), recipe, costs, budget)
+    return recipe, library, problem, times
 
 
 def report_again(run_folder: str | Path) -> Path:

@@ -12,9 +12,9 @@ from layersmith.costs.clock import device_name
 from layersmith.costs.counted import Workload
 from layersmith.costs.measured import measure
 from layersmith.costs.roofline import predict
-from layersmith.costs.stopwatch import Stopwatch, check, time_models
+from layersmith.costs.stopwatch import Stopwatch, time_models
 from layersmith.costs.table import CostTable, count_costs
-from layersmith.costs.times import SOLUTION, Check, Times, costs_of, from_csv, kept_in, to_csv
+from layersmith.costs.times import Times, costs_of, from_csv, kept_in, to_csv
 from layersmith.errors import Infeasible, InputError
 from layersmith.execution.parent import Parent
 from layersmith.foreign import foreign_code
@@ -22,15 +22,15 @@ from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library, Survey, survey
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.recipe import Recipe
+from layersmith.recipe import CostsRecipe, Recipe
 from layersmith.records import to_data
 from layersmith.run import ranks
 from layersmith.run.artifacts import file_digest, fingerprint, read_json, write_json, write_text
 from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
-from layersmith.search.problem import Solution, Space
+from layersmith.search.problem import SearchProblem, Solution
 from layersmith.search.rules import without_times
-from layersmith.search.time_limits import TOLERANCE, Settled, compared, settle
+from layersmith.search.time_limits import TOLERANCE, TimedSolution, overrun_of, solve_within
 from layersmith.stages.describe import open_parent, reachable
 
 
@@ -154,55 +154,70 @@ def write_times(folder: Path, times: Times, alternatives: Sequence[Alternative])
 def solve(
     run: Run,
     inputs: str,
-    library: Library,
-    recipe: Recipe,
+    problem: SearchProblem,
     times: Times | None,
-    space_of: Callable[[Times | None], Space],
+    parent: Parent,
+    recipe: Recipe,
     progress: Progress,
-) -> tuple[Space, Solution, Times | None]:
-    """The best solution; within limits of time one that holds against the clock where that is here.
+) -> tuple[SearchProblem, Solution, Times | None]:
+    """The best solution; where times were measured here, one that is within its limits when timed as a whole child.
 
     Args:
-        run: gets the stage ``settled``.
-        inputs: digest of what the space depends on beside times.
-        library, recipe: of the run.
-        times: of all alternatives, if the budget has limits of time.
-        space_of: of all solutions, with some times.
-        progress: told of the work.
+        run: Gets the stage ``settled``.
+        inputs: Digest of all that the problem depends on except times.
+        problem: The search problem, with the times among its costs.
+        times: Times of all alternatives; None if the budget has no limit of time.
+        parent: The parent.
+        recipe: Recipe of the run.
+        progress: Shows the work.
     """
-    if times is None or times.source != "measured" or library.parent.stream is not None:
-        space = space_of(times)
-        return space, ranks.from_first(space.best), times
+    stopwatch = stopwatch_for(times, parent, recipe.costs)
+    if times is None or stopwatch is None:
+        return problem, ranks.from_first(problem.best), times
 
     def make(folder: Path) -> None:
-        settled = settled_solution(times, space_of, library.parent, recipe, progress)
-        write_times(folder, settled.times, library.alternatives)
-        write_json(folder / "choice.json", settled.solution.to_dict())
+        timed = solve_in_time(problem, times, stopwatch, progress)
+        write_times(folder, timed.times, problem.alternatives)
+        write_json(folder / "choice.json", timed.solution.to_dict())
 
-    run.do("settled", fingerprint([inputs, times.to_dict(library.alternatives), to_data(recipe.search)]), make)
-    settled = Times.from_dict(read_json(run.folder / "settled" / "times.json"))
-    return space_of(settled), Solution.from_dict(read_json(run.folder / "settled" / "choice.json")), settled
+    run.do("settled", fingerprint([inputs, times.to_dict(problem.alternatives), to_data(recipe.search)]), make)
+    corrected = Times.from_dict(read_json(run.folder / "settled" / "times.json"))
+    solution = Solution.from_dict(read_json(run.folder / "settled" / "choice.json"))
+    return problem.with_times(corrected), solution, corrected
 
 
-def settled_solution(
-    times: Times, space_of: Callable[[Times], Space], parent: Parent, recipe: Recipe, progress: Progress
-) -> Settled:
-    """A solution that holds against the clock; see :mod:`layersmith.search.time_limits`."""
-    watch = Stopwatch(parent, times.workload, recipe.costs)
+def stopwatch_for(times: Times | None, parent: Parent, recipe: CostsRecipe) -> Stopwatch | None:
+    """What times whole children; None where times were not measured here, or the parent is not in memory."""
+    if times is None or times.source != "measured" or parent.stream is not None:
+        return None
+    return Stopwatch(parent, times.workload, recipe)
+
+
+def solve_in_time(problem: SearchProblem, times: Times, stopwatch: Stopwatch, progress: Progress) -> TimedSolution:
+    """:func:`~layersmith.search.time_limits.solve_within`, with progress, and a note if no child is in time."""
     with progress.stage("settle", 1, "child") as advance:
-        settled = settle(times, space_of, lambda known, solution: watched(watch, known, solution, recipe))
+        timed = solve_within(problem, times, stopwatch)
         advance(1)
-    if settled.over > TOLERANCE:
+    if timed.overrun > TOLERANCE:
         progress.note(
-            f"timed as a whole the child is {settled.over:.1%} over its limit of time; none that was tried holds."
+            f"timed as a whole, the child exceeds its time limit by {timed.overrun:.1%}; no other solution that was "
+            "timed is within it."
         )
-    return settled
+    return timed
 
 
-def watched(watch: Stopwatch, times: Times, solution: Solution, recipe: Recipe) -> Check:
-    """A solution against the clock."""
-    fraction = solution.costs["parameters"] / solution.parent_costs["parameters"]
-    return check(watch, times, {SOLUTION: (solution.alternatives, fraction)}, recipe.costs)[0]
+def within_time(
+    plain: Solution, refined: Solution, times: Times | None, parent: Parent, recipe: CostsRecipe, progress: Progress
+) -> Solution:
+    """The refined solution, unless it exceeds a time limit when timed as a whole child; then the plain one."""
+    stopwatch = stopwatch_for(times, parent, recipe)
+    if times is None or stopwatch is None or refined.alternatives == plain.alternatives:
+        return refined
+    overrun = overrun_of(refined, times, stopwatch)
+    if overrun <= TOLERANCE:
+        return refined
+    progress.note(f"the refined child exceeds its time limit by {overrun:.1%}; the unrefined solution is taken.")
+    return plain
 
 
 def time_child(
@@ -250,26 +265,3 @@ def time_child(
     with progress.stage("clock", 1, "pair") as advance:
         run.do("clock", fingerprint([inputs, to_data(recipe.costs), dataclasses.asdict(workload)]), make)
         advance(1)
-
-
-def that_holds(
-    plain: Solution, refined: Solution, times: Times | None, parent: Parent, recipe: Recipe, progress: Progress
-) -> Solution:
-    """The refined solution, or the program's own where, timed as a whole, the refined one is over its limit of time.
-
-    Args:
-        plain: the program's, which was settled.
-        refined: what refinement made of it.
-        times: by which it was settled; None where nothing was.
-        parent, recipe: of the run.
-        progress: told if the program's is taken.
-    """
-    timed = times is not None and times.source == "measured" and parent.stream is None
-    if times is None or not timed or refined.alternatives == plain.alternatives:
-        return refined
-    seen = watched(Stopwatch(parent, times.workload, recipe.costs), times, refined, recipe)
-    over, _ = compared(refined, seen, times)
-    if over <= TOLERANCE:
-        return refined
-    progress.note(f"the refined child is {over:.1%} over its limit of time; the program's own is taken.")
-    return plain
