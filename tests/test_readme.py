@@ -1,4 +1,4 @@
-"""What the README tells people to type is what there is."""
+"""Commands, options, make targets and links in README exist."""
 
 import os
 import re
@@ -22,16 +22,16 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "200"}, timeout=300)
 
 
-def test_there_are_commands() -> None:
+def test_readme_has_commands() -> None:
     assert len(COMMANDS) >= 2
     assert len(IN_TABLE) >= 5
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_commands_on_a_model_that_is_here(
+def test_commands_run_on_a_small_model(
     command: str, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
 ) -> None:
-    """As written, but for the hub's model and data, and without doing the work."""
+    """Each command as written, as a dry run, with a small local model and local data."""
     words = shlex.split(command)[1:]
     words[1], words[2] = str(make_parent("qwen3")), str(tmp_path / "run")
     words[words.index("--data") + 1] = str(text_folder)
@@ -59,8 +59,8 @@ def test_make_targets_and_links_exist() -> None:
         assert (ROOT / link).exists(), link
 
 
-def test_modules_are_as_long_as_a_reader_can_bear() -> None:
-    """At most 600 lines, unless the module says why not; what travels with a checkpoint has to be one file."""
+def test_modules_have_at_most_600_lines() -> None:
+    """Unless a module says why; the file that is copied into checkpoints has to be one file."""
     for path in (ROOT / "src").rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         assert len(text.splitlines()) <= 600 or "It is longer than a module should be because" in text, path

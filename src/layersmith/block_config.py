@@ -127,8 +127,9 @@ class FFNConfig(_SubblockConfig):
 class BlockConfig(_Config):
     """One decoder layer: its attention and its FFN.
 
-    >>> BlockConfig(ffn=FFNConfig(no_op=True)).to_dict()["ffn"]["no_op"]
-    True
+    Examples:
+        >>> BlockConfig(ffn=FFNConfig(no_op=True)).to_dict()["ffn"]["no_op"]
+        True
     """
 
     attention: AttentionConfig = field(default_factory=AttentionConfig)
