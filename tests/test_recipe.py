@@ -10,6 +10,7 @@ import pytest
 
 from layersmith.errors import UsageError
 from layersmith.recipe import DataRecipe, DistillationRecipe, LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
+from tests.recipe_reference import DOCS, reference_text, schema_text
 
 
 @pytest.mark.parametrize(
@@ -91,3 +92,9 @@ def test_settings_are_yaml_at_a_path() -> None:
 def test_settings_that_make_no_sense(setting: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         Recipe().with_settings([setting])
+
+
+def test_the_reference_and_the_schema_are_up_to_date() -> None:
+    remedy = "run python -m tests.recipe_reference"
+    assert (DOCS / "recipe.md").read_text(encoding="utf-8") == reference_text(), remedy
+    assert (DOCS / "recipe.schema.json").read_text(encoding="utf-8") == schema_text(), remedy
