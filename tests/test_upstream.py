@@ -74,6 +74,12 @@ def test_per_layer_entries() -> None:
     assert config.intermediate_size == 64
 
 
+def test_plain_attention_is_asked_for_in_a_copy() -> None:
+    config = LlamaConfig(attn_implementation="sdpa")
+    assert upstream.with_plain_attention(config)._attn_implementation == "eager"
+    assert config._attn_implementation == "sdpa"
+
+
 # ---------------------------------------------------------------------------------------------- Transformers: caches
 
 

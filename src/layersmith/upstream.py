@@ -10,6 +10,7 @@ Add a function under the heading of its project.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -71,6 +72,16 @@ def set_per_layer_entries(config: PretrainedConfig, entries: dict[int, dict[str,
     """
     by_layer: Any = entries or None
     config.per_layer_config = by_layer
+
+
+def with_plain_attention(config: PretrainedConfig) -> PretrainedConfig:
+    """A copy of a config whose models use unfused attention, as ``from_pretrained(attn_implementation="eager")`` sets.
+
+    A model's ``set_attn_implementation`` comes too late where layers keep copies of their config.
+    """
+    plain = copy.deepcopy(config)
+    plain._attn_implementation = "eager"
+    return plain
 
 
 # ---------------------------------------------------------------------------------------------- Transformers: caches

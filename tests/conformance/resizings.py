@@ -8,7 +8,7 @@ from typing import Any
 
 from layersmith.block_config import BlockConfig
 from layersmith.model_descriptor.infer.findings import Findings
-from layersmith.model_descriptor.infer.mixers import MixerSizes
+from layersmith.model_descriptor.infer.sizes import MixerSizes
 
 # What it is, the layer, and the block with it.
 Resizing = tuple[str, int, Callable[[BlockConfig], BlockConfig]]

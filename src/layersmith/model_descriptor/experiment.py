@@ -66,13 +66,17 @@ class Experiment(Generic[Subject, Change]):
     conclusion: str | Callable[[Subject], str] = ""
 
     def run(self, subject: Subject) -> Outcome:
-        """Try the changes and say whether one of them met the expectation."""
+        """Try the changes, say whether one of them met the expectation, and conclude where none did."""
         question = self.question.format(subject)
         for change in self.changes(subject):
             if self.expectation(subject, change):
                 return Outcome(question, held=True, change=change)
         reason = self.conclusion if isinstance(self.conclusion, str) else self.conclusion(subject)
         return Outcome(question, held=False, reason=reason)
+
+    def holds(self, subject: Subject) -> bool:
+        """Whether one of the changes meets the expectation; nothing is concluded, which may take experiments too."""
+        return any(self.expectation(subject, change) for change in self.changes(subject))
 
 
 def first_refutation(experiments: Sequence[Experiment[Subject, Any]], subject: Subject) -> Outcome | None:
@@ -111,6 +115,15 @@ class Effect:
         names = [name for name in base if name in changed and base[name] != changed[name]]
         before, after = ({name: shapes[name] for name in names} for shapes in (base, changed))
         return cls(other, before, after, frozenset(base.keys() ^ changed.keys()))
+
+    def inside(self, prefixes: tuple[str, ...]) -> Effect:
+        """The effect on weights whose names begin with one of the prefixes."""
+        before, after = (
+            {name: shape for name, shape in shapes.items() if name.startswith(prefixes)}
+            for shapes in (self.before, self.shapes)
+        )
+        came_or_went = frozenset(name for name in self.came_or_went if name.startswith(prefixes))
+        return Effect(self.other, before, after, came_or_went)
 
     def dims(self, name: str) -> list[int]:
         """The dimensions along which a weight changed."""

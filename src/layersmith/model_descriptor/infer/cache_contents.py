@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from layersmith import upstream
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.infer.specimen import Specimen
 
@@ -23,16 +24,15 @@ def filled_cache(specimen: Specimen) -> Any:
 
 def keys_in_cache(specimen: Specimen, index: int) -> torch.Tensor | None:
     """The keys that a run leaves of a layer; None if it leaves none."""
-    layers = getattr(filled_cache(specimen), "layers", ())
-    keys = getattr(layers[index], "keys", None) if index < len(layers) else None
-    return keys if isinstance(keys, torch.Tensor) else None
+    slots = upstream.cache_slots(filled_cache(specimen))
+    return upstream.keys_and_values(slots[index])[0] if index < len(slots) else None
 
 
 def recurrent_states(cache: Any, index: int) -> list[torch.Tensor]:
     """The states of fixed size that a layer keeps; some families keep them in a list with one entry for each layer."""
-    layer = cache.layers[index] if index < len(cache.layers) else None
-    if states := getattr(layer, "recurrent_states", None):
-        return [state for state in states.values() if state is not None]
+    slots = upstream.cache_slots(cache)
+    if index < len(slots) and (states := upstream.recurrent_states(slots[index])):
+        return states
     lists = [value for value in vars(cache).values() if isinstance(value, list) and value is not cache.layers]
     entries = [values[index] for values in lists if index < len(values)]
     return [entry for entry in entries if isinstance(entry, torch.Tensor)]

@@ -29,7 +29,8 @@ from layersmith.model_descriptor.infer.cache import (
     in_cache,
     numbers_in_full,
 )
-from layersmith.model_descriptor.infer.ffn import OwnExperts
+from layersmith.model_descriptor.infer.experts import OwnExperts
+from layersmith.model_descriptor.infer.find_sizes import find_sizes
 from layersmith.model_descriptor.infer.findings import Findings
 from layersmith.model_descriptor.infer.full_size import at_full_length_of, in_config, mixer_of, widths_of
 from layersmith.model_descriptor.infer.layers import (
@@ -42,7 +43,6 @@ from layersmith.model_descriptor.infer.mixers import mixer_values
 from layersmith.model_descriptor.infer.per_kind_sizes import split, splits_of
 from layersmith.model_descriptor.infer.removal import proved, put
 from layersmith.model_descriptor.infer.shrink import shrunk
-from layersmith.model_descriptor.infer.sizes import find_sizes
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Subblock, find_kind, signature
 from layersmith.model_descriptor.patterns import weight_groups

@@ -9,10 +9,29 @@ Shapes: E experts, F intermediate channels, D hidden.
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 
+from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.infer.specimen import Specimen
+
+
+@dataclass(frozen=True)
+class OwnExperts:
+    """What sets the experts of an FFN whose number is one attribute with that of the attention's experts.
+
+    The config cannot say another number for the FFN alone, so the layer is changed after it is built.
+
+    Attributes:
+        weights: Weights of the FFN, and the dimension of each that has an entry for every expert.
+        counts: Modules of the FFN, and the plain number of each that is the number of experts.
+        uses: The same for the number of experts that a token uses.
+    """
+
+    weights: tuple[tuple[str, int], ...] = ()
+    counts: tuple[tuple[str, str], ...] = ()
+    uses: tuple[tuple[str, str], ...] = ()
 
 
 def before_digit(name: str) -> str:
@@ -65,8 +84,9 @@ def lie_flat(specimen: Specimen, prefix: str, names: Sequence[str], count: int) 
 
 
 def _gradients(specimen: Specimen, weights: Sequence[torch.Tensor], token: int) -> list[torch.Tensor]:
-    """Of weights, from one token alone."""
-    with torch.enable_grad():
+    """Gradients of weights from one token alone; zeros where the model gives none."""
+    grads: Sequence[torch.Tensor | None] = [None] * len(weights)
+    with torch.enable_grad(), foreign_code("Does one token give gradients?", refusal_is_answer=True):
         total = specimen.forward(specimen.ids[:, token : token + 1]).square().sum()
         grads = torch.autograd.grad(total, list(weights), allow_unused=True)
     return [torch.zeros_like(w) if grad is None else grad for w, grad in zip(weights, grads, strict=True)]

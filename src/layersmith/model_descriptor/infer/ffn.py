@@ -1,268 +1,401 @@
 """Which config attributes set the sizes of an FFN: its width, or the number, width and use of experts.
 
-The number of experts comes and goes with whole matrices, a width changes one side of them. How many a token uses
-changes no shape and is counted in gradients.
+The number of experts comes and goes with whole matrices, a width changes one side of them. How many experts a token
+uses changes no shape; it is counted in gradients.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from functools import cached_property
 
 import torch
 from torch import nn
 
-from layersmith.errors import UnsupportedModel
-from layersmith.model_descriptor.experiment import Effect, Shapes
+from layersmith.model_descriptor.experiment import Effect, Experiment, Outcome, first_refutation
 from layersmith.model_descriptor.infer.attributes import AttributePath
-from layersmith.model_descriptor.infer.experts import before_digit, experts_used, lie_flat
+from layersmith.model_descriptor.infer.experts import OwnExperts, before_digit, experts_used, lie_flat
+from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.specimen import Specimen
-from layersmith.model_descriptor.infer.subblocks import LayerKind
+from layersmith.model_descriptor.infer.trial import Trial
 
-if TYPE_CHECKING:
-    from layersmith.model_descriptor.infer.sizes import Trial
+
+def with_ffn_sizes(trial: Trial, sizes: Sizes) -> Sizes:
+    """The sizes of a kind of layer with those of its FFN."""
+    experts = find_experts(trial)
+    if experts.count is None:
+        width, outcomes = _widest(experts, inside=False)
+        at = width.at if width is not None else None
+        if width is None and (resized := unsaid_width(trial)):
+            sizes, at = replace(sizes, resized=resized), resized[0]
+        return replace(
+            sizes,
+            width=width.path if width is not None else None,
+            config_width=width.factor if width is not None else 1,
+            width_at=at,
+            outcomes=(*sizes.outcomes, *(outcomes if width is None else ())),
+        )
+    width, outcomes = _widest(experts, inside=True)
+    shared, _ = _widest(experts, inside=False)
+    factor = width.factor if width is not None else 1
+    if shared is not None and shared.factor != factor:
+        shared = None
+    per_token = experts_per_token(experts)
+    return replace(
+        sizes,
+        num_experts=experts.count,
+        expert_width=width.path if width is not None else None,
+        shared_width=shared.path if shared is not None else None,
+        experts_per_token=per_token,
+        config_width=factor,
+        width_at=width.at if width is not None else None,
+        shared_width_at=shared.at if shared is not None else None,
+        flat=experts.flat,
+        experts_of_both=experts.of_both,
+        own_experts=own_experts(experts, per_token),
+        outcomes=(*sizes.outcomes, *(outcomes if width is None else ())),
+    )
+
+
+# ------------------------------------------------------------------------------------------- the number of experts
 
 
 @dataclass(frozen=True)
-class OwnExperts:
-    """What an FFN's experts are set by in a layer whose attention has experts too, of one number: what is built of it.
+class _Count:
+    """An attribute that may be the number of experts, and what it does to the FFN."""
 
-    Attributes:
-        weights: of the FFN, and the dimension of each that has an entry for every expert.
-        counts: modules of the FFN, and the plain number of each that is that of the experts.
-        uses: the same of the number of those that a token uses.
-    """
+    trial: Trial
+    path: AttributePath
+    effect: Effect
 
-    weights: tuple[tuple[str, int], ...] = ()
-    counts: tuple[tuple[str, str], ...] = ()
-    uses: tuple[tuple[str, str], ...] = ()
-
-
-class FFNSizes:
-    """What the attributes of one kind's FFN are: the number of experts, and widths in and beside them.
-
-    Attributes:
-        count: the attribute that is the number of experts; None if there are none.
-        number: of experts.
-        of_both: whether it is the number of the attention's experts too.
-        flat: weights in which experts lie one after another along the first dimension.
-        members: weights of experts.
-    """
-
-    def __init__(self, trial: Trial, kind: LayerKind, base: Shapes, effects: dict[AttributePath, Effect]):
-        self.trial, self.base, self.kind = trial, base, kind
-        ffn = kind.ffn
-        inside = () if ffn is None else tuple(f"{n}." for n in (*ffn.modules, *(name for name, _ in ffn.replaced)))
-        self.effects = {
-            path: effect
-            for path, effect in effects.items()
-            if all(n.startswith(inside) for n in (*effect.shapes, *effect.came_or_went))
-        }
-        counts = [path for path in self.effects if self._is_count(path)]
-        self.of_both = not counts and bool(inside)
-        if self.of_both:  # the attention may have experts too, and one attribute say the number of either
-            parts = {path: _inside(effect, inside) for path, effect in effects.items()}
-            self.effects |= (own := {path: part for path, part in parts.items() if part and path not in self.effects})
-            counts = [path for path in own if self._is_count(path)]
-            self.effects = {path: e for path, e in self.effects.items() if path not in own or path in counts}
-            self.of_both = bool(counts)
-        self.count = max(counts, key=trial.value, default=None)
-        self.number = 0 if self.count is None else trial.value(self.count)
-        self.flat = () if self.count is None else self._flat(self.count)
-        self.members = self._members()
-
-    def _is_count(self, path: AttributePath) -> bool:
-        """Whole matrices come and go: along the first dimension of a stack of them, or as members of a list.
-
-        A stack may have room for more than the attribute counts, as for experts that do nothing.
-        """
-        effect, value = self.effects[path], self.trial.value(path)
-        if effect.came_or_went:
-            return value > 1 and all(any(part.isdigit() for part in n.split(".")) for n in effect.came_or_went)
-        more = effect.other - value
-        stacked = [
-            self.base[n]
-            for n, new in effect.shapes.items()
-            if len(new) == 3 and new == (self.base[n][0] + more, *self.base[n][1:])
-        ]
-        own = len(stacked) >= 2 and min(shape[0] for shape in stacked) == value
-        return own or bool(self._flat(path))
+    def __str__(self) -> str:
+        return ".".join(self.path)
 
     @property
-    def idle(self) -> int:
-        """Places for experts that have weights in some stacks and none in others: they do nothing."""
-        return max((self.base[n][0] - self.number for n in self.members if len(self.base[n]) == 3), default=0)
+    def value(self) -> int:
+        return self.trial.value(self.path)
 
-    def _flat(self, path: AttributePath) -> tuple[str, ...]:
-        """Matrices with experts one after another along the first dimension, if the attribute is their number."""
-        effect, value = self.effects[path], self.trial.value(path)
-        rows = {n: (self.base[n][0], new[0]) for n, new in effect.shapes.items() if self.base[n][1:] == new[1:]}
+    def is_length_of_list(self) -> bool:
+        names = self.effect.came_or_went
+        return bool(names) and self.value > 1 and all(any(p.isdigit() for p in name.split(".")) for name in names)
+
+    def is_height_of_stacks(self) -> bool:
+        """Whether stacks of matrices grow by as many; one may have room for more, as for experts that do nothing."""
+        more = self.effect.other - self.value
+        stacks = [
+            before
+            for name, before in self.effect.before.items()
+            if len(before) == 3 and self.effect.shapes[name] == (before[0] + more, *before[1:])
+        ]
+        return not self.effect.came_or_went and len(stacks) >= 2 and min(s[0] for s in stacks) == self.value
+
+    @cached_property
+    def flat(self) -> tuple[str, ...]:
+        """Matrices in which experts lie one after another along the first dimension; empty if there are none."""
+        effect, value = self.effect, self.value
+        rows = {n: (old[0], effect.shapes[n][0]) for n, old in effect.before.items() if old[1:] == effect.shapes[n][1:]}
         if value < 2 or effect.came_or_went or rows.keys() != effect.shapes.keys():
             return ()
         if any(a % value or b * value != a * effect.other for a, b in rows.values()):
             return ()
-        flat = tuple(n for n, (a, _) in rows.items() if a > value and len(self.base[n]) == 2)
-        # What chooses among them has one entry for each.
+        flat = tuple(n for n, (a, _) in rows.items() if a > value and len(effect.before[n]) == 2)
+        # What chooses among the experts has one entry for each.
         if len(flat) < 2 or len(flat) == len(rows):
             return ()
-        try:  # a token may use all that a small specimen has, but not twice as many
-            twice = self.trial.made(path, 2 * value)
-        except UnsupportedModel:
-            return ()
-        return flat if lie_flat(twice, self.trial.prefix, flat, 2 * value) else ()
+        # A token may use all experts that a small specimen has, but not twice as many.
+        twice = self.trial.specimen_with({self.path: 2 * value})
+        return flat if twice is not None and lie_flat(twice, self.trial.prefix, flat, 2 * value) else ()
 
-    def _members(self) -> set[str]:
+
+# One of them has to hold.
+_COUNTS = (
+    Experiment[_Count, None]("Do members of a list come and go with {}?", lambda count, _: count.is_length_of_list()),
+    Experiment[_Count, None]("Do stacks hold as many matrices as {}?", lambda count, _: count.is_height_of_stacks()),
+    Experiment[_Count, None](
+        "Do matrices hold as many blocks of rows as {}, and each token uses some?", lambda count, _: bool(count.flat)
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The experts of one kind's FFN.
+
+    Attributes:
+        trial: The kind of layer.
+        effects: Attribute to what another value does to the FFN.
+        count: The attribute that is the number of experts; None if there are none.
+        number: Number of experts.
+        of_both: Whether that attribute is the number of the attention's experts too.
+        flat: Weights in which experts lie one after another along the first dimension.
+    """
+
+    trial: Trial
+    effects: dict[AttributePath, Effect]
+    count: AttributePath | None = None
+    number: int = 0
+    of_both: bool = False
+    flat: tuple[str, ...] = ()
+
+    @cached_property
+    def members(self) -> set[str]:
         """Parameters of the experts."""
         if self.count is None:
             return set()
-        effect = self.effects[self.count]
+        effect, base = self.effects[self.count], self.trial.base
         lists = {before_digit(name) for name in effect.came_or_went}
-        listed = {n for n in self.base if before_digit(n) in lists} if lists else set()
-        return listed | {n for n in effect.shapes if len(self.base[n]) == 3} | set(self.flat)
+        listed = {n for n in base if before_digit(n) in lists} if lists else set()
+        return listed | {n for n, shape in effect.before.items() if len(shape) == 3} | set(self.flat)
 
-    def _units(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """A shape, of a single expert where experts lie flat."""
+    @property
+    def idle(self) -> int:
+        """Places for experts that have weights in some stacks and none in others: such experts do nothing."""
+        shapes = [self.trial.base[name] for name in self.members]
+        return max((shape[0] - self.number for shape in shapes if len(shape) == 3), default=0)
+
+    def unit(self, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """A shape; that of a single expert where experts lie flat."""
         return (shape[0] // self.number, *shape[1:]) if name in self.flat else shape
 
-    def widest(self, inside: bool) -> tuple[AttributePath | None, int, tuple[str, int] | None]:
-        """The attribute that is the width of the largest matrices inside or beside the experts.
 
-        Returns:
-            The attribute, what it calls a width of 1, and a weight and dimension that are as long as the width.
-        """
-        found: list[tuple[bool, int, AttributePath, int, tuple[str, int]]] = []
-        for path, effect in self.effects.items():
-            governed = {n: new for n, new in effect.shapes.items() if (n in self.members) is inside}
-            if effect.came_or_went or path == self.count or not governed:
-                continue
-            changes = {
-                n: [(a, b) for a, b in zip(self._units(n, self.base[n]), self._units(n, new), strict=True) if a != b]
-                for n, new in governed.items()
-            }
-            matrices = {n: change for n, change in changes.items() if len(self.base[n]) >= 2}
-            if len(matrices) < 2 or any(len(change) != 1 for change in changes.values()):
-                continue
-            # The narrowest matrix counts each channel once; a fused gate and up projection counts it twice.
-            before, after = min(change[0] for change in matrices.values())
-            factor, rest = divmod(effect.other, after)
-            if rest or (value := self.trial.value(path)) not in (0, factor * before):
-                continue
-            if any(a * after != b * before for ((a, b),) in changes.values()):
-                continue
-            small = max(1, before // 16) * factor
-            if value and not self._is_width_at(path, small, small // factor, matrices):
-                continue
-            elements = sum(torch.Size(self.base[n]).numel() for n in matrices)
-            name = next(n for n, c in matrices.items() if c[0] == (before, after))
-            changed = self.effects[path].shapes[name]
-            at = name, next(d for d, (a, b) in enumerate(zip(self.base[name], changed, strict=True)) if a != b)
-            # Stacks of experts whose number is not known are not understood; what is beside them may be.
-            found.append((inside or all(len(self.base[n]) == 2 for n in matrices), elements, path, factor, at))
-        for _, _, path, factor, at in sorted(found, reverse=True):
-            # Another one has to run: the hidden size would not, in the layers alone. Some kernels ask for multiples.
-            value = self.trial.value(path) or self.effects[path].other
-            others = (max(1, value // 2), *((value - 1) // m * m for m in (8, 4)), 2 * value)
-            if any(self.trial.runs(path, other) for other in dict.fromkeys(others) if other):
-                return path, factor, at
-        return None, 1, None
+def find_experts(trial: Trial) -> Experts:
+    """The attribute that is the number of experts.
 
-    def _is_width_at(self, path: AttributePath, value: int, width: int, matrices: Collection[str]) -> bool:
-        """Whether a small value is kept as it is, not rounded up."""
-        try:
-            shapes = self.trial.shapes(path, value)
-        except Exception:  # whatever a family's own code raises for a size that it cannot take
+    Where no attribute is that of the FFN alone, the attention may have experts too, and one attribute be both numbers.
+    """
+    ffn = trial.kind.ffn
+    inside = () if ffn is None else tuple(f"{n}." for n in (*ffn.modules, *(name for name, _ in ffn.replaced)))
+    of_ffn = {
+        path: effect
+        for path, effect in trial.effects.items()
+        if all(name.startswith(inside) for name in (*effect.shapes, *effect.came_or_went))
+    }
+    of_both = {path: effect.inside(inside) for path, effect in trial.effects.items() if path not in of_ffn}
+    for effects in (of_ffn, of_both):
+        candidates = [_Count(trial, path, effect) for path, effect in effects.items() if effect]
+        counts = [count for count in candidates if any(experiment.holds(count) for experiment in _COUNTS)]
+        if counts:
+            largest = max(counts, key=lambda count: count.value)
+            return Experts(
+                trial=trial,
+                effects=of_ffn | {count.path: count.effect for count in counts},
+                count=largest.path,
+                number=largest.value,
+                of_both=effects is of_both,
+                flat=largest.flat,
+            )
+    return Experts(trial, of_ffn)
+
+
+# ------------------------------------------------------------------------------------------------------- widths
+
+
+@dataclass(frozen=True)
+class _Width:
+    """An attribute that may be the width of the matrices inside the experts, or outside."""
+
+    experts: Experts
+    path: AttributePath
+    inside: bool
+
+    def __str__(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def effect(self) -> Effect:
+        return self.experts.effects[self.path]
+
+    @property
+    def value(self) -> int:
+        return self.experts.trial.value(self.path)
+
+    @cached_property
+    def changes(self) -> dict[str, list[tuple[int, int]]]:
+        """Weight to the lengths that differ, before and after."""
+        unit, effect = self.experts.unit, self.effect
+        governed = [n for n in effect.shapes if (n in self.experts.members) is self.inside]
+        pairs = {n: zip(unit(n, effect.before[n]), unit(n, effect.shapes[n]), strict=True) for n in governed}
+        return {name: [(a, b) for a, b in lengths if a != b] for name, lengths in pairs.items()}
+
+    @property
+    def matrices(self) -> list[str]:
+        return [name for name in self.changes if len(self.effect.before[name]) >= 2]
+
+    @property
+    def lengths(self) -> tuple[int, int]:
+        """The width before and after: the narrowest matrix counts each channel once, a fused one twice."""
+        return min(self.changes[name][0] for name in self.matrices)
+
+    @property
+    def factor(self) -> int:
+        """What the attribute calls a width of 1."""
+        return self.effect.other // self.lengths[1]
+
+    @property
+    def at(self) -> tuple[str, int]:
+        """A weight, and a dimension of it, that are as long as the width."""
+        name = next(name for name in self.matrices if self.changes[name][0] == self.lengths)
+        return name, self.effect.dims(name)[0]
+
+    @property
+    def rank(self) -> tuple[bool, int, AttributePath]:
+        """Orders widths: the largest matrices count; stacks of experts of unknown number are not understood."""
+        shapes = [self.effect.before[name] for name in self.matrices]
+        elements = sum(torch.Size(shape).numel() for shape in shapes)
+        return self.inside or all(len(shape) == 2 for shape in shapes), elements, self.path
+
+    def sets_one_side(self) -> bool:
+        known = self.effect.came_or_went or self.path == self.experts.count
+        return not known and len(self.matrices) >= 2 and all(len(change) == 1 for change in self.changes.values())
+
+    def counts_channels(self) -> bool:
+        before, after = self.lengths
+        return self.effect.other % after == 0 and self.value in (0, self.factor * before)
+
+    def is_proportional(self) -> bool:
+        before, after = self.lengths
+        return all(a * after == b * before for ((a, b),) in self.changes.values())
+
+    def keeps_small_value(self) -> bool:
+        """Whether a small value is taken as it is, not rounded up."""
+        if not self.value:
+            return True
+        width = max(1, self.lengths[0] // 16)
+        shapes = self.experts.trial.shapes({self.path: width * self.factor})
+        if shapes is None or not shapes.keys() >= set(self.matrices):
             return False
-        own = {name: self._units(name, shapes[name]) for name in matrices}
-        return all(width in shape or 2 * width in shape for shape in own.values())
+        units = [self.experts.unit(name, shapes[name]) for name in self.matrices]
+        return all(width in shape or 2 * width in shape for shape in units)
+
+    def others(self) -> Iterator[int]:
+        """Other values to run with; some kernels ask for multiples."""
+        value = self.value or self.effect.other
+        values = (max(1, value // 2), *((value - 1) // m * m for m in (8, 4)), 2 * value)
+        return iter(dict.fromkeys(v for v in values if v))
 
 
-def own_experts(experts: FFNSizes, per_token: AttributePath | None) -> OwnExperts | None:
-    """What there is for each expert of an FFN; None if it is not understood, or the attribute is the FFN's alone."""
-    trial, count, number = experts.trial, experts.count, experts.number
-    if not experts.of_both or count is None:
-        return None
-
-    def layer_with(path: AttributePath, value: int) -> nn.Module:
-        return trial.made(path, value).model.get_submodule(trial.layer_name)
-
-    def changed(other: nn.Module, value: int, new: int) -> Iterator[tuple[str, str]]:
-        for name, module in layer.named_modules():
-            if not f"{name}.".startswith(inside):
-                continue
-            twin = vars(other.get_submodule(name))
-            for attribute, own in vars(module).items():
-                if type(own) is int and twin[attribute] != own:
-                    if (own, twin[attribute]) != (value, new):
-                        raise UnsupportedModel(f"{name}.{attribute} changes in another way")
-                    yield name, attribute
-
-    layer = trial.specimen.model.get_submodule(trial.layer_name)
-    inside = tuple(f"{name}." for name in (experts.kind.ffn.modules if experts.kind.ffn is not None else ()))
-    weights: list[tuple[str, int]] = []
-    uses: tuple[tuple[str, str], ...] = ()
-    try:
-        twice = layer_with(count, 2 * number)
-        for name, weight in layer.named_parameters():
-            shape = twice.get_parameter(name).shape
-            dims = [d for d, (a, b) in enumerate(zip(weight.shape, shape, strict=True)) if a != b]
-            if name.startswith(inside) and dims:
-                (dim,) = dims
-                if (weight.shape[dim], shape[dim]) != (number, 2 * number):
-                    return None
-                weights.append((name, dim))
-        counts = tuple(changed(twice, number, 2 * number))
-        if per_token is not None and (used := trial.value(per_token)) > 1:
-            uses = tuple(changed(layer_with(per_token, used - 1), used, used - 1))
-    except (UnsupportedModel, AttributeError, KeyError, ValueError):
-        return None
-    return OwnExperts(tuple(weights), counts, uses)
+_WIDTHS = (
+    Experiment[_Width, None]("Does {} set one side of two or more matrices?", lambda width, _: width.sets_one_side()),
+    Experiment[_Width, None](
+        "Is {} the length of that side, or a multiple of it?", lambda width, _: width.counts_channels()
+    ),
+    Experiment[_Width, None](
+        "Do all weights that change with {} grow in the same proportion?", lambda width, _: width.is_proportional()
+    ),
+    Experiment[_Width, None](
+        "Is a small value of {} kept as it is?",
+        lambda width, _: width.keeps_small_value(),
+        conclusion="a small width is rounded up",
+    ),
+)
+# The hidden size would not run with another value in the layers alone.
+_RUNS = Experiment[_Width, int](
+    question="Does the model run with another value of {} in its layers?",
+    changes=lambda width: width.others(),
+    expectation=lambda width, other: width.experts.trial.runs({width.path: other}),
+    conclusion="the model does not run with another value",
+)
 
 
-def unsaid_width(specimen: Specimen, kind: LayerKind, base: Shapes) -> tuple[tuple[str, int], ...]:
+def _widest(experts: Experts, inside: bool) -> tuple[_Width | None, tuple[Outcome, ...]]:
+    """The width of the largest matrices inside the experts, or outside; and what refuted the other attributes."""
+    widths, outcomes = [], []
+    for path in experts.effects:
+        width = _Width(experts, path, inside)
+        refutation = first_refutation(_WIDTHS, width)
+        if refutation is None:
+            widths.append(width)
+        elif refutation.reason:
+            outcomes.append(refutation)
+    for width in sorted(widths, key=lambda width: width.rank, reverse=True):
+        if (runs := _RUNS.run(width)).held:
+            return width, tuple(outcomes)
+        outcomes.append(runs)
+    return None, tuple(outcomes)
+
+
+def unsaid_width(trial: Trial) -> tuple[tuple[str, int], ...]:
     """The weights between the matrices of an FFN, where no attribute sets its width.
 
-    Each of its matrices has the size of the hidden states on one side and the width on the other.
+    Each of its matrices has the hidden size on one side and the width on the other.
     """
-    own = {name: shape for name, shape in base.items() if kind.owners.get(name) == "ffn"}
-    matrices = {name: shape for name, shape in own.items() if len(shape) == 2}
-    sides = [set(shape) for shape in matrices.values()]
-    hidden = specimen.hidden_size
+    shapes = {name: shape for name, shape in trial.base.items() if trial.kind.owners.get(name) == "ffn"}
+    sides = [set(shape) for shape in shapes.values() if len(shape) == 2]
+    hidden = trial.specimen.hidden_size
     widths = set.union(*sides) - {hidden} if len(sides) >= 2 else set()
     if len(widths) != 1 or not all(hidden in side and len(side) == 2 for side in sides):
         return ()
     (width,) = widths
-    return tuple((name, shape.index(width)) for name, shape in own.items() if width in shape)
+    return tuple((name, shape.index(width)) for name, shape in shapes.items() if width in shape)
 
 
-def experts_per_token(trial: Trial, without: Sequence[AttributePath], experts: FFNSizes) -> AttributePath | None:
+# ----------------------------------------------------------------------------------------- experts that a token uses
+
+
+def experts_per_token(experts: Experts) -> AttributePath | None:
     """The attribute without a shape whose change changes the number of experts that one token uses."""
+    trial, every = experts.trial, experts.number + experts.idle
 
-    def used(specimen: Specimen) -> int:
+    def used(specimen: Specimen | None) -> int | None:
+        if specimen is None:
+            return None
         return experts_used(specimen, trial.prefix, experts.members, experts.flat, experts.number)
 
-    def used_with(path: AttributePath, other: int) -> int | None:
-        try:
-            return used(trial.made(path, other))
-        except (UnsupportedModel, RuntimeError):
-            return None
+    def used_with(path: AttributePath, value: int) -> int | None:
+        return used(trial.specimen_with({path: value}))
 
-    base = used(trial.specimen)
-    for path in without:
+    base = used(trial.specimen) or 0
+    for path in trial.idle_everywhere:
         value = trial.value(path)
         if experts.idle:
-            # Some of those that a token is given may do nothing; if it is given all, those that do something are used.
-            every = experts.number + experts.idle
+            # Some experts of a token may do nothing; if a token is given all, it uses those that do something.
             is_all = base <= value <= every and used_with(path, every) == experts.number
             if is_all and (base < experts.number or (used_with(path, value - 1) or base) < base):
                 return path
-        elif value == base and any(used_with(path, o) == o for o in (value - 1, value + 1) if 1 <= o <= experts.number):
+        elif value == base and any(
+            used_with(path, other) == other for other in (value - 1, value + 1) if 1 <= other <= experts.number
+        ):
             return path
     return None
 
 
-def _inside(effect: Effect, names: tuple[str, ...]) -> Effect:
-    """What it does to the weights whose names begin so."""
-    shapes = {name: shape for name, shape in effect.shapes.items() if name.startswith(names)}
-    came_or_went = frozenset(name for name in effect.came_or_went if name.startswith(names))
-    return replace(effect, shapes=shapes, came_or_went=came_or_went)
+def own_experts(experts: Experts, per_token: AttributePath | None) -> OwnExperts | None:
+    """What there is for each expert of an FFN; None if it is not understood, or the attribute is the FFN's alone."""
+    trial, count, number = experts.trial, experts.count, experts.number
+    ffn = trial.kind.ffn
+    if not experts.of_both or count is None or ffn is None:
+        return None
+    effect = experts.effects[count].inside(tuple(f"{module}." for module in ffn.modules))
+    weights = []
+    for name, before in effect.before.items():
+        dims = effect.dims(name)
+        if len(dims) != 1 or (before[dims[0]], effect.shapes[name][dims[0]]) != (number, effect.other):
+            return None
+        weights.append((name, dims[0]))
+    counts = _numbers_that_change(trial, ffn.modules, count, 2 * number)
+    used = trial.value(per_token) if per_token is not None else 0
+    uses = _numbers_that_change(trial, ffn.modules, per_token, used - 1) if per_token is not None and used > 1 else ()
+    return None if counts is None or uses is None else OwnExperts(tuple(weights), counts, uses)
+
+
+def _numbers_that_change(
+    trial: Trial, modules: Collection[str], path: AttributePath, new: int
+) -> tuple[tuple[str, str], ...] | None:
+    """Plain numbers of modules that are as large as an attribute and change with it; None if one changes otherwise."""
+    changed = trial.specimen_with({path: new})
+    if changed is None:
+        return None
+    layer, other = (specimen.model.get_submodule(trial.layer_name) for specimen in (trial.specimen, changed))
+    twins: dict[str, nn.Module] = dict(other.named_modules())
+    found = []
+    for name, module in layer.named_modules():
+        if not f"{name}.".startswith(tuple(f"{m}." for m in modules)):
+            continue
+        twin = vars(twins[name]) if name in twins else {}
+        for attribute, value in vars(module).items():
+            if type(value) is int and twin.get(attribute) != value:
+                if (value, twin.get(attribute)) != (trial.value(path), new):
+                    return None
+                found.append((name, attribute))
+    return tuple(found)

@@ -2,185 +2,254 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from layersmith.errors import UnsupportedModel
-from layersmith.model_descriptor.experiment import Effect, Shapes
+from layersmith.model_descriptor import conventions
+from layersmith.model_descriptor.experiment import Effect, Experiment, Outcome, first_refutation
 from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.cache_contents import keys_in_cache
 from layersmith.model_descriptor.infer.specimen import Specimen, first_tensor_of, restored
-from layersmith.model_descriptor.infer.subblocks import LayerKind
+from layersmith.model_descriptor.infer.trial import Trial
 
-if TYPE_CHECKING:
-    from layersmith.model_descriptor.infer.sizes import Trial
-
-_MORE = "there are more of them than the config says, which says what other layers have"
 NOT_UNDERSTOOD = "with every KV head there twice the model gives something else, so where they lie is not understood"
 OF_QUERIES = "keys are made of the queries that read them too, so none can go without its queries"
+_MORE = "there are more of them than the config says, which says what other layers have"
 
 
-def find_kv_heads(
-    trial: Trial, kind: LayerKind, base: Shapes, effects: Mapping[AttributePath, Effect]
-) -> tuple[AttributePath | None, str, list[AttributePath]]:
-    """The attribute whose double, with each head's keys and values there twice, changes nothing.
+@dataclass(frozen=True)
+class KVHeads:
+    """The attribute that is the number of KV heads, or why there is none.
 
-    Returns:
-        The attribute; or None, why the one that sets the heads of the keys in the cache, or that is called so as usual,
-        is not it, where that was seen, and the attributes that set them.
+    Attributes:
+        path: The attribute; None if no attribute is that number.
+        reason: Why the attribute that sets the heads of the keys in the cache, or has the usual name, is not it.
+        of_keys: Attributes that set the number of heads of the keys in the cache, where ``path`` is None.
+        outcomes: The experiment that decided on each attribute that looked like it.
     """
-    reason, of_keys = "", []
-    cached = _heads_of_keys(trial.specimen, trial.index)
-    for path, effect in effects.items() if kind.attention is not None else ():
-        value = trial.value(path)
-        changes = {
-            n: [d for d, (a, b) in enumerate(zip(base[n], new, strict=False)) if a != b]
-            for n, new in effect.shapes.items()
-        }
-        if effect.came_or_went or effect.other != 2 * value or any(kind.owners.get(n) != "attention" for n in changes):
-            continue
-        if value == cached and _doubles_keys(trial, path, value):
-            of_keys.append(path)
-        # There may be keys for each query head in the cache, however many KV heads there are.
-        is_usual = path[-1] == "num_key_value_heads" and cached is not None and cached % value == 0
-        is_usual = is_usual or path in of_keys
-        if both := [n for n, dims in changes.items() if len(dims) > 1]:
-            reason = (
-                f"{both[0]} changes on both sides with their number: each of them reads all" if is_usual else reason
-            )
-            continue
-        rows = [n for n, dims in changes.items() if dims == [0]]
-        # What a projection takes is of query heads.
-        if any(n not in rows and (len(base[n]) != 2 or n.endswith(".weight")) for n in changes):
-            continue
-        if not any(len(base[n]) == 2 for n in rows) or any(
-            base[n][d] % value or effect.shapes[n][d] <= base[n][d] for n, (d,) in changes.items()
-        ):
-            continue
-        if not _carries(trial, kind, list(changes)):
-            continue
-        if any(all(_duplicates(own, path, seed) for seed in (0, 1)) for own in trial.ways()):
-            return path, "", []
-        if is_usual:
-            more = any(_duplicates(own, path, 0, factor) for own in trial.ways() for factor in (2, 4))
-            reason = _MORE if more else NOT_UNDERSTOOD
-    return None, reason, of_keys
+
+    path: AttributePath | None = None
+    reason: str = ""
+    of_keys: tuple[AttributePath, ...] = ()
+    outcomes: tuple[Outcome, ...] = ()
 
 
-def keys_need_queries(
-    trial: Trial, effects: Mapping[AttributePath, Effect], of_keys: Sequence[AttributePath], of_queries: AttributePath
-) -> bool:
-    """Whether keys in the cache change with weights that the number of query heads governs, and theirs does not.
+@dataclass(frozen=True)
+class _Candidate:
+    """An attribute that may be the number of KV heads; ``cached`` is the number of heads of the keys in the cache."""
 
-    Args:
-        trial: of the model.
-        effects: what other values of attributes do to the layer.
-        of_keys: the attributes that set the number of heads of the keys.
-        of_queries: the number of its query heads.
-    """
-    others = {name for path in of_keys for name in effects[path].shapes}
-    own = [name for name in effects[of_queries].shapes if name not in others]
-    weights = [trial.specimen.model.get_parameter(trial.prefix + name) for name in own]
-    try:
-        before = keys_in_cache(trial.specimen, trial.index)
+    trial: Trial
+    path: AttributePath
+    cached: int | None
+
+    def __str__(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def effect(self) -> Effect:
+        return self.trial.effects[self.path]
+
+    @property
+    def value(self) -> int:
+        return self.trial.value(self.path)
+
+    @cached_property
+    def is_of_attention(self) -> bool:
+        """Whether twice the value changes weights of the attention and no others."""
+        owners, effect = self.trial.kind.owners, self.effect
+        doubled = effect.other == 2 * self.value and not effect.came_or_went
+        return doubled and all(owners.get(name) == "attention" for name in effect.shapes)
+
+    @cached_property
+    def sets_keys(self) -> bool:
+        """Whether twice the value makes keys of twice as many heads."""
+        if not self.is_of_attention or self.value != self.cached:
+            return False
+        twice = self.trial.specimen_with({self.path: 2 * self.value})
+        return twice is not None and _heads_of_keys(twice, self.trial.index) == 2 * self.value
+
+    @property
+    def is_expected(self) -> bool:
+        """Whether a reader would take it for the number of KV heads, so that a refusal needs a reason.
+
+        There may be keys for each query head in the cache, however many KV heads there are.
+        """
+        usual = self.path[-1] == conventions.KV_HEADS and self.cached is not None and self.cached % self.value == 0
+        return usual or self.sets_keys
+
+    @property
+    def on_both_sides(self) -> list[str]:
+        return [name for name in self.effect.shapes if len(self.effect.dims(name)) > 1]
+
+    def makes_heads(self) -> bool:
+        """Whether matrices give more, in whole heads, and none takes more: what a projection takes is of queries."""
+        effect = self.effect
+        rows = [name for name in effect.shapes if effect.dims(name) == [0]]
+        for name, before in effect.before.items():
+            (dim,) = effect.dims(name)
+            if name not in rows and (len(before) != 2 or name.endswith(".weight")):
+                return False
+            if before[dim] % self.value or effect.shapes[name][dim] <= before[dim]:
+                return False
+        return any(len(effect.before[name]) == 2 for name in rows)
+
+    def carries_all_tokens(self) -> bool:
+        """Whether the attention gives all tokens the same when these weights are zero, as without keys and values."""
+        attention, specimen, prefix = self.trial.kind.attention, self.trial.specimen, self.trial.prefix
+        assert attention is not None
+        weights = [specimen.model.get_parameter(prefix + name) for name in self.effect.shapes]
+        # A mixer next to the attention does not read them, and its output still depends on the tokens.
+        holders = [m for m in attention.modules if any(name.startswith(f"{m}.") for name in self.effect.shapes)]
+        watched = [prefix + name for name in holders or attention.modules]
+        outputs = []
         with restored(weights):
             with torch.no_grad():
                 for weight in weights:
-                    weight.mul_(2)
-            after = keys_in_cache(trial.specimen, trial.index)
-    except Exception:  # a family's own code may keep no cache, or another kind
-        return False
+                    weight.zero_()
+            for ids in (specimen.ids, specimen.other_ids):
+                calls = [call for call in specimen.trace(ids, keep=watched) if call.name in watched]
+                outputs.append([first_tensor_of(call.output) for call in calls])
+        return all(
+            a is not None and b is not None and torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs, strict=True)
+        )
+
+    def why_not_same(self) -> str:
+        if not self.is_expected:
+            return ""
+        more = any(_duplicates(way, self.path, 0, factor) for way in self.trial.ways() for factor in (2, 4))
+        return _MORE if more else NOT_UNDERSTOOD
+
+
+_EXPERIMENTS = (
+    Experiment[_Candidate, None](
+        question="Does twice {} change weights of the attention alone?",
+        expectation=lambda candidate, _: candidate.is_of_attention,
+    ),
+    Experiment[_Candidate, None](
+        question="Does each weight that grows with {} grow along one side?",
+        expectation=lambda candidate, _: not candidate.on_both_sides,
+        conclusion=lambda candidate: (
+            f"{candidate.on_both_sides[0]} changes on both sides with their number: each of them reads all"
+        ),
+    ),
+    Experiment[_Candidate, None](
+        question="Do projections give more whole heads with twice {}, and none takes more?",
+        expectation=lambda candidate, _: candidate.makes_heads(),
+    ),
+    Experiment[_Candidate, None](
+        question="Does the attention give all tokens the same without the weights that grow with {}?",
+        expectation=lambda candidate, _: candidate.carries_all_tokens(),
+    ),
+    Experiment[_Candidate, Trial](
+        question="Does the model give the same with each of {} KV heads there several times?",
+        changes=lambda candidate: candidate.trial.ways(),
+        expectation=lambda candidate, way: all(_duplicates(way, candidate.path, seed) for seed in (0, 1)),
+        conclusion=lambda candidate: candidate.why_not_same(),
+    ),
+)
+
+
+def find_kv_heads(trial: Trial) -> KVHeads:
+    """The attribute whose double, with each head's keys and values there twice, changes nothing."""
+    if trial.kind.attention is None:
+        return KVHeads()
+    cached = _heads_of_keys(trial.specimen, trial.index)
+    outcomes: list[Outcome] = []
+    of_keys: list[AttributePath] = []
+    for path in trial.effects:
+        candidate = _Candidate(trial, path, cached)
+        if candidate.sets_keys:
+            of_keys.append(path)
+        outcome = first_refutation(_EXPERIMENTS, candidate)
+        if outcome is None:
+            return KVHeads(path)
+        if outcome.reason and candidate.is_expected:
+            outcomes.append(outcome)
+    reason = outcomes[-1].reason if outcomes else ""
+    return KVHeads(reason=reason, of_keys=tuple(of_keys), outcomes=tuple(outcomes))
+
+
+def keys_need_queries(trial: Trial, of_keys: Sequence[AttributePath], of_queries: AttributePath) -> bool:
+    """Whether keys in the cache change with weights that only the number of query heads governs.
+
+    Args:
+        trial: The kind of layer.
+        of_keys: Attributes that set the number of heads of the keys.
+        of_queries: The number of query heads.
+    """
+    others = {name for path in of_keys for name in trial.effects[path].shapes}
+    names = [name for name in trial.effects[of_queries].shapes if name not in others]
+    weights = [trial.specimen.model.get_parameter(trial.prefix + name) for name in names]
+    before = keys_in_cache(trial.specimen, trial.index)
+    with restored(weights):
+        with torch.no_grad():
+            for weight in weights:
+                weight.mul_(2)
+        after = keys_in_cache(trial.specimen, trial.index)
     return before is not None and after is not None and not torch.equal(before, after)
 
 
 def _heads_of_keys(specimen: Specimen, index: int) -> int | None:
     """K of the keys ``[B, K, T, d]`` that a layer leaves in the cache; None if it leaves none."""
-    try:
-        keys = keys_in_cache(specimen, index)
-    except Exception:  # a family's own code may keep no cache, or another kind
-        return None
+    keys = keys_in_cache(specimen, index)
     return keys.shape[1] if keys is not None and keys.ndim == 4 else None
 
 
-def _doubles_keys(trial: Trial, path: AttributePath, value: int) -> bool:
-    """Whether twice as much of an attribute makes keys of twice as many heads."""
-    try:
-        return _heads_of_keys(trial.made(path, 2 * value), trial.index) == 2 * value
-    except UnsupportedModel:
-        return False
-
-
-def _carries(trial: Trial, kind: LayerKind, names: Sequence[str]) -> bool:
-    """Whether the attention gives the same for all tokens when these weights are zero, as without keys and values."""
-    assert kind.attention is not None
-    model = trial.specimen.model
-    weights = [model.get_parameter(trial.prefix + name) for name in names]
-    # A mixer beside it does not read them, and gives what it gives.
-    holders = [m for m in kind.attention.modules if any(name.startswith(f"{m}.") for name in names)]
-    watched = [trial.prefix + name for name in holders or kind.attention.modules]
-    outputs = []
-    with restored(weights):
-        with torch.no_grad():
-            for weight in weights:
-                weight.zero_()
-        for ids in (trial.specimen.ids, trial.specimen.other_ids):
-            calls = [c for c in trial.specimen.trace(ids, keep=watched) if c.name in watched]
-            outputs.append([first_tensor_of(c.output) for c in calls])
-    return all(
-        a is not None and b is not None and torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs, strict=True)
-    )
-
-
 def _duplicates(trial: Trial, path: AttributePath, seed: int, factor: int = 1) -> bool:
-    """Whether a model with some of the heads gives what one with every one of them there several times gives.
+    """Whether a model with few heads gives what one with each of them there several times gives.
 
-    Where the specimen has as many heads as queries, the one with fewer is the one that has every head once; how often
-    they can be there is a matter of the number of query heads.
+    Where the specimen has as many heads as queries, the model with fewer has every head once. How often they can be
+    there depends on the number of query heads, so several numbers are tried.
 
     Args:
-        trial: of the model.
-        path: the attribute.
-        seed: of the weights.
+        trial: The kind of layer.
+        path: The attribute.
+        seed: Seed of the weights.
         factor: KV heads for each one that the attribute counts.
     """
-    value = trial.value(path)
-    for times in (2, 3, 5, 7):
-        for few, many in ((value, times * value), (value // times, value)):
-            if few < 1 or times * few != many:
-                continue
-            try:
-                models = [trial.made(path, heads, seed) for heads in (few, many)]
-            except UnsupportedModel:  # it cannot run so
-                continue
-            if any(_same_repeated(models[0], models[1], factor * few, times, by_head) for by_head in (False, True)):
-                return True
+    for few, times in _numbers_of_heads(trial.value(path)):
+        fewer = trial.specimen_with({path: few}, seed)
+        more = trial.specimen_with({path: times * few}, seed) if fewer is not None else None
+        if fewer is None or more is None:
+            continue
+        if any(_same_repeated(fewer, more, factor * few, times, by_head) for by_head in (False, True)):
+            return True
     return False
 
 
+def _numbers_of_heads(value: int) -> Iterator[tuple[int, int]]:
+    """Numbers of heads, and how often each can be there, so that one of the two numbers is ``value``."""
+    for times in (2, 3, 5, 7):
+        yield value, times
+        if value % times == 0:
+            yield value // times, times
+
+
 def _same_repeated(fewer: Specimen, more: Specimen, heads: int, times: int, by_head: bool) -> bool:
-    """Whether a model that is given every KV head of another several times gives the same; see :func:`_repeated`."""
+    """Whether a model gives the same once it has every KV head of another several times; see :func:`_repeated`."""
     once, several = (dict(m.model.named_parameters()) for m in (fewer, more))
     try:
         with torch.no_grad():
             for name, weight in once.items():
                 same = weight.shape == several[name].shape
                 several[name].copy_(weight if same else _repeated(weight, heads, times, several[name], by_head))
-    except (RuntimeError, KeyError, ValueError):  # it is not laid out so
+    except (RuntimeError, KeyError, ValueError):  # the weights are laid out in another way
         return False
-    return torch.allclose(fewer.run(), more.run(), atol=1e-4, rtol=1e-4)
+    return torch.allclose(fewer.logits, more.run(), atol=1e-4, rtol=1e-4)
 
 
 def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor, by_head: bool) -> torch.Tensor:
     """Entries of each head several times; where a weight holds queries before keys and values, those stay.
 
     Args:
-        weight: of the model with fewer heads.
-        heads: that it has.
-        times: how often each is to be there.
-        target: the weight of the model with more.
-        by_head: whether the queries of a head, its keys and its values lie together, head after head.
+        weight: Weight of the model with fewer heads.
+        heads: Number of its heads.
+        times: How often each head is to be there.
+        target: The same weight of the model with more heads.
+        by_head: Whether the queries of a head, its keys and its values lie together, head after head.
     """
     (dim,) = (d for d, (a, b) in enumerate(zip(weight.shape, target.shape, strict=True)) if a != b)
     weight, added = weight.movedim(dim, 0), target.shape[dim] - weight.shape[dim]
@@ -188,9 +257,9 @@ def _repeated(weight: torch.Tensor, heads: int, times: int, target: torch.Tensor
     if by_head:
         of_head = weight.reshape(heads, -1, *weight.shape[1:])
         share = queries // heads
-        own = of_head[:, :share].unflatten(1, (times, -1))
+        of_queries = of_head[:, :share].unflatten(1, (times, -1))
         shared = of_head[:, None, share:].expand(-1, times, *of_head[:, share:].shape[1:])
-        return torch.cat([own, shared], 2).flatten(0, 2).movedim(0, dim)
+        return torch.cat([of_queries, shared], 2).flatten(0, 2).movedim(0, dim)
     first, rest = weight[:queries], weight[queries:]
     parts = 1 if queries == 0 else 2
     grouped = rest.reshape(parts, heads, -1, *weight.shape[1:]).repeat_interleave(times, 1)

@@ -1,7 +1,7 @@
 """Which config attributes set the sizes of a Mamba or linear-attention mixer, found by what they do to its state.
 
 Such a mixer keeps a state of fixed size in the cache: ``[B, H, P, N]``, or ``[B, H, N, P]``, or ``[B, P, N]`` where
-there are no heads. What the mixer's last projection takes is H * P long. So an attribute whose double makes H and that
+there are no heads. The last projection of the mixer takes H * P numbers. So an attribute whose double makes H and that
 length twice as long is the number of heads; one that makes another dimension longer and not that length is the size of
 the state. Heads of one group share what writes to the state and what reads it: N entries of each, for every group.
 
@@ -11,213 +11,241 @@ Shapes: H heads, P size of a head, N size of the state, G groups.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from itertools import product
-from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import nn
 
 from layersmith.block_config import MambaConfig
-from layersmith.errors import first_line
-from layersmith.model_descriptor.experiment import Effect, Shapes
+from layersmith.model_descriptor.experiment import Experiment, Shapes
 from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.cache_contents import filled_cache, keys_in_cache, recurrent_states
+from layersmith.model_descriptor.infer.sizes import MixerSizes
 from layersmith.model_descriptor.infer.specimen import Specimen
-from layersmith.model_descriptor.infer.subblocks import LayerKind
-
-if TYPE_CHECKING:
-    from layersmith.model_descriptor.infer.sizes import Trial
+from layersmith.model_descriptor.infer.trial import Trial, Values
 
 
 @dataclass(frozen=True)
-class MixerSizes:
-    """The attributes that set a mixer's sizes; None or empty where there is none that can differ alone.
+class _Mixer:
+    """A mixer as it is, and what other values of attributes do to it.
 
     Attributes:
-        num_heads, head_dim: H and P, and what has to go with each in proportion, e.g. the width of all heads.
-        state_dim, num_groups: N and G.
-        reader: the weight, in the layer, that reads the heads; its second dimension is H * P long.
-        headless: whether the state has no dimension for heads: there is one.
-        square: whether the state is as large as a head because both are one attribute.
-        groups: G where no attribute says it: 1, 0 for one for each head, None if that is not known.
-        is_alone: whether the layer keeps no keys and values beside the state.
-        problem: why no attribute was found, if one that looks like it does not run.
+        trial: The kind of layer.
+        state: Shape of the state in the cache.
+        reader: The weight that reads all heads.
+        refused: Values that were tried and did not run, and touch a size of the state.
     """
 
-    num_heads: tuple[tuple[str, ...], ...] = ()
-    state_dim: tuple[str, ...] | None = None
-    head_dim: tuple[tuple[str, ...], ...] = ()
-    num_groups: tuple[str, ...] | None = None
-    reader: str = ""
-    headless: bool = False
-    square: bool = False
-    groups: int | None = 1
-    is_alone: bool = True
-    problem: str = ""
+    trial: Trial
+    state: tuple[int, ...]
+    reader: str
+    refused: list[Values] = field(default_factory=list)
+
+    @property
+    def headless(self) -> bool:
+        return len(self.state) == 3
+
+    @property
+    def heads(self) -> int:
+        return 1 if self.headless else self.state[1]
+
+    @property
+    def length(self) -> int:
+        """H * P: the numbers that the reader takes."""
+        return self.trial.base[self.reader][1]
+
+    @property
+    def paths(self) -> list[AttributePath]:
+        """Attributes that change weights of the mixer and no others."""
+        owners = self.trial.kind.owners
+        return [
+            path
+            for path, effect in self.trial.effects.items()
+            if not effect.came_or_went and all(owners.get(name) == "attention" for name in effect.shapes)
+        ]
+
+    def rows_more(self, shapes: Shapes) -> int:
+        """Rows that all matrices of the layer together have more with other shapes."""
+        pairs = [(shape, shapes[name]) for name, shape in self.trial.base.items() if name in shapes]
+        return sum(new[0] - old[0] for old, new in pairs if len(old) == 2)
+
+    def reaction(self, values: Values, heads_alone: bool = False) -> _Reaction | None:
+        """What other values do; None if they do not run, or make something else than a state twice as long.
+
+        Args:
+            values: Values of attributes.
+            heads_alone: Run only if the reader takes twice as much, as it does for twice the heads alone.
+        """
+        shapes = self.trial.shapes(values)
+        if heads_alone and shapes is not None and shapes.get(self.reader, (0, 0))[1] != 2 * self.length:
+            return None
+        specimen = self.trial.specimen_with(values) if shapes is not None and self.reader in shapes else None
+        states = _states(specimen, self.trial.index) if specimen is not None else []
+        if shapes is None or not states:
+            if any(self.trial.value(path) in self.state[1:] for path in values):
+                self.refused.append(values)
+            return None
+        state = states[0]
+        if len(state) != len(self.state) or any(b not in (a, 2 * a) for a, b in zip(self.state, state, strict=True)):
+            return None
+        dims = [d for d, (a, b) in enumerate(zip(self.state, state, strict=True)) if a != b]
+        return _Reaction(self, values, dims, shapes)
+
+    def why_refused(self) -> str:
+        """Why the first of the values that touch a size of the state does not run; empty if all run."""
+        if not self.refused:
+            return ""
+        return self.trial.survey.refusal(self.refused[0]) or self.trial.refusal(self.refused[0])
 
 
-def find_mixer(
-    trial: Trial,
-    kind: LayerKind,
-    base: Shapes,
-    effects: Mapping[AttributePath, Effect],
-    without: Sequence[AttributePath],
-) -> MixerSizes | None:
-    """The attributes of a kind of layer's mixer; None if it has none with a state in the cache.
+@dataclass(frozen=True)
+class _Reaction:
+    """A mixer with twice as much of some attributes: dimensions of its state that are twice as long, and its shapes."""
 
-    Args:
-        trial: makes layers with other values.
-        kind: of layer.
-        base: its shapes.
-        effects: attributes that change shapes of the layer.
-        without: attributes that alone change no shapes; one may be the size of a head where another is the width of
-            all of them.
-    """
-    index = trial.index
-    state = _state(trial.specimen, index) if kind.attention is not None else None
-    if state is None or len(state) not in (3, 4):
+    mixer: _Mixer
+    values: Values
+    dims: list[int]
+    shapes: Shapes
+
+    def __str__(self) -> str:
+        return " and ".join(".".join(path) for path in self.values)
+
+    @property
+    def times(self) -> float:
+        """How many times as much the reader takes."""
+        return self.shapes[self.mixer.reader][1] / self.mixer.length
+
+    def doubles_one_size(self) -> bool:
+        """Whether one attribute is the length of one dimension of the state, and doubles it alone."""
+        (path,) = self.values
+        return len(self.dims) == 1 and self.mixer.trial.value(path) == self.mixer.state[self.dims[0]]
+
+
+# What a single attribute can be.
+_SIZES = {
+    "num_heads": Experiment[_Reaction, None](
+        "Does twice {} double the heads of the state, and what the last projection takes?",
+        lambda it, _: it.doubles_one_size() and it.dims == [1] and not it.mixer.headless and it.times == 2,
+    ),
+    "state_dim": Experiment[_Reaction, None](
+        "Does twice {} double another side of the state, and not what the last projection takes?",
+        lambda it, _: it.doubles_one_size() and (it.dims != [1] or it.mixer.headless) and it.times == 1,
+    ),
+    "head_dim": Experiment[_Reaction, None](
+        "Does twice {} double another side of the state, and what the last projection takes?",
+        lambda it, _: it.doubles_one_size() and it.dims != [1] and not it.mixer.headless and it.times == 2,
+    ),
+}
+
+
+def find_mixer(trial: Trial) -> MixerSizes | None:
+    """The attributes of a kind of layer's mixer; None if it has none with a state in the cache."""
+    states = _states(trial.specimen, trial.index) if trial.kind.attention is not None else []
+    if len(states) != 1 or len(states[0]) not in (3, 4):
         return None
-    reader = _reader(trial, kind, base, state)
+    reader = _reader(trial, states[0])
     if reader is None:
         return None
-    length = base[reader][1]
-    headless = len(state) == 3
-    heads = 1 if headless else state[1]
-    own = [
-        path
-        for path, effect in effects.items()
-        if not effect.came_or_went and all(kind.owners.get(name) == "attention" for name in effect.shapes)
-    ]
-
-    problems: list[str] = []
-
-    def tried(values: dict[AttributePath, Any], heads_alone: bool = False) -> tuple[list[int], int, Shapes] | None:
-        """Dimensions of the state that are twice as long then, how long the reader is, and the shapes."""
-        try:
-            shapes = trial.shapes_with(values)
-            if heads_alone and shapes[reader][1] != 2 * length:
-                return None
-            seen = tuple(_states(trial.made_with(values), index)[0].shape)
-        except Exception as error:  # whatever a family's own code raises for sizes that do not go together
-            if any(trial.value(path) in state[1:] for path in values):
-                problems.append(first_line(error.__cause__ or error))
-            return None
-        if len(seen) != len(state) or any(b not in (a, 2 * a) for a, b in zip(state, seen, strict=True)):
-            return None
-        return [d for d, (a, b) in enumerate(zip(state, seen, strict=True)) if a != b], shapes[reader][1], shapes
-
-    doubled = {path: tried({path: 2 * trial.value(path)}) for path in own}
-    sizes: dict[str, Any] = {}
-    written = 2 * heads  # entries that write to one of the state and read it, of all groups
-    for path, found in doubled.items():
-        value = trial.value(path)
-        if found is None or len(found[0]) != 1 or value != state[found[0][0]]:
-            continue
-        (dim,), new_length, shapes = found
-        if dim == 1 and not headless:
-            if new_length == 2 * length:
-                sizes.setdefault("num_heads", (path,))
-        elif new_length == length:
-            sizes.setdefault("state_dim", path)
-            written = _rows(base, shapes) // value
-        elif new_length == 2 * length and not headless:
-            sizes.setdefault("head_dim", (path,))
-    for name, size, dims in (("num_heads", heads, (1,)), ("head_dim", length // heads, (2, 3))):
-        if headless or name in sizes:
-            continue
-        for pair in _pairs(trial, own if name == "num_heads" else [*own, *without], own, size):
-            found = tried({path: 2 * trial.value(path) for path in pair}, heads_alone=True)
-            alone = found is not None and len(found[0]) == 1 and found[0][0] in dims and found[1] == 2 * length
-            if alone and _takes_shares(trial, pair, size):
-                sizes[name] = pair
-                break
-    square = (
-        "state_dim" not in sizes and not headless and any(f is not None and f[0] == [2, 3] for f in doubled.values())
-    )
+    mixer = _Mixer(trial, states[0], reader)
+    reactions = [mixer.reaction({path: 2 * trial.value(path)}) for path in mixer.paths]
+    ran = [reaction for reaction in reactions if reaction is not None]
+    single = {
+        name: next((reaction for reaction in ran if experiment.holds(reaction)), None)
+        for name, experiment in _SIZES.items()
+    }
+    paths = {name: tuple(reaction.values) if reaction is not None else () for name, reaction in single.items()}
+    if not mixer.headless:
+        size = mixer.length // mixer.heads
+        # One attribute may be the size of a head where another is the width of all of them.
+        either = [*mixer.paths, *trial.idle_everywhere]
+        paths["num_heads"] = paths["num_heads"] or _in_proportion(mixer, mixer.paths, mixer.heads, (1,))
+        paths["head_dim"] = paths["head_dim"] or _in_proportion(mixer, either, size, (2, 3))
+    state_dim = next(iter(paths["state_dim"]), None)
+    written = 2 * mixer.heads  # entries that write to one number of the state and read it, of all groups
+    if state_dim is not None and (of_state := single["state_dim"]) is not None:
+        written = mixer.rows_more(of_state.shapes) // trial.value(state_dim)
     groups = max(1, written // 2)
-    if "state_dim" in sizes and not headless:
-        entries = 2 * trial.value(sizes["state_dim"])
-        for path in own:
-            if (
-                trial.value(path) == groups
-                and (path,) != sizes.get("num_heads")
-                and _is_groups(trial, path, index, base, state, entries)
-            ):
-                sizes["num_groups"] = path
-                break
-    known = {1: 1, heads: 0}.get(groups)
-    keys = keys_in_cache(trial.specimen, index)
-    alone = keys is None or not keys.numel()
-    problem = f"with other sizes of its mixer it does not run ({problems[0]})" if problems and not sizes else ""
+    num_groups = _num_groups(mixer, groups, paths["num_heads"], state_dim)
+    keys = keys_in_cache(trial.specimen, trial.index)
+    is_known = bool(state_dim or num_groups or paths["num_heads"] or paths["head_dim"])
+    refusal = "" if is_known else mixer.why_refused()
     return MixerSizes(
-        **sizes, reader=reader, headless=headless, square=square, groups=known, is_alone=alone, problem=problem
+        num_heads=paths["num_heads"],
+        state_dim=state_dim,
+        head_dim=paths["head_dim"],
+        num_groups=num_groups,
+        reader=reader,
+        headless=mixer.headless,
+        square=state_dim is None and not mixer.headless and any(reaction.dims == [2, 3] for reaction in ran),
+        groups={1: 1, mixer.heads: 0}.get(groups),
+        is_alone=keys is None or not keys.numel(),
+        problem=f"with other sizes of its mixer it does not run ({refusal})" if refusal else "",
     )
 
 
-def _pairs(
-    trial: Trial, firsts: Sequence[AttributePath], seconds: Sequence[AttributePath], size: int
-) -> Iterator[tuple[AttributePath, AttributePath]]:
-    for first, second in product(firsts, seconds):
-        if first != second and trial.value(first) == size and trial.value(second):
-            yield first, second
+def _in_proportion(
+    mixer: _Mixer, firsts: Sequence[AttributePath], size: int, dims: tuple[int, ...]
+) -> tuple[AttributePath, ...]:
+    """Two attributes that together are a size of the state, the second in proportion to the first.
 
-
-def _takes_shares(trial: Trial, pair: tuple[AttributePath, AttributePath], size: int) -> bool:
-    """Whether the second can be in proportion to any value of the first, where that is no whole number."""
-    new = size + size // 2
-    try:
-        trial.shapes_with({path: in_proportion(trial.value(path), new, size) for path in pair})
-    except Exception:  # whatever a family's own code raises for a size that it cannot take
-        return False
-    return True
-
-
-def _is_groups(
-    trial: Trial, path: AttributePath, index: int, base: Shapes, state: tuple[int, ...], entries: int
-) -> bool:
-    """Whether another number adds or takes so many rows for each, runs, and leaves the state as it is."""
-    value = trial.value(path)
-    for other in (2 * value, value // 2):
-        if other < 1:
+    Args:
+        mixer: The mixer.
+        firsts: Attributes that may be the size itself.
+        size: The size.
+        dims: Dimensions of the state that may have it.
+    """
+    trial = mixer.trial
+    for pair in product(firsts, mixer.paths):
+        if pair[0] == pair[1] or trial.value(pair[0]) != size or not trial.value(pair[1]):
             continue
-        try:
-            shapes = trial.shapes_with({path: other})
-            if _rows(base, shapes) == entries * (other - value) and _state(trial.made(path, other), index) == state:
-                return True
-        except Exception:  # whatever a family's own code raises for sizes that do not go together
+        reaction = mixer.reaction({path: 2 * trial.value(path) for path in pair}, heads_alone=True)
+        if reaction is None or len(reaction.dims) != 1 or reaction.dims[0] not in dims or reaction.times != 2:
             continue
-    return False
+        # The second has to take any share, also where that is no whole number.
+        new = size + size // 2
+        if trial.shapes({path: in_proportion(trial.value(path), new, size) for path in pair}) is not None:
+            return pair
+    return ()
 
 
-def _rows(base: Shapes, changed: Shapes) -> int:
-    """Rows that all matrices together have more."""
-    return sum(changed[name][0] - shape[0] for name, shape in base.items() if len(shape) == 2 and name in changed)
-
-
-def _states(specimen: Specimen, index: int) -> list[torch.Tensor]:
-    return recurrent_states(filled_cache(specimen), index)
-
-
-def _state(specimen: Specimen, index: int) -> tuple[int, ...] | None:
-    """The shape of the state that a layer leaves in the cache; None if it leaves none."""
-    try:
-        states = _states(specimen, index)
-    except Exception:  # a family's own code may keep no cache, or another kind
+def _num_groups(
+    mixer: _Mixer, groups: int, num_heads: tuple[AttributePath, ...], state_dim: AttributePath | None
+) -> AttributePath | None:
+    """The attribute that adds or takes rows for each group, runs, and leaves the state as it is."""
+    trial = mixer.trial
+    if state_dim is None or mixer.headless:
         return None
-    return tuple(states[0].shape) if len(states) == 1 else None
+    entries = 2 * trial.value(state_dim)
+    for path in mixer.paths:
+        value = trial.value(path)
+        if value != groups or (path,) == num_heads:
+            continue
+        for other in (2 * value, value // 2):
+            shapes = trial.shapes({path: other}) if other else None
+            if shapes is None or mixer.rows_more(shapes) != entries * (other - value):
+                continue
+            specimen = trial.specimen_with({path: other})
+            if specimen is not None and _states(specimen, trial.index) == [mixer.state]:
+                return path
+    return None
 
 
-def _reader(trial: Trial, kind: LayerKind, base: Shapes, state: tuple[int, ...]) -> str | None:
+def _states(specimen: Specimen, index: int) -> list[tuple[int, ...]]:
+    """Shapes of the states that a layer leaves in the cache."""
+    cache = filled_cache(specimen)
+    return [] if cache is None else [tuple(state.shape) for state in recurrent_states(cache, index)]
+
+
+def _reader(trial: Trial, state: tuple[int, ...]) -> str | None:
     """The weight of the last linear map that runs in a module of the attention and takes all the heads."""
-    assert kind.attention is not None
+    assert trial.kind.attention is not None
     lengths = {state[1]} if len(state) == 3 else {state[1] * state[2], state[1] * state[3]}
-    specimen = trial.specimen
+    specimen, base = trial.specimen, trial.base
     linear = {name for name, module in specimen.model.named_modules() if isinstance(module, nn.Linear)}
     called = [call.name for call in specimen.trace(specimen.ids, keep=()) if call.name in linear]
-    for module in kind.attention.modules:
+    for module in trial.kind.attention.modules:
         inside = [name for name in called if name.startswith(f"{trial.prefix}{module}.")]
         weight = f"{inside[-1]}.weight".removeprefix(trial.prefix) if inside else ""
         if weight in base and base[weight][1] in lengths:
@@ -225,15 +253,18 @@ def _reader(trial: Trial, kind: LayerKind, base: Shapes, state: tuple[int, ...])
     return None
 
 
+# ------------------------------------------------------------------------------------ sizes in configs and weights
+
+
 def mamba_config(
     sizes: MixerSizes, numbers: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]
 ) -> MambaConfig | None:
-    """A mixer's sizes in a model itself; None where one of them is not known.
+    """The sizes of a mixer in a full model; None where one of them is unknown.
 
     Args:
-        sizes: of its kind.
-        numbers: ``num_heads``, ``state_dim`` and ``num_groups``, as far as attributes say them.
-        shapes: of the layer.
+        sizes: Attributes that set the sizes of the mixer.
+        numbers: ``num_heads``, ``state_dim`` and ``num_groups``, as far as attributes set them.
+        shapes: Shapes of the layer.
     """
     if sizes.reader not in shapes or not (sizes.num_heads or sizes.state_dim):
         return None
@@ -249,12 +280,12 @@ def mamba_config(
 def mixer_values(
     sizes: MixerSizes | None, mamba: MambaConfig | None, value: Callable[[AttributePath], int]
 ) -> list[tuple[AttributePath, int | float]]:
-    """What a mixer's sizes ask of the attributes; those that are as the config has them stay unsaid.
+    """Attributes, and the values that they need for the wanted sizes; attributes that stay as they are are left out.
 
     Args:
-        sizes: of its kind.
-        mamba: what is asked for.
-        value: gives what the model's config says of an attribute.
+        sizes: Attributes that set the sizes of the mixer.
+        mamba: The wanted sizes.
+        value: Gives the value of an attribute in the config of the full model.
     """
     if sizes is None or mamba is None:
         return []
@@ -271,7 +302,7 @@ def mixer_values(
 
 
 def in_proportion(value: int, new: int, old: int) -> int | float:
-    """``value * new / old``; if that is not whole, not the number below it, so that products are not less."""
+    """``value * new / old``. A share that is no whole number is rounded up, so that products with it are not less."""
     exact = Fraction(value * new, old)
     if exact.denominator == 1:
         return int(exact)

@@ -1,22 +1,22 @@
 """Layers that are built alike and whose sizes other attributes set, e.g. those with a window and those without.
 
 A kind of layer is what its classes are. Where two layers of a kind take their sizes from different attributes, as from
-one number of heads for layers with a window and another for the rest, they are two kinds for all that is a size.
+one number of heads for layers with a window and another for the rest, they count as two kinds.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.model_descriptor.experiment import Shapes
+from layersmith.model_descriptor.experiment import LayersByChange, Shapes, parameter_shapes
 from layersmith.model_descriptor.infer.attributes import AttributePath, nested, value_at
-from layersmith.model_descriptor.infer.sizes import Sizes, shapes_of_layers
-from layersmith.modeling_layersmith import with_overrides
+from layersmith.model_descriptor.infer.sizes import Sizes
+from layersmith.model_descriptor.stock import stock_model
+from layersmith.modeling_layersmith import own_layers, with_overrides
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Split:
     """Layers of a kind in which some attributes that set sizes of its other layers do nothing.
 
     Attributes:
-        kind: to which they belong by their classes.
-        paths: the attributes that are tried.
-        idle: those that do nothing.
-        number: of the kind that they are.
+        kind: Number of the kind to which they belong by their classes.
+        paths: The attributes that are tried.
+        idle: Those of them that do nothing.
+        number: Number of the kind that these layers become.
     """
 
     kind: int
@@ -43,27 +43,34 @@ def splits_of(
     of_layer: Sequence[int],
     sizes: Sequence[Sizes],
 ) -> list[Split]:
-    """Which kinds of layers are more than one kind.
+    """Kinds of layers that are more than one kind.
 
     Args:
-        config: of the model.
-        classes: of its decoder layers.
-        layers: the name of the list that holds them.
-        of_layer: the kind of every layer.
-        sizes: of every kind, found in its first layer.
+        config: Config of the model.
+        classes: Classes of its decoder layers.
+        layers: Name of the list that holds them.
+        of_layer: Number of the kind of every layer.
+        sizes: Sizes of every kind, found in its first layer.
     """
-    found: list[Split] = []
-    for k, own in enumerate(sizes):
+    splits: list[Split] = []
+    for k, found in enumerate(sizes):
         of_kind = [i for i, other in enumerate(of_layer) if other == k]
-        named = (own.kv_heads, *own.query_heads, own.width, own.num_experts, own.expert_width, own.shared_width)
+        named = (
+            found.kv_heads,
+            *found.query_heads,
+            found.width,
+            found.num_experts,
+            found.expert_width,
+            found.shared_width,
+        )
         paths = tuple(dict.fromkeys(path for path in named if path is not None))
         if len(of_kind) < 2 or not paths:
             continue
         idle = _idle(config, classes, layers, paths)
         for other in dict.fromkeys(idle[i] - idle[of_kind[0]] for i in of_kind):
             if other:
-                found.append(Split(k, paths, other, len(sizes) + len(found)))
-    return found
+                splits.append(Split(kind=k, paths=paths, idle=other, number=len(sizes) + len(splits)))
+    return splits
 
 
 def split(
@@ -75,11 +82,11 @@ def split(
 ) -> list[int]:
     """The kind of every layer, where some kinds are more than one."""
     result = list(of_layer)
-    idle = {paths: _idle(config, classes, layers, paths) for paths in dict.fromkeys(own.paths for own in splits)}
-    for own in splits:
+    idle = {paths: _idle(config, classes, layers, paths) for paths in dict.fromkeys(part.paths for part in splits)}
+    for part in splits:
         for i, k in enumerate(of_layer):
-            if k == own.kind and own.idle <= idle[own.paths][i]:
-                result[i] = own.number
+            if k == part.kind and part.idle <= idle[part.paths][i]:
+                result[i] = part.number
     return result
 
 
@@ -87,26 +94,27 @@ def _idle(
     config: PretrainedConfig, classes: Sequence[type[nn.Module]], layers: str, paths: Sequence[AttributePath]
 ) -> list[frozenset[AttributePath]]:
     """The attributes that change no shape of a layer, for every layer."""
-    base = _shapes(config, classes, layers, None, 0)
+
+    def build(change: tuple[AttributePath, int] | None) -> list[Shapes]:
+        def configure(layer_config: PretrainedConfig, index: int) -> PretrainedConfig:
+            if change is None:
+                return layer_config
+            path, factor = change
+            return with_overrides(
+                layer_config, nested(layer_config, path, factor * value_at(layer_config, path, index))
+            )
+
+        with own_layers(classes, configure, lambda layer, index: None):
+            built = stock_model(config).get_submodule(layers)
+        return [parameter_shapes(layer) for layer in built.children()]
+
+    builds = LayersByChange(build)
+    base = builds.shapes(None) or []
     idle: list[set[AttributePath]] = [set() for _ in base]
     for path in paths:
-        for factor in (2, 3):
-            try:
-                changed = _shapes(config, classes, layers, path, factor)
-            except Exception:  # whatever a family's own code raises for a size that it cannot take
-                continue
-            for i, own in enumerate(base):
-                if changed[i] == own:
-                    idle[i].add(path)
-            break
-    return [frozenset(own) for own in idle]
-
-
-def _shapes(
-    config: PretrainedConfig, classes: Sequence[type[nn.Module]], layers: str, path: AttributePath | None, factor: int
-) -> list[Shapes]:
-    def configure(own: PretrainedConfig, index: int) -> PretrainedConfig:
-        changes: dict[str, Any] = {} if path is None else nested(own, path, factor * value_at(own, path, index))
-        return with_overrides(own, changes)
-
-    return shapes_of_layers(config, classes, layers, configure)
+        tried = (builds.shapes((path, factor)) for factor in (2, 3))
+        changed = next((shapes for shapes in tried if shapes is not None), None)
+        for i, shapes in enumerate(changed or ()):
+            if shapes == base[i]:
+                idle[i].add(path)
+    return [frozenset(paths_of_layer) for paths_of_layer in idle]
