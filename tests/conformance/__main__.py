@@ -1,9 +1,8 @@
-"""Examine families, each in a process of its own, and write docs/families.md.
+"""Examine model families, each in a separate process, and write docs/families.md.
 
-Interrupted, it goes on where it was: what was seen is kept in ``runs/conformance.jsonl`` until anything that it was
-seen with changes.
+An interrupted run resumes: results are kept in ``runs/conformance.jsonl`` until the code or a version changes.
 
-Exit code 1 if something that passes in docs/families.json does not pass any more.
+The exit status is 1 if a check that passes in docs/families.json fails now.
 """
 
 from __future__ import annotations
@@ -43,18 +42,18 @@ def main() -> int:
         return 2
     before, _ = table.read()
     types = options.types or table.ALL_TYPES
-    # A few are examined anew; all of them go on from what was seen already.
+    # Named types are examined again; a run over all types resumes from earlier results.
     kept = {} if options.types or options.fresh else _kept()
     seconds = {v.model_type: v.seconds for v in before}
     verdicts = [kept[name] for name in types if name in kept]
     wanted = sorted((name for name in types if name not in kept), key=lambda name: -seconds.get(name, 0))
     if verdicts:
-        print(f"{len(verdicts)} of {len(types)} were examined already.")
+        print(f"{len(verdicts)} of {len(types)} were examined before.")
     try:
         for verdict in _examined(wanted, options.jobs, options.limit, keep=not options.types):
             verdicts.append(verdict)
     except KeyboardInterrupt:
-        print("\nInterrupted. The same command goes on from here.")
+        print("\nInterrupted. Repeat the command to resume.")
         return 130
     lines = table.worse(before, verdicts)
     if lines:
@@ -64,19 +63,21 @@ def main() -> int:
         table.write([*verdicts, *(v for v in before if options.types and v.model_type not in seen)])
         print(f"Written: {table.DOCS / 'families.md'}")
     elif lines and (not options.types or options.write):
-        print("docs/ is as it was; with --accept the new table is written all the same.")
+        print("docs/ is unchanged. Use --accept to write the new table.")
     return 1 if lines else 0
 
 
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__.splitlines()[0])
-    parser.add_argument("types", nargs="*", help="model types; default: all, and docs/families.md is written")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at a time")
-    parser.add_argument("--limit", type=int, default=300, help="seconds that one family may take")
-    parser.add_argument("--fresh", action="store_true", help="do not go on from an interrupted run")
-    parser.add_argument("--accept", action="store_true", help="write the table though something is worse than before")
-    parser.add_argument("--write", action="store_true", help="put the rows of the types that are named into the table")
-    parser.add_argument("--render", action="store_true", help="write docs/families.md anew from docs/families.json")
+    parser.add_argument("types", nargs="*", help="model types to examine; default: all, and write docs/families.md")
+    parser.add_argument("--jobs", type=int, default=2, help="number of processes")
+    parser.add_argument("--limit", type=int, default=300, help="time limit per family in seconds")
+    parser.add_argument("--fresh", action="store_true", help="do not resume an interrupted run")
+    parser.add_argument(
+        "--accept", action="store_true", help="write the table even if a check fails that passed before"
+    )
+    parser.add_argument("--write", action="store_true", help="write the rows of the named types into the table")
+    parser.add_argument("--render", action="store_true", help="write docs/families.md again from docs/families.json")
     parser.add_argument("--one", metavar="TYPE", help=argparse.SUPPRESS)
     return parser.parse_args()
 
@@ -117,18 +118,18 @@ def _in_a_process(model_type: str, limit: int) -> Verdict:
 def _said(verdict: Verdict) -> str:
     name = f"{verdict.model_type} ({verdict.seconds:.0f} s)"
     if verdict.parent:
-        return f"{name}: its stock parent does not run: {verdict.parent}"
+        return f"{name}: the unmodified parent does not run: {verdict.parent}"
     if verdict.refused:
         return f"{name}: refused: {verdict.refused}"
-    own = [f"{check}: {result}" for check, result in verdict.results.items() if result != "ok"]
-    return f"{name}: {'; '.join(own) or 'ok'}"
+    not_ok = [f"{check}: {result}" for check, result in verdict.results.items() if result != "ok"]
+    return f"{name}: {'; '.join(not_ok) or 'ok'}"
 
 
-# ---------------------------------------------------------------------------------------------- going on
+# ---------------------------------------------------------------------------------------------- resuming
 
 
 def _seen_with() -> str:
-    """Changes with everything that a verdict depends on."""
+    """A fingerprint of everything that a verdict depends on."""
     files = sorted([*(ROOT / "src").rglob("*.py"), *Path(__file__).parent.glob("*.py")])
     return fingerprint({"versions": table.versions(), "files": [file_digest(path) for path in files]})
 
@@ -137,9 +138,9 @@ def _kept() -> dict[str, Verdict]:
     if not KEPT.is_file():
         return {}
     lines = [json.loads(line) for line in KEPT.read_text(encoding="utf-8").splitlines()]
-    own = _seen_with()
-    found = [Verdict(**line["verdict"]) for line in lines if line["seen_with"] == own]
-    return {verdict.model_type: verdict for verdict in found}
+    current = _seen_with()
+    verdicts = [Verdict(**line["verdict"]) for line in lines if line["seen_with"] == current]
+    return {verdict.model_type: verdict for verdict in verdicts}
 
 
 def _keep(verdict: Verdict, seen_with: str) -> None:

@@ -27,7 +27,7 @@ DOCS = Path(__file__).parents[2] / "docs"
 CAUSAL = frozenset(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 ALL_TYPES = sorted(CAUSAL | set(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES))
 
-# In this order; an axis that no family has yet is left out, one that is not here comes last.
+# The order of axes in the table. An axis without results is left out; one that is missing here comes last.
 AXES = (
     "KV heads",
     "query heads",
@@ -55,7 +55,7 @@ NOTHING = "–"
 
 
 def versions() -> dict[str, str]:
-    """What a table was made with."""
+    """The versions that the results depend on."""
     return {
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
@@ -70,12 +70,12 @@ def write(verdicts: Sequence[Verdict], folder: Path = DOCS) -> None:
     write_json(
         folder / "families.json", {"versions": versions(), "families": [dataclasses.asdict(v) for v in verdicts]}
     )
-    # From what was kept, so that it is the same whenever it is rendered again.
+    # Render what was written, so that rendering again gives the same page.
     write_text(folder / "families.md", rendered(*read(folder)))
 
 
 def read(folder: Path = DOCS) -> tuple[list[Verdict], dict[str, str]]:
-    """The verdicts of ``families.json`` and what they were made with; none if there is no such file."""
+    """The verdicts of ``families.json`` and the versions they were made with; empty if there is no such file."""
     path = folder / "families.json"
     if not path.is_file():
         return [], {}
@@ -84,7 +84,7 @@ def read(folder: Path = DOCS) -> tuple[list[Verdict], dict[str, str]]:
 
 
 def worse(before: Iterable[Verdict], now: Iterable[Verdict]) -> list[str]:
-    """What passed and does not pass any more, a line each."""
+    """One line for each check that passed before and does not pass now."""
     known = {verdict.model_type: verdict for verdict in before}
     lines = []
     for verdict in now:
@@ -103,12 +103,12 @@ def worse(before: Iterable[Verdict], now: Iterable[Verdict]) -> list[str]:
 
 
 def is_counted(verdict: Verdict) -> bool:
-    """Whether a family is one of those that layersmith is for: see the definition in the table."""
+    """Whether a family is a decoder or hybrid language model, as ``families.md`` defines it."""
     return verdict.model_type in CAUSAL and verdict.kind in (DECODER, HYBRID) and verdict.language_only
 
 
 def is_whole(verdict: Verdict) -> bool:
-    """Whether a family has all that is asked of a counted one, but for what its stock parent cannot do."""
+    """Whether a family is described and passes the checks in ``WANTED`` that its unmodified parent passes."""
     return verdict.described and all(
         (result := verdict.results.get(name, "")) == OK or by_parent(result) for name in WANTED
     )
