@@ -65,7 +65,7 @@ class DataRecipe:
     """What to do with rows that share long runs of text with evaluation rows: `leave_out` drops them, `warn` keeps
     them and adds a warning, `refuse` stops the run, `allow` does not check."""
     field: str | None = None
-    """Column or JSON key that holds the text. Default: found by its usual names (`text`, `content`, ...)."""
+    """Column or JSON key that holds the text. Default: looked for under its usual names (`text`, `content`, ...)."""
     split: str = "train"
     """Split of a Hub dataset."""
 
