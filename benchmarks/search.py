@@ -34,7 +34,7 @@ from layersmith.run.progress import SILENT
 from layersmith.scoring.children import whole_models
 from layersmith.scoring.score import Journal, standard_error
 from layersmith.search import baselines
-from layersmith.search.program import by_branch_and_cut
+from layersmith.search.program import branched
 from layersmith.search.refine import refine
 from layersmith.search.solve import Candidate, Group, Solver
 from layersmith.stages.describe import cost_table
@@ -92,9 +92,9 @@ def programs(seeds: int, other: bool) -> list[dict[str, Any]]:
             row: dict[str, Any] = {"count": count, "seed": seed, "seconds": time.process_time() - started}
             row["score"] = solution.score
             if other:
-                program, _ = solver._program(limits)
+                program = solver.program(limits)
                 started = time.process_time()
-                columns = by_branch_and_cut(program, program.score)
+                columns = branched(program, program.score).columns
                 row["highs_seconds"] = time.process_time() - started
                 row["highs_score"] = math.fsum(program.score[columns]) if columns is not None else None
             rows.append(row)

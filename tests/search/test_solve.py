@@ -4,9 +4,15 @@ import random
 import pytest
 
 from layersmith.errors import Infeasible
-from layersmith.search.solve import Candidate, Group, ProgramSolution, solve, within
+from layersmith.search.solve import Candidate, Group, ProgramSolution, Solver, within
 
 Instance = tuple[list[Group], dict[str, int], dict[str, int]]
+
+
+def solve(
+    groups: list[Group], limits: dict[str, int], fixed: dict[str, int], parent_costs: dict[str, int] | None = None
+) -> ProgramSolution:
+    return Solver(groups, fixed, parent_costs).solve(limits)
 
 
 def instance(seed: int, scale: int = 1) -> Instance:

@@ -1,38 +1,43 @@
-"""The optimum of the integer program by enumerating all solutions near its linear bound.
+"""The optimum of the integer program, by enumerating every solution near its linear bound.
 
-By duality the score of every solution within the limits is
+By duality, the score of every solution within the limits is
 
-    bound + sum over its columns of their waste + sum over limits of multiplier * what is left of the limit,
+    bound + sum over its columns of their waste + sum over limits of multiplier * unused part of the limit,
 
-all terms at least 0. Solutions whose terms sum to at most a gap are few while the gap is small. So all of them are
-enumerated, for a gap that grows until there is one within the limits: then the best of them is the optimum, and that is
-the proof. Enumeration is by halves: partial solutions of either half of the groups whose wastes are within the gap, and
-pairs of them that leave of each limit no more than the gap allows, found by sorting one limited cost and bucketing
-others.
+where all terms are at least 0. Few solutions have terms that sum to less than a small gap, so all of them are
+enumerated. The gap grows until one of them is within the limits; the best of these is then proven optimal.
 
-Source: the two ideas are Horowitz and Sahni, "Computing Partitions with Applications to the Knapsack Problem" (1974),
-and the core of Balas and Zemel, "An Algorithm for Large Zero-One Knapsack Problems" (1980).
+The groups are divided into two halves. For each half, all partial solutions are listed whose wastes sum to at most the
+gap. Then pairs of partial solutions are combined whose unused limits also fit into the gap; sorting one limited cost
+finds them without trying all pairs.
 
-Shapes: G groups, N columns, K limited costs, S partial solutions of a half.
+Source: enumeration by halves is Horowitz and Sahni, "Computing Partitions with Applications to the Knapsack Problem"
+(1974), section 3; the core near the bound is Balas and Zemel, "An Algorithm for Large Zero-One Knapsack Problems"
+(1980), section 2.
+
+Shapes: G groups, N columns, K limited costs, S partial solutions of a half, P pairs.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from layersmith.search.program import Floats, Program, Relaxation
 
-# The solutions to be enumerated first, and how many times more in each further round.
+# The first gap admits about _FIRST solutions, and each further one _MORE times as many. A small first gap is cheap and
+# often enough; small steps repeat work. benchmarks/search.py chose both, on 80 layers with five limits.
 _FIRST, _MORE = 3e3, 6.0
-# Partial solutions of a half, and pairs, at which enumeration gives up.
+# Enumeration gives up above these sizes, which take about 1 GiB and half a minute; HiGHS is faster beyond them.
 _MOST_STATES, _MOST_PAIRS = 4_000_000, 300_000_000
+# Pairs that are held in memory at once.
 _CHUNK = 1_000_000
+# Wastes are rounded to this many steps of the gap when solutions are counted; only the choice of the gap depends on it.
 _BINS = 256
-# Scores this near, as a share of the largest, are equal.
+# Scores that differ by less than this share of the largest are equal: rounding of float64 sums is below it.
 _EQUAL = 1e-13
 
 
@@ -41,53 +46,20 @@ class GivesUp(Exception):
 
 
 def best_near_bound(program: Program, relaxed: Relaxation) -> np.ndarray | None:
-    """Columns ``[G]`` of the solution with the least score, and of equals the fewest changes; None if none fits.
+    """Columns ``[G]`` of the solution with the lowest score, and of equal ones the fewest changes; None if none fits.
 
     Raises:
-        GivesUp: the enumeration would be too large.
+        GivesUp: The enumeration would be too large.
     """
-    scale = float(program.score.max()) or 1.0
-    groups = [np.flatnonzero(program.group == g) for g in range(program.num_groups)]
-    widest = float(sum(relaxed.waste[own].max() for own in groups))
-    # Larger gaps have nothing more: all columns, and all that could be left of the limits.
-    left = program.room - program.least(program.cost).sum(1)
-    widest += float(relaxed.multipliers @ np.maximum(left, 0)) + _EQUAL * scale
+    enumeration = _Enumeration(program, relaxed)
+    widest = enumeration.widest_gap()
     target = _FIRST
     while True:
-        gap = _gap_for(relaxed, groups, target, widest, scale)
-        found = _within(program, relaxed, groups, gap, scale)
-        if found is not None or gap >= widest:
-            return found
+        gap = enumeration.gap_for(target, widest)
+        columns = enumeration.best_within(gap)
+        if columns is not None or gap >= widest:
+            return columns
         target *= _MORE
-
-
-def _gap_for(relaxed: Relaxation, groups: Sequence[np.ndarray], target: float, widest: float, scale: float) -> float:
-    """A gap within which about so many solutions have the sum of their wastes."""
-    low, high = 1e-12 * scale, widest
-    if _count(relaxed, groups, high) <= target:
-        return high
-    for _ in range(20):
-        middle = math.sqrt(low * high)
-        if _count(relaxed, groups, middle) > target:
-            high = middle
-        else:
-            low = middle
-    return high
-
-
-def _count(relaxed: Relaxation, groups: Sequence[np.ndarray], gap: float) -> float:
-    """About how many solutions have wastes that sum to at most the gap."""
-    counts = np.zeros(_BINS + 1)
-    counts[0] = 1.0
-    for own in groups:
-        wastes = relaxed.waste[own]
-        steps = np.rint(wastes[wastes <= gap] / gap * _BINS).astype(int)
-        if len(steps) > 1:
-            more = np.zeros(_BINS + 1)
-            for step in steps:
-                more[step:] += counts[: _BINS + 1 - step]
-            counts = more
-    return float(counts.sum())
 
 
 @dataclass(eq=False)
@@ -95,9 +67,11 @@ class _Half:
     """All partial solutions of some groups whose wastes sum to at most the gap, least waste first.
 
     Attributes:
-        waste, score, changes: ``[S]``.
+        waste: ``[S]``.
+        score: ``[S]``.
+        changes: ``[S]``.
         cost: ``[K, S]``.
-        steps: for each group the partial solution that was gone on from, and the column that was added.
+        steps: For each group, which partial solution of the groups before was extended, and by which column.
     """
 
     waste: Floats
@@ -107,39 +81,164 @@ class _Half:
     steps: list[tuple[np.ndarray, np.ndarray]]
 
     def columns(self, state: int) -> list[int]:
-        found = []
-        for came_from, column in reversed(self.steps):
-            found.append(int(column[state]))
-            state = int(came_from[state])
-        return found
+        """The columns of one partial solution."""
+        columns = []
+        for extended, column in reversed(self.steps):
+            columns.append(int(column[state]))
+            state = int(extended[state])
+        return columns
 
 
-def _half(program: Program, relaxed: Relaxation, groups: Sequence[np.ndarray], gap: float) -> _Half:
-    half = _Half(np.zeros(1), np.zeros(1), np.zeros(1), np.zeros((len(program.room), 1)), [])
-    for own in groups:
-        counts = [int(np.searchsorted(half.waste, gap - relaxed.waste[j], side="right")) for j in own]
-        if sum(counts) > _MOST_STATES:
+class _Enumeration:
+    """One program, its relaxation, and its columns by group."""
+
+    def __init__(self, program: Program, relaxed: Relaxation):
+        self.program, self.relaxed = program, relaxed
+        self.groups = [np.flatnonzero(program.group == g) for g in range(program.num_groups)]
+        self.scale = float(program.score.max()) or 1.0
+        self.equal = _EQUAL * self.scale
+
+    def widest_gap(self) -> float:
+        """The gap that admits every solution: the largest wastes, and limits that are not used at all."""
+        program, relaxed = self.program, self.relaxed
+        wastes = sum(relaxed.waste[columns].max() for columns in self.groups)
+        unused = program.room - program.least(program.cost).sum(1)
+        return float(wastes) + float(relaxed.multipliers @ np.maximum(unused, 0)) + self.equal
+
+    def gap_for(self, target: float, widest: float) -> float:
+        """A gap that about ``target`` solutions' wastes fit into, by bisection."""
+        low, high = 1e-12 * self.scale, widest
+        if self._count(high) <= target:
+            return high
+        for _ in range(20):
+            middle = math.sqrt(low * high)
+            if self._count(middle) > target:
+                high = middle
+            else:
+                low = middle
+        return high
+
+    def _count(self, gap: float) -> float:
+        """About how many solutions have wastes that sum to at most the gap."""
+        counts = np.zeros(_BINS + 1)
+        counts[0] = 1.0
+        for columns in self.groups:
+            wastes = self.relaxed.waste[columns]
+            steps = np.rint(wastes[wastes <= gap] / gap * _BINS).astype(int)
+            if len(steps) > 1:
+                extended = np.zeros(_BINS + 1)
+                for step in steps:
+                    extended[step:] += counts[: _BINS + 1 - step]
+                counts = extended
+        return float(counts.sum())
+
+    def best_within(self, gap: float) -> np.ndarray | None:
+        """The best solution within the limits and the gap, or None."""
+        program, waste = self.program, self.relaxed.waste
+        near = [columns[waste[columns] <= gap] for columns in self.groups]
+        settled = [int(columns[0]) for columns in near if len(columns) == 1]
+        undecided = sorted(
+            (columns for columns in near if len(columns) > 1),
+            key=lambda columns: float(np.exp(-3 * waste[columns] / gap).sum()),
+        )
+        one, other = (self._half(undecided[start::2], gap) for start in (0, 1))
+        swapped = len(one.waste) > len(other.waste)
+        room = program.room - program.cost[:, settled].sum(1)
+        pair = self._best_pair(*((other, one) if swapped else (one, other)), room, gap)
+        if pair is None:
+            return None
+        first, second = pair[::-1] if swapped else pair
+        columns = [*settled, *one.columns(first), *other.columns(second)]
+        return np.array(sorted(columns, key=lambda column: int(program.group[column])))
+
+    def _half(self, groups: Sequence[np.ndarray], gap: float) -> _Half:
+        program, relaxed = self.program, self.relaxed
+        half = _Half(np.zeros(1), np.zeros(1), np.zeros(1), np.zeros((len(program.room), 1)), [])
+        for columns in groups:
+            counts = [int(np.searchsorted(half.waste, gap - relaxed.waste[j], side="right")) for j in columns]
+            if sum(counts) > _MOST_STATES:
+                raise GivesUp
+            extended = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
+            column = np.repeat(columns.astype(np.int32), counts)
+            score = half.score[extended] + program.score[column]
+            changes = half.changes[extended] + program.changes[column]
+            cost = half.cost[:, extended] + program.cost[:, column]
+            waste = half.waste[extended] + relaxed.waste[column]
+            kept = _without_dominated(score, changes, cost)
+            kept = kept[np.argsort(waste[kept], kind="stable")]
+            steps = [*half.steps, (extended[kept], column[kept])]
+            half = _Half(waste[kept], score[kept], changes[kept], cost[:, kept], steps)
+        return half
+
+    def _best_pair(self, one: _Half, other: _Half, room: Floats, gap: float) -> tuple[int, int] | None:
+        """The pair of partial solutions with the least waste, the unused parts of the limits included."""
+        multipliers, tolerance = self.relaxed.multipliers, self.program.tolerance
+        allowance = room[:, None] - one.cost  # what each partial solution leaves to the other half
+        order, low, high = self._ranges(other, allowance, gap)
+        best: tuple[float, float, int, int] | None = None
+        most = gap
+        for a, b in _chunks(low, high):
+            b = order[b]
+            waste = one.waste[a] + other.waste[b]
+            fits = waste <= most + self.equal
+            a, b, waste = a[fits], b[fits], waste[fits]
+            for k in range(len(room)):
+                unused = allowance[k][a] - other.cost[k][b]
+                waste = waste + multipliers[k] * unused
+                fits = (unused >= -tolerance[k]) & (waste <= most + self.equal)
+                a, b, waste = a[fits], b[fits], waste[fits]
+            if len(a):
+                least = float(waste.min())
+                near = np.flatnonzero(waste <= least + self.equal)
+                changes = one.changes[a[near]] + other.changes[b[near]]
+                chosen = near[int(np.argmin(changes))]
+                if best is None or least < best[0] - self.equal or float(changes.min()) < best[1]:
+                    best = least, float(changes.min()), int(a[chosen]), int(b[chosen])
+                    most = min(most, least)
+        return None if best is None else (best[2], best[3])
+
+    def _ranges(self, other: _Half, allowance: Floats, gap: float) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """An order ``[S]`` of a half, and for each partial solution of the other half the range of its partners in it.
+
+        The order is that of the limited cost for which the gap leaves the narrowest range.
+        """
+        multipliers, tolerance = self.relaxed.multipliers, self.program.tolerance
+        count, partners = len(other.waste), allowance.shape[1]
+        widths = {k: float(np.ptp(other.cost[k])) for k in range(len(multipliers)) if multipliers[k] > 0}
+        margins = {k: tolerance[k] + 1e-8 * width for k, width in widths.items()}
+        spans = {k: gap / multipliers[k] + 2 * margins[k] for k in widths}
+        k = max(widths, key=lambda k: widths[k] / spans[k], default=None)
+        if k is None or widths[k] <= 2 * spans[k]:
+            order, low = np.arange(count), np.zeros(partners, dtype=np.int64)
+            high = low + count
+        else:
+            order = np.argsort(other.cost[k], kind="stable")
+            cost, top = other.cost[k][order], allowance[k] + margins[k]
+            low, high = np.searchsorted(cost, top - spans[k]), np.searchsorted(cost, top, side="right")
+        if int(np.maximum(high - low, 0).sum()) > _MOST_PAIRS:
             raise GivesUp
-        came_from = np.concatenate([np.arange(n, dtype=np.int32) for n in counts])
-        column = np.repeat(own.astype(np.int32), counts)
-        score, changes = (
-            half.score[came_from] + program.score[column],
-            half.changes[came_from] + program.changes[column],
-        )
-        cost = half.cost[:, came_from] + program.cost[:, column]
-        kept = _not_beaten(score, changes, cost)
-        waste = half.waste[came_from] + relaxed.waste[column]
-        kept = kept[np.argsort(waste[kept], kind="stable")]
-        half = _Half(
-            waste[kept], score[kept], changes[kept], cost[:, kept], [*half.steps, (came_from[kept], column[kept])]
-        )
-    return half
+        return order, low, high
 
 
-def _not_beaten(score: Floats, changes: Floats, cost: Floats) -> np.ndarray:
-    """Partial solutions for which no other costs as little in everything and scores less; all there is to find fast.
+def _chunks(low: np.ndarray, high: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Pairs of each index and every place in its range, as many at a time as memory allows."""
+    counts = np.maximum(high - low, 0)
+    ends = np.cumsum(counts)
+    start = 0
+    while start < len(counts):
+        done = int(ends[start - 1]) if start else 0
+        end = max(start + 1, int(np.searchsorted(ends, done + _CHUNK, side="right")))
+        sizes = counts[start:end]
+        first = np.repeat(np.arange(start, end), sizes)
+        second = np.arange(int(sizes.sum())) - np.repeat(np.cumsum(sizes) - sizes, sizes)
+        yield first, second + np.repeat(low[start:end], sizes)
+        start = end
 
-    With one limited cost these are all that matter; with more, the best of those with equal costs.
+
+def _without_dominated(score: Floats, changes: Floats, cost: Floats) -> np.ndarray:
+    """Indices of partial solutions without those that another one dominates in score and every cost.
+
+    With one limited cost, all dominated ones are removed; with more, only those of equal costs, which is fast.
     """
     if len(cost) == 1:
         order = np.lexsort((changes, score))
@@ -150,119 +249,9 @@ def _not_beaten(score: Floats, changes: Floats, cost: Floats) -> np.ndarray:
         kept = np.ones(len(order), dtype=bool)
         kept[1:] = rank[1:] < np.minimum.accumulate(rank)[:-1]
         return order[kept]
-    if len(score) < 20_000:
+    if len(score) < 20_000:  # sorting takes longer than it saves
         return np.arange(len(score))
     order = np.lexsort((changes, score, *cost))
     first = np.ones(len(order), dtype=bool)
     first[1:] = (cost[:, order[1:]] != cost[:, order[:-1]]).any(0)
     return order[first]
-
-
-def _within(
-    program: Program, relaxed: Relaxation, groups: Sequence[np.ndarray], gap: float, scale: float
-) -> np.ndarray | None:
-    """The best solution within the limits and the gap, or None."""
-    near = [own[relaxed.waste[own] <= gap] for own in groups]
-    alone = [int(own[0]) for own in near if len(own) == 1]
-    open_groups = sorted(
-        (own for own in near if len(own) > 1), key=lambda own: float(np.exp(-3 * relaxed.waste[own] / gap).sum())
-    )
-    one, other = (_half(program, relaxed, open_groups[at::2], gap) for at in (0, 1))
-    room = program.room - program.cost[:, alone].sum(1)
-    pair = _best_pair(one, other, room, program.tolerance, relaxed.multipliers, gap, _EQUAL * scale)
-    if pair is None:
-        return None
-    columns = [*alone, *one.columns(pair[0]), *other.columns(pair[1])]
-    return np.array(sorted(columns, key=lambda column: int(program.group[column])))
-
-
-def _best_pair(
-    one: _Half, other: _Half, room: Floats, tolerance: Floats, multipliers: Floats, gap: float, equal: float
-) -> tuple[int, int] | None:
-    """The pair of partial solutions with the least waste, what is left of the limits included."""
-    if len(one.waste) > len(other.waste):
-        pair = _best_pair(other, one, room, tolerance, multipliers, gap, equal)
-        return None if pair is None else (pair[1], pair[0])
-    # What a partial solution leaves to the other, and how far below that the other may stay.
-    leaves = room[:, None] - one.cost
-    active = [k for k in range(len(room)) if multipliers[k] > 0]
-    margin = {k: tolerance[k] + 1e-8 * float(np.ptp(other.cost[k])) for k in active}
-    span = {k: gap / multipliers[k] + 2 * margin[k] for k in active}
-    selectivity = {k: float(np.ptp(other.cost[k])) / span[k] for k in active}
-    by_use = sorted((k for k in active if selectivity[k] > 2), key=lambda k: -selectivity[k])
-    ranges, order = _ranges(other, leaves, by_use, span, margin)
-    other_waste, other_cost, other_changes = other.waste[order], other.cost[:, order], other.changes[order]
-    best: tuple[float, float, int, int] | None = None
-    most = gap
-    if sum(int(np.maximum(high - low, 0).sum()) for low, high in ranges) > _MOST_PAIRS:
-        raise GivesUp
-    for low, high in ranges:
-        counts = np.maximum(high - low, 0)
-        ends = np.cumsum(counts)
-        start = 0
-        while start < len(counts):
-            done = int(ends[start - 1]) if start else 0
-            end = max(start + 1, int(np.searchsorted(ends, done + _CHUNK, side="right")))
-            own = counts[start:end]
-            total = int(own.sum())
-            a = np.repeat(np.arange(start, end), own)
-            b = np.arange(total) - np.repeat(np.cumsum(own) - own, own) + np.repeat(low[start:end], own)
-            start = end
-            waste = one.waste[a] + other_waste[b]
-            for k in range(-1, len(room)):
-                if k >= 0:
-                    left = leaves[k][a] - other_cost[k][b]
-                    waste = waste + multipliers[k] * left
-                    fits = (left >= -tolerance[k]) & (waste <= most + equal)
-                else:
-                    fits = waste <= most + equal
-                a, b, waste = a[fits], b[fits], waste[fits]
-            if len(a):
-                least = float(waste.min())
-                near = np.flatnonzero(waste <= least + equal)
-                changes = one.changes[a[near]] + other_changes[b[near]]
-                at = near[int(np.argmin(changes))]
-                found = (least, float(changes.min()), int(a[at]), int(order[b[at]]))
-                if best is None or found[0] < best[0] - equal or found[1] < best[1]:
-                    best, most = found, min(most, least)
-    return None if best is None else (best[2], best[3])
-
-
-def _ranges(
-    other: _Half, leaves: Floats, by_use: Sequence[int], span: dict[int, float], margin: dict[int, float]
-) -> tuple[list[tuple[np.ndarray, np.ndarray]], np.ndarray]:
-    """Where in an order of the other half's partial solutions those lie that may go with each of the one's.
-
-    They are sorted by the cost that tells most, within buckets of the two next, each as wide as what may be left; so
-    the partners of a solution lie in two neighbouring buckets of each.
-    """
-    count = len(other.waste)
-    if not by_use:
-        everything = np.zeros(leaves.shape[1], dtype=np.int64)
-        return [(everything, everything + count)], np.arange(count)
-    first, *rest = by_use
-    rest = rest[:2] if count * leaves.shape[1] > 10 * _CHUNK else []
-    low_value, width = float(other.cost[first].min()), float(np.ptp(other.cost[first])) or 1.0
-    buckets = np.zeros(count, dtype=np.int64)
-    wanted = [np.zeros(leaves.shape[1], dtype=np.int64)]
-    for k in rest:
-        base = float(other.cost[k].min())
-        own = np.floor((other.cost[k] - base) / span[k]).astype(np.int64)
-        number = int(own.max()) + 2
-        buckets = buckets * number + own
-        top = np.floor((leaves[k] + margin[k] - base) / span[k])
-        nearest = [np.where((top - d >= 0) & (top - d < number - 1), top - d, number - 1) for d in (0, 1)]
-        wanted = [before * number + one.astype(np.int64) for before in wanted for one in nearest]
-    known, rank = np.unique(buckets, return_inverse=True)
-    key = 4.0 * rank + (other.cost[first] - low_value) / width
-    order = np.argsort(key, kind="stable")
-    key = key[order]
-    high = np.clip((leaves[first] + margin[first] - low_value) / width, -1, 1.5)
-    low = np.clip((leaves[first] + margin[first] - span[first] - low_value) / width, -1, 1.5)
-    ranges = []
-    for bucket in wanted:
-        at = np.minimum(np.searchsorted(known, bucket), len(known) - 1)
-        start = np.searchsorted(key, 4.0 * at + low - 1e-9)
-        end = np.searchsorted(key, 4.0 * at + high + 1e-9, side="right")
-        ranges.append((start, np.where(known[at] == bucket, end, start)))
-    return ranges, order
