@@ -7,7 +7,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test check conformance families docs lint types install clean
+.PHONY: demo test check conformance families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -33,6 +33,11 @@ docs: .venv-docs/.ready
 	$(PYTHON) -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
 	.venv-docs/bin/pip install --quiet --disable-pip-version-check -r .venv-docs/requirements.txt
 	touch .venv-docs/.ready
+
+# Tests of everything that leans on Transformers, with the lowest and the newest supported version, each in an
+# environment of its own; writes docs/upstream.md. About fifteen minutes on two cores.
+upstream: $(READY)
+	$(BIN)/python tests/upstream_versions.py 5.15.0 5.24.0
 
 check: lint types test
 

@@ -1,6 +1,7 @@
 """The command line as a user sees it: real processes, their output, their exit codes."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -48,7 +49,8 @@ def test_the_commands_one_after_another(
     assert done.returncode == 0, done.stderr
     assert f"child:  {run / 'child'}" in done.stdout
     assert "KL divergence" in done.stdout
-    assert "score: done in" in done.stdout
+    assert "score: done in" in done.stderr  # progress and notes leave standard output to the result
+    assert "done in" not in done.stdout
     assert "Traceback" not in done.stderr
 
     searched = layersmith_command("search", run, "--params", "0.8", "--out", tmp_path / "smaller")
@@ -110,7 +112,7 @@ def test_a_descriptor_from_the_working_folder(
         "--recipe", recipe, "--descriptor", "mine:Mine", cwd=tmp_path,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "no attention no-op" in done.stdout
+    assert "no attention no-op" in done.stderr
 
 
 def test_commands_on_what_is_not_a_run(tmp_path: Path) -> None:
@@ -130,14 +132,93 @@ def test_help_is_quick_and_complete() -> None:
         assert command in done.stdout
 
 
-@pytest.mark.parametrize(("own", "found"), [({}, "20000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
-def test_threads_that_wait_do_not_spin_for_long(own: dict[str, str], found: str) -> None:
-    """PyTorch's own libgomp reads that when it is loaded, so it is said before."""
+    for command in ([], ["compress"], ["search"]):
+        assert layersmith_command(*command, "-h").stdout == layersmith_command(*command, "--help").stdout
+
+
+def test_version() -> None:
+    for option in ("--version", "-V"):
+        done = layersmith_command(option)
+        assert (done.returncode, done.stdout) == (0, f"layersmith {layersmith.__version__}\n")
+
+
+def test_shell_completion() -> None:
+    done = layersmith_command("--show-completion", "bash")
+    assert done.returncode == 0, done.stderr
+    assert "complete" in done.stdout
+
+
+def test_quiet_and_verbose(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
+    parent = make_parent("llama")
+    given = ["evaluate", parent, "--data", text_folder, "--sequences", 2, "--sequence-length", 32]
+    quiet, usual, verbose = (layersmith_command(*given, *option) for option in (["-q"], [], ["-vv"]))
+    assert quiet.stderr == ""
+    assert "evaluate: done in" in usual.stderr
+    assert quiet.stdout == usual.stdout == verbose.stdout
+
+
+@pytest.mark.parametrize(("option", "instead"), [("--alike", "search.uniform_groups"), ("--seed", "seed=N")])
+def test_former_options_name_what_replaced_them(option: str, instead: str, tmp_path: Path) -> None:
+    done = layersmith_command("compress", tmp_path, tmp_path / "run", "--data", tmp_path, option, "3")
+    assert done.returncode == 2
+    assert option in done.stderr
+    assert instead in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+)
+def test_interrupts_end_with_their_code_and_one_sentence(
+    number: signal.Signals, code: int, word: str, make_parent: Callable[..., Path], text_folder: Path, recipe: Path,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    given = ["compress", make_parent("llama"), tmp_path / "run", "--data", text_folder, "--params", "0.85"]
+    command = [*COMMAND, *map(str, given), "--recipe", str(recipe)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
+    process.stderr.readline()  # a first stage is done
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == code, errors
+    assert f"layersmith: {word}. To resume, run the same command again." in errors
+    assert "Traceback" not in errors
+
+
+def test_a_reader_that_goes_away(make_parent: Callable[..., Path]) -> None:
+    command = [*COMMAND, "inspect", str(make_parent("llama"))]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    errors = process.stderr.read()
+    assert process.wait(timeout=300) == 141, errors
+    assert "Traceback" not in errors
+
+
+def test_a_failed_verification_fails(make_parent: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "wrong.py").write_text(
+        "from layersmith import describe\n"
+        "from transformers import LlamaConfig\n"
+        "class Wrong(describe(LlamaConfig)):\n"
+        "    @staticmethod\n"
+        "    def mlp_no_op_post_init(decoder_layer):\n"
+        "        pass\n"
+    )
+    done = layersmith_command(
+        "inspect", "--verify", make_parent("llama"), "--descriptor", "wrong:Wrong", cwd=tmp_path
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert layersmith_command("inspect", "--verify", make_parent("llama")).returncode == 0
+
+
+@pytest.mark.parametrize(("environment", "spins"), [({}, "20000"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "None")])
+def test_threads_that_wait_do_not_spin_for_long(environment: dict[str, str], spins: str) -> None:
+    """PyTorch's libgomp reads the variable when it is loaded, so it must be set before."""
     code = (
         "import os, sys; from layersmith.cli import main\n"
         "sys.argv, before = ['layersmith', '--help'], 'torch' in sys.modules\n"
         "try: main()\nfinally: print(before, os.environ.get('GOMP_SPINCOUNT'))"
     )
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", code], env=clean | own, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == f"False {found}"
+    done = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == f"False {spins}"

@@ -1,79 +1,169 @@
-"""The command line. It parses, calls the pipeline, and prints."""
+"""The command line: it reads arguments, calls the pipeline or a command on a finished run, and prints the result.
+
+Results go to standard output; progress, notes, logs and errors go to standard error. Modules that take seconds to
+import, such as torch, are imported inside the commands, so that ``--help`` answers at once.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import errno
+import logging
 import os
+import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import FrameType
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from layersmith.errors import LayersmithError, UsageError, did_you_mean
-from layersmith.recipe import BATCH, CONTEXT, DataRecipe
+from layersmith.recipe import BATCH, CONTEXT, DataRecipe, Recipe
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from layersmith.run.progress import Progress
 
+BUDGET, WORKLOAD, SETTINGS = "Budget", "Workload", "Settings"
+
 app = typer.Typer(
-    help="Any Hugging Face decoder model and a budget in; a smaller model whose layers differ out.",
+    help="Compress a Hugging Face decoder language model to a budget. Every layer of the result has its own shape.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode=None,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Parent = Annotated[str, typer.Argument(help="Checkpoint folder or hub name of the model to make smaller.")]
-Params = Annotated[str | None, typer.Option(help="Parameters of the child: 0.7 of the parent's, or 7B.")]
-ActiveParams = Annotated[str | None, typer.Option(help="Parameters that take part in a token: 0.7 or 3B.")]
-Weights = Annotated[str | None, typer.Option(help="Memory of the weights: 0.7 or 10GiB.")]
-KVCache = Annotated[str | None, typer.Option(help="Memory of the KV cache at --batch and --context: 0.5 or 2GiB.")]
-Memory = Annotated[str | None, typer.Option(help="Weights and KV cache together: 0.7 or 10GiB.")]
+Parent = Annotated[str, typer.Argument(help="Model to compress: a checkpoint folder or a hub id.")]
+Run = Annotated[Path, typer.Argument(help="Folder of a finished `compress` run.")]
+Params = Annotated[
+    str | None,
+    typer.Option(help="Parameters of the child: 0.7 of the parent's, or an amount such as 7B.", rich_help_panel=BUDGET),
+]
+ActiveParams = Annotated[
+    str | None, typer.Option(help="Parameters used for each token: 0.7, or 3B.", rich_help_panel=BUDGET)
+]
+Weights = Annotated[str | None, typer.Option(help="Memory of the weights: 0.7, or 10GiB.", rich_help_panel=BUDGET)]
+KVCache = Annotated[
+    str | None,
+    typer.Option(help="Memory of the KV cache for --batch and --context: 0.5, or 2GiB.", rich_help_panel=BUDGET),
+]
+Memory = Annotated[
+    str | None, typer.Option(help="Memory of weights and KV cache together: 0.7, or 10GiB.", rich_help_panel=BUDGET)
+]
 TTFT = Annotated[
     str | None,
-    typer.Option("--ttft", help="Time to first token, of a prompt of --context less --generate: 0.7 or 80ms."),
+    typer.Option("--ttft", help="Time to first token on this machine: 0.7, or 80ms.", rich_help_panel=BUDGET),
 ]
-TimePerToken = Annotated[str | None, typer.Option(help="Time per token after it, of the whole batch: 0.7 or 12ms.")]
+TimePerToken = Annotated[
+    str | None,
+    typer.Option(help="Time per generated token of the batch, on this machine: 0.7, or 12ms.", rich_help_panel=BUDGET),
+]
 Throughput = Annotated[
-    str | None, typer.Option(help="Tokens written a second, at least: 1.5x of the parent's, or 500tokens/s.")
+    str | None,
+    typer.Option(help="Least number of generated tokens a second: 1.5x, or 500tokens/s.", rich_help_panel=BUDGET),
 ]
-Batch = Annotated[int, typer.Option(help="Sequences at once, for the KV cache and for times.")]
-Context = Annotated[int, typer.Option(help="Tokens of each, for the KV cache and for times.")]
+Batch = Annotated[int, typer.Option(help="Number of sequences served at once.", rich_help_panel=WORKLOAD)]
+Context = Annotated[
+    int, typer.Option(help="Tokens in each sequence, prompt and generated ones together.", rich_help_panel=WORKLOAD)
+]
 Generate = Annotated[
-    int | None, typer.Option(help="Tokens of --context that the model writes; default: 128, at most half.")
+    int | None,
+    typer.Option(
+        help="Number of generated tokens, counted within --context. Default: 128, at most half.",
+        rich_help_panel=WORKLOAD,
+    ),
 ]
-KeepLayers = Annotated[str | None, typer.Option(help="Layers that stay as they are, e.g. 0,1,31.")]
-MaxRemovedAttentions = Annotated[int | None, typer.Option(help="Maximum number of attentions to remove.")]
-MaxRemovedFFNs = Annotated[int | None, typer.Option("--max-removed-ffns", help="Maximum number of FFNs to remove.")]
-UniformGroups = Annotated[
-    str | None, typer.Option(help="Give groups of N neighbouring layers the same shape ('all': every layer).")
+RecipeFile = Annotated[
+    Path | None,
+    typer.Option("--recipe", help="YAML file with settings; others keep their defaults.", rich_help_panel=SETTINGS),
 ]
 Settings = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change a setting of the recipe: section.key=value. May be repeated."),
+    typer.Option(
+        "--set",
+        help="Change one setting of the recipe: section.key=value. May be repeated.",
+        rich_help_panel=SETTINGS,
+    ),
 ]
-TensorParallel = Annotated[int | None, typer.Option(help="Heads and widths that are left are multiples of this.")]
-Refine = Annotated[
-    bool | None, typer.Option("--refine/--no-refine", help="Better the solution by running whole children.")
+Device = Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.", rich_help_panel=SETTINGS)]
+Descriptor = Annotated[
+    str | None,
+    typer.Option(
+        help="Your own descriptor of the model's family, as package.module:ClassName.", rich_help_panel=SETTINGS
+    ),
 ]
-RecipeFile = Annotated[Path | None, typer.Option("--recipe", help="YAML file; what it leaves out has its default.")]
-Descriptor = Annotated[str | None, typer.Option(help="Descriptor of the model's family, as package.module:ClassName.")]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run code that lies in the parent's folder.")
+    bool,
+    typer.Option(
+        "--trust-remote-code", help="Run Python code from the parent's folder or hub page.", rich_help_panel=SETTINGS
+    ),
 ]
+Verbose = Annotated[
+    int, typer.Option("--verbose", "-v", count=True, help="Show more of what happens; -vv also shows tracebacks.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no notes, only the result.")]
+
+
+@dataclass(frozen=True)
+class Screen:
+    """Where a command writes.
+
+    Attributes:
+        results: Standard output.
+        progress: Progress and notes, on standard error.
+    """
+
+    results: Console
+    progress: Progress
+
+    def line(self, text: str) -> None:
+        """Print a line as it is, unwrapped, for people and scripts."""
+        self.results.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _screen(verbose: int, quiet: bool) -> Screen:
+    from layersmith.run.progress import SILENT, open_console, progress_on
+
+    level = logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.getLogger("layersmith").setLevel(level)
+    return Screen(open_console(), SILENT if quiet else progress_on(open_console(stderr=True)))
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        from layersmith import __version__
+
+        print(f"layersmith {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+# ---------------------------------------------------------------------------------------------- commands
 
 
 @app.command()
 def compress(
     parent: Parent,
-    out: Annotated[Path, typer.Argument(help="Folder of the run; the child will be in OUT/child.")],
-    data: Annotated[str, typer.Option(help="Text, JSONL or Parquet file, a folder of them, or a hub dataset.")],
-    eval_data: Annotated[str | None, typer.Option(help="Evaluate on this instead of held-out documents.")] = None,
+    out: Annotated[Path, typer.Argument(help="Folder of the run. The child is written to OUT/child.")],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Text for calibration and evaluation: a text, JSONL or Parquet file, a folder of them, or a hub "
+            "dataset as name or name:config."
+        ),
+    ],
     params: Params = None,
     active_params: ActiveParams = None,
     weights: Weights = None,
@@ -87,69 +177,42 @@ def compress(
     generate: Generate = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
-    seed: Annotated[int | None, typer.Option(help="Random seed (overrides the recipe).")] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
-    scoring: Annotated[
-        str | None, typer.Option(help="auto, exact or second_order: how alternatives are scored; before the recipe's.")
-    ] = None,
-    stream: Annotated[
-        str | None,
-        typer.Option(help="auto, never or always: read a layer at a time from the disk; goes before the recipe's."),
-    ] = None,
-    distill: Annotated[
-        int | None, typer.Option(help="Then distil the parent into the child on so many tokens; before the recipe's.")
-    ] = None,
-    finalists: Annotated[int | None, typer.Option(help="Solutions that --distill tries first.")] = None,
-    keep_layers: KeepLayers = None,
-    max_removed_attentions: MaxRemovedAttentions = None,
-    max_removed_ffns: MaxRemovedFFNs = None,
-    uniform_groups: UniformGroups = None,
-    tensor_parallel: TensorParallel = None,
-    refine: Refine = None,
+    device: Device = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
-    until: Annotated[
-        str | None,
-        typer.Option(
-            help="Stop after: costs, data, library, scores, settled, frontier, refine, solution, pairs, child, "
-            "evaluation or clock."
-        ),
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what will be done and what can be reached.")] = False,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what the run will do and take and whether the budget can be met.")
+    ] = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Make a smaller model of PARENT for a budget."""
+    """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
     from layersmith.costs.budget import parse_budget
-    from layersmith.recipe import Recipe
 
-    chosen = Recipe.read(recipe).with_settings(settings or ())
-    chosen = _with_options(chosen, seed, device, eval_data, trust_remote_code, scoring, stream, distill, finalists)
-    rules = _with_rules(
-        chosen.search, keep_layers, max_removed_attentions, max_removed_ffns, uniform_groups, tensor_parallel, refine
-    )
-    chosen = dataclasses.replace(chosen, search=rules)
+    chosen = _recipe(recipe, settings, device, trust_remote_code)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
     )  # fmt: skip
-    console = _console()
+    screen = _screen(verbose, quiet)
     family = _descriptor(descriptor)
     if dry_run:
         from layersmith.stages.dry_run import plan
 
-        console.print(plan(parent, out, data, chosen, budget, family), markup=False, highlight=False, soft_wrap=True)
+        screen.line(plan(parent, out, data, chosen, budget, family))
         return
     from layersmith.pipeline import STAGES, Result, stages
+    from layersmith.terminal import print_result
 
     if until is not None and until not in STAGES:
         raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, STAGES)}")
-    with _drawn(console) as progress:
-        for reached in stages(parent, out, data, budget, chosen, family, progress):
-            if isinstance(reached, Result):
-                result = reached
-            elif reached == until:
-                console.print(f"stopped after {until}; the same command without --until goes on", highlight=False)
-                return
-    _print_result(console, result)
+    for reached in stages(parent, out, data, budget, chosen, family, screen.progress):
+        if isinstance(reached, Result):
+            print_result(screen.results, reached)
+        elif reached == until:
+            screen.line(f"stopped after {until}; the same command without --until resumes")
+            return
 
 
 @app.command()
@@ -160,26 +223,32 @@ def inspect(
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Try everything on a small random model of the same kinds of layers.")
+        bool,
+        typer.Option("--verify", help="Try every alternative on a small random model with the same kinds of layers."),
     ] = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Print the blocks of a model, what can be changed in each, and where parameters and memory go."""
+    """Show the blocks of a model, the alternatives of each, and where parameters and memory go."""
+    screen = _screen(verbose, quiet)
+    from layersmith.terminal import print_inspection, print_verification
+
     if verify:
-        from layersmith.stages.verify import verify as try_everything
-        from layersmith.terminal import print_verification
+        from layersmith.stages.verify import verify as verify_model
 
-        found = try_everything(parent, _descriptor(descriptor), trust_remote_code)
-        print_verification(_console(), found)
-        raise typer.Exit(1 if found.failed else 0)
-    from layersmith.stages.inspect import inspect as look
-    from layersmith.terminal import print_inspection
+        verification = verify_model(parent, _descriptor(descriptor), trust_remote_code)
+        print_verification(screen.results, verification)
+        raise typer.Exit(1 if verification.failed else 0)
+    from layersmith.stages.inspect import inspect as inspect_model
 
-    print_inspection(_console(), look(parent, batch, context, _descriptor(descriptor), trust_remote_code))
+    print_inspection(
+        screen.results, inspect_model(parent, batch, context, _descriptor(descriptor), trust_remote_code)
+    )
 
 
 @app.command()
 def search(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that `compress` made.")],
+    run: Run,
     params: Params = None,
     active_params: ActiveParams = None,
     weights: Weights = None,
@@ -191,26 +260,30 @@ def search(
     batch: Batch = BATCH,
     context: Context = CONTEXT,
     generate: Generate = None,
-    keep_layers: KeepLayers = None,
-    max_removed_attentions: MaxRemovedAttentions = None,
-    max_removed_ffns: MaxRemovedFFNs = None,
-    uniform_groups: UniformGroups = None,
-    tensor_parallel: TensorParallel = None,
+    settings: Settings = None,
+    descriptor: Descriptor = None,
+    objective: Annotated[str | None, typer.Option(help="Metric to minimise. Default: the recipe's.")] = None,
     refine: Annotated[
         bool | None,
-        typer.Option("--refine/--no-refine", help="Better it by running whole children; default: if one is written."),
+        typer.Option(
+            "--refine/--no-refine",
+            help="Improve the solution by evaluating whole candidate children. Default: if a child is written.",
+        ),
     ] = None,
-    solutions: Annotated[int, typer.Option(help="Print so many, best first.")] = 1,
-    min_distance: Annotated[int, typer.Option(help="Subblocks in which each differs from those before.")] = 1,
-    frontier: Annotated[bool, typer.Option("--frontier", help="Write RUN/frontier: every budget's answer.")] = False,
-    measure: Annotated[bool, typer.Option("--measure", help="Run some of it, and baselines, as whole models.")] = False,
-    objective: Annotated[str | None, typer.Option(help="Metric to search by; default: the recipe's.")] = None,
+    solutions: Annotated[int, typer.Option(help="Number of solutions to print, best first.")] = 1,
+    min_distance: Annotated[int, typer.Option(help="Least number of subblocks in which solutions differ.")] = 1,
+    frontier: Annotated[
+        bool, typer.Option("--frontier", help="Write the best solution for every budget to RUN/frontier.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="With --frontier: also evaluate some solutions and baselines whole.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the child into this folder.")] = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Answer another budget from the scores of a run, in seconds."""
+    """Find the best child for another budget from the scores of a finished run, in seconds."""
     from layersmith.costs.budget import parse_budget
-    from layersmith.recipe import Recipe
-    from layersmith.run.folder import Run
     from layersmith.stages.reopen import frontier_again, search_several
     from layersmith.terminal import print_frontier, print_solution
 
@@ -221,179 +294,156 @@ def search(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
     )  # fmt: skip
-    rules = _with_rules(
-        Recipe.from_dict(Run.existing(run).header()["recipe"]).search,
-        keep_layers, max_removed_attentions, max_removed_ffns, uniform_groups, tensor_parallel, None,
-    )  # fmt: skip
-    console = _console()
-    with _drawn(console) as progress:
-        if frontier:
-            path = frontier_again(run, budget, objective, progress, rules=rules, measure=measure)
-        else:
-            library, best = search_several(
-                run, budget, objective, out, progress, rules=rules, refine=refine, solutions=solutions,
-                min_distance=min_distance,
-            )  # fmt: skip
+    screen, family, rules = _screen(verbose, quiet), _descriptor(descriptor), _search_rules(run, settings)
     if frontier:
-        print_frontier(console, path)
+        path = frontier_again(run, budget, objective, screen.progress, family, rules=rules, measure=measure)
+        print_frontier(screen.results, path)
         return
+    library, best = search_several(
+        run, budget, objective, out, screen.progress, family, rules=rules, refine=refine, solutions=solutions,
+        differ=min_distance,
+    )  # fmt: skip
     for solution in best:
-        print_solution(console, library, solution)
+        print_solution(screen.results, library, solution)
     if out is not None:
-        console.print(f"child: {out}", markup=False, highlight=False)
+        screen.line(f"child: {out}")
 
 
 @app.command()
 def costs(
     parent: Parent,
     csv: Annotated[
-        Path | None, typer.Option("--csv", help="Also write them as a table that a recipe's costs.times can name.")
+        Path | None, typer.Option("--csv", help="Also write the times to a CSV file that costs.times can name.")
     ] = None,
     batch: Batch = BATCH,
     context: Context = CONTEXT,
     generate: Generate = None,
-    on: Annotated[str | None, typer.Option("--on", help="Predict for a device that is not here, e.g. H100.")] = None,
+    on: Annotated[
+        str | None, typer.Option("--on", help="Predict times for a device that is not here, e.g. H100.")
+    ] = None,
     recipe: RecipeFile = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the recipe's.")] = None,
+    settings: Settings = None,
+    device: Device = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Time every alternative of PARENT on this machine: to the first token, and per token after it."""
+    """Measure the time to first token and the time per token of every alternative of PARENT on this machine."""
     from layersmith.costs.counted import Workload
     from layersmith.costs.times import to_csv
-    from layersmith.recipe import Recipe
     from layersmith.run.artifacts import write_text
     from layersmith.stages.times import times_of
     from layersmith.terminal import print_times
 
-    chosen = Recipe.read(recipe)
-    changes: dict[str, Any] = {"trust_remote_code": trust_remote_code or chosen.trust_remote_code}
-    if device is not None:
-        changes["device"] = device
-    if on is not None:
-        changes["costs"] = dataclasses.replace(chosen.costs, device=on, times=None)
-    console = _console()
-    with _drawn(console) as progress:
-        times, alternatives = times_of(
-            parent, dataclasses.replace(chosen, **changes), Workload(batch, context, generate),
-            _descriptor(descriptor), progress,
-        )  # fmt: skip
-    print_times(console, times, alternatives)
+    settings = [*(settings or ()), *([f"costs.device={on}", "costs.times=null"] if on is not None else ())]
+    chosen = _recipe(recipe, settings, device, trust_remote_code)
+    screen = _screen(verbose, quiet)
+    times, alternatives = times_of(
+        parent, chosen, Workload(batch, context, generate), _descriptor(descriptor), screen.progress
+    )
+    print_times(screen.results, times, alternatives)
     if csv is not None:
         write_text(csv, to_csv(times, alternatives))
-        console.print(f"times: {csv}", markup=False, highlight=False, soft_wrap=True)
+        screen.line(f"times: {csv}")
 
 
 @app.command()
 def distill(
-    run: Annotated[Path, typer.Argument(help="Folder of a run that `compress` made.")],
-    tokens: Annotated[int | None, typer.Option(help="Tokens to learn from; default: the recipe's.")] = None,
+    run: Run,
+    tokens: Annotated[int | None, typer.Option(help="Number of training tokens. Default: the recipe's.")] = None,
     data: Annotated[
-        str | None, typer.Option(help="Text to learn from; default: the run's, without evaluation's.")
+        str | None, typer.Option(help="Training text. Default: the run's data without its evaluation documents.")
     ] = None,
     recipe: Annotated[
-        Path | None, typer.Option("--recipe", help="YAML file; its section distillation goes before the run's.")
+        Path | None, typer.Option("--recipe", help="YAML file whose section `distillation` overrides the run's.")
     ] = None,
     finalists: Annotated[
-        int | None, typer.Option(help="Solutions to try for a short while first; the best goes on.")
+        int | None, typer.Option(help="Number of solutions to distil briefly first; only the best is distilled on.")
     ] = None,
     report_to: Annotated[
-        list[str] | None, typer.Option(help="Log there too: tensorboard, wandb, ...; may be given again.")
+        list[str] | None, typer.Option(help="Also log to tensorboard, wandb, ... May be repeated.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N; goes before the run's.")] = None,
+    device: Device = None,
     descriptor: Descriptor = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Distil the parent of a run into its child; the result will be in RUN/distilled."""
-    from layersmith.stages.distill import distill as learn
+    """Train the child of a run to match its parent (global distillation). The result is written to RUN/distilled."""
+    from layersmith.stages.distill import distill as distill_run
     from layersmith.terminal import print_distilled
 
-    console = _console()
-    with _drawn(console) as progress:
-        made = learn(
-            run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device, report_to=report_to,
-            descriptor=_descriptor(descriptor), progress=progress,
-        )  # fmt: skip
-    print_distilled(console, made)
+    screen = _screen(verbose, quiet)
+    made = distill_run(
+        run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device, report_to=report_to,
+        descriptor=_descriptor(descriptor), progress=screen.progress,
+    )  # fmt: skip
+    print_distilled(screen.results, made)
 
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Checkpoint folder or hub name of the model to judge.")],
-    data: Annotated[str, typer.Option(help="Text to judge it on.")],
-    parent: Annotated[str | None, typer.Option(help="Compare with this model; default: with itself only.")] = None,
-    sequences: Annotated[int, typer.Option(help="Rows of text.")] = DataRecipe.evaluation_sequences,
+    model: Annotated[str, typer.Argument(help="Model to evaluate: a checkpoint folder or a hub id.")],
+    data: Annotated[str, typer.Option(help="Text to evaluate it on; see `compress --data`.")],
+    parent: Annotated[str | None, typer.Option(help="Model to compare with, e.g. the parent of a child.")] = None,
+    sequences: Annotated[int, typer.Option(help="Number of rows of text.")] = DataRecipe.evaluation_sequences,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = DataRecipe.sequence_length,
-    seed: int = 0,
-    device: str = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the order in which documents are drawn.")] = 0,
+    device: Device = None,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Print loss, perplexity, and agreement with the parent, with the noise of each estimate."""
+    """Measure loss, perplexity and agreement with a parent, each with its standard error."""
     from layersmith.stages.reopen import evaluate_model
     from layersmith.terminal import print_evaluation
 
-    console = _console()
-    with _drawn(console) as progress:
-        table = evaluate_model(model, data, parent, sequences, sequence_length, seed, device, progress)
-    print_evaluation(console, table)
+    screen = _screen(verbose, quiet)
+    table = evaluate_model(model, data, parent, sequences, sequence_length, seed, device or "auto", screen.progress)
+    print_evaluation(screen.results, table)
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="Folder of a run that `compress` made.")]) -> None:
-    """Write the report of a run again and print where it is."""
+def report(run: Run, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+    """Write the report of a finished run again and print its path."""
     from layersmith.stages.reopen import report_again
 
-    _console().print(str(report_again(run)), markup=False, highlight=False, soft_wrap=True)
+    _screen(verbose, quiet).line(str(report_again(run)))
 
 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder of the run.")] = Path("runs/demo"),
     params: Annotated[str, typer.Option(help="Parameters of the child.")] = "0.7",
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
 ) -> None:
-    """Compress a small code model that comes with layersmith; nothing is downloaded."""
+    """Compress a small code model that comes with layersmith. Nothing is downloaded."""
     from layersmith.demo.job import run_demo
+    from layersmith.terminal import print_result
 
-    console = _console()
-    with _drawn(console) as progress:
-        result = run_demo(out, params, progress)
-    _print_result(console, result, with_samples=True)
-
-
-# ---------------------------------------------------------------------------------------------- around the commands
+    screen = _screen(verbose, quiet)
+    print_result(screen.results, run_demo(out, params, screen.progress), with_samples=True)
 
 
-def main() -> None:
-    """Run the command line; user errors are one sentence and an exit code, never a traceback."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait for each other spin, by libgomp's own measure for milliseconds. Where others use the cores
-        # they so hinder those that they wait for: small layers took three times as long. On free cores nothing changes.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    try:
-        app(standalone_mode=False)
-    except LayersmithError as error:
-        _fail(str(error), error.exit_code)
-    except typer.Abort:
-        _fail("interrupted; run the same command again to go on", 130)
-    except KeyboardInterrupt:
-        _fail("interrupted; run the same command again to go on", 130)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # usage errors of typer, whose click is its own
-            error.show()
-            sys.exit(error.exit_code)
-        if isinstance(error, OSError) and error.errno == 28:
-            _fail("no space left on the disk. Free some and run the same command again.", 2)
-        raise
+# ---------------------------------------------------------------------------------------------- arguments
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"layersmith: {message}", file=sys.stderr)
-    sys.exit(code)
+def _recipe(recipe: Path | None, settings: list[str] | None, device: str | None, trust_remote_code: bool) -> Recipe:
+    """The recipe of a file, changed by ``--set`` and by options of its own settings."""
+    extra = [] if device is None else [f"device={device}"]
+    if trust_remote_code:
+        extra.append("trust_remote_code=true")
+    return Recipe.read(recipe).with_settings([*(settings or ()), *extra])
 
 
-def _console() -> Console:
-    from layersmith.run.progress import open_console
+def _search_rules(run: Path, settings: list[str] | None) -> Any:
+    """The section ``search`` of a finished run's recipe, changed by ``--set``."""
+    from layersmith.run.folder import Run as RunFolder
 
-    return open_console()
+    for setting in settings or ():
+        if not setting.startswith("search."):
+            raise UsageError(f"--set {setting}: `search` can change settings of the section search only.")
+    return Recipe.from_dict(RunFolder.existing(run).header()["recipe"]).with_settings(settings or ()).search
 
 
 def _descriptor(path: str | None) -> Any:
@@ -405,74 +455,77 @@ def _descriptor(path: str | None) -> Any:
     return import_descriptor(path)
 
 
-def _with_options(
-    recipe: Any,
-    seed: int | None,
-    device: str | None,
-    eval_data: str | None,
-    trust: bool,
-    scoring: str | None,
-    stream: str | None,
-    distill: int | None,
-    finalists: int | None,
-) -> Any:
-    changes: dict[str, Any] = {}
-    if seed is not None:
-        changes["seed"] = seed
-    if device is not None:
-        changes["device"] = device
-    if stream is not None:
-        changes["stream"] = stream
-    if trust:
-        changes["trust_remote_code"] = True
-    if eval_data is not None:
-        changes["data"] = dataclasses.replace(recipe.data, evaluation_source=eval_data)
-    if scoring is not None:
-        changes["scoring"] = dataclasses.replace(recipe.scoring, mode=scoring)
-    distillation = {"tokens": distill, "finalists": finalists}
-    changes["distillation"] = dataclasses.replace(
-        recipe.distillation, **{name: value for name, value in distillation.items() if value is not None}
-    )
-    return dataclasses.replace(recipe, **changes)
+# Options of earlier versions, and what to give instead.
+_FORMER_OPTIONS = {
+    "--alike": "--set search.uniform_groups=N (0: all layers alike)",
+    "--differ": "--min-distance N",
+    "--distill": "--set distillation.tokens=N",
+    "--eval-data": "--set data.evaluation_source=PATH",
+    "--finalists": "--set distillation.finalists=N",
+    "--keep-layers": "--set search.keep_layers=[0,1]",
+    "--most-no-op-attentions": "--set search.max_removed_attentions=N",
+    "--most-no-op-ffns": "--set search.max_removed_ffns=N",
+    "--refine": "--set search.refine_passes=N",
+    "--no-refine": "--set search.refine_passes=0",
+    "--scoring": "--set scoring.mode=exact",
+    "--seed": "--set seed=N",
+    "--stream": "--set stream=always",
+    "--tensor-parallel": "--set search.tensor_parallel=N",
+}
 
 
-def _with_rules(
-    search: Any,
-    keep_layers: str | None,
-    max_removed_attentions: int | None,
-    max_removed_ffns: int | None,
-    uniform_groups: str | None,
-    tensor_parallel: int | None,
-    refine: bool | None,
-) -> Any:
-    """A recipe's section ``search`` with what was said on the command line."""
-    from layersmith.recipe import SearchRecipe
+# ---------------------------------------------------------------------------------------------- exit codes
 
-    changes: dict[str, Any] = {
-        "max_removed_attentions": max_removed_attentions,
-        "max_removed_ffns": max_removed_ffns,
-        "tensor_parallel": tensor_parallel,
-    }
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
+def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
+    raise _Terminated
+
+
+def main() -> None:
+    """Run the command line and exit.
+
+    Exit codes: 0, 2 for what the user can mend, 3 for a budget that cannot be met, 1 for a failed check or a bug of
+    layersmith, 130 and 143 after SIGINT and SIGTERM, 141 if the reader of a pipe has gone.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "OMP_WAIT_POLICY" not in os.environ:
+        # Threads that wait for each other spin, by libgomp's default for milliseconds, and so hinder the threads that
+        # they wait for when cores are shared: small layers took three times as long. On free cores nothing changes.
+        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
+    signal.signal(signal.SIGTERM, _terminate)
     try:
-        if keep_layers is not None:
-            changes["keep_layers"] = tuple(int(layer) for layer in keep_layers.split(","))
-        if uniform_groups is not None:
-            changes["uniform_groups"] = 0 if uniform_groups == "all" else int(uniform_groups)
-    except ValueError as error:
-        raise UsageError("--keep-layers takes numbers such as 0,1,31, and --uniform-groups a number or all.") from error
-    if refine is not None:
-        changes["refine_passes"] = (search.refine_passes or SearchRecipe.refine_passes) if refine else 0.0
-    return dataclasses.replace(search, **{name: value for name, value in changes.items() if value is not None})
+        status = app(standalone_mode=False)
+    except LayersmithError as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        status = 130
+    except _Terminated:
+        _fail("terminated. To resume, run the same command again.", 143)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at exit is silent
+        sys.exit(141)
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer, which has its own click
+            error.show()
+            if instead := _FORMER_OPTIONS.get(getattr(error, "option_name", "")):
+                print(f"Use {instead} instead.", file=sys.stderr)
+            sys.exit(error.exit_code)
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            _fail("no space left on the disk. Free some and run the same command again.", 2)
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            _fail(
+                "out of memory. Lower scoring.batch_tokens or set stream=always, and run the same command again.", 1
+            )
+        raise
+    if status == 130:  # typer returns it for Ctrl-C
+        _fail("interrupted. To resume, run the same command again.", 130)
+    sys.exit(status if isinstance(status, int) else 0)
 
 
-def _print_result(console: Console, result: Any, with_samples: bool = False) -> None:
-    from layersmith.terminal import print_result
-
-    print_result(console, result, with_samples)
-
-
-@contextmanager
-def _drawn(console: Console) -> Iterator[Progress]:
-    from layersmith.run.progress import shown_on
-
-    yield shown_on(console)
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"layersmith: {message}", file=sys.stderr)
+    sys.exit(code)

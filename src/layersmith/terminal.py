@@ -1,4 +1,4 @@
-"""What the command line prints when a command has done its work."""
+"""The results that the command line prints, as tables on standard output."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from layersmith.costs.times import Times, Timing
+from layersmith.evaluation.compare import closed
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.report.collect import described
@@ -23,26 +24,26 @@ from layersmith.units import format_cost, format_seconds
 
 
 def print_result(console: Console, result: Any, with_samples: bool = False) -> None:
-    """Parent against child, and where everything lies."""
+    """Print the solution, a table of parent against child, and the paths of child and report."""
     solution: Solution = result.solution
     report = read_json(result.run / "report.json")
     print_layers(console, report["layers"])
-    table = Table(title="parent against child", title_justify="left")
-    for heading in ("", "parent", "child", ""):
+    table = Table(title="parent and child", title_justify="left")
+    for heading in ("", "parent", "child", "child / parent"):
         table.add_column(heading, justify="left" if not heading else "right")
-    measured = report["times"]
-    for name in ordered_costs(solution.costs):
-        if measured and name in measured["child"]:
-            continue
-        before, after = solution.parent_costs[name], solution.costs[name]
-        left = ratio(name, before, after)
-        share = "" if left is None else f"{left:.2f}x"
-        table.add_row(cost_label(name), format_cost(name, before), format_cost(name, after), share)
-    for name in ordered_costs(measured["child"]) if measured else ():
-        before, after = measured["parent"][name], measured["child"][name]
-        left = ratio(name, before, after)
-        share = "" if left is None else f"{left:.2f}x"
-        table.add_row(cost_label(name), format_cost(name, before), format_cost(name, after), share)
+    measured = report["times"] or {"parent": {}, "child": {}}
+    counted = [name for name in ordered_costs(solution.costs) if name not in measured["child"]]
+    for names, parent_costs, child_costs in (
+        (counted, solution.parent_costs, solution.costs),
+        (ordered_costs(measured["child"]), measured["parent"], measured["child"]),
+    ):
+        for name in names:
+            before, after = parent_costs[name], child_costs[name]
+            share = ratio(name, before, after)
+            change = "" if share is None else f"{share:.2f}x"
+            table.add_row(cost_label(name), format_cost(name, before), format_cost(name, after), change)
+    table.add_section()
+    table.add_row("", "", "", "child - parent", style="bold")
     for metric in ("loss", "perplexity", "kl_divergence", "top_1_agreement"):
         row = result.metric(metric)
         parent = "" if row["parent"] is None else f"{row['parent']:.4f}"
@@ -53,8 +54,10 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
         table.add_row(row["label"], parent, child, change)
     console.print(table)
     tokens = result.evaluation["tokens"]
-    console.print(f"evaluated on {tokens:,} tokens that nothing else has seen; ± is one standard error", style="dim")
-    if measured:
+    console.print(
+        f"evaluated on {tokens:,} held-out tokens; ± is one standard error of the mean over rows", style="dim"
+    )
+    if report["times"]:
         console.print(f"timed on {load_in_words(measured)}", style="dim", highlight=False)
     if with_samples:
         print_samples(console, result.evaluation["samples"])
@@ -63,37 +66,39 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
 
 
 def print_layers(console: Console, layers: list[dict[str, Any]]) -> None:
-    """A solution, layer by layer: what was, what is."""
+    """Print a solution layer by layer, the parent's subblock and the child's."""
     table = Table(title="solution", title_justify="left")
     for heading in ("layer", "attention", "FFN"):
         table.add_column(heading)
     for row in layers:
         cells = [row["attention"], row["ffn"]]
-        words = [c["child"] if c["kind"] == "parent" else f"{c['parent']} => {c['child']}" for c in cells]
+        words = [
+            Text("unchanged", style="dim") if c["kind"] == "parent" else f"{c['parent']} => {c['child']}" for c in cells
+        ]
         table.add_row(str(row["layer"]), *words)
     console.print(table)
 
 
 def print_samples(console: Console, samples: list[dict[str, str]]) -> None:
-    """What parent and child write after the same prompt."""
+    """Print what parent and child write after the same prompt."""
     for sample in samples:
         for who in ("parent", "child"):
-            console.rule(f"{who} completes", align="left", style="dim")
+            console.rule(f"completion by the {who}", align="left", style="dim")
             console.print(Text(sample["prompt"], style="dim") + Text(sample[who], style="bold"), soft_wrap=True)
     console.rule(style="dim")
 
 
 def with_noise(value: float, error: float | None, sign: str = "") -> str:
-    """A number with its standard error, to the digits that mean something."""
+    """A number with its standard error."""
     return f"{value:{sign}.4f}" if error is None else f"{value:{sign}.4f} ± {error:.4f}"
 
 
 def print_solution(console: Console, library: Library, solution: Solution) -> None:
-    """A solution and its costs."""
+    """Print a solution and its costs."""
     layers: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
     for alternative in solution.alternatives:
-        was, now = described(library, alternative)
-        layers[alternative.layer][alternative.subblock] = {"kind": alternative.kind, "parent": was, "child": now}
+        parent, child = described(library, alternative)
+        layers[alternative.layer][alternative.subblock] = {"kind": alternative.kind, "parent": parent, "child": child}
     print_layers(console, layers)
     for name in ordered_costs(solution.costs):
         before_cost, after_cost = solution.parent_costs[name], solution.costs[name]
@@ -101,17 +106,17 @@ def print_solution(console: Console, library: Library, solution: Solution) -> No
         limit = f", limit {format_cost(name, solution.limits[name])}" if name in solution.limits else ""
         change = f"{format_cost(name, before_cost)} => {format_cost(name, after_cost)} ({share:.2f}x{limit})"
         console.print(f"{cost_label(name)}: {change}", highlight=False)
-    how = "proven optimal for these scores" if solution.proven_optimal else "the best found"
+    proof = "proven optimal for these scores" if solution.proven_optimal else "not proven optimal"
     if not solution.proven_optimal and solution.bound is not None:
-        how += f"; none within the limits is below {solution.bound:.4f}"
-    console.print(f"sum of scores: {solution.score:.4f}, {how}", highlight=False)
+        proof += f"; no solution within the limits has a sum below {solution.bound:.4f}"
+    console.print(f"sum of scores: {solution.score:.4f} ({proof})", highlight=False)
 
 
 def print_frontier(console: Console, path: Path) -> None:
-    """What a frontier has, and where it lies."""
+    """Print the points of a frontier and the path of its file."""
     data = read_json(path)
-    table = Table(title=f"frontier by {data['cost'].replace('_', ' ')}", title_justify="left")
-    for heading in ("", "of the parent", "sum of scores", "measured"):
+    table = Table(title=f"frontier: the best solution for each limit on {cost_label(data['cost'])}", title_justify="left")
+    for heading in ("", "child / parent", "sum of scores", "measured"):
         table.add_column(heading, justify="right")
     for row in data["points"]:
         measured = with_noise(row["measured"]["mean"], row["measured"]["error"]) if row["measured"] else ""
@@ -123,31 +128,32 @@ def print_frontier(console: Console, path: Path) -> None:
 
 
 def print_times(console: Console, times: Times, alternatives: Sequence[Alternative]) -> None:
-    """What each alternative takes, layers in which that is the same together."""
+    """Print the times of every alternative; layers with equal times share a row."""
     load = times.workload
     title = (
-        f"{times.source} on {times.device}: batch {load.batch}, prompt {load.prompt:,}, then {load.generated:,} tokens"
+        f"{times.source} on {times.device}: batch {load.batch}, prompt of {load.prompt:,} tokens, "
+        f"{load.generated:,} generated"
     )
     table = Table(title=title, title_justify="left")
-    for heading in ("layers", "alternative", "to first token", "per token"):
+    for heading in ("layers", "alternative", "time to first token", "time per token"):
         table.add_column(heading, justify="right" if heading.endswith("token") else "left")
     rows: dict[tuple[str, Timing], list[int]] = {}
     for a in alternatives:
         rows.setdefault((a.name, times.by_key[a.key]), []).append(a.layer)
-    for (name, own), layers in rows.items():
-        table.add_row(spans(layers), name, format_seconds(own.prefill), format_seconds(own.decode))
-    table.add_row("", "outside the layers", format_seconds(times.fixed.prefill), format_seconds(times.fixed.decode))
+    for (name, timing), layers in rows.items():
+        table.add_row(spans(layers), name, format_seconds(timing.prefill), format_seconds(timing.decode))
+    table.add_row("", "embedding, head and overhead", format_seconds(times.fixed.prefill), format_seconds(times.fixed.decode))
     whole = times.parent(alternatives)
-    table.add_row("", "the whole parent", format_seconds(whole.prefill), format_seconds(whole.decode))
+    table.add_row("", "whole parent", format_seconds(whole.prefill), format_seconds(whole.decode))
     console.print(table)
     if times.checks:
         print_time_checks(console, times, alternatives)
 
 
 def print_time_checks(console: Console, times: Times, alternatives: Sequence[Alternative]) -> None:
-    """Sums of parts against whole children, and what sums are taken for because of it."""
-    table = Table(title="sums of parts against whole children, of the parent", title_justify="left")
-    for heading in ("", "parameters", "to first token: sum", "whole", "per token: sum", "whole"):
+    """Print predicted times of whole children against measured ones, and the calibration that follows from them."""
+    table = Table(title="whole children, as a share of the parent: sum of their parts, and measured", title_justify="left")
+    for heading in ("", "parameters", "first token: sum", "measured", "per token: sum", "measured"):
         table.add_column(heading, justify="right" if heading else "left")
     parent = times.parent(alternatives)
     for c in times.checks:
@@ -157,24 +163,24 @@ def print_time_checks(console: Console, times: Times, alternatives: Sequence[Alt
     console.print(table)
     curves = times.curves(alternatives)
     for share in (0.25, 0.5, 0.75):
-        own = f"{curves['prefill'](share):.3f}x to the first token, {curves['decode'](share):.3f}x per token"
-        console.print(f"a sum of {share:.2f}x is taken for {own}", highlight=False)
+        corrected = f"{curves['prefill'](share):.3f}x (first token), {curves['decode'](share):.3f}x (per token)"
+        console.print(f"calibration: predicted {share:.2f}x => corrected {corrected}", highlight=False)
 
 
 def spans(layers: Sequence[int]) -> str:
     """``[0, 1, 2, 5]`` as ``0-2, 5``."""
-    found: list[list[int]] = []
+    ranges: list[list[int]] = []
     for layer in sorted(layers):
-        if found and layer == found[-1][1] + 1:
-            found[-1][1] = layer
+        if ranges and layer == ranges[-1][1] + 1:
+            ranges[-1][1] = layer
         else:
-            found.append([layer, layer])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in found)
+            ranges.append([layer, layer])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
 
 
 def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
-    """The table of an evaluation."""
-    table = Table(title=f"{evaluation['tokens']:,} tokens", title_justify="left")
+    """Print the metrics of an evaluation."""
+    table = Table(title=f"evaluated on {evaluation['tokens']:,} tokens", title_justify="left")
     for heading in ("", "parent", "model", "difference"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in evaluation["rows"]:
@@ -188,18 +194,16 @@ def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
 
 
 def print_distilled(console: Console, made: Any) -> None:
-    """What was tried, and parent against child before and after."""
-    from layersmith.evaluation.compare import closed  # it takes torch
-
+    """Print the finalists, and the child's metrics before and after global distillation."""
     if made.finalists:
         table = Table(title="finalists", title_justify="left")
-        for heading in ("solution", "sum of scores", "KL after a short while", ""):
+        for heading in ("solution", "sum of scores", "KL after short distillation", ""):
             table.add_column(heading, justify="right" if heading else "left")
         for row in made.finalists:
-            cells = (str(row["number"]), f"{row['score']:.4f}", f"{row['kl']:.4f}", "goes on" if row["won"] else "")
+            cells = (str(row["number"]), f"{row['score']:.4f}", f"{row['kl']:.4f}", "kept" if row["won"] else "")
             table.add_row(*cells)
         console.print(table)
-    table = Table(title=f"{made.after['tokens']:,} tokens that nothing else has seen", title_justify="left")
+    table = Table(title=f"evaluated on {made.after['tokens']:,} held-out tokens", title_justify="left")
     for heading in ("", "parent", "child", "distilled"):
         table.add_column(heading, justify="left" if not heading else "right")
     for before, after in zip(made.before["rows"], made.after["rows"], strict=True):
@@ -214,45 +218,45 @@ def print_distilled(console: Console, made: Any) -> None:
     if loss["difference"] > 2 * (loss["difference_standard_error"] or 0.0):
         share, error = closed(made.before, made.after)
         noise = "" if error is None else f" ± {error:.0%}"
-        console.print(f"{share:z.0%}{noise} of the loss between child and parent is closed", highlight=False)
+        console.print(f"distillation closed {share:z.0%}{noise} of the loss between child and parent", highlight=False)
     console.print(f"child: {made.child}", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_verification(console: Console, found: Verification) -> None:
-    """What was tried of a model, and what came out."""
-    console.print(f"{found.name}: {found.architecture}, described by {found.descriptor}", highlight=False)
-    console.print(f"tried on a random model of the same kinds: {found.specimen}, {found.seconds:.1f} s", style="dim")
-    table = Table(title="the whole model", title_justify="left", show_header=False)
-    for what, verdict in found.whole.items():
+def print_verification(console: Console, verification: Verification) -> None:
+    """Print the checks of ``inspect --verify`` and their results."""
+    console.print(f"{verification.name}: {verification.architecture}, described by {verification.descriptor}", highlight=False)
+    console.print(f"checked on a small random model with the same kinds of layers: {verification.specimen}, {verification.seconds:.1f} s", style="dim")
+    table = Table(title="whole model", title_justify="left", show_header=False)
+    for what, verdict in verification.whole.items():
         table.add_row(what, verdict)
     console.print(table)
-    for layers, verdicts in found.layers:
-        table = Table(title=f"layers like {layers} of it", title_justify="left", show_header=False)
+    for layers, verdicts in verification.layers:
+        table = Table(title=f"layers like {layers}", title_justify="left", show_header=False)
         for what, verdict in verdicts.items():
             table.add_row(what, Text(verdict, style="green" if verdict == "ok" else "yellow"))
         console.print(table)
 
 
-def print_inspection(console: Console, found: Inspection) -> None:
-    """A model's blocks, what can be changed, and where parameters and memory go."""
-    console.print(f"{found.name}: {found.architecture}, described by {found.descriptor}", highlight=False)
+def print_inspection(console: Console, inspection: Inspection) -> None:
+    """Print a model's blocks, the alternatives of each, and where parameters and memory go."""
+    console.print(f"{inspection.name}: {inspection.architecture}, described by {inspection.descriptor}", highlight=False)
     table = Table(title="blocks", title_justify="left")
     for heading in ("layers", "attention", "can become", "FFN", "can become"):
         table.add_column(heading)
-    for row in found.blocks:
+    for row in inspection.blocks:
         table.add_row(row.layers, row.attention, row.attention_alternatives, row.ffn, row.ffn_alternatives)
     console.print(table)
-    costs = Table(title=f"where it goes (batch {found.batch}, context {found.context:,})", title_justify="left")
+    costs = Table(title=f"parameters and memory (batch {inspection.batch}, context {inspection.context:,})", title_justify="left")
     costs.add_column("")
     for name in ("parameters", "weight_bytes", "kv_cache_bytes"):
         costs.add_column(cost_label(name), justify="right")
         costs.add_column("", justify="right")
-    for label, part in found.parts.items():
+    for label, part in inspection.parts.items():
         cells = []
         for name in ("parameters", "weight_bytes", "kv_cache_bytes"):
-            whole = found.total[name]
+            whole = inspection.total[name]
             cells += [format_cost(name, part[name]), f"{part[name] / whole:.0%}" if whole else ""]
         costs.add_row(label, *cells)
     console.print(costs)
-    for note in found.notes:
+    for note in inspection.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)

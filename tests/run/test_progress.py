@@ -8,7 +8,7 @@ import time
 import pytest
 from rich.console import Console
 
-from layersmith.run.progress import SILENT, Bars, Lines, open_console, shown_on
+from layersmith.run.progress import SILENT, Bars, Lines, open_console, progress_on
 from layersmith.terminal import print_layers
 
 
@@ -17,13 +17,13 @@ def console(width: int = 80, terminal: bool = True) -> Console:
     return Console(file=io.StringIO(), force_terminal=terminal, width=width, height=25, _environ=kind)
 
 
-def written(own: Console) -> str:
-    assert isinstance(own.file, io.StringIO)
-    return own.file.getvalue()
+def written(screen: Console) -> str:
+    assert isinstance(screen.file, io.StringIO)
+    return screen.file.getvalue()
 
 
-def run_two_stages(own: Console) -> str:
-    progress = shown_on(own)
+def run_two_stages(screen: Console) -> str:
+    progress = progress_on(screen)
     with progress.stage("score", 10, "sequences") as advance:
         advance(4)
         progress.note("[b]as typed[/b]")
@@ -32,14 +32,14 @@ def run_two_stages(own: Console) -> str:
         advance(6)
     with progress.stage("realize", 1, "child") as advance:
         advance(1)
-    return written(own)
+    return written(screen)
 
 
 @pytest.mark.parametrize("width", [40, 80, 120])
 def test_a_live_bar_and_a_line_for_what_is_done(width: int) -> None:
-    own = console(width)
-    assert isinstance(shown_on(own), Bars)
-    text = run_two_stages(own)
+    screen = console(width)
+    assert isinstance(progress_on(screen), Bars)
+    text = run_two_stages(screen)
     assert "\x1b[2K" in text  # the bar was taken away again
     lines = [line for line in text.split("\n") if "✓" in line]
     assert [name for name in ("rescore", "score", "realize") if any(f" {name} " in line for line in lines)] == [
@@ -57,23 +57,23 @@ def test_plain_lines_elsewhere() -> None:
 
 
 def test_a_long_stage_says_how_far_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layersmith.run.progress._SAY_EVERY_SECONDS", 0.0)
-    own = console(terminal=False)
-    with shown_on(own).stage("score", 10, "sequences") as advance:
+    monkeypatch.setattr("layersmith.run.progress._SECONDS_BETWEEN_LINES", 0.0)
+    screen = console(terminal=False)
+    with progress_on(screen).stage("score", 10, "sequences") as advance:
         advance(4)
         advance(6)
-    assert written(own).startswith("score: 40% of 10 sequences, about 0.0 s left\nscore: done in")
+    assert written(screen).startswith("score: 40% of 10 sequences, about 0.0 s left\nscore: done in")
 
 
-def test_the_time_left_that_a_stage_tells_goes_before_that_of_its_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("layersmith.run.progress._SAY_EVERY_SECONDS", 0.0)
-    own = console(terminal=False)
-    with shown_on(own).stage("score", 10, "alternatives") as advance:
+def test_the_remaining_time_that_a_stage_reports_overrides_the_estimate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layersmith.run.progress._SECONDS_BETWEEN_LINES", 0.0)
+    screen = console(terminal=False)
+    with progress_on(screen).stage("score", 10, "alternatives") as advance:
         advance(4, 200.0, "3 scored, 9 tokens/s")
-    assert written(own).startswith("score: 40% of 10 alternatives (3 scored, 9 tokens/s), about 3 min 20 s left\n")
+    assert written(screen).startswith("score: 40% of 10 alternatives (3 scored, 9 tokens/s), about 3 min 20 s left\n")
     for width, said in ((140, True), (100, False)):
         live = console(width)
-        progress = shown_on(live)
+        progress = progress_on(live)
         with progress.stage("score", 10, "alternatives") as advance:
             time.sleep(0.6)  # rich keeps what it drew of a time for half a second
             advance(4, 200.9, "3 scored, 9 tokens/s")
@@ -87,42 +87,43 @@ def test_the_time_left_that_a_stage_tells_goes_before_that_of_its_steps(monkeypa
 
 
 def test_a_stage_that_fails_leaves_no_bar_and_is_not_done() -> None:
-    own = console()
-    progress = shown_on(own)
+    screen = console()
+    progress = progress_on(screen)
     with pytest.raises(KeyboardInterrupt), progress.stage("score", 10, "sequences"):
         raise KeyboardInterrupt
-    assert "✓" not in written(own)
+    assert "✓" not in written(screen)
     with progress.stage("evaluate", 10, "sequences") as advance:
         advance(10)
-    assert "✓" in written(own)
+    assert "✓" in written(screen)
 
 
 def test_who_speaks_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NO_COLOR", raising=False)
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
     monkeypatch.setenv("TERM", "xterm")
-    assert isinstance(shown_on(open_console()), Bars)
+    assert isinstance(progress_on(open_console()), Bars)
     monkeypatch.setenv("TERM", "dumb")
-    assert isinstance(shown_on(open_console()), Lines)
-    assert not isinstance(shown_on(open_console()), Bars)
+    assert isinstance(progress_on(open_console()), Lines)
+    assert not isinstance(progress_on(open_console()), Bars)
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("NO_COLOR", "1")
-    assert not isinstance(shown_on(open_console()), Bars)
+    assert isinstance(progress_on(open_console()), Bars)  # without colours, but with a bar
+    assert open_console().no_color
     monkeypatch.delenv("NO_COLOR")
     monkeypatch.setenv("RANK", "1")
-    assert shown_on(open_console()) is SILENT
+    assert progress_on(open_console()) is SILENT
     assert open_console().quiet
     monkeypatch.setenv("RANK", "0")
-    assert isinstance(shown_on(open_console()), Bars)
+    assert isinstance(progress_on(open_console()), Bars)
 
 
 @pytest.mark.parametrize("width", [50, 80, 120])
 def test_a_solution_fits_the_terminal(width: int) -> None:
     attention = {"kind": "kv_heads", "parent": "32 heads, 8 KV heads", "child": "16 heads, 4 KV heads"}
     ffn = {"kind": "experts", "parent": "64 experts of 1408, 6 a token, shared 2816", "child": "no-op"}
-    own = console(width, terminal=False)
-    print_layers(own, [{"layer": i, "attention": attention, "ffn": ffn} for i in range(12)])
-    text = written(own)
+    screen = console(width, terminal=False)
+    print_layers(screen, [{"layer": i, "attention": attention, "ffn": ffn} for i in range(12)])
+    text = written(screen)
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(text.replace("│", " ").split())
     assert words.count("=>") == 24

@@ -1,7 +1,8 @@
-"""How a long step tells where it is. Stages report to a :class:`Progress`; only the command line shows anything.
+"""Progress of long steps: stages report to a :class:`Progress`, and only the command line draws it.
 
-On a terminal the stage at work has a live bar, and those that are done stay as a line each with their time. Where
-there is no terminal, or one that cannot move its cursor or is to stay plain, there are lines alone.
+On a terminal the running stage has a live bar, and every finished one keeps a line with its time. Elsewhere, and where
+colours or cursor movements are unwanted, there are plain lines. Progress and notes go to standard error, so that
+standard output holds results alone.
 """
 
 from __future__ import annotations
@@ -10,73 +11,78 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as LiveDisplay
+from rich.text import Text
 
 from layersmith.units import format_seconds
 
-if TYPE_CHECKING:
-    import rich.progress
-    from rich.console import Console
-
-_SAY_EVERY_SECONDS = 15.0
+# Seconds between two lines about the same stage where there is no live bar.
+_SECONDS_BETWEEN_LINES = 15.0
+# A table in a pipe is not wrapped to the 80 columns that a console without a terminal is assumed to have.
+_COLUMNS_OF_A_PIPE = 200
 
 
 class Advance(Protocol):
-    """Tells of steps just done."""
+    """Reports steps of a stage that are done."""
 
     def __call__(self, steps: float, left: float | None = None, said: str = "") -> None:
-        """Tell.
+        """Report.
 
         Args:
-            steps: how many.
-            left: seconds that the stage will still take; default: as if every step took as long as those before.
-            said: what else is worth saying.
+            steps: Number of steps done since the last report.
+            left: Seconds that the stage will still take. By default each remaining step takes the mean time so far.
+            said: A detail to show with the bar.
         """
 
 
 class Progress:
-    """Silent.
+    """Progress that nobody sees; the base of those that are drawn.
 
     Attributes:
-        clock: in seconds.
+        clock: Time in seconds.
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
 
     @contextmanager
     def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
-        """A stage of ``total`` steps; call what it yields with the number of steps just done."""
+        """A stage of ``total`` steps; call the yielded function with the number of steps just done."""
         yield lambda steps, left=None, said="": None
 
     def note(self, text: str) -> None:
-        """A line worth keeping on the screen."""
+        """Show a line that stays on the screen."""
 
 
 SILENT = Progress()
 
 
-def open_console() -> Console:
-    """Where the command line writes: of several processes that a launcher started the first alone.
+def open_console(*, stderr: bool = False) -> Console:
+    """The console of the command line; only the first of several processes that a launcher started writes.
 
-    Nothing but text is written where ``NO_COLOR`` is set (https://no-color.org), or to a terminal that knows no more.
+    ``NO_COLOR`` (https://no-color.org) takes colours away, and a terminal that calls itself dumb gets plain text.
     """
-    from rich.console import Console
-
     if int(os.environ.get("RANK") or 0) > 0:
-        return Console(quiet=True)
-    plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "").lower() in ("dumb", "unknown")
-    return Console(force_terminal=False) if plain else Console()
+        return Console(quiet=True, stderr=stderr)
+    dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
+    console = Console(stderr=stderr, force_terminal=False if dumb else None)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(stderr=stderr, force_terminal=False, width=_COLUMNS_OF_A_PIPE)
+    return console
 
 
-def shown_on(console: Console) -> Progress:
-    """Progress as a live bar on a terminal, as plain lines elsewhere, and not at all where nothing is written."""
+def progress_on(console: Console) -> Progress:
+    """A live bar on a terminal, plain lines elsewhere, nothing on a console that is quiet."""
     if console.quiet:
         return SILENT
     return Bars(console) if console.is_terminal else Lines(console)
 
 
 class Lines(Progress):
-    """A line when a stage is done, and now and then one that says how far a long one is."""
+    """A line when a stage ends, and one now and then while a long stage runs."""
 
     def __init__(self, console: Console):
         self.console = console
@@ -93,33 +99,33 @@ class Lines(Progress):
             nonlocal done, last
             done += steps
             now = time.monotonic()
-            if now - last > _SAY_EVERY_SECONDS and done < total:
+            if now - last > _SECONDS_BETWEEN_LINES and done < total:
                 left = (now - started) * (total - done) / max(done, 1e-9) if left is None else left
-                more = f" ({said})" if said else ""
-                until = format_seconds(round(left, 1))
-                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}{more}, about {until} left")
+                detail = f" ({said})" if said else ""
+                remaining = format_seconds(round(left, 1))
+                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}{detail}, about {remaining} left")
                 last = now
 
         yield advance
         self._say(f"{name}: done in {_since(started)}")
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
 
 
 class Bars(Lines):
-    """One live bar, below the lines of what is done."""
+    """One live bar for the running stage, below the lines of the finished ones."""
 
     def __init__(self, console: Console):
         super().__init__(console)
-        self._live: rich.progress.Progress | None = None
-        self._tasks: list[rich.progress.TaskID] = []
+        self._live: LiveDisplay | None = None
+        self._tasks: list[TaskID] = []
 
     @contextmanager
     def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
         started = time.monotonic()
         if self._live is None:
-            with _live(self.console) as live:
+            with _live_display(self.console) as live:
                 self._live = live
                 try:
                     with self._task(live, name, total, unit) as advance:
@@ -133,7 +139,7 @@ class Bars(Lines):
         self.console.print(line, highlight=False)
 
     @contextmanager
-    def _task(self, live: rich.progress.Progress, name: str, total: float, unit: str) -> Iterator[Advance]:
+    def _task(self, live: LiveDisplay, name: str, total: float, unit: str) -> Iterator[Advance]:
         unit = f"of {total:,.0f} {unit}" if total > 1 and self.console.width >= 100 else ""
         task = live.add_task(name, total=total if total > 1 else None, steps=unit, ends=None)
 
@@ -161,32 +167,32 @@ def _since(started: float) -> str:
     return format_seconds(round(time.monotonic() - started, 1))
 
 
-def _live(console: Console) -> rich.progress.Progress:
-    """A bar that is gone when its stage is; of a stage without steps it only says that it is at work."""
-    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-    from rich.progress import Progress as Live
-    from rich.text import Text
+class _TimeLeft(TimeRemainingColumn):
+    """The remaining time that a stage reported, else rich's own estimate; nothing for a stage without steps."""
 
-    class Left(TimeRemainingColumn):
-        def render(self, task: Any) -> Text:
-            if task.total is None:
-                return Text("")
-            ends = task.fields["ends"]
-            left = task.time_remaining if ends is None else ends - task.get_time()
-            text = "" if left is None else format_seconds(max(0, round(left)))
-            return Text.assemble((text, "progress.remaining"), (" left", "dim"))
+    def render(self, task: Task) -> Text:
+        if task.total is None:
+            return Text("")
+        ends: Any = task.fields["ends"]
+        left = task.time_remaining if ends is None else ends - task.get_time()
+        text = "" if left is None else format_seconds(max(0, round(left)))
+        return Text.assemble((text, "progress.remaining"), (" left", "dim"))
 
-    class Share(TextColumn):
-        def render(self, task: Any) -> Text:
-            return Text("") if task.total is None else super().render(task)
 
-    return Live(
+class _ShareDone(TextColumn):
+    def render(self, task: Task) -> Text:
+        return Text("") if task.total is None else super().render(task)
+
+
+def _live_display(console: Console) -> LiveDisplay:
+    """A bar that vanishes when its stage ends."""
+    return LiveDisplay(
         TextColumn("  {task.description:<12}"),
         BarColumn(bar_width=max(6, min(40, console.width - 48))),
-        Share("{task.percentage:>3.0f}%"),
+        _ShareDone("{task.percentage:>3.0f}%"),
         TextColumn("[dim]{task.fields[steps]}"),
         TimeElapsedColumn(),
-        Left(compact=True),
+        _TimeLeft(compact=True),
         console=console,
         transient=True,
     )
