@@ -131,7 +131,6 @@ def test_help_is_quick_and_complete() -> None:
     for command in ("compress", "inspect", "search", "evaluate", "report", "demo"):
         assert command in done.stdout
 
-
     for command in ([], ["compress"], ["search"]):
         assert layersmith_command(*command, "-h").stdout == layersmith_command(*command, "--help").stdout
 
@@ -204,9 +203,7 @@ def test_a_failed_verification_fails(make_parent: Callable[..., Path], tmp_path:
         "    def mlp_no_op_post_init(decoder_layer):\n"
         "        pass\n"
     )
-    done = layersmith_command(
-        "inspect", "--verify", make_parent("llama"), "--descriptor", "wrong:Wrong", cwd=tmp_path
-    )
+    done = layersmith_command("inspect", "--verify", make_parent("llama"), "--descriptor", "wrong:Wrong", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert layersmith_command("inspect", "--verify", make_parent("llama")).returncode == 0
 
@@ -220,5 +217,7 @@ def test_threads_that_wait_do_not_spin_for_long(environment: dict[str, str], spi
         "try: main()\nfinally: print(before, os.environ.get('GOMP_SPINCOUNT'))"
     )
     clean = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
-    done = subprocess.run([sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=clean | environment, capture_output=True, text=True, check=True
+    )
     assert done.stdout.splitlines()[-1] == f"False {spins}"

@@ -241,9 +241,7 @@ def inspect(
         raise typer.Exit(1 if verification.failed else 0)
     from layersmith.stages.inspect import inspect as inspect_model
 
-    print_inspection(
-        screen.results, inspect_model(parent, batch, context, _descriptor(descriptor), trust_remote_code)
-    )
+    print_inspection(screen.results, inspect_model(parent, batch, context, _descriptor(descriptor), trust_remote_code))
 
 
 @app.command()
@@ -301,7 +299,7 @@ def search(
         return
     library, best = search_several(
         run, budget, objective, out, screen.progress, family, rules=rules, refine=refine, solutions=solutions,
-        differ=min_distance,
+        min_distance=min_distance,
     )  # fmt: skip
     for solution in best:
         print_solution(screen.results, library, solution)
@@ -517,9 +515,7 @@ def main() -> None:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _fail("no space left on the disk. Free some and run the same command again.", 2)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-            _fail(
-                "out of memory. Lower scoring.batch_tokens or set stream=always, and run the same command again.", 1
-            )
+            _fail("out of memory. Lower scoring.batch_tokens or set stream=always, and run the same command again.", 1)
         raise
     if status == 130:  # typer returns it for Ctrl-C
         _fail("interrupted. To resume, run the same command again.", 130)

@@ -115,7 +115,9 @@ def print_solution(console: Console, library: Library, solution: Solution) -> No
 def print_frontier(console: Console, path: Path) -> None:
     """Print the points of a frontier and the path of its file."""
     data = read_json(path)
-    table = Table(title=f"frontier: the best solution for each limit on {cost_label(data['cost'])}", title_justify="left")
+    table = Table(
+        title=f"frontier: the best solution for each limit on {cost_label(data['cost'])}", title_justify="left"
+    )
     for heading in ("", "child / parent", "sum of scores", "measured"):
         table.add_column(heading, justify="right")
     for row in data["points"]:
@@ -142,7 +144,9 @@ def print_times(console: Console, times: Times, alternatives: Sequence[Alternati
         rows.setdefault((a.name, times.by_key[a.key]), []).append(a.layer)
     for (name, timing), layers in rows.items():
         table.add_row(spans(layers), name, format_seconds(timing.prefill), format_seconds(timing.decode))
-    table.add_row("", "embedding, head and overhead", format_seconds(times.fixed.prefill), format_seconds(times.fixed.decode))
+    table.add_row(
+        "", "embedding, head and overhead", format_seconds(times.fixed.prefill), format_seconds(times.fixed.decode)
+    )
     whole = times.parent(alternatives)
     table.add_row("", "whole parent", format_seconds(whole.prefill), format_seconds(whole.decode))
     console.print(table)
@@ -152,7 +156,9 @@ def print_times(console: Console, times: Times, alternatives: Sequence[Alternati
 
 def print_time_checks(console: Console, times: Times, alternatives: Sequence[Alternative]) -> None:
     """Print predicted times of whole children against measured ones, and the calibration that follows from them."""
-    table = Table(title="whole children, as a share of the parent: sum of their parts, and measured", title_justify="left")
+    table = Table(
+        title="whole children, as a share of the parent: sum of their parts, and measured", title_justify="left"
+    )
     for heading in ("", "parameters", "first token: sum", "measured", "per token: sum", "measured"):
         table.add_column(heading, justify="right" if heading else "left")
     parent = times.parent(alternatives)
@@ -224,8 +230,14 @@ def print_distilled(console: Console, made: Any) -> None:
 
 def print_verification(console: Console, verification: Verification) -> None:
     """Print the checks of ``inspect --verify`` and their results."""
-    console.print(f"{verification.name}: {verification.architecture}, described by {verification.descriptor}", highlight=False)
-    console.print(f"checked on a small random model with the same kinds of layers: {verification.specimen}, {verification.seconds:.1f} s", style="dim")
+    console.print(
+        f"{verification.name}: {verification.architecture}, described by {verification.descriptor}", highlight=False
+    )
+    console.print(
+        f"checked on a small random model with the same kinds of layers: {verification.specimen}, "
+        f"{verification.seconds:.1f} s",
+        style="dim",
+    )
     table = Table(title="whole model", title_justify="left", show_header=False)
     for what, verdict in verification.whole.items():
         table.add_row(what, verdict)
@@ -239,14 +251,18 @@ def print_verification(console: Console, verification: Verification) -> None:
 
 def print_inspection(console: Console, inspection: Inspection) -> None:
     """Print a model's blocks, the alternatives of each, and where parameters and memory go."""
-    console.print(f"{inspection.name}: {inspection.architecture}, described by {inspection.descriptor}", highlight=False)
+    console.print(
+        f"{inspection.name}: {inspection.architecture}, described by {inspection.descriptor}", highlight=False
+    )
     table = Table(title="blocks", title_justify="left")
     for heading in ("layers", "attention", "can become", "FFN", "can become"):
         table.add_column(heading)
     for row in inspection.blocks:
         table.add_row(row.layers, row.attention, row.attention_alternatives, row.ffn, row.ffn_alternatives)
     console.print(table)
-    costs = Table(title=f"parameters and memory (batch {inspection.batch}, context {inspection.context:,})", title_justify="left")
+    costs = Table(
+        title=f"parameters and memory (batch {inspection.batch}, context {inspection.context:,})", title_justify="left"
+    )
     costs.add_column("")
     for name in ("parameters", "weight_bytes", "kv_cache_bytes"):
         costs.add_column(cost_label(name), justify="right")
