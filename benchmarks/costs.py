@@ -38,11 +38,12 @@ from layersmith.costs.curve import Curve
 from layersmith.costs.measured import measure
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import CostsRecipe
-from layersmith.run.folder import Run, versions
+from layersmith.run.folder import versions
 from layersmith.search.frontier import frontier
-from layersmith.stages.describe import cost_table
-from layersmith.stages.reopen import reopen
-from layersmith.stages.scores import read_scores
+from layersmith.stages.costs import cost_table
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.scores import SCORES
 from layersmith.stages.search import search_problem
 
 CHILDREN = 10
@@ -70,13 +71,14 @@ def main() -> None:
 
 def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """What ten children of a run were said to take, and what they took."""
-    recipe, library = reopen(Run.existing(folder))
+    job = Job.of_run(folder)
+    recipe, library = job.recipe, job.read(LIBRARY)
     parent = library.parent
     load = {"batch": options.batch, "context": options.context, "generate": options.generate}
     budget = Budget.parse({"time_per_token": 1.0, **load})
     workload = Workload(**load)
-    costs = cost_table(parent, library, budget)
-    scores = read_scores(Run.existing(folder), library)
+    costs = cost_table(parent, library, workload)
+    scores = job.read(SCORES)
     started = time.process_time()
     timing = CostsRecipe(seconds=options.seconds, rounds=options.rounds)
     times = measure(parent, library.alternatives, costs, workload, timing)

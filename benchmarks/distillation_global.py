@@ -34,6 +34,7 @@ from transformers import PreTrainedModel, Trainer
 
 import layersmith
 from layersmith.costs.budget import Budget
+from layersmith.costs.counted import Workload
 from layersmith.data.splits import evaluation_rows, load_tokenizer
 from layersmith.distillation.train import RowOrder, Steps, together, train, training_arguments
 from layersmith.evaluation.compare import compare
@@ -46,10 +47,11 @@ from layersmith.run.folder import Run, versions
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.score import losses
 from layersmith.search.problem import Solution, choose
-from layersmith.stages.describe import cost_table
+from layersmith.stages.costs import cost_table
 from layersmith.stages.distill import copied, find_rows
-from layersmith.stages.reopen import reopen
-from layersmith.stages.scores import read_scores
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.scores import SCORES
 
 # ---------------------------------------------------------------------------------------------- speed
 
@@ -203,9 +205,10 @@ def without_layers(library: Library, scores: Mapping[str, float], solution: Solu
 def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     run = Run.existing(args.run_folder)
-    recipe, library = reopen(run)
+    job = Job.of_run(args.run_folder)
+    recipe, library = job.recipe, job.read(LIBRARY)
     parent, header = library.parent, run.header()
-    scores = losses(read_scores(run, library), recipe.scoring.objective)
+    scores = losses(job.read(SCORES), recipe.scoring.objective)
     held = read_tensors(run.folder / "data" / "tokens.safetensors")
     judges = held["evaluation"][: args.rows]
     settings = DistillationRecipe(tokens=args.tokens)
@@ -217,7 +220,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     print("|---|---|---|---|---|---|---|")
     for share in args.budgets:
         budget = Budget.parse({"params": str(share)})
-        costs = cost_table(parent, library, budget)
+        costs = cost_table(parent, library, Workload())
         solution = choose(library.alternatives, scores, costs, budget)
         for seed in args.seeds:
             for name, child in models(library, scores, solution, budget, recipe, held["calibration"], args.peer, seed):

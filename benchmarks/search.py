@@ -28,8 +28,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from layersmith.costs.budget import parse_budget
-from layersmith.run.artifacts import read_tensors
-from layersmith.run.folder import Run, versions
+from layersmith.costs.counted import Workload
+from layersmith.run.folder import versions
 from layersmith.run.progress import SILENT
 from layersmith.scoring.children import whole_models
 from layersmith.scoring.score import Journal, standard_error
@@ -37,9 +37,11 @@ from layersmith.search import baselines
 from layersmith.search.program import branched
 from layersmith.search.refine import refine
 from layersmith.search.solve import Candidate, Group, Solver
-from layersmith.stages.describe import cost_table
-from layersmith.stages.reopen import reopen, scoring_rows
-from layersmith.stages.scores import read_scores
+from layersmith.stages.costs import cost_table
+from layersmith.stages.data import DATA
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.scores import SCORES
 from layersmith.stages.search import search_problem
 
 _HIDDEN, _FFN, _KV, _HEAD, _QUERIES, _VOCAB = 8192, 28672, 8, 128, 64, 128256
@@ -114,14 +116,13 @@ def frontier_seconds(count: int) -> float:
 
 def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str, Any]:
     """KL on unseen rows of the program's solution, the refined one, and the baselines."""
-    run = Run.existing(folder)
-    recipe, library = reopen(run)
-    scores = read_scores(run, library)
-    seen, unseen = scoring_rows(run), read_tensors(run.folder / "data" / "tokens.safetensors")["evaluation"]
+    job = Job.of_run(folder)
+    recipe, library, scores, tokens = job.recipe, job.read(LIBRARY), job.read(SCORES), job.read(DATA)
+    seen, unseen = tokens.scoring, tokens.evaluation
     unseen = unseen[:most_rows]
     models = whole_models(library, seen, recipe, SILENT)
     judge = whole_models(library, unseen, recipe, SILENT)
-    costs = cost_table(library.parent, library, parse_budget(params="1.0"))
+    costs = cost_table(library.parent, library, Workload())
 
     def truth(solutions: Sequence[Any]) -> list[list[float]]:
         found = judge.run([c.alternatives for c in solutions], range(len(unseen)))

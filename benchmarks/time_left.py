@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from layersmith.costs.budget import parse_budget
+from layersmith.costs.counted import Workload
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL, standard_library
 from layersmith.execution.parent import load_parent
@@ -31,7 +32,7 @@ from layersmith.run.progress import Advance, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.search.frontier import axes_of
-from layersmith.stages.describe import cost_table
+from layersmith.stages.costs import cost_table
 
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -93,7 +94,7 @@ def main() -> None:
         library = build_library(parent, recipe, survey(parent, recipe), calibration, batch_sequences=4)
         result["alternatives"] = sum(a.kind != "parent" for a in library.alternatives)
         budget = parse_budget(params="0.7")
-        axes = axes_of(library.alternatives, cost_table(parent, library, budget), budget)
+        axes = axes_of(library.alternatives, cost_table(parent, library, Workload()), budget)
         for mode in args.modes.split(","):
             recorder = Recorder()
             journal = Path(folder) / f"{mode}.journal"

@@ -32,6 +32,7 @@ import layersmith
 from layersmith import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.heterogeneous.build import stock_class
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
+from layersmith.stages.reopen import search_several
 
 torch.set_num_threads(1)
 # Nothing is read from or written to the user's own cache; removed when the process ends.
@@ -90,6 +91,12 @@ def stock_model(config: PretrainedConfig, seed: int = 0) -> Any:
 
 def child_model(config: PretrainedConfig, blocks: list[BlockConfig], seed: int = 0) -> Any:
     return randomize(layersmith.build(config, blocks), seed).eval()
+
+
+def search_again(*arguments: Any, **more: Any) -> tuple[Any, Any]:
+    """The library and the best solution of a finished run for another budget."""
+    library, (solution, *_) = search_several(*arguments, **more)
+    return library, solution
 
 
 @pytest.fixture(autouse=True)

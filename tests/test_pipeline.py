@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,13 +20,20 @@ from safetensors.torch import load_file
 import layersmith
 from layersmith.costs.budget import parse_budget
 from layersmith.errors import Infeasible, InputError, LayersmithError, UsageError
-from layersmith.pipeline import STAGES, stages
+from layersmith.pipeline import PREPARATION, STAGES, WORK, stages
 from layersmith.recipe import Recipe
 from layersmith.report.html import render
 from layersmith.run.artifacts import read_json
 from layersmith.scoring.metrics import METRICS
-from layersmith.stages.reopen import evaluate_model, report_again, search_again
-from tests.conftest import TINY_RECIPE
+from layersmith.stages import HOLDS, NAMES
+from layersmith.stages import data as data_stage
+from layersmith.stages import describe as describe_stage
+from layersmith.stages import job as job_module
+from layersmith.stages import library as library_stage
+from layersmith.stages import scores as scores_stage
+from layersmith.stages import statistics as statistics_stage
+from layersmith.stages.reopen import evaluate_model, report_again
+from tests.conftest import TINY_RECIPE, search_again
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -37,7 +45,7 @@ def contents(folder: Path) -> dict[str, bytes]:
     }
     if "report.json" in found:
         report = json.loads(found["report.json"])
-        made = [stage for stage in STAGES if (folder / stage).is_dir()]
+        made = [stage.name for stage in STAGES if (folder / stage.name).is_dir()]
         assert [t["stage"] for t in report["timings"]][-len(made) :] == made
         found["report.json"] = json.dumps(report | {"timings": []}).encode()
         found["report.html"] = render(report | {"timings": []}).encode()
@@ -68,8 +76,8 @@ def test_the_child_is_what_the_search_counted(finished: layersmith.Result) -> No
 def test_the_run_folder_tells_everything(finished: layersmith.Result) -> None:
     names = {path.name for path in finished.run.iterdir() if not path.name.startswith(".")}
     assert names == {
-        "recipe.yaml", "run.json", "data", "library", "scores", "frontier", "refine", "solution", "pairs", "child",
-        "evaluation", "report.html", "report.json", "log.jsonl",
+        "recipe.yaml", "run.json", "describe", "data", "costs", "statistics", "library", "scores", "search", "frontier",
+        "refine", "solution", "pairs", "child", "evaluation", "report.html", "report.json", "log.jsonl",
     }  # fmt: skip
     header = read_json(finished.run / "run.json")
     assert header["versions"]["torch"] == torch.__version__
@@ -120,6 +128,52 @@ def test_a_finished_run_is_kept(finished: layersmith.Result, make_parent: Callab
     assert {record["event"] for record in kept} == {"kept"}
 
 
+def counted(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the expensive work of a run is done."""
+    calls: Counter[str] = Counter()
+    for module, name in (
+        (job_module, "load_parent"), (data_stage, "prepare"), (describe_stage, "survey"),
+        (statistics_stage, "build_library"), (library_stage, "distill_locally"), (scores_stage, "score_library"),
+    ):  # fmt: skip
+
+        def count(*arguments: Any, _real: Any = getattr(module, name), _name: str = name, **more: Any) -> Any:
+            calls[_name] += 1
+            return _real(*arguments, **more)
+
+        monkeypatch.setattr(module, name, count)
+    return calls
+
+
+def test_runs_next_to_each_other_share_their_work(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With another budget nothing is scored again; with another local distillation no statistics are gathered."""
+    parent, calls = make_parent("llama"), counted(monkeypatch)
+    layersmith.compress(parent, tmp_path / "one", data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    assert set(calls.values()) == {1}
+    two = layersmith.compress(parent, tmp_path / "two", data=text_folder, budget=0.8, recipe=TINY_RECIPE)
+    assert calls.pop("load_parent") == 2  # the child is evaluated against it
+    assert set(calls.values()) == {1}
+    other = TINY_RECIPE | {"local_distillation": {"tokens": 0, "reconstruct": False}}
+    layersmith.compress(parent, tmp_path / "three", data=text_folder, budget=0.9, recipe=other)
+    assert calls["build_library"] == calls["survey"] == calls["prepare"] == 1
+    assert calls["distill_locally"] == calls["score_library"] == 2
+    alone = layersmith.compress(
+        parent, tmp_path / "elsewhere" / "two", data=text_folder, budget=0.8, recipe=TINY_RECIPE
+    )
+    assert contents(alone.run) == contents(two.run)
+
+
+def test_a_finished_run_is_opened_without_work(
+    finished: layersmith.Result, make_parent: Callable, text_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = counted(monkeypatch)
+    again = layersmith.compress(make_parent("llama"), finished.run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    assert not calls
+    assert again.solution == finished.solution
+    assert again.evaluation == finished.evaluation
+
+
 @pytest.mark.parametrize("change", ["budget", "recipe", "data", "parent"])
 def test_a_run_of_something_else_is_not_touched(
     change: str, finished: layersmith.Result, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
@@ -160,9 +214,9 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(
         command = [sys.executable, "-c", SCRIPT, *[str(out) if a == "OUT" else a for a in arguments]]
         return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
 
-    out = tmp_path / "killed"
+    out = tmp_path / "elsewhere" / "killed"  # where no other run has done any of the work
     # Kill it as soon as each of these appears, then at odd moments, in one and the same run.
-    signs = ["run.json", "data", "library", "scores.partial", "scores", "solution", "child", "evaluation"]
+    signs = ["run.json", "data", "statistics", "library", "scores.partial", "scores", "solution", "child", "evaluation"]
     kills = 0
     for sign in signs:
         process = start(out)
@@ -180,18 +234,26 @@ def test_killed_at_any_point_it_ends_with_the_same_bytes(
     assert contents(out) == contents(whole.run)
 
 
+def test_the_names_of_stages_are_those_that_run() -> None:
+    assert tuple(stage.name for stage in STAGES) == NAMES
+    page = (Path(__file__).parents[1] / "docs" / "run-folder.md").read_text(encoding="utf-8")
+    for name, holds in HOLDS.items():
+        assert f"| `{name}/` | {holds} |" in page
+
+
 def test_stages_one_at_a_time(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
     """Stopped after each stage and started again, it ends with the same bytes, wherever the data lies by then."""
     parent = make_parent("llama")
     whole = layersmith.compress(parent, tmp_path / "whole", data=text_folder, budget=0.9, recipe=TINY_RECIPE)
-    for stage in STAGES:
-        for reached in stages(parent, tmp_path / "steps", text_folder, 0.9, TINY_RECIPE):
-            if reached == stage:
+    for stage in (*PREPARATION, *WORK):
+        for reached in stages(parent, tmp_path / "elsewhere" / "steps", text_folder, 0.9, TINY_RECIPE):
+            if reached == stage.name:
                 break
-        assert (tmp_path / "steps" / stage).is_dir() or stage in ("costs", "settled", "clock")  # nothing is timed here
-        assert not (tmp_path / "steps" / "report.html").exists()
+        assert (tmp_path / "elsewhere" / "steps" / stage.name).is_dir() or stage.name == "clock"  # nothing is timed
+        assert not (tmp_path / "elsewhere" / "steps" / "report.html").exists()
     shutil.copytree(text_folder, tmp_path / "moved")
-    again = layersmith.compress(parent, tmp_path / "steps", data=tmp_path / "moved", budget=0.9, recipe=TINY_RECIPE)
+    out = tmp_path / "elsewhere" / "steps"
+    again = layersmith.compress(parent, out, data=tmp_path / "moved", budget=0.9, recipe=TINY_RECIPE)
     assert contents(again.run) == contents(whole.run)
 
 
@@ -215,12 +277,12 @@ def test_only_what_we_wrote_is_cleaned_up(
     finished: layersmith.Result, make_parent: Callable[..., Path], text_folder: Path
 ) -> None:
     (finished.run / ".git").mkdir()
-    (finished.run / ".child.abc123").mkdir()
-    (finished.run / ".run.json.xyz").write_text("half")
+    (finished.run / ".layersmith-child.abc123").mkdir()
+    (finished.run / ".layersmith-run.json.xyz").write_text("half")
     layersmith.compress(make_parent("llama"), finished.run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
     assert (finished.run / ".git").is_dir()
-    assert not (finished.run / ".child.abc123").exists()
-    assert not (finished.run / ".run.json.xyz").exists()
+    assert not (finished.run / ".layersmith-child.abc123").exists()
+    assert not (finished.run / ".layersmith-run.json.xyz").exists()
     (finished.run / ".git").rmdir()
 
 
@@ -402,7 +464,7 @@ except layersmith.errors.InputError as error:
     whole = layersmith.compress(
         make_parent("llama"), tmp_path / "whole", data=text_folder, budget=0.9, recipe=TINY_RECIPE
     )
-    out = tmp_path / "out"
+    out = tmp_path / "elsewhere" / "out"
     for files in (0, 3, 9, 16):
         arguments = [str(make_parent("llama")), str(out), str(text_folder), json.dumps(TINY_RECIPE), str(files)]
         done = run_python(script, *arguments)

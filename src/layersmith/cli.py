@@ -20,6 +20,7 @@ import typer
 
 from layersmith.errors import LayersmithError, UsageError, did_you_mean
 from layersmith.recipe import BATCH, CONTEXT, DataRecipe, Recipe
+from layersmith.stages import NAMES
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -180,7 +181,7 @@ def compress(
     device: Device = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
-    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    until: Annotated[str | None, typer.Option(help=f"Stop after this stage: {', '.join(NAMES)}.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the run will do and take and whether the budget can be met.")
     ] = False,
@@ -202,11 +203,11 @@ def compress(
 
         screen.line(plan(parent, out, data, chosen, budget, family))
         return
-    from layersmith.pipeline import STAGES, Result, stages
+    from layersmith.pipeline import Result, stages
     from layersmith.terminal import print_result
 
-    if until is not None and until not in STAGES:
-        raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, STAGES)}")
+    if until is not None and until not in NAMES:
+        raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, NAMES)}")
     for reached in stages(parent, out, data, budget, chosen, family, screen.progress):
         if isinstance(reached, Result):
             print_result(screen.results, reached)
@@ -331,7 +332,7 @@ def costs(
     from layersmith.costs.counted import Workload
     from layersmith.costs.times import to_csv
     from layersmith.run.artifacts import write_text
-    from layersmith.stages.times import times_of
+    from layersmith.stages.costs import times_of
     from layersmith.terminal import print_times
 
     settings = [*(settings or ()), *([f"costs.device={on}", "costs.times=null"] if on is not None else ())]

@@ -31,8 +31,7 @@ from layersmith.run.artifacts import read_json
 from layersmith.run.runtime import Runtime
 from layersmith.search.problem import SearchProblem
 from layersmith.search.time_limits import solve_within
-from layersmith.stages.describe import cost_table
-from layersmith.stages.times import times_of
+from layersmith.stages.costs import cost_table, times_of
 from tests.conftest import TINY_RECIPE
 
 LOAD = Workload(batch=2, context=48, generate=16)
@@ -158,7 +157,7 @@ def test_noise_is_taken_from_what_lies_on_a_line() -> None:
 
 def test_sums_of_parts_are_the_whole(parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    costs = cost_table(parent, found, BUDGET)
+    costs = cost_table(parent, found, LOAD)
     times = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=5))
     assert times.whole(a.key for a in found.alternatives if a.kind == "parent").prefill == pytest.approx(
         takes(parent.model).prefill
@@ -176,7 +175,7 @@ def test_where_there_is_little_time_some_layers_are_timed(
     parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    costs = cost_table(parent, found, BUDGET)
+    costs = cost_table(parent, found, LOAD)
     whole = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0))
     few = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0, seconds=1e-6))
     for key, own in whole.by_key.items():
@@ -188,7 +187,7 @@ def test_a_parent_on_the_disk_takes_what_it_takes_in_memory(
     parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    costs = cost_table(parent, found, BUDGET)
+    costs = cost_table(parent, found, LOAD)
     whole = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0))
     streamed = load_parent(parent.path, parent.runtime, stream_near=tmp_path)
     assert streamed.stream is not None
@@ -203,7 +202,7 @@ def test_a_shape_is_timed_once(
     parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", str(tmp_path))
-    costs = cost_table(parent, found, BUDGET)
+    costs = cost_table(parent, found, LOAD)
     recipe = CostsRecipe(rounds=3, checks=2)
     some = [a for a in found.alternatives if a.kind != "linear"]
     measure(parent, some, costs, LOAD, recipe)
@@ -224,7 +223,7 @@ def test_the_solution_holds_against_a_clock_that_disagrees(
     parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    costs = cost_table(parent, found, BUDGET)
+    costs = cost_table(parent, found, LOAD)
     recipe = CostsRecipe(rounds=3, checks=0)
     times = measure(parent, found.alternatives, costs, LOAD, recipe)
     whole = takes(parent.model)
@@ -254,7 +253,7 @@ def test_the_solution_holds_against_a_clock_that_disagrees(
 
 
 def test_a_table_is_read_as_it_was_written(parent: Parent, found: Survey, tmp_path: Path) -> None:
-    costs = cost_table(parent, found, BUDGET)
+    costs = cost_table(parent, found, LOAD)
     times = predict(
         "H100", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.bfloat16, LOAD
     )
@@ -281,7 +280,7 @@ def test_a_table_is_read_as_it_was_written(parent: Parent, found: Survey, tmp_pa
 def test_tables_that_are_no_tables(
     harm: Callable[[str], str], says: str, parent: Parent, found: Survey, tmp_path: Path
 ) -> None:
-    costs = cost_table(parent, found, BUDGET)
+    costs = cost_table(parent, found, LOAD)
     times = predict(
         "T4", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.float32, LOAD
     )
@@ -294,7 +293,7 @@ def test_tables_that_are_no_tables(
 
 
 def test_a_prediction_is_arithmetic_or_traffic(parent: Parent, found: Survey) -> None:
-    costs = cost_table(parent, found, BUDGET)
+    costs = cost_table(parent, found, LOAD)
     times = predict(
         "H100", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.bfloat16, LOAD
     )

@@ -3,6 +3,7 @@
 Several processes are in test_ranks.py.
 """
 
+import dataclasses
 import json
 import os
 import shutil
@@ -33,11 +34,11 @@ from layersmith.evaluation.compare import closed
 from layersmith.execution.parent import Parent
 from layersmith.recipe import DistillationRecipe, SearchRecipe
 from layersmith.run.artifacts import read_json, read_tensors
-from layersmith.run.folder import Run
-from layersmith.run.progress import SILENT, Progress
+from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
-from layersmith.stages import reopen as again
 from layersmith.stages.distill import distill
+from layersmith.stages.job import Job
+from layersmith.stages.search import problem_as_measured
 from tests.conformance.tiny import tiny_config, tiny_model
 from tests.conftest import FAMILIES, NO_ATTENTION, TINY_RECIPE, block, child_model, stock_model
 
@@ -345,9 +346,10 @@ def test_finalists(own: Path) -> None:
 
 def test_finalists_keep_the_searchs_rules(own: Path) -> None:
     """The first is the run's own; all are apart from each other, within the budget, and as the rules say."""
-    run = Run.existing(own)
     rules = SearchRecipe(keep_layers=(2,), max_removed_attentions=1, uniform_groups=2)
-    _, _, problem, _ = again._problem(run, parse_budget(params="0.8"), None, None, rules, SILENT)
+    job = Job.of_run(own, change=lambda recipe: dataclasses.replace(recipe, search=rules))
+    job.budget = parse_budget(params="0.8")
+    problem = problem_as_measured(job)
     first = problem.best()
     found = diverse_solutions(problem, first, 4, distance=3)
     assert found[0] == first

@@ -15,8 +15,7 @@ import layersmith
 from layersmith.costs.budget import parse_budget
 from layersmith.pipeline import stages
 from layersmith.report.card import base_model, data_name, license_of, table
-from layersmith.stages.reopen import search_again
-from tests.conftest import TINY_RECIPE
+from tests.conftest import TINY_RECIPE, search_again
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], str]:

@@ -1,4 +1,4 @@
-"""The times of a run's stages, also where it was interrupted."""
+"""The times of a run's stages, also where it was interrupted; what runs share; which folders are refused."""
 
 import json
 import os
@@ -7,54 +7,88 @@ from pathlib import Path
 
 import pytest
 
+from layersmith.errors import InputError
 from layersmith.recipe import Recipe
+from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.folder import Run
+from layersmith.run.stage import Making
+from layersmith.run.store import Store
 
-HEADER = {"parent": {"identity": "x"}, "data": {"sha256": "y"}, "budget": {}, "recipe": {}, "versions": {}}
+HEADER = {"parent": {"identity": "x"}, "data": {"digest": "y"}, "budget": {}, "recipe": {}, "versions": {}}
 
 
 def seconds(run: Run) -> dict[str, float]:
-    return {t["stage"]: t["seconds"] for t in run.times()}
+    return {t["stage"]: t["seconds"] for t in run.log.times()}
+
+
+def write(making: Making) -> None:
+    (making.folder / "result").write_text("x")
 
 
 def test_times_are_of_all_attempts(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     attempts: list[float] = []
 
-    def work(folder: Path) -> None:
+    def work(making: Making) -> None:
         time.sleep(0.05)
         attempts.append(0.05)
         if len(attempts) == 1:
             raise KeyboardInterrupt
-        (folder / "result").write_text("x")
+        write(making)
 
     with run.open(HEADER, Recipe()):
-        run.log_once("describe", 1.5)
         with pytest.raises(KeyboardInterrupt):
             run.do("library", "a", work)
         assert run.do("library", "a", work)
         assert not run.do("library", "a", work)
-    with run.open(HEADER, Recipe()):
-        run.log_once("describe", 99.0)  # what every start does is told of once
-    assert run.times()[0] == {"stage": "describe", "seconds": 1.5, "interruptions": 0}
-    assert run.times()[1]["interruptions"] == 1
+    assert run.log.times()[0]["interruptions"] == 1
     assert 0.1 <= seconds(run)["library"] < 5
 
 
 def test_of_a_killed_attempt_what_is_known(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     with run.open(HEADER, Recipe()):
-        run.log("scores", "begun")
+        run.log.add("scores", "begun")
     began = time.time()
     run.partial("scores").write_text("{}")
     os.utime(run.partial("scores"), (began, began + 120))
     with open(run.folder / "log.jsonl", "a") as file:
         file.write('{"time": "20')  # and a line that was cut off
     with run.open(HEADER, Recipe()):
-        run.do("scores", "a", lambda folder: None)
-    (times,) = run.times()
+        run.do("scores", "a", lambda making: None)
+    (times,) = run.log.times()
     assert times["interruptions"] == 1
     assert 119 <= times["seconds"] <= 125
     assert [json.loads(line)["event"] for line in (run.folder / "log.jsonl").read_text().splitlines() if "}" in line][
         -1
     ] == "done"
+
+
+def test_runs_share_what_was_made_from_the_same_inputs(tmp_path: Path) -> None:
+    made = []
+
+    def work(making: Making) -> None:
+        made.append(making.inputs)
+        write(making)
+
+    for name, inputs in (("one", "a"), ("two", "a"), ("three", "b")):
+        run = Run(tmp_path / name, Store.near(tmp_path / name))
+        with run.open(HEADER, Recipe()):
+            run.do("scores", inputs, work, is_shared=True)
+            run.do("child", inputs, work)
+        assert (tmp_path / name / "scores" / "result").read_text() == "x"
+    files = [tmp_path / name / "scores" / "result" for name in ("one", "two", "three")]
+    assert os.path.samefile(files[0], files[1])
+    assert not os.path.samefile(files[0], files[2])
+    assert len(made) == 2 + 3
+
+
+def test_a_run_of_another_format_is_refused_in_one_sentence(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.open(HEADER, Recipe()):
+        pass
+    header = read_json(run.folder / "run.json")
+    del header["format"]
+    write_json(run.folder / "run.json", header)
+    with pytest.raises(InputError, match="another version of layersmith"):
+        Run.check(run.folder)

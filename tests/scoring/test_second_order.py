@@ -8,6 +8,7 @@ import torch
 from scipy.stats import spearmanr
 
 from layersmith.costs.budget import parse_budget
+from layersmith.costs.counted import Workload
 from layersmith.demo.job import MODEL
 from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import LayerwiseParent, split_layers
@@ -23,7 +24,7 @@ from layersmith.scoring.library_scores import row_order, score_library
 from layersmith.scoring.regret import Axis
 from layersmith.scoring.second_order import _signs, estimate, look
 from layersmith.search.frontier import axes_of
-from layersmith.stages.describe import cost_table
+from layersmith.stages.costs import cost_table
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 
@@ -173,7 +174,7 @@ def test_scores_of_a_trained_model(trained: tuple[Library, torch.Tensor], truth:
 
 def axes_for(library: Library) -> list[Axis]:
     budget = parse_budget(params="0.7", kv_cache="0.5")
-    return axes_of(library.alternatives, cost_table(library.parent, library, budget), budget)
+    return axes_of(library.alternatives, cost_table(library.parent, library, Workload()), budget)
 
 
 def test_interrupted_at_any_line_the_scores_are_the_same(trained: tuple[Library, torch.Tensor], tmp_path: Path) -> None:

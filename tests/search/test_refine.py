@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from layersmith.costs.budget import parse_budget
+from layersmith.costs.counted import Workload
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL
 from layersmith.evaluation.compare import compare
@@ -19,7 +20,6 @@ from layersmith.execution.parent import load_parent
 from layersmith.library.library import build_library, survey
 from layersmith.pipeline import stages
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
-from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import WholeModels, whole_models
@@ -27,10 +27,11 @@ from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import Journal
 from layersmith.search.problem import SearchProblem
 from layersmith.search.refine import read_refined, refine
-from layersmith.stages.describe import cost_table
-from layersmith.stages.reopen import reopen, scoring_rows
-from layersmith.stages.scores import read_scores
-from layersmith.stages.search import search_problem
+from layersmith.stages.costs import cost_table
+from layersmith.stages.data import DATA
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.search import problem_as_measured
 from tests.conftest import TINY_RECIPE
 
 
@@ -40,13 +41,8 @@ def scored(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory
     for stage in stages(make_parent("llama"), folder, text_folder, 0.8, TINY_RECIPE):
         if stage == "scores":
             break
-    run = Run.existing(folder)
-    recipe, library = reopen(run)
-    budget = parse_budget(params="0.8")
-    problem = search_problem(
-        library, read_scores(run, library), recipe, cost_table(library.parent, library, budget), budget
-    )
-    return library, problem, scoring_rows(run)
+    job = Job.of_run(folder)
+    return job.read(LIBRARY), problem_as_measured(job), job.read(DATA).scoring
 
 
 def models(scored: Any, in_stages: bool = True) -> WholeModels:
@@ -74,7 +70,7 @@ def test_scores_that_are_wrong_are_mended() -> None:
     rng, budget = random.Random(1), parse_budget(params="0.7")
     scores = score_library(library, rows, ScoringRecipe(mode="second_order", exact_passes=0))
     losses = {s.alternative.key: max(0.0, s.mean("kl_divergence")) for s in scores}
-    costs = cost_table(parent, library, budget)
+    costs = cost_table(parent, library, Workload())
     right = SearchProblem(library.alternatives, losses, costs, budget)
     factors = {(a.layer, a.subblock): math.exp(rng.gauss(0, 1)) for a in library.alternatives}
     wrong = SearchProblem(

@@ -189,7 +189,7 @@ class Times:
 
 def kept_in(run: Path) -> dict[str, Any] | None:
     """The times of a run as they were known last, as data; None where its budget has no limit of time."""
-    for stage in ("settled", "costs"):
+    for stage in ("search", "costs"):
         if (path := run / stage / "times.json").is_file():
             found: dict[str, Any] = read_json(path)
             return found

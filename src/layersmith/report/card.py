@@ -28,7 +28,7 @@ from layersmith.report.words import (
     share,
     with_noise,
 )
-from layersmith.run.artifacts import write_text
+from layersmith.run.artifacts import read_json, write_text
 from layersmith.run.folder import Run
 from layersmith.search.problem import Solution
 from layersmith.units import format_cost
@@ -84,7 +84,7 @@ def model_card(
         learned_tokens: of global distillation, if there was any.
         learned_from: the text that they are of.
     """
-    header = run.header()
+    header = run.header() | {"data": read_json(run.folder / "data" / "data.json")}
     parent = str(header["parent"]["path"])
     before, after = solution.parent_costs["parameters"], solution.costs["parameters"]
     front = {

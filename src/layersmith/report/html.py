@@ -30,19 +30,6 @@ from layersmith.report.words import (
 from layersmith.units import format_cost, format_seconds
 
 _NOT_COSTS = ("name",)
-# What the stages of a run do, for people; a stage that is not here is called by its folder's name.
-_STAGES = {
-    "describe": "describe the parent, read the data",
-    "data": "keep the data",
-    "library": "library: importance, alternatives",
-    "scores": "scores",
-    "solution": "search",
-    "child": "realize",
-    "evaluation": "evaluate",
-    "costs": "time the alternatives",
-    "settled": "search against the clock",
-    "clock": "time parent and child",
-}
 
 
 def render(report: dict[str, Any]) -> str:
@@ -217,7 +204,7 @@ def _timings(timings: list[dict[str, Any]]) -> dict[str, Any]:
         "total": format_seconds(whole),
         "rows": [
             {
-                "stage": _STAGES.get(t["stage"], t["stage"].replace("_", " ")),
+                "stage": t["stage"],
                 "time": format_seconds(t["seconds"]),
                 "share": share(t["seconds"], whole),
                 "percent": 100.0 * t["seconds"] / longest if longest else 0.0,

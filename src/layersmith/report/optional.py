@@ -27,7 +27,7 @@ def read_optional(run: Run) -> dict[str, Any]:
         "frontier": read_frontier(run.folder / "frontier" / "frontier.json"),
         "distillation": read_distillation(run.folder),
         "refined": read_refined(run.folder / "refine" / "refine.json"),
-        "timings": run.times(),
+        "timings": run.log.times(),
     }
 
 

@@ -22,6 +22,12 @@ from layersmith.errors import InputError
 if TYPE_CHECKING:
     import torch
 
+# How the names of files and folders begin while they are written; what a killed process left has such a name.
+TEMPORARY = ".layersmith-"
+# Up to this size files are hashed whole; above, their sizes and ends are.
+_WHOLE_HASH_BYTES = 2 * 1024**3
+_END_BYTES = 1024**2
+
 
 @contextmanager
 def saying_disk_full(path: Path) -> Iterator[None]:
@@ -44,7 +50,7 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that it is either as before or complete."""
     with saying_disk_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(data)
@@ -102,7 +108,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder that appears at ``path`` only when the block ends well; an old one there is replaced."""
     with saying_disk_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}.", dir=path.parent))
         try:
             os.chmod(temporary, 0o755)
             yield temporary
@@ -111,7 +117,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
                     with open(file, "rb") as opened:
                         os.fsync(opened.fileno())
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f".{path.name}.old.", dir=path.parent))
+                old = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}.old.", dir=path.parent))
                 os.replace(path, old / path.name)
                 os.replace(temporary, path)
                 shutil.rmtree(old)
@@ -139,3 +145,27 @@ def fingerprint(data: Any) -> str:
 def file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file or of all files in a folder, wherever it is; of very large ones sizes and ends count.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    try:
+        whole = sum(file.stat().st_size for file in files) <= _WHOLE_HASH_BYTES
+        digests = [file_digest(file) if whole else _ends_digest(file) for file in files]
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
+    names = [path.suffix if file == path else file.relative_to(path).as_posix() for file in files]
+    return fingerprint(list(zip(names, digests, strict=True)))
+
+
+def _ends_digest(file: Path) -> str:
+    size = file.stat().st_size
+    with open(file, "rb") as opened:
+        start = opened.read(_END_BYTES)
+        opened.seek(max(0, size - _END_BYTES))
+        return fingerprint([size, start.hex(), opened.read().hex()])

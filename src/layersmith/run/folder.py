@@ -1,150 +1,153 @@
 """The run folder: what a run has made so far, and what each piece was made from.
 
+Each stage has a folder by its name; :data:`layersmith.stages.HOLDS` says what they hold. Besides:
+
 recipe.yaml       every setting, defaults included
-run.json          parent, budget, versions, seed; the fingerprints of finished stages
-costs/            times of all alternatives, where the budget limits any
-data/             token rows and what they were made from
-library/          alternatives, what their weights are made from, and what they have learned
-scores/           metrics of every alternative on every row
-settled/          times as whole children corrected them, and the solution that holds; where times are measured
-frontier/         the best solution for every budget, and what others would do
-refine/           what whole children lost on the scoring rows, and the solution that came of it
-solution/         the solution, its budget and costs
-pairs/            what the chosen alternatives have learned together
-child/            the child, a Hugging Face folder
-evaluation/       child against parent
-clock/            what parent and child took of the clock; it differs between equal runs
-distillation/     what the child learnt from, its curve, and what came of it; if it was distilled
-distilled/        the child afterwards
+run.json          format, parent, budget, versions, seed; the digests of the inputs of finished stages
+distillation/     curve of global distillation; while it trains, checkpoints
 report.html, report.json
 log.jsonl         when stages began and ended; it and the times that the report takes from it differ between equal runs
+STAGE.partial, STAGE.work      results of an unfinished stage
 """
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
 import platform
-import re
 import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from datetime import datetime
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from layersmith.errors import InputError, UsageError
+from filelock import FileLock, Timeout
+
+from layersmith.errors import InputError, LayersmithError, UsageError
 from layersmith.recipe import Recipe
 from layersmith.run import ranks
-from layersmith.run.artifacts import read_json, saying_disk_full, whole_folder, write_json, write_text
+from layersmith.run.artifacts import (
+    TEMPORARY,
+    fingerprint,
+    read_json,
+    saying_disk_full,
+    whole_folder,
+    write_json,
+    write_text,
+)
+from layersmith.run.log import Log
+from layersmith.run.progress import Progress
+from layersmith.run.stage import Making, StageProgress
+from layersmith.run.store import Store
+
+# Of the folder's layout. A run of another format is refused.
+FORMAT = 2
+HEADER = "run.json"
 
 
 def versions() -> dict[str, str]:
-    """Versions of all that numbers depend on."""
-    import safetensors
-    import scipy
-    import torch
-    import transformers
-
-    from layersmith import __version__
-
+    """Versions of everything that numbers depend on."""
+    packages = ("layersmith", "torch", "transformers", "scipy", "safetensors")
     return {
-        "layersmith": __version__,
+        **{name: version(name) for name in packages},
         "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "scipy": scipy.__version__,
-        "safetensors": safetensors.__version__,
         "platform": f"{sys.platform} {platform.machine()}",
     }
 
 
-# Temporary names that :mod:`layersmith.run.artifacts` gives to what it writes in a run folder.
-_HALF_WRITTEN = re.compile(
-    r"^\.(run\.json|recipe\.yaml|report\.json|report\.html|library\.partial"
-    r"|costs|settled|data|library|scores|frontier|refine|solution|pairs|child|evaluation|clock|distilled|global|finalists|log\.json)"
-    r"\.(old\.)?\w+"
-)
-
-
 class Run:
-    """A run folder that this process has to itself."""
+    """A run folder. Only one process of a machine works in it at a time."""
 
-    def __init__(self, folder: Path):
-        self.folder = folder
+    def __init__(self, folder: Path, store: Store | None = None):
+        self.folder, self.log = folder, Log(folder)
+        self.store = Store(None) if store is None else store
 
     # ------------------------------------------------------------------------------------------ opening
 
     @staticmethod
     def check(folder: Path) -> None:
-        """Raises: InputError: the folder holds something that is not a run."""
+        """Raises: InputError: The folder holds something that is not a run, or a run of another format."""
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file. Choose another folder for the run.")
-        if not folder.is_dir() or (folder / "run.json").is_file():
+        if not folder.is_dir():
             return
+        if (folder / HEADER).is_file():
+            Run(folder).header()
         # A process that was stopped before it wrote run.json leaves no more than these.
-        if any(not path.name.startswith((".lock", ".run.json")) for path in folder.iterdir()):
+        elif any(not path.name.startswith((".lock", TEMPORARY)) for path in folder.iterdir()):
             raise InputError(f"{folder}: already there and not a run of layersmith. Choose another folder.")
+
+    @staticmethod
+    def existing(folder: str | Path) -> Run:
+        """Raises: UsageError: Not a run folder."""
+        run = Run(Path(folder))
+        if not (run.folder / HEADER).is_file():
+            raise UsageError(f"{folder}: not a run folder (no {HEADER}). Give the folder that `compress` wrote.")
+        return run
 
     @contextmanager
     def open(self, header: dict[str, Any], recipe: Recipe) -> Iterator[None]:
-        """Create the folder, or go on with it if it was made from the same header and recipe.
+        """Create the folder, or open it again if it was made from the same header and recipe.
 
         Raises:
-            InputError: another process works in it, or it was made from something else.
+            InputError: Another process works in it, or it was made from something else.
         """
         self.check(self.folder)
         with saying_disk_full(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-        with self._locked():
-            self._remove_leftovers()
-            self._check_header(header)
-            if not (self.folder / "run.json").is_file():
-                write_json(self.folder / "run.json", header | {"stages": {}})
+        with self.locked():
+            if (self.folder / HEADER).is_file():
+                self._check_header(header)
+            else:
+                write_json(self.folder / HEADER, {"format": FORMAT, **header, "stages": {}})
             write_text(self.folder / "recipe.yaml", recipe.to_yaml())
             yield
 
     @contextmanager
-    def at_work(self) -> Iterator[None]:
-        """Have a run that is there to oneself.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder for this process, and remove what a killed process was writing.
 
         Raises:
-            InputError: another process works in it.
+            InputError: Another process works in it.
         """
-        with self._locked():
-            self._remove_leftovers()
+        with saying_disk_full(self.folder):
+            lock = FileLock(self.folder / ".lock")
+        try:
+            with saying_disk_full(self.folder):
+                lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"{self.folder}: another process is at work in this run. Wait for it.") from error
+        try:
+            for leftover in list(self.folder.rglob(f"{TEMPORARY}*")):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover, ignore_errors=True)
+                else:
+                    leftover.unlink(missing_ok=True)
             yield
+        finally:
+            lock.release()
 
     @contextmanager
-    def _locked(self) -> Iterator[None]:
-        with saying_disk_full(self.folder):
-            lock = open(self.folder / ".lock", "w")  # noqa: SIM115 - closed by the next line's with
-        with lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise InputError(f"{self.folder}: another process is at work in this run. Wait for it.") from error
+    def removed_if_refused(self) -> Iterator[None]:
+        """A new run whose request turns out to be impossible leaves no folder behind."""
+        is_new = not self.header()["stages"]
+        try:
             yield
-
-    def _remove_leftovers(self) -> None:
-        """Remove what a killed process was writing, and nothing else that begins with a dot."""
-        places = (".*", "distillation/.*", "distillation/global/.*")
-        for leftover in [path for place in places for path in self.folder.glob(place)]:
-            if _HALF_WRITTEN.match(leftover.name):
-                shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        except LayersmithError:
+            if is_new and ranks.is_first():
+                shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def _check_header(self, header: dict[str, Any]) -> None:
-        if not (self.folder / "run.json").is_file():
-            return
         before = self.header()
-        for name, field, mend in (  # contents count, not where they lie
-            ("parent", "identity", "Choose another folder"),
-            ("data", "sha256", "Choose another folder"),
-            ("recipe", None, "Choose another folder, or restore the recipe"),
-            ("budget", None, "Choose another folder, or ask this run for another budget with `layersmith search`"),
+        another = "Choose another folder"
+        shares = "Choose another folder: next to this one it shares the work that both have in common"
+        for name, field, mend in (  # contents count, not where they are
+            ("parent", "identity", another),
+            ("data", "digest", another),
+            ("recipe", None, f"{shares}. Or restore the recipe"),
+            ("budget", None, f"{shares}. Or ask this run for another budget with `layersmith search`"),
             ("versions", None, "Choose another folder, or run with the versions that run.json names"),
         ):
             old, new = before.get(name), header.get(name)
@@ -154,124 +157,109 @@ class Run:
                 raise InputError(f"{self.folder}: holds a run with another {name}. {mend}.")
 
     def header(self) -> dict[str, Any]:
-        return read_json(self.folder / "run.json")
+        """``run.json``.
 
-    def meant(self, path: str) -> str:
-        """A local path as the command that made the run meant it, wherever one is now; anything else as it is."""
+        Raises:
+            InputError: It is missing, damaged, or of another format.
+        """
+        header: dict[str, Any] = read_json(self.folder / HEADER)
+        if header.get("format") != FORMAT:
+            raise InputError(
+                f"{self.folder}: made by another version of layersmith. Choose another folder, or use that version."
+            )
+        return header
+
+    def path_as_meant(self, path: str) -> str:
+        """A local path, relative to where the command that made the run was called; anything else unchanged."""
         there = Path(self.header().get("working_directory", ""), path)
         return str(there) if there.exists() else path
 
-    @staticmethod
-    def existing(folder: str | Path) -> Run:
-        """Raises: UsageError: not a run folder."""
-        run = Run(Path(folder))
-        if not (run.folder / "run.json").is_file():
-            raise UsageError(f"{folder}: not a run folder (no run.json). Give the folder that `compress` wrote.")
-        return run
-
     # ------------------------------------------------------------------------------------------ stages
 
-    def is_done(self, stage: str, inputs: str) -> bool:
-        return self.header()["stages"].get(stage) == inputs
+    def made_from(self, stage: str) -> str | None:
+        """Digest of the inputs of a finished stage; None if it is not finished."""
+        digest: str | None = self.header()["stages"].get(stage)
+        return digest
+
+    def require(self, *stages: str) -> None:
+        """Raises: InputError: One of these stages is not finished."""
+        for stage in stages:
+            if self.made_from(stage) is None or not (self.folder / stage).is_dir():
+                raise InputError(f"{self.folder}: its {stage} is not finished. Run the same compress command again.")
 
     def do(
         self,
         stage: str,
-        inputs: str,
-        make: Callable[[Path], None],
-        meanwhile: Callable[[], object] = lambda: None,
+        inputs: Any,
+        make: Callable[[Making], None],
+        meanwhile: Callable[[Making], object] | None = None,
+        *,
+        is_shared: bool = False,
+        progress: Progress | None = None,
     ) -> bool:
-        """Make a stage's folder unless it was made from the same inputs; whether it had to be made.
+        """Make a stage's folder unless it was made from the same inputs. Returns whether it had to be made.
 
-        Of several processes all call this, and the first alone writes.
+        All processes of a launcher call this, and the first alone writes.
 
         Args:
-            stage: its name and folder.
-            inputs: digest of everything the stage depends on.
-            make: writes the stage's files into the folder that it is given.
-            meanwhile: the other processes' part of the work; default: they wait.
+            stage: Name of the stage and of its folder.
+            inputs: JSON data that the result depends on.
+            make: Writes the files.
+            meanwhile: Part of the work for the other processes; default: they wait.
+            is_shared: Whether the result is taken from the store and given to it.
+            progress: Receives steps and notes.
         """
-        is_needed = ranks.from_first(lambda: not (self.is_done(stage, inputs) and (self.folder / stage).is_dir()))
-        if is_needed:
-            ranks.on_first(lambda: self._make(stage, inputs, make), meanwhile)
+        digest = fingerprint(inputs)
+        folder = self.folder / stage
+        making = Making(
+            folder=folder,
+            inputs=digest,
+            unfinished=self.partial(stage),
+            scratch=self.folder / f"{stage}.work",
+            progress=StageProgress(progress or Progress(), stage),
+        )
+        is_done = ranks.from_first(lambda: self.made_from(stage) == digest and folder.is_dir())
+        if is_done:
+            ranks.on_first(lambda: self.log.add(stage, "kept"))
+            return False
+        key = fingerprint([digest, versions()])
+        if not (is_shared and ranks.from_first(lambda: self._take(stage, digest, key))):
+            ranks.on_first(lambda: self._make(making, stage, make), lambda: meanwhile and meanwhile(making))
+            if is_shared:
+                ranks.on_first(lambda: self.store.give(stage, key, folder))
         if ranks.is_first():
-            if is_needed:  # no other process reads there any more
-                shutil.rmtree(self.work(stage), ignore_errors=True)
-            else:
-                self.log(stage, "kept")
-        return is_needed
+            shutil.rmtree(making.scratch, ignore_errors=True)
+        return True
 
-    def _make(self, stage: str, inputs: str, make: Callable[[Path], None]) -> None:
-        self._log_cut_off(stage)
+    def _take(self, stage: str, digest: str, key: str) -> bool:
         started = time.monotonic()
-        self.log(stage, "begun")
+        is_there = self.store.take(stage, key, self.folder / stage)
+        if is_there:
+            self.finished(stage, digest)
+            self.log.add(stage, "done", seconds=round(time.monotonic() - started, 2), shared=True)
+        return is_there
+
+    def _make(self, making: Making, stage: str, make: Callable[[Making], None]) -> None:
+        self.log.add_killed(stage, making.unfinished)
+        started = time.monotonic()
+        self.log.add(stage, "begun")
         try:
-            with whole_folder(self.folder / stage) as folder:
-                make(folder)
+            with whole_folder(making.folder) as folder:
+                make(Making(**{**vars(making), "folder": folder}))
         except BaseException:
-            with suppress(InputError):  # a full disk has been told of already
-                self.log(stage, "stopped", seconds=round(time.monotonic() - started, 2))
+            with suppress(InputError):  # a full disk was reported already
+                self.log.add(stage, "stopped", seconds=round(time.monotonic() - started, 2))
             raise
+        self.finished(stage, making.inputs)
+        making.unfinished.unlink(missing_ok=True)
+        self.log.add(stage, "done", seconds=round(time.monotonic() - started, 2))
+
+    def finished(self, stage: str, digest: str) -> None:
+        """Note in the header that a stage is complete."""
         header = self.header()
-        header["stages"][stage] = inputs
-        write_json(self.folder / "run.json", header)
-        self.partial(stage).unlink(missing_ok=True)
-        self.log(stage, "done", seconds=round(time.monotonic() - started, 2))
+        header["stages"][stage] = digest
+        write_json(self.folder / HEADER, header)
 
     def partial(self, stage: str) -> Path:
-        """A file for what a stage has done so far."""
+        """File for the results of an unfinished stage."""
         return self.folder / f"{stage}.partial"
-
-    def work(self, stage: str) -> Path:
-        """A folder for the same."""
-        return self.folder / f"{stage}.work"
-
-    # ------------------------------------------------------------------------------------------ times
-
-    def times(self) -> list[dict[str, Any]]:
-        """Wall time of each stage in the order in which they began: all attempts together, and how many were cut off.
-
-        Of an attempt that was killed, what it took is known only up to the last result that it kept.
-        """
-        stages: dict[str, dict[str, Any]] = {}
-        for record in self._records():
-            if "seconds" in record:
-                stage = stages.setdefault(
-                    record["stage"], {"stage": record["stage"], "seconds": 0.0, "interruptions": 0}
-                )
-                stage["seconds"] = round(stage["seconds"] + record["seconds"], 2)
-                stage["interruptions"] += record["event"] != "done"
-        return list(stages.values())
-
-    def log_once(self, stage: str, seconds: float) -> None:
-        """Note the time of something that every start of the run does, when it is done first."""
-        if not any(record["stage"] == stage for record in self._records()):
-            self.log(stage, "done", seconds=round(seconds, 2))
-
-    def _log_cut_off(self, stage: str) -> None:
-        """If a process was killed in this stage, note how long it is known to have been at work."""
-        last = next((r for r in reversed(self._records()) if r["stage"] == stage), None)
-        if last is not None and last["event"] == "begun":
-            began = datetime.fromisoformat(last["time"]).timestamp()
-            partial = self.partial(stage)
-            worked = max(0.0, partial.stat().st_mtime - began) if partial.is_file() else 0.0
-            self.log(stage, "killed", seconds=round(worked, 2))
-
-    def _records(self) -> list[dict[str, Any]]:
-        path = self.folder / "log.jsonl"
-        records = []
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            with suppress(ValueError):  # a line that was cut off
-                records.append(json.loads(line))
-        return records
-
-    def log(self, stage: str, event: str, **more: Any) -> None:
-        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **more}
-        with saying_disk_full(self.folder), open(self.folder / "log.jsonl", "ab+") as file:
-            if file.tell():
-                file.seek(-1, os.SEEK_END)
-                if file.read(1) != b"\n":  # a process was killed in the middle of a line
-                    file.write(b"\n")
-            file.write(json.dumps(record).encode() + b"\n")
-            file.flush()
-            os.fsync(file.fileno())

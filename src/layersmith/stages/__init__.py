@@ -1,1 +1,28 @@
-"""The stages of a run, one module each, and the commands on a finished run."""
+"""The stages of a run: one module makes one or a few of them. :mod:`layersmith.pipeline` runs them in this order.
+
+A stage has one name: of its folder in the run, for ``--until``, on the progress bar, in the log and in the report.
+Modules: ``job`` is what all stages are given; ``reopen``, ``inspect``, ``verify`` and ``dry_run`` are commands.
+"""
+
+# Name of a stage => what its folder holds.
+HOLDS = {
+    "describe": "what can be changed in each layer, and all alternatives",
+    "data": "token rows of each split, and what they were made from",
+    "costs": "counted costs of all alternatives, and their times if the budget limits any",
+    "statistics": "the order of importance of all units, and least-squares linear maps",
+    "library": "all alternatives, and the weights of those that were refitted or trained",
+    "scores": "metrics of every alternative on every scoring row",
+    "search": "the best solution by scores, and times as timing whole children corrected them",
+    "frontier": "the best solution for every budget, and those of simpler methods",
+    "refine": "losses of the whole children that were evaluated, and the solution that came of it",
+    "solution": "the solution that is realized, and the costs that it was found with",
+    "pairs": "weights of the solution's alternatives after the two of each layer were trained together",
+    "child": "the child, a Hugging Face folder",
+    "evaluation": "quality of the child next to the parent's, and sample texts",
+    "clock": "times of parent and child on this machine; they differ between equal runs",
+    "distillation/data": "rows for global distillation",
+    "distillation/finalists": "solutions that were distilled for a short while, and the winner's child",
+    "distilled": "the child after global distillation",
+    "distillation/evaluation": "quality of the child before and after global distillation",
+}
+NAMES = tuple(HOLDS)

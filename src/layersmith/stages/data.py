@@ -6,29 +6,77 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from layersmith.data.splits import check_vocabulary, prepare
-from layersmith.execution.parent import Parent
-from layersmith.recipe import Recipe
-from layersmith.run.artifacts import write_json, write_tensors
-from layersmith.run.progress import Progress
+from layersmith.data.mixture import read_mixture
+from layersmith.data.splits import TokenSplits, check_vocabulary, prepare
+from layersmith.run.artifacts import content_digest, fingerprint, read_json, read_tensors, write_json, write_tensors
+from layersmith.run.stage import Making, Stage
+from layersmith.stages.job import Job
+
+_SPLITS = ("calibration", "scoring", "evaluation", "training")
+_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")
 
 
-def read_data(data: str | Path, recipe: Recipe, model: Parent, tokenizer: Any, progress: Progress) -> Any:
-    """Token rows for calibration, scoring and evaluation."""
-    longest = model.positions or recipe.data.sequence_length
-    with progress.stage("data", 1, "source") as advance:
-        rows = dataclasses.replace(recipe.data, sequence_length=min(recipe.data.sequence_length, longest))
-        tokens = prepare(data, tokenizer, rows, recipe.seed)
-        splits = (tokens.calibration, tokens.scoring, tokens.evaluation, tokens.training)
-        largest = max(int(rows.max()) for rows in splits if len(rows))
-        check_vocabulary(largest + 1, model.language_config.vocab_size)
+def digest_of(source: str | Path | None) -> Any:
+    """Digest of what a source holds, wherever it is; of a hub dataset its name."""
+    if source is None:
+        return None
+    path = Path(source).expanduser()
+    if not path.exists():
+        return str(source)
+    parts = read_mixture(source)
+    return [content_digest(path), [digest_of(part.source) for part in parts or ()]]
+
+
+def digest_of_source(job: Job) -> str:
+    """Digest of all text that rows are made from."""
+    return fingerprint([digest_of(job.data), digest_of(job.recipe.data.evaluation_source)])
+
+
+def _inputs(job: Job) -> Any:
+    folder = Path(job.path)
+    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}) if folder.is_dir() else []
+    settings = {name: value for name, value in job.settings("data").items() if name != "evaluation_source"}
+    source = job.run.header()["data"]["digest"]
+    return [job.identity, [content_digest(file) for file in files], settings, job.recipe.seed, source]
+
+
+def _make(job: Job, making: Making) -> None:
+    recipe, parent = job.recipe.data, job.parent
+    length = min(recipe.sequence_length, parent.positions or recipe.sequence_length)
+    with making.progress.stage("data", 1, "source") as advance:
+        recipe = dataclasses.replace(recipe, sequence_length=length)
+        tokens = prepare(job.data, job.tokenizer, recipe, job.recipe.seed)
+        rows = {name: getattr(tokens, name) for name in _SPLITS}
+        largest = max(int(split.max()) for split in rows.values() if len(split))
+        check_vocabulary(largest + 1, parent.language_config.vocab_size)
         advance(1)
     for warning in tokens.description.get("warnings", ()):
-        progress.note(warning)
-    return tokens
+        making.progress.note(warning)
+    write_tensors(making.folder / "tokens.safetensors", rows)
+    write_json(making.folder / "data.json", tokens.description)
 
 
-def write_data(folder: Path, tokens: Any) -> None:
-    rows = {name: getattr(tokens, name) for name in ("calibration", "scoring", "evaluation", "training")}
-    write_tensors(folder / "tokens.safetensors", rows)
-    write_json(folder / "data.json", tokens.description)
+def _read(job: Job, folder: Path) -> TokenSplits:
+    rows = read_tensors(folder / "tokens.safetensors")
+    return TokenSplits(
+        calibration=rows["calibration"],
+        scoring=rows["scoring"],
+        evaluation=rows["evaluation"],
+        training=rows["training"],
+        description=read_json(folder / "data.json"),
+    )
+
+
+def digest_of_split(job: Job, split: str) -> str:
+    """Digest of the rows of a split."""
+    digests: dict[str, str] = read_json(job.run.folder / DATA.name / "data.json")["sha256"]
+    return digests[split]
+
+
+DATA = Stage(
+    name="data",
+    inputs=_inputs,
+    make=_make,
+    read=_read,
+    is_shared=True,
+)

@@ -1,12 +1,7 @@
-"""Global distillation of a run: the child learns from the parent, on text that evaluation never shows.
+"""Global distillation: the child learns from the parent, on text that evaluation never shows.
 
-distillation/data/         the rows to learn from
-distillation/finalists/    solutions that were tried, and which won
-distillation/global/       log.json, the curve; while it trains, checkpoints
-distilled/                 the child afterwards
-distillation/evaluation/   parent against child, before and after
-
-Every process of a launcher such as ``torchrun`` runs this; the first one alone writes.
+These stages run at the end of ``compress`` if the recipe asks for it, and in the command ``distill`` on a finished run.
+Every process of a launcher such as ``torchrun`` trains; the first one alone writes.
 
 Shapes: N rows, T tokens.
 """
@@ -24,15 +19,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from layersmith.costs.budget import Budget
 from layersmith.data.overlap import without_copies
-from layersmith.data.splits import check_vocabulary, evaluation_rows, holds_tokens, load_tokenizer, prepare
+from layersmith.data.splits import check_vocabulary, evaluation_rows, holds_tokens, prepare
 from layersmith.distillation.finalists import Finalist, diverse_solutions
 from layersmith.distillation.parent_logits import ParentLogits, cache_folder, remember
 from layersmith.distillation.train import Steps, Trained, hidden_size_of, train, training_arguments
 from layersmith.errors import InputError, UsageError
 from layersmith.evaluation.compare import compare
-from layersmith.execution.parent import Parent, load_parent
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -41,185 +34,99 @@ from layersmith.recipe import DISTILLATION_TOKENS, DistillationRecipe, Recipe
 from layersmith.records import to_data
 from layersmith.report.card import complete_card, write_card
 from layersmith.run import ranks
-from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
+from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
 from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
+from layersmith.run.stage import Making, Stage
 from layersmith.search.problem import Solution
-from layersmith.stages.describe import at_stored_dtype, cost_table, run_dtype
-from layersmith.stages.library import with_pairs
-from layersmith.stages.scores import read_scores
-from layersmith.stages.search import search_problem
-from layersmith.stages.times import kept_times
+from layersmith.stages.costs import COSTS
+from layersmith.stages.data import DATA, digest_of
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.realize import CHILD, library_with_pairs
+from layersmith.stages.refine import SOLUTION
+from layersmith.stages.search import problem_of, read_solution
 
 # Bytes a parameter on the disk: two checkpoints of weights and two moments in float32.
 _CHECKPOINTED = 2 * 3 * 4
 
 
-@dataclass(frozen=True)
-class Distilled:
-    """What a distillation gave.
-
-    Attributes:
-        child: its folder.
-        before, after: evaluations of parent against child, as in ``evaluation.json``.
-        finalists: what was tried first; empty if nothing was.
-    """
-
-    child: Path
-    before: dict[str, Any]
-    after: dict[str, Any]
-    finalists: list[dict[str, Any]]
+def is_wanted(job: Job) -> bool:
+    return job.recipe.distillation.tokens > 0
 
 
-def distill(
-    run_folder: str | Path,
-    *,
-    tokens: int | None = None,
-    data: str | Path | None = None,
-    recipe: Recipe | dict[str, Any] | str | Path | None = None,
-    finalists: int | None = None,
-    report_to: Sequence[str] | None = None,
-    device: str | None = None,
-    descriptor: type[ModelDescriptor] | None = None,
-    progress: Progress = SILENT,
-) -> Distilled:
-    """Distil the parent of a finished run into its child; an interrupted distillation is gone on with.
-
-    Args:
-        run_folder: that ``compress`` made.
-        tokens: to learn from; default: the recipe's, else a million.
-        data: to learn from; default: the run's own, but for what evaluation has of it.
-        recipe: whose section ``distillation`` goes before the run's own.
-        finalists: solutions that are tried first.
-        report_to: loggers, by the names that Transformers has for them; default: the recipe's.
-        device: goes before the run's.
-        descriptor: of the family; default: found by experiment.
-        progress: told where it is.
+def check(job: Job) -> Steps:
+    """How the recipe's tokens are divided into steps.
 
     Raises:
-        InputError: the run has no child yet; its parent or data are gone or others now; the disk is too small.
-        UsageError: a recipe that does not go with the models.
+        UsageError: Settings do not go together, with the number of processes, or with the size of the parent.
     """
-    run = Run.existing(run_folder)
-    header = run.header()
-    own = Recipe.from_dict(header["recipe"], str(run.folder / "run.json"))
-    section = own.distillation if recipe is None else Recipe.read(recipe).distillation
-    changes: dict[str, Any] = {"tokens": tokens or section.tokens or DISTILLATION_TOKENS}
-    if finalists is not None:
-        changes["finalists"] = finalists
-    if report_to is not None:
-        changes["report_to"] = tuple(report_to)
-    own = dataclasses.replace(
-        own, distillation=dataclasses.replace(section, **changes), device=own.device if device is None else device
-    )
-    if tokens is not None and tokens < 1:
-        raise UsageError(f"--tokens: must be positive, got {tokens}.")
-    if "child" not in header["stages"] or not (run.folder / "child" / "config.json").is_file():
-        raise InputError(f"{run.folder}: its child is not there yet. Run the same compress command again.")
-    ranks.start(Runtime.detect(own.device, own.dtype))
-    parent = load_parent(
-        run.meant(header["parent"]["path"]), Runtime.detect(own.device, own.dtype), descriptor, own.trust_remote_code
-    )
-    if parent.identity != header["parent"]["identity"]:
-        raise InputError(f"{parent.path}: not the parent of {run.folder} any more; its weights or config changed.")
-    with ranks.first(run.at_work):
-        source = run.meant(header["data"]["source"]) if data is None else data
-        return distill_child(run, parent, own, source, data is None, progress)
-
-
-def distill_child(
-    run: Run, parent: Parent, recipe: Recipe, source: str | Path, is_the_runs: bool, progress: Progress = SILENT
-) -> Distilled:
-    """As :func:`distill`, in a run that is open.
-
-    Args:
-        run: has a child.
-        parent: of the run.
-        recipe: says everything, the number of tokens too.
-        source: of documents to learn from.
-        is_the_runs: whether the run's other rows were dealt from it too.
-        progress: told where it is.
-    """
-    settings = recipe.distillation
-    held = read_tensors(run.folder / "data" / "tokens.safetensors")
-    steps = check_training(parent, recipe, held["evaluation"].shape[1], run.folder)
-    tokenizer = load_tokenizer(parent.path, trust_remote_code=recipe.trust_remote_code)
-
-    rows = read_rows(run, recipe, str(source), is_the_runs, tokenizer, steps, parent, progress)
-    child_inputs = run.header()["stages"]["child"]
-    inputs = fingerprint(
-        [
-            child_inputs,
-            run.header()["stages"]["distillation/data"],
-            to_data(dataclasses.replace(settings, report_to=(), save_seconds=0.0)),
-            recipe.seed,
-            run_dtype(parent),
-        ]
-    )
-    is_done = ranks.from_first(lambda: run.is_done("distilled", inputs) and (run.folder / "distilled").is_dir())
-    if not is_done:
-        ranks.on_first(lambda: check_disk(run, settings, steps))
-    tried = [] if settings.finalists < 2 else try_finalists(run, inputs, parent, recipe, rows, held, progress)
-    start, solution = run.folder / "child", run.folder / "solution"
-    if tried:
-        solution = run.folder / "distillation" / "finalists"
-        start = solution / str(next(t["number"] for t in tried if t["won"]))
-    library = Library.read(run.folder / "library", parent)
-    of_card = (run, library, Solution.from_dict(read_json(solution / "solution.json")), recipe)
-    learned: dict[str, Any] = {"learned_tokens": steps.count * steps.tokens, "learned_from": str(source)}
-    if not is_done:
-        train_child(
-            run, inputs, start, parent, recipe, rows, held["scoring"], tokenizer,
-            lambda folder: write_card(folder, *of_card, **learned), progress,
-        )  # fmt: skip
-    evaluations = evaluate(run, inputs, parent, recipe, held["evaluation"], progress)
-    ranks.on_first(lambda: complete_card(run.folder / "distilled", *of_card, evaluations["after"], **learned))
-    return Distilled(run.folder / "distilled", evaluations["before"], evaluations["after"], tried)
-
-
-def check_training(parent: Parent, recipe: Recipe, length: int, folder: Path) -> Steps:
-    """How a recipe's tokens will be cut into steps, for rows of ``length``.
-
-    Raises:
-        UsageError: something of the recipe does not go together, or with the number of processes.
-    """
-    settings = recipe.distillation
-    steps = Steps.of(settings, settings.tokens, length, parent.runtime.world_size)
-    training_arguments(settings, steps, parent.runtime, hidden_size_of(parent), recipe.seed, folder)  # raises
+    if job.is_streamed:
+        raise UsageError(
+            f"{job.path}: larger than the memory, so it cannot be distilled here. Set distillation.tokens to 0, or "
+            "stream to never in the recipe."
+        )
+    settings, parent = job.recipe.distillation, job.parent
+    steps = Steps.of(settings, settings.tokens, job.read(DATA).evaluation.shape[1], parent.runtime.world_size)
+    size = hidden_size_of(parent)
+    training_arguments(settings, steps, parent.runtime, size, job.recipe.seed, job.run.folder)  # raises
     return steps
+
+
+def check_disk(job: Job) -> None:
+    """Raises: InputError: Checkpoints will not fit on the disk."""
+    costs, settings, steps = job.read(SOLUTION).costs, job.recipe.distillation, check(job)
+    needed = costs["parameters"] * _CHECKPOINTED + costs["weight_bytes"]
+    needed += ParentLogits.bytes_for(steps.count * steps.tokens, settings.cache_top) if settings.cache_top else 0
+    free = shutil.disk_usage(job.run.folder).free
+    if free < needed:
+        raise InputError(
+            f"{job.run.folder}: distillation needs about {needed / 1e9:.1f} GB here for checkpoints, {free / 1e9:.1f} "
+            "GB are free. Free some and run the same command again."
+        )
 
 
 # ---------------------------------------------------------------------------------------------- data
 
 
-def read_rows(
-    run: Run,
-    recipe: Recipe,
-    source: str,
-    is_the_runs: bool,
-    tokenizer: Any,
-    steps: Steps,
-    parent: Parent,
-    progress: Progress,
-) -> torch.Tensor:
-    """Rows to learn from, ``[N, T]`` int32: none of evaluation's documents, nor copies of them that are not allowed."""
-    wanted, overlap = steps.count * steps.rows, recipe.distillation.overlap or recipe.data.overlap
-    inputs = fingerprint([run.header()["data"]["sha256"], wanted, None if is_the_runs else source, overlap])
+def _source(job: Job) -> str:
+    return job.data if job.training_data is None else job.training_data
 
-    def make(folder: Path) -> None:
-        held = read_tensors(run.folder / "data" / "tokens.safetensors")
-        rows, description = find_rows(recipe, source, is_the_runs, tokenizer, held, wanted)
-        check_vocabulary(int(rows.max()) + 1, parent.language_config.vocab_size)
-        write_tensors(folder / "tokens.safetensors", {"training": rows.int()})
-        write_json(folder / "data.json", description)
 
-    with progress.stage("distillation data", 1, "source") as advance:
-        run.do("distillation/data", inputs, make)
+def _overlap(job: Job) -> str:
+    return job.recipe.distillation.overlap or job.recipe.data.overlap
+
+
+def _rows_inputs(job: Job) -> Any:
+    steps = check(job)
+    other = None if job.training_data is None else digest_of(job.training_data)
+    return [job.made_from(DATA), steps.count * steps.rows, other, _overlap(job)]
+
+
+def _make_rows(job: Job, making: Making) -> None:
+    check_disk(job)
+    steps = check(job)
+    with making.progress.stage(ROWS.name, 1, "source") as advance:
+        held = {name: getattr(job.read(DATA), name) for name in ("scoring", "evaluation")}
+        rows, description = find_rows(
+            job.recipe, _source(job), job.training_data is None, job.tokenizer, held, steps.count * steps.rows
+        )
+        check_vocabulary(int(rows.max()) + 1, job.parent.language_config.vocab_size)
         advance(1)
-    for warning in read_json(run.folder / "distillation" / "data" / "data.json")["warnings"]:
-        progress.note(warning)
-    return read_tensors(run.folder / "distillation" / "data" / "tokens.safetensors")["training"]
+    write_tensors(making.folder / "tokens.safetensors", {"training": rows.int()})
+    write_json(making.folder / "data.json", description)
+    for warning in description["warnings"]:
+        making.progress.note(warning)
+
+
+ROWS: Stage[Job, torch.Tensor] = Stage(
+    name="distillation/data",
+    inputs=_rows_inputs,
+    make=_make_rows,
+    read=lambda job, folder: read_tensors(folder / "tokens.safetensors")["training"],
+    is_wanted=is_wanted,
+)
 
 
 def find_rows(
@@ -276,42 +183,21 @@ def find_rows(
 # ---------------------------------------------------------------------------------------------- training
 
 
-def train_child(
-    run: Run,
-    inputs: str,
-    start: Path,
-    parent: Parent,
-    recipe: Recipe,
-    rows: torch.Tensor,
-    validation: torch.Tensor,
-    tokenizer: Any,
-    write_more: Callable[[Path], None],
-    progress: Progress,
-) -> None:
-    """Train the child in ``start`` and write it as the run's ``distilled``, and more into the same folder."""
-    settings, name = recipe.distillation, "global distillation"
-    child = load(start, trust_remote_code=recipe.trust_remote_code)
-    dtype = child.dtype
-    child.float()
-    cache = remembered(run, settings, parent, rows, progress)
-    folder = run.folder / "distillation" / "global"
-    training = _own_folder(folder / "checkpoints", inputs)
-    with progress.stage("distill", settings.tokens, "tokens") as advance:
-        trained = train(
-            parent, child, rows, settings, tokens=settings.tokens, seed=recipe.seed, folder=training,
-            curve=folder / "log.json", name=name, validation=validation, cache=cache, advance=advance,
-        )  # fmt: skip
+def _own_folder(folder: Path, inputs: str) -> Path:
+    """A folder for unfinished work of these inputs; that of other inputs is removed."""
 
-    def write(made: Path) -> None:
-        _write_child(child, trained, dtype, tokenizer, made)
-        write_more(made)
+    def make() -> None:
+        file = folder / "inputs.json"
+        if folder.exists() and (not file.is_file() or read_json(file) != inputs):
+            shutil.rmtree(folder)
+        write_json(file, inputs)
 
-    run.do("distilled", inputs, write)
-    ranks.on_first(lambda: shutil.rmtree(training, ignore_errors=True))
+    ranks.on_first(make)
+    return folder
 
 
 def _write_child(child: PreTrainedModel, trained: Trained, dtype: torch.dtype, tokenizer: Any, folder: Path) -> None:
-    """In the dtype in which it was before."""
+    """Write a trained child in the dtype that it had before training."""
     with quiet_transformers():
         if trained.state is not None:
             state = {name: tensor.to(dtype) for name, tensor in trained.state.items()}
@@ -320,151 +206,6 @@ def _write_child(child: PreTrainedModel, trained: Trained, dtype: torch.dtype, t
         else:
             child.eval().to(dtype).save_pretrained(folder)
         tokenizer.save_pretrained(folder)
-
-
-def remembered(
-    run: Run, settings: DistillationRecipe, parent: Parent, rows: torch.Tensor, progress: Progress
-) -> ParentLogits | None:
-    """The parent's most likely tokens on the rows, if the recipe wants them kept."""
-    if not settings.cache_top or not settings.kl:
-        return None
-    k = settings.cache_top
-    folder = cache_folder(run.folder / "distillation" / "parent-logits", parent, rows, k, settings.temperature)
-    at_once = max(1, settings.device_tokens // rows.shape[1])
-    with progress.stage("parent's logits", len(rows), "rows") as advance:
-
-        def make(advance: Callable[[float], None]) -> ParentLogits:
-            return remember(parent, rows, k, settings.temperature, folder, at_once, advance)
-
-        ranks.on_first(lambda: make(advance))
-        return make(lambda done: None)  # read from the disk
-
-
-def _own_folder(folder: Path, inputs: str) -> Path:
-    """The folder for checkpoints of these inputs; those of others are removed."""
-
-    def make() -> None:
-        said = folder / "inputs.json"
-        if folder.exists() and (not said.is_file() or read_json(said) != inputs):
-            shutil.rmtree(folder)
-        write_json(said, inputs)
-
-    ranks.on_first(make)
-    return folder
-
-
-def check_disk(run: Run, settings: DistillationRecipe, steps: Steps) -> None:
-    """Raises: InputError: checkpoints will not fit on the disk."""
-    costs = read_json(run.folder / "solution" / "solution.json")["costs"]
-    needed = costs["parameters"] * _CHECKPOINTED + costs["weight_bytes"]
-    needed += ParentLogits.bytes_for(steps.count * steps.tokens, settings.cache_top) if settings.cache_top else 0
-    free = shutil.disk_usage(run.folder).free
-    if free < needed:
-        raise InputError(
-            f"{run.folder}: distillation needs about {needed / 1e9:.1f} GB here for checkpoints, {free / 1e9:.1f} GB "
-            "are free. Free some and run the same command again."
-        )
-
-
-# ---------------------------------------------------------------------------------------------- finalists
-
-
-def try_finalists(
-    run: Run,
-    inputs: str,
-    parent: Parent,
-    recipe: Recipe,
-    rows: torch.Tensor,
-    held: Mapping[str, torch.Tensor],
-    progress: Progress,
-) -> list[dict[str, Any]]:
-    """Distil several solutions for a short while; the winner has the least KL on the scoring rows."""
-    settings = recipe.distillation
-    inputs = fingerprint(["finalists", inputs])
-    place = run.folder / "distillation" / "finalists"
-    if not ranks.from_first(lambda: run.is_done("distillation/finalists", inputs) and place.is_dir()):
-        tokens = settings.finalist_tokens or max(1, settings.tokens // 10)
-        found = _solutions(run, parent, recipe)
-        if len(found.solutions) < settings.finalists:
-            progress.note(f"only {len(found.solutions)} solutions differ enough to be tried")
-        work = _own_folder(run.folder / "distillation" / "finalists.work", inputs)
-        short = dataclasses.replace(settings, eval_every=0, report_to=())
-        with progress.stage("finalists", tokens * len(found.solutions), "tokens") as advance:
-            tried = [
-                _try(work, i, solution, found.library, parent, recipe, short, tokens, rows, held["scoring"], advance)
-                for i, solution in enumerate(found.solutions)
-            ]
-        best = min(range(len(tried)), key=lambda i: (tried[i].kl, i))
-        records = [finalist.to_dict() | {"won": i == best} for i, finalist in enumerate(tried)]
-
-        def write(folder: Path) -> None:
-            shutil.copytree(work / f"{best}" / "child", folder / f"{best}")
-            write_json(folder / "finalists.json", records)
-            write_json(folder / "solution.json", found.solutions[best].to_dict())
-
-        run.do("distillation/finalists", inputs, write)
-        ranks.on_first(lambda: shutil.rmtree(work, ignore_errors=True))
-    return list(read_json(place / "finalists.json"))
-
-
-@dataclass(frozen=True)
-class _Found:
-    library: Library
-    solutions: list[Solution]
-
-
-def _solutions(run: Run, parent: Parent, recipe: Recipe) -> _Found:
-    settings = recipe.distillation
-    stored = at_stored_dtype(parent, recipe, run.folder)
-    library = with_pairs(run, Library.read(run.folder / "library", stored))
-    budget = Budget.from_dict(run.header()["budget"])
-    costs = cost_table(stored, library, budget)
-    if (times := kept_times(run)) is not None:
-        costs = times.into(costs, library.alternatives)
-    problem = search_problem(library, read_scores(run, library), recipe, costs, budget)
-    own = Solution.from_dict(read_json(run.folder / "solution" / "solution.json"))
-    solutions = ranks.from_first(
-        lambda: diverse_solutions(problem, own, settings.finalists, settings.finalist_distance)
-    )
-    return _Found(library, solutions)
-
-
-def _try(
-    work: Path,
-    number: int,
-    solution: Solution,
-    library: Library,
-    parent: Parent,
-    recipe: Recipe,
-    settings: DistillationRecipe,
-    tokens: int,
-    rows: torch.Tensor,
-    validation: torch.Tensor,
-    advance: Callable[[float], None],
-) -> Finalist:
-    folder = work / f"{number}"
-    if not (folder / "finalist.json").is_file():
-        child = library.compose(solution.alternatives)
-        own = copied(child)
-        trained = train(
-            parent, own, rows, settings, tokens=tokens, seed=recipe.seed, folder=folder / "checkpoints",
-            curve=folder / "log.json", name=f"finalist {number}", validation=validation, advance=advance,
-        )  # fmt: skip
-        finalist = Finalist(number, solution.score, solution.costs["parameters"], tokens, trained.validation["kl"])
-
-        def write() -> None:
-            shutil.rmtree(folder / "child", ignore_errors=True)
-            tokenizer = load_tokenizer(parent.path, trust_remote_code=recipe.trust_remote_code)
-            _write_child(own, trained, library.parent.dtype, tokenizer, folder / "child")
-            write_json(folder / "finalist.json", dataclasses.asdict(finalist))
-            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-
-        ranks.on_first(write)
-        del child, own
-        gc.collect()
-    else:
-        advance(tokens)
-    return Finalist(**read_json(folder / "finalist.json"))
 
 
 def copied(child: PreTrainedModel) -> PreTrainedModel:
@@ -478,27 +219,259 @@ def copied(child: PreTrainedModel) -> PreTrainedModel:
     return child
 
 
-# ---------------------------------------------------------------------------------------------- evaluation
+# ---------------------------------------------------------------------------------------------- finalists
 
 
-def evaluate(
-    run: Run, inputs: str, parent: Parent, recipe: Recipe, tokens: torch.Tensor, progress: Progress
-) -> dict[str, Any]:
+def _has_finalists(job: Job) -> bool:
+    return is_wanted(job) and job.recipe.distillation.finalists > 1
+
+
+def _training_inputs(job: Job) -> list[Any]:
+    """Where loggers write and how often checkpoints are written change no weights."""
+    settings = dataclasses.replace(job.recipe.distillation, report_to=(), save_seconds=0.0)
+    made = [job.made_from(stage) for stage in (CHILD, ROWS)]
+    return [*made, to_data(settings), job.recipe.seed, job.dtype]
+
+
+def _solutions(job: Job) -> list[Solution]:
+    """The run's solution, and others that differ enough from it."""
+    settings = job.recipe.distillation
+    problem = problem_of(job)
+    return ranks.from_first(
+        lambda: diverse_solutions(problem, job.read(SOLUTION), settings.finalists, settings.finalist_distance)
+    )
+
+
+def _try_all(job: Job, making: Making) -> tuple[list[Solution], list[Finalist]]:
+    settings = job.recipe.distillation
+    tokens = settings.finalist_tokens or max(1, settings.tokens // 10)
+    library = library_with_pairs(job).with_parent(job.stored_parent)
+    solutions = _solutions(job)
+    if len(solutions) < settings.finalists:
+        making.progress.note(f"only {len(solutions)} solutions differ enough to be tried")
+    _own_folder(making.scratch, making.inputs)
+    with making.progress.stage("finalists", tokens * len(solutions), "tokens") as advance:
+        tried = [
+            _try(job, making.scratch / f"{i}", i, solution, library, tokens, advance)
+            for i, solution in enumerate(solutions)
+        ]
+    return solutions, tried
+
+
+def _try(
+    job: Job,
+    folder: Path,
+    number: int,
+    solution: Solution,
+    library: Library,
+    tokens: int,
+    advance: Callable[[float], None],
+) -> Finalist:
+    """Train a solution's child for a short while, unless an interrupted run did."""
+    if (folder / "finalist.json").is_file():
+        advance(tokens)
+        return Finalist(**read_json(folder / "finalist.json"))
+    settings = dataclasses.replace(job.recipe.distillation, eval_every=0, report_to=())
+    child = copied(library.compose(solution.alternatives))
+    trained = train(
+        job.parent, child, job.read(ROWS), settings, tokens=tokens, seed=job.recipe.seed,
+        folder=folder / "checkpoints", curve=folder / "log.json", name=f"finalist {number}",
+        validation=job.read(DATA).scoring, advance=advance,
+    )  # fmt: skip
+    finalist = Finalist(number, solution.score, solution.costs["parameters"], tokens, trained.validation["kl"])
+
+    def write() -> None:
+        shutil.rmtree(folder / "child", ignore_errors=True)
+        _write_child(child, trained, library.parent.dtype, job.tokenizer, folder / "child")
+        write_json(folder / "finalist.json", dataclasses.asdict(finalist))
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+
+    ranks.on_first(write)
+    gc.collect()
+    return finalist
+
+
+def _make_finalists(job: Job, making: Making) -> None:
+    """The winner has the least KL on the scoring rows."""
+    solutions, tried = _try_all(job, making)
+    best = min(range(len(tried)), key=lambda i: (tried[i].kl, i))
+    records = [finalist.to_dict() | {"won": i == best} for i, finalist in enumerate(tried)]
+    shutil.copytree(making.scratch / f"{best}" / "child", making.folder / f"{best}")
+    write_json(making.folder / "finalists.json", records)
+    write_json(making.folder / "solution.json", solutions[best].to_dict())
+
+
+FINALISTS: Stage[Job, list[dict[str, Any]]] = Stage(
+    name="distillation/finalists",
+    inputs=lambda job: ["finalists", *_training_inputs(job)],
+    make=_make_finalists,
+    read=lambda job, folder: list(read_json(folder / "finalists.json")),
+    is_wanted=_has_finalists,
+    meanwhile=_try_all,
+)
+
+
+# ---------------------------------------------------------------------------------------------- the child
+
+
+def _start(job: Job) -> tuple[Path, Solution]:
+    """The child that is trained on, and its solution."""
+    if not _has_finalists(job):
+        return job.run.folder / CHILD.name, job.read(SOLUTION)
+    folder = job.run.folder / FINALISTS.name
+    return folder / str(next(t["number"] for t in job.read(FINALISTS) if t["won"])), read_solution(folder)
+
+
+def _card(job: Job) -> tuple[Run, Library, Solution, Recipe]:
+    return job.run, job.read(LIBRARY), _start(job)[1], job.recipe
+
+
+def _learned(job: Job) -> dict[str, Any]:
+    steps = check(job)
+    return {"learned_tokens": steps.count * steps.tokens, "learned_from": _source(job)}
+
+
+def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dtype]:
+    settings, rows, folder = job.recipe.distillation, job.read(ROWS), job.run.folder / "distillation" / "global"
+    child = load(_start(job)[0], trust_remote_code=job.recipe.trust_remote_code)
+    dtype = child.dtype
+    child.float()
+    cache = _remembered(job, settings, rows, making.progress)
+    checkpoints = _own_folder(folder / "checkpoints", making.inputs)
+    with making.progress.stage(DISTILLED.name, settings.tokens, "tokens") as advance:
+        trained = train(
+            job.parent, child, rows, settings, tokens=settings.tokens, seed=job.recipe.seed, folder=checkpoints,
+            curve=folder / "log.json", name="global distillation", validation=job.read(DATA).scoring, cache=cache,
+            advance=advance,
+        )  # fmt: skip
+    return child, trained, dtype
+
+
+def _remembered(job: Job, settings: DistillationRecipe, rows: torch.Tensor, progress: Progress) -> ParentLogits | None:
+    """The parent's most likely tokens on the rows, if the recipe wants them kept."""
+    if not settings.cache_top or not settings.kl:
+        return None
+    k = settings.cache_top
+    folder = cache_folder(job.run.folder / "distillation" / "parent-logits", job.parent, rows, k, settings.temperature)
+    at_once = max(1, settings.device_tokens // rows.shape[1])
+    with progress.stage("parent's logits", len(rows), "rows") as advance:
+
+        def make(advance: Callable[[float], None]) -> ParentLogits:
+            return remember(job.parent, rows, k, settings.temperature, folder, at_once, advance)
+
+        ranks.on_first(lambda: make(advance))
+        return make(lambda done: None)  # read from the disk
+
+
+def _make_distilled(job: Job, making: Making) -> None:
+    child, trained, dtype = _train(job, making)
+    _write_child(child, trained, dtype, job.tokenizer, making.folder)
+    write_card(making.folder, *_card(job), **_learned(job))
+
+
+DISTILLED: Stage[Job, Path] = Stage(
+    name="distilled",
+    inputs=_training_inputs,
+    make=_make_distilled,
+    read=lambda job, folder: folder,
+    is_wanted=is_wanted,
+    meanwhile=_train,
+)
+
+
+def _evaluate(job: Job, making: Making) -> None:
     """Parent against child, before and after, on rows that neither search nor training has seen."""
+    shutil.rmtree(job.run.folder / "distillation" / "global" / "checkpoints", ignore_errors=True)
+    runtime, tokens, found = job.parent.runtime, job.read(DATA).evaluation, {}
+    batch = job.recipe.scoring.rows_at_once(tokens.shape[1])
+    for when, stage in (("before", CHILD), ("after", DISTILLED)):
+        folder, trusts = job.run.folder / stage.name, job.recipe.trust_remote_code
+        child = load(folder, dtype=runtime.dtype, device=runtime.device, trust_remote_code=trusts).eval()
+        comparison = compare(job.parent.model, child, tokens, batch_sequences=batch, progress=making.progress)
+        found[when] = comparison.to_dict()
+        del child
+    write_json(making.folder / "evaluation.json", found)
+    complete_card(job.run.folder / DISTILLED.name, *_card(job), found["after"], **_learned(job))
 
-    def make(folder: Path) -> None:
-        runtime, found = parent.runtime, {}
-        for when, name in (("before", "child"), ("after", "distilled")):
-            child = load(
-                run.folder / name,
-                dtype=runtime.dtype,
-                device=runtime.device,
-                trust_remote_code=recipe.trust_remote_code,
-            ).eval()
-            batch = recipe.scoring.rows_at_once(tokens.shape[1])
-            found[when] = compare(parent.model, child, tokens, batch_sequences=batch, progress=progress).to_dict()
-            del child
-        write_json(folder / "evaluation.json", found)
 
-    run.do("distillation/evaluation", inputs, make)
-    return dict(read_json(run.folder / "distillation" / "evaluation" / "evaluation.json"))
+COMPARED: Stage[Job, dict[str, Any]] = Stage(
+    name="distillation/evaluation",
+    inputs=lambda job: job.made_from(DISTILLED),
+    make=_evaluate,
+    read=lambda job, folder: dict(read_json(folder / "evaluation.json")),
+    is_wanted=is_wanted,
+)
+
+DISTILLATION: tuple[Stage[Job, Any], ...] = (ROWS, FINALISTS, DISTILLED, COMPARED)
+
+
+# ---------------------------------------------------------------------------------------------- the command
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Result of a global distillation.
+
+    Attributes:
+        child: Folder of the distilled child.
+        before, after: Evaluations of parent against child, as in ``evaluation.json``.
+        finalists: Solutions that were tried first; empty if none were.
+    """
+
+    child: Path
+    before: dict[str, Any]
+    after: dict[str, Any]
+    finalists: list[dict[str, Any]]
+
+
+def distill(
+    run_folder: str | Path,
+    *,
+    tokens: int | None = None,
+    data: str | Path | None = None,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    finalists: int | None = None,
+    report_to: Sequence[str] | None = None,
+    device: str | None = None,
+    descriptor: type[ModelDescriptor] | None = None,
+    progress: Progress = SILENT,
+) -> Distilled:
+    """Distil the parent of a finished run into its child. Call it again to resume an interrupted distillation.
+
+    Args:
+        run_folder: Folder that ``compress`` made.
+        tokens: Number of tokens to learn from; default: the recipe's, else a million.
+        data: Text to learn from; default: the run's, without what evaluation shows.
+        recipe: Its section ``distillation`` replaces the run's.
+        finalists: Number of solutions that are tried for a short while first.
+        report_to: Loggers, by the names that Transformers has for them; default: the recipe's.
+        device: Device; default: the run's.
+        descriptor: Descriptor of the parent's model family; default: inferred.
+        progress: Receives steps and notes.
+
+    Raises:
+        InputError: The run has no child yet, its parent or data are gone or have changed, or the disk is too small.
+        UsageError: Settings do not go with the models.
+    """
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens: must be positive, got {tokens}.")
+
+    def change(settings: Recipe) -> Recipe:
+        section = settings.distillation if recipe is None else Recipe.read(recipe).distillation
+        changes: dict[str, Any] = {"tokens": tokens or section.tokens or DISTILLATION_TOKENS}
+        if finalists is not None:
+            changes["finalists"] = finalists
+        if report_to is not None:
+            changes["report_to"] = tuple(report_to)
+        section = dataclasses.replace(section, **changes)
+        return dataclasses.replace(settings, distillation=section, device=device or settings.device)
+
+    job = Job.of_run(run_folder, (LIBRARY, COSTS, CHILD), descriptor, progress, change)
+    job.training_data = None if data is None else str(data)
+    ranks.start(Runtime.detect(job.recipe.device, job.recipe.dtype))
+    with ranks.first(job.run.locked):
+        for stage in DISTILLATION:
+            job.do(stage)
+    compared = job.read(COMPARED)
+    tried = job.read(FINALISTS) if _has_finalists(job) else []
+    return Distilled(job.read(DISTILLED), compared["before"], compared["after"], tried)

@@ -17,7 +17,7 @@ from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import SWEEP_PASSES, exact_passes
-from layersmith.stages.describe import reachable
+from layersmith.stages.costs import check_reachable
 from layersmith.stages.inspect import outline
 from layersmith.units import format_cost, format_seconds
 
@@ -42,7 +42,7 @@ def plan(
     found = outline(
         parent, recipe.library, Workload(budget.batch, budget.context), descriptor, recipe.trust_remote_code
     )
-    reachable(found.alternatives, found.costs, budget, recipe.search, found.blocks)
+    check_reachable(found.alternatives, found.costs, budget, recipe.search, found.blocks)
     whole = found.costs.parent
     smallest = {name: _smallest(found, name) for name in COSTS}
     flops = count_flops(found, recipe)

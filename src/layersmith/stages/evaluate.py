@@ -1,49 +1,128 @@
-"""Compare the child with its parent."""
+"""Compare the child with its parent: quality on held-out rows, sample texts, and times."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
 from typing import Any
 
-import torch
-
+from layersmith.costs.clock import device_name
+from layersmith.costs.counted import Workload
+from layersmith.costs.stopwatch import time_models
+from layersmith.costs.times import costs_of
 from layersmith.evaluation.compare import compare, complete
-from layersmith.execution.parent import Parent
 from layersmith.execution.streaming import load_streamed
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.checkpoint import load
-from layersmith.recipe import Recipe
 from layersmith.run.artifacts import read_json, write_json
-from layersmith.run.folder import Run
-from layersmith.run.progress import Progress
+from layersmith.run.stage import Making, Stage
+from layersmith.stages.costs import COSTS
+from layersmith.stages.data import DATA, digest_of_split
+from layersmith.stages.job import Job
+from layersmith.stages.realize import CHILD
+from layersmith.stages.search import SEARCH
+
+_FILE = "evaluation.json"
 
 
-def evaluate_child(
-    run: Run,
-    inputs: str,
-    model: Parent,
-    recipe: Recipe,
-    tokens: torch.Tensor,
-    tokenizer: Any,
-    progress: Progress,
-) -> dict[str, Any]:
-    """Compare the child, as it lies on the disk, with its parent."""
+def _inputs(job: Job) -> Any:
+    recipe = job.recipe
+    settings = [recipe.completion_tokens, list(recipe.prompts), recipe.scoring.batch_tokens]
+    return [job.made_from(CHILD), digest_of_split(job, "evaluation"), *settings, job.dtype]
 
-    def make(folder: Path) -> None:
-        child: Any
-        if model.stream is None:
-            child = load(run.folder / "child", dtype=model.runtime.dtype, device=model.runtime.device).eval()
-        else:
-            child, _, _ = load_streamed(run.folder / "child", model.runtime, model.descriptor, run.folder)
-        comparison = compare(
-            model.model, child, tokens, batch_sequences=recipe.scoring.rows_at_once(tokens.shape[1]), progress=progress
+
+def _load_child(job: Job) -> Any:
+    """The child, as it is on the disk."""
+    folder, parent = job.read(CHILD), job.parent
+    if parent.stream is None:
+        return load(folder, dtype=parent.runtime.dtype, device=parent.runtime.device).eval()
+    return load_streamed(folder, parent.runtime, parent.descriptor, job.run.folder)[0]
+
+
+def _samples(job: Job, child: Any, tokens: Any) -> list[dict[str, str]]:
+    """Texts that parent and child write; none if each token would read all weights from the disk."""
+    length, parent, tokenizer = job.recipe.completion_tokens, job.parent, job.tokenizer
+    if not length or parent.stream is not None:
+        return []
+    prompts = job.recipe.prompts or (tokenizer.decode(tokens[0][: min(48, len(tokens[0]) // 2)]),)
+    return [
+        {
+            "prompt": prompt,
+            "parent": complete(parent.model, tokenizer, prompt, length),
+            "child": complete(child, tokenizer, prompt, length),
+        }
+        for prompt in prompts
+    ]
+
+
+def _make(job: Job, making: Making) -> None:
+    tokens, child = job.read(DATA).evaluation, _load_child(job)
+    batch = job.recipe.scoring.rows_at_once(tokens.shape[1])
+    comparison = compare(job.parent.model, child, tokens, batch_sequences=batch, progress=making.progress)
+    write_json(making.folder / _FILE, comparison.to_dict() | {"samples": _samples(job, child, tokens)})
+
+
+EVALUATION: Stage[Job, dict[str, Any]] = Stage(
+    name="evaluation",
+    inputs=_inputs,
+    make=_make,
+    read=lambda job, folder: read_json(folder / _FILE),
+)
+
+
+# ---------------------------------------------------------------------------------------------- times
+
+
+def _workload(job: Job) -> Workload:
+    workload = job.workload.within(job.parent.positions)
+    if not job.budget.has_times:  # only informative, so it has to be quick
+        workload = workload.within(job.recipe.data.sequence_length)
+    return workload
+
+
+def _is_wanted(job: Job) -> bool:
+    """Nothing is timed if times are those of another machine, or the parent is not in memory."""
+    times = job.read(COSTS).times
+    is_possible = not job.is_streamed and (times is None or times.source == "measured")
+    return is_possible and (job.budget.has_times or job.recipe.costs.time_child)
+
+
+def _time(job: Job, making: Making) -> None:
+    parent, workload, child = job.parent, _workload(job), _load_child(job)
+    with making.progress.stage("clock", 1, "pair") as advance:
+        with foreign_code("do parent and child generate?", refusal_is_answer=True) as attempt:
+            measured = time_models([parent.model, child], workload, job.recipe.costs, parent.language_config.vocab_size)
+        advance(1)
+    if attempt.failed:
+        making.progress.note(f"parent and child are not timed: they do not generate here ({attempt.reason}).")
+        return
+    before, after = (costs_of(measurement.time, workload) for measurement in measured)
+    how = {"batch": workload.batch, "prompt": workload.prompt, "generated": workload.generated}
+    noise = {
+        name: {"error": dataclasses.asdict(m.error), "spread": dataclasses.asdict(m.spread), "busy": m.busy}
+        for name, m in zip(("parent", "child"), measured, strict=True)
+    }
+    if any(m.busy for m in measured):
+        widest = max(max(m.spread.prefill, m.spread.decode) for m in measured)
+        making.progress.note(
+            f"the machine was busy while parent and child were timed: repeats of one time differ by {widest:.0%}. "
+            "Do not read a speed-up from these times; time them again on a quiet machine."
         )
-        samples = []
-        if recipe.completion_tokens and model.stream is None:  # each token would read all weights
-            prompts = recipe.prompts or (tokenizer.decode(tokens[0][: min(48, len(tokens[0]) // 2)]),)
-            for prompt in prompts:
-                written = [complete(m, tokenizer, prompt, recipe.completion_tokens) for m in (model.model, child)]
-                samples.append({"prompt": prompt, "parent": written[0], "child": written[1]})
-        write_json(folder / "evaluation.json", comparison.to_dict() | {"samples": samples})
+    data = {"parent": before, "child": after, **how, "device": device_name(parent.runtime), "noise": noise}
+    write_json(making.folder / "times.json", data)
 
-    run.do("evaluation", inputs, make)
-    return read_json(run.folder / "evaluation" / "evaluation.json")
+
+CLOCK = Stage(
+    name="clock",
+    inputs=lambda job: [
+        job.made_from(CHILD),
+        job.made_from(SEARCH),
+        job.settings("costs"),
+        job.settings("data")["sequence_length"],
+        dataclasses.asdict(job.workload),
+        job.budget.has_times,
+        job.dtype,
+    ],
+    make=_time,
+    read=lambda job, folder: read_json(folder / "times.json"),
+    is_wanted=_is_wanted,
+)

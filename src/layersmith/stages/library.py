@@ -1,88 +1,43 @@
-"""Prune the alternatives, and train them against the parent (local distillation)."""
+"""The library: pruned alternatives, refitted and trained one by one (local distillation)."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from layersmith.distillation.local import distill_chosen, distill_locally
-from layersmith.execution.parent import Parent
-from layersmith.library.library import Library, Survey, build_library
-from layersmith.library.stored_weights import Kept
-from layersmith.recipe import Recipe
-from layersmith.run import ranks
-from layersmith.run.folder import Run
-from layersmith.run.progress import Progress
-from layersmith.search.problem import Solution
+from layersmith.distillation.local import distill_locally
+from layersmith.library.library import Library
+from layersmith.run.stage import Making, Stage
+from layersmith.stages.data import DATA, digest_of_split
+from layersmith.stages.describe import DESCRIBE
+from layersmith.stages.job import Job
+from layersmith.stages.statistics import STATISTICS
 
 
-def make_library(
-    run: Run, inputs: str, model: Parent, recipe: Recipe, found: Survey, tokens: Any, progress: Progress
-) -> Library:
-    """Prune, refit and train: the library, with what its alternatives have learned by themselves."""
-
-    def prune() -> Library:
-        return build_library(
-            model,
-            recipe.library,
-            found,
-            tokens.calibration,
-            batch_sequences=recipe.scoring.rows_at_once(tokens.calibration.shape[1]),
-            checkpoint=run.partial("library"),
-            inputs=inputs,
-            progress=progress,
-        )
-
-    def make() -> Library:
-        work = run.work("library")
-        if ranks.are_several():  # one prunes, and all train
-            ranks.on_first(lambda: prune().write(work / "pruned"))
-            pruned = Library.read(work / "pruned", model)
-        else:
-            pruned = prune()
-        return distill_locally(
-            pruned,
-            tokens.calibration,
-            tokens.training,
-            recipe.local_distillation,
-            seed=recipe.seed,
-            work=work,
-            inputs=inputs,
-            progress=progress,
-        )
-
-    run.do("library", inputs, lambda folder: make().write(folder), make)
-    return Library.read(run.folder / "library", model)
+def _inputs(job: Job) -> Any:
+    rows = [digest_of_split(job, split) for split in ("calibration", "training")]
+    stages = [job.made_from(stage) for stage in (DESCRIBE, STATISTICS)]
+    return [*stages, *rows, job.settings("local_distillation"), job.recipe.seed, job.dtype]
 
 
-def teach_pairs(
-    run: Run,
-    inputs: str,
-    library: Library,
-    solution: Solution,
-    recipe: Recipe,
-    tokens: torch.Tensor,
-    progress: Progress,
-) -> Library:
-    """Train what was chosen for each layer together."""
-
-    def make() -> Kept:
-        return distill_chosen(
-            library,
-            solution.alternatives,
-            tokens,
-            recipe.local_distillation,
-            seed=recipe.seed,
-            work=run.work("pairs"),
-            inputs=inputs,
-            progress=progress,
-        ).pairs
-
-    run.do("pairs", inputs, lambda folder: make().write(folder), make)
-    return with_pairs(run, library)
+def _distilled(job: Job, making: Making) -> Library:
+    tokens = job.read(DATA)
+    return distill_locally(
+        job.read(STATISTICS),
+        tokens.calibration,
+        tokens.training,
+        job.recipe.local_distillation,
+        seed=job.recipe.seed,
+        work=making.scratch,
+        inputs=making.inputs,
+        progress=making.progress,
+    )
 
 
-def with_pairs(run: Run, library: Library) -> Library:
-    """The library with what was trained together for the run's own solution, which other solutions may have in part."""
-    return library.with_kept(library.kept, Kept.read(run.folder / "pairs"))
+LIBRARY = Stage(
+    name="library",
+    inputs=_inputs,
+    make=lambda job, making: _distilled(job, making).write(making.folder),
+    read=lambda job, folder: Library.read(folder, job.parent),
+    meanwhile=_distilled,
+    is_shared=True,
+)

@@ -1,42 +1,83 @@
-"""Write a solution as a checkpoint."""
+"""Write the solution as a checkpoint, after its alternatives were trained together layer by layer."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+from layersmith.distillation.local import distill_chosen
 from layersmith.execution.parent import Parent
 from layersmith.library.library import Library
+from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.recipe import Recipe
 from layersmith.report.card import write_card
-from layersmith.run.folder import Run
-from layersmith.run.progress import Progress
-from layersmith.search.problem import Solution
-from layersmith.stages.describe import at_stored_dtype
+from layersmith.run.stage import Making, Stage
+from layersmith.stages.data import DATA, digest_of_split
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.refine import SOLUTION
 
 
-def realize(
-    run: Run, inputs: str, library: Library, solution: Solution, tokenizer: Any, recipe: Recipe, progress: Progress
-) -> None:
-    """Write the child in the parent's dtype, and check that it is what the search counted."""
+def _pairs_inputs(job: Job) -> Any:
+    made = [job.made_from(stage) for stage in (LIBRARY, SOLUTION)]
+    return [*made, digest_of_split(job, "training"), job.settings("local_distillation"), job.recipe.seed]
 
-    def make(folder: Path) -> None:
-        own = library.with_parent(at_stored_dtype(library.parent, recipe, run.folder))
-        child = own.compose(solution.alternatives)
+
+def _pairs(job: Job, making: Making) -> Kept:
+    return distill_chosen(
+        job.read(LIBRARY),
+        job.read(SOLUTION).alternatives,
+        job.read(DATA).training,
+        job.recipe.local_distillation,
+        seed=job.recipe.seed,
+        work=making.scratch,
+        inputs=making.inputs,
+        progress=making.progress,
+    ).pairs
+
+
+PAIRS = Stage(
+    name="pairs",
+    inputs=_pairs_inputs,
+    make=lambda job, making: _pairs(job, making).write(making.folder),
+    read=lambda job, folder: Kept.read(folder),
+    meanwhile=_pairs,
+)
+
+
+def library_with_pairs(job: Job) -> Library:
+    """The library with the jointly trained weights of the solution, which other solutions may have in part."""
+    library = job.read(LIBRARY)
+    return library.with_kept(library.kept, job.read(PAIRS))
+
+
+def shards(parent: Parent) -> dict[str, Any]:
+    """Size of the child's files: the usual one; small if the parent is streamed, so that few weights are in memory."""
+    return {} if parent.stream is None else {"max_shard_size": "500MB"}
+
+
+def _make(job: Job, making: Making) -> None:
+    """Write the child in the parent's dtype, and check that it has the parameters that the search counted."""
+    solution, library = job.read(SOLUTION), library_with_pairs(job).with_parent(job.stored_parent)
+    with making.progress.stage("child", 1, "child") as advance:
+        child = library.compose(solution.alternatives)
         counted = sum(parameter.numel() for parameter in child.parameters())
         if counted != solution.costs["parameters"]:
             raise RuntimeError(f"the child has {counted} parameters, the search counted {solution.costs['parameters']}")
         with quiet_transformers():
-            child.save_pretrained(folder, **shards(library.parent))
-            tokenizer.save_pretrained(folder)
-        write_card(folder, run, library, solution, recipe)
+            child.save_pretrained(making.folder, **shards(library.parent))
+            job.tokenizer.save_pretrained(making.folder)
+        write_card(making.folder, job.run, library, solution, job.recipe)
         advance(1)
 
-    with progress.stage("realize", 1, "child") as advance:
-        run.do("child", inputs, make)
+
+def _inputs(job: Job) -> Any:
+    return [job.made_from(stage) for stage in (SOLUTION, PAIRS)]
 
 
-def shards(parent: Parent) -> dict[str, Any]:
-    """How a child is cut into files: as usual, or so that few of its weights are in memory at once."""
-    return {} if parent.stream is None else {"max_shard_size": "500MB"}
+CHILD: Stage[Job, Path] = Stage(
+    name="child",
+    inputs=_inputs,
+    make=_make,
+    read=lambda job, folder: folder,
+)

@@ -1,4 +1,4 @@
-"""The report, the model card, and the result that `compress` returns."""
+"""The report and the model card, and the result that ``compress`` returns."""
 
 from __future__ import annotations
 
@@ -6,30 +6,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layersmith.library.library import Library
-from layersmith.recipe import Recipe
 from layersmith.report.card import complete_card
 from layersmith.report.collect import collect
 from layersmith.report.html import render
 from layersmith.report.optional import read_optional
 from layersmith.run import ranks
-from layersmith.run.artifacts import write_json, write_text
-from layersmith.run.folder import Run
-from layersmith.scoring.score import Score
+from layersmith.run.artifacts import fingerprint, read_json, write_json, write_text
 from layersmith.search.problem import Solution
+from layersmith.stages.data import DATA
+from layersmith.stages.distill import COMPARED, DISTILLED
+from layersmith.stages.evaluate import EVALUATION
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.realize import CHILD
+from layersmith.stages.refine import SOLUTION, read_costs
+from layersmith.stages.scores import SCORES
 from layersmith.units import format_count
+
+NAME, PAGE = "report", "report.html"
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run gave.
+    """Result of a run.
 
     Attributes:
-        run: its folder.
-        child: the child's folder.
-        solution: the solution, with the costs of parent and child.
-        evaluation: the evaluation's table and rows, as in ``evaluation/evaluation.json``.
-        report: the HTML page.
+        run: Folder of the run.
+        child: Folder of the child.
+        solution: The solution, with the costs of parent and child.
+        evaluation: Table and rows of the evaluation, as in ``evaluation/evaluation.json``.
+        report: The HTML page.
     """
 
     run: Path
@@ -46,27 +52,49 @@ class Result:
             f"loss {loss['parent']:.4f} => {loss['child']:.4f}, KL {kl['child']:.4f}; child: {self.child}"
         )
 
+    def __repr__(self) -> str:
+        return f"Result({self})"
+
     def metric(self, name: str) -> dict[str, Any]:
         """One row of the evaluation's table, e.g. ``"loss"`` or ``"kl_divergence"``."""
         return next(row for row in self.evaluation["rows"] if row["metric"] == name)
 
 
-def finish(
-    run: Run,
-    library: Library,
-    scores: list[Score],
-    solution: Solution,
-    costs: dict[str, dict[str, int]],
-    evaluation: dict[str, Any],
-    recipe: Recipe,
-) -> Result:
-    """Write the report, and what is known by now into the child's card."""
+def result_of(job: Job, is_distilled: bool) -> Result:
+    """What the finished stages give; after global distillation the distilled child."""
+    evaluation, child = job.read(EVALUATION), CHILD
+    if is_distilled:
+        evaluation = job.read(COMPARED)["after"] | {"samples": evaluation["samples"]}
+        child = DISTILLED
+    folder = job.run.folder
+    return Result(folder, folder / child.name, job.read(SOLUTION), evaluation, folder / PAGE)
+
+
+def write_report(job: Job, *, is_distilled: bool, again: bool = False) -> Result:
+    """Write ``report.html`` and ``report.json``, and the evaluation into the child's card.
+
+    Args:
+        job: A job whose stages are finished.
+        is_distilled: Whether it is about the child after global distillation.
+        again: Write them even if the stages have not changed since.
+    """
+    run = job.run
+    result = result_of(job, is_distilled)
+    made = {name: digest for name, digest in run.header()["stages"].items() if name != NAME}
+    inputs = fingerprint([made, is_distilled])
 
     def write() -> None:
-        complete_card(run.folder / "child", run, library, solution, recipe, evaluation)
-        report = collect(run.header(), library, scores, solution, costs, evaluation, recipe, read_optional(run))
+        if not again and run.made_from(NAME) == inputs and (run.folder / PAGE).is_file():
+            return
+        library, costs = job.read(LIBRARY), read_costs(run.folder / SOLUTION.name)
+        complete_card(run.folder / CHILD.name, run, library, result.solution, job.recipe, job.read(EVALUATION))
+        header = run.header() | {"data": read_json(run.folder / DATA.name / "data.json")}
+        report = collect(
+            header, library, job.read(SCORES), result.solution, costs, result.evaluation, job.recipe, read_optional(run)
+        )
         write_json(run.folder / "report.json", report)
-        write_text(run.folder / "report.html", render(report))
+        write_text(run.folder / PAGE, render(report))
+        run.finished(NAME, inputs)
 
     ranks.on_first(write)
-    return Result(run.folder, run.folder / "child", solution, evaluation, run.folder / "report.html")
+    return result

@@ -1,48 +1,61 @@
-"""Score every alternative."""
+"""Score every alternative: the loss increase when it replaces its parent subblock."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
 from pathlib import Path
+from typing import Any
 
-import torch
-
-from layersmith.library.library import Library
-from layersmith.recipe import Recipe
-from layersmith.run.artifacts import read_json, write_json
-from layersmith.run.folder import Run
-from layersmith.run.progress import Progress
+from layersmith.run.artifacts import fingerprint, read_json, write_json
+from layersmith.run.stage import Making, Stage
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.regret import Axis
 from layersmith.scoring.score import Score
+from layersmith.search.frontier import axes_of
+from layersmith.stages.costs import COSTS
+from layersmith.stages.data import DATA, digest_of_split
+from layersmith.stages.describe import DESCRIBE
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+
+_FILE = "scores.json"
 
 
-def make_scores(
-    run: Run,
-    inputs: str,
-    library: Library,
-    recipe: Recipe,
-    axes: Sequence[Axis],
-    tokens: torch.Tensor,
-    progress: Progress,
-) -> list[Score]:
-    def make(folder: Path) -> None:
-        scores = score_library(
-            library,
-            tokens,
-            recipe.scoring,
-            axes=axes,
-            seed=recipe.seed,
-            journal=run.partial("scores"),
-            inputs=inputs,
-            progress=progress,
-        )
-        write_json(folder / "scores.json", [s.to_dict() for s in scores])
-
-    run.do("scores", inputs, make)
-    return read_scores(run, library)
+def _axes(job: Job) -> list[Axis]:
+    """The costs by which the search will choose: they decide which scores have to be exact."""
+    alternatives = job.read(DESCRIBE).alternatives
+    return axes_of(alternatives, job.read(COSTS).table(alternatives), job.budget)
 
 
-def read_scores(run: Run, library: Library) -> list[Score]:
-    records = {record["of"]: record for record in read_json(run.folder / "scores" / "scores.json")}
-    return [Score.from_dict(alternative, records[alternative.key]) for alternative in library.alternatives]
+def _inputs(job: Job) -> Any:
+    axes = fingerprint([dataclasses.asdict(axis) for axis in _axes(job)])
+    rows = digest_of_split(job, "scoring")
+    return [job.made_from(LIBRARY), rows, job.settings("scoring"), axes, job.recipe.seed, job.dtype]
+
+
+def _make(job: Job, making: Making) -> None:
+    scores = score_library(
+        job.read(LIBRARY),
+        job.read(DATA).scoring,
+        job.recipe.scoring,
+        axes=_axes(job),
+        seed=job.recipe.seed,
+        journal=making.unfinished,
+        inputs=making.inputs,
+        progress=making.progress,
+    )
+    write_json(making.folder / _FILE, [score.to_dict() for score in scores])
+
+
+def _read(job: Job, folder: Path) -> list[Score]:
+    records = {record["of"]: record for record in read_json(folder / _FILE)}
+    return [Score.from_dict(a, records[a.key]) for a in job.read(DESCRIBE).alternatives]
+
+
+SCORES = Stage(
+    name="scores",
+    inputs=_inputs,
+    make=_make,
+    read=_read,
+    is_shared=True,
+)

@@ -1,25 +1,39 @@
-"""Search: the problem, the frontier, and the solution as it is written."""
+"""Search: the best solution for the budget, the frontier of all budgets, and the solution that is realized."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
+from layersmith.costs.stopwatch import Stopwatch
 from layersmith.costs.table import CostTable
+from layersmith.costs.times import Times
+from layersmith.execution.parent import Parent
+from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.recipe import Recipe
-from layersmith.run.artifacts import write_json
-from layersmith.run.progress import SILENT, Progress
+from layersmith.recipe import CostsRecipe, Recipe, SearchRecipe
+from layersmith.run.artifacts import read_json, write_json
+from layersmith.run.progress import Progress
+from layersmith.run.stage import Making, Stage
 from layersmith.scoring.score import Score, losses
 from layersmith.search import baselines
 from layersmith.search.frontier import frontier, to_dict
 from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.time_limits import TOLERANCE, TimedSolution, overrun_of, solve_within
+from layersmith.stages.costs import COSTS, read_times, write_times
+from layersmith.stages.describe import DESCRIBE
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.scores import SCORES
 
-# Runs solutions as whole models: for each its mean loss under the objective, and the standard error of that.
+_FILE = "solution.json"
+
+# Evaluates solutions as whole models: for each its mean loss under the objective, and the standard error of that.
 Measure = Callable[[Sequence[Solution]], list[dict[str, Any]]]
-# Points of a frontier, and of each baseline, that are run as whole models where that is asked for.
+# Points of a frontier, and of each baseline, that are evaluated as whole models where that is asked for.
 MEASURED_POINTS = 10
 
 
@@ -27,39 +41,162 @@ def search_problem(
     library: Library, scores: list[Score], recipe: Recipe, costs: CostTable, budget: Budget
 ) -> SearchProblem:
     """The search problem under the recipe's objective and constraints."""
-    own = losses(scores, recipe.scoring.objective)
-    return SearchProblem(library.alternatives, own, costs, budget, recipe.search, library.parent.blocks)
+    loss_by_key = losses(scores, recipe.scoring.objective)
+    return SearchProblem(library.alternatives, loss_by_key, costs, budget, recipe.search, library.parent.blocks)
+
+
+def problem_as_measured(job: Job) -> SearchProblem:
+    """The search problem of a job, with times as they were measured."""
+    library = job.read(LIBRARY)
+    costs = job.read(COSTS).table(library.alternatives)
+    return search_problem(library, job.read(SCORES), job.recipe, costs, job.budget)
+
+
+def problem_of(job: Job) -> SearchProblem:
+    """The search problem of a job, with times as they are known after the search."""
+
+    def make() -> SearchProblem:
+        times, problem = job.read(SEARCH).times, problem_as_measured(job)
+        return problem if times is None else problem.with_times(times)
+
+    return job.once("problem", make)
+
+
+# ---------------------------------------------------------------------------------------------- limits of time
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the search stage made.
+
+    Attributes:
+        solution: The best by scores that fits.
+        times: Times as they were corrected by timing whole children; None if no child was timed.
+    """
+
+    solution: Solution
+    times: Times | None
+
+
+def stopwatch_for(times: Times | None, parent: Parent, recipe: CostsRecipe) -> Stopwatch | None:
+    """What times whole children; None where times were not measured here, or the parent is not in memory."""
+    if times is None or times.source != "measured" or parent.stream is not None:
+        return None
+    return Stopwatch(parent, times.workload, recipe)
+
+
+def solve_in_time(problem: SearchProblem, times: Times, stopwatch: Stopwatch, progress: Progress) -> TimedSolution:
+    """:func:`~layersmith.search.time_limits.solve_within`, with progress, and a note if no child is in time."""
+    with progress.stage("time limits", 1, "child") as advance:
+        timed = solve_within(problem, times, stopwatch)
+        advance(1)
+    if timed.overrun > TOLERANCE:
+        progress.note(
+            f"timed as a whole, the child exceeds its time limit by {timed.overrun:.1%}; no other solution that was "
+            "timed is within it."
+        )
+    return timed
+
+
+def within_time(
+    plain: Solution, refined: Solution, times: Times | None, parent: Parent, recipe: CostsRecipe, progress: Progress
+) -> Solution:
+    """The refined solution, unless it exceeds a time limit when timed as a whole child; then the plain one."""
+    stopwatch = stopwatch_for(times, parent, recipe)
+    if times is None or stopwatch is None or refined.alternatives == plain.alternatives:
+        return refined
+    overrun = overrun_of(refined, times, stopwatch)
+    if overrun <= TOLERANCE:
+        return refined
+    progress.note(f"the refined child exceeds its time limit by {overrun:.1%}; the unrefined solution is taken.")
+    return plain
+
+
+# ---------------------------------------------------------------------------------------------- stages
+
+
+def _inputs(job: Job) -> Any:
+    times = job.read(COSTS).times
+    measured = None if times is None else times.to_dict(job.read(DESCRIBE).alternatives)
+    return [job.made_from(SCORES), job.made_from(COSTS), measured, job.settings("search")]
+
+
+def _make(job: Job, making: Making) -> None:
+    times, problem = job.read(COSTS).times, problem_as_measured(job)
+    stopwatch = stopwatch_for(times, job.parent, job.recipe.costs)
+    if times is None or stopwatch is None:
+        solution = problem.best()
+    else:
+        timed = solve_in_time(problem, times, stopwatch, making.progress)
+        write_times(making.folder, timed.times, problem.alternatives)
+        solution = timed.solution
+    write_json(making.folder / _FILE, solution.to_dict())
+
+
+def read_solution(folder: Path) -> Solution:
+    return Solution.from_dict(read_json(folder / _FILE))
+
+
+SEARCH: Stage[Job, Found] = Stage(
+    name="search",
+    inputs=_inputs,
+    make=_make,
+    read=lambda job, folder: Found(read_solution(folder), read_times(folder)),
+)
+
+
+def found_by_search(job: Job) -> Any:
+    """Inputs of the stages that go on from the search: with limits of time it differs between equal runs."""
+    return [job.made_from(SEARCH), job.read(SEARCH).solution.to_dict()]
 
 
 def write_frontier(
-    folder: Path, problem: SearchProblem, recipe: Recipe, measure: Measure | None = None, progress: Progress = SILENT
+    folder: Path,
+    problem: SearchProblem,
+    recipe: SearchRecipe,
+    objective: str,
+    seed: int,
+    progress: Progress,
+    measure: Measure | None = None,
 ) -> None:
-    """The frontier along the first cost that the budget limits, and what others would do.
+    """The frontier along the first cost that the budget limits, and baselines for comparison.
 
     Args:
-        folder: gets ``frontier.json``.
+        folder: Gets ``frontier.json``.
         problem: The search problem to solve.
-        recipe: how many points.
-        measure: runs solutions as whole models; without it there are sums of scores only.
-        progress: told of points.
+        recipe: Number of points.
+        objective: Metric of the scores.
+        seed: Seed of the random baseline.
+        progress: Receives points.
+        measure: Evaluates solutions as whole models; default: sums of scores only.
     """
     cost = problem.budget.limits[0].cost
-    with progress.stage("frontier", recipe.search.frontier_points, "budgets") as advance:
-        solutions = frontier(problem, cost, recipe.search.frontier_points, advance)
+    with progress.stage("frontier", recipe.frontier_points, "budgets") as advance:
+        solutions = frontier(problem, cost, recipe.frontier_points, advance)
     some = solutions[:: max(1, len(solutions) // MEASURED_POINTS)]
     budgets = [solution.costs[cost] for solution in some if solution.score > 0]
-    others = baselines.all_of(problem, cost, budgets, recipe.seed)
+    others = baselines.all_of(problem, cost, budgets, seed)
+    measured: dict[tuple[Alternative, ...], dict[str, Any]] = {}
     if measure is not None:
-        others = {name: own[:: max(1, -(-len(own) // MEASURED_POINTS))] for name, own in others.items()}
-    wanted = [*some, *(solution for own in others.values() for solution in own)] if measure is not None else []
-    measured = dict(zip((c.alternatives for c in wanted), measure(wanted) if measure else [], strict=True))
-    data = to_dict(
-        problem, cost, recipe.scoring.objective, [(c, measured.get(c.alternatives)) for c in solutions],
-        {name: [(c, measured.get(c.alternatives)) for c in own] for name, own in others.items()},
-    )  # fmt: skip
-    write_json(folder / "frontier.json", data)
+        others = {name: points[:: max(1, -(-len(points) // MEASURED_POINTS))] for name, points in others.items()}
+        wanted = [*some, *(solution for points in others.values() for solution in points)]
+        measured = dict(zip((solution.alternatives for solution in wanted), measure(wanted), strict=True))
+    series: dict[str, Sequence[tuple[Solution, dict[str, Any] | None]]] = {
+        name: [(s, measured.get(s.alternatives)) for s in points] for name, points in others.items()
+    }
+    points = [(s, measured.get(s.alternatives)) for s in solutions]
+    write_json(folder / "frontier.json", to_dict(problem, cost, objective, points, series))
 
 
-def write_solution(folder: Path, solution: Solution, costs: CostTable) -> None:
-    write_json(folder / "solution.json", solution.to_dict())
-    write_json(folder / "costs.json", costs.to_dict())
+def _write_frontier(job: Job, making: Making) -> None:
+    recipe = job.recipe
+    objective = recipe.scoring.objective
+    write_frontier(making.folder, problem_of(job), recipe.search, objective, recipe.seed, making.progress)
+
+
+FRONTIER: Stage[Job, dict[str, Any]] = Stage(
+    name="frontier",
+    inputs=found_by_search,
+    make=_write_frontier,
+    read=lambda job, folder: dict(read_json(folder / "frontier.json")),
+)

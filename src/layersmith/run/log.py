@@ -1,0 +1,65 @@
+"""The log of a run: when stages began and ended, and how long all attempts at each took."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from contextlib import suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from layersmith.run.artifacts import saying_disk_full
+
+
+class Log:
+    """``log.jsonl`` in a run's folder."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "log.jsonl"
+
+    def add(self, stage: str, event: str, **more: Any) -> None:
+        record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **more}
+        with saying_disk_full(self.path), open(self.path, "ab+") as file:
+            if file.tell():
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # a process was killed in the middle of a line
+                    file.write(b"\n")
+            file.write(json.dumps(record).encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def add_killed(self, stage: str, unfinished: Path) -> None:
+        """If a process was killed in this stage, log the attempt.
+
+        Args:
+            stage: Name of the stage.
+            unfinished: File that the stage kept results in. Its last change is the last sign of that process.
+        """
+        last = next((r for r in reversed(self._records()) if r["stage"] == stage), None)
+        if last is not None and last["event"] == "begun":
+            began = datetime.fromisoformat(last["time"]).timestamp()
+            worked = max(0.0, unfinished.stat().st_mtime - began) if unfinished.is_file() else 0.0
+            self.add(stage, "killed", seconds=round(worked, 2))
+
+    def times(self) -> list[dict[str, Any]]:
+        """Wall time of each stage in the order in which they began: all attempts together, and the interruptions.
+
+        The time of an attempt that was killed is known only up to the last result that it kept.
+        """
+        stages: dict[str, dict[str, Any]] = {}
+        for record in self._records():
+            if "seconds" in record:
+                name = record["stage"]
+                stage = stages.setdefault(name, {"stage": name, "seconds": 0.0, "interruptions": 0})
+                stage["seconds"] = round(stage["seconds"] + record["seconds"], 2)
+                stage["interruptions"] += record["event"] != "done"
+        return list(stages.values())
+
+    def _records(self) -> list[dict[str, Any]]:
+        records = []
+        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
+            with suppress(ValueError):  # a line that was cut off
+                records.append(json.loads(line))
+        return records

@@ -1,0 +1,205 @@
+"""Costs of every alternative: counted, and measured where the budget limits a time."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layersmith.block_config import BlockConfig
+from layersmith.costs.budget import Budget, Limit
+from layersmith.costs.counted import Workload
+from layersmith.costs.measured import measure
+from layersmith.costs.roofline import predict
+from layersmith.costs.table import CostTable, count_costs
+from layersmith.costs.times import PREFILL, Times, from_csv, to_csv
+from layersmith.errors import Infeasible
+from layersmith.execution.parent import Parent, load_parent
+from layersmith.library.alternative import Alternative
+from layersmith.library.library import Library, Survey, survey
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.recipe import CostsRecipe, Recipe, SearchRecipe
+from layersmith.run.artifacts import content_digest, read_json, write_json, write_text
+from layersmith.run.progress import SILENT, Progress
+from layersmith.run.runtime import Runtime
+from layersmith.run.stage import Making, Stage
+from layersmith.search.problem import SearchProblem
+from layersmith.search.rules import without_times
+from layersmith.stages.describe import DESCRIBE
+from layersmith.stages.job import Job, is_streamed
+
+_COUNTED, _TIMES = "costs.json", "times.json"
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of a search space.
+
+    Attributes:
+        counted: Parameters and bytes.
+        times: Times of all alternatives; None if neither a limit nor a rule asks for any.
+    """
+
+    counted: CostTable
+    times: Times | None
+
+    def table(self, alternatives: Sequence[Alternative], corrected: Times | None = None) -> CostTable:
+        """All costs, with the times as they were measured or as they were corrected later."""
+        times = corrected or self.times
+        return self.counted if times is None else times.into(self.counted, alternatives)
+
+
+def cost_table(parent: Parent, survey: Survey | Library, workload: Workload) -> CostTable:
+    """Count the costs of all alternatives of a parent."""
+    return count_costs(
+        parent.descriptor, parent.config, parent.blocks, survey.alternatives, survey.axes, parent.dtype, workload
+    )
+
+
+def check_reachable(
+    alternatives: Sequence[Alternative],
+    costs: CostTable,
+    budget: Budget,
+    rules: SearchRecipe,
+    blocks: Sequence[BlockConfig],
+) -> None:
+    """Check that some child meets the limits; limits of time only if the costs have times.
+
+    Raises:
+        Infeasible: None does.
+    """
+    if PREFILL not in costs.parent:
+        rules = without_times(rules)
+        budget = budget.counted or dataclasses.replace(budget, limits=(Limit("parameters", fraction="1"),))
+    SearchProblem(alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget, rules, blocks).reachable()
+
+
+def wants_times(budget: Budget, rules: SearchRecipe) -> bool:
+    """Whether a limit or a rule is about time."""
+    return budget.has_times or without_times(rules) != rules
+
+
+def find_times(
+    parent: Parent,
+    survey: Survey,
+    recipe: CostsRecipe,
+    workload: Workload,
+    progress: Progress,
+    check: Callable[[Times], None] = lambda fastest: None,
+) -> Times:
+    """Times of all alternatives: from a file, predicted for a device, or measured here.
+
+    Args:
+        parent: The parent.
+        survey: All alternatives.
+        recipe: The recipe's section ``costs``.
+        workload: Workload to time.
+        progress: Receives steps and notes.
+        check: Called with a quick lower bound before the long work, to refuse a budget that no child can meet.
+    """
+    within = workload.within(parent.positions)
+    if within.context < workload.context:
+        asked = workload.context
+        progress.note(f"times are for {within.context:,} tokens, the most that the model takes, not {asked:,}.")
+    if recipe.times is not None:
+        return from_csv(recipe.times, survey.alternatives, within)
+    costs = cost_table(parent, survey, within)
+    if recipe.device is not None:
+        return predict(
+            recipe.device, parent.language_config, parent.blocks, survey.axes, survey.alternatives, costs,
+            parent.dtype, within,
+        )  # fmt: skip
+    return measure(parent, survey.alternatives, costs, within, recipe, progress, check)
+
+
+def times_of(
+    path: str | Path,
+    recipe: Recipe,
+    workload: Workload,
+    descriptor: type[ModelDescriptor] | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Times, list[Alternative]]:
+    """Times of all alternatives of a parent, without a run."""
+    runtime = Runtime.detect(recipe.device, recipe.dtype)
+    near = Path.cwd() if is_streamed(path, recipe, runtime) else None
+    with progress.stage(DESCRIBE.name, 1, "parent") as advance:
+        parent = load_parent(path, runtime, descriptor, recipe.trust_remote_code, stream_near=near)
+        found = survey(parent, recipe.library)
+        advance(1)
+    return find_times(parent, found, recipe.costs, workload, progress), found.alternatives
+
+
+def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Costs:
+    """Count, measure if a limit or rule is about time, and check that the limits can be met.
+
+    Args:
+        job: The job.
+        progress: Receives steps and notes.
+        known: Times that are not measured again if they are for the same workload.
+
+    Raises:
+        Infeasible: They cannot.
+    """
+    parent, found, rules = job.parent, job.read(DESCRIBE), job.recipe.search
+    counted = cost_table(parent, found, job.workload)
+
+    def check(times: Times | None) -> None:
+        table = Costs(counted, times).table(found.alternatives)
+        check_reachable(found.alternatives, table, job.budget, rules, parent.blocks)
+
+    def check_fastest(fastest: Times) -> None:
+        """Refuse early if even a child of no-ops takes twice what is allowed; near misses are measured in full."""
+        try:
+            check(dataclasses.replace(fastest, fixed=fastest.fixed.scaled(0.5, 0.5)))
+        except Infeasible:
+            check(fastest)
+            raise
+
+    check(None)
+    if not wants_times(job.budget, rules):
+        return Costs(counted, None)
+    times = known
+    if times is None or times.workload != job.workload.within(parent.positions):
+        times = find_times(parent, found, job.recipe.costs, job.workload, progress, check_fastest)
+    check(times)
+    return Costs(counted, times)
+
+
+def _inputs(job: Job) -> Any:
+    given = job.recipe.costs.times
+    file = None if given is None else content_digest(Path(given))
+    sections = [job.settings(section) for section in ("costs", "search")]
+    return [job.made_from(DESCRIBE), job.budget.to_dict(), *sections, file, job.dtype]
+
+
+def _make(job: Job, making: Making) -> None:
+    found = job.read(DESCRIBE)
+    costs = find_costs(job, making.progress)
+    write_json(making.folder / _COUNTED, costs.counted.to_dict())
+    if costs.times is not None:
+        write_times(making.folder, costs.times, found.alternatives)
+
+
+def write_times(folder: Path, times: Times, alternatives: Sequence[Alternative]) -> None:
+    write_json(folder / _TIMES, times.to_dict(alternatives))
+    write_text(folder / "times.csv", to_csv(times, alternatives))
+
+
+def read_times(folder: Path) -> Times | None:
+    file = folder / _TIMES
+    return Times.from_dict(read_json(file)) if file.is_file() else None
+
+
+def _read(job: Job, folder: Path) -> Costs:
+    data = read_json(folder / _COUNTED)
+    return Costs(CostTable(data["alternatives"], data["fixed"], data["parent"]), read_times(folder))
+
+
+COSTS = Stage(
+    name="costs",
+    inputs=_inputs,
+    make=_make,
+    read=_read,
+)

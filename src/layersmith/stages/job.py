@@ -1,0 +1,210 @@
+"""What was asked for, and what the stages have made of it so far: the one thing that all stages are given.
+
+A stage takes from the job what it needs and passes only that to the rooms below: a section of the recipe, the limits,
+the workload. Nothing is loaded before a stage needs it, so a finished run is opened again without its parent's weights.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from layersmith.costs.budget import Budget
+from layersmith.costs.counted import Workload
+from layersmith.data.splits import load_tokenizer
+from layersmith.errors import InputError
+from layersmith.execution.parent import Parent, identity_of, load_parent
+from layersmith.execution.streaming import is_too_large
+from layersmith.heterogeneous.checkpoint import check_files
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.describe import read_config
+from layersmith.recipe import Recipe
+from layersmith.run import ranks
+from layersmith.run.folder import Run, versions
+from layersmith.run.progress import SILENT, Progress
+from layersmith.run.runtime import Runtime
+from layersmith.run.stage import Stage
+
+T = TypeVar("T")
+
+
+@dataclass(eq=False)
+class Job:
+    """A run and its request.
+
+    Attributes:
+        run: The run folder.
+        path: Parent: checkpoint folder or hub id.
+        data: Source of documents.
+        budget: Limits of the child, and the workload that its costs are for.
+        recipe: All settings.
+        family: Descriptor of the parent's model family; default: inferred.
+        progress: Receives steps and notes.
+        training_data: Source of global distillation; default: that of the run's data.
+    """
+
+    run: Run
+    path: str
+    data: str
+    budget: Budget
+    recipe: Recipe
+    family: type[ModelDescriptor] | None = None
+    progress: Progress = SILENT
+    training_data: str | None = None
+    _results: dict[str, Any] = field(default_factory=dict)
+
+    # ------------------------------------------------------------------------------------------ the parent
+
+    @cached_property
+    def runtime(self) -> Runtime:
+        return Runtime.detect(self.recipe.device, self.recipe.dtype)
+
+    @property
+    def dtype(self) -> str:
+        """Dtype and device of the computation, which results depend on."""
+        return f"{self.runtime.dtype} on {self.runtime.device.type}"
+
+    @cached_property
+    def is_streamed(self) -> bool:
+        """Whether the parent's weights stay on the disk until a layer runs."""
+        return is_streamed(self.path, self.recipe, self.runtime)
+
+    @cached_property
+    def identity(self) -> str:
+        """Digest of the parent's config and weights; the weights are read, but no model is made."""
+        check_files(self.path)
+        return identity_of(self.path, read_config(self.path, trust_remote_code=self.recipe.trust_remote_code))
+
+    @cached_property
+    def parent(self) -> Parent:
+        """The parent, loaded."""
+        return self._load(self.runtime)
+
+    @property
+    def stored_parent(self) -> Parent:
+        """The parent in its checkpoint's dtype, in which the child is written.
+
+        From a wider dtype, in which it may be loaded, the way back is exact; otherwise it is read again.
+        """
+        if self.parent.runtime.dtype == self.parent.dtype:
+            return self.parent
+        return self._load(Runtime(torch.device("cpu"), self.parent.dtype), self.parent.descriptor)
+
+    def _load(self, runtime: Runtime, family: type[ModelDescriptor] | None = None) -> Parent:
+        trusts, near = self.recipe.trust_remote_code, self.run.folder if self.is_streamed else None
+        return load_parent(self.path, runtime, family or self.family, trusts, stream_near=near)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.path, trust_remote_code=self.recipe.trust_remote_code)
+
+    # ------------------------------------------------------------------------------------------ the request
+
+    @property
+    def workload(self) -> Workload:
+        """The workload for which costs are counted."""
+        return Workload(self.budget.batch, self.budget.context, self.budget.generate)
+
+    def settings(self, section: str) -> Any:
+        """A section of the recipe as JSON data."""
+        return self.recipe.to_dict()[section]
+
+    def header(self, data_digest: str) -> dict[str, Any]:
+        """``run.json`` of a new run."""
+        return {
+            "parent": {"path": self.path, "identity": self.identity},
+            "data": {"source": self.data, "digest": data_digest},
+            "budget": self.budget.to_dict(),
+            "recipe": self.recipe.to_dict(),
+            "seed": self.recipe.seed,
+            "versions": versions(),
+            "working_directory": str(Path.cwd()),
+        }
+
+    @staticmethod
+    def of_run(
+        folder: str | Path,
+        needed: tuple[Stage[Job, Any], ...] = (),
+        family: type[ModelDescriptor] | None = None,
+        progress: Progress = SILENT,
+        change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+    ) -> Job:
+        """The job of a run that was made before.
+
+        Args:
+            folder: Run folder.
+            needed: Stages that must be finished.
+            family: Descriptor of the parent's model family; default: inferred.
+            progress: Receives steps and notes.
+            change: Returns the recipe with other settings for what is made now.
+
+        Raises:
+            InputError: A stage is not finished, or the parent is gone or has changed.
+        """
+        run = Run.existing(folder)
+        header = run.header()
+        run.require(*(stage.name for stage in needed))
+        job = Job(
+            run=run,
+            path=run.path_as_meant(header["parent"]["path"]),
+            data=run.path_as_meant(header["data"]["source"]),
+            budget=Budget.from_dict(header["budget"]),
+            recipe=change(Recipe.from_dict(header["recipe"], str(run.folder / "run.json"))),
+            family=family,
+            progress=progress,
+        )
+        if job.identity != header["parent"]["identity"]:
+            raise InputError(f"{job.path}: not the parent of {run.folder} any more; its weights or config changed.")
+        return job
+
+    # ------------------------------------------------------------------------------------------ stages
+
+    def do(self, stage: Stage[Job, Any]) -> bool:
+        """Make a stage if this job has it and it is not finished; returns whether it had to be made."""
+        if not ranks.from_first(lambda: stage.is_wanted(self)):
+            return False
+        self._results.pop(stage.name, None)
+        meanwhile = stage.meanwhile
+        return self.run.do(
+            stage.name,
+            ranks.from_first(lambda: stage.inputs(self)),
+            lambda making: stage.make(self, making),
+            None if meanwhile is None else lambda making: meanwhile(self, making),
+            is_shared=stage.is_shared,
+            progress=self.progress,
+        )
+
+    def read(self, stage: Stage[Job, T]) -> T:
+        """What a finished stage made."""
+        return self.once(stage.name, lambda: stage.read(self, self.run.folder / stage.name))
+
+    def made_from(self, stage: Stage[Job, Any]) -> str | None:
+        """Digest of a finished stage's inputs; stages that depend on the stage have it among their own."""
+        return self.run.made_from(stage.name)
+
+    def put(self, stage: Stage[Job, T], result: T) -> None:
+        """Use another result of a stage in this process, e.g. costs for another budget."""
+        self._results[stage.name] = result
+
+    def once(self, name: str, make: Callable[[], T]) -> T:
+        """Something that several stages need, made when the first asks for it."""
+        if name not in self._results:
+            self._results[name] = make()
+        result: T = self._results[name]
+        return result
+
+
+def is_streamed(path: str | Path, recipe: Recipe, runtime: Runtime) -> bool:
+    """Whether a parent's weights stay on the disk until a layer runs: always, never, or if memory is too small."""
+    return recipe.stream == "always" or (recipe.stream == "auto" and is_too_large(path, runtime))
+
+
+def seed_everything(seed: int) -> None:
+    random.seed(seed)
+    torch.manual_seed(seed)
