@@ -42,7 +42,9 @@ from layersmith.distillation.local import distill_chosen, distill_locally
 from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import DataRecipe, LibraryRecipe, LocalDistillationRecipe, ScoringRecipe
 from layersmith.run.folder import versions
 from layersmith.run.progress import Progress

@@ -40,7 +40,9 @@ from layersmith.distillation.train import RowOrder, Steps, together, train, trai
 from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import DataRecipe, DistillationRecipe, Recipe
 from layersmith.run.artifacts import read_tensors, write_json
 from layersmith.run.folder import Run, versions

@@ -33,7 +33,9 @@ from layersmith.costs.table import CostTable, count_costs
 from layersmith.data.splits import load_tokenizer
 from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import load_parent
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.folder import versions
 from layersmith.run.progress import Progress

@@ -26,7 +26,8 @@ from layersmith.costs.counted import Workload
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL, standard_library
 from layersmith.execution.parent import load_parent
-from layersmith.library.library import build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import Advance, Progress
 from layersmith.run.runtime import Runtime

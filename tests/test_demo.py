@@ -16,7 +16,8 @@ from layersmith.demo import job
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, survey
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe
 from layersmith.run.runtime import Runtime
 from layersmith.stages.reopen import evaluate_model

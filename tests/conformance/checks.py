@@ -29,7 +29,7 @@ from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UnsupportedModel
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import decoder_layers
-from layersmith.library.library import Survey, survey
+from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
 from layersmith.model_descriptor.infer.removal import silent_stay_silent
 from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument

@@ -12,7 +12,9 @@ from layersmith.block_config import has_attention
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, Survey, build_library
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import Survey
 from layersmith.recipe import LibraryRecipe
 
 

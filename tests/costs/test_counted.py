@@ -12,8 +12,9 @@ from layersmith import BlockConfig
 from layersmith.costs import table as library_costs
 from layersmith.costs.counted import Workload, subblock_costs, total
 from layersmith.costs.table import count_costs
-from layersmith.library.axes.find import find_axes, meta_layers
-from layersmith.library.library import survey_of
+from layersmith.library.axes.find import find_axes
+from layersmith.library.axes.layers import meta_layers
+from layersmith.library.survey import survey_of
 from layersmith.recipe import LibraryRecipe
 from tests.conformance.tiny import tiny_config
 from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model

@@ -25,7 +25,8 @@ from layersmith.errors import Infeasible, InputError, UsageError
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import child_blocks
 from layersmith.library.axes.feasible import any_orders, no_maps
-from layersmith.library.library import Library, Survey, survey
+from layersmith.library.library import Library
+from layersmith.library.survey import Survey, survey
 from layersmith.recipe import CostsRecipe, LibraryRecipe, Recipe
 from layersmith.run.artifacts import read_json
 from layersmith.run.runtime import Runtime

@@ -21,7 +21,9 @@ from layersmith.errors import UsageError
 from layersmith.execution.exchange import first_tensor
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, Recipe
 from layersmith.run.runtime import Runtime
 from tests.conformance.tiny import tiny_config

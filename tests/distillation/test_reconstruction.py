@@ -11,7 +11,9 @@ from layersmith.distillation.reconstruction import RIDGE, watched
 from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library

@@ -17,7 +17,9 @@ from layersmith.execution.hidden_states import States, StatesOnDisk
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.execution.streaming import is_too_large
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime

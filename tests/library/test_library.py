@@ -12,9 +12,13 @@ from layersmith import ModelDescriptor
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library import ranking, statistics
-from layersmith.library.alternative import Alternative, ffn_widths, head_group_counts, kv_head_counts
-from layersmith.library.library import Library, build_library, probes_for, survey
+from layersmith.library.alternative import Alternative
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.probes import probes_for
+from layersmith.library.search_space import ffn_widths, head_group_counts, kv_head_counts
 from layersmith.library.slicing import keep_groups, keep_kv_heads, keep_query_heads, narrow, pool_kv_heads
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe
 from layersmith.run.runtime import Runtime
 from tests.conftest import FAMILIES

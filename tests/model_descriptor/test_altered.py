@@ -23,7 +23,7 @@ from transformers.models.auto import configuration_auto, modeling_auto
 import layersmith
 from layersmith import BlockConfig, FFNConfig
 from layersmith.block_config import AttentionConfig
-from layersmith.library.library import survey
+from layersmith.library.survey import survey
 from layersmith.model_descriptor.stock import own_config, stock_class, stock_model
 from layersmith.recipe import LibraryRecipe
 from layersmith.stages.distill import distill

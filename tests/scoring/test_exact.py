@@ -7,7 +7,9 @@ import torch
 
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import load_parent
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.runtime import Runtime
 from layersmith.scoring import library_scores

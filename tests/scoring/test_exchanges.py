@@ -16,7 +16,9 @@ from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import LayerwiseParent, split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative, no_op_of_other
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, Recipe
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime

@@ -17,7 +17,8 @@ from layersmith.demo.job import MODEL
 from layersmith.evaluation.compare import compare
 from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
-from layersmith.library.library import build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.survey import survey
 from layersmith.pipeline import stages
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
 from layersmith.run.progress import SILENT

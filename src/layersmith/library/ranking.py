@@ -17,6 +17,11 @@ from layersmith.library.axes.axis import HeadsAxis, HeadSizeAxis
 _ROWS_AT_ONCE = 256
 
 
+def as_matrix(weight: torch.Tensor, dim: int) -> torch.Tensor:
+    """A weight as ``[outputs, inputs]``, where ``dim`` counts inputs; of a stack of matrices, all outputs."""
+    return weight.detach().movedim(dim, -1).flatten(0, -2)
+
+
 def channel_costs(weight: torch.Tensor, moment: torch.Tensor, unit: int = 1) -> torch.Tensor:
     """M for the input channels of a projection.
 

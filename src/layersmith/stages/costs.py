@@ -18,7 +18,8 @@ from layersmith.costs.times import PREFILL, Times, from_csv, to_csv
 from layersmith.errors import Infeasible
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, Survey, survey
+from layersmith.library.library import Library
+from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import CostsRecipe, Recipe, SearchRecipe
 from layersmith.run.artifacts import content_digest, read_json, write_json, write_text

@@ -7,7 +7,7 @@ from typing import Any
 
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes
-from layersmith.library.library import Survey, survey
+from layersmith.library.survey import Survey, survey
 from layersmith.records import parse, to_data
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.stage import Making, Stage

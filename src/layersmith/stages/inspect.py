@@ -14,8 +14,9 @@ from layersmith.heterogeneous.build import block_configs_of, config_dtype
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.axes.axis import LayerAxes
-from layersmith.library.axes.find import find_axes, meta_layers
-from layersmith.library.library import survey_of
+from layersmith.library.axes.find import find_axes
+from layersmith.library.axes.layers import meta_layers
+from layersmith.library.survey import survey_of
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.stock import own_config, stock_class

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layersmith.library.library import Library, build_library
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
 from layersmith.records import to_data
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
 from layersmith.run.stage import Making, Stage

@@ -21,7 +21,9 @@ from layersmith.costs.counted import Workload, subblock_costs
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, Survey, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.stock import own_config
 from layersmith.recipe import LibraryRecipe
 from layersmith.run.runtime import Runtime

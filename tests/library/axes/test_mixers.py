@@ -17,7 +17,9 @@ from layersmith.block_config import AttentionConfig
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library, build_library, survey
+from layersmith.library.build import build_library
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
 from layersmith.model_descriptor.infer.mixers import in_proportion
 from layersmith.model_descriptor.stock import own_config, restore_buffers
 from layersmith.recipe import LibraryRecipe

@@ -1,27 +1,25 @@
 """Whether alternatives run at all, tried before anything is measured.
 
-An axis is proved with one or two sizes of it, in its layer. What a model's own code cannot take beside that is found
-here: every alternative is built, and its layer runs in the model. Which units stay does not matter for that.
+An axis is proved with one or two sizes, in its layer. A model's code may still refuse other sizes, so every
+alternative is built here and its layer runs in the model. Which units stay does not matter for that.
 """
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
-from layersmith.errors import first_line
+from layersmith.errors import LayersmithError, first_line
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.plan import linear_records
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes, numbered
 from layersmith.library.axes.trial import Trial, alike
+from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
-
-if TYPE_CHECKING:
-    from layersmith.library.library import Library
 
 
 def those_that_run(trial: Trial, library: Library) -> tuple[list[Alternative], list[str]]:
@@ -37,9 +35,9 @@ def those_that_run(trial: Trial, library: Library) -> tuple[list[Alternative], l
     kinds = [alike(trial, i, own) for i, own in enumerate(library.axes)]
     for alternative in library.alternatives:
         key = (kinds[alternative.layer], dataclasses.replace(alternative, layer=0))
-        if alternative.kind != "parent" and key not in verdicts:
+        if not alternative.is_parent and key not in verdicts:
             verdicts[key] = _problem(trial, library, alternative)
-        if alternative.kind == "parent" or not verdicts[key]:
+        if alternative.is_parent or not verdicts[key]:
             running.append(alternative)
         else:
             refused[alternative] = verdicts[key]
@@ -52,12 +50,15 @@ def those_that_run(trial: Trial, library: Library) -> tuple[list[Alternative], l
 
 def _problem(trial: Trial, library: Library, alternative: Alternative) -> str:
     try:
-        seen = trial.run(alternative.layer, library.layer(alternative))
-    except Exception as error:  # whatever a family's own code raises
-        return f"it does not run with it ({first_line(error)})"
+        with foreign_code(f"does the model run with {alternative.key}?", refusal_is_answer=True) as attempt:
+            output = trial.run(alternative.layer, library.layer(alternative))
+    except LayersmithError as refusal:  # a descriptor says in our words what its family cannot take
+        return f"it does not run with it ({first_line(refusal)})"
     finally:
         library.parent.let_go()
-    return "" if bool(seen.isfinite().all()) else "it gives numbers that are not finite with it"
+    if attempt.failed:
+        return f"it does not run with it ({attempt.reason})"
+    return "" if bool(output.isfinite().all()) else "it gives numbers that are not finite with it"
 
 
 def by_reason(reasons: Mapping[int, str], num_layers: int, what: str) -> list[str]:

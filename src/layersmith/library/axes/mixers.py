@@ -12,28 +12,33 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
 
 from layersmith.block_config import BlockConfig, MambaConfig
 from layersmith.library.axes.axis import REST, HeadsAxis, HeadSizeAxis, NoAxis, Segment, StateAxis, WeightAxis
-from layersmith.library.axes.changes import other_size
-
-if TYPE_CHECKING:
-    from layersmith.library.axes.find import Finder, Governed
+from layersmith.library.axes.experiments import Governed, ModelExperiments, Resized, other_size
+from layersmith.library.axes.heads import heads_reader, takes
 
 Layout = tuple[tuple[Segment, ...], bool]
 
 
-def mixer_heads(finder: Finder, i: int) -> HeadsAxis:
+def keeps_state(model: ModelExperiments, i: int) -> bool:
+    """Whether a layer has a mixer with a state of fixed size."""
+    attention = model.blocks[i].attention
+    if attention.no_op or attention.replace_with_linear:
+        return False
+    return attention.mamba is not None or (model.described is not None and model.described.has_mixer(i))
+
+
+def mixer_heads(model: ModelExperiments, i: int) -> HeadsAxis:
     """The heads of the mixer of layer ``i``.
 
     Raises:
         NoAxis: it has none that can be fewer.
     """
-    mamba = _sizes(finder, i)
+    mamba = _sizes(model, i)
     if mamba.num_heads == 1:
         raise NoAxis("its state has no heads")
-    of_heads = _governed(finder, i, "mixer heads", _other_heads)
+    of_heads = _governed(model, i, "mixer heads", _other_heads)
     if not of_heads:
         raise NoAxis("no attribute of its config changes the number of its heads alone")
     count, num_heads = mamba.num_groups, mamba.num_heads
@@ -42,7 +47,7 @@ def mixer_heads(finder: Finder, i: int) -> HeadsAxis:
     group = num_heads // count
     heads = {(g.name, g.dim): g for g in of_heads}
     groups = (
-        {(g.name, g.dim): g for g in _governed(finder, i, "mixer groups", partial(_other, "num_groups"))}
+        {(g.name, g.dim): g for g in _governed(model, i, "mixer groups", partial(_other, "num_groups"))}
         if count > 1
         else {}
     )
@@ -54,30 +59,36 @@ def mixer_heads(finder: Finder, i: int) -> HeadsAxis:
             *(_pieces("kv", groups[name, dim].unit, mamba.state_dim) if (name, dim) in groups else ()),
         ]
         taken = sum(s.unit * (num_heads if s.part == "queries" else count) for s in pieces)
-        if (rest := finder.base[i][name][dim] - taken) < 0:
+        if (rest := model.base[i][name][dim] - taken) < 0:
             raise NoAxis(f"the parts of {name} cannot be told apart")
         weights.append(WeightAxis(name, dim, (*pieces, *([Segment(REST, rest)] if rest else []))))
-    reader, head_dim = finder.heads_reader(i, weights)
+    reader, head_dim = heads_reader(model, i, weights)
     if groups_go_along:
-        return HeadsAxis(num_heads, num_heads, head_dim, tuple(weights), reader, fewer_groups=True)
-    if group == 1 and not groups:
+        count = num_heads
+    elif group == 1 and not groups:
         raise NoAxis("it has one head in each group, and no attribute of its config changes the number of groups")
     return HeadsAxis(
-        count, num_heads, head_dim, tuple(weights), reader, fewer_queries=group > 1, fewer_groups=bool(groups)
+        size=count,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        weights=tuple(weights),
+        reader=reader,
+        fewer_queries=group > 1,
+        fewer_groups=groups_go_along or bool(groups),
     )
 
 
-def mixer_state(finder: Finder, i: int) -> StateAxis:
+def mixer_state(model: ModelExperiments, i: int) -> StateAxis:
     """The size of the state of the mixer of layer ``i``.
 
     Raises:
         NoAxis: it cannot be smaller.
     """
-    mamba = _sizes(finder, i)
+    mamba = _sizes(model, i)
     if mamba.state_dim < 2:
         raise NoAxis("its state has one number already")
     weights = []
-    for g in _governed(finder, i, "state", partial(_other, "state_dim")):
+    for g in _governed(model, i, "state", partial(_other, "state_dim")):
         parts = (Segment("state"),) * g.unit
         weights.append(WeightAxis(g.name, g.dim, (*parts, Segment(REST, g.rest)) if g.rest else parts))
     if not weights:
@@ -85,76 +96,84 @@ def mixer_state(finder: Finder, i: int) -> StateAxis:
     return StateAxis(mamba.state_dim, tuple(weights))
 
 
-def mixer_head_size(finder: Finder, i: int) -> HeadSizeAxis:
+def mixer_head_size(model: ModelExperiments, i: int) -> HeadSizeAxis:
     """The size of the heads of the mixer of layer ``i``.
 
     Raises:
         NoAxis: it cannot be smaller.
     """
-    mamba = _sizes(finder, i)
+    mamba = _sizes(model, i)
     if mamba.num_heads == 1:
         raise NoAxis("its state has no heads")
     if mamba.head_dim < 2:
         raise NoAxis("its heads have one entry already")
     weights = []
-    for g in _governed(finder, i, "mixer head size", partial(_other, "head_dim")):
+    for g in _governed(model, i, "mixer head size", partial(_other, "head_dim")):
         number, odd = divmod(g.unit, mamba.num_heads)
         if odd and g.unit > 1:
             raise NoAxis(f"the parts of {g.name} cannot be told apart")
         parts = (Segment("entries"),) if odd else (Segment("channels"),) * number
         weights.append(WeightAxis(g.name, g.dim, (*parts, *([Segment(REST, g.rest)] if g.rest else []))))
     if not weights:
-        square = finder.described is not None and finder.described.square_state(i)
+        square = model.described is not None and model.described.square_state(i)
         raise NoAxis(
             "one attribute is the size of its heads and of its state"
             if square
             else "no attribute of its config changes the size of its heads alone"
         )
-    readers = [w.name for w in weights if finder.takes(i, w)]
+    readers = [w.name for w in weights if takes(model, i, w)]
     if len(readers) != 1:
         raise NoAxis("the projection that its heads end in cannot be told")
-    return HeadSizeAxis(mamba.head_dim, mamba.num_heads, mamba.num_groups, tuple(weights), readers[0])
+    return HeadSizeAxis(
+        size=mamba.head_dim,
+        num_heads=mamba.num_heads,
+        groups=mamba.num_groups,
+        weights=tuple(weights),
+        reader=readers[0],
+    )
 
 
-def _sizes(finder: Finder, i: int) -> MambaConfig:
-    mamba = finder.blocks[i].attention.mamba
+def _sizes(model: ModelExperiments, i: int) -> MambaConfig:
+    mamba = model.blocks[i].attention.mamba
     if mamba is None:
-        problem = finder.described.mixer_problem(i) if finder.described is not None else ""
+        problem = model.described.mixer_problem(i) if model.described is not None else ""
         raise NoAxis(
             problem or "no attribute of its config changes the heads of its mixer or the size of its state alone"
         )
     return mamba
 
 
-def _governed(
-    finder: Finder, i: int, name: str, other: Callable[[MambaConfig, bool], tuple[MambaConfig, int, int] | None]
-) -> list[Governed]:
-    def change(block: BlockConfig, j: int, larger: bool) -> tuple[BlockConfig, int, int] | None:
-        own = block.attention.mamba
-        made = other(own, larger) if own is not None else None
-        if made is None:
+# Another size of a mixer, a smaller or a larger one, with both sizes; None if there is none.
+_MixerChange = Callable[[MambaConfig, bool], tuple[MambaConfig, int, int] | None]
+
+
+def _governed(model: ModelExperiments, i: int, name: str, other: _MixerChange) -> list[Governed]:
+    def change(block: BlockConfig, j: int, larger: bool) -> Resized | None:
+        mamba = block.attention.mamba
+        resized = other(mamba, larger) if mamba is not None else None
+        if resized is None:
             return None
-        attention = dataclasses.replace(block.attention, mamba=made[0])
-        return dataclasses.replace(block, attention=attention), made[1], made[2]
+        attention = dataclasses.replace(block.attention, mamba=resized[0])
+        return Resized(dataclasses.replace(block, attention=attention), resized[1], resized[2])
 
-    made = finder.experiment(name, change)
-    return finder.governed(made, i) if made.sizes[i] is not None else []
+    made = model.experiment(name, change)
+    return model.governed(made, i) if made.sizes[i] is not None else []
 
 
-def _other_heads(own: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
-    if own.num_heads < 2:
+def _other_heads(mamba: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
+    if mamba.num_heads < 2:
         return None
-    group = own.num_heads // own.num_groups
-    other = other_size(own.num_heads, True) if group == 1 else other_size(group, larger) * own.num_groups
-    return dataclasses.replace(own, num_heads=other), other, own.num_heads
+    group = mamba.num_heads // mamba.num_groups
+    other = other_size(mamba.num_heads, True) if group == 1 else other_size(group, larger) * mamba.num_groups
+    return dataclasses.replace(mamba, num_heads=other), other, mamba.num_heads
 
 
-def _other(field: str, own: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
-    size = getattr(own, field)
+def _other(field: str, mamba: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
+    size = getattr(mamba, field)
     if size < 2:
         return None
     other = other_size(size, larger)
-    return dataclasses.replace(own, **{field: other}), other, size
+    return dataclasses.replace(mamba, **{field: other}), other, size
 
 
 def _pieces(part: str, unit: int, size: int) -> tuple[Segment, ...]:

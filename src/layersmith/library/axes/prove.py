@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.errors import first_line
 from layersmith.execution.exchange import LAYER_TYPE, share_buffers
+from layersmith.foreign import foreign_code
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import (
     REST,
@@ -33,8 +33,8 @@ from layersmith.library.axes.axis import (
     WidthAxis,
     largest_part,
 )
-from layersmith.library.axes.find import input_dim, layer_shapes
 from layersmith.library.axes.heads import in_pairs
+from layersmith.library.axes.layers import input_dim, layer_shapes
 from layersmith.library.axes.prove_mixers import prove_head_size, prove_mixer, prove_state
 from layersmith.library.axes.trial import (
     Fails,
@@ -412,11 +412,11 @@ def _prove_window(trial: Trial, i: int, layer_type: str) -> str:
     layer.load_state_dict(original.state_dict(), strict=True, assign=True)
     share_buffers(original, layer)
     setattr(layer, LAYER_TYPE, layer_type)
-    try:
-        seen = trial.run(i, layer.eval())
-    except Exception as error:  # whatever a family's own code raises
-        raise Fails(f"it does not run with a window ({first_line(error)})") from error
-    if not bool(seen.isfinite().all()):
+    with foreign_code("does the layer run with a window?", refusal_is_answer=True) as attempt:
+        output = trial.run(i, layer.eval())
+    if attempt.failed:
+        raise Fails(f"it does not run with a window ({attempt.reason})")
+    if not bool(output.isfinite().all()):
         raise Fails("with a window it gives numbers that are not finite")
     return layer_type
 

@@ -17,7 +17,7 @@ from layersmith.errors import first_line
 from layersmith.execution.exchange import forward_with, hands_over, layer_outputs, output_of, share_buffers
 from layersmith.execution.parent import Parent
 from layersmith.library.axes.axis import HeadsAxis, HeadSizeAxis, LayerAxes
-from layersmith.library.axes.find import meta_layers
+from layersmith.library.axes.layers import meta_layers
 
 # Orders to try of what lies in a layer's weights; there are seldom more than six.
 _MOST_GUESSES = 48

@@ -1,0 +1,139 @@
+"""Builds a library: gathers statistics of the parent's activations and ranks the units of every axis by them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from layersmith.execution.layerwise import NotLayerwise, split_layers
+from layersmith.execution.parent import Parent
+from layersmith.heterogeneous.plan import SUBBLOCKS
+from layersmith.library import ranking
+from layersmith.library.axes.axis import Bundle, HeadsAxis, LayerAxes, WidthAxis, numbered
+from layersmith.library.layerwise_statistics import gather_layerwise
+from layersmith.library.library import Library
+from layersmith.library.probes import probes_for
+from layersmith.library.ranking import as_matrix
+from layersmith.library.slicing import members_of
+from layersmith.library.statistics import gather
+from layersmith.library.survey import Survey
+from layersmith.recipe import LibraryRecipe
+from layersmith.run.progress import SILENT, Progress
+
+Tensors = dict[str, torch.Tensor]
+
+
+def build_library(
+    parent: Parent,
+    recipe: LibraryRecipe,
+    found: Survey,
+    tokens: torch.Tensor,
+    *,
+    batch_sequences: int,
+    checkpoint: Path | None = None,
+    inputs: str = "",
+    progress: Progress = SILENT,
+) -> Library:
+    """Gather statistics and rank: the library of a parent.
+
+    Args:
+        parent: the model.
+        recipe: how alternatives are made.
+        found: the alternatives.
+        tokens: ``[N, T]`` calibration rows.
+        batch_sequences: rows in one forward pass.
+        checkpoint, inputs: see :func:`layersmith.library.statistics.gather`.
+        progress: shows rows done.
+    """
+    library = Library(parent, found.axes, found.alternatives, orders={}, maps={}, notes=found.notes)
+    probes = probes_for(parent, found.axes, found.alternatives, found.ffn_ranking)
+    means: Iterable[Tensors] | None = None
+    if parent.stream is not None:
+        with suppress(NotLayerwise):
+            folder = checkpoint.parent if checkpoint else None
+            layerwise = split_layers(parent, library)
+            means = gather_layerwise(layerwise, probes, tokens, batch_sequences, folder, progress)
+    if means is None:
+        of_all = gather(
+            parent,
+            probes,
+            tokens,
+            batch_sequences=batch_sequences,
+            memory_bytes=recipe.statistics_gib * 1024**3,
+            checkpoint=checkpoint,
+            inputs=inputs,
+            progress=progress,
+        )
+        means = repeat(of_all, len(found.axes))
+    ranks = _Rankings(found.ffn_ranking)
+    for i, (axes, of_layer) in enumerate(zip(found.axes, means, strict=True)):
+        ranks.add_layer(parent.layer(i), i, axes, of_layer)
+    library.orders, library.maps, library.importance = ranks.orders, ranks.maps, ranks.importance
+    return library
+
+
+@dataclass
+class _Rankings:
+    """Orders, maps and importance curves of a library, under its names; see :class:`Library`."""
+
+    ffn_ranking: str
+    orders: Tensors = field(default_factory=dict)
+    maps: Tensors = field(default_factory=dict)
+    importance: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def add_layer(self, layer: nn.Module, i: int, axes: LayerAxes, means: Tensors) -> None:
+        """Rank all units of a layer of which there are means."""
+        for part, width in (("ffn", axes.ffn), ("shared", axes.shared)):
+            if width is not None:
+                self._add_width(layer, f"{i}.{part}", width, means)
+        for heads, name, within in ((axes.kv, "attention", "queries"), (axes.mixer, "mixer", "mixer_heads")):
+            if heads is not None:
+                self._add_heads(layer, f"{i}.{name}", f"{i}.{within}", heads, means)
+        if axes.mixer_size is not None and (name := f"{i}.mixer") in means:
+            weight = as_matrix(layer.get_parameter(axes.mixer_size.reader), axes.mixer_size.reader_dim)
+            self.orders[f"{i}.mixer_size"] = ranking.head_size_order(weight, axes.mixer_size, means[name])
+        if (name := f"{i}.state") in means:
+            self.orders[name] = ranking.by_cost(means[name])
+        if (name := f"{i}.experts.members") in means:
+            order = ranking.by_method(means[name], "iterative")
+            self.orders[f"{i}.experts"] = order
+            self.importance[f"{i}.experts"] = ranking.error_curve(means[name].double().cpu(), order)
+        for subblock in SUBBLOCKS:
+            name = f"{i}.{subblock}.linear"
+            if f"{name}.input" in means:
+                solved = ranking.least_squares(means[f"{name}.input"], means[f"{name}.output"])
+                self.maps[f"{i}.{subblock}"] = solved.float()
+
+    def _add_width(self, layer: nn.Module, prefix: str, axis: WidthAxis, means: Tensors) -> None:
+        for b, bundle in enumerate(axis.bundles):
+            name = f"{prefix}.{b}"
+            if name in means:
+                costs = ranking.channel_costs(output_weight(layer, bundle), means[name])
+                self.orders[name] = ranking.by_method(costs, self.ffn_ranking)
+                self.importance[name] = ranking.error_curve(costs, self.orders[name])
+            elif f"{name}.channels" in means:
+                readers = members_of(layer.state_dict(), bundle, bundle.weight(bundle.reader))
+                norms = torch.stack([as_matrix(*reader).float().square().sum(0).cpu() for reader in readers])
+                costs = means[f"{name}.channels"] * norms
+                self.orders[name] = ranking.by_cost(costs if bundle.members else costs[0])
+
+    def _add_heads(self, layer: nn.Module, groups: str, within: str, axis: HeadsAxis, means: Tensors) -> None:
+        for a, heads in enumerate(axis.attentions):
+            name = numbered(groups, a)
+            if name in means:
+                weight = as_matrix(layer.get_parameter(heads.reader), heads.reader_dim)
+                self.orders[name], self.orders[numbered(within, a)], costs = ranking.head_orders(
+                    weight, heads, means[name]
+                )
+                self.importance[name] = ranking.error_curve(costs, self.orders[name])
+
+
+def output_weight(layer: nn.Module, bundle: Bundle) -> torch.Tensor:
+    """The weight ``[outputs, inputs]`` of the projection that reads a bundle, whichever way round it is stored."""
+    return as_matrix(layer.get_parameter(bundle.reader), bundle.reader_dim)
