@@ -7,13 +7,17 @@ One test for each function of ``layersmith.upstream``, and one for each touch po
 from __future__ import annotations
 
 import inspect
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     AutoConfig,
+    AutoModelForCausalLM,
     DynamicCache,
     LlamaConfig,
     LlamaForCausalLM,
@@ -248,3 +252,27 @@ def test_auto_classes_pick_a_model_class_by_the_config() -> None:
     pick = inspect.unwrap(auto_factory._get_model_class)
     assert pick(FAMILIES["llama"](), MODEL_FOR_CAUSAL_LM_MAPPING) is LlamaForCausalLM
     assert issubclass(LlamaForCausalLM.config_class, PretrainedConfig)
+
+
+def test_attention_on_a_cpu_is_counted() -> None:
+    q = torch.randn(1, 2, 5, 8)
+    with FlopCounterMode(display=False, custom_mapping=upstream.attention_counters()) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert counter.get_total_flops() == 2 * 2 * (2 * 5 * 5 * 8)
+
+
+def test_weights_on_the_disk_are_taken_from_accelerate(tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "model")
+    device_map = {"model.embed_tokens": "disk", "model.layers": "disk", "model.rotary_emb": "disk", "lm_head": "disk"}
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "model", device_map={**device_map, "model.norm": "cpu"}, offload_folder=str(tmp_path / "offload")
+    )
+    places = upstream.take_disk_offload(model)
+    name = "model.layers.0.mlp.up_proj.weight"
+    file, inside = places[name]
+    with safe_open(file, framework="pt") as tensors:
+        assert tensors.get_slice(inside).get_shape() == [32, 16]
+    assert not any("forward" in vars(module) for module in model.modules())

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -128,7 +129,41 @@ def many_compiled_models() -> Iterator[None]:
         yield
 
 
+def attention_counters() -> dict[Any, Any]:
+    """How ``FlopCounterMode`` counts attention on a CPU, for its ``custom_mapping``; it knows the kernels of GPUs."""
+    from torch.utils.flop_counter import sdpa_flop_count
+
+    def count(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
+        return int(sdpa_flop_count(query, key, value))
+
+    return {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: count}
+
+
 # ---------------------------------------------------------------------------------------------- accelerate
+
+
+def take_disk_offload(model: nn.Module) -> dict[str, tuple[Path, str]]:
+    """Remove accelerate's hooks from a model with weights on the disk; returns where each weight is.
+
+    Stands in for a public way to ask a model loaded with ``device_map="disk"`` for its safetensors files.
+
+    Returns:
+        Name of a weight to its file and its name in the file.
+    """
+    from accelerate.hooks import remove_hook_from_submodules  # here, because only streaming needs it
+
+    places: dict[str, tuple[Path, str]] = {}
+    for module in model.modules():
+        weights = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights is not None:
+            index = getattr(weights, "dataset", weights).index
+            places = {n: (Path(e["safetensors_file"]), e.get("weight_name", n)) for n, e in index.items()}
+            break
+    remove_hook_from_submodules(model)
+    for module in model.modules():  # accelerate leaves a bound method on each, which keeps it and its copies alive
+        if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
+            del module.forward
+    return places
 
 
 # ---------------------------------------------------------------------------------------------- others

@@ -165,8 +165,8 @@ def share_buffers(source: nn.Module, target: nn.Module) -> None:
     wanted = unsaved_buffers(target)
     for name, buffer in source.named_buffers():
         if name in wanted:
-            module, _, own_name = name.rpartition(".")
-            target.get_submodule(module)._buffers[own_name] = buffer
+            module, _, local_name = name.rpartition(".")
+            setattr(target.get_submodule(module), local_name, buffer)
     give_own_buffers(target)
 
 

@@ -1,30 +1,25 @@
 """Floating-point operations: those that a result needs, and those that were done for it.
 
-What a module does on hidden states of a shape is counted once, by watching the matrix products and attentions that it
-calls; from then on it is known. Elementwise work is not counted. A backward pass to what a module was given takes as
-many operations as its matrices did, and two and a half times those of its attentions; it is not watched itself, because
-under watch PyTorch takes other kernels for it, which round differently.
+The operations of a module on hidden states of one shape are counted once, by PyTorch, which observes its matrix
+products and attentions; elementwise work is not counted. A backward pass to the input of a module takes as many
+operations as its matrices, and two and a half times those of its attentions. It is not observed, because PyTorch then
+uses other kernels, which round differently.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TypeVar
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import FlopCounterMode
+
+from layersmith import upstream
 
 T = TypeVar("T")
 
 
-def _attention(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-# PyTorch counts those of GPUs itself, and not these.
-_ON_A_CPU: dict[Any, Any] = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention}
-# Products of a backward pass for each of the forward pass: five for two.
+# Matrix products of attention in the backward pass, five, per product in the forward pass, two.
 _ATTENTION_BACKWARD = 2.5
 
 
@@ -44,11 +39,11 @@ class Arithmetic:
         self._is_needed = False
 
     def count(self, key: Hashable, run: Callable[[], T]) -> T:
-        """Run something forward, and add the operations of everything with this key."""
+        """Run something forward and add the operations of everything with this key."""
         if key in self._forward:
             result = run()
         else:
-            with FlopCounterMode(display=False, custom_mapping=_ON_A_CPU) as counter:
+            with FlopCounterMode(display=False, custom_mapping=upstream.attention_counters()) as counter:
                 result = run()
             by_kind = counter.get_flop_counts().get("Global", {})
             attention = float(sum(n for kind, n in by_kind.items() if "attention" in str(kind)))

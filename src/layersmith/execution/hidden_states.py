@@ -1,20 +1,20 @@
-"""Hidden states that wait for the next layer: in memory, or in a file where the parent's weights stay on the disk."""
+"""Hidden states between layers: in memory, or in a file where the parent's weights stay on the disk."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 import tempfile
 from collections.abc import Hashable
 from pathlib import Path
 
 import torch
 
+from layersmith.execution.files import read_into, write_from
 from layersmith.run.artifacts import saying_disk_full
 
 
 class States:
-    """Tensors by what they are of, in memory."""
+    """Tensors by a key, in memory."""
 
     def __init__(self) -> None:
         self._tensors: dict[Hashable, torch.Tensor] = {}
@@ -26,15 +26,15 @@ class States:
         return self._tensors[key]
 
     def part(self, key: Hashable, start: int, end: int) -> torch.Tensor:
-        """Some neighbouring tokens of ``[B, T, D]``."""
+        """The tokens from ``start`` to ``end - 1`` of ``[B, T, D]``."""
         return self._tensors[key][:, start:end]
 
     def forget(self, key: Hashable) -> None:
-        """Nobody will ask for it again."""
+        """Free a tensor."""
         del self._tensors[key]
 
     def pop(self, key: Hashable) -> torch.Tensor:
-        """As :meth:`get`, and :meth:`forget`."""
+        """:meth:`get` a tensor and :meth:`forget` it."""
         tensor = self.get(key)
         self.forget(key)
         return tensor
@@ -50,10 +50,10 @@ class _Slot:
 
 
 class StatesOnDisk(States):
-    """Tensors by what they are of, in a file without a name: it goes with the process, however that ends.
+    """Tensors by a key, in a file without a name, which disappears when the process ends, however that happens.
 
     Args:
-        folder: where there is room for it.
+        folder: a folder on a disk with enough room.
     """
 
     def __init__(self, folder: Path):
@@ -73,11 +73,8 @@ class StatesOnDisk(States):
         start = reusable.pop() if reusable else self._end
         if start == self._end:
             self._end += raw.nbytes
-        memory, at = memoryview(raw), start  # type: ignore[arg-type]
         with saying_disk_full(self._folder):
-            while memory:
-                done = os.pwrite(self._file.fileno(), memory, at)
-                memory, at = memory[done:], at + done
+            write_from(self._file.fileno(), memoryview(raw), start)  # type: ignore[arg-type]
         self._slots[key] = _Slot(start, raw.nbytes, tensor.shape, tensor.dtype, tensor.device)
 
     def get(self, key: Hashable) -> torch.Tensor:
@@ -96,10 +93,7 @@ class StatesOnDisk(States):
         return raw.view(slot.dtype).view(num_rows, end - start, -1).to(slot.device)
 
     def _read(self, into: torch.Tensor, at: int) -> None:
-        memory = memoryview(into.numpy())  # type: ignore[arg-type]
-        while memory:
-            done = os.preadv(self._file.fileno(), [memory], at)
-            memory, at = memory[done:], at + done
+        read_into(self._file.fileno(), memoryview(into.numpy()), at)  # type: ignore[arg-type]
 
     def forget(self, key: Hashable) -> None:
         slot = self._slots.pop(key)

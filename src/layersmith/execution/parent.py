@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ from layersmith.block_config import BlockConfig
 from layersmith.errors import UnsupportedModel
 from layersmith.execution.streaming import WeightStream, load_streamed
 from layersmith.heterogeneous.build import block_configs_of, decoder_layers, head_of
-from layersmith.heterogeneous.checkpoint import load, weight_files
+from layersmith.heterogeneous.checkpoint import load, read_header, weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.run.artifacts import file_digest, fingerprint, plain
@@ -162,8 +161,10 @@ def identity_of(path: str | Path, config: PretrainedConfig) -> str:
 
 
 def _ends_digest(file: Path) -> str:
+    """Digest of a large file's header, size, and the first and last MiB of its data."""
+    _, data_start = read_header(file)
     with open(file, "rb") as opened:
-        (header_bytes,) = struct.unpack("<Q", opened.read(8))
-        start = opened.read(header_bytes + 1024**2)
+        opened.seek(8)
+        start = opened.read(data_start - 8 + 1024**2)
         opened.seek(max(0, file.stat().st_size - 1024**2))
         return fingerprint([file.stat().st_size, start.hex(), opened.read().hex()])

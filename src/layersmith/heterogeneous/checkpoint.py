@@ -99,15 +99,21 @@ def check_files(path: str | os.PathLike[str]) -> None:
         if not file.is_file():
             raise InputError(f"{file}: missing, though the index of the checkpoint names it. Download it again.")
         try:
-            with open(file, "rb") as opened:
-                (header_bytes,) = struct.unpack("<Q", opened.read(8))
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
+            _, data_start = read_header(file)
         except (SafetensorError, struct.error, OSError) as error:
             size = file.stat().st_size
             raise InputError(f"{file}: truncated or damaged ({size:,} bytes; {error}). Download it again.") from error
-        if file.stat().st_size < 8 + header_bytes:
+        if file.stat().st_size < data_start:
             raise InputError(f"{file}: truncated. Download it again.")
+
+
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """The header of a safetensors file and the place where its data starts."""
+    with open(file, "rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        return json.loads(opened.read(size)), 8 + size
 
 
 def weight_files(folder: Path) -> list[Path]:
