@@ -14,8 +14,10 @@ from layersmith.costs.times import Times, Timing
 from layersmith.evaluation.compare import closed
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
+from layersmith.records import parse
 from layersmith.report.collect import described
-from layersmith.report.words import cost_label, load_in_words, ordered_costs, ratio
+from layersmith.report.data import Clock
+from layersmith.report.words import cost_label, ordered_costs, ratio, workload_in_words
 from layersmith.run.artifacts import read_json
 from layersmith.search.problem import Solution
 from layersmith.stages.inspect import Inspection
@@ -58,7 +60,9 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
         f"evaluated on {tokens:,} held-out tokens; ± is one standard error of the mean over rows", style="dim"
     )
     if report["times"]:
-        console.print(f"timed on {load_in_words(measured)}", style="dim", highlight=False)
+        console.print(
+            f"timed on {workload_in_words(parse(Clock, measured, 'report.json: '))}", style="dim", highlight=False
+        )
     if with_samples:
         print_samples(console, result.evaluation["samples"])
     console.print(f"child:  {result.child}", markup=False, highlight=False, soft_wrap=True)

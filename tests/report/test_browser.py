@@ -128,7 +128,7 @@ def test_keyboard_and_screen_reader_find_the_data(page: Page, report: Path) -> N
         page.press("Tab")
         stops.append(page.js("document.activeElement.textContent.trim().slice(0, 24)"))
     assert stops[0] == stops[-1] == "Skip to the content"
-    assert stops.count("The same as a table") == PLOTS
+    assert stops.count("Data as a table") == PLOTS
     tree = page.call("Accessibility.getFullAXTree")["nodes"]
     roles = [node.get("role", {}).get("value") for node in tree]
     assert roles.count("main") == roles.count("navigation") == 1

@@ -26,7 +26,9 @@ def parts(folder: Path) -> tuple[dict[str, Any], str]:
 
 def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
     parent, run = make_parent("llama"), tmp_path / "run"
-    for reached in stages(parent, run, text_folder, 0.9, TINY_RECIPE):
+    # Times come after the child's card, and are in the finished card.
+    recipe = TINY_RECIPE | {"costs": {"time_child": True, "seconds": 1.0}}
+    for reached in stages(parent, run, text_folder, 0.9, recipe):
         if reached == "child":
             break
     front, text = parts(run / "child")
@@ -35,13 +37,17 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
     assert "layersmith" in front["tags"]
     assert "license" not in front
     assert "Not evaluated." in text
-    assert "Transformers alone and the one small modelling file" in text
+    assert "With Transformers alone, through the modelling file" in text
 
-    result = layersmith.compress(parent, run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    result = layersmith.compress(parent, run, data=text_folder, budget=0.9, recipe=recipe)
     front, text = parts(result.child)
     loss = result.metric("loss")
     assert f"{loss['child']:.4f} ± {loss['child_standard_error']:.4f}" in text
     assert "Not evaluated." not in text
+    assert "Timed on" in text
+    (results,) = front["model-index"][0]["results"]
+    assert {m["type"]: m["value"] for m in results["metrics"]}["loss"] == pytest.approx(loss["child"], rel=1e-5)
+    assert front["base_model_relation"] == "finetune"
     changed = [a for a in result.solution.alternatives if a.kind != "parent"]
     assert text.count("→") == len(changed) > 0
     assert str(tmp_path) not in text
@@ -49,7 +55,7 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
 
     own = (result.child / "README.md").read_text() + "\nEdited by hand.\n"
     (result.child / "README.md").write_text(own)
-    layersmith.compress(parent, run, data=text_folder, budget=0.9, recipe=TINY_RECIPE)
+    layersmith.compress(parent, run, data=text_folder, budget=0.9, recipe=recipe)
     assert (result.child / "README.md").read_text() == own
 
     search_again(run, parse_budget(params="0.8"), out=tmp_path / "smaller")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from layersmith.report.charts import shorter
+from layersmith.report.data import Report
 from layersmith.report.html import plots, render
 from layersmith.report.plot import columns, log_ticks
 from layersmith.report.words import cost_label
@@ -49,9 +50,9 @@ def test_the_page_is_whole_and_says_the_numbers() -> None:
     words = " ".join(page.words)
     for expected in ("3.34M of 4.77M parameters (70%)", "2.6000 ± 0.0100", "+0.1000 ± 0.0020", "4 → 2 KV heads",
                      "4 KV heads → linear", "16,384 tokens", "3,340,000 of 3,341,000", '"seed": 0',
-                     "Refined: 7 children were run whole",
-                     "0.2500 for the least sum of scores and 0.1250 for this child (-0.1250 ± 0.0050)",
-                     "1 h 25 min together", "1 min 12 s", "1 h 24 min"):  # fmt: skip
+                     "Refined by evaluating 7 whole children",
+                     "from 0.2500 (minimum sum of scores) to 0.1250 for this child (-0.1250 ± 0.0050)",
+                     "1 h 25 min in total", "1 min 12 s", "1 h 24 min"):  # fmt: skip
         assert expected in words, expected
     assert "nan" not in words
     assert "None" not in words
@@ -76,7 +77,7 @@ def test_every_plot_has_a_table_with_a_caption() -> None:
 
 
 def test_the_tables_hold_what_the_plots_do() -> None:
-    report = full_report(4)
+    report = Report.from_json(full_report(4))
     for section in plots(report).values():
         for plot in section:
             assert all(len(row) == len(plot.table.headings) for row in plot.table.rows)
@@ -132,7 +133,7 @@ def test_a_run_without_most_things() -> None:
 def test_other_objectives(objective: str) -> None:
     report = full_report()
     report["scores"]["objective"] = objective
-    assert "this child" not in {row[0] for row in plots(report)["frontier"][0].table.rows}
+    assert "this child" not in {row[0] for row in plots(Report.from_json(report))["frontier"][0].table.rows}
     assert Page(render(report)).open == []
 
 

@@ -39,8 +39,8 @@ def test_distillation(tmp_path: Path) -> None:
     write_json(tmp_path / "library" / "distilled.json", records)
     found = read_distillation(tmp_path)
     assert found is not None
-    assert [(c["name"], len(c["points"])) for c in found["curves"]] == [("global", 2), ("global, held out", 1)]
-    assert [(r["before"], r["after"]) for r in found["alternatives"]] == [(0.3, 0.1), (0.4, 0.1)]
+    assert [(c.name, len(c.points)) for c in found.curves] == [("global", 2), ("global, held out", 1)]
+    assert [(r.before, r.after) for r in found.alternatives] == [(0.3, 0.1), (0.4, 0.1)]
 
 
 def test_a_run_with_all_of_it(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
@@ -71,5 +71,5 @@ def test_a_run_with_all_of_it(make_parent: Callable[..., Path], text_folder: Pat
     measured = [p for s in (made, *made["baselines"]) for p in s["points"] if p["measured"]]
     assert len(report["checks"]["sums"]) == 1 + len(measured)
     page = result.report.read_text(encoding="utf-8")
-    for part in ("What each share of parameters loses", "uniform narrowing", "loss while the child learns"):
+    for part in ("Loss for every budget of parameters", "uniform narrowing", "Global distillation: training loss"):
         assert part in page

@@ -1,129 +1,179 @@
-"""The model card: the ``README.md`` that lies in a child's folder.
+"""The model card: ``README.md`` in a child's folder.
 
-It says what is known and nothing else: a licence only if the parent's own card or config names one, quality only once
-it was measured.
+It states only what is known: a license if the parent's card or config names one, quality once it was measured.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
 
 from layersmith.library.library import Library
 from layersmith.modeling_layersmith import FILE_NAME
-from layersmith.recipe import Overlap, Recipe
+from layersmith.recipe import Recipe
 from layersmith.report.collect import described, parent_name
+from layersmith.report.data import Evaluation
 from layersmith.report.optional import read_clock, trained_alternatives
 from layersmith.report.words import (
     DASH,
     cost_label,
-    load_in_words,
     metric_label,
     number,
     ordered_costs,
     ratio,
     share,
     with_noise,
+    workload_in_words,
 )
-from layersmith.run.artifacts import read_json, write_text
+from layersmith.run.artifacts import read_json, write_json, write_text
 from layersmith.run.folder import Run
 from layersmith.search.problem import Solution
 from layersmith.units import format_cost
 
 CARD = "README.md"
+# In the run's folder: digests of all cards that layersmith wrote, to tell them from cards that someone edited.
+_DIGESTS = "cards.json"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
-def write_card(folder: Path, run: Run, library: Library, solution: Solution, recipe: Recipe, **learned: Any) -> None:
-    """Write the card of a child that was not evaluated yet into its folder, beside the rest of it."""
-    write_text(folder / CARD, model_card(folder, run, library, solution, recipe, **learned))
+@dataclass(frozen=True)
+class Child:
+    """What a card says of a child besides its evaluation.
 
-
-def complete_card(
-    folder: Path,
-    run: Run,
-    library: Library,
-    solution: Solution,
-    recipe: Recipe,
-    evaluation: dict[str, Any],
-    **learned: Any,
-) -> None:
-    """Put what the evaluation gave into a card that is as :func:`write_card` left it; what someone else wrote stays.
-
-    ``learned``: the last arguments of :func:`model_card`.
+    Attributes:
+        run: The run that made it.
+        library: The run's library, with the parent.
+        solution: The solution that the child realizes.
+        recipe: The run's recipe.
+        learned_tokens: Tokens of global distillation; 0 for none.
+        learned_from: The text of these tokens.
     """
+
+    run: Run
+    library: Library
+    solution: Solution
+    recipe: Recipe
+    learned_tokens: int = 0
+    learned_from: str | None = None
+
+    @property
+    def changed(self) -> int:
+        """Number of subblocks that differ from the parent's."""
+        return sum(a.kind != "parent" for a in self.solution.alternatives)
+
+    def header(self) -> dict[str, Any]:
+        """The run's header with the description of its data."""
+        return self.run.header() | {"data": read_json(self.run.folder / "data" / "data.json")}
+
+
+def write_card(folder: Path, child: Child, evaluation: Evaluation | None = None) -> None:
+    """Write the card of a child into its folder, and remember its digest."""
+    text = model_card(folder, child, evaluation)
+    path = child.run.folder / _DIGESTS
+    write_json(path, sorted({*_digests(path), _digest(text)}))
+    write_text(folder / CARD, text)
+
+
+def complete_card(folder: Path, child: Child, evaluation: Evaluation) -> None:
+    """Add the evaluation to a child's card, unless someone has edited the card."""
     card = folder / CARD
-    if folder.is_dir():
-        unfinished = model_card(folder, run, library, solution, recipe, **learned)
-        if not card.is_file() or card.read_text(encoding="utf-8", errors="replace") == unfinished:
-            write_text(card, model_card(folder, run, library, solution, recipe, evaluation, **learned))
+    if folder.is_dir() and (not card.is_file() or _digest(card.read_bytes()) in _digests(child.run.folder / _DIGESTS)):
+        write_card(folder, child, evaluation)
 
 
-def model_card(
-    folder: Path,
-    run: Run,
-    library: Library,
-    solution: Solution,
-    recipe: Recipe,
-    evaluation: dict[str, Any] | None = None,
-    learned_tokens: int = 0,
-    learned_from: str | None = None,
-) -> str:
-    """A child's card.
+def _digest(text: str | bytes) -> str:
+    return hashlib.sha256(text.encode("utf-8") if isinstance(text, str) else text).hexdigest()
 
-    Args:
-        folder: the child's, with its weights and code in it.
-        run: that it comes from.
-        library: the alternatives, and the parent.
-        solution: the solution.
-        recipe: how it was made.
-        evaluation: as in ``evaluation/evaluation.json``; None if the child was not evaluated.
-        learned_tokens: of global distillation, if there was any.
-        learned_from: the text that they are of.
-    """
-    header = run.header() | {"data": read_json(run.folder / "data" / "data.json")}
+
+def _digests(path: Path) -> list[str]:
+    return list(read_json(path)) if path.is_file() else []
+
+
+def model_card(folder: Path, child: Child, evaluation: Evaluation | None = None) -> str:
+    """The text of a child's card; ``folder`` has its weights and code."""
+    header, solution = child.header(), child.solution
+    parent = base_model(str(header["parent"]["path"]))
+    before, after = (format_cost("parameters", c["parameters"]) for c in (solution.parent_costs, solution.costs))
+    left = share(solution.costs["parameters"], solution.parent_costs["parameters"])
+    title = f"{parent_name(header)} compressed to {after} parameters"
+    if child.changed:
+        summary = f"{child.changed} of its {len(solution.alternatives)} attentions and FFNs differ from the parent's."
+    else:
+        summary = "Nothing was changed: the budget allows the parent itself."
+    lines = [
+        f"# {_md(title)}",
+        f"This model was made from {_md(parent)} with layersmith. It has {after} of the parent's {before} parameters "
+        f"({left}). {summary}",
+        "## Changes",
+        _changes(child) if child.changed else "None.",
+        _costs(child),
+        "## Quality",
+        _quality(evaluation, _copies(child.recipe, header)),
+        "Intended uses, limitations and biases are those of the parent. Evaluate the model on your task before use.",
+        "## How to load it",
+        _loading((folder / FILE_NAME).is_file(), child.recipe.trust_remote_code),
+        "## How it was made",
+        _made(child, header),
+    ]
+    front = yaml.safe_dump(_front_matter(child, header, title, evaluation), sort_keys=False, allow_unicode=True)
+    return f"---\n{front}---\n\n" + "\n\n".join(lines) + "\n"
+
+
+# ---------------------------------------------------------------------------------------------- front matter
+
+
+def _front_matter(child: Child, header: dict[str, Any], title: str, evaluation: Evaluation | None) -> dict[str, Any]:
     parent = str(header["parent"]["path"])
-    before, after = solution.parent_costs["parameters"], solution.costs["parameters"]
-    front = {
+    card = _parent_front_matter(parent)
+    sources = [header["data"]["source"], *([child.learned_from] if child.learned_from else [])]
+    datasets = [name for name in map(_hub_data_set, sources) if name]
+    front: dict[str, Any] = {
         "base_model": base_model(parent),
+        "base_model_relation": "finetune",
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["layersmith", "puzzle", "pruning", "heterogeneous-layers"],
-        **license_of(parent, library.parent.config.to_dict()),
+        **license_of(parent, child.library.parent.config.to_dict()),
     }
-    changed = [a for a in solution.alternatives if a.kind != "parent"]
-    lines = [
-        f"# {_md(parent_name(header))}, made smaller: {format_cost('parameters', after)} parameters",
-        f"A child of {_md(base_model(parent))} with {format_cost('parameters', after)} of its "
-        f"{format_cost('parameters', before)} parameters ({share(after, before)}). "
-        + (
-            f"{len(changed)} of its {len(solution.alternatives)} attentions and FFNs differ from the parent's, so its "
-            "layers are not all alike."
-            if changed
-            else "Nothing was changed: the budget allowed the parent itself."
-        ),
-        "## What was changed",
-        _changes(library, solution) if changed else "Nothing.",
-        _costs(run, solution),
-        "## Quality",
-        _quality(evaluation, _copies(recipe.data.overlap, header["data"].get("overlap"))),
-        "## How to load it",
-        _loading((folder / FILE_NAME).is_file(), recipe.trust_remote_code),
-        "## How it was made",
-        _made(header, bool(trained_alternatives(run.folder)), learned_tokens, learned_from, solution, recipe),
-    ]
-    yaml_text = yaml.safe_dump(front, sort_keys=False, allow_unicode=True)
-    return f"---\n{yaml_text}---\n\n" + "\n\n".join(lines) + "\n"
+    if card.get("language"):
+        front["language"] = card["language"]
+    if datasets:
+        front["datasets"] = sorted(set(datasets))
+    if evaluation is not None:
+        front["model-index"] = [{"name": title, "results": [_model_index(child, header, evaluation)]}]
+    return front
 
 
-# ---------------------------------------------------------------------------------------------- what is known
+def _model_index(child: Child, header: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
+    """The evaluation's figures in the form that the Hub shows."""
+    source = str(child.recipe.data.evaluation_source or header["data"]["source"])
+    return {
+        "task": {"type": "text-generation"},
+        "dataset": {"name": f"{data_name(source)}, held-out rows", "type": _hub_data_set(source) or "text"},
+        "metrics": [
+            {"type": row.metric, "name": row.label, "value": float(f"{row.child:.6g}")}
+            for row in evaluation.rows
+            if math.isfinite(row.child)
+        ],
+    }
+
+
+def _hub_data_set(source: Any) -> str | None:
+    """The name of a Hub dataset without its config; None for local data."""
+    match = re.fullmatch(r"([\w.-]+/[\w.-]+)(:.*)?", str(source))
+    return match[1] if match and not Path(str(source)).exists() else None
 
 
 def base_model(parent: str) -> str:
-    """The parent's name on the hub, also from a folder of the hub's cache; of any other folder its own name."""
+    """The parent's name on the Hub, also for a folder of the Hub's cache; for other folders the folder's name."""
     cached = re.search(r"models--(.+?)/snapshots/", f"{parent}/")
     if cached is not None:
         return cached[1].replace("--", "/")
@@ -131,115 +181,102 @@ def base_model(parent: str) -> str:
 
 
 def license_of(parent: str, config: dict[str, Any]) -> dict[str, str]:
-    """What the parent's own card says of its licence, else what its config does; empty where neither does."""
-    front = _front_matter(parent)
-    found = {key: str(front[key]) for key in _LICENSE_KEYS if isinstance(front.get(key), str)}
+    """The license that the parent's card names, else its config; empty if neither does."""
+    card = _parent_front_matter(parent)
+    found = {key: str(card[key]) for key in _LICENSE_KEYS if isinstance(card.get(key), str)}
     if "license" in found:
         return found
     return {"license": config["license"]} if isinstance(config.get("license"), str) else {}
 
 
-def _front_matter(parent: str) -> dict[str, Any]:
-    """The YAML at the head of the parent's card, if the card is on this machine."""
+def _parent_front_matter(parent: str) -> dict[str, Any]:
+    """The YAML at the top of the parent's card, if the card is on this machine."""
     card: Any = Path(parent) / CARD
     if not Path(parent).is_dir():
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
         try:
             card = try_to_load_from_cache(parent, CARD)
         except HFValidationError:
             return {}
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return {}
-    found = re.match(
-        r"---\s*\n(.*?)\n---\s*(?:\n|$)", Path(card).read_text(encoding="utf-8", errors="replace"), re.DOTALL
-    )
+    text = Path(card).read_text(encoding="utf-8", errors="replace")
+    match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
     try:
-        data = yaml.safe_load(found[1]) if found else None
+        data = yaml.safe_load(match[1]) if match else None
     except yaml.YAMLError:
         return {}
     return data if isinstance(data, dict) else {}
 
 
-# ---------------------------------------------------------------------------------------------- parts
+# ---------------------------------------------------------------------------------------------- sections
 
 
-def _changes(library: Library, solution: Solution) -> str:
+def _changes(child: Child) -> str:
     rows: dict[int, dict[str, str]] = {}
-    for alternative in solution.alternatives:
-        was, now = described(library, alternative)
-        words = "" if alternative.kind == "parent" else f"{was} → {'removed' if now == 'no-op' else now}"
+    for alternative in child.solution.alternatives:
+        was, now = described(child.library, alternative)
+        words = "unchanged" if alternative.kind == "parent" else f"{was} → {'removed' if now == 'no-op' else now}"
         rows.setdefault(alternative.layer, {})[alternative.subblock] = words
-    return table(
-        ["layer", "attention", "FFN"],
-        [
-            [str(layer), own.get("attention", ""), own.get("ffn", "")]
-            for layer, own in rows.items()
-            if any(own.values())
-        ],
-        align="---",
-    )
+    cells = [[str(layer), row.get("attention", ""), row.get("ffn", "")] for layer, row in rows.items()]
+    return table(["layer", "attention", "FFN"], [r for r in cells if "→" in r[1] + r[2]], align="---")
 
 
-def _costs(run: Run, solution: Solution) -> str:
+def _costs(child: Child) -> str:
+    solution, clock = child.solution, read_clock(child.run.folder)
+    before, after = dict(solution.parent_costs), dict(solution.costs)
+    workload = f"KV cache for a batch of {solution.budget.batch} with {solution.budget.context:,} tokens each."
+    if clock is not None:
+        before, after = before | clock.parent, after | clock.child
+        workload += f" Timed on {workload_in_words(clock)}."
     rows = []
-    times = read_clock(run.folder)
-    whole, own_costs = solution.parent_costs, solution.costs
-    if times is not None:
-        whole, own_costs = whole | times["parent"], own_costs | times["child"]
-    for name in ordered_costs(own_costs):
-        before, after = whole[name], own_costs[name]
+    for name in ordered_costs(after):
+        left = ratio(name, before[name], after[name])
+        amounts = [format_cost(name, before[name]), format_cost(name, after[name])]
         limit = format_cost(name, solution.limits[name]) if name in solution.limits else ""
-        left = ratio(name, before, after)
-        own = DASH if left is None else f"{left:.0%}"
-        rows.append([cost_label(name), format_cost(name, before), format_cost(name, after), own, limit])
-    load = f"KV cache for a batch of {solution.budget.batch} with {solution.budget.context:,} tokens each."
-    if times is not None:
-        load += f" Timed on {load_in_words(times)}."
-    return table(["", "parent", "child", "left", "budget"], rows) + f"\n\n{load}"
+        rows.append([cost_label(name), *amounts, DASH if left is None else f"{left:.0%}", limit])
+    return table(["", "parent", "child", "child / parent", "budget"], rows) + f"\n\n{workload}"
 
 
-def _quality(evaluation: dict[str, Any] | None, copies: str) -> str:
+def _quality(evaluation: Evaluation | None, copies: str) -> str:
     if evaluation is None:
         return "Not evaluated."
     rows = [
         [
-            row["label"],
-            number(row["parent"]),
-            with_noise(row["child"], row["child_standard_error"]),
-            with_noise(row["difference"], row["difference_standard_error"], True),
+            row.label,
+            number(row.parent),
+            with_noise(row.child, row.child_standard_error),
+            with_noise(row.difference, row.difference_standard_error, True),
         ]
-        for row in evaluation["rows"]
+        for row in evaluation.rows
     ]
     return (
         table(["", "parent", "child", "difference"], rows)
-        + f"\n\nOn {evaluation['tokens']:,} tokens in {evaluation['sequences']} rows of documents that nothing else "
-        f"has seen{copies}. ± is one standard error over rows; differences are paired."
+        + f"\n\nMeasured on {evaluation.tokens:,} tokens in {evaluation.sequences} rows of documents that were used "
+        f"for nothing else{copies}. ± is one standard error over rows; differences are paired by row."
     )
 
 
-def _copies(what: Overlap, found: dict[str, int] | None) -> str:
-    """What is to be said of rows that share long runs of text with evaluation's."""
-    if found is None:
+def _copies(recipe: Recipe, header: dict[str, Any]) -> str:
+    """A remark on training and scoring rows that share long runs of text with the evaluation's."""
+    count = sum((header["data"].get("overlap") or {}).values())
+    if recipe.data.overlap != "warn" or not count:
         return ""
-    count = sum(found.values())
-    return f" ({count} of its rows share long runs of text with theirs)" if what == "warn" and count else ""
+    return f" ({count} of the other rows share long runs of text with them)"
 
 
-def _loading(own_code: bool, remote: bool) -> str:
-    trust = ", trust_remote_code=True" if remote else ""
-    text = f"""With layersmith installed:
+def _loading(has_code: bool, parent_is_remote_code: bool) -> str:
+    trust = ", trust_remote_code=True" if parent_is_remote_code else ""
+    text = f"""With layersmith:
 
 ```python
 import layersmith
 
 model = layersmith.load("path/to/this/folder"{trust})
 ```"""
-    if own_code:
+    if has_code:
         return f"""{text}
 
-Without it, with Transformers alone and the one small modelling file that lies here:
+With Transformers alone, through the modelling file in this folder:
 
 ```python
 from transformers import AutoModelForCausalLM
@@ -247,40 +284,36 @@ from transformers import AutoModelForCausalLM
 model = AutoModelForCausalLM.from_pretrained("path/to/this/folder", trust_remote_code=True)
 ```
 
-Without `trust_remote_code=True` Transformers refuses, rather than fill in weights that are not there."""
+Without `trust_remote_code=True`, loading fails instead of initialising missing weights at random."""
     return f"""{text}
 
-Its layers are alike, so Transformers alone loads it as any other model, by `AutoModelForCausalLM.from_pretrained`."""
+All layers have the same shape, so `AutoModelForCausalLM.from_pretrained` loads it like any other model."""
 
 
-def _made(
-    header: dict[str, Any],
-    locally: bool,
-    learned_tokens: int,
-    learned_from: str | None,
-    solution: Solution,
-    recipe: Recipe,
-) -> str:
-    data, versions = header["data"], header["versions"]
+def _made(child: Child, header: dict[str, Any]) -> str:
+    data, versions, solution = header["data"], header["versions"], child.solution
     rows, length = data["sequences"], data["sequence_length"]
-    proven = ", proven to be the least within the budget" if solution.proven_optimal else ""
-    training = [
-        "Alternatives were trained against their parent subblocks (local distillation)." if locally else "",
-        f"The child then learned from its parent on {learned_tokens:,} tokens"
-        + (f" of {_md(data_name(learned_from))}" if learned_from is not None else "")
-        + " (global distillation)."
-        if learned_tokens
-        else "",
-    ]
-    trained = " ".join(filter(None, training))
-    trained = trained or "Nothing was trained: the weights are the parent's, cut, or solved for by least squares."
-    used = f"{rows['calibration']} rows of {length} tokens for importance, {rows['scoring']} for scores"
+    locally = bool(trained_alternatives(child.run.folder))
+    proven = ", which is proven to be the minimum within the budget" if solution.proven_optimal else ""
+    training = []
+    if locally:
+        training.append("Alternatives were trained against the parent's subblocks (local distillation).")
+    if child.learned_tokens:
+        source = "" if child.learned_from is None else f" of {_md(data_name(child.learned_from))}"
+        training.append(
+            f"Then the child was trained against the parent on {child.learned_tokens:,} tokens{source} (global "
+            "distillation)."
+        )
+    trained = (
+        " ".join(training) or "Nothing was trained: weights are sliced from the parent or refitted in closed form."
+    )
+    used = f"{rows['calibration']} rows of {length} tokens for importance statistics, {rows['scoring']} for scores"
     if locally:
         used += f", {rows['training']} for local distillation"
     return (
-        "Every layer's alternatives were scored by what each alone does to the parent's predictions "
-        f"({metric_label(recipe.scoring.objective)}), and an integer program chose one for each attention and FFN: the "
-        f"sum of scores is {number(solution.score)}{proven}. The method is that of "
+        "For every attention and FFN, cheaper alternatives were scored by how much each one changes the parent's "
+        f"predictions ({metric_label(child.recipe.scoring.objective)}). An integer program chose one per subblock. The "
+        f"sum of scores is {number(solution.score)}{proven}. The method is "
         f"[Puzzle](https://arxiv.org/abs/2411.19146). {trained}\n\n"
         f"- data: {_md(data_name(data['source']))}; {used}\n"
         f"- seed {header['seed']}; layersmith {versions['layersmith']}, torch {versions['torch']}, transformers "
@@ -289,7 +322,7 @@ def _made(
 
 
 def data_name(source: Any) -> str:
-    """A hub data set's name as it is; of a place on this machine its last part."""
+    """The name of a Hub dataset; of a local path its last part."""
     text = str(source)
     return Path(text).name if Path(text).is_absolute() or Path(text).exists() else text
 
@@ -298,10 +331,11 @@ def data_name(source: Any) -> str:
 
 
 def table(headings: list[str], rows: list[list[str]], align: str = "---:") -> str:
+    """A Markdown table; ``align`` is the rule under all columns but the first."""
     lines = [headings, ["---", *[align] * (len(headings) - 1)]]
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [*lines, *([_md(c) for c in row] for row in rows)])
 
 
 def _md(text: str) -> str:
-    """Text that Markdown takes as it is."""
+    """Text with all characters escaped that mean something in Markdown."""
     return re.sub(r"([\\`*_{}\[\]<>|#~$&])", r"\\\1", " ".join(text.split()))

@@ -1,114 +1,140 @@
-"""The plots of what lies in the layers: what became of them, scores, importance.
-
-They are Vega-Lite specifications made by Altair, each with the table that says the same.
-"""
+"""Plots by layer: what became of each layer, scores, importance. Each has a table with the same data."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import re
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
+import altair as alt
+
+from layersmith.report.data import Cell, ImportanceCurve, Layer, Scores, Subblock
 from layersmith.report.plot import Plot, Table, log_ticks, make_spec, tooltip
 from layersmith.report.words import metric_label, number, with_noise
 from layersmith.units import format_cost
 
-# What can become of a subblock: kind of alternative to its name in the legend and the colour's name in the page.
+# Kind of alternative to its label in the legend and the name of its colour in the page.
 KINDS = {
-    "parent": ("as it was", "kind-same"),
-    "smaller": ("fewer or narrower", "kind-smaller"),
-    "window": ("sees a window", "kind-window"),
+    "parent": ("unchanged", "kind-same"),
+    "smaller": ("smaller", "kind-smaller"),
+    "window": ("sliding window", "kind-window"),
     "linear": ("one linear map", "kind-linear"),
     "no_op": ("removed", "kind-removed"),
 }
+# How an alternative's weights are made, in plain words.
+METHODS = {
+    "contribution": "keeps the parts that contribute most",
+    "iterative": "removes the least important part repeatedly",
+    "pool": "averages neighbouring heads",
+}
 _HEAT = [f"theme:heat-{i}" for i in range(5)]
-_LEAST = 1e-6  # scores below look alike on a logarithmic scale
+_LEAST = 1e-6  # lower scores are drawn like this one
+_SHARES = (0.875, 0.75, 0.5, 0.25, 0.125)
 
 
-def mosaic(report: dict[str, Any]) -> Plot:
-    """Every subblock of every layer: its bar is as long as the share of parameters that is left."""
-    import altair as alt
+# ---------------------------------------------------------------------------------------------- the layers
 
-    data, rows = [], []
-    for layer in report["layers"]:
-        cells = [str(layer["layer"])]
-        for place, subblock in enumerate(("attention", "ffn")):
-            own = layer[subblock]
-            start, kept = 1.04 * place, min(1.0, max(0.0, own["kept"]))
-            there = own["parent_parameters"] > 0 or own["kind"] != "parent"
-            kind = KINDS[kind_of(own["kind"])][0]
-            data.append(
-                {
-                    "layer": layer["layer"], "subblock": "attention" if place == 0 else "FFN",
-                    "start": start, "left": start + kept if there else start, "end": start + 1.0,
-                    "kind": kind, "words": _became(own) if there else "none",
-                    "was": own["parent"] if there else "none", "now": own["child"] if there else "none",
-                    "parameters": _of(own, "parameters"), "memory": _of(own, "memory_bytes"),
-                    "method": own["method"].replace("_", " ") or "nothing to choose", "score": number(own["score"]),
-                }
-            )  # fmt: skip
-            cells += [_became(own) if there else "none", f"{kept:.0%}" if there else "", number(own["score"])]
+
+def mosaic(layers: Sequence[Layer]) -> Plot:
+    """Two bars per layer, for attention and FFN, as long as the share of parameters that is left."""
+    data = [
+        _bar(layer.layer, place, subblock)
+        for layer in layers
+        for place, subblock in enumerate((layer.attention, layer.ffn))
+    ]
+    rows = []
+    for layer in layers:
+        cells = [str(layer.layer)]
+        for subblock in (layer.attention, layer.ffn):
+            left = f"{_left(subblock):.0%}" if _exists(subblock) else ""
+            cells += [_became(subblock), left, number(subblock.score)]
         rows.append(cells)
     step = 24 if len(rows) <= 40 else 17
-    occurring = {d["kind"] for d in data}
-    there_are = [own for own in KINDS.values() if own[0] in occurring]
     base = alt.Chart(alt.NamedData("mosaic")).encode(
-        y=alt.Y("layer:O", axis=_beside("layer")),
+        y=alt.Y("layer:O", axis=_names_axis("layer")),
         tooltip=tooltip(
-            layer="layer", subblock="subblock", was="was", now="is", kind="what happened",
-            parameters="parameters", memory="memory", method="made by", score="score",
+            layer="layer", subblock="subblock", was="parent", now="child", kind="change",
+            parameters="parameters", memory="memory", method="method", score="score",
         ),
     )  # fmt: skip
-    color = alt.Color(
+    headings = alt.Axis(
+        orient="top", values=[0, 1.04], labelExpr="datum.value == 0 ? 'attention' : 'FFN'", labelAlign="left",
+        labelFontWeight=600, ticks=False, domain=False, grid=False, title=None,
+    )  # fmt: skip
+    scale, color = alt.Scale(domain=[0, 2.04], nice=False), _kind_colors({d["kind"] for d in data})
+    x = alt.X("start:Q", scale=scale, axis=headings)
+    track = base.mark_bar(opacity=0.28, height={"band": 0.86}, cornerRadius=2).encode(x=x, x2="end:Q", color=color)
+    bar = base.mark_bar(height={"band": 0.86}, cornerRadius=2).encode(x=x, x2="left:Q", color=color)
+    text = base.mark_text(
+        align="left", dx=6, limit={"expr": "width / 2.04 - 10"}, fontSize=12 if step > 20 else 11
+    ).encode(x=x, text="words:N", color=alt.value("theme:ink"))
+    title = "What each layer became"
+    return Plot(
+        "mosaic",
+        "Attention and FFN of every layer",
+        "Bar length: the share of parameters kept. Pale background: the parent.",
+        make_spec(alt.layer(track, bar, text).properties(height=step * len(rows)), title),
+        data,
+        Table(title, ["layer", "attention", "left", "score", "FFN", "left", "score"], rows),
+    )
+
+
+def _bar(layer: int, place: int, subblock: Subblock) -> dict[str, Any]:
+    """The record of one bar; ``place`` is 0 for attention, 1 for the FFN."""
+    start, exists = 1.04 * place, _exists(subblock)
+    return {
+        "layer": layer,
+        "subblock": "FFN" if place else "attention",
+        "start": start,
+        "left": start + _left(subblock) if exists else start,
+        "end": start + 1.0,
+        "kind": KINDS[kind_of(subblock.kind)][0],
+        "words": _became(subblock),
+        "was": subblock.parent if exists else "none",
+        "now": subblock.child if exists else "none",
+        "parameters": _amounts(subblock, "parameters"),
+        "memory": _amounts(subblock, "memory_bytes"),
+        "method": METHODS.get(subblock.method, subblock.method.replace("_", " ")) or "none",
+        "score": number(subblock.score),
+    }
+
+
+def _kind_colors(present: set[str]) -> alt.Color:
+    kinds = [(label, f"theme:{color}") for label, color in KINDS.values() if label in present]
+    return alt.Color(
         "kind:N",
         title=None,
-        scale=alt.Scale(domain=[n for n, _ in there_are], range=[f"theme:{c}" for _, c in there_are]),
+        scale=alt.Scale(domain=[label for label, _ in kinds], range=[color for _, color in kinds]),
         legend=alt.Legend(
             orient="top",
-            columns=3 if len(there_are) <= 3 else 2,
+            columns=3 if len(kinds) <= 3 else 2,
             symbolType="square",
             symbolSize=140,
             symbolOpacity=1,
             labelLimit=160,
         ),
     )
-    headings = alt.Axis(
-        orient="top", values=[0, 1.04], labelExpr="datum.value == 0 ? 'attention' : 'FFN'", labelAlign="left",
-        labelFontWeight=600, ticks=False, domain=False, grid=False, title=None,
-    )  # fmt: skip
-    scale = alt.Scale(domain=[0, 2.04], nice=False)
-    track = base.mark_bar(opacity=0.28, height={"band": 0.86}, cornerRadius=2).encode(
-        x=alt.X("start:Q", scale=scale, axis=headings), x2="end:Q", color=color
-    )
-    bar = base.mark_bar(height={"band": 0.86}, cornerRadius=2).encode(
-        x=alt.X("start:Q", scale=scale), x2="left:Q", color=color
-    )
-    text = base.mark_text(
-        align="left", dx=6, limit={"expr": "width / 2.04 - 10"}, fontSize=12 if step > 20 else 11
-    ).encode(x=alt.X("start:Q", scale=scale), text="words:N", color=alt.value("theme:ink"))
-    return Plot(
-        "mosaic",
-        "Attention and FFN of every layer",
-        "A bar is as long as the share of the parent's parameters that is left; behind it, paler, what there was.",
-        make_spec(alt.layer(track, bar, text).properties(height=step * len(rows)), "What each layer became"),
-        data,
-        Table(
-            "What each layer became",
-            ["layer", "attention", "left", "score", "FFN", "left", "score"],
-            rows,
-        ),
-    )
 
 
 def kind_of(kind: str) -> str:
+    """The kind of change, of the keys of ``KINDS``."""
     return kind if kind in KINDS else "smaller"
 
 
-def _became(cell: dict[str, Any]) -> str:
-    return cell["child"] if cell["kind"] == "parent" else shorter(cell["parent"], cell["child"])
+def _exists(subblock: Subblock) -> bool:
+    return subblock.parent_parameters > 0 or subblock.kind != "parent"
+
+
+def _left(subblock: Subblock) -> float:
+    return min(1.0, max(0.0, subblock.kept))
+
+
+def _became(subblock: Subblock) -> str:
+    if not _exists(subblock):
+        return "none"
+    return "unchanged" if subblock.kind == "parent" else shorter(subblock.parent, subblock.child)
 
 
 def shorter(before: str, after: str) -> str:
@@ -123,41 +149,28 @@ def shorter(before: str, after: str) -> str:
     return f"{before} → {after}"
 
 
-def _of(cell: dict[str, Any], cost: str) -> str:
-    return f"{format_cost(cost, cell['costs'][cost])} of {format_cost(cost, cell['parent_costs'][cost])}"
+def _amounts(subblock: Subblock, cost: str) -> str:
+    return f"{format_cost(cost, subblock.costs[cost])} of {format_cost(cost, subblock.parent_costs[cost])}"
 
 
 # ---------------------------------------------------------------------------------------------- scores
 
 
-def heat_map(report: dict[str, Any]) -> Plot:
+def heat_map(scores: Scores) -> Plot:
     """The score of every alternative of every layer, on a logarithmic scale."""
-    import altair as alt
-
-    scores = report["scores"]
-    names = _short_names(scores["columns"])
+    names = _short_names(scores.columns)
     data, rows = [], []
-    for layer, row in enumerate(scores["rows"]):
+    for layer, row in enumerate(scores.rows):
         cells = [str(layer)]
-        for name, cell in zip(scores["columns"], row, strict=True):
-            if cell is None or cell["loss"] is None or not math.isfinite(cell["loss"]):
+        for name, cell in zip(scores.columns, row, strict=True):
+            if cell is None or cell.loss is None or not math.isfinite(cell.loss):
                 cells.append("")
                 continue
-            value = with_noise(cell["value"], cell["standard_error"])
-            cells.append(value + (" ✓" if cell["chosen"] else ""))
-            data.append(
-                {
-                    "layer": layer, "alternative": name, "row": names[name],
-                    "shown": max(float(cell["loss"]), _LEAST), "score": value,
-                    "how": how_scored(cell), "chosen": cell["chosen"], "in it": "yes" if cell["chosen"] else "no",
-                    "parameters": format_cost("parameters", cell["costs"]["parameters"]),
-                    "memory": format_cost("memory_bytes", cell["costs"]["memory_bytes"]),
-                }
-            )  # fmt: skip
+            record = _score_record(layer, name, names[name], cell)
+            cells.append(record["score"] + (" ✓" if cell.chosen else ""))
+            data.append(record)
         rows.append(cells)
-    low = min((d["shown"] for d in data), default=_LEAST)
-    high = max((d["shown"] for d in data), default=1.0)
-    unit = f"{metric_label(scores['objective'])} ({scores['unit']})"
+    unit = f"{metric_label(scores.objective)} ({scores.unit})"
     base = alt.Chart(alt.NamedData("scores")).encode(
         x=alt.X("layer:O", title="layer", axis=alt.Axis(orient="top", labelAngle=0, ticks=False, domain=False)),
         y=alt.Y(
@@ -167,18 +180,11 @@ def heat_map(report: dict[str, Any]) -> Plot:
             axis=alt.Axis(labelLimit=190, ticks=False, domain=False, labelPadding=6),
         ),
         tooltip=tooltip(
-            layer="layer", alternative="alternative", score="score", how="how it is known", parameters="parameters",
+            layer="layer", alternative="alternative", score="score", how="scored", parameters="parameters",
             memory="memory", **{"in it": "chosen"},
         ),
     )  # fmt: skip
-    cells_plot = base.mark_rect(stroke="theme:paper", strokeWidth=1).encode(
-        color=alt.Color(
-            "shown:Q",
-            title="score",
-            scale=alt.Scale(type="log", domain=[low, max(high, low * 1.01)], range=_HEAT, interpolate="lab"),
-            legend=alt.Legend(orient="top", gradientLength=130, format="~g", values=log_ticks(low, high, 4)),
-        )
-    )
+    colored = base.mark_rect(stroke="theme:paper", strokeWidth=1).encode(color=_heat_color([d["shown"] for d in data]))
     dots = (
         base.transform_filter("datum.chosen")
         .mark_point(filled=True, size=44, strokeWidth=1.2, opacity=1, shape="circle")
@@ -186,18 +192,51 @@ def heat_map(report: dict[str, Any]) -> Plot:
     )
     return Plot(
         "scores",
-        f"Scores: {unit} with one alternative in its place",
-        "The scale is logarithmic. A white dot marks the alternative that was chosen; where a subblock has none, it "
-        "stayed as it was.",
-        make_spec(alt.layer(cells_plot, dots).properties(height=20 * len(names)), f"Heat map of scores: {unit}"),
+        f"Scores: {unit} when one alternative replaces its subblock",
+        "Lower is better; the colour scale is logarithmic. A white dot marks the chosen alternative; where a "
+        "subblock has none, it is unchanged. "
+        + " ".join(
+            f"({m}): {words}." for m, words in METHODS.items() if any(f"({m})" in name for name in scores.columns)
+        ),
+        make_spec(alt.layer(colored, dots).properties(height=20 * len(names)), f"Heat map of scores: {unit}"),
         data,
-        Table(f"{unit} when one alternative replaces its subblock; ✓: chosen", ["layer", *scores["columns"]], rows),
-        min_width=210 + 15 * len(scores["rows"]),
+        Table(f"{unit} when one alternative replaces its subblock; ✓: chosen", ["layer", *scores.columns], rows),
+        min_width=210 + 15 * len(scores.rows),
+    )
+
+
+def _score_record(layer: int, name: str, row: str, cell: Cell) -> dict[str, Any]:
+    return {
+        "layer": layer,
+        "alternative": name,
+        "row": row,
+        "shown": max(float(cell.loss or 0.0), _LEAST),
+        "score": with_noise(cell.value, cell.standard_error),
+        "how": how_scored(cell),
+        "chosen": cell.chosen,
+        "in it": "yes" if cell.chosen else "no",
+        "parameters": format_cost("parameters", cell.costs["parameters"]),
+        "memory": format_cost("memory_bytes", cell.costs["memory_bytes"]),
+    }
+
+
+def _heat_color(shown: Sequence[float]) -> alt.Color:
+    low, high = min(shown, default=_LEAST), max(shown, default=1.0)
+    return alt.Color(
+        "shown:Q",
+        title="score",
+        scale=alt.Scale(type="log", domain=[low, max(high, low * 1.01)], range=_HEAT, interpolate="lab"),
+        legend=alt.Legend(
+            orient="top",
+            gradientLength=220,
+            labelExpr="datum.value < 0.001 ? format(datum.value, '.0e') : format(datum.value, '~g')",
+            values=log_ticks(low, high, 4),
+        ),
     )
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
-    """Names that fit beside a plot: how an alternative is made is left out where nothing else is called the same."""
+    """Names that fit next to a plot: the method is left out unless two alternatives differ in it alone."""
 
     def short(name: str) -> str:
         name = name.replace("with their query heads", "+ queries").replace("attention", "attn.")
@@ -208,79 +247,58 @@ def _short_names(names: Sequence[str]) -> dict[str, str]:
     return {name: short(bare[name] if counts[bare[name]] == 1 else name) for name in names}
 
 
-def how_scored(cell: dict[str, Any]) -> str:
-    """How a score came about."""
-    exact, rows = cell["exact_rows"], cell["rows"]
-    if exact == rows:
-        return f"run exactly on {rows} rows"
-    return f"estimated, run exactly on {exact} of {rows} rows" if exact else "estimated"
+def how_scored(cell: Cell) -> str:
+    """Whether a score is exact or estimated."""
+    if cell.exact_rows == cell.rows:
+        return f"exactly, on {cell.rows} rows"
+    return f"estimated; exactly on {cell.exact_rows} of {cell.rows} rows" if cell.exact_rows else "estimated"
 
 
-def importance(curves: Sequence[dict[str, Any]]) -> list[Plot]:
-    """For each part that was ranked: what is lost of a subblock's output as units are removed, a line a layer."""
-    import altair as alt
-
-    found = []
-    for number_of, what in enumerate(dict.fromkeys(c["of"] for c in curves)):
-        own = [c for c in curves if c["of"] == what]
-        name = f"importance-{number_of}"
-        data = [
-            {"layer": c["layer"], "line": c["name"], "left": p["left"] / c["units"], "lost": p["lost"]}
-            for c in own
-            for p in c["points"]
-        ]
-        base = alt.Chart(alt.NamedData(name)).encode(
-            x=alt.X("left:Q", title=f"{what} that are left", scale=alt.Scale(domain=[1, 0]), axis=alt.Axis(format="%")),
-            y=alt.Y("lost:Q", title="output lost (share of its energy)", axis=alt.Axis(format="%")),
-            detail="line:N",
-        )
-        lines = base.mark_line(strokeWidth=1.6, opacity=0.9).encode(
-            color=alt.Color(
-                "layer:Q",
-                title="layer",
-                scale=alt.Scale(range=["theme:depth-0", "theme:depth-1", "theme:depth-2"], interpolate="lab"),
-                legend=alt.Legend(orient="top", gradientLength=140, tickMinStep=1, format="d")
-                if len({c["layer"] for c in own}) > 1
-                else None,
-            )
-        )
-        targets = base.mark_line(strokeWidth=9, opacity=0).encode(tooltip=tooltip(layer="layer"))
-        shares = (0.875, 0.75, 0.5, 0.25, 0.125)
-        rows = [
-            [str(c["layer"]), str(c["units"]), *(f"{_at(c, share):.1%}" for share in shares)]
-            for c in own
-        ]  # fmt: skip
-        title = f"Importance: output lost as {what} are removed"
-        found.append(
-            Plot(
-                name,
-                title,
-                "The least important go first. A line that stays low for long is of a layer that can be narrowed.",
-                make_spec(alt.layer(lines, targets).properties(height=260), title),
-                data,
-                Table(
-                    f"Share of the output's energy that is lost when a share of the {what} is left",
-                    ["layer", "units", *(f"{share:.1%} left" for share in shares)],
-                    rows,
-                ),
-            )
-        )
-    return found
+# ---------------------------------------------------------------------------------------------- importance
 
 
-def _at(curve: dict[str, Any], share: float) -> float:
-    """A curve's value where a share of its units is left, on the line between its points."""
-    points = sorted((p["left"] / curve["units"], p["lost"]) for p in curve["points"])
-    for (a, lost_a), (b, lost_b) in itertools.pairwise(points):
-        if a <= share <= b:
-            return lost_a + (lost_b - lost_a) * (share - a) / ((b - a) or 1.0)
-    return points[-1][1]
+def importance(curves: Sequence[ImportanceCurve]) -> list[Plot]:
+    """For each ranked part: the output that is lost as units are removed, one line per layer."""
+    removed = list(dict.fromkeys(c.of for c in curves))
+    return [_importance(f"importance-{i}", of, [c for c in curves if c.of == of]) for i, of in enumerate(removed)]
 
 
-def _beside(title: str) -> Any:
+def _importance(name: str, removed: str, curves: Sequence[ImportanceCurve]) -> Plot:
+    data = [
+        {"layer": c.layer, "line": c.name, "left": p.left / c.units, "lost": p.lost, "share": f"{p.lost:.1%}"}
+        for c in curves
+        for p in c.points
+    ]
+    base = alt.Chart(alt.NamedData(name)).encode(
+        x=alt.X("left:Q", title=f"{removed} left", scale=alt.Scale(domain=[1, 0]), axis=alt.Axis(format="%")),
+        y=alt.Y("lost:Q", title="output lost (share of its energy)", axis=alt.Axis(format="%")),
+        detail="line:N",
+    )
+    depth = alt.Scale(range=["theme:depth-0", "theme:depth-1", "theme:depth-2"], interpolate="lab")
+    gradient = alt.Legend(orient="top", gradientLength=140, tickMinStep=1, format="d")
+    several = len({c.layer for c in curves}) > 1
+    lines = base.mark_line(strokeWidth=1.6, opacity=0.9).encode(
+        color=alt.Color("layer:Q", title="layer", scale=depth, legend=gradient if several else None)
+    )
+    # Invisible points that are easier to hit than the lines.
+    targets = base.mark_point(size=220, opacity=0, filled=True).encode(
+        tooltip=tooltip(layer="layer", left=f"{removed} left", share="output lost")
+    )
+    title = f"Importance: output lost as {removed} are removed"
+    rows = [[str(c.layer), str(c.units), *(f"{c.at(share):.1%}" for share in _SHARES)] for c in curves]
+    caption = f"Share of the output's energy that is lost when a share of the {removed} is left"
+    return Plot(
+        name,
+        title,
+        "The least important are removed first. Layers whose line stays low can be narrowed cheaply.",
+        make_spec(alt.layer(lines, targets).properties(height=260), title),
+        data,
+        Table(caption, ["layer", "units", *(f"{share:.1%} left" for share in _SHARES)], rows),
+    )
+
+
+def _names_axis(title: str) -> alt.Axis:
     """An axis of names with its title above them."""
-    import altair as alt
-
     return alt.Axis(
         title=title, titleAngle=0, titleAlign="right", titleBaseline="bottom", titleX=-6, titleY=-6, ticks=False,
         domain=False, labelPadding=6,

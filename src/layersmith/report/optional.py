@@ -1,98 +1,112 @@
-"""What some runs have and others have not: the frontier, distillation, the times of stages.
+"""What some runs have and others do not: the frontier, refinement, distillation, measured times.
 
-What a child was before any distillation is what scores predict, so its evaluation is read here too.
-
-Each is read from where its stage writes it; what is not there is None or empty, and the report leaves it out.
+Each is read from the file that its stage writes. Where the file is missing, the report omits the section.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from layersmith.costs.times import kept_in
+from layersmith.costs.times import Check, Timing, kept_in
+from layersmith.records import parse
+from layersmith.report.data import Clock, Curve, Distillation, Evaluation, Frontier, Refined, StageTime, Trained
 from layersmith.run.artifacts import read_json
 from layersmith.run.folder import Run
 
-_POINT = ("cost", "fraction", "score", "measured")
+T = TypeVar("T")
 
 
-def read_optional(run: Run) -> dict[str, Any]:
-    """The parts of the report's data that come from files which not every run has."""
-    as_cut = run.folder / "evaluation" / "evaluation.json"
-    return {
-        "as_cut": read_json(as_cut) if as_cut.is_file() else None,
-        "times": read_times(run.folder),
-        "clock": read_clock(run.folder),
-        "frontier": read_frontier(run.folder / "frontier" / "frontier.json"),
-        "distillation": read_distillation(run.folder),
-        "refined": read_refined(run.folder / "refine" / "refine.json"),
-        "timings": run.log.times(),
-    }
+@dataclass(frozen=True)
+class TimeChecks:
+    """Children that were timed whole to correct sums of parts, and the parent's time by its parts."""
+
+    parent: Timing
+    checks: tuple[Check, ...]
 
 
-def read_refined(path: Path) -> dict[str, Any] | None:
-    """What refinement tried and gained; None if there was none."""
+@dataclass(frozen=True)
+class Optional:
+    """The results that not every run has.
+
+    Attributes:
+        as_cut: The child's evaluation before global distillation, which is what scores predict.
+    """
+
+    as_cut: Evaluation | None = None
+    time_checks: TimeChecks | None = None
+    clock: Clock | None = None
+    frontier: Frontier | None = None
+    distillation: Distillation | None = None
+    refined: Refined | None = None
+    timings: tuple[StageTime, ...] = ()
+
+
+def read_optional(run: Run) -> Optional:
+    """All of these results of a run."""
+    return Optional(
+        as_cut=_read(Evaluation, run.folder / "evaluation" / "evaluation.json"),
+        time_checks=read_time_checks(run.folder),
+        clock=read_clock(run.folder),
+        frontier=read_frontier(run.folder / "frontier" / "frontier.json"),
+        distillation=read_distillation(run.folder),
+        refined=read_refined(run.folder / "refine" / "refine.json"),
+        timings=tuple(parse(StageTime, timing, "log.jsonl: ") for timing in run.log.times()),
+    )
+
+
+def _read(cls: type[T], path: Path) -> T | None:
+    return parse(cls, read_json(path), f"{path}: ") if path.is_file() else None
+
+
+def read_refined(path: Path) -> Refined | None:
+    """What refinement tried and gained."""
     if not path.is_file():
         return None
     data = read_json(path)
-    return {"tried": data["tried"], "passes": data["passes"], **data["measured"]}
+    return parse(Refined, {"tried": data["tried"], "passes": data["passes"], **data["measured"]}, f"{path}: ")
 
 
-def read_frontier(path: Path) -> dict[str, Any] | None:
-    """The frontier without its solutions; None if there is no such file."""
-    if not path.is_file():
-        return None
-    data = read_json(path)
-    return {
-        "cost": data["cost"],
-        "objective": data["objective"],
-        "points": [_point(p) for p in data["points"]],
-        "baselines": [
-            {"name": b["name"], "points": [_point(p) for p in b["points"]]} for b in data.get("baselines", ())
-        ],
-        "budget": {"limit": data["budget"]["limit"]},
-    }
+def read_frontier(path: Path) -> Frontier | None:
+    """The frontier without its solutions."""
+    return _read(Frontier, path)
 
 
-def read_times(folder: Path) -> dict[str, Any] | None:
-    """Times of alternatives as they were known last; None where the budget has no limit of time."""
+def read_time_checks(folder: Path) -> TimeChecks | None:
+    """Checks of the times of alternatives; None if the budget has no latency limit."""
     data = kept_in(folder)
     if data is None:
         return None
-    return {name: data[name] for name in ("source", "device", "parent", "checks", "curves")}
+    return TimeChecks(Timing(**data["parent"]), tuple(Check.from_dict(check) for check in data["checks"]))
 
 
-def read_clock(folder: Path) -> dict[str, Any] | None:
-    """What parent and child took of the clock; None if they were not timed."""
-    path = folder / "clock" / "times.json"
-    return read_json(path) if path.is_file() else None
+def read_clock(folder: Path) -> Clock | None:
+    """Measured times of parent and child; None if they were not timed."""
+    return _read(Clock, folder / "clock" / "times.json")
 
 
-def _point(point: dict[str, Any]) -> dict[str, Any]:
-    return {name: point.get(name) for name in _POINT}
-
-
-def read_distillation(folder: Path) -> dict[str, Any] | None:
-    """Curves of training, and what local distillation did to each alternative; None if there was neither."""
+def read_distillation(folder: Path) -> Distillation | None:
+    """Curves of global distillation, and what local distillation gained; None if there was neither."""
     curves = []
     for log in map(read_json, sorted((folder / "distillation").rglob("log.json"))):
         for name, points in ((log["name"], log["points"]), (f"{log['name']}, held out", log.get("validation", ()))):
             if points:
-                curves.append({"name": name, "x": log["x"], "points": points})
-    trained = trained_alternatives(folder)
-    return {"curves": curves, "alternatives": trained} if curves or trained else None
+                curves.append(parse(Curve, {"name": name, "x": log["x"], "points": points}, "log.json: "))
+    path, trained = folder / "library" / "distilled.json", trained_alternatives(folder)
+    records: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    refitted = sum(bool(record.get("weights")) and not record["tokens"] for record in records)
+    return Distillation(tuple(curves), trained, refitted) if curves or trained or refitted else None
 
 
-def trained_alternatives(folder: Path) -> list[dict[str, Any]]:
-    """What local distillation trained, alternatives and pairs: error as they were cut, after, and on the way."""
-    names = ("of", "layer", "subblock", "before", "after", "tokens", "curve")
-    found = []
+def trained_alternatives(folder: Path) -> tuple[Trained, ...]:
+    """Alternatives, and layers trained jointly, with their error as they were cut, after training and during it."""
+    found: list[Trained] = []
     for stage in ("library", "pairs"):
         path = folder / stage / "distilled.json"
-        for record in read_json(path) if path.is_file() else ():
-            cut = record.get("pruned")
-            record = {"curve": []} | record | {"before": record["before"] if cut is None else cut}
-            if record["tokens"] and record["before"] is not None and record["after"] is not None:
-                found.append({name: record[name] for name in names})
-    return found
+        records: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+        for record in records:
+            cut = record["before"] if record.get("pruned") is None else record["pruned"]
+            if record["tokens"] and cut is not None and record["after"] is not None:
+                found.append(parse(Trained, record | {"before": cut}, f"{path}: "))
+    return tuple(found)

@@ -1,7 +1,7 @@
-"""What a plot of the report is, and what its plots share.
+"""A plot of the report, and what all plots share.
 
-A specification holds no colours but names such as ``theme:ink``: the page puts in the colours of the reader's scheme,
-light or dark. It holds no data either, but the name of a data set that the page has as columns.
+A Vega-Lite specification has no colours but names such as ``theme:ink``, for which the page puts in the colours of the
+reader's light or dark scheme. It has no data either, only the name of a data set that the page stores by columns.
 """
 
 from __future__ import annotations
@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    import altair as alt
+import altair as alt
 
-# Series are told apart by colour, by the shape of their points, and by the dashes of their lines.
+# Series differ in colour, in the shape of their points, and in the dashes of their lines.
 SERIES = ["theme:series-1", "theme:series-2", "theme:series-3", "theme:series-4", "theme:series-5", "theme:series-6"]
 SHAPES = ["circle", "square", "triangle-up", "diamond", "cross", "triangle-down"]
 DASHES = [[1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3]]
@@ -22,13 +21,7 @@ DASHES = [[1, 0], [6, 3], [2, 2], [8, 2, 2, 2], [4, 4], [1, 3]]
 
 @dataclass(frozen=True)
 class Table:
-    """What a plot shows, in words and numbers.
-
-    Attributes:
-        caption: what it is.
-        headings: one a column.
-        rows: as many cells each; the first is the row's heading.
-    """
+    """The data of a plot as text; the first cell of a row is its heading."""
 
     caption: str
     headings: Sequence[str]
@@ -40,13 +33,13 @@ class Plot:
     """A plot.
 
     Attributes:
-        name: unique in the page; also of its data set.
-        title: says what is seen.
-        note: how it is to be read, for everyone.
-        spec: the Vega-Lite specification.
-        data: records.
-        table: the same as text.
-        min_width: pixels; where the window has fewer, the plot scrolls in its box.
+        name: Name of the plot and of its data set, unique in the page.
+        title: What the plot shows.
+        note: How to read it.
+        spec: The Vega-Lite specification.
+        data: Records.
+        table: The same data as text.
+        min_width: Pixels below which the plot scrolls in its box.
     """
 
     name: str
@@ -59,7 +52,7 @@ class Plot:
 
 
 def columns(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Records as columns; a column of words is numbers into the list of those that occur."""
+    """Records as columns; a column of strings becomes indices into the list of distinct strings."""
     result: dict[str, Any] = {}
     for name in records[0] if records else ():
         values = [record[name] for record in records]
@@ -73,12 +66,12 @@ def columns(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def data_sets(found: Iterable[Plot]) -> dict[str, Any]:
-    """The data of plots, by name, as columns."""
+    """Data sets of plots by name, as columns."""
     return {plot.name: columns(plot.data) for plot in found}
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round values between two others for a logarithmic axis: decades, or steps of 1, 2 and 5 in a narrow range."""
+    """Ticks of a logarithmic axis between two values: decades, or 1, 2, 5 per decade in a narrow range."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     for steps in ((1, 2, 5), (1,)):
         values = [float(f"{s}e{e}") for e in range(first, last + 1) for s in steps if low <= float(f"{s}e{e}") <= high]
@@ -88,30 +81,37 @@ def log_ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 
 def subblock_label(name: str) -> str:
+    """A subblock's name in plots; joint distillation calls both of a layer ``block``."""
+    if name == "block":
+        return "attention and FFN jointly"
     return "FFN" if name == "ffn" else name
 
 
-def dashed(field: str, names: Sequence[str]) -> Any:
-    import altair as alt
-
+def dashed(field: str, names: Sequence[str]) -> alt.StrokeDash:
+    """Dashes by the names of a field."""
     return alt.StrokeDash(
         f"{field}:N", scale=alt.Scale(domain=names, range=cycled(DASHES, len(names))), title=None, legend=legend()
     )
 
 
 def cycled(values: Sequence[Any], n: int) -> list[Any]:
+    """The first n values, repeated as needed."""
     return [values[i % len(values)] for i in range(n)]
 
 
-def legend() -> Any:
-    import altair as alt
+def colours(field: str, names: Sequence[str]) -> alt.Color:
+    """Colours of series by the names of a field."""
+    scale = alt.Scale(domain=names, range=cycled(SERIES, len(names)))
+    return alt.Color(f"{field}:N", title=None, scale=scale, legend=legend())
 
-    return alt.Legend(orient="top", columns=2, labelLimit=150, symbolDash=[1, 0], symbolOpacity=1)
+
+def legend() -> alt.Legend:
+    """The legend above a plot."""
+    return alt.Legend(orient="top", columns=2, labelLimit=190, symbolDash=[1, 0], symbolOpacity=1)
 
 
 def tooltip(**fields: str) -> list[alt.Tooltip]:
-    import altair as alt
-
+    """A tooltip of these fields, with their titles."""
     percent, short = {"fraction", "left"}, {"estimated", "exact", "predicted", "loss"}
     formats: dict[str, Any] = {}
     for field in fields:
@@ -124,9 +124,7 @@ def tooltip(**fields: str) -> list[alt.Tooltip]:
 
 
 def make_spec(chart: Any, description: str) -> dict[str, Any]:
-    """A chart as wide as its place, without Altair's own configuration and without a schema's address."""
-    import altair as alt
-
+    """A chart's specification, as wide as its place, without Altair's configuration and the schema's address."""
     fit = alt.AutoSizeParams(type="fit-x", contains="padding")
     spec: dict[str, Any] = chart.properties(width="container", autosize=fit, description=description).to_dict()
     return {key: value for key, value in spec.items() if key not in ("$schema", "config")}

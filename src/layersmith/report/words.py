@@ -1,15 +1,15 @@
-"""Names and numbers for people: what the page, the terminal and the model card call a cost, and how they write it.
+"""Names and numbers as the page, the terminal and the model card write them.
 
-A cost that has no name here is called by its own: its last part says its unit.
+A cost without a label here is called by its name, whose ending is its unit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 from layersmith.costs.budget import COST_WORDS, is_throughput
+from layersmith.report.data import Clock
 
 COST_LABELS = COST_WORDS | {"weight_bytes": "weight memory"}
 _UNITS = {"bytes": "bytes", "seconds": "seconds"}
@@ -21,9 +21,9 @@ METRIC_UNITS = {
 METRIC_LABELS = {
     "kl_divergence": "KL divergence to the parent",
     "lm_loss": "LM loss",
-    "top_1_agreement": "agreement on the next token",
-    "top_5_agreement": "agreement within the first 5",
-    "top_10_agreement": "agreement within the first 10",
+    "top_1_agreement": "top-1 agreement with the parent",
+    "top_5_agreement": "top-5 agreement with the parent",
+    "top_10_agreement": "top-10 agreement with the parent",
     "hidden_distance": "distance of final hidden states",
 }
 DASH = "\N{EM DASH}"
@@ -43,13 +43,13 @@ def ordered_costs(names: Iterable[str]) -> list[str]:
 
 
 def ratio(name: str, before: float, after: float) -> float | None:
-    """Of what people are told of a cost, the child's over the parent's; None if there is none."""
+    """Child/parent ratio of a cost, inverted for throughput; None if the parent's is 0."""
     before, after = (after, before) if is_throughput(name) else (before, after)
     return after / before if before else None
 
 
 def cost_unit(name: str) -> str:
-    """``bytes``, ``seconds``, ``tokens a second``; ``count`` where the name says none."""
+    """Unit of a cost, by the end of its name: ``bytes``, ``seconds``, ``tokens a second`` or ``count``."""
     if is_throughput(name):
         return "tokens a second"
     return next((unit for end, unit in _UNITS.items() if name.endswith(end)), "count")
@@ -68,7 +68,7 @@ def metric_unit(name: str) -> str:
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number for people; a dash where there is none."""
+    """A number with this many decimals; a dash for None and what is not finite."""
     if value is None or not math.isfinite(value):
         return DASH
     if value != 0 and abs(value) < 10**-digits:
@@ -89,9 +89,9 @@ def share(part: float, whole: float) -> str:
     return f"{part / whole:.0%}" if whole else DASH
 
 
-def load_in_words(times: Mapping[str, Any]) -> str:
-    """On what parent and child were timed, and with how much."""
+def workload_in_words(clock: Clock) -> str:
+    """The device and the workload that parent and child were timed with."""
     return (
-        f"{times['device']}: batch {times['batch']}, prompt of {times['prompt']:,} tokens, then "
-        f"{times['generated']:,} written"
+        f"{clock.device}: batch {clock.batch}, prompt of {clock.prompt:,} tokens, then {clock.generated:,} generated "
+        "tokens"
     )

@@ -31,11 +31,11 @@ from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import DISTILLATION_TOKENS, DistillationRecipe, Recipe
-from layersmith.records import to_data
-from layersmith.report.card import complete_card, write_card
+from layersmith.records import parse, to_data
+from layersmith.report.card import Child, complete_card, write_card
+from layersmith.report.data import Evaluation
 from layersmith.run import ranks
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
-from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.run.stage import Making, Stage
@@ -322,13 +322,17 @@ def _start(job: Job) -> tuple[Path, Solution]:
     return folder / str(next(t["number"] for t in job.read(FINALISTS) if t["won"])), read_solution(folder)
 
 
-def _card(job: Job) -> tuple[Run, Library, Solution, Recipe]:
-    return job.run, job.read(LIBRARY), _start(job)[1], job.recipe
-
-
-def _learned(job: Job) -> dict[str, Any]:
+def _described(job: Job) -> Child:
+    """What the card says of the distilled child."""
     steps = check(job)
-    return {"learned_tokens": steps.count * steps.tokens, "learned_from": _source(job)}
+    return Child(
+        run=job.run,
+        library=job.read(LIBRARY),
+        solution=_start(job)[1],
+        recipe=job.recipe,
+        learned_tokens=steps.count * steps.tokens,
+        learned_from=_source(job),
+    )
 
 
 def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dtype]:
@@ -366,7 +370,7 @@ def _remembered(job: Job, settings: DistillationRecipe, rows: torch.Tensor, prog
 def _make_distilled(job: Job, making: Making) -> None:
     child, trained, dtype = _train(job, making)
     _write_child(child, trained, dtype, job.tokenizer, making.folder)
-    write_card(making.folder, *_card(job), **_learned(job))
+    write_card(making.folder, _described(job))
 
 
 DISTILLED: Stage[Job, Path] = Stage(
@@ -391,7 +395,8 @@ def _evaluate(job: Job, making: Making) -> None:
         found[when] = comparison.to_dict()
         del child
     write_json(making.folder / "evaluation.json", found)
-    complete_card(job.run.folder / DISTILLED.name, *_card(job), found["after"], **_learned(job))
+    after = parse(Evaluation, found["after"], "evaluation.json: ")
+    complete_card(job.run.folder / DISTILLED.name, _described(job), after)
 
 
 COMPARED: Stage[Job, dict[str, Any]] = Stage(

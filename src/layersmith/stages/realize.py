@@ -10,7 +10,7 @@ from layersmith.execution.parent import Parent
 from layersmith.library.library import Library
 from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.report.card import write_card
+from layersmith.report.card import Child, write_card
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.data import DATA, digest_of_split
 from layersmith.stages.job import Job
@@ -67,7 +67,7 @@ def _make(job: Job, making: Making) -> None:
         with quiet_transformers():
             child.save_pretrained(making.folder, **shards(library.parent))
             job.tokenizer.save_pretrained(making.folder)
-        write_card(making.folder, job.run, library, solution, job.recipe)
+        write_card(making.folder, Child(job.run, library, solution, job.recipe))
         advance(1)
 
 

@@ -16,7 +16,7 @@ from layersmith.heterogeneous.checkpoint import load, save
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe, SearchRecipe
-from layersmith.report.card import write_card
+from layersmith.report.card import Child, write_card
 from layersmith.run.artifacts import whole_folder
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
@@ -141,7 +141,7 @@ def _write_child(job: Job, solution: Solution, out: Path, progress: Progress) ->
             library_with_pairs(job).with_parent(job.stored_parent).compose(solution.alternatives),
             out,
             tokenizer=job.tokenizer,
-            more=lambda folder: write_card(folder, job.run, job.read(LIBRARY), solution, job.recipe),
+            more=lambda folder: write_card(folder, Child(job.run, job.read(LIBRARY), solution, job.recipe)),
         )
         advance(1)
 

@@ -6,14 +6,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layersmith.report.card import complete_card
-from layersmith.report.collect import collect
+from layersmith.records import parse
+from layersmith.report.card import Child, complete_card
+from layersmith.report.collect import Results, collect
+from layersmith.report.data import Evaluation
 from layersmith.report.html import render
 from layersmith.report.optional import read_optional
 from layersmith.run import ranks
-from layersmith.run.artifacts import fingerprint, read_json, write_json, write_text
+from layersmith.run.artifacts import fingerprint, write_json, write_text
 from layersmith.search.problem import Solution
-from layersmith.stages.data import DATA
 from layersmith.stages.distill import COMPARED, DISTILLED
 from layersmith.stages.evaluate import EVALUATION
 from layersmith.stages.job import Job
@@ -87,11 +88,19 @@ def write_report(job: Job, *, is_distilled: bool, again: bool = False) -> Result
         if not again and run.made_from(NAME) == inputs and (run.folder / PAGE).is_file():
             return
         library, costs = job.read(LIBRARY), read_costs(run.folder / SOLUTION.name)
-        complete_card(run.folder / CHILD.name, run, library, result.solution, job.recipe, job.read(EVALUATION))
-        header = run.header() | {"data": read_json(run.folder / DATA.name / "data.json")}
-        report = collect(
-            header, library, job.read(SCORES), result.solution, costs, result.evaluation, job.recipe, read_optional(run)
+        child = Child(run, library, result.solution, job.recipe)
+        complete_card(run.folder / CHILD.name, child, parse(Evaluation, job.read(EVALUATION), "evaluation.json: "))
+        results = Results(
+            header=child.header(),
+            library=library,
+            scores=job.read(SCORES),
+            solution=result.solution,
+            costs=costs,
+            evaluation=parse(Evaluation, result.evaluation, "evaluation.json: "),
+            recipe=job.recipe,
+            optional=read_optional(run),
         )
+        report = collect(results).to_json()
         write_json(run.folder / "report.json", report)
         write_text(run.folder / PAGE, render(report))
         run.finished(NAME, inputs)
