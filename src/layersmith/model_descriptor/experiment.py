@@ -11,8 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
-from torch import nn
-
 from layersmith.errors import LayersmithError, first_line
 from layersmith.foreign import foreign_code
 
@@ -129,11 +127,6 @@ class Effect:
         """The dimensions along which a weight changed."""
         pairs = zip(self.before[name], self.shapes[name], strict=False)
         return [dim for dim, (before, after) in enumerate(pairs) if before != after]
-
-
-def parameter_shapes(layer: nn.Module) -> Shapes:
-    """Shapes of the parameters of a layer."""
-    return {name: tuple(parameter.shape) for name, parameter in layer.named_parameters()}
 
 
 class LayersByChange(Generic[Change]):

@@ -82,3 +82,12 @@ def test_layers_that_are_built_alike_may_be_sized_by_other_attributes() -> None:
         assert (large.sizes[k].kv_heads, large.sizes[k].query_heads) == (windowed if "sliding" in own else full)
     counts = [block.attention.num_key_value_heads for block in layersmith.block_configs(config)]
     assert counts == [2 if "sliding" in own else 4 for own in config.layer_types]
+
+
+def test_the_experiment_that_refuted_a_number_is_kept() -> None:
+    """Norms over all heads at once do not run with more of them."""
+    (sizes,) = found_of("helium").findings.sizes
+    assert sizes.query_heads == ()
+    (outcome,) = [outcome for outcome in sizes.outcomes if outcome.reason == sizes.no_query_heads]
+    assert "num_attention_heads" in outcome.question
+    assert not outcome.held

@@ -18,63 +18,41 @@ from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.experts import OwnExperts, before_digit, experts_used, lie_flat
 from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.specimen import Specimen
-from layersmith.model_descriptor.infer.trial import Trial
+from layersmith.model_descriptor.infer.trial import Candidate, Trial
 
 
 def with_ffn_sizes(trial: Trial, sizes: Sizes) -> Sizes:
     """The sizes of a kind of layer with those of its FFN."""
     experts = find_experts(trial)
+    width = _widest(experts, inside=experts.count is not None)
+    sizes = replace(
+        sizes, config_width=width.factor, width_at=width.at, outcomes=(*sizes.outcomes, *width.outcomes)
+    )  # fmt: skip
     if experts.count is None:
-        width, outcomes = _widest(experts, inside=False)
-        at = width.at if width is not None else None
-        if width is None and (resized := unsaid_width(trial)):
-            sizes, at = replace(sizes, resized=resized), resized[0]
-        return replace(
-            sizes,
-            width=width.path if width is not None else None,
-            config_width=width.factor if width is not None else 1,
-            width_at=at,
-            outcomes=(*sizes.outcomes, *(outcomes if width is None else ())),
-        )
-    width, outcomes = _widest(experts, inside=True)
-    shared, _ = _widest(experts, inside=False)
-    factor = width.factor if width is not None else 1
-    if shared is not None and shared.factor != factor:
-        shared = None
+        resized = unsaid_width(trial) if width.path is None else ()
+        return replace(sizes, width=width.path, resized=resized, width_at=resized[0] if resized else width.at)
+    shared = _widest(experts, inside=False)
+    if shared.factor != width.factor:
+        shared = Width()
     per_token = experts_per_token(experts)
     return replace(
         sizes,
         num_experts=experts.count,
-        expert_width=width.path if width is not None else None,
-        shared_width=shared.path if shared is not None else None,
+        expert_width=width.path,
+        shared_width=shared.path,
+        shared_width_at=shared.at,
         experts_per_token=per_token,
-        config_width=factor,
-        width_at=width.at if width is not None else None,
-        shared_width_at=shared.at if shared is not None else None,
         flat=experts.flat,
         experts_of_both=experts.of_both,
         own_experts=own_experts(experts, per_token),
-        outcomes=(*sizes.outcomes, *(outcomes if width is None else ())),
     )
 
 
 # ------------------------------------------------------------------------------------------- the number of experts
 
 
-@dataclass(frozen=True)
-class _Count:
+class _Count(Candidate):
     """An attribute that may be the number of experts, and what it does to the FFN."""
-
-    trial: Trial
-    path: AttributePath
-    effect: Effect
-
-    def __str__(self) -> str:
-        return ".".join(self.path)
-
-    @property
-    def value(self) -> int:
-        return self.trial.value(self.path)
 
     def is_length_of_list(self) -> bool:
         names = self.effect.came_or_went
@@ -192,23 +170,28 @@ def find_experts(trial: Trial) -> Experts:
 
 
 @dataclass(frozen=True)
-class _Width:
+class Width:
+    """The attribute that is a width; None if no attribute is.
+
+    Attributes:
+        path: The attribute.
+        factor: What the attribute calls a width of 1.
+        at: A weight, and a dimension of it, that are as long as the width.
+        outcomes: The experiments that refuted attributes which looked like a width, where no attribute is.
+    """
+
+    path: AttributePath | None = None
+    factor: int = 1
+    at: tuple[str, int] | None = None
+    outcomes: tuple[Outcome, ...] = ()
+
+
+@dataclass(frozen=True)
+class _WidthCandidate(Candidate):
     """An attribute that may be the width of the matrices inside the experts, or outside."""
 
     experts: Experts
-    path: AttributePath
     inside: bool
-
-    def __str__(self) -> str:
-        return ".".join(self.path)
-
-    @property
-    def effect(self) -> Effect:
-        return self.experts.effects[self.path]
-
-    @property
-    def value(self) -> int:
-        return self.experts.trial.value(self.path)
 
     @cached_property
     def changes(self) -> dict[str, list[tuple[int, int]]]:
@@ -229,12 +212,10 @@ class _Width:
 
     @property
     def factor(self) -> int:
-        """What the attribute calls a width of 1."""
         return self.effect.other // self.lengths[1]
 
     @property
     def at(self) -> tuple[str, int]:
-        """A weight, and a dimension of it, that are as long as the width."""
         name = next(name for name in self.matrices if self.changes[name][0] == self.lengths)
         return name, self.effect.dims(name)[0]
 
@@ -262,7 +243,7 @@ class _Width:
         if not self.value:
             return True
         width = max(1, self.lengths[0] // 16)
-        shapes = self.experts.trial.shapes({self.path: width * self.factor})
+        shapes = self.trial.shapes({self.path: width * self.factor})
         if shapes is None or not shapes.keys() >= set(self.matrices):
             return False
         units = [self.experts.unit(name, shapes[name]) for name in self.matrices]
@@ -276,43 +257,45 @@ class _Width:
 
 
 _WIDTHS = (
-    Experiment[_Width, None]("Does {} set one side of two or more matrices?", lambda width, _: width.sets_one_side()),
-    Experiment[_Width, None](
+    Experiment[_WidthCandidate, None](
+        "Does {} set one side of two or more matrices?", lambda width, _: width.sets_one_side()
+    ),
+    Experiment[_WidthCandidate, None](
         "Is {} the length of that side, or a multiple of it?", lambda width, _: width.counts_channels()
     ),
-    Experiment[_Width, None](
+    Experiment[_WidthCandidate, None](
         "Do all weights that change with {} grow in the same proportion?", lambda width, _: width.is_proportional()
     ),
-    Experiment[_Width, None](
+    Experiment[_WidthCandidate, None](
         "Is a small value of {} kept as it is?",
         lambda width, _: width.keeps_small_value(),
         conclusion="a small width is rounded up",
     ),
 )
 # The hidden size would not run with another value in the layers alone.
-_RUNS = Experiment[_Width, int](
+_RUNS = Experiment[_WidthCandidate, int](
     question="Does the model run with another value of {} in its layers?",
     changes=lambda width: width.others(),
-    expectation=lambda width, other: width.experts.trial.runs({width.path: other}),
+    expectation=lambda width, other: width.trial.specimen_with({width.path: other}) is not None,
     conclusion="the model does not run with another value",
 )
 
 
-def _widest(experts: Experts, inside: bool) -> tuple[_Width | None, tuple[Outcome, ...]]:
-    """The width of the largest matrices inside the experts, or outside; and what refuted the other attributes."""
-    widths, outcomes = [], []
-    for path in experts.effects:
-        width = _Width(experts, path, inside)
-        refutation = first_refutation(_WIDTHS, width)
+def _widest(experts: Experts, inside: bool) -> Width:
+    """The width of the largest matrices inside the experts, or outside."""
+    candidates, outcomes = [], []
+    for path, effect in experts.effects.items():
+        candidate = _WidthCandidate(experts.trial, path, effect, experts, inside)
+        refutation = first_refutation(_WIDTHS, candidate)
         if refutation is None:
-            widths.append(width)
+            candidates.append(candidate)
         elif refutation.reason:
             outcomes.append(refutation)
-    for width in sorted(widths, key=lambda width: width.rank, reverse=True):
-        if (runs := _RUNS.run(width)).held:
-            return width, tuple(outcomes)
+    for candidate in sorted(candidates, key=lambda candidate: candidate.rank, reverse=True):
+        if (runs := _RUNS.run(candidate)).held:
+            return Width(candidate.path, candidate.factor, candidate.at)
         outcomes.append(runs)
-    return None, tuple(outcomes)
+    return Width(outcomes=tuple(outcomes))
 
 
 def unsaid_width(trial: Trial) -> tuple[tuple[str, int], ...]:

@@ -14,9 +14,15 @@ from torch import nn
 
 from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.ffn import with_ffn_sizes
-from layersmith.model_descriptor.infer.kv_heads import NOT_UNDERSTOOD, OF_QUERIES, find_kv_heads, keys_need_queries
+from layersmith.model_descriptor.infer.kv_heads import (
+    NOT_UNDERSTOOD,
+    OF_QUERIES,
+    KVHeads,
+    find_kv_heads,
+    keys_need_queries,
+)
 from layersmith.model_descriptor.infer.mixers import find_mixer
-from layersmith.model_descriptor.infer.query_heads import find_query_heads
+from layersmith.model_descriptor.infer.query_heads import QueryHeads, find_query_heads
 from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind
@@ -51,18 +57,19 @@ def find_sizes(
 
 
 def _sizes_of(trial: Trial) -> Sizes:
-    kv = find_kv_heads(trial)
-    queries = find_query_heads(trial, kv.path)
     mixer = find_mixer(trial)
+    # A layer that keeps only a state has no KV heads, and its heads are counted as the mixer's.
+    keeps_state_only = mixer is not None and mixer.is_alone
+    of_mixer = mixer is not None and mixer.is_alone and bool(mixer.num_heads or mixer.state_dim)
+    kv = KVHeads() if keeps_state_only else find_kv_heads(trial)
+    queries = QueryHeads() if of_mixer else find_query_heads(trial, kv.path)
     no_kv_heads = kv.reason
     if no_kv_heads == NOT_UNDERSTOOD and queries.paths and keys_need_queries(trial, kv.of_keys, queries.paths[0]):
         no_kv_heads = OF_QUERIES
-    # The heads of a mixer without keys and values are counted as the mixer's.
-    of_mixer = mixer is not None and bool(mixer.num_heads or mixer.state_dim) and mixer.is_alone
     sizes = Sizes(
         kv_heads=kv.path,
-        query_heads=() if of_mixer else queries.paths,
-        head_size=None if of_mixer else queries.pin,
+        query_heads=queries.paths,
+        head_size=queries.pin,
         no_query_heads=queries.reason,
         head_blocks=queries.blocks,
         head_pairs=queries.pairs,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
+from itertools import product
 
 import torch
 
 from layersmith.model_descriptor import conventions
-from layersmith.model_descriptor.experiment import Effect, Experiment, Outcome, first_refutation
+from layersmith.model_descriptor.experiment import Experiment, Outcome, first_refutation
 from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.cache_contents import keys_in_cache
 from layersmith.model_descriptor.infer.specimen import Specimen, first_tensor_of, restored
-from layersmith.model_descriptor.infer.trial import Trial
+from layersmith.model_descriptor.infer.trial import Candidate, Trial
 
 NOT_UNDERSTOOD = "with every KV head there twice the model gives something else, so where they lie is not understood"
 OF_QUERIES = "keys are made of the queries that read them too, so none can go without its queries"
@@ -38,23 +39,10 @@ class KVHeads:
 
 
 @dataclass(frozen=True)
-class _Candidate:
+class _KVCandidate(Candidate):
     """An attribute that may be the number of KV heads; ``cached`` is the number of heads of the keys in the cache."""
 
-    trial: Trial
-    path: AttributePath
     cached: int | None
-
-    def __str__(self) -> str:
-        return ".".join(self.path)
-
-    @property
-    def effect(self) -> Effect:
-        return self.trial.effects[self.path]
-
-    @property
-    def value(self) -> int:
-        return self.trial.value(self.path)
 
     @cached_property
     def is_of_attention(self) -> bool:
@@ -119,31 +107,31 @@ class _Candidate:
     def why_not_same(self) -> str:
         if not self.is_expected:
             return ""
-        more = any(_duplicates(way, self.path, 0, factor) for way in self.trial.ways() for factor in (2, 4))
+        more = any(_duplicates(way, self.path, 0, factors=(2, 4)) for way in self.trial.ways())
         return _MORE if more else NOT_UNDERSTOOD
 
 
 _EXPERIMENTS = (
-    Experiment[_Candidate, None](
+    Experiment[_KVCandidate, None](
         question="Does twice {} change weights of the attention alone?",
         expectation=lambda candidate, _: candidate.is_of_attention,
     ),
-    Experiment[_Candidate, None](
+    Experiment[_KVCandidate, None](
         question="Does each weight that grows with {} grow along one side?",
         expectation=lambda candidate, _: not candidate.on_both_sides,
         conclusion=lambda candidate: (
             f"{candidate.on_both_sides[0]} changes on both sides with their number: each of them reads all"
         ),
     ),
-    Experiment[_Candidate, None](
+    Experiment[_KVCandidate, None](
         question="Do projections give more whole heads with twice {}, and none takes more?",
         expectation=lambda candidate, _: candidate.makes_heads(),
     ),
-    Experiment[_Candidate, None](
+    Experiment[_KVCandidate, None](
         question="Does the attention give all tokens the same without the weights that grow with {}?",
         expectation=lambda candidate, _: candidate.carries_all_tokens(),
     ),
-    Experiment[_Candidate, Trial](
+    Experiment[_KVCandidate, Trial](
         question="Does the model give the same with each of {} KV heads there several times?",
         changes=lambda candidate: candidate.trial.ways(),
         expectation=lambda candidate, way: all(_duplicates(way, candidate.path, seed) for seed in (0, 1)),
@@ -159,8 +147,8 @@ def find_kv_heads(trial: Trial) -> KVHeads:
     cached = _heads_of_keys(trial.specimen, trial.index)
     outcomes: list[Outcome] = []
     of_keys: list[AttributePath] = []
-    for path in trial.effects:
-        candidate = _Candidate(trial, path, cached)
+    for path, effect in trial.effects.items():
+        candidate = _KVCandidate(trial, path, effect, cached)
         if candidate.sets_keys:
             of_keys.append(path)
         outcome = first_refutation(_EXPERIMENTS, candidate)
@@ -198,7 +186,7 @@ def _heads_of_keys(specimen: Specimen, index: int) -> int | None:
     return keys.shape[1] if keys is not None and keys.ndim == 4 else None
 
 
-def _duplicates(trial: Trial, path: AttributePath, seed: int, factor: int = 1) -> bool:
+def _duplicates(trial: Trial, path: AttributePath, seed: int, factors: Sequence[int] = (1,)) -> bool:
     """Whether a model with few heads gives what one with each of them there several times gives.
 
     Where the specimen has as many heads as queries, the model with fewer has every head once. How often they can be
@@ -208,24 +196,21 @@ def _duplicates(trial: Trial, path: AttributePath, seed: int, factor: int = 1) -
         trial: The kind of layer.
         path: The attribute.
         seed: Seed of the weights.
-        factor: KV heads for each one that the attribute counts.
+        factors: KV heads for each one that the attribute counts; one of them has to be right.
     """
-    for few, times in _numbers_of_heads(trial.value(path)):
-        fewer = trial.specimen_with({path: few}, seed)
-        more = trial.specimen_with({path: times * few}, seed) if fewer is not None else None
-        if fewer is None or more is None:
-            continue
-        if any(_same_repeated(fewer, more, factor * few, times, by_head) for by_head in (False, True)):
-            return True
-    return False
-
-
-def _numbers_of_heads(value: int) -> Iterator[tuple[int, int]]:
-    """Numbers of heads, and how often each can be there, so that one of the two numbers is ``value``."""
+    value = trial.value(path)
+    model_with = lru_cache(2)(lambda heads: trial.specimen_with({path: heads}, seed))
     for times in (2, 3, 5, 7):
-        yield value, times
-        if value % times == 0:
-            yield value // times, times
+        for few in (value, value // times) if value % times == 0 else (value,):
+            fewer = model_with(few)
+            # This one is changed, so it is built anew.
+            more = trial.specimen_with({path: times * few}, seed) if fewer is not None else None
+            if fewer is None or more is None:
+                continue
+            for factor, by_head in product(factors, (False, True)):
+                if _same_repeated(fewer, more, factor * few, times, by_head):
+                    return True
+    return False
 
 
 def _same_repeated(fewer: Specimen, more: Specimen, heads: int, times: int, by_head: bool) -> bool:

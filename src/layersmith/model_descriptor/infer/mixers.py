@@ -129,13 +129,13 @@ _SIZES = {
         "Does twice {} double the heads of the state, and what the last projection takes?",
         lambda it, _: it.doubles_one_size() and it.dims == [1] and not it.mixer.headless and it.times == 2,
     ),
-    "state_dim": Experiment[_Reaction, None](
-        "Does twice {} double another side of the state, and not what the last projection takes?",
-        lambda it, _: it.doubles_one_size() and (it.dims != [1] or it.mixer.headless) and it.times == 1,
-    ),
     "head_dim": Experiment[_Reaction, None](
         "Does twice {} double another side of the state, and what the last projection takes?",
         lambda it, _: it.doubles_one_size() and it.dims != [1] and not it.mixer.headless and it.times == 2,
+    ),
+    "state_dim": Experiment[_Reaction, None](
+        "Does twice {} double another side of the state, and not what the last projection takes?",
+        lambda it, _: it.doubles_one_size() and (it.dims != [1] or it.mixer.headless) and it.times == 1,
     ),
 }
 
@@ -143,42 +143,34 @@ _SIZES = {
 def find_mixer(trial: Trial) -> MixerSizes | None:
     """The attributes of a kind of layer's mixer; None if it has none with a state in the cache."""
     states = _states(trial.specimen, trial.index) if trial.kind.attention is not None else []
-    if len(states) != 1 or len(states[0]) not in (3, 4):
-        return None
-    reader = _reader(trial, states[0])
+    reader = _reader(trial, states[0]) if len(states) == 1 and len(states[0]) in (3, 4) else None
     if reader is None:
         return None
     mixer = _Mixer(trial, states[0], reader)
     reactions = [mixer.reaction({path: 2 * trial.value(path)}) for path in mixer.paths]
     ran = [reaction for reaction in reactions if reaction is not None]
-    single = {
-        name: next((reaction for reaction in ran if experiment.holds(reaction)), None)
-        for name, experiment in _SIZES.items()
-    }
-    paths = {name: tuple(reaction.values) if reaction is not None else () for name, reaction in single.items()}
+    alone = {name: next(filter(experiment.holds, ran), None) for name, experiment in _SIZES.items()}
+    num_heads, head_dim, state = (tuple(it.values) if it is not None else () for it in alone.values())
     if not mixer.headless:
-        size = mixer.length // mixer.heads
+        num_heads = num_heads or _in_proportion(mixer, mixer.paths, mixer.heads, (1,))
         # One attribute may be the size of a head where another is the width of all of them.
         either = [*mixer.paths, *trial.idle_everywhere]
-        paths["num_heads"] = paths["num_heads"] or _in_proportion(mixer, mixer.paths, mixer.heads, (1,))
-        paths["head_dim"] = paths["head_dim"] or _in_proportion(mixer, either, size, (2, 3))
-    state_dim = next(iter(paths["state_dim"]), None)
-    written = 2 * mixer.heads  # entries that write to one number of the state and read it, of all groups
-    if state_dim is not None and (of_state := single["state_dim"]) is not None:
-        written = mixer.rows_more(of_state.shapes) // trial.value(state_dim)
-    groups = max(1, written // 2)
-    num_groups = _num_groups(mixer, groups, paths["num_heads"], state_dim)
+        head_dim = head_dim or _in_proportion(mixer, either, mixer.length // mixer.heads, (2, 3))
+    groups, num_groups = mixer.heads, None
+    if (of_state := alone["state_dim"]) is not None:
+        # Entries that write to one number of the state and read it, of all groups.
+        groups = max(1, mixer.rows_more(of_state.shapes) // trial.value(state[0]) // 2)
+        num_groups = _num_groups(mixer, groups, num_heads, state[0])
     keys = keys_in_cache(trial.specimen, trial.index)
-    is_known = bool(state_dim or num_groups or paths["num_heads"] or paths["head_dim"])
-    refusal = "" if is_known else mixer.why_refused()
+    refusal = "" if num_heads or head_dim or state else mixer.why_refused()
     return MixerSizes(
-        num_heads=paths["num_heads"],
-        state_dim=state_dim,
-        head_dim=paths["head_dim"],
+        num_heads=num_heads,
+        state_dim=state[0] if state else None,
+        head_dim=head_dim,
         num_groups=num_groups,
         reader=reader,
         headless=mixer.headless,
-        square=state_dim is None and not mixer.headless and any(reaction.dims == [2, 3] for reaction in ran),
+        square=not state and not mixer.headless and any(reaction.dims == [2, 3] for reaction in ran),
         groups={1: 1, mixer.heads: 0}.get(groups),
         is_alone=keys is None or not keys.numel(),
         problem=f"with other sizes of its mixer it does not run ({refusal})" if refusal else "",
@@ -211,11 +203,11 @@ def _in_proportion(
 
 
 def _num_groups(
-    mixer: _Mixer, groups: int, num_heads: tuple[AttributePath, ...], state_dim: AttributePath | None
+    mixer: _Mixer, groups: int, num_heads: tuple[AttributePath, ...], state_dim: AttributePath
 ) -> AttributePath | None:
     """The attribute that adds or takes rows for each group, runs, and leaves the state as it is."""
     trial = mixer.trial
-    if state_dim is None or mixer.headless:
+    if mixer.headless:
         return None
     entries = 2 * trial.value(state_dim)
     for path in mixer.paths:

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.model_descriptor.experiment import LayersByChange, Shapes, parameter_shapes
+from layersmith.model_descriptor.experiment import LayersByChange, Shapes
 from layersmith.model_descriptor.infer.attributes import AttributePath, nested, value_at
 from layersmith.model_descriptor.infer.sizes import Sizes
-from layersmith.model_descriptor.stock import stock_model
-from layersmith.modeling_layersmith import own_layers, with_overrides
+from layersmith.model_descriptor.infer.trial import shapes_of_layers
+from layersmith.modeling_layersmith import with_overrides
 
 
 @dataclass(frozen=True)
@@ -55,14 +55,8 @@ def splits_of(
     splits: list[Split] = []
     for k, found in enumerate(sizes):
         of_kind = [i for i, other in enumerate(of_layer) if other == k]
-        named = (
-            found.kv_heads,
-            *found.query_heads,
-            found.width,
-            found.num_experts,
-            found.expert_width,
-            found.shared_width,
-        )
+        heads = (found.kv_heads, *found.query_heads)
+        named = (*heads, found.width, found.num_experts, found.expert_width, found.shared_width)
         paths = tuple(dict.fromkeys(path for path in named if path is not None))
         if len(of_kind) < 2 or not paths:
             continue
@@ -104,9 +98,7 @@ def _idle(
                 layer_config, nested(layer_config, path, factor * value_at(layer_config, path, index))
             )
 
-        with own_layers(classes, configure, lambda layer, index: None):
-            built = stock_model(config).get_submodule(layers)
-        return [parameter_shapes(layer) for layer in built.children()]
+        return shapes_of_layers(config, classes, layers, configure)
 
     builds = LayersByChange(build)
     base = builds.shapes(None) or []

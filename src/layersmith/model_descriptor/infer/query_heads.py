@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -78,11 +78,8 @@ class _Guess:
         """Whether the pin alone changes nothing, and something together with the number of heads."""
         if self.pin is None:
             return True
-        alone = self.trial.shapes(dict([self.pin]))
-        without = self.trial.shapes(dict.fromkeys(self.paths, 2 * self.heads))
-        return alone == self.trial.base and without is not None and without != self.trial.shapes(
-            self.values(2 * self.heads)
-        )  # fmt: skip
+        alone, unpinned = self.trial.shapes(dict([self.pin])), _Guess(self.trial, self.paths).effect
+        return alone == self.trial.base and unpinned is not None and unpinned != self.effect
 
     def doubles(self) -> bool:
         """Whether twice the heads make a side of some matrix twice as long and none shorter.
@@ -118,14 +115,12 @@ class _Guess:
         return any(type(module).forward in (nn.Linear.forward, Conv1D.forward) for module in modules)
 
     @cached_property
-    def first_models(self) -> tuple[Specimen, Specimen] | None:
-        """Models with all heads and with twice as many, of the first seed; None if one of them does not run."""
+    def first_models(self) -> list[Specimen | None]:
+        """Models of the first seed with all heads and with twice as many; None for one that does not run."""
         return self._models(0)
 
-    def _models(self, seed: int) -> tuple[Specimen, Specimen] | None:
-        once = self.trial.specimen_with(self.values(self.heads), seed)
-        twice = self.trial.specimen_with(self.values(2 * self.heads), seed) if once is not None else None
-        return None if once is None or twice is None else (once, twice)
+    def _models(self, seed: int) -> list[Specimen | None]:
+        return [self.trial.specimen_with(self.values(times * self.heads), seed) for times in (1, 2)]
 
     def gives_the_same(self, blocks: int) -> bool:
         """Whether models of two seeds give the same with every query head there twice, each read at half."""
@@ -144,6 +139,9 @@ class _Guess:
         refusal = self.trial.refusal(self.values(2 * self.heads))
         return f"with more of them in a layer the model does not run ({refusal})" if refusal else _NOT_UNDERSTOOD
 
+    def runs_with_plain_attention(self) -> bool:
+        return self.trial.specimen_with(self.values(2 * self.heads), plain_attention=True) is not None
+
     def is_rank(self, blocks: int) -> bool:
         """Whether the model gives the same even where the two of each head differ, which only a linear map allows."""
         return self._gives_the_same(0, blocks, apart=_APART)
@@ -157,11 +155,10 @@ class _Guess:
                 Or shares of all heads, one head of each of which end next to each other.
             apart: How far the two of a head are from their mean.
         """
-        models = self._models(seed) if seed else self.first_models
-        if models is None:
+        once, twice = self._models(seed) if seed else self.first_models
+        if once is None or twice is None:
             return False
-        once, twice = models
-        weights, doubled = (dict(m.model.named_parameters()) for m in models)
+        weights, doubled = (dict(m.model.named_parameters()) for m in (once, twice))
         if weights.keys() != doubled.keys():
             return False
         changed = [n for n in weights if weights[n].shape != doubled[n].shape]
@@ -199,7 +196,7 @@ _NO_RANK = Experiment[_Guess, None](
 )
 _PLAIN_ATTENTION = Experiment[_Guess, None](
     question="Does the plain attention of Transformers run with twice {}?",
-    expectation=lambda guess, _: guess.trial.runs_unfused(guess.values(2 * guess.heads)),
+    expectation=lambda guess, _: guess.runs_with_plain_attention(),
 )
 
 
@@ -289,8 +286,8 @@ def _in_blocks(guess: _Guess, pins: Sequence[Pin]) -> QueryHeads:
     """Heads that end in a projection made of blocks, each of which reads other heads; or why these are no heads."""
     doubles = _DOUBLES.run(guess)
     if not doubles.held:
-        is_usual = guess.paths[0][-1] == conventions.QUERY_HEADS
-        return QueryHeads(reason=_why_not_doubled(guess, pins) if is_usual else "", outcomes=(doubles,))
+        reason = _why_not_doubled(guess, pins) if guess.paths[0][-1] == conventions.QUERY_HEADS else ""
+        return QueryHeads(reason=reason, outcomes=(replace(doubles, reason=reason),) if reason else ())
     if not guess.ends_in_linear_map:
         numbers = (n for n in range(2, guess.heads + 1) if guess.heads % n == 0)
         blocks = next((number for number in numbers if guess.gives_the_same(number)), 1)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -12,7 +11,7 @@ from transformers import PretrainedConfig
 
 from layersmith import upstream
 from layersmith.errors import UnsupportedModel, first_line
-from layersmith.model_descriptor.experiment import Effect, LayersByChange, Shapes, parameter_shapes
+from layersmith.model_descriptor.experiment import Effect, LayersByChange, Shapes
 from layersmith.model_descriptor.infer.attributes import (
     AttributePath,
     merged,
@@ -68,9 +67,7 @@ class Survey:
             changed = with_overrides(config, overrides)
             return changed if overrides else _noting_what_is_missing(changed, self.missing)
 
-        with own_layers(self.layer_classes, configure, lambda layer, index: None):
-            layers = stock_model(self.specimen.config).get_submodule(self.layers_name)
-        return [parameter_shapes(layer) for layer in layers.children()]
+        return shapes_of_layers(self.specimen.config, self.layer_classes, self.layers_name, configure)
 
     @property
     def layer_config(self) -> PretrainedConfig:
@@ -192,44 +189,70 @@ class Trial:
         """Shapes of the layer with other values of attributes; None if the family refuses them."""
         return self.survey.shapes(values, self.index)
 
-    def specimen_with(self, values: Values, seed: int = 0) -> Specimen | None:
-        """A small model that has run with other values in its layers; None if it does not run."""
+    def specimen_with(self, values: Values, seed: int = 0, plain_attention: bool = False) -> Specimen | None:
+        """A small model that has run with other values in its layers; None if it does not run.
+
+        Args:
+            values: Values of attributes.
+            seed: Seed of the weights.
+            plain_attention: Whether the model uses the unfused attention of Transformers.
+        """
         try:
-            return self._made(values, seed)
+            return self._made(values, seed, plain_attention)
         except UnsupportedModel:
             return None
-
-    def runs(self, values: Values) -> bool:
-        return self.specimen_with(values) is not None
 
     def refusal(self, values: Values) -> str:
         """Why no such model runs, in one line; empty if it runs."""
         try:
-            self._made(values, 0)
+            self._made(values)
         except UnsupportedModel as error:
             return first_line(error.__cause__ or error)
         return ""
 
-    def runs_unfused(self, values: Values) -> bool:
-        """Whether a small model with other values runs with the plain attention of Transformers."""
-        try:
-            self._made(values, 0, upstream.with_plain_attention(self.specimen.config))
-        except UnsupportedModel:
-            return False
-        return True
-
-    def _made(self, values: Values, seed: int, config: PretrainedConfig | None = None) -> Specimen:
-        with self._changed(values):
-            return Specimen(config or self.specimen.config, seed)
-
-    def _changed(self, values: Values) -> AbstractContextManager[None]:
-        overrides = self.survey.overrides(values)
+    def _made(self, values: Values, seed: int = 0, plain_attention: bool = False) -> Specimen:
+        overrides, config = self.survey.overrides(values), self.specimen.config
 
         def configure(config: PretrainedConfig, index: int) -> PretrainedConfig:
             stays = self.alone and self.survey.of_layer[index] != self.survey.of_layer[self.index]
             return config if stays else with_overrides(config, overrides)
 
-        return own_layers(self.survey.layer_classes, configure, lambda layer, index: None)
+        with own_layers(self.survey.layer_classes, configure, lambda layer, index: None):
+            return Specimen(upstream.with_plain_attention(config) if plain_attention else config, seed)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An attribute that may be a certain size of a kind of layer.
+
+    Attributes:
+        trial: The kind of layer.
+        path: The attribute.
+        effect: What another value of it does to the layer, or to a part of it.
+    """
+
+    trial: Trial
+    path: AttributePath
+    effect: Effect
+
+    def __str__(self) -> str:
+        return ".".join(self.path)
+
+    @property
+    def value(self) -> int:
+        return self.trial.value(self.path)
+
+
+def shapes_of_layers(
+    config: PretrainedConfig,
+    layer_classes: Sequence[type[nn.Module]],
+    layers_name: str,
+    configure: Callable[[PretrainedConfig, int], PretrainedConfig],
+) -> list[Shapes]:
+    """Shapes of all layers of a model, each built from what ``configure`` makes of the config for it."""
+    with own_layers(layer_classes, configure, lambda layer, index: None):
+        layers = stock_model(config).get_submodule(layers_name)
+    return [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers.children()]
 
 
 def _noting_what_is_missing(config: PretrainedConfig, missing: list[str]) -> PretrainedConfig:
