@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 BUDGET, WORKLOAD, SETTINGS = "Budget", "Workload", "Settings"
 
 app = typer.Typer(
-    help="Compress a Hugging Face decoder language model to a budget. Every layer of the result has its own shape.",
+    help="Compress a Hugging Face decoder language model to a budget. Each layer of the result can have a different shape.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
@@ -92,9 +92,7 @@ Settings = Annotated[
 Device = Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.", rich_help_panel=SETTINGS)]
 Descriptor = Annotated[
     str | None,
-    typer.Option(
-        help="Your own descriptor of the model's family, as package.module:ClassName.", rich_help_panel=SETTINGS
-    ),
+    typer.Option(help="Descriptor of the model's family, as package.module:ClassName.", rich_help_panel=SETTINGS),
 ]
 TrustRemoteCode = Annotated[
     bool,
