@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 BUDGET, WORKLOAD, SETTINGS = "Budget", "Workload", "Settings"
 
 app = typer.Typer(
-    help="Compress a Hugging Face decoder language model to a budget. Each layer of the result can have a different shape.",
+    help="Compress a Hugging Face decoder language model to a budget. Layers of the result can have different shapes.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="rich",
