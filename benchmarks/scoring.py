@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import os
 import platform
 import resource
@@ -49,12 +50,18 @@ from layersmith.search.problem import choose
 _BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
-class _Notes(Progress):
+class _Notes(Progress, logging.Handler):
+    """Keeps notes, and what scoring logs of its arithmetic."""
+
     def __init__(self) -> None:
+        logging.Handler.__init__(self)
         self.notes: list[str] = []
 
     def note(self, text: str) -> None:
         self.notes.append(text)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.note(record.getMessage())
 
 
 def timed(
@@ -62,7 +69,11 @@ def timed(
 ) -> tuple[list[Score], float, str]:
     """Scores, CPU seconds, and what was said of the arithmetic."""
     notes, started = _Notes(), time.process_time()
+    logger = logging.getLogger(score_library.__module__)
+    logger.setLevel(logging.INFO)
+    logger.addHandler(notes)
     scores = score_library(library, rows, recipe, axes=axes, progress=notes)
+    logger.removeHandler(notes)
     return scores, time.process_time() - started, "; ".join(notes.notes)
 
 

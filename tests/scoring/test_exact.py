@@ -12,10 +12,11 @@ from layersmith.library.library import Library
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.runtime import Runtime
-from layersmith.scoring import library_scores
-from layersmith.scoring.library_scores import row_order, score_library
+from layersmith.scoring import exact_runs
+from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.metrics import METRICS, Reference, measure, row_means
 from layersmith.scoring.score import error_beside_each_other, losses, standard_error
+from layersmith.scoring.task import row_order
 
 TOKENS = torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(4))
 
@@ -110,7 +111,7 @@ def test_no_more_rows_than_the_asked_precision_needs(
         seen.append((values.shape[1], error_beside_each_other(values, num_rows)))
         return seen[-1][1]
 
-    monkeypatch.setattr(library_scores, "error_beside_each_other", noted)
+    monkeypatch.setattr(exact_runs, "error_beside_each_other", noted)
     assert [s.rows for s in score_library(library, tokens, dataclasses.replace(recipe, row_precision=1e-9))] == [
         s.rows for s in whole
     ]

@@ -3,7 +3,7 @@ import torch
 
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.correction import choose_runs, correct, draw, prior
-from layersmith.scoring.regret import Axis, Contest
+from layersmith.scoring.regret import Axis, ExpectedRegret
 from layersmith.scoring.rounds import Rounds
 
 # Two layers' FFNs, of which each can also be half as wide or gone: (cost, score) of what is not the parent's.
@@ -18,13 +18,13 @@ PENDING = [Alternative(layer, "ffn", kind) for kind, layer in CHOICES]
 SCORES = torch.tensor([score for _, score in CHOICES.values()], dtype=torch.float64)
 
 
-def contest(*sizes: float) -> Contest:
+def model(*sizes: float) -> ExpectedRegret:
     shares = {a.key: 0.4 for a in PARENTS} | {a.key: CHOICES[a.kind, a.layer][0] for a in PENDING}
-    return Contest([*PENDING, *PARENTS], PENDING, [Axis("parameters", shares, 0.2, sizes)])
+    return ExpectedRegret([*PENDING, *PARENTS], PENDING, [Axis("parameters", shares, 0.2, sizes)])
 
 
 def test_nothing_is_lost_where_scores_are_known() -> None:
-    regret, part = contest(0.9, 0.8, 0.6).regret(SCORES, SCORES[:, None].repeat(1, 4))
+    regret, part = model(0.9, 0.8, 0.6).regret(SCORES, SCORES[:, None].repeat(1, 4))
     assert regret == 0
     assert part.tolist() == [0] * 4
 
@@ -34,7 +34,7 @@ def test_what_is_lost_is_told_by_the_multiplier_of_a_size() -> None:
     less. Under the least multiplier at which layer 0's is halved, 1 / 0.2, layer 1's is not."""
     drawn = SCORES[:, None].repeat(1, 4)
     drawn[2, 1::2] = 0.5
-    regret, part = contest(0.8).regret(SCORES, drawn)
+    regret, part = model(0.8).regret(SCORES, drawn)
     # Half as wide saves 0.2 x 5 = 1.0 and costs 0.5, in half of the draws; beside a score of 1.0.
     assert regret == pytest.approx(0.25, rel=1e-6)
     assert part.tolist() == pytest.approx([0, 0, 0.125, 0], abs=1e-9)  # the other half is the parent's own
@@ -43,11 +43,11 @@ def test_what_is_lost_is_told_by_the_multiplier_of_a_size() -> None:
 def test_only_what_is_taken_by_some_draw_is_worth_a_look() -> None:
     generator = torch.Generator().manual_seed(0)
     drawn = SCORES[:, None] * (0.3 * torch.randn(4, 256, generator=generator, dtype=torch.float64)).exp()
-    regret, part = contest(0.8, 0.6).regret(SCORES, drawn)
+    regret, part = model(0.8, 0.6).regret(SCORES, drawn)
     assert 0 < regret < 0.3
     assert part[2] > 10 * part[3]  # layer 1's no-op is never near
     assert float(part.sum()) < regret  # what the parent's own subblocks are taken instead of
-    assert contest().regret(SCORES, drawn)[0] == 0
+    assert model().regret(SCORES, drawn)[0] == 0
 
 
 def test_draws_are_as_far_apart_as_is_said() -> None:
@@ -82,10 +82,10 @@ def test_rounds_end_when_the_search_is_settled_and_that_is_foreseen() -> None:
     shares = {a.key: 0.0 for a in alternatives} | {a.key: 1 / 12 for a in parents}
     estimates = torch.logspace(-4, -1, 12).double()
     known = prior(alternatives, estimates.tolist(), [0.3] * 12)
-    search = Contest([*alternatives, *parents], alternatives, [Axis("parameters", shares, 0.0, (0.7, 0.5))])
+    search = ExpectedRegret([*alternatives, *parents], alternatives, [Axis("parameters", shares, 0.0, (0.7, 0.5))])
 
-    def rounds(settled: float, contest: Contest | None = search) -> Rounds:
-        return Rounds(known, estimates, [0.05] * 12, 16, 4.0, 0.0, settled, contest)
+    def rounds(settled: float, expected_regret: ExpectedRegret | None = search) -> Rounds:
+        return Rounds(known, estimates, [0.05] * 12, 16, 4.0, 0.0, settled, expected_regret)
 
     def all_of(own: Rounds, r: float) -> list[dict[int, int]]:
         """What there is after each round, if every exact run shows r times its standard deviation."""
@@ -104,8 +104,8 @@ def test_rounds_end_when_the_search_is_settled_and_that_is_foreseen() -> None:
     assert len(costs) == 7
     assert all((k + 1) / 2 < cost <= (k + 2) / 2 for k, cost in enumerate(costs))
     assert len(all_of(rounds(1.0), 0.0)) == 1
-    assert len(all_of(rounds(1.0, contest=None), 0.0)) == 1
-    assert 0.05 * sum(all_of(rounds(1.0, contest=None), 0.0)[0].values()) > 3  # all of the work
+    assert len(all_of(rounds(1.0, expected_regret=None), 0.0)) == 1
+    assert 0.05 * sum(all_of(rounds(1.0, expected_regret=None), 0.0)[0].values()) > 3  # all of the work
     first = rounds(0.0).after(0, {}, {})
     own = rounds(0.8 * rounds(0.0).worth({i: (0.0, n) for i, n in first.items()})[0])
     count, foreseen = own.foresee(0, {}, {})

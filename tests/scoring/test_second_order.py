@@ -20,11 +20,12 @@ from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
-from layersmith.scoring import library_scores
+from layersmith.scoring import estimated
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
-from layersmith.scoring.library_scores import row_order, score_library
+from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.regret import Axis
 from layersmith.scoring.second_order import _signs, estimate, look
+from layersmith.scoring.task import row_order
 from layersmith.search.frontier import axes_of
 from layersmith.stages.costs import cost_table
 from tests.conformance.tiny import tiny_config
@@ -203,7 +204,7 @@ def test_exact_runs_go_where_the_search_is_undecided_and_end_when_it_is_settled(
         notes = Notes()
         found[name] = score_library(library, tokens, recipe, axes=axes, progress=notes)
         rows[name] = {s.alternative.key: s.exact_rows for s in found[name] if s.alternative.kind != "parent"}
-        assert "from those by true scores" in notes.notes[-1]
+        assert "estimated regret" in notes.notes[-1]
     assert all(rows["all"][key] >= n for key, n in rows["early"].items())
     assert 2 * sum(rows["early"].values()) < sum(rows["all"].values())
     # What more was run decides: solutions by the scores are as good as those by true ones.
@@ -228,7 +229,7 @@ def test_exact_where_nothing_is_saved_or_kl_is_not_asked_for(
     make_parent: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     library = library_of(make_parent("llama"), LibraryRecipe(ffn_fractions=(0.5,), kv_methods=("pool",), linear=()))
-    monkeypatch.setattr(library_scores, "estimate", lambda *args: pytest.fail("estimated"))
+    monkeypatch.setattr(estimated, "estimate", lambda *args: pytest.fail("estimated"))
     for recipe in (ScoringRecipe(exact_passes=1000), ScoringRecipe(objective="lm_loss"), ScoringRecipe(mode="exact")):
         scores = score_library(library, TOKENS, recipe)
         assert all(s.exact_rows == len(TOKENS) for s in scores)
@@ -280,7 +281,7 @@ def test_a_router_sees_what_changes_before_it(tmp_path: Path, monkeypatch: pytes
         assert all((s is not None) == (a.subblock == "ffn") for a, s in zip(own, rest[3], strict=True))
         return prior(own, *rest)
 
-    monkeypatch.setattr(library_scores, "prior", noted)
+    monkeypatch.setattr(estimated, "prior", noted)
     score_library(library, TOKENS % 90, ScoringRecipe(mode="second_order", exact_passes=1))
     last = len(library.parent.blocks) - 1
     assert not seen[last, "ffn"]

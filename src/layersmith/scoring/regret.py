@@ -1,15 +1,18 @@
-"""What is lost where scores are wrong: which of them decide what the search takes.
+"""The expected regret of choosing with estimated scores, and which scores it comes from.
 
-At a size of the child there is a multiplier of the cost, lambda, under which every subblock takes the alternative of
-least score + lambda cost. Most alternatives are far from that whatever their errors. With s the scores as they are
-known, s' scores as they may be, and a, a' what a subblock takes by each, what is lost by not knowing is
+At each size of the child there is a multiplier of the cost, lambda, under which every subblock takes the alternative
+with the lowest score + lambda cost. Most alternatives are far from being taken, whatever their errors. Let s be the
+known scores, s' a draw of what they may be, and a and a' what a subblock takes by s and by s'. Not knowing s' costs
 
     E[(s'_a + lambda c_a) - (s'_a' + lambda c_a')],
 
-summed over subblocks; beside the sum of the scores of what is taken it is the child's regret. Half of each term is the
-doing of a, half of a', and so much it is worth to run them exactly. Multipliers are those of the middle scores.
+summed over subblocks. Divided by the sum of the scores of what is taken, this is the child's expected regret. Each
+term is attributed half to a and half to a'; that share is the value of scoring them exactly. The multipliers are those
+of the known scores.
 
-Shapes: n alternatives, K draws of their scores, G subblocks, M the most alternatives of a subblock, the parent's own
+Source: the value of perfect information, Raiffa and Schlaifer, "Applied Statistical Decision Theory" (1961), part I.
+
+Shapes: n alternatives, K draws of their scores, G subblocks, M the most alternatives of a subblock, the parent's
 included.
 """
 
@@ -23,7 +26,8 @@ import torch
 
 from layersmith.library.alternative import Alternative
 
-# A multiplier is looked for between these, in scores for the whole parent's cost.
+# Bounds of a multiplier, in nats per cost of the whole parent: scores lie far inside them. Bisection on a logarithmic
+# scale reaches the precision of float64 after 60 halvings.
 _LEAST, _MOST, _HALVINGS = 1e-15, 1e6, 60
 
 
@@ -32,10 +36,10 @@ class Axis:
     """A cost by which children are chosen.
 
     Attributes:
-        cost: its name.
-        shares: key of an alternative, a parent's own too, to its share of the parent's cost.
-        fixed: the share of what is outside the layers.
-        sizes: of the children that matter, as shares of the parent's cost.
+        cost: Name of the cost.
+        shares: Key of each alternative, the parent's included, to its share of the parent's cost.
+        fixed: Share of what is outside the layers.
+        sizes: Sizes of the children that the scores are for, as shares of the parent's cost.
     """
 
     cost: str
@@ -44,13 +48,13 @@ class Axis:
     sizes: tuple[float, ...]
 
 
-class Contest:
-    """Alternatives and the axes on which they stand beside each other.
+class ExpectedRegret:
+    """The alternatives of every subblock, with their costs on the axes of the search.
 
     Args:
-        alternatives: all of them, a parent's own for every subblock among them.
-        pending: those that are scored, in the order of all that is given and told.
-        axes: of the search.
+        alternatives: All alternatives, with the parent's for every subblock.
+        pending: The alternatives that are scored, in the order of all inputs and outputs.
+        axes: Costs by which children are chosen.
     """
 
     def __init__(self, alternatives: Sequence[Alternative], pending: Sequence[Alternative], axes: Sequence[Axis]):
@@ -59,27 +63,27 @@ class Contest:
         for a in sorted(alternatives, key=lambda a: a.kind != "parent"):
             places.setdefault((a.layer, a.subblock), []).append(a)
         most = max(map(len, places.values()))
-        # Place of a candidate in scores with a 0 in front, which is the parent's and that of what is not there.
+        # Index of each candidate into the scores with a 0 in front, which stands for the parent and for padding.
         self._at = torch.zeros(len(places), most, dtype=torch.long)
         self._costs = [torch.full(self._at.shape, math.inf, dtype=torch.float64) for _ in axes]
-        for row, own in enumerate(places.values()):
-            for column, a in enumerate(own):
+        for row, members in enumerate(places.values()):
+            for column, a in enumerate(members):
                 self._at[row, column] = 0 if a.kind == "parent" else 1 + index[a.identity]
                 for axis, costs in zip(axes, self._costs, strict=True):
                     costs[row, column] = axis.shares[a.key]
         self._axes, self._count = axes, len(pending)
 
-    def regret(self, middle: torch.Tensor, drawn: torch.Tensor) -> tuple[float, torch.Tensor]:
-        """What is lost, as a share of the loss of what is taken; the mean over sizes, and whose doing it is.
+    def regret(self, known: torch.Tensor, drawn: torch.Tensor) -> tuple[float, torch.Tensor]:
+        """The expected regret as a share of the loss increase, averaged over sizes.
 
         Args:
-            middle: ``[n]``, the scores as they are known.
-            drawn: ``[n, K]``, as they may be.
+            known: ``[n]``, the known scores.
+            drawn: ``[n, K]``, draws of what they may be.
 
         Returns:
             The regret, and the part of each alternative in it, ``[n]``.
         """
-        known = torch.cat([middle.new_zeros(1), middle])[self._at]  # [G, M]
+        known = torch.cat([known.new_zeros(1), known])[self._at]  # [G, M]
         maybe = torch.cat([drawn.new_zeros(1, drawn.shape[1]), drawn])[self._at]  # [G, M, K]
         parts = [
             self._at_size(known, maybe, costs, _multiplier(known, costs, size - axis.fixed))
@@ -94,23 +98,23 @@ class Contest:
     def _at_size(
         self, known: torch.Tensor, maybe: torch.Tensor, costs: torch.Tensor, multiplier: float
     ) -> torch.Tensor:
-        """``[1 + n]``: the part of each in what is lost at a size."""
+        """``[1 + n]``: the part of each alternative in the regret at one size."""
         taken = (known + multiplier * costs).argmin(1, keepdim=True)  # [G, 1]
         whole = float(known.gather(1, taken).sum())
-        found = torch.zeros(1 + self._count, dtype=torch.float64)
+        parts = torch.zeros(1 + self._count, dtype=torch.float64)
         if whole <= 0:
-            return found
+            return parts
         values = maybe + multiplier * costs[:, :, None]
         least, instead = values.min(1)  # [G, K]
         taken_instead = taken.expand_as(instead)
         lost = values.gather(1, taken_instead[:, None])[:, 0] - least
         for chosen in (taken_instead, instead):
-            found.index_add_(0, self._at.gather(1, chosen).flatten(), lost.flatten() / (2 * lost.shape[1] * whole))
-        return found
+            parts.index_add_(0, self._at.gather(1, chosen).flatten(), lost.flatten() / (2 * lost.shape[1] * whole))
+        return parts
 
 
 def _multiplier(scores: torch.Tensor, costs: torch.Tensor, size: float) -> float:
-    """The least one under which what subblocks take, ``[G, M]``, costs no more than a size."""
+    """The lowest multiplier under which the candidates that subblocks take cost no more than ``size``."""
     low, high = _LEAST, _MOST
     for _ in range(_HALVINGS):
         middle = math.sqrt(low * high)

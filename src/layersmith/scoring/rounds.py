@@ -1,9 +1,9 @@
-"""Which alternatives are run exactly, round after round, and when it is enough.
+"""Which alternatives run exactly in each round, and when it is enough.
 
-The first round serves the scores as such: it lowers their errors as much as it can. Each further one serves what they
-are for, and goes to alternatives that decide what the search takes (:mod:`layersmith.scoring.regret`), by what the
-rounds before have shown. How many it takes to settle the search's solutions is foreseen by the first estimates, so that
-the time left can be told; only where runs show otherwise are there more.
+The first round serves the scores as such: it lowers their errors as much as possible. Each further round serves the
+search: it takes the alternatives whose errors decide what is chosen (:mod:`layersmith.scoring.regret`), given what
+earlier rounds have shown. The first estimates foresee how many rounds are needed, so that a remaining time can be
+shown; more follow only where runs show that the regret is still too large.
 """
 
 from __future__ import annotations
@@ -15,31 +15,35 @@ from dataclasses import dataclass
 import torch
 
 from layersmith.scoring.correction import Prior, choose_runs, correct, draw, misfit
-from layersmith.scoring.regret import Contest
+from layersmith.scoring.regret import ExpectedRegret
 
-SHARES = (1 / 4, *[1 / 8] * 6)  # of all the work, for each round
+# Share of the work for each round. Small rounds adapt better to what was shown. They also end closer to the number that
+# was foreseen, so that the displayed remaining time is right (benchmarks/time_left.py).
+SHARES = (1 / 4, *[1 / 8] * 6)
+# Posterior draws from which the regret is estimated: more would lower its noise and take longer in each round.
 _DRAWS = 128
-# More rounds than were foreseen are made where the regret is so many times as large as it should be.
+# Rounds that were not foreseen follow only if the regret exceeds its target this many times. A lower factor runs more
+# for little gain, and makes the displayed remaining time wrong (benchmarks/time_left.py).
 _UNFORESEEN = 1.5
 
-# Place of an alternative to the number of rows on which it runs exactly; and to what they showed, with that number.
+# Index of an alternative to the number of rows on which it runs exactly; and to r on these rows, with their number.
 Runs = Mapping[int, int]
 Observed = Mapping[int, tuple[float, int]]
 
 
 @dataclass(frozen=True)
 class Rounds:
-    """See the module's docstring.
+    """The rounds of exact runs of one library.
 
     Attributes:
-        known: before any exact run.
-        estimates: ``[n]``.
-        costs: of an exact run on one row, in forward passes.
-        num_rows: N.
-        passes: that all exact runs may take.
-        precision: nothing more is run once every score is known so well.
-        settled: nor, after the first round, once the regret is thought to be below.
-        contest: of the search; None: everything serves the scores as such, in one round.
+        known: The prior before any exact run.
+        estimates: ``[n]``, mean second-order estimates.
+        costs: Cost of an exact run of each alternative on one row, in forward passes.
+        num_rows: N, the number of scoring rows.
+        passes: Forward passes that all exact runs may take.
+        precision: Runs stop once the relative standard deviation of every score is below this.
+        settled: After the first round, runs also stop once the expected regret is below this.
+        expected_regret: The model of the regret; without it, one round serves the scores as such.
     """
 
     known: Prior
@@ -49,32 +53,32 @@ class Rounds:
     passes: float
     precision: float
     settled: float
-    contest: Contest | None
+    expected_regret: ExpectedRegret | None
 
     @property
     def count(self) -> int:
-        """Of the rounds, at most."""
-        return 1 if self.contest is None else len(SHARES)
+        """The largest number of rounds."""
+        return 1 if self.expected_regret is None else len(SHARES)
 
     def after(self, k: int, runs: Runs, observed: Observed, foreseen: int = 0) -> dict[int, int]:
-        """All runs there are after round k; those of before if there is nothing more to be run.
+        """All runs after round k; ``runs`` unchanged if nothing more has to run.
 
         Args:
-            k: from 0.
-            runs: of the rounds before.
-            observed: what they showed.
-            foreseen: so many rounds are made, the others if they are needed.
+            k: Number of the round, from 0.
+            runs: Runs of the rounds before.
+            observed: What they showed.
+            foreseen: Rounds that are made in any case; further ones only if needed.
         """
         worth = None
-        if k and self.contest is not None:
+        if k and self.expected_regret is not None:
             regret, worth = self.worth(observed)
             if k >= foreseen and regret <= self.settled * (_UNFORESEEN if foreseen else 1):
                 return dict(runs)
-        passes = self.passes * (1.0 if self.contest is None else SHARES[k])
+        passes = self.passes * (1.0 if self.expected_regret is None else SHARES[k])
         return choose_runs(self.known, self.costs, self.num_rows, passes, self.precision, runs, worth)
 
     def foresee(self, k: int, runs: Runs, observed: Observed, foreseen: int = 0) -> tuple[int, Runs]:
-        """The number of rounds there will be, and all runs, if those from round k on show what is believed."""
+        """The number of rounds and all runs, if the runs from round k on show what the prior expects."""
         while k < (foreseen or self.count) and (following := self.after(k, runs, observed, foreseen)) != runs:
             mean, _ = correct(self.known, observed, self.num_rows)
             seen = {i for i in observed if runs[i] == following[i]}
@@ -83,18 +87,18 @@ class Rounds:
         return k, runs
 
     def worth(self, observed: Observed) -> tuple[float, torch.Tensor]:
-        """The regret of children chosen by the scores, and how much the variance of each is worth, ``[n]``.
+        """The expected regret of choosing by the scores, and ``[n]`` the value of reducing each variance.
 
-        Where exact runs show more than they should by what was known before, the regret is as much larger.
+        If exact runs deviate more from the estimates than the prior expects, the regret is scaled up accordingly.
         """
-        assert self.contest is not None
+        assert self.expected_regret is not None
         mean, deviation = correct(self.known, observed, self.num_rows)
         drawn = draw(self.known, observed, self.num_rows, _DRAWS, seed=0)
-        regret, part = self.contest.regret(self.estimates * mean.exp(), self.estimates[:, None] * drawn.exp())
+        regret, part = self.expected_regret.regret(self.estimates * mean.exp(), self.estimates[:, None] * drawn.exp())
         return regret * max(1.0, misfit(self.known, observed, self.num_rows)), part / deviation.square().clamp_min(1e-9)
 
 
 def relative_log(exact: Sequence[float], estimated: Sequence[float]) -> float | None:
-    """r on some rows; None where one of the two is nothing."""
+    """r, the logarithm of exact over estimated KL on some rows; None if either is 0."""
     over, under = math.fsum(exact), math.fsum(estimated)
     return math.log(over / under) if over > 0 and under > 0 else None

@@ -29,9 +29,9 @@ import numpy as np
 from layersmith.search.program import Floats, Program, Relaxation
 
 # The first gap admits about _FIRST solutions, and each further one _MORE times as many. A small first gap is cheap and
-# often enough; small steps repeat work. benchmarks/search.py chose both, on 80 layers with five limits.
+# often enough; small steps repeat work, and large ones overshoot.
 _FIRST, _MORE = 3e3, 6.0
-# Enumeration gives up above these sizes, which take about 1 GiB and half a minute; HiGHS is faster beyond them.
+# Enumeration gives up above these sizes, which bound its memory and time; then HiGHS branches and cuts.
 _MOST_STATES, _MOST_PAIRS = 4_000_000, 300_000_000
 # Pairs that are held in memory at once.
 _CHUNK = 1_000_000

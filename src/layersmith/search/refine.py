@@ -26,9 +26,9 @@ from layersmith.recipe import SearchRecipe
 from layersmith.run.artifacts import fingerprint
 from layersmith.scoring.children import WholeModels
 from layersmith.scoring.exchanges import Around
-from layersmith.scoring.library_scores import row_order
 from layersmith.scoring.metrics import loss_of
 from layersmith.scoring.score import Journal, standard_error
+from layersmith.scoring.task import row_order
 from layersmith.search.problem import SearchProblem, Solution
 
 Chosen = tuple[Alternative, ...]
@@ -69,10 +69,8 @@ class Refined:
 
     def __str__(self) -> str:
         before, after = self.measured["plain"], self.measured["choice"]
-        return (
-            f"refine: {self.tried} children run on {self.measured['rows']} scoring rows or some of them, "
-            f"{self.passes:.1f} forward passes; {self.measured['objective']} {before:.4f} => {after:.4f}"
-        )
+        metric = {"kl_divergence": "KL"}.get(self.measured["objective"], self.measured["objective"])
+        return f"refine: {metric} {before:.4f} => {after:.4f} ({self.tried} whole children evaluated)"
 
 
 def refine(

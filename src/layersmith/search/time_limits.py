@@ -14,11 +14,11 @@ from layersmith.costs.times import SOLUTION, Check, Times, costs_of
 from layersmith.errors import Infeasible
 from layersmith.search.problem import SearchProblem, Solution
 
-# A child may exceed a limit by this share: the standard error of a timing on a quiet machine is near it.
+# A child may exceed a limit by this share, since timings are noisy. A lower share would refuse children within limits.
 TOLERANCE = 0.01
 # If the predicted time was off by more than this share, the corrected program may have a better solution.
 _CLOSE = 0.02
-# Each try times one child. Corrections converge within two tries in benchmarks/costs.py; more only repeat solutions.
+# Each try times one child, which may take half of the recipe's ``costs.seconds``.
 _TRIES = 4
 
 
