@@ -288,7 +288,7 @@ def test_a_run_is_distilled(own: Path) -> None:
     card = (made.child / "README.md").read_text()
     kl = next(r for r in made.after["rows"] if r["metric"] == "kl_divergence")
     assert f"{kl['child']:.4f} ± {kl['child_standard_error']:.4f}" in card
-    assert "learned from its parent on 4,096 tokens of text" in card
+    assert "trained against the parent on 4,096 tokens of text" in card
     assert "Not evaluated." not in card
     written = (made.child / "model.safetensors").stat().st_mtime_ns
     assert distill(own, tokens=4096) == made

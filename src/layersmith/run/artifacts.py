@@ -27,6 +27,9 @@ TEMPORARY = ".layersmith-"
 # Up to this size files are hashed whole; above, their sizes and ends are.
 _WHOLE_HASH_BYTES = 2 * 1024**3
 _END_BYTES = 1024**2
+# Permissions of new files and folders: the user's umask, which can only be read by setting it.
+_UMASK = os.umask(0o022)
+os.umask(_UMASK)
 
 
 @contextmanager
@@ -56,7 +59,7 @@ def write_bytes(path: Path, data: bytes) -> None:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
-            os.chmod(name, 0o644)
+            os.chmod(name, 0o666 & ~_UMASK)
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
@@ -110,10 +113,11 @@ def whole_folder(path: Path) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}.", dir=path.parent))
         try:
-            os.chmod(temporary, 0o755)
+            os.chmod(temporary, 0o777 & ~_UMASK)
             yield temporary
             for file in sorted(temporary.rglob("*")):
                 if file.is_file():
+                    os.chmod(file, 0o666 & ~_UMASK)  # safetensors gives its files to their owner alone
                     with open(file, "rb") as opened:
                         os.fsync(opened.fileno())
             if path.exists():
