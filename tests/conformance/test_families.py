@@ -51,7 +51,7 @@ def test_every_check_passes_but_those_that_the_stock_parent_fails(model_type: st
 
 def test_layers_that_share_modules_are_refused_with_the_reason() -> None:
     verdict = examine("zamba2")
-    assert "put together from modules that several layers share" in verdict.refused
+    assert "it is built from modules that several layers share" in verdict.refused
     assert not verdict.results
 
 

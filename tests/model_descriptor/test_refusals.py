@@ -19,7 +19,7 @@ from tests.conformance.tiny import tiny_config
     [
         ("florence2", "decoder.layers are not given the text"),
         ("mllama", "on text alone 1 of the 4 layers in model.layers do not run"),
-        ("xlm", "no layer in transformer.ffns is seen to let one token"),
+        ("xlm", "in no layer in transformer.ffns does one token"),
         ("hrm_text", "run more than once"),
         ("zamba2", "modules that several layers share"),
     ],

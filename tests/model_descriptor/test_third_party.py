@@ -312,3 +312,18 @@ def test_sharded_building(parent: tuple[str, type[ModelDescriptor], Path]) -> No
     sharded = load_sharded(folder, Runtime(torch.device("cpu"), torch.float32), descriptor=descriptor)
     with torch.inference_mode():
         assert torch.equal(sharded(ids), stock(ids).logits)
+
+
+def test_what_the_spec_does_not_ask_has_defaults() -> None:
+    """A descriptor with the spec's methods alone answers everything that layersmith asks beyond them."""
+    descriptor, make = PARENTS["olmo2"]
+    model = make()
+    blocks = descriptor.parent_blocks(model.config)
+    assert len(blocks) == model.config.num_hidden_layers
+    assert blocks[0].ffn.intermediate_size == model.config.intermediate_size
+    assert descriptor.for_config(model.config) is descriptor
+    assert descriptor.kinds_of_layers(model.config) == [0] * len(blocks)
+    assert descriptor.cached_numbers(0) == 2
+    assert descriptor.cache_slots(0) == 1
+    assert not descriptor.attention_stays(0)
+    assert descriptor.resized_weights(model.model.layers[0], blocks[0]) == {}

@@ -101,7 +101,7 @@ def test_a_wrong_descriptor_is_found_out(tmp_path: Path) -> None:
             return predicates | {"lm_head": re.compile(r"^lm_head\..+$")}
 
         @classmethod
-        def of(cls, config: Any) -> Any:
+        def for_config(cls, config: Any) -> Any:
             return cls
 
     found = verify(saved(FAMILIES["llama"](), tmp_path), Wrong)

@@ -6,9 +6,8 @@ and the size of a head is the true one, read off the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -18,7 +17,6 @@ from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.patcher import deci_x_patcher
 from layersmith.library.axes.axis import REST, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
 from layersmith.modeling_layersmith import as_parent
 from layersmith.recipe import BATCH, CONTEXT, GENERATE
@@ -87,10 +85,10 @@ def subblock_costs(
     for i, block in enumerate(blocks):
         heads = axes[i].kv
         kv_bytes = kv_cache_bytes(descriptor, config, block, i, dtype, workload, heads.head_dim if heads else None)
-        if has_attention(block) and (of_states := getattr(descriptor, "state_bytes", None)) is not None:
+        if has_attention(block):
             layer = model.get_submodule(descriptor.layer_block_name(i))
             shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-            kv_bytes += workload.batch * of_states(i, block, shapes, dtype)
+            kv_bytes += workload.batch * descriptor.state_bytes(i, block, shapes, dtype)
         ffn = groups.get(f"block_{i}_ffn", ())
         layers.append(
             {
@@ -121,9 +119,7 @@ def layers_alike(
         layers: costs of the parent's layers.
     """
     language = descriptor.get_language_model_config(config)
-    kinds = [0] * len(blocks)
-    if issubclass(descriptor, InferredDescriptor):
-        kinds = list(descriptor.of(as_parent(own_config(config))).findings.of_layer)
+    kinds = descriptor.kinds_of_layers(own_config(config))
     firsts: dict[str, int] = {}
     alike = []
     for i, block in enumerate(blocks):
@@ -182,38 +178,36 @@ def kv_cache_bytes(
     of, once a token. What is kept of every token beside keys and values, e.g. the keys by which an indexer chooses, is
     in it; states of fixed size are not. What other layers use stays when the attention is removed.
     """
-
-    def known(name: str, default: Any) -> Any:
-        return getattr(descriptor, name, lambda index: default)(index)
-
-    kept = has_attention(block) or known("attention_stays", False)
-    of_tokens = getattr(descriptor, "token_bytes", None)
-    beside = of_tokens(index, dtype, kept) * workload.context if of_tokens is not None else 0
+    kept = has_attention(block) or descriptor.attention_stays(index)
+    other_bytes = descriptor.token_bytes(index, dtype, kept) * workload.context
     numbers, tokens = 0, workload.context
-    if kept and not known("keeps_state", False) and not known("caches_nothing", False):
+    if kept and not descriptor.keeps_state(index) and not descriptor.caches_nothing(index):
         language = descriptor.get_language_model_config(config)
         if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
             tokens = min(tokens, window)
-        numbers = known("latent_cache", None)
-        numbers = _of_heads(language, block, head_dim, known) if numbers is None else numbers
-    return known("cache_slots", 1) * workload.batch * (numbers * tokens * dtype.itemsize + beside)
+        latent = descriptor.latent_cache(index)
+        numbers = _of_heads(descriptor, language, block, index, head_dim) if latent is None else latent
+    return descriptor.cache_slots(index) * workload.batch * (numbers * tokens * dtype.itemsize + other_bytes)
 
 
 def _of_heads(
+    descriptor: type[ModelDescriptor],
     language: PretrainedConfig,
     block: BlockConfig,
+    index: int,
     head_dim: int | None,
-    known: Callable[[str, Any], Any],
 ) -> int:
     """Numbers that are kept of a token where each KV head has its own."""
-    own_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
+    usual_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
+    query_heads = descriptor.num_query_heads(index)
+    query_heads = usual_heads if query_heads is None else query_heads
     # Where the number of KV heads cannot differ alone it is in no block config, and is not that of the query heads.
-    shared = known("shared_kv_heads", None)
-    heads = block.attention.num_key_value_heads or (shared if shared != known("num_query_heads", own_heads) else None)
-    heads = None if known("caches_each_query", False) else heads
-    heads = heads or block.attention.num_attention_heads or known("num_query_heads", own_heads)
-    head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (own_heads or 1)
-    return round(known("cached_numbers", 2.0) * heads * head_dim) if heads and head_dim else 0
+    shared = descriptor.shared_kv_heads(index)
+    heads = block.attention.num_key_value_heads or (shared if shared != query_heads else None)
+    heads = None if descriptor.caches_each_query(index) else heads
+    heads = heads or block.attention.num_attention_heads or query_heads
+    head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (usual_heads or 1)
+    return round(descriptor.cached_numbers(index) * heads * head_dim) if heads and head_dim else 0
 
 
 def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:

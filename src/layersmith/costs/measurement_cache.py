@@ -13,10 +13,11 @@ from layersmith.costs.counted import Workload
 from layersmith.costs.times import Check, Timing
 from layersmith.errors import LayersmithError
 from layersmith.execution.parent import Parent
-from layersmith.model_descriptor.infer.findings_cache import cache_folder, key_of
+from layersmith.model_descriptor.infer.findings_cache import key_of
 from layersmith.model_descriptor.stock import own_config
 from layersmith.recipe import CostsRecipe
 from layersmith.run.artifacts import fingerprint, read_json, write_json
+from layersmith.run.user_cache import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +81,7 @@ class MeasurementCache:
 
 
 def _path_for(parent: Parent, workload: Workload, recipe: CostsRecipe) -> Path | None:
-    folder = cache_folder()
+    folder = cache_folder("times")
     if folder is None:
         return None
     key = fingerprint(
@@ -95,4 +96,4 @@ def _path_for(parent: Parent, workload: Workload, recipe: CostsRecipe) -> Path |
             parent.stream is not None,
         ]
     )
-    return folder.parent / "times" / f"{key}.json"
+    return folder / f"{key}.json"

@@ -10,14 +10,13 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, read_block_configs
+from layersmith.block_config import BlockConfig, read_block_configs
 from layersmith.errors import UsageError
 from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
-from layersmith.heterogeneous.plan import fills_cache, make_plan, native_layers
+from layersmith.heterogeneous.plan import fills_cache, make_plan
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
-from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
-from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model, whole_number
+from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model
 from layersmith.modeling_layersmith import (
     as_parent,
     cache_layer_types,
@@ -25,7 +24,7 @@ from layersmith.modeling_layersmith import (
     remote_code,
     without_guard,
 )
-from layersmith.upstream import model_from_config
+from layersmith.upstream import is_heterogeneous, model_from_config, per_layer_entries, set_per_layer_entries
 
 
 def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> list[BlockConfig]:
@@ -50,20 +49,12 @@ def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]
         if len(blocks) != num_layers:
             raise UsageError(f"config.json: {len(blocks)} block_configs for {num_layers} layers.")
         return blocks
-    if issubclass(descriptor, InferredDescriptor):
-        return descriptor.of(as_parent(config)).parent_blocks()
-    block = BlockConfig(
-        AttentionConfig(num_key_value_heads=whole_number(language, "num_key_value_heads")),
-        FFNConfig(intermediate_size=whole_number(language, "intermediate_size")),
-    )
-    return [block] * num_layers
+    return descriptor.parent_blocks(config)
 
 
 def num_layers_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]) -> int:
-    """How many decoder layers a config's model has."""
-    if issubclass(descriptor, InferredDescriptor):
-        return len(descriptor.of(as_parent(config)).findings.of_layer)
-    return int(descriptor.get_language_model_config(config).num_hidden_layers)
+    """The number of decoder layers of a config's model."""
+    return len(descriptor.kinds_of_layers(config))
 
 
 def class_for(
@@ -149,17 +140,17 @@ def _with_layer_types(
         return whole
     result = copy.deepcopy(whole)
     config = descriptor.get_language_model_config(result)
-    native = {int(i): entry for i, entry in native_layers(config).items()}
+    native = per_layer_entries(config)
     for i in changed:
         native.pop(i, None)
         donor = native.get(own_types.index(layer_types[i]))
         if donor is not None:
             native[i] = dict(donor)
-    if getattr(config, "is_heterogeneous", False):
-        config.per_layer_config = None
+    if is_heterogeneous(config):
+        set_per_layer_entries(config, {})
     config.layer_types = layer_types
     if native:
-        config.per_layer_config = native
+        set_per_layer_entries(config, native)
     return result
 
 

@@ -15,8 +15,6 @@ from layersmith.heterogeneous.plan import (
     cached_modules,
     fills_cache,
     linear_records,
-    new_numbers,
-    new_shapes,
     slots_of_layers,
 )
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -72,8 +70,8 @@ def deci_x_patcher(
 
     def finish(layer: nn.Module, index: int) -> None:
         if index < len(blocks):
-            shapes = new_shapes(model_descriptor, layer, blocks[index])
-            numbers = new_numbers(model_descriptor, layer, blocks[index])
+            shapes = model_descriptor.resized_weights(layer, blocks[index])
+            numbers = model_descriptor.changed_numbers(layer, blocks[index])
             resize(layer, shapes)
             renumber(layer, numbers)
             within = cached_modules(model_descriptor, layer, index, slots[index])

@@ -75,8 +75,7 @@ def linear_records(
     if len(zeros) != 1:
         raise UnsupportedModel(f"{descriptor.__name__}: no single module is the {subblock}; {NO_LINEAR}.")
     ((name, record),) = zeros.items()
-    why_not_whole = getattr(descriptor, "why_not_whole", lambda layer, subblock, name: "")
-    if not planned and (reason := why_not_whole(layer, subblock, name)):
+    if not planned and (reason := descriptor.why_no_linear_layer(layer, subblock, name)):
         raise UnsupportedModel(f"{descriptor.__name__}: {reason}; {NO_LINEAR}.")
     return {name: record | {"is": "linear", "size": hidden_size_of(layer)}}
 
@@ -182,9 +181,9 @@ def make_plan(
                 modules |= linear_records(descriptor, own, subblock)
         overrides = {k: v for k, v in descriptor.block_config_to_layer_overrides(block).items() if v is not None}
         record: dict[str, Any] = {"config": overrides, "modules": modules, "cache_slot": slot}
-        if shapes := new_shapes(descriptor, layer, block):
+        if shapes := descriptor.resized_weights(layer, block):
             record["shapes"] = shapes
-        if numbers := new_numbers(descriptor, layer, block):
+        if numbers := descriptor.changed_numbers(layer, block):
             record["numbers"] = numbers
         if (within := cached_modules(descriptor, layer, len(records), slot)) is not None:
             record["cached"] = within
@@ -208,32 +207,19 @@ def make_plan(
     return plan
 
 
-def new_shapes(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, list[int | None]]:
-    """Weights of a freshly built layer that get another shape, where a descriptor knows sizes that no config says."""
-    resized = getattr(descriptor, "resized_weights", None)
-    return resized(layer, block) if resized is not None else {}
-
-
-def new_numbers(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
-    """Plain numbers of a freshly built layer's modules that become others, by module and attribute; see there."""
-    own_numbers = getattr(descriptor, "own_numbers", None)
-    return own_numbers(layer, block) if own_numbers is not None else {}
-
-
 def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[BlockConfig]) -> list[bool]:
     """Whether each layer's attention writes to the KV cache.
 
     An attention whose keys and values other layers use goes on to write them when it is removed.
     """
-    stays = getattr(descriptor, "attention_stays", lambda index: False)
-    return [has_attention(block) or stays(i) for i, block in enumerate(block_configs)]
+    return [has_attention(block) or descriptor.attention_stays(i) for i, block in enumerate(block_configs)]
 
 
 def slots_of_layers(
     descriptor: type[ModelDescriptor], present: Sequence[bool], layer_types: Sequence[str] | None = None
 ) -> list[int]:
     """The cache slot of every layer: see :func:`cache_slots`; one after another where a cache bears no gap."""
-    if getattr(descriptor, "appends_to_cache", lambda: False)():
+    if descriptor.appends_to_cache():
         return [sum(present[:i]) for i in range(len(present))]
     return cache_slots(present, layer_types)
 
@@ -250,8 +236,7 @@ def cached_modules(descriptor: type[ModelDescriptor], layer: nn.Module, index: i
     except UnsupportedModel:
         return None
     # A no-op that leaves what other layers use replaces less than what keeps things in the cache.
-    whole = getattr(descriptor, "attention_modules", lambda layer: ())(layer)
-    return list(dict.fromkeys((*whole, *moved)))
+    return list(dict.fromkeys((*descriptor.attention_modules(layer), *moved)))
 
 
 def native_layers(config: PretrainedConfig) -> dict[str, dict[str, Any]]:

@@ -114,7 +114,6 @@ def _notes_on(
     for subblock, what in _NOT_OFFERED.items():
         by_layer = {i: layer.reasons[subblock] for i, layer in enumerate(axes) if subblock in layer.reasons}
         notes += by_reason(by_layer, len(axes), what)
-    estimates = getattr(descriptor, "estimates_cache", lambda index: False)
     why = "a layer does not keep keys and values of every token there, but something else too"
-    estimated = {i: why for i in range(len(blocks)) if estimates(i)}
+    estimated = {i: why for i in range(len(blocks)) if descriptor.estimates_cache(i)}
     return [*notes, *by_reason(estimated, len(blocks), "What the KV cache takes is estimated")]

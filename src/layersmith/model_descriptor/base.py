@@ -1,8 +1,9 @@
 """``ModelDescriptor``: what the rest of layersmith knows about a model family.
 
-A descriptor says which classes are decoder layers, how the weights of a model fall into subblocks, how a block config
-becomes config attributes, and how a subblock is taken out. It is used as a class, never instantiated. The interface
-is fixed; a descriptor that somebody else wrote for it works here unchanged.
+A descriptor says which classes are decoder layers, how the weights of a model are divided among subblocks, how a block
+config becomes config attributes, and how a subblock is removed. It is used as a class, never instantiated. The methods
+in this module are the interface of the spec and do not change; a third party's descriptor that has only them works
+unchanged. The further methods, which have defaults, are in ``capabilities.py``.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from torch import nn
+import torch
+from torch import nn
 
-    from layersmith.block_config import BlockConfig
+from layersmith.block_config import BlockConfig
+from layersmith.foreign import foreign_code
+from layersmith.model_descriptor.capabilities import Capabilities
 
 
-class ModelDescriptor(ABC):
+class ModelDescriptor(Capabilities, ABC):
     """The interface of a model family."""
 
     # ------------------------------------------------------------------------------------------ layers
@@ -95,7 +98,7 @@ class ModelDescriptor(ABC):
     @staticmethod
     @abstractmethod
     def layer_name_predicates(num_layers: int) -> dict[str, re.Pattern[str]]:
-        """For every weight group a pattern that matches the ``state_dict`` names of the group.
+        """The pattern of every weight group, which matches the ``state_dict`` names of the group.
 
         The groups are ``embedding``, ``lm_head`` (with the final norm), and ``block_{i}_attention`` and
         ``block_{i}_ffn`` for every layer, each with the norms that only it uses.
@@ -106,22 +109,22 @@ class ModelDescriptor(ABC):
         """Sort ``state_dict`` names into weight groups.
 
         Args:
-            layer_names: names of the model's ``state_dict``.
-            num_hidden_layers: number of decoder layers.
+            layer_names: Names of the model's ``state_dict``.
+            num_hidden_layers: Number of decoder layers.
 
         Returns:
-            Group name to the names in it, groups in the order of the predicates, names in the order given; groups
-            without a name are left out.
+            Group to its names. Groups are in the order of the predicates and names in the order given; groups without
+            a name are left out.
 
         Raises:
-            ValueError: a name that no group takes.
+            ValueError: No group's pattern matches a name.
         """
         predicates = cls.layer_name_predicates(num_hidden_layers)
         groups: dict[str, list[str]] = {group: [] for group in predicates}
         for name in layer_names:
             group = next((group for group, pattern in predicates.items() if pattern.match(name)), None)
             if group is None:
-                raise ValueError(f"{cls.__name__}: no weight group takes {name!r}")
+                raise ValueError(f"{cls.__name__}: no weight group's pattern matches {name!r}")
             groups[group].append(name)
         return {group: names for group, names in groups.items() if names}
 
@@ -130,31 +133,26 @@ class ModelDescriptor(ABC):
     @staticmethod
     @abstractmethod
     def init_rotary_embedding(model: nn.Module, runtime: Any) -> None:
-        """Make the rotary embedding of ``model`` anew on ``runtime.device``.
+        """Recompute the rotary embedding of ``model`` on ``runtime.device``.
 
-        Its frequencies are buffers that are computed at construction and not part of the ``state_dict``, so a model
-        that was built on the meta device has none.
+        Its frequencies are buffers that are computed at construction and are not part of the ``state_dict``. A model
+        that was built on the meta device therefore has none.
 
         Args:
-            model: the model, whose ``config`` tells all that is needed.
-            runtime: has ``device`` and ``dtype`` (see :class:`layersmith.run.runtime.Runtime`).
+            model: The model; its ``config`` says all that is needed.
+            runtime: Device and dtype (see :class:`layersmith.run.runtime.Runtime`).
         """
 
     @classmethod
     def create_dummy_block(cls, original_layer: nn.Module, block_index: int) -> nn.Module:
-        """A stand-in without weights for a decoder layer that another process holds.
-
-        It passes its input on, and answers for the plain attributes that the model reads from its layers.
-        """
-        from layersmith.heterogeneous.no_op import DummyBlock
-
+        """A stand-in without weights for a decoder layer that another process holds."""
         return DummyBlock(original_layer, block_index)
 
     # ------------------------------------------------------------------------------------------ the whole model
 
     @staticmethod
     def get_language_model_config(config: Any) -> Any:
-        """The language model's config inside ``config``; itself, unless the model is multimodal."""
+        """The language model's config inside ``config``: ``config`` itself, unless the model is multimodal."""
         return config
 
     @staticmethod
@@ -166,3 +164,26 @@ class ModelDescriptor(ABC):
     def uses_autocast() -> bool:
         """Whether the family runs under ``torch.autocast``."""
         return True
+
+
+class DummyBlock(nn.Module):
+    """Stands in for a decoder layer that another process holds: passes its input on and has no weights.
+
+    It has the plain attributes that a model's loop reads from its layers, e.g. ``attention_type``.
+    """
+
+    def __init__(self, original_layer: nn.Module, block_index: int):
+        super().__init__()
+        self.block_index = block_index
+        values = dict(vars(original_layer))
+        for cls in type(original_layer).__mro__[: type(original_layer).__mro__.index(nn.Module)]:
+            for name, attribute in vars(cls).items():
+                if isinstance(attribute, property):
+                    with foreign_code(f"What is the layer's property {name}?", refusal_is_answer=True) as attempt:
+                        values.setdefault(name, attempt.call(getattr, original_layer, name))
+        for name, value in values.items():
+            if not name.startswith("_") and isinstance(value, str | int | bool) and not hasattr(self, name):
+                setattr(self, name, value)
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return hidden_states

@@ -18,3 +18,33 @@ NOT_SIZES = ("_token_id", "dtype")
 
 # Names the attributes that a Transformers config lets differ from layer to layer, in `per_layer_config`.
 PER_LAYER = "per_layer_attributes"
+
+# Read from the config of a model that has a third party's descriptor, which says nothing about its own layers.
+FFN_WIDTH = "intermediate_size"
+NUM_LAYERS = "num_hidden_layers"
+
+# Attributes that say nothing about a model's structure; configs that differ in them alone have the same descriptor.
+NOT_STRUCTURE = ("_name_or_path", "architectures", "dtype", "torch_dtype", "transformers_version", "use_cache")
+
+# Attributes that models read when they are built and configs seldom read. A child whose layers differ in nothing that a
+# config can say gets one of them as an override, so that stock Transformers stops. Without any, stock Transformers
+# stops only at the weights.
+READ_BY_MODELS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "hidden_act", "hidden_size")
+
+# How a small config is made of a large one: token ids stay inside the vocabulary, which is cut, and the sections and
+# factors of rotary embeddings are divided like the heads. In a family with other names the small model may not run, and
+# another divisor is tried.
+TOKEN_ID = "_token_id"
+TOKEN = "token"
+VOCABULARY = "vocab"
+ROTARY = "rope"
+
+# --------------------------------------------------------------------------------------- arguments and modules
+
+# What a model may call the cache that it takes and returns, besides `past_key_values`. With another name the checks of
+# cached generation give the cache to no one and fail.
+CACHES = ("cache", "cache_params", "state", "past_buckets_states")
+
+# In the name of a module: it is an attention rather than an FFN. Read only where a linear layer replaced a module that
+# a third party's patterns do not name.
+ATTENTION = ("attn", "attention")

@@ -1,4 +1,4 @@
-"""The models that Transformers itself has for a config."""
+"""Models as Transformers itself builds them from a config."""
 
 from __future__ import annotations
 
@@ -18,15 +18,16 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from layersmith.errors import UnsupportedModel
+from layersmith.foreign import foreign_code
 from layersmith.modeling_layersmith import give_own_buffers, model_class_for, remote_class
 from layersmith.upstream import model_from_config
 
 
 def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
-    """The class that Transformers has for a causal language model of this config.
+    """The causal language model class that Transformers has for a config.
 
     Raises:
-        UnsupportedModel: it has none.
+        UnsupportedModel: It has none.
     """
     found = remote_class(config) or model_class_for(
         config, (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
@@ -37,9 +38,9 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
 
 
 def own_config(config: PretrainedConfig) -> PretrainedConfig:
-    """The part of a config that its causal language model is built from.
+    """The part of a config from which its causal language model is built.
 
-    For some multimodal types Transformers' causal model is the text model alone, built from ``text_config``.
+    For some multimodal types Transformers' causal model is the text model alone, which is built from ``text_config``.
     """
     wanted = stock_class(config).config_class
     text = (getattr(config, "sub_configs", None) or {}).get("text_config")
@@ -49,7 +50,7 @@ def own_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def language_config(config: Any) -> Any:
-    """The config that the decoder layers are built from."""
+    """The config from which the decoder layers are built."""
     try:
         text = config.get_text_config(decoder=True)
     except (AttributeError, ValueError):
@@ -58,29 +59,28 @@ def language_config(config: Any) -> Any:
 
 
 def stock_model(config: PretrainedConfig, device: str = "meta", dtype: torch.dtype | None = None) -> PreTrainedModel:
-    """A fresh stock model of a config; on the meta device it has all shapes and takes no memory."""
+    """A fresh stock model of a config. On the meta device it has all shapes and takes no memory."""
     with torch.device(device), quiet_transformers():
         how = {} if dtype is None else {"dtype": dtype}
         return model_from_config(stock_class(config), copy.deepcopy(own_config(config)), **how)
 
 
 def whole_number(config: PretrainedConfig, name: str) -> int | None:
-    """A config's attribute if it has it, it is a whole number, and it is the same for all layers."""
-    try:
-        value = getattr(config, name, None)
-    except Exception:  # Transformers refuses to give one that differs by layer
-        return None
+    """A config's attribute if it is a whole number and the same for all layers, else None."""
+    value = None
+    with foreign_code(f"Is {name} the same for all layers?", refusal_is_answer=True) as attempt:
+        value = attempt.call(getattr, config, name, None)
     return value if type(value) is int else None
 
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Silence Transformers' notes and progress bars; what matters in them we check ourselves."""
+    """While open, Transformers prints no notes and progress bars; layersmith checks what matters in them."""
     from transformers.utils import logging as transformers_logging
 
     logger, accelerate = transformers_logging.get_logger("transformers"), logging.getLogger("accelerate")
     level, bars = logger.level, transformers_logging.is_progress_bar_enabled()
-    own_level = accelerate.level
+    accelerate_level = accelerate.level
     restore_bars = transformers_logging.enable_progress_bar if bars else partial(lambda: None)
     logger.setLevel(logging.ERROR)
     accelerate.setLevel(logging.ERROR)
@@ -89,12 +89,12 @@ def quiet_transformers() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-        accelerate.setLevel(own_level)
+        accelerate.setLevel(accelerate_level)
         restore_bars()
 
 
 def restore_buffers(model: nn.Module, runtime: Any) -> None:
-    """Give a model whose buffers were lost those of a fresh one, whose weights lie on the meta device."""
+    """Give a model that was built on the meta device the buffers of a fresh one; a ``state_dict`` has none of them."""
     from accelerate import init_empty_weights
 
     config: Any = copy.deepcopy(model.config)
@@ -103,17 +103,18 @@ def restore_buffers(model: nn.Module, runtime: Any) -> None:
             delattr(config, name)
     with init_empty_weights(include_buffers=False):
         fresh = stock_model(config, "cpu")
-    wanted = dict(model.named_modules())
+    targets = dict(model.named_modules())
     saved = set(model.state_dict())
     for name, module in fresh.named_modules():
-        own = wanted.get(name)
-        there = set() if own is None else {n for n, _ in own.named_buffers(recurse=False, remove_duplicate=False)}
+        target = targets.get(name)
+        if target is None:
+            continue
+        known = {n for n, _ in target.named_buffers(recurse=False, remove_duplicate=False)}
         for buffer_name, buffer in module.named_buffers(recurse=False, remove_duplicate=False):
-            if buffer_name in there and f"{name}.{buffer_name}".removeprefix(".") not in saved:
-                setattr(own, buffer_name, buffer.to(runtime.device))
-        if own is not None:
-            # Numbers beside the buffers, e.g. a rope's scaling, may have been lost with them.
-            for plain, value in vars(module).items():
-                if isinstance(value, torch.Tensor):
-                    setattr(own, plain, value.to(runtime.device))
+            if buffer_name in known and f"{name}.{buffer_name}".removeprefix(".") not in saved:
+                setattr(target, buffer_name, buffer.to(runtime.device))
+        # Tensors that are plain attributes, e.g. a rotary embedding's scaling, may be on the meta device too.
+        for plain, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                setattr(target, plain, value.to(runtime.device))
     give_own_buffers(model)

@@ -30,7 +30,6 @@ from layersmith.library.axes.prove import prove
 from layersmith.library.axes.trial import Trial
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
-from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
 from layersmith.model_descriptor.infer.removal import silent_stay_silent
 from layersmith.model_descriptor.infer.shrink import shrunk
 from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument
@@ -107,8 +106,7 @@ def verify(
 
 def specimen_parent(small: PretrainedConfig, descriptor: type[ModelDescriptor]) -> Parent:
     """A small random model as a parent."""
-    if issubclass(descriptor, InferredDescriptor):
-        descriptor = descriptor.of(small)
+    descriptor = descriptor.for_config(small)
     model: Any = Specimen(small).model.requires_grad_(False)
     blocks = tuple(block_configs_of(small, descriptor))
     return Parent("", model, torch.float32, descriptor, blocks, "", Runtime(torch.device("cpu"), torch.float32))

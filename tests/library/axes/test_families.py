@@ -309,7 +309,7 @@ def test_a_linear_map_replaces_all_of_a_subblock_or_nothing() -> None:
     parent = parent_of("biogpt")  # the two matrices of its FFN lie in the layer itself
     found = survey(parent, LibraryRecipe())
     assert {a.subblock for a in found.alternatives if a.kind == "linear"} == {"attention"}
-    assert any("the ffn is made of fc1.weight too, beside fc2" in note for note in found.notes)
+    assert any("the ffn also consists of fc1.weight, next to fc2" in note for note in found.notes)
 
 
 def test_what_does_not_run_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,8 @@ import pytest
 
 from layersmith.model_descriptor.infer import descriptor as inferred
 from layersmith.model_descriptor.infer import findings_cache as cache
-from layersmith.model_descriptor.infer.descriptor import Findings, find, infer
+from layersmith.model_descriptor.infer.descriptor import find, infer
+from layersmith.run.user_cache import cache_folder
 from tests.conftest import FAMILIES
 
 
@@ -25,7 +26,7 @@ def test_what_is_read_is_what_was_found(folder: Path) -> None:
     config = FAMILIES["qwen2_windows"]()
     findings = find(config)
     cache.write("own", findings)
-    assert cache.read("own", Findings) == findings
+    assert cache.read("own") == findings
     assert list(folder.iterdir()) == [folder / "own.json"]
 
 
@@ -64,7 +65,7 @@ def test_an_empty_variable_turns_it_off_and_a_bad_folder_does_no_harm(
     folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    assert cache.cache_folder() is None
+    assert cache_folder("descriptors") is None
     infer(FAMILIES["llama"]())
     assert not folder.exists()
     monkeypatch.setattr(inferred, "_known", {})

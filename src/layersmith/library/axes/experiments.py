@@ -19,7 +19,6 @@ from layersmith.library.axes.axis import REST, NoAxis, Segment, WeightAxis, larg
 from layersmith.library.axes.layers import input_dim, layer_shapes, meta_layers
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.experiment import Effect, LayersByChange, Shapes
-from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
 
 
 @dataclass(frozen=True)
@@ -76,7 +75,7 @@ class ModelExperiments:
         config: Config of the model.
         blocks: Block config of every layer.
         language: Config of its language model.
-        described: What was inferred about the family; None for a descriptor that was written by hand.
+        described: The descriptor of this model.
         skeleton: The layers on the meta device.
         base: Their shapes.
     """
@@ -84,7 +83,7 @@ class ModelExperiments:
     def __init__(self, descriptor: type[ModelDescriptor], config: PretrainedConfig, blocks: Sequence[BlockConfig]):
         self.descriptor, self.config, self.blocks = descriptor, config, blocks
         self.language = descriptor.get_language_model_config(config)
-        self.described = descriptor.of(config) if issubclass(descriptor, InferredDescriptor) else None
+        self.described = descriptor.for_config(config)
         self.skeleton = meta_layers(descriptor, config, blocks)
         self.base = [layer_shapes(layer) for layer in self.skeleton]
         self._layers: LayersByChange[list[BlockConfig]] = LayersByChange(self._shapes)

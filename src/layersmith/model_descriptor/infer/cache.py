@@ -1,14 +1,10 @@
-"""What layers leave in the cache, and whether it is a list that they append to in turn.
-
-Such a list bears no gap: once a layer does not write to it, every later one has to take the slot before its own.
-"""
+"""What every kind of layer keeps in the cache, and whether layers append to the cache in turn."""
 
 from __future__ import annotations
 
 import copy
 import math
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any
@@ -18,6 +14,9 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from layersmith.block_config import MambaConfig
+from layersmith.errors import UnsupportedModel
+from layersmith.foreign import foreign_code
+from layersmith.model_descriptor.conventions import QUERY_HEADS
 from layersmith.model_descriptor.infer.attributes import numbers, value_at
 from layersmith.model_descriptor.infer.cache_contents import filled_cache, recurrent_states
 from layersmith.model_descriptor.infer.removal import put
@@ -26,57 +25,57 @@ from layersmith.model_descriptor.infer.specimen import TOKENS, Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 from layersmith.model_descriptor.stock import language_config, stock_model, whole_number
 from layersmith.modeling_layersmith import LAYER_INDEX_NAMES, set_cache_slot
+from layersmith.upstream import cache_slots, convolution_states, keys_and_values
+
+# ---------------------------------------------------------------------------------------------- appending in turn
 
 
 def appends_to_cache(specimen: Specimen, names: Sequence[str], kinds: Sequence[LayerKind]) -> bool:
-    """Run without one attention: the cache fails while later layers keep their slots, and does not once they move up.
+    """Whether the cache is a list to which layers append in turn, so that there can be no gap in it.
+
+    The experiment removes one attention. If layers append, the cache does not fill while later layers keep their
+    slots, and does once each has moved up by one.
 
     Args:
-        specimen: the model.
-        names: of its layers.
-        kinds: of every layer.
+        specimen: The model.
+        names: Names of its layers.
+        kinds: Kind of every layer.
     """
-    attentions = [i for i, kind in enumerate(kinds) if kind.attention is not None]
-    gone = next(
-        (i for i in attentions[:-1] if (own := kinds[i].attention) and own.removable and not own.stays),
-        None,
-    )
+    attentions = {i: kind.attention for i, kind in enumerate(kinds) if kind.attention is not None}
+    removable = [i for i, attention in attentions.items() if attention.removable and not attention.stays]
+    gone = next((i for i in removable if i != max(attentions)), None)
     if gone is None:
         return False
     model = stock_model(specimen.config, "cpu", torch.float32).eval()
-    attention = kinds[gone].attention
-    assert attention is not None
-    for name, record in attention.replaced:
+    for name, record in attentions.pop(gone).replaced:
         put(model.get_submodule(names[gone]), name, record)
     if _fills_cache(model, specimen.ids):
         return False
-    for slot, i in enumerate(own for own in attentions if own != gone):
-        own = kinds[i].attention
-        assert own is not None
-        set_cache_slot(model.get_submodule(names[i]), slot, own.modules)
+    for slot, (i, attention) in enumerate(attentions.items()):
+        set_cache_slot(model.get_submodule(names[i]), slot, attention.modules)
     return _fills_cache(model, specimen.ids)
 
 
 def _fills_cache(model: nn.Module, ids: torch.Tensor) -> bool:
-    try:
-        with torch.no_grad():
-            model(input_ids=ids, use_cache=True)
-    except Exception:  # whatever a family's own code raises
-        return False
-    return True
+    with torch.no_grad(), foreign_code("Does the cache fill?", refusal_is_answer=True) as attempt:
+        model(input_ids=ids, use_cache=True)
+    return not attempt.failed
+
+
+# ---------------------------------------------------------------------------------------------- what a layer keeps
 
 
 @dataclass(frozen=True)
 class KeptState:
-    """A tensor in the cache whose size does not grow with the tokens.
+    """A tensor in the cache whose size does not grow with the number of tokens.
 
     Attributes:
-        shape: for a sequence.
-        of_mixer: whether it is the state of the mixer: heads times their size times N.
-        channels: weights of a convolution whose first dimensions together are its first; its last is as long as
-            theirs and ``beyond``.
-        beyond: see there.
-        itemsize: bytes of a number, where that does not go with the dtype of the weights; else 0.
+        shape: Its shape for one sequence.
+        of_mixer: Whether it is the state of the mixer, which has heads * head size * state size numbers.
+        channels: Convolution weights whose first dimensions add up to the state's first. Its last dimension is as long
+            as their last, plus ``beyond``.
+        beyond: See ``channels``.
+        itemsize: Bytes of a number where that does not follow the dtype of the weights; else 0.
     """
 
     shape: tuple[int, ...]
@@ -86,11 +85,11 @@ class KeptState:
     itemsize: int = 0
 
     def numbers(self, mamba: MambaConfig | None, shapes: Mapping[str, tuple[int, ...]]) -> int:
-        """How many numbers a sequence has in it.
+        """The count of its numbers for one sequence.
 
         Args:
-            mamba: the sizes of the layer's mixer, if they are known.
-            shapes: of the layer's weights.
+            mamba: Sizes of the layer's mixer, if they are known.
+            shapes: Shapes of the layer's weights.
         """
         if self.of_mixer and mamba is not None:
             return mamba.num_heads * mamba.head_dim * mamba.state_dim
@@ -101,13 +100,13 @@ class KeptState:
 
 @dataclass(frozen=True)
 class KeptTokens:
-    """A tensor in the cache that grows by as much with every token.
+    """A tensor in the cache that grows with every token and is neither keys nor values.
 
     Attributes:
-        numbers: a token.
-        itemsize: bytes of a number, where that does not go with the dtype of the weights; else 0.
-        name: of the attribute of the cache's layer.
-        once: whether the first layer of its kind keeps it for all of them, with or without an attention of its own.
+        numbers: Numbers for each token.
+        itemsize: Bytes of a number where that does not follow the dtype of the weights; else 0.
+        name: Name of the attribute of the cache slot.
+        once: Whether the first layer of its kind keeps it for all of them, with or without an attention of its own.
     """
 
     numbers: int
@@ -118,18 +117,18 @@ class KeptTokens:
 
 @dataclass(frozen=True)
 class InCache:
-    """What a layer leaves in the cache.
+    """What a layer keeps in the cache.
 
     Attributes:
-        stateful: a state of fixed size, no keys and values.
-        numbers: for each one of a value head; 2 where keys are as long as values.
-        latent: numbers for a token that all heads share, of keys and of values; none if each KV head has its own.
-        empty: nothing, e.g. because it uses the keys and values of another layer.
-        states: of fixed size.
-        slots: of the cache that are its own: one for each of its attentions.
-        beside: what is kept of every token beside keys and values, e.g. the keys of what chooses among them.
-        for_each_query: keys and values once for each query head, though several have the same.
-        more: whether there are tensors beside all these, or keys and values in one, so that what it takes is estimated.
+        stateful: Whether it keeps a state of fixed size and no keys and values.
+        numbers: Numbers for each number of a value head; 2 where keys are as long as values.
+        latent: Numbers for each token that all heads share, of keys and of values; empty if each KV head has its own.
+        empty: Whether it keeps nothing, e.g. because it uses the keys and values of another layer.
+        states: States of fixed size.
+        slots: Number of slots of the cache that it uses, one for each of its attentions.
+        per_token: What it keeps of every token in addition to keys and values, e.g. the keys of an indexer.
+        for_each_query: Whether it keeps keys and values once for each query head, though several share a KV head.
+        more: Whether it holds tensors that none of the above counts, so that its size is an estimate.
     """
 
     stateful: bool = False
@@ -138,9 +137,45 @@ class InCache:
     empty: bool = False
     states: tuple[KeptState, ...] = ()
     slots: int = 1
-    beside: tuple[KeptTokens, ...] = ()
+    per_token: tuple[KeptTokens, ...] = ()
     for_each_query: bool = False
     more: bool = False
+
+
+@dataclass(frozen=True)
+class _Caches:
+    """Caches of one specimen after three runs.
+
+    Attributes:
+        cache: After the whole text.
+        shorter: After a shorter text, which shows what grows with the tokens; None if the model keeps none then.
+        narrow: Of the model in bfloat16, which shows what has a dtype of its own; None if it does not run so.
+    """
+
+    cache: Any
+    shorter: Any
+    narrow: Any
+
+    @classmethod
+    def of(cls, specimen: Specimen) -> _Caches | None:
+        cache = filled_cache(specimen)
+        return None if cache is None else cls(cache, _shorter_cache(specimen), _narrow_cache(specimen))
+
+
+_SHORTER = TOKENS // 2
+
+
+def _shorter_cache(specimen: Specimen) -> Any:
+    fewer = copy.copy(specimen)
+    fewer.ids = specimen.ids[:, :_SHORTER]
+    return filled_cache(fewer)
+
+
+def _narrow_cache(specimen: Specimen) -> Any:
+    narrow = copy.copy(specimen)
+    with foreign_code("Can the model be in bfloat16?", refusal_is_answer=True) as attempt:
+        narrow.model = copy.deepcopy(specimen.model).to(torch.bfloat16)
+    return None if attempt.failed else filled_cache(narrow)
 
 
 def in_cache(
@@ -150,177 +185,175 @@ def in_cache(
     kinds: Sequence[LayerKind],
     sizes: Sequence[Sizes],
 ) -> list[InCache]:
-    """Look at the cache after a run; where there is none, they are taken for keys and values of one length.
+    """What a layer of every kind leaves in the cache after a run.
+
+    If the model keeps no cache, keys and values of equal length are assumed.
 
     Args:
-        specimen: the model.
-        names: of its layers.
-        of_layer: the kind of each.
-        kinds, sizes: of every kind.
+        specimen: The model.
+        names: Names of its layers.
+        of_layer: Kind of every layer.
+        kinds, sizes: The kinds of layers and their sizes.
     """
-    cache = filled_cache(specimen)
-    if cache is None:
+    caches = _Caches.of(specimen)
+    if caches is None:
         return [InCache()] * len(kinds)
-    narrow, shorter = _narrow_cache(specimen), _shorter_cache(specimen)
-    found = []
-    for k, (kind, own) in enumerate(zip(kinds, sizes, strict=True)):
-        layer = list(of_layer).index(k)
-        slots = _slots(specimen.model.get_submodule(names[layer]), kind)
-        i = layer * slots  # the first of its slots; all are alike
-        shapes = {
-            name: tuple(p.shape)
-            for name, p in specimen.model.get_submodule(names[layer]).named_parameters()
-            if kind.owners.get(name) == "attention"
-        }
-        slot = _slot(cache, i)
-        states = _states(cache, narrow, i, shapes)
-        keys, values = getattr(slot, "keys", None), getattr(slot, "values", None)
-        if not isinstance(keys, torch.Tensor) or not keys.numel():
-            found.append(InCache(stateful=bool(states), empty=not states))
-        elif (values is None or not values.shape[-1]) and keys.ndim == 4 and keys.shape[1] == 1:
-            found.append(InCache(latent=(keys.shape[-1],)))  # the values are made of the keys
-        elif not isinstance(values, torch.Tensor) or keys.ndim != 4 or values.ndim != 4 or not values.shape[-1]:
-            found.append(InCache())
-        elif keys.shape[1] == 1 and own.kv_heads is None:
-            found.append(InCache(latent=(keys.shape[-1], values.shape[-1])))
-        else:
-            heads = whole_number(language_config(specimen.config), "num_attention_heads")
-            fewer = (
-                own.kv_heads is not None and value_at(language_config(specimen.config), own.kv_heads, layer) != heads
-            )
-            for_each = fewer and keys.shape[1] == heads
-            found.append(InCache(numbers=1.0 + keys.shape[-1] / values.shape[-1], for_each_query=for_each))
-        beside = _beside(*(_slot(own, i) for own in (cache, shorter, narrow)))
-        # What one layer keeps for all that are like it.
-        others = [_slot(cache, j * slots) for j, other in enumerate(of_layer) if other == k and j != layer]
-        beside = tuple(
-            replace(own, once=bool(others) and all(getattr(other, own.name, None) is None for other in others))
-            for own in beside
-        )
-        more = found[-1].slots == 1 and _holds_more(slot, [own for _, own in _fixed(cache, i)], beside)
-        found[-1] = replace(found[-1], states=states, slots=slots, beside=beside, more=more)
-    return found
+    return [_of_kind(specimen, caches, names, of_layer, k, kinds[k], sizes[k]) for k in range(len(kinds))]
 
 
-def _holds_more(slot: Any, states: Sequence[torch.Tensor], beside: Sequence[KeptTokens]) -> bool:
-    """Whether a slot holds tensors that are none of its keys, values and states and do not grow with every token."""
-    known = [getattr(slot, name, None) for name in ("keys", "values", *(own.name for own in beside))]
-    storages = [own.data_ptr() for own in known[:2] if isinstance(own, torch.Tensor) and own.numel()]
-    counted = {id(own) for own in (*known, *states)}
-    values = (
-        [v for own in vars(slot).values() for v in (own.values() if isinstance(own, dict) else [own])] if slot else []
+def _of_kind(
+    specimen: Specimen,
+    caches: _Caches,
+    names: Sequence[str],
+    of_layer: Sequence[int],
+    k: int,
+    kind: LayerKind,
+    sizes: Sizes,
+) -> InCache:
+    """What the first layer of a kind keeps. Seven parameters, since what a layer keeps depends on all others too."""
+    index = list(of_layer).index(k)
+    layer = specimen.model.get_submodule(names[index])
+    slots = _slots_of_layer(layer, kind)
+    first = index * slots  # all slots of a layer are alike
+    shapes = {n: tuple(p.shape) for n, p in layer.named_parameters() if kind.owners.get(n) == "attention"}
+    slot = _slot(caches.cache, first)
+    states = _states(caches, first, shapes)
+    per_token = _per_token(slot, _slot(caches.shorter, first), _slot(caches.narrow, first))
+    # A tensor that no other layer of the kind has is kept by one layer for all of them.
+    others = [_slot(caches.cache, j * slots) for j, other in enumerate(of_layer) if other == k and j != index]
+    per_token = tuple(
+        replace(kept, once=bool(others) and all(getattr(other, kept.name, None) is None for other in others))
+        for kept in per_token
     )
-    tensors = [own for own in values if isinstance(own, torch.Tensor) and own.ndim > 1 and own.numel()]
-    return len(set(storages)) < len(storages) or any(id(own) not in counted for own in tensors)
+    return replace(
+        _of_keys_and_values(slot, bool(states), sizes, language_config(specimen.config), index),
+        states=states,
+        slots=slots,
+        per_token=per_token,
+        more=_holds_more(slot, [state for _, state in _fixed(caches.cache, first)], per_token),
+    )
+
+
+def _of_keys_and_values(slot: Any, has_states: bool, sizes: Sizes, language: PretrainedConfig, index: int) -> InCache:
+    keys, values = keys_and_values(slot)
+    if keys is None or not keys.numel():
+        return InCache(stateful=has_states, empty=not has_states)
+    has_values = values is not None and bool(values.shape[-1])
+    if not has_values and keys.ndim == 4 and keys.shape[1] == 1:
+        return InCache(latent=(keys.shape[-1],))  # the values are computed from the keys
+    if values is None or not has_values or keys.ndim != 4 or values.ndim != 4:
+        return InCache()
+    if keys.shape[1] == 1 and sizes.kv_heads is None:
+        return InCache(latent=(keys.shape[-1], values.shape[-1]))
+    heads = whole_number(language, QUERY_HEADS)
+    fewer = sizes.kv_heads is not None and value_at(language, sizes.kv_heads, index) != heads
+    each = fewer and keys.shape[1] == heads
+    return InCache(numbers=1.0 + keys.shape[-1] / values.shape[-1], for_each_query=each)
+
+
+def _holds_more(slot: Any, states: Sequence[torch.Tensor], per_token: Sequence[KeptTokens]) -> bool:
+    """Whether a slot holds tensors that are not counted, or keys and values in one."""
+    known = [getattr(slot, name, None) for name in ("keys", "values", *(kept.name for kept in per_token))]
+    storages = [kept.data_ptr() for kept in known[:2] if isinstance(kept, torch.Tensor) and kept.numel()]
+    counted = {id(kept) for kept in (*known, *states)}
+    attributes = vars(slot).values() if slot is not None else ()
+    values = [v for held in attributes for v in (held.values() if isinstance(held, dict) else [held])]
+    tensors = [v for v in values if isinstance(v, torch.Tensor) and v.ndim > 1 and v.numel()]
+    return len(set(storages)) < len(storages) or any(id(v) not in counted for v in tensors)
 
 
 def _slot(cache: Any, index: int) -> Any:
-    return cache.layers[index] if cache is not None and index < len(cache.layers) else None
+    slots = cache_slots(cache)
+    return slots[index] if index < len(slots) else None
 
 
-def _slots(layer: nn.Module, kind: LayerKind) -> int:
-    """How many slots of the cache a layer has: its attentions are numbered one after another."""
+def _slots_of_layer(layer: nn.Module, kind: LayerKind) -> int:
+    """The number of slots that a layer uses: its attentions have indices that follow one another."""
     inside = tuple(f"{name}." for name in kind.attention.modules) if kind.attention is not None else ()
-    numbers = {
+    indices = {
         getattr(module, name)
         for path, module in layer.named_modules()
         for name in LAYER_INDEX_NAMES
         if f"{path}.".startswith(inside) and type(module.__dict__.get(name)) is int
     }
-    return max(1, len(numbers))
+    return max(1, len(indices))
 
 
-_SHORTER = TOKENS // 2
-
-
-def numbers_in_full(own: KeptTokens, place: int, slot: int, specimen: Specimen, large: PretrainedConfig) -> KeptTokens:
-    """What a model itself keeps of a token, of whose specimen that is known: by the attribute that sets how much.
-
-    Args:
-        own: of the specimen.
-        place: of it among all that is kept beside keys and values.
-        slot: of the cache.
-        specimen: a small one.
-        large: the config of the model itself.
-    """
-    language = language_config(large)
-    for path, value in numbers(language_config(specimen.config), 0):
-        if not 1 < value <= own.numbers:
-            continue
-        config = copy.deepcopy(specimen.config)
-        setattr(reduce(getattr, path[:-1], language_config(config)), path[-1], 2 * value)
-        with suppress(Exception):  # whatever a family's own code raises for a size that it cannot take
-            other = Specimen(config)
-            twice = _beside(filled_cache(other).layers[slot], _shorter_cache(other).layers[slot], None)[place]
-            if (more := twice.numbers - own.numbers) > 0:
-                a_unit, rest = divmod(more, value)
-                return own if rest else replace(own, numbers=own.numbers + a_unit * (value_at(language, path) - value))
-    return own
-
-
-def _beside(slot: Any, shorter: Any, narrow: Any) -> tuple[KeptTokens, ...]:
-    """What a slot keeps of every token beside keys and values; states are none of it, since they do not grow.
-
-    Args:
-        slot: of the cache.
-        shorter: the same after a shorter text.
-        narrow: the same of the model in bfloat16.
-    """
-    found = []
+def _per_token(slot: Any, shorter: Any, narrow: Any) -> tuple[KeptTokens, ...]:
+    """What a slot keeps of every token in addition to keys and values; states do not grow and are left out."""
+    kept = []
     for name, tensor in vars(slot).items() if slot is not None and shorter is not None else ():
         twin = getattr(shorter, name, None)
         if name in ("keys", "values") or not isinstance(tensor, torch.Tensor) or not isinstance(twin, torch.Tensor):
             continue
-        a_token, rest = divmod(tensor.numel(), TOKENS)
-        if rest or not a_token or twin.numel() != a_token * _SHORTER:
+        count, rest = divmod(tensor.numel(), TOKENS)
+        if rest or not count or twin.numel() != count * _SHORTER:
             continue
         in_narrow = getattr(narrow, name, None)
-        of_its_own = isinstance(in_narrow, torch.Tensor) and in_narrow.dtype != torch.bfloat16
-        found.append(KeptTokens(a_token, tensor.element_size() if of_its_own else 0, name))
-    return tuple(found)
+        has_dtype = isinstance(in_narrow, torch.Tensor) and in_narrow.dtype != torch.bfloat16
+        kept.append(KeptTokens(count, tensor.element_size() if has_dtype else 0, name))
+    return tuple(kept)
 
 
-def _shorter_cache(specimen: Specimen) -> Any:
-    """The cache after a shorter text, to see what grows with the tokens; None if there is none."""
-    fewer = copy.copy(specimen)
-    with suppress(Exception):  # whatever a family's own code raises
-        fewer.ids = specimen.ids[:, :_SHORTER]
-        return filled_cache(fewer)
-    return None
-
-
-def _narrow_cache(specimen: Specimen) -> Any:
-    """The cache of the model in bfloat16, to see what it keeps in another dtype; None if it does not run so."""
-    narrow = copy.copy(specimen)
-    with suppress(Exception):  # whatever a family's own code raises
-        narrow.model = copy.deepcopy(specimen.model).to(torch.bfloat16)
-        return filled_cache(narrow)
-    return None
-
-
-def _states(cache: Any, narrow: Any, i: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[KeptState, ...]:
-    found = []
-    for number, (of_mixer, state) in enumerate(_fixed(cache, i)):
+def _states(caches: _Caches, index: int, shapes: Mapping[str, tuple[int, ...]]) -> tuple[KeptState, ...]:
+    kernels = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+    twins = _fixed(caches.narrow, index)
+    states = []
+    for number, (of_mixer, state) in enumerate(_fixed(caches.cache, index)):
         shape = tuple(state.shape[1:])
         channels: tuple[str, ...] = ()
-        beyond = 0
         if not of_mixer and len(shape) == 2:
-            kernels = {name: own for name, own in shapes.items() if len(own) == 3}
-            if sum(own[0] for own in kernels.values()) == shape[0]:
-                channels = tuple(kernels)
-            else:
-                channels = tuple(name for name, own in kernels.items() if own[0] == shape[0])[:1]
-            beyond = shape[1] - shapes[channels[0]][-1] if channels else 0
-        twin = _fixed(narrow, i)[number][1] if narrow is not None else state
-        itemsize = twin.element_size() if narrow is not None and twin.dtype != torch.bfloat16 else 0
-        found.append(KeptState(shape, of_mixer, channels, beyond, itemsize))
-    return tuple(found)
+            together = sum(kernel[0] for kernel in kernels.values()) == shape[0]
+            alone = [name for name, kernel in kernels.items() if kernel[0] == shape[0]]
+            channels = tuple(kernels if together else alone[:1])
+        beyond = shape[1] - shapes[channels[0]][-1] if channels else 0
+        twin = twins[number][1] if caches.narrow is not None else state
+        itemsize = twin.element_size() if caches.narrow is not None and twin.dtype != torch.bfloat16 else 0
+        states.append(KeptState(shape, of_mixer, channels, beyond, itemsize))
+    return tuple(states)
 
 
-def _fixed(cache: Any, i: int) -> list[tuple[bool, torch.Tensor]]:
-    """What a layer keeps that does not grow with the tokens; whether it is a mixer's state, and the tensor."""
-    layer = cache.layers[i] if i < len(cache.layers) else None
-    convolved = getattr(layer, "conv_states", None) or {}
-    return [(False, own) for own in convolved.values() if own is not None] + [
-        (True, own) for own in recurrent_states(cache, i)
-    ]
+def _fixed(cache: Any, index: int) -> list[tuple[bool, torch.Tensor]]:
+    """What a layer keeps that does not grow with the tokens: whether it is a mixer's state, and the tensor."""
+    if cache is None:
+        return []
+    convolved = [(False, state) for state in convolution_states(_slot(cache, index))]
+    return convolved + [(True, state) for state in recurrent_states(cache, index)]
+
+
+# ---------------------------------------------------------------------------------------------- in the model itself
+
+
+def numbers_in_full(
+    kept: KeptTokens, place: int, slot: int, specimen: Specimen, config: PretrainedConfig
+) -> KeptTokens:
+    """What the model itself keeps of a token, by the attribute that sets how much the specimen keeps.
+
+    The experiment doubles one attribute of the specimen after another, until what is kept grows with it.
+
+    Args:
+        kept: What the specimen keeps.
+        place: Its place among everything that the slot keeps in addition to keys and values.
+        slot: Index of the cache slot.
+        specimen: The small model.
+        config: Config of the model itself.
+    """
+    language = language_config(config)
+    for path, value in numbers(language_config(specimen.config), 0):
+        if not 1 < value <= kept.numbers:
+            continue
+        changed = copy.deepcopy(specimen.config)
+        with foreign_code(f"Can {'.'.join(path)} be {2 * value}?", refusal_is_answer=True) as attempt:
+            attempt.call(setattr, reduce(getattr, path[:-1], language_config(changed)), path[-1], 2 * value)
+        if attempt.failed:
+            continue
+        try:
+            other = Specimen(changed)
+        except UnsupportedModel:  # a size that the family cannot have
+            continue
+        twice = _per_token(_slot(filled_cache(other), slot), _slot(_shorter_cache(other), slot), None)
+        if place < len(twice) and (more := twice[place].numbers - kept.numbers) > 0:
+            for_each, rest = divmod(more, value)
+            full = kept.numbers + for_each * (value_at(language, path) - value)
+            return kept if rest else replace(kept, numbers=full)
+    return kept

@@ -1,52 +1,120 @@
-"""What was found of a small specimen, in the model itself: its sizes."""
+"""From sizes of a small specimen to those of the model itself."""
 
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, replace
 
 from torch import nn
 from transformers import PretrainedConfig
 
 from layersmith.model_descriptor.infer.attributes import numbers, value_at
+from layersmith.model_descriptor.infer.cache import InCache, numbers_in_full
 from layersmith.model_descriptor.infer.mixers import mamba_config
 from layersmith.model_descriptor.infer.sizes import Sizes
+from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 from layersmith.model_descriptor.stock import language_config
 
 
-def at_full_length_of(length: int, kind: LayerKind, small: nn.Module, large: nn.Module) -> int | None:
-    """A length of a specimen's layer in the model itself: that of a weight of the attention that is as long."""
-    shapes = {name: p.shape for name, p in large.named_parameters()}
-    for name, parameter in small.named_parameters():
-        if kind.owners.get(name) == "attention" and length in parameter.shape and name in shapes:
-            return int(shapes[name][list(parameter.shape).index(length)])
-    return None
+@dataclass(frozen=True)
+class KindInBoth:
+    """A kind of layer with one layer of it in the specimen and one in the model.
+
+    Attributes:
+        kind: The kind.
+        index: Index of the specimen's layer.
+        small, large: The two layers; the large one is on the meta device.
+    """
+
+    kind: LayerKind
+    index: int
+    small: nn.Module
+    large: nn.Module
 
 
-def in_config(length: int, small: PretrainedConfig, large: PretrainedConfig) -> int:
-    """A length of a specimen in the model itself: what most attributes say there that are as long in the specimen."""
-    own = language_config(small)
-    named = [path for path, value in numbers(own, 0) if value == length]
-    found = Counter(value_at(language_config(large), path) for path in named)
-    return found.most_common(1)[0][0] if found else length
+@dataclass(frozen=True)
+class FullSize:
+    """Finds a length of the specimen in the model itself.
+
+    Attributes:
+        specimen: The small model.
+        config: Config of the model itself.
+        is_whole: Whether the model is small enough to be its own specimen.
+    """
+
+    specimen: Specimen
+    config: PretrainedConfig
+    is_whole: bool
+
+    def length(self, length: int, both: KindInBoth | None) -> int:
+        """A length by the attention's weights, or else by the config."""
+        found = None if both is None else self.length_by_weight(length, both)
+        return self._length_by_config(length) if found is None else found
+
+    def length_by_weight(self, length: int, both: KindInBoth) -> int | None:
+        """The length in the model of the first weight of the attention that has ``length`` in the specimen."""
+        shapes = {name: p.shape for name, p in both.large.named_parameters()}
+        for name, parameter in both.small.named_parameters():
+            if both.kind.owners.get(name) == "attention" and length in parameter.shape and name in shapes:
+                return int(shapes[name][list(parameter.shape).index(length)])
+        return None
+
+    def _length_by_config(self, length: int) -> int:
+        """The value that most attributes have in the model of those that are ``length`` in the specimen."""
+        paths = [path for path, value in numbers(language_config(self.specimen.config), 0) if value == length]
+        values = Counter(value_at(language_config(self.config), path) for path in paths)
+        return values.most_common(1)[0][0] if values else length
+
+    def head_size(self, sizes: Sizes, both: KindInBoth | None) -> Sizes:
+        """The sizes with the head size of the model itself; without query heads if it cannot be determined."""
+        if sizes.head_size is None or both is None:
+            return sizes
+        path, size = sizes.head_size
+        small_heads, heads = (
+            value_at(language_config(config), sizes.query_heads[0]) for config in (self.specimen.config, self.config)
+        )
+        length = self.length_by_weight(small_heads * size, both)
+        if length is None:
+            return replace(sizes, query_heads=(), head_size=None)
+        return replace(sizes, head_size=(path, length // heads))
+
+    def in_cache(self, seen: InCache, both: KindInBoth | None) -> InCache:
+        """What a layer of the model itself keeps in the cache."""
+        states = tuple(replace(s, shape=tuple(self.length(d, both) for d in s.shape)) for s in seen.states)
+        if both is None or self.is_whole:
+            return replace(seen, states=states)
+        latent = seen.latent
+        if latent:
+            whole = self.length_by_weight(sum(latent), both)
+            latent = tuple(self.length(part, both) for part in latent) if whole is None else (whole,)
+        lengths = [self.length_by_weight(kept.numbers, both) for kept in seen.per_token]
+        per_token = tuple(
+            numbers_in_full(kept, place, both.index * seen.slots, self.specimen, self.config)
+            if length is None
+            else replace(kept, numbers=length)
+            for place, (kept, length) in enumerate(zip(seen.per_token, lengths, strict=True))
+        )
+        return replace(seen, states=states, latent=latent, per_token=per_token)
 
 
 def widths_of(sizes: Sizes, config: PretrainedConfig, layer: nn.Module) -> tuple[int | None, int | None]:
+    """The widths of a layer's FFN or experts, and of its shared experts, by its weights; None where not known."""
     shapes = {name: p.shape for name, p in layer.named_parameters()}
     places = (sizes.width_at, sizes.shared_width_at)
-    own = [shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places]
-    if sizes.flat and own[0] is not None and sizes.num_experts is not None:
-        own[0] //= value_at(language_config(config), sizes.num_experts)
-    return own[0], own[1]
+    width, shared = (shapes[at[0]][at[1]] if at is not None and at[0] in shapes else None for at in places)
+    if sizes.flat and width is not None and sizes.num_experts is not None:
+        width //= value_at(language_config(config), sizes.num_experts)
+    return width, shared
 
 
 def mixer_of(sizes: Sizes, config: PretrainedConfig, index: int, layer: nn.Module) -> dict[str, int] | None:
-    """The sizes of a layer's mixer as a ``MambaConfig`` has them; None if it has none or they are not known."""
-    own = sizes.mixer
-    if own is None:
+    """The fields of a ``MambaConfig`` for a layer's mixer; None if it has none or they are not known."""
+    mixer = sizes.mixer
+    if mixer is None:
         return None
     language = language_config(config)
-    paths = {"num_heads": own.num_heads[:1], "state_dim": (own.state_dim,), "num_groups": (own.num_groups,)}
-    numbers = {name: value_at(language, path, index) for name, found in paths.items() for path in found if path}
-    found = mamba_config(own, numbers, {name: tuple(p.shape) for name, p in layer.named_parameters()})
-    return None if found is None else found.to_dict()
+    paths = {"num_heads": mixer.num_heads[:1], "state_dim": (mixer.state_dim,), "num_groups": (mixer.num_groups,)}
+    values = {name: value_at(language, path, index) for name, found in paths.items() for path in found if path}
+    fields = mamba_config(mixer, values, {name: tuple(p.shape) for name, p in layer.named_parameters()})
+    return None if fields is None else fields.to_dict()

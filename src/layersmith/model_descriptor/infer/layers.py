@@ -1,4 +1,4 @@
-"""Where a model's layers, embedding, head and final norm are, seen in one forward pass."""
+"""Where a model's layers, embedding, head and final norm are, observed in one forward pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel
+from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.infer.specimen import Call, Specimen, first_tensor_of
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.modeling_layersmith import own_layers
@@ -20,12 +21,12 @@ class Structure:
     """Module names of a model.
 
     Attributes:
-        layers: of the list that holds the decoder layers.
-        num_layers: how many are in it.
-        embedding, head: of the input embedding and the language-model head.
-        final_norm: of the norm before the head; empty if there is none.
-        after: the modules with weights that run after the last layer, final norm and head included.
-        rotary: modules outside the layers that hold buffers which a ``state_dict`` does not.
+        layers: The list that holds the decoder layers.
+        num_layers: The number of layers in it.
+        embedding, head: The input embedding and the language-model head.
+        final_norm: The norm before the head; empty if the model has none.
+        after: Modules with weights that run after the last layer, final norm and head included.
+        rotary: Modules outside the layers with buffers that a ``state_dict`` does not hold.
     """
 
     layers: str
@@ -38,50 +39,62 @@ class Structure:
 
 
 def find_structure(specimen: Specimen) -> Structure:
-    """Look at one run of a specimen.
+    """Observe one run of a specimen.
 
     Raises:
-        UnsupportedModel: what is wanted is not there, with what was found instead.
+        UnsupportedModel: A part is missing, and what is there instead.
     """
     model = specimen.model
     calls = specimen.trace(specimen.ids)
     layers, num_layers = _find_layers(model, calls)
     prefix = f"{layers}."
-    inside = [call for call in calls if call.name.startswith(prefix)]
-    last_end = max(call.end for call in inside)
-    names = {id(module): name for name, module in model.named_modules()}
+    last_end = max(call.end for call in calls if call.name.startswith(prefix))
+    late = [call for call in calls if call.begin > last_end and not call.name.startswith(prefix)]
     holders = {name for name, module in model.named_modules() if any(True for _ in module.parameters(recurse=False))}
-
-    embedding = _own(model, names, "get_input_embeddings")
-    if embedding is None or not any(call.name == embedding for call in calls):
-        embedding = next(
-            (c.name for c in calls if isinstance(model.get_submodule(c.name), nn.Embedding) and c.end < last_end), None
-        )
-    if embedding is None:
-        raise UnsupportedModel("no module takes the token ids, so the input embedding cannot be told.")
-    after = [c for c in calls if c.begin > last_end and c.name in holders and not c.name.startswith(prefix)]
-    head = _own(model, names, "get_output_embeddings")
-    if head is None or not any(c.name == head for c in after):
-        vocab = specimen.logits.shape[-1]
-        outputs = [(c.name, first_tensor_of(c.output)) for c in after]
-        head = next((name for name, out in reversed(outputs) if out is not None and out.shape[-1] == vocab), None)
-    if head is None:
-        raise UnsupportedModel("no module after the layers gives the logits, so the head cannot be told.")
+    after = [call for call in late if call.name in holders]
+    head = _find_head(specimen, after)
     norm = next((c.name for c in after if c.name != head and _is_norm(model.get_submodule(c.name), c)), "")
     if not norm:  # a norm without weights
-        bare = [c for c in calls if c.begin > last_end and c.name and not list(model.get_submodule(c.name).children())]
-        norm = next((c.name for c in bare if c.name != head and not c.name.startswith(prefix) and _changes(c)), "")
+        bare = [c for c in late if c.name and not list(model.get_submodule(c.name).children())]
+        norm = next((c.name for c in bare if c.name != head and _changes(c)), "")
     saved = set(model.state_dict())
-    rotary = tuple(
-        name
-        for name, module in model.named_modules()
-        if not name.startswith(prefix) and _has_unsaved_buffers(name, module, saved)
+    outside = [(name, module) for name, module in model.named_modules() if not name.startswith(prefix)]
+    return Structure(
+        layers=layers,
+        num_layers=num_layers,
+        embedding=_find_embedding(specimen, calls, last_end),
+        head=head,
+        final_norm=norm,
+        after=tuple(dict.fromkeys(call.name for call in after)),
+        rotary=tuple(name for name, module in outside if _has_unsaved_buffers(name, module, saved)),
     )
-    return Structure(layers, num_layers, embedding, head, norm, tuple(dict.fromkeys(c.name for c in after)), rotary)
+
+
+def _find_embedding(specimen: Specimen, calls: Sequence[Call], last_end: int) -> str:
+    """The input embedding: the one that the model names if it runs, else the first embedding that does."""
+    name = _named(specimen.model, "get_input_embeddings")
+    if name is not None and any(call.name == name for call in calls):
+        return name
+    for call in calls:
+        if isinstance(specimen.model.get_submodule(call.name), nn.Embedding) and call.end < last_end:
+            return call.name
+    raise UnsupportedModel("no module takes the token ids, so the input embedding cannot be identified.")
+
+
+def _find_head(specimen: Specimen, after: Sequence[Call]) -> str:
+    """The head: the one that the model names if it runs, else the last module that gives something for each word."""
+    name = _named(specimen.model, "get_output_embeddings")
+    if name is not None and any(call.name == name for call in after):
+        return name
+    for call in reversed(after):
+        output = first_tensor_of(call.output)
+        if output is not None and output.shape[-1] == specimen.logits.shape[-1]:
+            return call.name
+    raise UnsupportedModel("no module after the layers gives the logits, so the head cannot be identified.")
 
 
 def _find_layers(model: nn.Module, calls: list[Call]) -> tuple[str, int]:
-    """The outermost list of modules, all of which run once, one after another, that holds the most weights."""
+    """The outermost list of modules that all run once and one after another; of several the one with most weights."""
     counts: dict[str, int] = {}
     for call in calls:
         counts[call.name] = counts.get(call.name, 0) + 1
@@ -103,12 +116,12 @@ def _find_layers(model: nn.Module, calls: list[Call]) -> tuple[str, int]:
     if not found:
         if looped:
             raise UnsupportedModel(
-                f"layers in {looped} run more than once in a forward pass; one that is replaced would change all its "
-                "passes."
+                f"layers in {looped} run more than once in a forward pass; a layer that is replaced would change "
+                "in all of them."
             )
         if idle:
-            raise UnsupportedModel(f"on text alone {idle} do not run, and what does not run cannot be seen.")
-        raise UnsupportedModel("no list of modules runs one after another, so its layers cannot be told.")
+            raise UnsupportedModel(f"on text alone {idle} do not run, and what does not run cannot be examined.")
+        raise UnsupportedModel("no list of modules runs one after another, so its layers cannot be identified.")
     _, name, length = max(found)
     return name, length
 
@@ -118,16 +131,17 @@ def _has_unsaved_buffers(name: str, module: nn.Module, saved: Collection[str]) -
     return any(f"{name}.{buffer}".removeprefix(".") not in saved for buffer, _ in buffers)
 
 
-def _own(model: nn.Module, names: dict[int, str], method: str) -> str | None:
+def _named(model: nn.Module, method: str) -> str | None:
+    """The name of the module that a method of the model returns."""
     try:
         module = getattr(model, method)()
     except (AttributeError, NotImplementedError):
         return None
-    return names.get(id(module))
+    return next((name for name, other in model.named_modules() if other is module), None)
 
 
 def _is_norm(module: nn.Module, call: Call) -> bool:
-    """Keeps the shape, and has no weight of more than one dimension."""
+    """Whether a module keeps the shape and has no weight of more than one dimension."""
     output, given = first_tensor_of(call.output), first_tensor_of(list(call.tensors().values()))
     flat = all(p.ndim <= 1 for p in module.parameters())
     return flat and output is not None and given is not None and output.shape == given.shape
@@ -140,34 +154,40 @@ def _changes(call: Call) -> bool:
     return not torch.equal(output, given)
 
 
-def without_attention(specimen: Specimen, layers: str) -> str:
-    """Why no attention was found."""
+def why_no_attention(specimen: Specimen, layers: str) -> str:
+    """Why no layer seems to have an attention."""
     first = f"{layers}.0"
-    own, other = (
+    base, other = (
         next(call for call in specimen.trace(ids, keep=[first]) if call.name == first).tensors().values()
         for ids in (specimen.ids, specimen.other_ids)
     )
-    taken = [pair for pair in zip(own, other, strict=False) if pair[0].is_floating_point() and pair[0].ndim >= 2]
+    taken = [pair for pair in zip(base, other, strict=False) if pair[0].is_floating_point() and pair[0].ndim >= 2]
     if taken and torch.equal(*taken[0]):
-        return (
-            f"the layers in {layers} are not given the text: it goes to an encoder, and they see what that makes of it."
-        )
-    return f"no layer in {layers} is seen to let one token of the text see another: its attention is somewhere else."
+        return f"the layers in {layers} are not given the text itself: an encoder reads it, and they get its output."
+    return f"in no layer in {layers} does one token of the text depend on another: its attention is somewhere else."
 
 
 def check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Module]]) -> None:
-    """Each layer must be made from a config, or layers cannot differ."""
-    try:
-        with own_layers(classes, lambda own, index: own, lambda layer, index: None):
-            stock_model(config)
-    except TypeError as error:
-        raise UnsupportedModel(f"{error}: it is put together from modules that several layers share.") from error
+    """Check that each layer is built from a config; otherwise layers cannot differ.
+
+    Raises:
+        UnsupportedModel: A layer is built without one.
+    """
+    with (
+        foreign_code("Is every layer built from a config?", refusal_is_answer=True) as attempt,
+        own_layers(classes, lambda layer_config, index: layer_config, lambda layer, index: None),
+    ):
+        stock_model(config)
+    if attempt.error is not None:
+        raise UnsupportedModel(
+            f"{attempt.reason}: it is built from modules that several layers share."
+        ) from attempt.error
 
 
 def groups_outside(model: nn.Module, structure: Structure) -> dict[str, str]:
-    """What runs after the last layer goes with the head; everything else outside the layers with the embedding."""
+    """Group of every weight outside the layers: the head's if it is used after the last layer, else the embedding's."""
     inside = f"{structure.layers}."
     after = tuple(f"{name}." for name in structure.after)
-    # Buffers that are saved belong somewhere too, so the state_dict counts, not the parameters.
+    # Saved buffers need a group too, so the state_dict counts and not the parameters.
     names = [name for name in model.state_dict() if not name.startswith(inside)]
     return {name: "lm_head" if name.startswith(after) else "embedding" for name in names}

@@ -1,96 +1,92 @@
-"""Taking a subblock out of a layer: every no-op is tried before it is offered.
+"""Removing a subblock from a layer: every no-op is tried before it is offered.
 
-A model with the no-op must give, to the bit, what it gives with the subblock's output silenced.
+A model with the no-op must give, bit for bit, what it gives with the subblock's output silenced.
 """
 
 from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import nn
 
-from layersmith.errors import first_line
-from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument, first_tensor_of, with_first_tensor
+from layersmith.model_descriptor.infer.specimen import (
+    Specimen,
+    cache_argument,
+    experiment,
+    first_tensor_of,
+    with_first_tensor,
+)
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Record, Subblock
 from layersmith.model_descriptor.stock import stock_model
 from layersmith.modeling_layersmith import make_replacement, own_layers
 from layersmith.upstream import output_size_attribute
 
+Replaced = tuple[tuple[str, Record], ...]
+
 
 def proved(specimen: Specimen, layer_names: Sequence[str], kind: LayerKind, notes: list[str]) -> LayerKind:
-    """The kind with the no-ops that hold; where taking away what is around a subblock does not, that stays.
+    """The kind with the no-ops that hold.
 
     Args:
-        specimen: the model.
-        layer_names: layers of the kind, in each of which they have to hold: what a subblock gives may be used by the
-            layer after it, or not, as that one is.
-        kind: as it was found in the first of them.
-        notes: gets a line for each no-op that does not hold.
+        specimen: The model.
+        layer_names: Layers of the kind in which a no-op has to hold. The layer after each may use what a subblock gives
+            in another way.
+        kind: The kind as it was found in the first of them.
+        notes: Gets a line for each no-op that does not hold.
     """
-    layer_name = layer_names[0]
-    tried = {}
-    for name in ("attention", "ffn"):
-        subblock: Subblock | None = getattr(kind, name)
-        if subblock is None or not subblock.removable:
-            tried[name] = subblock
-            continue
-        around = [r for r in subblock.replaced if r[0] not in subblock.modules]
-        simple = [r for r in around if not r[1].get("returns")]
-        reason = ""
-        own = [r for r in subblock.replaced if r[0] in subblock.modules]
-        # A layer may expect a tuple of its own class of module only, and a tensor of any other.
-        bare = [(module, {k: v for k, v in record.items() if k not in ("returns", "names")}) for module, record in own]
-        for modules, kept in itertools.product((own, bare), (around, simple, [])):
-            replaced = tuple(modules + kept)
-            candidate = Subblock(subblock.modules, replaced)
-            asked, problem = _try_in_all(specimen, layer_names, candidate)
-            reason = reason or problem
-            if not problem:
-                tried[name] = Subblock(subblock.modules, _with_attributes(replaced, asked))
-                break
-        else:
-            tried[name] = _last_part(specimen, layer_names, subblock) or Subblock(subblock.modules, (), reason)
-    both = [s for s in tried.values() if s is not None and s.removable]
-    shared = kind.shared if len(both) == 2 else ()
-    if len(both) == 2:
-        together = Subblock(both[0].modules + both[1].modules, both[0].replaced + both[1].replaced + shared)
-        _, problem = _try_in_all(specimen, layer_names, together)
-        if problem and shared:
-            shared = ()
-    for name, subblock in tried.items():
+    attention, ffn = (
+        subblock if subblock is None or not subblock.removable else _first_that_holds(specimen, layer_names, subblock)
+        for subblock in (kind.attention, kind.ffn)
+    )
+    shared: Replaced = ()
+    if attention is not None and ffn is not None and attention.removable and ffn.removable:
+        together = Subblock(attention.modules + ffn.modules, attention.replaced + ffn.replaced + kind.shared)
+        if kind.shared and not _tried(specimen, layer_names, together)[1]:
+            shared = kind.shared
+    layer_class = type(specimen.model.get_submodule(layer_names[0])).__name__
+    for name, subblock in (("attention", attention), ("ffn", ffn)):
         if subblock is not None and not subblock.removable:
-            notes.append(
-                f"No {name} no-op in {type(specimen.model.get_submodule(layer_name)).__name__}: {subblock.reason}."
-            )
-    return LayerKind(tried["attention"], tried["ffn"], shared, kind.owners)
+            notes.append(f"No {name} no-op in {layer_class}: {subblock.reason}.")
+    return LayerKind(attention, ffn, shared, kind.owners)
 
 
-def _try_in_all(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> tuple[dict[str, set[str]], str]:
-    """:func:`_try_no_op` in one layer after another, until it does not hold."""
-    asked: dict[str, set[str]] = {name: set() for name, _ in subblock.replaced}
-    for layer_name in layer_names:
-        own, problem = _try_no_op(specimen, layer_name, subblock)
-        asked = {name: asked[name] | own[name] for name in asked}
-        if problem:
-            return asked, problem
-    return asked, ""
+def _first_that_holds(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> Subblock:
+    """The subblock with the no-op that removes most and holds, or with the reason why the first does not hold."""
+    reason = ""
+    for replaced in _candidates(subblock):
+        proved_no_op, problem = _tried(specimen, layer_names, Subblock(subblock.modules, replaced))
+        if not problem:
+            return Subblock(subblock.modules, proved_no_op)
+        reason = reason or problem
+    return _last_part(specimen, layer_names, subblock) or Subblock(subblock.modules, (), reason)
+
+
+def _candidates(subblock: Subblock) -> Iterator[Replaced]:
+    """No-ops to try: with everything around the subblock, with what is simple there, or with its modules alone."""
+    modules = [r for r in subblock.replaced if r[0] in subblock.modules]
+    around = [r for r in subblock.replaced if r[0] not in subblock.modules]
+    simple = [r for r in around if not r[1].get("returns")]
+    # A layer may expect a tuple from its own class of module only, and a tensor from any other.
+    bare = [(name, {k: v for k, v in record.items() if k not in ("returns", "names")}) for name, record in modules]
+    for inner, outer in itertools.product((modules, bare), (around, simple, [])):
+        yield (*inner, *outer)
 
 
 def _last_part(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> Subblock | None:
-    """A no-op that leaves what other layers use, e.g. keys and values or a router's state, and takes what is after it.
+    """A no-op that keeps what other layers use, e.g. keys and values or a router's state, and removes what follows it.
 
     It is the last module inside the subblock without which the subblock gives zeros. What runs before the subblock
-    makes what they use, so it stays, though gradients may not say so: they do not pass through a choice of tokens.
+    computes what the other layers use, so it stays, even where gradients do not show it: they do not pass through a
+    choice of tokens.
     """
     if len(subblock.modules) != 1:
         return None
-    layer_name = layer_names[0]
-    outer = f"{layer_name}.{subblock.modules[0]}"
+    prefix, outer = f"{layer_names[0]}.", f"{layer_names[0]}.{subblock.modules[0]}"
     inside = [
         name
         for name, module in specimen.model.get_submodule(outer).named_modules(prefix=outer)
@@ -98,28 +94,165 @@ def _last_part(specimen: Specimen, layer_names: Sequence[str], subblock: Subbloc
     ]
     ends = {call.name: call.end for call in specimen.trace(specimen.ids, keep=())}
     for name in sorted(inside, key=lambda name: -ends.get(name, 0)):
-        try:
-            with specimen.silenced({name: None}):
-                calls = specimen.trace(specimen.ids, keep=[outer, name])
-        except Exception:  # a family's own code may not bear zeros here
-            continue
-        begin = {call.name.removeprefix(f"{layer_name}."): call.begin for call in reversed(calls)}
+        calls = []
+        with experiment(f"Does the model run with zeros from {name}?"), specimen.silenced({name: None}):
+            calls = specimen.trace(specimen.ids, keep=[outer, name])
+        begin = {call.name.removeprefix(prefix): call.begin for call in reversed(calls)}
         outputs = {call.name: call.output for call in calls if call.name in (outer, name)}
         given = first_tensor_of(outputs.get(outer))
         if given is None or bool(given.any()) or name not in outputs:
             continue
-        record = {"is": "zeros", "returns": len(outputs[name]) if isinstance(outputs[name], tuple | list) else 0}
+        record: Record = {
+            "is": "zeros",
+            "returns": len(outputs[name]) if isinstance(outputs[name], tuple | list) else 0,
+        }
         if size := output_size_attribute(specimen.model.get_submodule(name)):
             record["size"] = size
         around = [r for r in subblock.replaced if r[0] not in subblock.modules and not r[1].get("returns")]
         around = [r for r in around if begin[r[0]] > begin[subblock.modules[0]]]
         for kept in (around, []) if around else ([],):
-            replaced = ((name.removeprefix(f"{layer_name}."), record), *kept)
-            asked, problem = _try_in_all(specimen, layer_names, Subblock(subblock.modules, replaced))
+            replaced = ((name.removeprefix(prefix), record), *kept)
+            proved_no_op, problem = _tried(specimen, layer_names, Subblock(subblock.modules, replaced))
             if not problem:
-                replaced = _with_attributes(replaced, asked)
-                return Subblock(subblock.modules, replaced, stays=True)
+                return Subblock(subblock.modules, proved_no_op, stays=True)
     return None
+
+
+# ---------------------------------------------------------------------------------------------- one no-op
+
+
+def _tried(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> tuple[Replaced, str]:
+    """Try a no-op in one layer after another, until it does not hold.
+
+    Returns:
+        What it puts where, with the attributes that the model reads from the original modules; and why it does not
+        hold, empty if it does.
+    """
+    asked: dict[str, set[str]] = {name: set() for name, _ in subblock.replaced}
+    for layer_name in layer_names:
+        trial = _Trial(specimen, layer_name, subblock)
+        problem = trial.problem()
+        if problem:
+            return (), problem
+        asked = {name: attributes | trial.asked[name] for name, attributes in asked.items()}
+    return _with_attributes(subblock.replaced, asked), ""
+
+
+def _with_attributes(replaced: Replaced, asked: Mapping[str, set[str]]) -> Replaced:
+    return tuple(
+        (name, record | {"asked": sorted(asked[name])} if asked[name] else record) for name, record in replaced
+    )
+
+
+class _Trial:
+    """One no-op, tried in one layer.
+
+    Attributes:
+        asked: For every replaced module the attributes that the model reads from it.
+    """
+
+    def __init__(self, specimen: Specimen, layer_name: str, subblock: Subblock):
+        self.specimen, self.layer_name, self.subblock = specimen, layer_name, subblock
+        self.asked: dict[str, set[str]] = {name: set() for name, _ in subblock.replaced}
+
+    def problem(self) -> str:
+        """Why the no-op does not hold; empty if it does."""
+        layer = self.specimen.model.get_submodule(self.layer_name)
+        wanted = seen = cached = None
+        with experiment(f"Does the model run without {self.subblock.modules} of {self.layer_name}?") as attempt:
+            wanted = self._silenced()
+            cached = self._run_with_cache()
+            with self._replaced(layer):
+                seen = self.specimen.run()
+                self._go_on(cached)
+                self._build(type(layer))
+        if attempt.failed or wanted is None or seen is None:
+            return f"the model does not run with it ({attempt.reason})"
+        if not torch.equal(wanted, seen):
+            change = float((wanted - seen).abs().max() / wanted.abs().max())
+            than = "than with the subblock's output silenced"
+            return f"the model gives something else {than} (by {change:.0e} of its logits)"
+        return self._problem_afresh(fills_cache=cached is not None)
+
+    def _silenced(self) -> torch.Tensor:
+        """Logits with the subblock's output silenced."""
+        records, prefix = dict(self.subblock.replaced), f"{self.layer_name}."
+        silenced = {prefix + name: records.get(name, {}).get("of") for name in self.subblock.modules}
+        # A norm after the subblock goes with it: what it makes of zeros is silenced too.
+        after = [prefix + name for name, record in self.subblock.replaced if record["is"] == "same"]
+        with self.specimen.silenced(silenced), silent_stay_silent(self.specimen.model, after):
+            return self.specimen.run()
+
+    def _run_with_cache(self) -> Any:
+        """The output of a run with a cache; None if the model does not run with one."""
+        output = None
+        with torch.no_grad(), experiment("Does the model run with a cache?"):
+            output = self.specimen.model(input_ids=self.specimen.ids, use_cache=True)
+        return output
+
+    @contextmanager
+    def _replaced(self, layer: nn.Module) -> Iterator[None]:
+        """While open, the no-op is made, and notes what the model reads from the original modules."""
+        originals = {name: layer.get_submodule(name) for name in self.asked}
+        try:
+            for name, record in self.subblock.replaced:
+                self._put(layer, name, record)
+            yield
+        finally:
+            for name, module in originals.items():
+                layer.set_submodule(name, module)
+
+    def _put(self, layer: nn.Module, name: str, record: Record) -> None:
+        original = layer.get_submodule(name)
+        layer.set_submodule(name, _Asked(original, _replacement(original, record), self.asked[name]))
+
+    def _go_on(self, cached: Any) -> None:
+        """Run with a cache and with one token more, since the model may read more from its modules then."""
+        model, ids, name = self.specimen.model, self.specimen.ids, cache_argument(self.specimen.model)
+        with torch.no_grad(), experiment("Does it fill a cache and go on from one?"):
+            model(input_ids=ids, use_cache=True)
+            if isinstance(cached, Mapping) and name in cached:
+                mask = torch.ones(1, ids.shape[1] + 1, dtype=torch.long)
+                model(input_ids=ids[:, :1], use_cache=True, **{name: cached[name], "attention_mask": mask})
+
+    def _build(self, layer_class: type[nn.Module]) -> None:
+        """Build a model, which may read more from its modules then."""
+
+        def finish(layer: nn.Module, index: int) -> None:
+            for name, record in self.subblock.replaced:
+                with suppress(AttributeError):  # another kind of layer
+                    self._put(layer, name, record)
+
+        with (
+            experiment("Can the model be built with it?"),
+            own_layers([layer_class], lambda layer_config, index: layer_config, finish),
+        ):
+            stock_model(self.specimen.config)
+
+    def _problem_afresh(self, fills_cache: bool) -> str:
+        """Why a fresh model with the no-op does not run, or does not fill its cache though the original does.
+
+        The first run may read what no later one does, e.g. to scale the weights of all layers.
+        """
+        ids = self.specimen.ids
+        fresh = stock_model(self.specimen.config, "cpu", torch.float32).eval()
+        final = copy.deepcopy(fresh)
+        for name, record in self.subblock.replaced:
+            self._put(fresh.get_submodule(self.layer_name), name, record)
+        with torch.no_grad(), experiment("Does a fresh model run with it?"):
+            fresh(input_ids=ids, use_cache=False)
+        for name, record in _with_attributes(self.subblock.replaced, self.asked):
+            put(final.get_submodule(self.layer_name), name, record)
+        with torch.no_grad(), experiment("Does a fresh model run with the final no-op?") as attempt:
+            final(input_ids=ids, use_cache=False)
+        if attempt.failed:
+            return f"the model does not run with it ({attempt.reason})"
+        with torch.no_grad(), experiment("Does a fresh model fill its cache?") as attempt:
+            final(input_ids=ids, use_cache=True)
+        # Other errors are a cache's refusal for other reasons; these miss something that was removed.
+        if fills_cache and isinstance(attempt.error, AttributeError | TypeError | KeyError):
+            return f"the model does not fill its cache with it ({attempt.reason})"
+        return ""
 
 
 def _replacement(original: nn.Module, record: Record) -> nn.Module:
@@ -127,105 +260,9 @@ def _replacement(original: nn.Module, record: Record) -> nn.Module:
     return make_replacement(record | {"size": getattr(original, size)} if size else record)
 
 
-def _put_asked(layer: nn.Module, name: str, record: Record, asked: dict[str, set[str]]) -> None:
-    """Put what stands for a module in its place, and note there what the model asks of it."""
-    original = layer.get_submodule(name)
-    layer.set_submodule(name, _Asked(original, _replacement(original, record), asked[name]))
-
-
-def _try_no_op(specimen: Specimen, layer_name: str, subblock: Subblock) -> tuple[dict[str, set[str]], str]:
-    """Run with modules replaced and with their outputs silenced; both must agree to the bit.
-
-    Returns:
-        What the model asked of the replaced modules beside calling them, and what went wrong, if anything.
-    """
-    model = specimen.model
-    layer = model.get_submodule(layer_name)
-    originals = {name: layer.get_submodule(name) for name, _ in subblock.replaced}
-    asked: dict[str, set[str]] = {name: set() for name in originals}
-    records = dict(subblock.replaced)
-    silenced = {f"{layer_name}.{name}": records.get(name, {}).get("of") for name in subblock.modules}
-    after = [f"{layer_name}.{name}" for name, record in subblock.replaced if record["is"] == "same"]
-    try:
-        # A norm after the subblock goes with it: what it makes of zeros is silenced too.
-        with specimen.silenced(silenced), silent_stay_silent(model, after):
-            wanted = specimen.run()
-        filled, caches, name_of_cache = None, False, cache_argument(model)
-        with suppress(Exception), torch.no_grad():
-            cached = model(input_ids=specimen.ids, use_cache=True)
-            caches = True
-            filled = cached[name_of_cache]
-        try:
-            for name, record in subblock.replaced:
-                _put_asked(layer, name, record, asked)
-            seen = specimen.run()
-            with suppress(Exception), torch.no_grad():  # more may be asked where there is a cache
-                model(input_ids=specimen.ids, use_cache=True)
-                if filled is not None:
-                    mask = torch.ones(1, specimen.ids.shape[1] + 1, dtype=torch.long)
-                    told = {name_of_cache: filled, "attention_mask": mask}
-                    model(input_ids=specimen.ids[:, :1], use_cache=True, **told)
-            _build_asking(specimen, type(layer), subblock, asked)
-        finally:
-            for name, module in originals.items():
-                layer.set_submodule(name, module)
-    except Exception as error:  # whatever a family's own code raises
-        return asked, f"the model does not run with it ({first_line(error)})"
-    if torch.equal(wanted, seen):
-        return asked, _afresh(specimen, layer_name, subblock, asked, caches)
-    change = float((wanted - seen).abs().max() / wanted.abs().max())
-    return (
-        asked,
-        f"the model gives something else than with the subblock's output silenced (by {change:.0e} of its logits)",
-    )
-
-
-def _build_asking(
-    specimen: Specimen, layer_class: type[nn.Module], subblock: Subblock, asked: dict[str, set[str]]
-) -> None:
-    """Note what a model asks of a subblock's modules while it is built."""
-
-    def finish(layer: nn.Module, index: int) -> None:
-        for name, record in subblock.replaced:
-            with suppress(AttributeError):  # another kind of layer
-                _put_asked(layer, name, record, asked)
-
-    with suppress(Exception), own_layers([layer_class], lambda own, index: own, finish):
-        stock_model(specimen.config)
-
-
-def _afresh(specimen: Specimen, layer_name: str, subblock: Subblock, asked: dict[str, set[str]], caches: bool) -> str:
-    """What goes wrong in the first run of a model with the no-op, or when it fills a cache, if anything.
-
-    The first run may ask for what no later one does, e.g. to scale the weights of all layers.
-    """
-    fresh = stock_model(specimen.config, "cpu", torch.float32).eval()
-    real = copy.deepcopy(fresh)
-    layer = fresh.get_submodule(layer_name)
-    for name, record in subblock.replaced:
-        _put_asked(layer, name, record, asked)
-    with suppress(Exception), torch.no_grad():
-        fresh(input_ids=specimen.ids, use_cache=False)
-    for name, record in _with_attributes(subblock.replaced, asked):
-        put(real.get_submodule(layer_name), name, record)
-    with torch.no_grad():
-        try:
-            real(input_ids=specimen.ids, use_cache=False)
-        except Exception as error:  # whatever a family's own code raises
-            return f"the model does not run with it ({first_line(error)})"
-        try:
-            real(input_ids=specimen.ids, use_cache=True)
-        except (AttributeError, TypeError, KeyError) as error:  # it misses something; a cache may say no for others
-            if caches:
-                return f"the model does not fill its cache with it ({first_line(error)})"
-        except Exception:
-            pass
-    return ""
-
-
 @contextmanager
 def silent_stay_silent(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """While open, these modules give zeros for zeros."""
+    """While open, these modules give zeros when they are given zeros."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
@@ -242,7 +279,7 @@ def silent_stay_silent(model: nn.Module, names: Sequence[str]) -> Iterator[None]
 
 
 class _Asked(nn.Module):
-    """Stands in with a replacement, and notes which attributes of the original are read."""
+    """A replacement that notes which attributes the model reads from the original module."""
 
     def __init__(self, original: nn.Module, replacement: nn.Module, asked: set[str]):
         super().__init__()
@@ -263,16 +300,8 @@ class _Asked(nn.Module):
         return self.replacement(*args, **kwargs)
 
 
-def _with_attributes(
-    replaced: Sequence[tuple[str, Record]], asked: dict[str, set[str]]
-) -> tuple[tuple[str, Record], ...]:
-    return tuple(
-        (name, record | {"asked": sorted(asked[name])} if asked[name] else record) for name, record in replaced
-    )
-
-
 def put(layer: nn.Module, name: str, record: Record) -> None:
-    """Put a replacement into a layer; it answers for what the model asks of the module that was there."""
+    """Put a replacement into a layer; it has the attributes that the model reads from the original module."""
     record = dict(record)
     original = layer.get_submodule(name)
     values = {attribute: getattr(original, attribute) for attribute in record.pop("asked", ())}

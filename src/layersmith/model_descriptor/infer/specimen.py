@@ -1,7 +1,7 @@
-"""A small random model of a family, and what can be seen by running it.
+"""A small random model of a family, and what can be observed by running it.
 
-Everything that an inferred descriptor says was seen here: which modules run, in which order, on what, and which weights
-stop mattering when something is set to zero. Names are never looked at.
+Everything that an inferred descriptor says was observed here: which modules run, in which order, on what, and which
+weights stop mattering when something is set to zero. The few names that are assumed are in ``conventions.py``.
 
 Shapes: T tokens, D hidden, V vocabulary. One sequence at a time.
 """
@@ -18,7 +18,9 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig
 
-from layersmith.errors import UnsupportedModel, first_line
+from layersmith.errors import UnsupportedModel
+from layersmith.foreign import Attempt, foreign_code
+from layersmith.model_descriptor.conventions import CACHES
 from layersmith.model_descriptor.stock import stock_class, stock_model
 
 TOKENS = 11  # a length that no other size of a model is likely to have
@@ -28,9 +30,26 @@ _NOISE = 0.05
 Argument = int | str | None
 
 
+class CannotSilence(UnsupportedModel):
+    """A module returns something whose first tensor cannot be replaced."""
+
+
+@contextmanager
+def experiment(question: str) -> Iterator[Attempt]:
+    """Code of a family that may refuse to run, as an answer to a question; see :func:`foreign_code`.
+
+    That a module cannot be silenced is a refusal too.
+    """
+    try:
+        with foreign_code(question, refusal_is_answer=True) as attempt:
+            yield attempt
+    except CannotSilence as refusal:
+        attempt.error = refusal
+
+
 @dataclass
 class Call:
-    """One call of a module: where in the order of all calls it began and ended, what went in and came out."""
+    """One call of a module: when it began and ended in the order of all calls, its arguments and its output."""
 
     name: str
     begin: int
@@ -51,27 +70,26 @@ class Specimen:
 
     def __init__(self, config: PretrainedConfig, seed: int = 0):
         name = stock_class(config).__name__
-        try:
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
-                self.model: nn.Module = stock_model(config, "cpu", torch.float32).float().eval()
-        except Exception as error:  # whatever a family's own code raises
-            raise UnsupportedModel(f"{name} cannot be built from this config ({first_line(error)}).") from error
+        with torch.random.fork_rng(devices=[]), experiment("Can the model be built?") as attempt:
+            torch.manual_seed(seed)
+            self.model: nn.Module = stock_model(config, "cpu", torch.float32).float().eval()
+        if attempt.error is not None:
+            raise UnsupportedModel(f"{name} cannot be built from this config ({attempt.reason}).") from attempt.error
         self.config = self.model.config
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in self.model.parameters():
-                # Some families keep weights out of training; here every one has to show whether it matters.
+                # Some families exclude weights from training; here every weight has to show whether it matters.
                 if parameter.is_floating_point():
                     parameter.requires_grad_(True)
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * _NOISE)
         vocab_size = int(self._embedding_rows())
         self.ids = (torch.arange(TOKENS)[None] * 7 + 3) % vocab_size
         self.other_ids = (torch.arange(TOKENS)[None] * 5 + 4) % vocab_size
-        try:
+        with experiment("Does the model run on text alone?") as attempt:
             self.logits = self.run(self.ids)
-        except Exception as error:
-            raise UnsupportedModel(f"{name} cannot run on text alone ({first_line(error)}).") from error
+        if attempt.error is not None:
+            raise UnsupportedModel(f"{name} cannot run on text alone ({attempt.reason}).") from attempt.error
 
     def _embedding_rows(self) -> int:
         try:
@@ -81,16 +99,17 @@ class Specimen:
 
     @property
     def hidden_size(self) -> int:
-        """D: what the input embedding gives for a token."""
+        """D: the size of a token's embedding."""
         try:
             return int(self.model.get_input_embeddings().weight.shape[1])  # type: ignore[operator]
-        except (AttributeError, NotImplementedError):  # it is not called as usual; the first that runs is it
+        except (AttributeError, NotImplementedError):  # it has an unusual name; it is the first embedding that runs
             calls = (self.model.get_submodule(call.name) for call in self.trace(self.ids, keep=()))
             return next((m.embedding_dim for m in calls if isinstance(m, nn.Embedding)), 0)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits ``[1, T, V]``."""
         output = self.model(input_ids=ids, use_cache=False)
-        return output.logits
+        return Attempt("").call(getattr, output, "logits")
 
     def run(self, ids: torch.Tensor | None = None) -> torch.Tensor:
         """Logits ``[1, T, V]`` without gradients."""
@@ -98,11 +117,11 @@ class Specimen:
             return self.forward(self.ids if ids is None else ids)
 
     def trace(self, ids: torch.Tensor, keep: Sequence[str] | None = None) -> list[Call]:
-        """Every call of a module in one forward pass, in the order of their beginning.
+        """Every call of a module in one forward pass, in the order in which the calls began.
 
         Args:
-            ids: the tokens.
-            keep: modules whose arguments and outputs are kept; default: of all.
+            ids: The tokens.
+            keep: Modules whose arguments and outputs are kept. Default: all.
         """
         calls: list[Call] = []
         open_calls: list[Call] = []
@@ -150,8 +169,10 @@ class Specimen:
             def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
                 if argument is None:
                     return with_first_tensor(output, torch.zeros_like)
-                value = args[argument] if isinstance(argument, int) else kwargs[argument]
-                return with_first_tensor(output, lambda _: value)
+                given = dict(enumerate(args)) | kwargs
+                if argument not in given:
+                    raise CannotSilence(f"{type(module).__name__} is called without its argument {argument!r}")
+                return with_first_tensor(output, lambda _: given[argument])
 
             return hook
 
@@ -166,10 +187,10 @@ class Specimen:
                 handle.remove()
 
     def dead(self, silenced: Mapping[str, Argument], among: str) -> set[str]:
-        """Names beginning with ``among`` of parameters that do not matter for the logits while modules are silenced.
+        """Names of parameters, starting with ``among``, on which the logits do not depend while modules are silenced.
 
-        Gradients tell; where the model gives none, e.g. since its layers compute them in a way of their own that is
-        for training only, each parameter is changed instead.
+        Gradients show it. Where the model gives none, e.g. because its layers compute them in a special way for
+        training only, each parameter is changed instead.
         """
         named = self.model.named_parameters()
         wanted = {name: p for name, p in named if name.startswith(among) and p.requires_grad}
@@ -177,14 +198,14 @@ class Specimen:
             logits = self.forward(self.ids)
             # Weights of different signs and sizes, so that no sum cancels.
             weights = torch.linspace(-1, 1, logits.numel()).view_as(logits).sin()
-            try:
+            with experiment("Does the model give gradients?") as attempt:
                 grads = torch.autograd.grad((logits * weights).sum(), list(wanted.values()), allow_unused=True)
-            except Exception:  # whatever a family's own code raises
+            if attempt.failed:
                 return {name for name, p in wanted.items() if not self._matters(p, logits)}
         return {name for name, grad in zip(wanted, grads, strict=True) if grad is None or not grad.any()}
 
     def _matters(self, parameter: torch.Tensor, logits: torch.Tensor) -> bool:
-        """Whether the logits are others once a parameter is another."""
+        """Whether the logits change when a parameter does."""
         with restored([parameter]), torch.no_grad():
             parameter.add_(torch.linspace(1, 2, parameter.numel()).view_as(parameter))
             return not torch.equal(self.forward(self.ids), logits)
@@ -192,7 +213,7 @@ class Specimen:
 
 @contextmanager
 def restored(weights: Sequence[torch.Tensor]) -> Iterator[None]:
-    """What is written into weights within is gone after it."""
+    """While open, weights may be changed; afterwards they are as before."""
     kept = [weight.detach().clone() for weight in weights]
     try:
         yield
@@ -203,14 +224,13 @@ def restored(weights: Sequence[torch.Tensor]) -> Iterator[None]:
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What a model calls the cache that it is given and returns."""
+    """The name of the argument by which a model takes its cache."""
     takes = inspect.signature(model.forward).parameters
-    others = ("cache", "cache_params", "state", "past_buckets_states")
-    return next((name for name in others if name in takes), "past_key_values")
+    return next((name for name in CACHES if name in takes), "past_key_values")
 
 
 def _copied(value: Any) -> Any:
-    """The same with tensors copied, since some models change theirs in place."""
+    """A copy down to the tensors, since some models change theirs in place."""
     if isinstance(value, torch.Tensor):
         return value.clone()
     if type(value) in (tuple, list):
@@ -219,14 +239,19 @@ def _copied(value: Any) -> Any:
 
 
 def with_first_tensor(output: Any, change: Callable[[torch.Tensor], torch.Tensor]) -> Any:
-    """What a module returned, with its first tensor changed."""
+    """What a module returned, with its first tensor changed.
+
+    Raises:
+        CannotSilence: It returned no tensor, tuple or list.
+    """
     if isinstance(output, torch.Tensor):
         return change(output)
-    if isinstance(output, tuple | list):
-        first = next(i for i, part in enumerate(output) if isinstance(part, torch.Tensor))
-        made = getattr(output, "_make", type(output))  # a tuple whose parts have names
-        return made([change(part) if i == first else part for i, part in enumerate(output)])
-    raise UnsupportedModel(f"a module returns {type(output).__name__}, in which no tensor can be exchanged")
+    parts = output if isinstance(output, tuple | list) else ()
+    first = next((i for i, part in enumerate(parts) if isinstance(part, torch.Tensor)), None)
+    if first is None:
+        raise CannotSilence(f"a module returns {type(output).__name__}, in which no tensor can be replaced")
+    made = getattr(output, "_make", type(output))  # a tuple whose parts have names
+    return made([change(part) if i == first else part for i, part in enumerate(parts)])
 
 
 def first_tensor_of(output: Any) -> torch.Tensor | None:
