@@ -35,7 +35,7 @@ class OwnExperts:
 
 
 def before_digit(name: str) -> str:
-    """What stands before the first part of a name that is a number; empty if there is none."""
+    """What precedes the first part of a name that is a number; empty if there is none."""
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join(parts[:at]) if at < len(parts) else ""
@@ -47,17 +47,17 @@ def experts_used(
     """How many experts get a gradient from one token.
 
     Args:
-        specimen: a model that has run.
-        prefix: of the layer's weights.
-        members: weights of experts, by their names in the layer.
-        flat: those of them in which experts lie flat.
+        specimen: A small model that has run.
+        prefix: Prefix of the names of the layer's weights.
+        members: Names, in the layer, of the weights of experts.
+        flat: Those of them in which experts lie flat.
         count: E, where some lie flat.
     """
     named = dict(specimen.model.named_parameters())
-    own = {n: named[prefix + n] for n in sorted(members)}
+    weights = {n: named[prefix + n] for n in sorted(members)}
     used: set[tuple[str, str]] = set()
     counts = []
-    for (name, parameter), grad in zip(own.items(), _gradients(specimen, list(own.values()), 0), strict=True):
+    for (name, parameter), grad in zip(weights.items(), _gradients(specimen, list(weights.values()), 0), strict=True):
         if not grad.any():
             continue
         if name in flat:

@@ -231,12 +231,10 @@ class _WidthCandidate(Candidate):
         return not known and len(self.matrices) >= 2 and all(len(change) == 1 for change in self.changes.values())
 
     def counts_channels(self) -> bool:
+        """Whether the attribute is a multiple of the width, and all that it sets grows in proportion to the width."""
         before, after = self.lengths
-        return self.effect.other % after == 0 and self.value in (0, self.factor * before)
-
-    def is_proportional(self) -> bool:
-        before, after = self.lengths
-        return all(a * after == b * before for ((a, b),) in self.changes.values())
+        is_multiple = self.effect.other % after == 0 and self.value in (0, self.factor * before)
+        return is_multiple and all(a * after == b * before for ((a, b),) in self.changes.values())
 
     def keeps_small_value(self) -> bool:
         """Whether a small value is taken as it is, not rounded up."""
@@ -261,10 +259,7 @@ _WIDTHS = (
         "Does {} set one side of two or more matrices?", lambda width, _: width.sets_one_side()
     ),
     Experiment[_WidthCandidate, None](
-        "Is {} the length of that side, or a multiple of it?", lambda width, _: width.counts_channels()
-    ),
-    Experiment[_WidthCandidate, None](
-        "Do all weights that change with {} grow in the same proportion?", lambda width, _: width.is_proportional()
+        "Is {} the length of that side, or a multiple of it, in all weights?", lambda width, _: width.counts_channels()
     ),
     Experiment[_WidthCandidate, None](
         "Is a small value of {} kept as it is?",
@@ -371,7 +366,7 @@ def _numbers_that_change(
         return None
     layer, other = (specimen.model.get_submodule(trial.layer_name) for specimen in (trial.specimen, changed))
     twins: dict[str, nn.Module] = dict(other.named_modules())
-    found = []
+    numbers = []
     for name, module in layer.named_modules():
         if not f"{name}.".startswith(tuple(f"{m}." for m in modules)):
             continue
@@ -380,5 +375,5 @@ def _numbers_that_change(
             if type(value) is int and twin.get(attribute) != value:
                 if (value, twin.get(attribute)) != (trial.value(path), new):
                     return None
-                found.append((name, attribute))
-    return tuple(found)
+                numbers.append((name, attribute))
+    return tuple(numbers)

@@ -49,10 +49,10 @@ def find_sizes(
     if not survey.base:  # layers are not built from a config
         return [Sizes()] * len(kinds)
     trials = survey.trials(kinds)
-    found = [_sizes_of(trial) for trial in trials]
+    of_kinds = [_sizes_of(trial) for trial in trials]
     return [
-        sizes if sizes.query_heads else replace(sizes, heads_elsewhere=_heads_elsewhere(trial, found))
-        for trial, sizes in zip(trials, found, strict=True)
+        sizes if sizes.query_heads else replace(sizes, heads_elsewhere=_heads_elsewhere(trial, of_kinds))
+        for trial, sizes in zip(trials, of_kinds, strict=True)
     ]
 
 
@@ -81,9 +81,9 @@ def _sizes_of(trial: Trial) -> Sizes:
     return with_ffn_sizes(trial, sizes)
 
 
-def _heads_elsewhere(trial: Trial, found: Sequence[Sizes]) -> AttributePath | None:
+def _heads_elsewhere(trial: Trial, of_kinds: Sequence[Sizes]) -> AttributePath | None:
     """The number of query heads of other kinds of layers that changes shapes of this kind."""
-    for sizes in found:
+    for sizes in of_kinds:
         for path in sizes.query_heads[:1]:
             value = trial.survey.value(path)
             twice = trial.shapes({path: 2 * value, **dict([sizes.head_size] if sizes.head_size else [])})

@@ -53,10 +53,10 @@ def splits_of(
         sizes: Sizes of every kind, found in its first layer.
     """
     splits: list[Split] = []
-    for k, found in enumerate(sizes):
+    for k, of_first in enumerate(sizes):
         of_kind = [i for i, other in enumerate(of_layer) if other == k]
-        heads = (found.kv_heads, *found.query_heads)
-        named = (*heads, found.width, found.num_experts, found.expert_width, found.shared_width)
+        heads = (of_first.kv_heads, *of_first.query_heads)
+        named = (*heads, of_first.width, of_first.num_experts, of_first.expert_width, of_first.shared_width)
         paths = tuple(dict.fromkeys(path for path in named if path is not None))
         if len(of_kind) < 2 or not paths:
             continue

@@ -207,12 +207,12 @@ def find_query_heads(trial: Trial, kv_heads: AttributePath | None) -> QueryHeads
         trial: The kind of layer.
         kv_heads: The attribute that is the number of its KV heads.
     """
-    found = []
+    results = []
     for way in trial.ways() if trial.kind.attention is not None else ():
-        found.append(_find(way, kv_heads))
-        if found[-1].paths:
-            return found[-1]
-    return found[0] if found else QueryHeads()
+        results.append(_find(way, kv_heads))
+        if results[-1].paths:
+            return results[-1]
+    return results[0] if results else QueryHeads()
 
 
 def _find(trial: Trial, kv_heads: AttributePath | None) -> QueryHeads:
@@ -226,13 +226,13 @@ def _find(trial: Trial, kv_heads: AttributePath | None) -> QueryHeads:
             continue
         if effect.other != 2 * value or any(trial.kind.owners.get(name) != "attention" for name in touched):
             continue
-        found = _heads_set_by(trial, path, kv_heads, unset)
-        if found.paths:
-            return found
-        refuted.append(found)
+        heads = _heads_set_by(trial, path, kv_heads, unset)
+        if heads.paths:
+            return heads
+        refuted.append(heads)
     return QueryHeads(
-        reason=next((found.reason for found in refuted if found.reason), ""),
-        outcomes=tuple(outcome for found in refuted for outcome in found.outcomes),
+        reason=next((heads.reason for heads in refuted if heads.reason), ""),
+        outcomes=tuple(outcome for heads in refuted for outcome in heads.outcomes),
     )
 
 
@@ -257,11 +257,11 @@ def _heads_set_by(
             continue
         if not (differs := _NO_RANK.run(guess)).held:
             return QueryHeads(outcomes=(differs,))
-        found = QueryHeads(guess.paths, guess.pin, pairs=guess.ends > 1)
+        heads = QueryHeads(guess.paths, guess.pin, pairs=guess.ends > 1)
         # The number of KV heads that a config says may be read only where attention is not fused.
         if not partners or _PLAIN_ATTENTION.run(guess).held:
-            return found
-        only_fused = only_fused or found
+            return heads
+        only_fused = only_fused or heads
     return only_fused or _in_blocks(alone, pins)
 
 

@@ -104,12 +104,12 @@ class Survey:
         layer_numbers = [numbers_of_layer(self.layer_config, len(self.base), i) for i in self.examples]
         effects: dict[AttributePath, list[Effect]] = {}
         for path, value in numbers(self.layer_config, len(self.base)):
-            found = self._effects(path, value)
-            for k, own in enumerate(layer_numbers):
-                if found and own[path] != value:
-                    found[k] = (self._effects(path, own[path]) or found)[k]
-            if found:
-                effects[path] = found
+            by_kind = self._effects(path, value)
+            for k, numbers_of_kind in enumerate(layer_numbers):
+                if by_kind and numbers_of_kind[path] != value:
+                    by_kind[k] = (self._effects(path, numbers_of_kind[path]) or by_kind)[k]
+            if by_kind:
+                effects[path] = by_kind
         idle = tuple(path for path, by_kind in effects.items() if not any(by_kind))
         return [
             Trial(
@@ -130,9 +130,9 @@ class Survey:
             if other < 1 or other == value or self.shapes({path: other}, 0) is None:
                 continue
             pairs = [(self.base[i], self.shapes({path: other}, i) or {}) for i in self.examples]
-            found = [Effect.between(base, changed, other) for base, changed in pairs]
-            if any(found) or value or other == ANY_SIZES[-1]:
-                return found  # otherwise the size may be that number anyway
+            by_kind = [Effect.between(base, changed, other) for base, changed in pairs]
+            if any(by_kind) or value or other == ANY_SIZES[-1]:
+                return by_kind  # otherwise the size may be that number anyway
         return []
 
 
