@@ -64,7 +64,7 @@ def measure(
     kinds = kinds_of(parent, alternatives, costs)
     shapes: dict[Shape, list[Alternative]] = {}
     for a in alternatives:
-        if a.kind != "parent":
+        if not a.is_parent:
             shapes.setdefault(Shape(kinds[a.layer], a.subblock, a.block_config(parent.blocks[a.layer])), []).append(a)
     watch = Stopwatch(parent, workload, recipe)
     cached = MeasurementCache(parent, watch.workload, recipe)
@@ -104,9 +104,9 @@ def fastest_times(watch: Stopwatch, alternatives: Sequence[Alternative]) -> Time
     if attempt.failed:
         return None
     least = Timing(min(t.prefill for t in empty_runs), min(t.decode for t in empty_runs))
-    count = sum(a.kind == "parent" for a in alternatives)
+    count = sum(a.is_parent for a in alternatives)
     inside = (whole.at_least(least) - least).scaled(1 / count, 1 / count)
-    by_key = {a.key: inside if a.kind == "parent" else ZERO for a in alternatives}
+    by_key = {a.key: inside if a.is_parent else ZERO for a in alternatives}
     return Times("measured", device_name(parent.runtime), watch.workload, by_key, least)
 
 
@@ -114,7 +114,7 @@ def kinds_of(parent: Parent, alternatives: Sequence[Alternative], costs: CostTab
     """For every layer the index of the first layer that takes the same time with the same alternatives."""
     layers: list[dict[str, dict[str, int]]] = [{} for _ in parent.blocks]
     for a in alternatives:
-        if a.kind == "parent":
+        if a.is_parent:
             layers[a.layer][a.subblock] = costs.by_key[a.key]
     return layers_alike(parent.descriptor, parent.config, parent.blocks, layers)
 
@@ -123,7 +123,7 @@ def _parameters_removed(
     shapes: Mapping[Shape, Sequence[Alternative]], alternatives: Sequence[Alternative], costs: CostTable
 ) -> dict[Shape, tuple[str, float]]:
     """Kind of alternative of each shape, and the number of parameters it removes."""
-    whole = {(a.layer, a.subblock): costs.by_key[a.key]["parameters"] for a in alternatives if a.kind == "parent"}
+    whole = {(a.layer, a.subblock): costs.by_key[a.key]["parameters"] for a in alternatives if a.is_parent}
     return {
         shape: (a.kind, float(whole[a.layer, a.subblock] - costs.by_key[a.key]["parameters"]))
         for shape, (a, *_) in shapes.items()

@@ -114,7 +114,7 @@ def predict(
     for a in alternatives:
         block = a.block_config(blocks[a.layer])
         pairs = (0.0, 0.0)
-        if a.subblock == "attention" and has_attention(block) and a.kind != "linear":
+        if a.subblock == "attention" and has_attention(block) and a.traits.runs_subblock:
             pairs = _pairs(language, block, a.layer, axes[a.layer], workload)
         by_key[a.key] = of(costs.by_key[a.key], workload.prompt, pairs)
     # Of the embeddings a row a token is read, of the head everything, once for each sequence.

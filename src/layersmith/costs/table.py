@@ -72,5 +72,5 @@ def count_costs(
         layers, _ = subblock_costs(descriptor, config, changed, dtype, workload, axes)
         for i, (subblock, members) in counted.items():
             by_key |= {own.key: layers[i][subblock] for own in members}
-    parent = total([*(by_key[a.key] for a in alternatives if a.kind == "parent"), fixed])
+    parent = total([*(by_key[a.key] for a in alternatives if a.is_parent), fixed])
     return CostTable({own.key: by_key[own.key] for own in alternatives}, fixed, parent)

@@ -112,7 +112,7 @@ class Times:
         return self.fixed + Timing(math.fsum(t.prefill for t in own), math.fsum(t.decode for t in own))
 
     def parent(self, alternatives: Sequence[Alternative]) -> Timing:
-        return self.whole(a.key for a in alternatives if a.kind == "parent")
+        return self.whole(a.key for a in alternatives if a.is_parent)
 
     def curves(self, alternatives: Sequence[Alternative]) -> dict[str, Curve]:
         """From sums of parts to whole children, of prefill and decode, as far as the checks tell."""

@@ -58,7 +58,7 @@ def trial_solutions(
     places: dict[Place, list[Alternative]] = {}
     for a in alternatives:
         places.setdefault((a.layer, a.subblock), []).append(a)
-    parents = {place: next(a for a in members if a.kind == "parent") for place, members in sorted(places.items())}
+    parents = {place: next(a for a in members if a.is_parent) for place, members in sorted(places.items())}
     outside = 1 - sum(time_share[a.key] for a in parents.values())
     solutions = []
     for k in range(count):

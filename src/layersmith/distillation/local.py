@@ -82,7 +82,7 @@ def distill_locally(
     """
     pupils: dict[int, list[Pupil]] = {}
     for a in library.alternatives:
-        if a.kind not in ("parent", "no_op"):
+        if a.traits.has_weights:
             pupils.setdefault(a.layer, []).append(Pupil((a,), a.subblock))
     own = calibration if recipe.reconstruct else calibration[:0]
     store, rows = Store(work, inputs), _enough(training, recipe.tokens)
@@ -116,7 +116,7 @@ def distill_chosen(
         The library with the pairs, which stand in the place of the two where both are asked for.
     """
     by_layer = changed_by_layer(chosen)
-    gone = {i for i, own in by_layer.items() if sum(a.kind == "no_op" for a in own) == len(SUBBLOCKS)}
+    gone = {i for i, own in by_layer.items() if sum(a.is_no_op for a in own) == len(SUBBLOCKS)}
     pupils = {i: [Pupil(tuple(own), BLOCK)] for i, own in by_layer.items() if i not in gone}
     if not pupils:
         return library
@@ -481,10 +481,10 @@ class _Layer:
 
     def _student(self, pupil: Pupil, changed: Tensors) -> Student:
         module, kinds = self._module(pupil), self.recipe.kinds
-        learning = [a for a in pupil.alternatives if a.kind != "no_op" and (kinds is None or a.kind in kinds)]
+        learning = [a for a in pupil.alternatives if not a.is_no_op and (kinds is None or a.kind in kinds)]
         subblocks = {a.subblock for a in learning}
         if pupil.place == BLOCK and kinds is None:  # the parent's own learns with what stands beside it
-            subblocks = set(SUBBLOCKS) - {a.subblock for a in pupil.alternatives if a.kind == "no_op"}
+            subblocks = set(SUBBLOCKS) - {a.subblock for a in pupil.alternatives if a.is_no_op}
         names = {name for subblock in subblocks for name in self._weights_of(subblock, module)}
         return Student(pupil.identity, module, names, changed)
 

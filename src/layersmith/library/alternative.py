@@ -81,7 +81,7 @@ KINDS = {
         sizes={"num_key_value_heads": "size"},
         words="KV heads",
         cut=cuts.kv_heads,
-        gone=cuts.heads_gone,
+        gone=cuts.heads_gone(cuts.queries_of_gone_heads),
         reader=cuts.heads_reader,
     ),
     "head_groups": Kind(
@@ -89,7 +89,7 @@ KINDS = {
         sizes={"num_attention_heads": "query_heads", "num_key_value_heads": "size"},
         words="KV heads with their query heads",
         cut=cuts.head_groups,
-        gone=cuts.heads_gone,
+        gone=cuts.heads_gone(cuts.queries_of_gone_heads),
         reader=cuts.heads_reader,
     ),
     "query_heads": Kind(
@@ -97,7 +97,7 @@ KINDS = {
         sizes={"num_attention_heads": "size"},
         words="query heads",
         cut=cuts.query_heads,
-        gone=cuts.heads_gone,
+        gone=cuts.heads_gone(cuts.gone_queries),
         reader=cuts.heads_reader,
     ),
     "mixer_heads": Kind(

@@ -38,9 +38,6 @@ class Change(Protocol):
     def subblock(self) -> str: ...
 
     @property
-    def kind(self) -> str: ...
-
-    @property
     def method(self) -> str: ...
 
     @property
@@ -172,21 +169,31 @@ def kv_heads(layer: RankedLayer, change: Change) -> Tensors:
     return result
 
 
-def heads_gone(layer: RankedLayer, change: Change) -> dict[str, torch.Tensor] | None:
-    """The query heads that go, or that lose their KV head."""
-    if change.method == "pool" or layer.axes.kv is None:
-        return None
-    result = {}
-    for number, heads, left in _attentions(layer, change):
-        if heads.blocks > 1 or not layer.reads_its_input(heads.reader):
+def heads_gone(units: Callable[[RankedLayer, int, HeadsAxis, int], torch.Tensor]) -> Gone:
+    """The query heads of every attention that ``units`` says are gone."""
+
+    def gone(layer: RankedLayer, change: Change) -> dict[str, torch.Tensor] | None:
+        if change.method == "pool" or layer.axes.kv is None:
             return None
-        if change.kind == "query_heads":
-            units = layer.order("queries", number)[:, left // heads.shares :].flatten()
-        else:
-            units = query_heads_of(heads, layer.order("attention", number)[left:])
-        places = heads.weight(heads.reader).positions("queries", heads.sizes)
-        result[heads.output] = places[units].flatten()
-    return result
+        result = {}
+        for number, heads, left in _attentions(layer, change):
+            if heads.blocks > 1 or not layer.reads_its_input(heads.reader):
+                return None
+            places = heads.weight(heads.reader).positions("queries", heads.sizes)
+            result[heads.output] = places[units(layer, number, heads, left)].flatten()
+        return result
+
+    return gone
+
+
+def gone_queries(layer: RankedLayer, number: int, heads: HeadsAxis, left: int) -> torch.Tensor:
+    """Query heads that go by themselves."""
+    return layer.order("queries", number)[:, left // heads.shares :].flatten()
+
+
+def queries_of_gone_heads(layer: RankedLayer, number: int, heads: HeadsAxis, left: int) -> torch.Tensor:
+    """Query heads that go with their KV head, or that lose it."""
+    return query_heads_of(heads, layer.order("attention", number)[left:])
 
 
 def heads_reader(axes: LayerAxes) -> HeadsAxis | None:

@@ -67,7 +67,7 @@ class Child:
     @property
     def changed(self) -> int:
         """Number of subblocks that differ from the parent's."""
-        return sum(a.kind != "parent" for a in self.solution.alternatives)
+        return sum(not a.is_parent for a in self.solution.alternatives)
 
     def header(self) -> dict[str, Any]:
         """The run's header with the description of its data."""
@@ -215,7 +215,7 @@ def _changes(child: Child) -> str:
     rows: dict[int, dict[str, str]] = {}
     for alternative in child.solution.alternatives:
         was, now = described(child.library, alternative)
-        words = "unchanged" if alternative.kind == "parent" else f"{was} → {'removed' if now == 'no-op' else now}"
+        words = "unchanged" if alternative.is_parent else f"{was} → {'removed' if now == 'no-op' else now}"
         rows.setdefault(alternative.layer, {})[alternative.subblock] = words
     cells = [[str(layer), row.get("attention", ""), row.get("ffn", "")] for layer, row in rows.items()]
     return table(["layer", "attention", "FFN"], [r for r in cells if "→" in r[1] + r[2]], align="---")

@@ -170,7 +170,7 @@ def _layers(results: Results) -> tuple[Layer, ...]:
 def _score_table(results: Results) -> Scores:
     scores, objective = results.scores, results.recipe.scoring.objective
     chosen, loss = {a.key for a in results.solution.alternatives}, losses(scores, objective)
-    names = list(dict.fromkeys(s.alternative.name for s in scores if s.alternative.kind != "parent"))
+    names = list(dict.fromkeys(s.alternative.name for s in scores if not s.alternative.is_parent))
     columns = sorted(names, key=lambda name: not name.startswith("attention"))
     by_place = {(s.alternative.layer, s.alternative.name): s for s in scores}
 

@@ -235,7 +235,7 @@ class WholeModels:
     def _places(self, solution: Sequence[Alternative]) -> Places:
         places: list[tuple[Alternative, ...]] = [() for _ in self.library.parent.blocks]
         for alternative in sorted(solution, key=lambda a: a.subblock):
-            if alternative.kind != "parent":
+            if not alternative.is_parent:
                 places[alternative.layer] += (alternative,)
         return tuple(places)
 

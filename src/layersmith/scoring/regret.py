@@ -60,7 +60,7 @@ class ExpectedRegret:
     def __init__(self, alternatives: Sequence[Alternative], pending: Sequence[Alternative], axes: Sequence[Axis]):
         index = {a.identity: i for i, a in enumerate(pending)}
         places: dict[tuple[int, str], list[Alternative]] = {}
-        for a in sorted(alternatives, key=lambda a: a.kind != "parent"):
+        for a in sorted(alternatives, key=lambda a: not a.is_parent):
             places.setdefault((a.layer, a.subblock), []).append(a)
         most = max(map(len, places.values()))
         # Index of each candidate into the scores with a 0 in front, which stands for the parent and for padding.
@@ -68,7 +68,7 @@ class ExpectedRegret:
         self._costs = [torch.full(self._at.shape, math.inf, dtype=torch.float64) for _ in axes]
         for row, members in enumerate(places.values()):
             for column, a in enumerate(members):
-                self._at[row, column] = 0 if a.kind == "parent" else 1 + index[a.identity]
+                self._at[row, column] = 0 if a.is_parent else 1 + index[a.identity]
                 for axis, costs in zip(axes, self._costs, strict=True):
                     costs[row, column] = axis.shares[a.key]
         self._axes, self._count = axes, len(pending)

@@ -104,11 +104,9 @@ def error_beside_each_other(values: torch.Tensor, num_rows: int) -> float:
 
 def losses(scores: Sequence[Score], objective: str) -> dict[str, float]:
     """Key of the alternative to how much worse it is than the parent under an objective; the parent has 0."""
-    parent_value = next(s.mean(objective) for s in scores if s.alternative.kind == "parent")
+    parent_value = next(s.mean(objective) for s in scores if s.alternative.is_parent)
     return {
-        s.alternative.key: 0.0
-        if s.alternative.kind == "parent"
-        else loss_of(objective, s.mean(objective), parent_value)
+        s.alternative.key: 0.0 if s.alternative.is_parent else loss_of(objective, s.mean(objective), parent_value)
         for s in scores
     }
 

@@ -48,7 +48,7 @@ def plan_all(plan: Plan, amounts: Mapping[str, float]) -> None:
 
 def share_of_layer(a: Alternative) -> float:
     """About what a subblock takes of its layer with an alternative in its place."""
-    return 0.0 if a.kind in ("no_op", "linear") else 0.5
+    return 0.5 if a.traits.runs_subblock else 0.0
 
 
 @dataclass

@@ -32,7 +32,7 @@ def uniform(problem: SearchProblem, cost: str, budgets: Sequence[float]) -> list
 def dropped(problem: SearchProblem, cost: str) -> list[Solution]:
     """One layer fewer at a time: those that score least, or the neighbours that do where that is less."""
     by_place = {(a.layer, a.subblock, a.kind): a for own in problem.by_place.values() for a in own}
-    parent = {place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in problem.by_place.items()}
+    parent = {place: next((a for a in own if a.is_parent), own[0]) for place, own in problem.by_place.items()}
     layers = sorted({layer for layer, _ in problem.by_place})
     whole = {}
     for layer in layers:
@@ -60,9 +60,7 @@ def at_random(problem: SearchProblem, cost: str, budgets: Sequence[float], seed:
     found = []
     for limit in budgets:
         budget = problem.inside({cost: limit})[cost]
-        chosen = {
-            place: next((a for a in own if a.kind == "parent"), own[0]) for place, own in problem.by_place.items()
-        }
+        chosen = {place: next((a for a in own if a.is_parent), own[0]) for place, own in problem.by_place.items()}
         costs = {a.key: problem.costs.by_key[a.key][cost] for own in problem.by_place.values() for a in own}
         used = problem.costs.fixed[cost] + sum(costs[a.key] for a in chosen.values())
         for narrower in (True, False):

@@ -292,7 +292,7 @@ class SearchProblem:
                 costs = {name: sum(self._own_costs[a.key][name] for a in own) for name in self._own_costs[own[0].key]}
                 for name, (keys, sign) in (likes or {}).items():
                     costs[name] = sign * sum(a.key in keys for a in own)
-                changes = sum(a.kind != "parent" for a in own)
+                changes = sum(not a.is_parent for a in own)
                 candidates.append(Candidate(key, math.fsum(losses[a.key] for a in own), costs, changes == 0, changes))
             first = next(iter(members.values()))
             groups.append(Group(f"layer {first[0].layer} {first[0].subblock}", tuple(candidates)))

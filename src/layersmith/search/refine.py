@@ -173,7 +173,7 @@ class _Search:
         return loss_of(self.objective, math.fsum(values) / len(values), math.fsum(parent) / len(parent))
 
     def _parent_rows(self, rows: Sequence[int]) -> list[float]:
-        own = tuple(a for a in self.problem.alternatives if a.kind == "parent")
+        own = tuple(a for a in self.problem.alternatives if a.is_parent)
         if not self.journal.has("parent", rows):
             self.journal.write("parent", rows, self.models.run([own], rows)[0])
         return [self.journal.known["parent", row][self.objective] for row in rows]
@@ -340,7 +340,7 @@ class _Search:
 
 
 def _key(solution: Sequence[Alternative]) -> str:
-    return fingerprint([a.key for a in solution if a.kind != "parent"])
+    return fingerprint([a.key for a in solution if not a.is_parent])
 
 
 def read_refined(data: dict[str, Any]) -> Refined:

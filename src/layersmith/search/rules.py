@@ -47,8 +47,7 @@ def allowed(
         left[place] = [
             a
             for a in own
-            if (a.kind == "parent" or place[0] not in rules.keep_layers)
-            and _divisible(a, rules.tensor_parallel, blocks)
+            if (a.is_parent or place[0] not in rules.keep_layers) and _divisible(a, rules.tensor_parallel, blocks)
         ]
         if not left[place]:
             raise Infeasible(
@@ -131,7 +130,7 @@ def costs_of(alternative: Alternative, rules: SearchRecipe, costs: CostTable) ->
     for name, limit in extra_costs(rules, costs).items():
         own[name] = weighted(limit, own)
     if (name := _NO_OPS[alternative.subblock]) in limits_of(rules, costs):
-        own |= {name: int(alternative.kind == "no_op")}
+        own |= {name: int(alternative.is_no_op)}
     for name in _NO_OPS.values():
         if name in limits_of(rules, costs):
             own.setdefault(name, 0)

@@ -48,7 +48,7 @@ def plan(
     flops = count_flops(found, recipe)
     kinds: dict[str, int] = {}
     for alternative in found.alternatives:
-        if alternative.kind != "parent":
+        if not alternative.is_parent:
             kinds[alternative.kind] = kinds.get(alternative.kind, 0) + 1
     seconds = sum(flops.values()) / matrix_rate(runtime)
     lines = [
@@ -100,12 +100,12 @@ def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
     data, layers = recipe.data, len(found.axes)
     inside = [0] * layers
     for alternative in found.alternatives:
-        if alternative.kind == "parent":
+        if alternative.is_parent:
             inside[alternative.layer] += found.costs.by_key[alternative.key]["active_parameters"]
     head = found.costs.fixed["active_parameters"]
     whole = sum(inside) + head
     suffix = [sum(inside[i:]) + head for i in range(layers)]
-    scored = sum(suffix[a.layer] for a in found.alternatives if a.kind != "parent") + whole
+    scored = sum(suffix[a.layer] for a in found.alternatives if not a.is_parent) + whole
     if recipe.scoring.mode != "exact" and recipe.scoring.objective == "kl_divergence":
         estimated = (SWEEP_PASSES + exact_passes(recipe.scoring, found.blocks)) * whole
         scored = estimated if recipe.scoring.mode == "second_order" else min(scored, estimated)

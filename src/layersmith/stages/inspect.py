@@ -106,8 +106,7 @@ def inspect(
     blocks = block_configs_of(config, found.descriptor)
     rows = [_row(i, found, block.attention, block.ffn) for i, block in enumerate(blocks)]
     own = {
-        s: [found.costs.by_key[a.key] for a in found.alternatives if (a.kind, a.subblock) == ("parent", s)]
-        for s in SUBBLOCKS
+        s: [found.costs.by_key[a.key] for a in found.alternatives if a.is_parent and a.subblock == s] for s in SUBBLOCKS
     }
     parts = {
         "embeddings, head, final norm": total([found.costs.fixed]),
@@ -137,32 +136,15 @@ def _row(i: int, found: Outline, attention: AttentionConfig, ffn: FFNConfig) -> 
         if subblock == "attention" and heads is not None:
             counts = heads.num_heads * heads.together, heads.size * heads.together
             what = f"{counts[0]} heads, {counts[1]} KV heads of {heads.head_dim}"
-        members = [a for a in found.alternatives if a.layer == i and a.subblock == subblock and a.kind != "parent"]
+        members = [a for a in found.alternatives if a.layer == i and a.subblock == subblock and not a.is_parent]
         sizes: dict[str, list[str]] = {}
         for a in members:
-            own_sizes = sizes.setdefault(_AXIS_WORDS.get(a.kind, a.kind.replace("_", "-")), [])
+            own_sizes = sizes.setdefault(a.traits.words, [])
             if a.size and str(a.size) not in own_sizes:
                 own_sizes.append(str(a.size))
         words = [f"{name} {', '.join(own_sizes)}".strip() for name, own_sizes in sizes.items()]
         cells += [what, "; ".join(words) or "nothing else"]
     return cells[0], cells[1], cells[2], cells[3]
-
-
-_AXIS_WORDS = {
-    "kv_heads": "KV heads",
-    "head_groups": "KV heads with their query heads",
-    "query_heads": "query heads",
-    "mixer_heads": "mixer heads",
-    "mixer_groups": "groups of mixer heads",
-    "mixer_head_size": "size of mixer heads",
-    "state_size": "state",
-    "window": "window",
-    "ffn_width": "width",
-    "experts": "experts",
-    "expert_width": "expert width",
-    "shared_width": "shared width",
-    "experts_per_token": "experts a token",
-}
 
 
 def _merged(rows: list[tuple[str, str, str, str]]) -> list[BlockRow]:

@@ -53,7 +53,7 @@ def refined_solution(
 
 
 def _is_wanted(job: Job) -> bool:
-    changed = any(a.kind != "parent" for a in job.read(SEARCH).solution.alternatives)
+    changed = any(not a.is_parent for a in job.read(SEARCH).solution.alternatives)
     return bool(job.recipe.search.refine_passes) and changed
 
 
