@@ -9,8 +9,9 @@ from transformers import DynamicCache, PretrainedConfig
 
 import layersmith
 from layersmith import BlockConfig
+from layersmith.costs import budget as budget_module
 from layersmith.costs import table as library_costs
-from layersmith.costs.counted import Workload, subblock_costs, total
+from layersmith.costs.counted import Workload, context_note, subblock_costs, total
 from layersmith.costs.table import count_costs
 from layersmith.library.axes.find import find_axes
 from layersmith.library.axes.layers import meta_layers
@@ -186,3 +187,23 @@ def test_every_alternative_costs_what_it_costs_alone(model_type: str, monkeypatc
         layers, fixed = subblock_costs(descriptor, config, changed, torch.float32, workload, axes)
         assert costs.by_key[own.key] == layers[own.layer][own.subblock], own.key
         assert costs.fixed == fixed
+
+
+def test_a_context_is_capped_at_the_models_positions() -> None:
+    """Memory is not counted for tokens that the model cannot have, and a note says so."""
+    config = FAMILIES["llama"]()
+    descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
+    axes = find_axes(descriptor, config, blocks)
+    found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
+
+    def count(workload: Workload) -> library_costs.CostTable:
+        return count_costs(descriptor, config, blocks, found.alternatives, axes, torch.float32, workload)
+
+    longest = config.max_position_embeddings
+    capped, allowed = count(Workload(1, 4096)), count(Workload(1, longest))
+    assert capped == allowed
+    assert capped.workload == Workload(1, longest)
+    assert budget_module.parse_budget(params=0.7, generate=300).within(longest).context == longest
+    (note,) = context_note(4096, capped.workload)
+    assert note == "the model has 256 positions, so costs are for a context of 256 tokens instead of 4,096."
+    assert context_note(longest, capped.workload) == []

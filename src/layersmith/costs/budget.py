@@ -141,6 +141,13 @@ class Budget:
         own = tuple(limit for limit in self.limits if not is_time(limit.cost))
         return dataclasses.replace(self, limits=own) if own else None
 
+    def within(self, longest: int) -> Budget:
+        """The same budget for a context of at most ``longest`` tokens, the positions of a model."""
+        if self.context <= longest:
+            return self
+        generate = self.generate if self.generate is not None and self.generate < longest else None
+        return dataclasses.replace(self, context=longest, generate=generate)
+
     def resolve(self, parent_costs: Mapping[str, float]) -> dict[str, float]:
         """Cost to its limit in parameters, bytes or seconds."""
         return {limit.cost: limit.resolve(parent_costs[limit.cost]) for limit in self.limits}

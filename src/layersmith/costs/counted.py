@@ -29,9 +29,9 @@ class Workload:
     """How a model is served.
 
     Attributes:
-        batch: sequences at once.
-        context: tokens in the KV cache of each.
-        generate: of these, tokens that the model writes; default: ``GENERATE``, but no more than half.
+        batch: Number of sequences at once.
+        context: Number of tokens in the KV cache of each.
+        generate: Number of these that the model generates; default: ``GENERATE``, at most half of them.
     """
 
     batch: int = BATCH
@@ -40,20 +40,36 @@ class Workload:
 
     @property
     def generated(self) -> int:
-        """Tokens that the model writes after the prompt, at least 1."""
+        """Number of generated tokens, at least 1."""
         return self.generate or max(1, min(GENERATE, self.context // 2))
 
     @property
     def prompt(self) -> int:
-        """Tokens of a prompt, at least 1."""
+        """Number of tokens in the prompt, at least 1."""
         return max(1, self.context - self.generated)
 
     def within(self, longest: int | None) -> Workload:
-        """The same for a model that knows so many positions."""
+        """The same workload with a context of at most ``longest`` tokens, the positions of a model."""
         if longest is None or self.context <= longest:
             return self
         generate = self.generate if self.generate is not None and self.generate < longest else None
         return Workload(self.batch, longest, generate)
+
+
+def max_positions(language: PretrainedConfig) -> int | None:
+    """The longest context of a language model; None if its config does not say."""
+    positions = getattr(language, "max_position_embeddings", None)
+    return positions if isinstance(positions, int) and positions > 0 else None
+
+
+def context_note(asked: int, workload: Workload) -> list[str]:
+    """A note if the context that was asked for is longer than what the model can have."""
+    if workload.context >= asked:
+        return []
+    return [
+        f"the model has {workload.context:,} positions, so costs are for a context of {workload.context:,} tokens "
+        f"instead of {asked:,}."
+    ]
 
 
 def subblock_costs(

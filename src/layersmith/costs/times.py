@@ -154,7 +154,7 @@ class Times:
             curves = self.curves(alternatives)
             one = {PREFILL: self._costs(Timing(1, 0))[TOKEN], DECODE: self._costs(Timing(0, 1))[TOKEN]}
             bend = Bend({PREFILL: curves["prefill"], DECODE: curves["decode"]}, whole, {TOKEN: one})
-        return CostTable(by_key, costs.fixed | self._costs(self.fixed), whole, bend)
+        return CostTable(by_key, costs.fixed | self._costs(self.fixed), whole, bend, costs.workload)
 
     def _costs(self, timing: Timing) -> dict[str, Any]:
         return costs_of(timing, self.workload)

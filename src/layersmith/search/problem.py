@@ -110,7 +110,8 @@ class SearchProblem:
         rules: SearchRecipe = NO_RULES,
         blocks: Sequence[BlockConfig] | None = None,
     ):
-        self.alternatives, self.losses, self.costs, self.budget = alternatives, losses, costs, budget
+        self.alternatives, self.losses, self.costs = alternatives, losses, costs
+        self.budget = budget.within(costs.workload.context)
         self.rules, self.blocks = rules, blocks
         self.limits = budget.resolve(costs.parent)
         self.rule_limits = rules_of.limits_of(rules, costs)

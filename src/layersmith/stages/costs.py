@@ -10,7 +10,7 @@ from typing import Any
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Budget, Limit
-from layersmith.costs.counted import Workload
+from layersmith.costs.counted import Workload, context_note
 from layersmith.costs.measured import measure
 from layersmith.costs.roofline import predict
 from layersmith.costs.table import CostTable, count_costs
@@ -101,9 +101,6 @@ def find_times(
         check: Called with a quick lower bound before the long work, to refuse a budget that no child can meet.
     """
     within = workload.within(parent.positions)
-    if within.context < workload.context:
-        asked = workload.context
-        progress.note(f"times are for {within.context:,} tokens, the most that the model takes, not {asked:,}.")
     if recipe.times is not None:
         return from_csv(recipe.times, survey.alternatives, within)
     costs = cost_table(parent, survey, within)
@@ -129,7 +126,10 @@ def times_of(
         parent = load_parent(path, runtime, descriptor, recipe.trust_remote_code, stream_near=near)
         found = survey(parent, recipe.library)
         advance(1)
-    return find_times(parent, found, recipe.costs, workload, progress), found.alternatives
+    times = find_times(parent, found, recipe.costs, workload, progress)
+    for note in context_note(workload.context, times.workload):
+        progress.note(note)
+    return times, found.alternatives
 
 
 def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Costs:
@@ -145,6 +145,8 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
     """
     parent, found, rules = job.parent, job.read(DESCRIBE), job.recipe.search
     counted = cost_table(parent, found, job.workload)
+    for note in context_note(job.workload.context, counted.workload):
+        progress.note(note)
 
     def check(times: Times | None) -> None:
         table = Costs(counted, times).table(found.alternatives)
@@ -195,7 +197,7 @@ def read_times(folder: Path) -> Times | None:
 
 def _read(job: Job, folder: Path) -> Costs:
     data = read_json(folder / _COUNTED)
-    return Costs(CostTable(data["alternatives"], data["fixed"], data["parent"]), read_times(folder))
+    return Costs(CostTable.from_dict(data), read_times(folder))
 
 
 COSTS = Stage(

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
-from layersmith.costs.counted import Workload, total
+from layersmith.costs.counted import Workload, context_note, total
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype
 from layersmith.heterogeneous.plan import SUBBLOCKS
@@ -85,7 +85,8 @@ def outline(
     found = survey_of(descriptor, blocks, axes, layers, recipe)
     dtype = config_dtype(config)
     costs = count_costs(descriptor, config, blocks, found.alternatives, axes, dtype, workload)
-    return Outline(descriptor, blocks, found.alternatives, axes, costs, found.notes, dtype)
+    notes = [*found.notes, *context_note(workload.context, costs.workload)]
+    return Outline(descriptor, blocks, found.alternatives, axes, costs, notes, dtype)
 
 
 def inspect(
@@ -119,7 +120,7 @@ def inspect(
         f"{stock_class(config).__name__}, {len(blocks)} layers, {str(found.dtype).removeprefix('torch.')}",
         found.descriptor.__name__,
         batch,
-        context,
+        found.costs.workload.context,
         _merged(rows),
         parts,
         found.costs.parent,
