@@ -38,7 +38,9 @@ from layersmith.costs.budget import parse_budget
 from layersmith.costs.counted import Workload
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.data.splits import TokenSplits, load_tokenizer, prepare
-from layersmith.distillation.local import distill_chosen, distill_locally
+from layersmith.distillation.joint import distill_jointly
+from layersmith.distillation.layer_by_layer import TrainingSetup
+from layersmith.distillation.local import distill_locally
 from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
@@ -167,10 +169,14 @@ def libraries(
     pruned = build_library(parent, recipe, survey(parent, recipe), tokens.calibration, batch_sequences=8)
     lap("pruning")
     only = LocalDistillationRecipe(tokens=0, batch_tokens=args.batch_tokens)
-    reconstructed = distill_locally(pruned, tokens.calibration, tokens.training[:0], only, progress=notes)
+    reconstructed = distill_locally(
+        pruned, tokens.calibration, tokens.training[:0], TrainingSetup(only, progress=notes)
+    )
     lap("reconstruction")
     both = LocalDistillationRecipe(tokens=args.tokens, batch_tokens=args.batch_tokens)
-    taught = distill_locally(pruned, tokens.calibration, tokens.training, both, seed=seed, progress=notes)
+    taught = distill_locally(
+        pruned, tokens.calibration, tokens.training, TrainingSetup(both, seed=seed, progress=notes)
+    )
     lap("reconstruction and local distillation")
     scores = {
         name: kl_of(library, tokens.scoring)
@@ -195,7 +201,7 @@ def children(
         chosen = choose(library.alternatives, scores, costs, parse_budget(params=str(budget))).alternatives
         if row.startswith("(c)"):
             recipe = LocalDistillationRecipe(coupled_tokens=args.tokens, batch_tokens=args.batch_tokens)
-            library = distill_chosen(library, chosen, tokens.training, recipe, seed=seed)
+            library = distill_jointly(library, chosen, tokens.training, TrainingSetup(recipe, seed=seed))
         yield Child(row, library, chosen)
 
 

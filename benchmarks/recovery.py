@@ -50,7 +50,8 @@ from layersmith.costs.budget import parse_budget
 from layersmith.costs.table import CostTable
 from layersmith.data.splits import TokenSplits, load_tokenizer, prepare
 from layersmith.demo.job import MODEL, split_library
-from layersmith.distillation.local import distill_chosen
+from layersmith.distillation.joint import distill_jointly
+from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.train import train
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
@@ -200,7 +201,9 @@ def models(of: Seed, budget: float, args: argparse.Namespace) -> Iterator[tuple[
         chosen = chosen_for(of, OURS, budget, args.refine_passes, place / f"refined-{budget}")
         inputs = fingerprint([library.identity, [a.key for a in chosen], repr(recipe), versions()])
         work = place / f"pairs-{inputs[:16]}"
-        both = distill_chosen(library, chosen, of.tokens.training, recipe, seed=of.seed, work=work, inputs=inputs)
+        both = distill_jointly(
+            library, chosen, of.tokens.training, TrainingSetup(recipe, seed=of.seed, folder=work, inputs=inputs)
+        )
         return copied(both.compose(chosen))
 
     def narrow() -> PreTrainedModel | None:

@@ -14,9 +14,11 @@ from typing import Any
 import pytest
 import torch
 
-from layersmith.distillation import local, store
-from layersmith.distillation.local import distill_chosen, distill_locally
-from layersmith.distillation.student import Student
+from layersmith.distillation import layer_by_layer, store
+from layersmith.distillation.joint import distill_jointly
+from layersmith.distillation.layer_by_layer import TrainingSetup
+from layersmith.distillation.local import distill_locally
+from layersmith.distillation.replacement import ReplacementTraining
 from layersmith.errors import UsageError
 from layersmith.execution.exchange import first_tensor
 from layersmith.execution.parent import load_parent
@@ -56,7 +58,9 @@ def test_what_learns_gets_nearer(model_type: str, tmp_path: Path) -> None:
     """In every layout: no alternative ends farther from the parent than it began, and some end nearer."""
     library = library_of(model_type, tmp_path, dataclasses.replace(LIBRARY, keep_layers=(0, 3)))
     before = {name: tensor.clone() for name, tensor in library.parent.model.state_dict().items()}
-    made = distill_locally(library, CALIBRATION, TRAINING, dataclasses.replace(RECIPE, reconstruct=False))
+    made = distill_locally(
+        library, CALIBRATION, TRAINING, TrainingSetup(dataclasses.replace(RECIPE, reconstruct=False))
+    )
     after = library.parent.model.state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
     records = made.kept.records
@@ -75,10 +79,10 @@ def test_what_learns_gets_nearer(model_type: str, tmp_path: Path) -> None:
 
 def test_what_comes_of_it_is_written_and_read(tmp_path: Path) -> None:
     library = library_of("llama", tmp_path / "parent")
-    made = distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "work", inputs="a")
+    made = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE, folder=tmp_path / "work", inputs="a"))
     made.write(tmp_path / "library")
     again = Library.read(tmp_path / "library", library.parent)
-    in_memory = distill_locally(library, CALIBRATION, TRAINING, RECIPE)
+    in_memory = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE))
     assert again.identity == made.identity == in_memory.identity != library.identity
     for a in library.alternatives:
         weights = again.weights(a)
@@ -93,8 +97,8 @@ class Stopped(Exception):
 
 
 def in_pieces(work: Callable[[], Any], every: int, monkeypatch: pytest.MonkeyPatch) -> tuple[Any, int]:
-    """What work comes to that is stopped at every so manyth step of a student and begun again, and how often it was."""
-    learn, calls, stops = Student.learn, 0, 0
+    """The result of work that is stopped at every ``every``-th step and started again, and the number of stops."""
+    step, calls, stops = ReplacementTraining.step, 0, 0
 
     def interrupted(*args: Any) -> None:
         nonlocal calls, stops
@@ -102,10 +106,10 @@ def in_pieces(work: Callable[[], Any], every: int, monkeypatch: pytest.MonkeyPat
         if calls % every == 0:
             stops += 1
             raise Stopped
-        learn(*args)
+        step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Student, "learn", interrupted)
+        patch.setattr(ReplacementTraining, "step", interrupted)
         while True:
             try:
                 return work(), stops
@@ -116,16 +120,18 @@ def in_pieces(work: Callable[[], Any], every: int, monkeypatch: pytest.MonkeyPat
 def test_interrupted_at_any_step_it_ends_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = library_of("llama", tmp_path / "parent", dataclasses.replace(LIBRARY, keep_layers=(0, 3)))
     given = {"inputs": "these"}
-    distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "whole", **given)
+    distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE, folder=tmp_path / "whole", **given))
     monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
     pieces = tmp_path / "pieces"
     _, stops = in_pieces(
-        lambda: distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=pieces, **given), 23, monkeypatch
+        lambda: distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE, folder=pieces, **given)),
+        23,
+        monkeypatch,
     )
     assert stops > 4
     assert contents(pieces) == contents(tmp_path / "whole")
     # Work of other inputs is not taken for this.
-    other = distill_locally(library, CALIBRATION, TRAINING[:14], RECIPE, work=pieces, inputs="others")
+    other = distill_locally(library, CALIBRATION, TRAINING[:14], TrainingSetup(RECIPE, folder=pieces, inputs="others"))
     assert (
         other.kept.records[0]["tokens"]
         < json.loads((tmp_path / "whole" / "layers" / "layer-001.json").read_text())["records"][0]["tokens"]
@@ -136,9 +142,10 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from layersmith.distillation import store
-from tests.distillation.test_local import CALIBRATION, RECIPE, TRAINING, distill_locally, open_library
+from tests.distillation.test_local import CALIBRATION, RECIPE, TRAINING, TrainingSetup, distill_locally, open_library
 store._SAVE_EVERY_SECONDS = 0.0
-distill_locally(open_library(Path(sys.argv[1])), CALIBRATION, TRAINING, RECIPE, work=Path(sys.argv[2]), inputs="these")
+setup = TrainingSetup(RECIPE, folder=Path(sys.argv[2]), inputs="these")
+distill_locally(open_library(Path(sys.argv[1])), CALIBRATION, TRAINING, setup)
 """
 
 
@@ -149,7 +156,7 @@ def started(*arguments: object, **environment: str) -> subprocess.Popen[bytes]:
 
 def test_killed_or_on_two_ranks_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
     library = library_of("llama", tmp_path / "parent")
-    distill_locally(library, CALIBRATION, TRAINING, RECIPE, work=tmp_path / "whole", inputs="these")
+    distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE, folder=tmp_path / "whole", inputs="these"))
     process = started(tmp_path / "parent", tmp_path / "killed")
     while process.poll() is None and not list((tmp_path / "killed" / "layers").glob("layer-001.partial")):
         time.sleep(0.002)
@@ -179,9 +186,9 @@ def test_killed_or_on_two_ranks_it_ends_with_the_same_bytes(tmp_path: Path) -> N
 def test_groups_that_fit_in_memory_learn_the_same(tmp_path: Path) -> None:
     library = library_of("llama", tmp_path / "parent")
     small = dataclasses.replace(RECIPE, memory_gib=0.0015)
-    whole = distill_locally(library, CALIBRATION, TRAINING, RECIPE)
+    whole = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE))
     for work in (None, tmp_path / "work"):
-        in_groups = distill_locally(library, CALIBRATION, TRAINING, small, work=work)
+        in_groups = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(small, folder=work))
         assert in_groups.identity == whole.identity
         assert in_groups.kept.records == whole.kept.records
 
@@ -190,8 +197,8 @@ def test_groups_that_fit_in_memory_learn_the_same(tmp_path: Path) -> None:
 def taken_apart(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The parents that distillation takes apart."""
     seen: list[Any] = []
-    split_layers = local.split_layers
-    monkeypatch.setattr(local, "split_layers", lambda *args: seen.append(split_layers(*args)) or seen[-1])
+    split_layers = layer_by_layer.split_layers
+    monkeypatch.setattr(layer_by_layer, "split_layers", lambda *args: seen.append(split_layers(*args)) or seen[-1])
     return seen
 
 
@@ -199,7 +206,7 @@ def test_arithmetic_is_what_is_needed_and_little_more(tmp_path: Path, taken_apar
     """Needed: the parent's layers once on every token, and three times the products of each alternative that learns."""
     library = library_of("llama", tmp_path / "parent")
     recipe = dataclasses.replace(RECIPE, kinds=("ffn_width",), reconstruct=False, stop_below=0.0)
-    made = distill_locally(library, CALIBRATION, TRAINING, recipe)
+    made = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(recipe))
     trained = [r for r in made.kept.records if r["tokens"]]
     assert {r["kind"] for r in trained} == {"ffn_width"}
     arithmetic = taken_apart[0].arithmetic
@@ -230,18 +237,18 @@ def chosen_of(library: Library) -> list[Alternative]:
 def test_what_is_chosen_for_a_layer_learns_together(on: str, tmp_path: Path) -> None:
     library = library_of("llama", tmp_path / "parent")
     chosen = chosen_of(library)
-    made = distill_chosen(library, chosen, TRAINING, dataclasses.replace(RECIPE, coupled_on=on))
+    made = distill_jointly(library, chosen, TRAINING, TrainingSetup(dataclasses.replace(RECIPE, coupled_on=on)))
     assert [r["layer"] for r in made.pairs.records] == [0, 1, 2, 3]
     assert all(r["after"] < r["before"] for r in made.pairs.records)
 
     # Errors are what layers give to what they are given, on rows that are held out.
     held_out, parent = TRAINING[:1], library.parent.model
     with torch.no_grad():
-        teacher, pupil = (hidden_states(m, held_out) for m in (parent, made.compose(chosen)))
+        of_parent, of_child = (hidden_states(m, held_out) for m in (parent, made.compose(chosen)))
     for i, record in enumerate(made.pairs.records):
-        given = pupil[i] if on == "child" else teacher[i]
+        given = of_child[i] if on == "child" else of_parent[i]
         gives = run_layer(made, [a for a in chosen if a.layer == i], i, held_out, given)
-        error = (gives - teacher[i + 1]).square().sum() / (teacher[i + 1] - teacher[i]).square().sum()
+        error = (gives - of_parent[i + 1]).square().sum() / (of_parent[i + 1] - of_parent[i]).square().sum()
         assert record["after"] == pytest.approx(float(error), rel=1e-4)
     # What is the parent's own in a layer that is changed learns too.
     assert "self_attn.q_proj.weight" in made.pairs.of(made.pairs.records[3]["identity"])
@@ -279,15 +286,17 @@ def run_layer(
 def test_pairs_interrupted_at_any_step_end_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = library_of("llama", tmp_path / "parent")
     chosen, given = chosen_of(library), {"inputs": "these"}
-    distill_chosen(library, chosen, TRAINING, RECIPE, work=tmp_path / "whole", **given)
+    distill_jointly(library, chosen, TRAINING, TrainingSetup(RECIPE, folder=tmp_path / "whole", **given))
     monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
     pieces = tmp_path / "pieces"
     made, stops = in_pieces(
-        lambda: distill_chosen(library, chosen, TRAINING, RECIPE, work=pieces, **given), 7, monkeypatch
+        lambda: distill_jointly(library, chosen, TRAINING, TrainingSetup(RECIPE, folder=pieces, **given)),
+        7,
+        monkeypatch,
     )
     assert stops > 5
     assert contents(pieces) == contents(tmp_path / "whole")
-    in_memory = distill_chosen(library, chosen, TRAINING, RECIPE)
+    in_memory = distill_jointly(library, chosen, TRAINING, TrainingSetup(RECIPE))
     assert in_memory.pairs.identity == made.pairs.identity
 
 
@@ -295,7 +304,7 @@ def test_arithmetic_of_pairs_is_what_is_needed(tmp_path: Path, taken_apart: list
     """Needed: parent and child once on every token, and three times the products of the child's layers that learn."""
     library = library_of("llama", tmp_path / "parent")
     chosen = [a for a in library.alternatives if a.kind == "ffn_width" and a.layer in (1, 2)]
-    made = distill_chosen(library, chosen, TRAINING, dataclasses.replace(RECIPE, stop_below=0.0))
+    made = distill_jointly(library, chosen, TRAINING, TrainingSetup(dataclasses.replace(RECIPE, stop_below=0.0)))
     config = library.parent.config
     size = sum(p.numel() for p in library.parent.layers[0].parameters() if p.ndim == 2)
     size_of_child = size - 3 * config.hidden_size * config.intermediate_size // 2
@@ -314,9 +323,9 @@ def test_a_parent_that_stays_on_the_disk_teaches_the_same(tmp_path: Path) -> Non
     parent = load_parent(tmp_path, Runtime(torch.device("cpu"), torch.float32), stream_near=tmp_path)
     assert parent.stream is not None
     streamed = build_library(parent, LIBRARY, survey(parent, LIBRARY), CALIBRATION, batch_sequences=4)
-    learned = [distill_locally(own, CALIBRATION, TRAINING, RECIPE) for own in (library, streamed)]
+    learned = [distill_locally(own, CALIBRATION, TRAINING, TrainingSetup(RECIPE)) for own in (library, streamed)]
     assert learned[0].kept.identity == learned[1].kept.identity
-    together = [distill_chosen(own, chosen_of(own), TRAINING, RECIPE).pairs.identity for own in learned]
+    together = [distill_jointly(own, chosen_of(own), TRAINING, TrainingSetup(RECIPE)).pairs.identity for own in learned]
     assert together[0] == together[1] != ""
 
 
@@ -326,7 +335,7 @@ def test_a_parent_in_bfloat16_teaches_what_it_will_store(tmp_path: Path) -> None
     for dtype in (torch.float32, torch.bfloat16):
         parent = load_parent(tmp_path, Runtime(torch.device("cpu"), dtype))
         library = build_library(parent, LIBRARY, survey(parent, LIBRARY), CALIBRATION, batch_sequences=4)
-        made = distill_locally(library, CALIBRATION, TRAINING, RECIPE)
+        made = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE))
         trained = [r for r in made.kept.records if r["after"] < r["before"]]
         assert len(trained) > len(made.kept.records) / 2
         assert {t.dtype for r in trained for t in made.kept.of(r["identity"]).values()} == {torch.bfloat16}

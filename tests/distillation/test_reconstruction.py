@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from layersmith.distillation.local import distill_locally, through
+from layersmith.distillation.activations import run_parent_layer
+from layersmith.distillation.layer_by_layer import TrainingSetup
+from layersmith.distillation.local import distill_locally
 from layersmith.distillation.reconstruction import RIDGE, watched
 from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import split_layers
@@ -38,12 +40,12 @@ def library_of(model_type: str, folder: Path, recipe: LibraryRecipe = RECIPE) ->
 def test_it_is_least_squares(model_type: str, tmp_path: Path) -> None:
     """Of |W' b - W a|^2 and the ridge, over all tokens; a and b are what both modules are given."""
     library = library_of(model_type, tmp_path)
-    made = distill_locally(library, TOKENS, TOKENS[:0], ONLY_LEAST_SQUARES)
+    made = distill_locally(library, TOKENS, TOKENS[:0], TrainingSetup(ONLY_LEAST_SQUARES))
     staged = split_layers(library.parent, library)
     batch = staged.start(TOKENS)
     hidden = staged.run(batch, 0, batch.embedded)
     stages = staged.split(1, batch, hidden)
-    places, _ = through(staged, 1, stages, batch, hidden)
+    places, _ = run_parent_layer(staged, 1, stages, batch, hidden)
     kinds = set()
     for a in library.alternatives:
         if a.layer != 1 or not made.kept.of(a.identity):
@@ -76,7 +78,7 @@ def test_it_is_least_squares(model_type: str, tmp_path: Path) -> None:
 def test_it_helps_in_every_layout(model_type: str, tmp_path: Path) -> None:
     """On the rows that it was made from, and so that exact scores of what was refitted fall; the rest stays."""
     library = library_of(model_type, tmp_path)
-    made = distill_locally(library, TOKENS, TOKENS[:0], ONLY_LEAST_SQUARES)
+    made = distill_locally(library, TOKENS, TOKENS[:0], TrainingSetup(ONLY_LEAST_SQUARES))
     refitted = {r["of"]: r["weights"] for r in made.kept.records if r["weights"]}
     assert refitted
     assert made.identity != library.identity
@@ -84,7 +86,7 @@ def test_it_helps_in_every_layout(model_type: str, tmp_path: Path) -> None:
     batch = staged.start(TOKENS)
     hidden = batch.embedded
     for i in range(2):
-        places, output = through(staged, i, staged.split(i, batch, hidden), batch, hidden)
+        places, output = run_parent_layer(staged, i, staged.split(i, batch, hidden), batch, hidden)
         for a in library.alternatives:
             if a.layer == i and a.key in refitted:
                 errors = []
@@ -93,7 +95,7 @@ def test_it_helps_in_every_layout(model_type: str, tmp_path: Path) -> None:
                     changed = staged.run(
                         batch, i, places[a.subblock].given, staged.module_of(a, staged.split(i, batch, hidden))
                     )
-                    errors.append(float((changed - places[a.subblock].gives).square().mean()))
+                    errors.append(float((changed - places[a.subblock].output).square().mean()))
                 staged.builder = library
                 assert errors[1] < errors[0], a.key
         hidden = output
@@ -109,7 +111,7 @@ def test_second_order_scores_see_what_was_refitted(tmp_path: Path) -> None:
     from layersmith.recipe import ScoringRecipe
 
     library = library_of("llama", tmp_path)
-    made = distill_locally(library, TOKENS, TOKENS[:0], ONLY_LEAST_SQUARES)
+    made = distill_locally(library, TOKENS, TOKENS[:0], TrainingSetup(ONLY_LEAST_SQUARES))
     recipe = ScoringRecipe(mode="second_order", samples=8, exact_passes=0)
     before, after = (
         {s.alternative.key: s.mean("kl_divergence") for s in score_library(own, TOKENS, recipe)}
@@ -126,7 +128,7 @@ def test_second_order_scores_see_what_was_refitted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gptj"])
 def test_what_was_only_refitted_is_estimated_without_a_run_of_its_own(model_type: str, tmp_path: Path) -> None:
-    made = distill_locally(library_of(model_type, tmp_path), TOKENS, TOKENS[:0], ONLY_LEAST_SQUARES)
+    made = distill_locally(library_of(model_type, tmp_path), TOKENS, TOKENS[:0], TrainingSetup(ONLY_LEAST_SQUARES))
     staged = split_layers(made.parent, made)
     alternatives = [a for a in made.alternatives if a.kind != "parent"]
     found = look(staged, alternatives, TOKENS[:1])

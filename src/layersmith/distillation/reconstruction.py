@@ -194,7 +194,7 @@ class Moments:
         self._count(2.0 * x.shape[0] * x.shape[1] * y.shape[1])
         self._sums[name] = self._sums[name] + product if name in self._sums else product
 
-    def solve(self, library: Library) -> dict[str, dict[str, torch.Tensor]]:
+    def refitted_weights(self, library: Library) -> dict[str, dict[str, torch.Tensor]]:
         """Identity of an alternative to its refitted weight by name, in the checkpoint's dtype."""
         result = {}
         for r in self.refitted:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.local import distill_locally
 from layersmith.library.library import Library
 from layersmith.run.stage import Making, Stage
@@ -21,16 +22,14 @@ def _inputs(job: Job) -> Any:
 
 def _distilled(job: Job, making: Making) -> Library:
     tokens = job.read(DATA)
-    return distill_locally(
-        job.read(STATISTICS),
-        tokens.calibration,
-        tokens.training,
+    setup = TrainingSetup(
         job.recipe.local_distillation,
         seed=job.recipe.seed,
-        work=making.scratch,
+        folder=making.scratch,
         inputs=making.inputs,
         progress=making.progress,
     )
+    return distill_locally(job.read(STATISTICS), tokens.calibration, tokens.training, setup)
 
 
 LIBRARY = Stage(

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layersmith.distillation.local import distill_chosen
+from layersmith.distillation.joint import distill_jointly
+from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.execution.parent import Parent
 from layersmith.library.library import Library
 from layersmith.library.stored_weights import Kept
@@ -24,16 +25,15 @@ def _pairs_inputs(job: Job) -> Any:
 
 
 def _pairs(job: Job, making: Making) -> Kept:
-    return distill_chosen(
-        job.read(LIBRARY),
-        job.read(SOLUTION).alternatives,
-        job.read(DATA).training,
+    setup = TrainingSetup(
         job.recipe.local_distillation,
         seed=job.recipe.seed,
-        work=making.scratch,
+        folder=making.scratch,
         inputs=making.inputs,
         progress=making.progress,
-    ).pairs
+    )
+    solution = job.read(SOLUTION)
+    return distill_jointly(job.read(LIBRARY), solution.alternatives, job.read(DATA).training, setup).pairs
 
 
 PAIRS = Stage(

@@ -1,0 +1,52 @@
+"""Joint local distillation: the attention and the FFN that a solution has for a layer are trained together.
+
+They learn to return what the parent's layer returns, and so compensate for each other's losses. By default their input
+is what the child's layers before them return once these are trained, so they compensate for those layers too: hidden
+states of parent and child go through the layers side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from layersmith.distillation.activations import BLOCK
+from layersmith.distillation.layer_by_layer import LayerByLayer, TrainingSetup, rows_for
+from layersmith.distillation.replacement import Replacement
+from layersmith.heterogeneous.plan import SUBBLOCKS
+from layersmith.library.alternative import Alternative, changed_by_layer
+from layersmith.library.library import Library
+
+
+def distill_jointly(
+    library: Library, solution: Sequence[Alternative], training: torch.Tensor, setup: TrainingSetup
+) -> Library:
+    """Train the alternatives of each layer of a solution as one block.
+
+    Where one of the two subblocks is the parent's, it is trained too. Layers that are wholly the parent's stay as they
+    are.
+
+    Args:
+        library: Library with the locally distilled weights.
+        solution: One alternative for each subblock of each layer.
+        training: ``[N, T]`` rows to train on.
+        setup: How to train; its recipe's ``coupled_on`` says whose hidden states layers are given.
+
+    Returns:
+        The library, with jointly trained weights that replace the others where a layer has both alternatives.
+    """
+    changed = changed_by_layer(solution)
+    removed = {i for i, members in changed.items() if sum(a.is_no_op for a in members) == len(SUBBLOCKS)}
+    replacements = {i: [Replacement(tuple(members), BLOCK)] for i, members in changed.items() if i not in removed}
+    if not replacements:
+        return library
+    layers = LayerByLayer(
+        library=library,
+        setup=setup,
+        replacements=replacements,
+        stage="distill pairs",
+        child=changed if setup.recipe.coupled_on == "child" else None,
+    )
+    pairs = layers.run(training[:0], rows_for(training, setup.recipe.coupled_tokens))
+    return library if pairs is None else library.with_kept(library.kept, pairs)

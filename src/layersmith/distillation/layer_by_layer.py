@@ -1,0 +1,178 @@
+"""Local distillation of many layers: rows pass through the parent once, a layer at a time.
+
+No gradient leaves a subblock, so layers are trained one after another. Among several processes each trains every
+``world_size``-th layer and runs the parent for itself, so the alternatives are the same for any number of processes.
+If layers are trained on the child's hidden states, those depend on the layers before them, and the first process
+trains them all.
+
+Shapes: N rows, T tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from layersmith.distillation.activations import Rows
+from layersmith.distillation.one_layer import LayerDistillation
+from layersmith.distillation.replacement import Replacement
+from layersmith.distillation.store import Store, layer_name
+from layersmith.errors import UsageError
+from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers
+from layersmith.library.alternative import Alternative
+from layersmith.library.library import Library
+from layersmith.library.stored_weights import Kept
+from layersmith.recipe import LocalDistillationRecipe
+from layersmith.run import ranks
+from layersmith.run.progress import SILENT, Progress
+
+# One training row in this many is held out: more make the errors more certain, fewer leave more to train on.
+_HELD_OUT_EVERY = 24
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """How alternatives are trained.
+
+    Attributes:
+        recipe: The recipe's section ``local_distillation``.
+        seed: Seed of the order of rows.
+        folder: Folder for finished layers and the state of the current one. An interrupted call resumes from it, to
+            the same weights. Several processes need a folder that they share.
+        inputs: Digest of everything that the weights depend on. Files made from other inputs are not used.
+        progress: Receives the rows done, and notes.
+    """
+
+    recipe: LocalDistillationRecipe = field(default_factory=LocalDistillationRecipe)
+    seed: int = 0
+    folder: Path | None = None
+    inputs: str = ""
+    progress: Progress = SILENT
+
+
+def rows_for(training: torch.Tensor, tokens: int) -> torch.Tensor:
+    """As many rows as hold ``tokens`` tokens, and the rows to hold out."""
+    rows = -(-tokens // training.shape[1])
+    return training[: rows + -(-rows // _HELD_OUT_EVERY)]
+
+
+@dataclass(frozen=True)
+class LayerByLayer:
+    """Refits and trains replacements, layer by layer.
+
+    Attributes:
+        library: Library of the alternatives.
+        setup: How to train.
+        replacements: By layer, what is trained.
+        stage: Name of the progress stage.
+        child: The child's changed layers, if replacements are trained on the child's hidden states instead of the
+            parent's.
+    """
+
+    library: Library
+    setup: TrainingSetup
+    replacements: dict[int, list[Replacement]]
+    stage: str
+    child: dict[int, list[Alternative]] | None = None
+
+    def run(self, calibration: torch.Tensor, training: torch.Tensor) -> Kept | None:
+        """The trained weights; None, perhaps with a note, if nothing can be trained.
+
+        Args:
+            calibration: ``[N, T]`` rows for the closed-form refit, perhaps none.
+            training: ``[N, T]`` rows to train on and to hold out; fewer than two train nothing.
+
+        Raises:
+            UsageError: There are several processes and no folder.
+        """
+        rows = training if len(training) > 1 else calibration
+        if not len(rows):
+            return None
+        runtime = self.library.parent.runtime
+        if runtime.world_size > 1 and self.setup.folder is None:
+            raise UsageError("several processes distill into one folder: give them one with TrainingSetup(folder=...).")
+        try:
+            layerwise = split_layers(self.library.parent, self.library)
+        except NotLayerwise as reason:
+            self.setup.progress.note(
+                f"alternatives are not distilled: the parent cannot run layer by layer, because {reason}."
+            )
+            return None
+        store = Store(self.setup.folder, self.setup.inputs)
+        self._all_layers(layerwise, store, self._splits(calibration, training))
+        kept = store.kept(range(len(layerwise.layers)))
+        if layerwise.arithmetic.done:
+            summary = f"{self.stage}: {_summary(kept.records)}"
+            self.setup.progress.note(f"{summary}; {layerwise.arithmetic}" if len(training) > 1 else summary)
+        return kept
+
+    def _splits(self, calibration: torch.Tensor, training: torch.Tensor) -> dict[str, Rows]:
+        num_held_out = max(1, len(training) // (_HELD_OUT_EVERY + 1)) if len(training) > 1 else 0
+        splits = {"calibration": calibration, "held out": training[:num_held_out]}
+        if num_held_out:
+            splits["training"] = training[num_held_out:]
+        return {name: Rows(tokens, self.setup.recipe.batch_tokens) for name, tokens in splits.items() if len(tokens)}
+
+    def _all_layers(self, layerwise: LayerwiseParent[Any], store: Store, splits: dict[str, Rows]) -> None:
+        total = len(layerwise.layers) * sum(len(rows.tokens) for rows in splits.values())
+        ranks.start(self.library.parent.runtime)
+        with self.setup.progress.stage(self.stage, total, "rows through a layer") as advance:
+            if self.child is None:
+                ranks.together(lambda: self._layers_of_this_rank(layerwise, store, splits, advance))
+            else:
+                ranks.on_first(lambda: self._layers_of_this_rank(layerwise, store, splits, advance))
+
+    def _layers_of_this_rank(
+        self, layerwise: LayerwiseParent[Any], store: Store, splits: dict[str, Rows], advance: Callable[[float], None]
+    ) -> None:
+        """Take rows through all layers, and distil those that are this process's."""
+        runtime = self.library.parent.runtime
+        for i in range(len(layerwise.layers)):
+            is_mine = self.child is not None or i % runtime.world_size == runtime.rank
+            replacements = self.replacements.get(i, [])
+            if is_mine and replacements and not store.has(layer_name(i)):
+                layer = LayerDistillation(
+                    library=self.library,
+                    layerwise=layerwise,
+                    index=i,
+                    replacements=replacements,
+                    splits=splits,
+                    store=store,
+                    recipe=self.setup.recipe,
+                    seed=self.setup.seed,
+                    on_child=self.child is not None,
+                )
+                layer.distill(advance)
+            else:
+                for rows in splits.values():
+                    rows.pass_through_parent(layerwise, i)
+                    advance(len(rows.tokens))
+            # Up to its first changed layer the child is the parent; after the last one nothing is trained.
+            if self.child and min(self.child) <= i < max(self.child):
+                module = self._child_layer(i, self.child, store)
+                for rows in splits.values():
+                    rows.pass_through_child(layerwise, i, module)
+            for rows in splits.values():
+                rows.advance()
+
+    def _child_layer(self, i: int, changed: Mapping[int, Sequence[Alternative]], store: Store) -> nn.Module:
+        """A layer of the child, with its trained weights."""
+        library = self.library.with_kept(self.library.kept, store.kept([i]))
+        return library.layer(*changed.get(i, [Alternative(i, "ffn", "parent")]))
+
+
+def _summary(records: Sequence[Mapping[str, Any]]) -> str:
+    trained = [r for r in records if r["tokens"]]
+    if not trained:
+        return f"{sum(r['weights'] is not None for r in records)} alternatives refitted"
+    tokens = sum(r["tokens"] for r in trained)
+    ratios = sorted(r["after"] / r["pruned"] for r in trained if r["pruned"])
+    return (
+        f"{len(trained)} alternatives trained on {tokens:,} tokens in all; the median error on held-out rows is "
+        f"{ratios[len(ratios) // 2]:.2f} times that of the pruned alternative"
+    )

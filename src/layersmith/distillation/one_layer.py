@@ -1,0 +1,262 @@
+"""Local distillation of one layer: refits and trains its replacements while rows pass through the parent's layer.
+
+As far as memory allows, all replacements of the layer are trained at once; otherwise in groups, each of which runs the
+parent's layer again.
+
+Shapes: B rows of a batch, T tokens, D hidden.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import nn
+
+from layersmith.distillation.activations import BLOCK, Rows, Target, run_parent_layer
+from layersmith.distillation.reconstruction import Moments, refits
+from layersmith.distillation.replacement import Replacement, ReplacementTraining
+from layersmith.distillation.store import Store, layer_name
+from layersmith.execution.layerwise import LayerwiseParent, Split, key_of
+from layersmith.heterogeneous.checkpoint import weight_groups
+from layersmith.heterogeneous.plan import SUBBLOCKS
+from layersmith.library.library import Library
+from layersmith.library.stored_weights import Tensors
+from layersmith.recipe import LocalDistillationRecipe
+
+# Times that the error on held-out rows is taken during training: more cost passes, fewer find the best weights later.
+_EVALUATIONS = 6
+# Tokens on which each alternative is tried once before the refit, to find the input of its last projection.
+_PROBE_TOKENS = 32
+# Bytes for each trained weight: itself, a float32 copy, its gradient, two moments, the best so far.
+_BYTES_A_WEIGHT = 28
+
+
+@dataclass
+class LayerDistillation:
+    """The distillation of one layer.
+
+    Attributes:
+        library: Library of the alternatives.
+        layerwise: The parent, whose layers can be run one at a time.
+        index: Index of the layer.
+        replacements: What is trained.
+        splits: Rows for ``calibration``, ``held out`` and ``training``, as far as there are any, at this layer.
+        store: Where the results go.
+        recipe: The recipe's section ``local_distillation``.
+        seed: Seed of the order of rows.
+        on_child: Whether replacements are given the child's hidden states.
+        split: The layer's attention and FFN, as they can be run alone.
+    """
+
+    library: Library
+    layerwise: LayerwiseParent[Library]
+    index: int
+    replacements: Sequence[Replacement]
+    splits: dict[str, Rows]
+    store: Store
+    recipe: LocalDistillationRecipe
+    seed: int
+    on_child: bool
+    split: Split = field(init=False)
+
+    def __post_init__(self) -> None:
+        first = next(iter(self.splits.values()))
+        self.split = self.layerwise.split(self.index, *first.start(self.layerwise, torch.arange(1)))
+
+    def distill(self, advance: Callable[[float], None]) -> None:
+        """Refit and train the replacements, and store their weights and records."""
+        refitted = self._refit(advance) if "calibration" in self.splits else {}
+        if "training" not in self.splits:
+            records = [r.record(refitted.get(r.identity, {}), {}) for r in self.replacements]
+            self.store.write(layer_name(self.index), records, refitted)
+            return
+        held_out = self._held_out(advance)
+        groups = self._groups()
+        names = [layer_name(self.index, g if len(groups) > 1 else None) for g in range(len(groups))]
+        rows = self.splits["training"]
+        for name, group in zip(names, groups, strict=True):
+            if not self.store.has(name):
+                self._train_group(name, group, refitted, held_out)
+        if not rows.parent.is_recorded:  # every group was trained before an interruption
+            rows.pass_through_parent(self.layerwise, self.index)
+        advance(len(rows.tokens))
+        if len(groups) > 1:
+            self.store.merge(names, layer_name(self.index))
+
+    # ------------------------------------------------------------------------------------------ closed-form refit
+
+    @torch.no_grad()
+    def _refit(self, advance: Callable[[float], None]) -> dict[str, Tensors]:
+        """Identity of a replacement to its refitted projection."""
+        rows = self.splits["calibration"]
+        _, hidden = rows.start(self.layerwise, torch.arange(1))
+        probe = self.layerwise.start(rows.tokens[:1, :_PROBE_TOKENS].to(hidden.device))
+        targets, _ = run_parent_layer(self.layerwise, self.index, self.split, probe, hidden[:, :_PROBE_TOKENS])
+        current = [probe]
+
+        def run(module: nn.Module, given: torch.Tensor) -> torch.Tensor:
+            return self.layerwise.run(current[0], self.index, given, module)
+
+        moments = {}
+        for subblock in SUBBLOCKS:
+            members = [r.alternatives[0] for r in self.replacements if r.place == subblock]
+            module, given = self._parent_module(subblock), targets[subblock].given
+            to_refit = refits(
+                self.library, members, module, lambda a: self.layerwise.module_of(a, self.split), run, given
+            )
+            moments[subblock] = Moments(module, to_refit, run, self.layerwise.arithmetic.add)
+        for numbers in rows.batches():
+            batch, hidden = rows.start(self.layerwise, numbers)
+            current[0] = batch
+            targets, output = run_parent_layer(self.layerwise, self.index, self.split, batch, hidden)
+            for subblock in SUBBLOCKS:
+                moments[subblock].add(targets[subblock].given)
+            rows.record_parent(numbers, output)
+            advance(len(numbers))
+        return {
+            identity: weights
+            for m in moments.values()
+            for identity, weights in m.refitted_weights(self.library).items()
+        }
+
+    def _parent_module(self, subblock: str) -> nn.Module:
+        whole = self.split.layout == "whole"
+        module: nn.Module = self.layerwise.layers[self.index] if whole else getattr(self.split, subblock)
+        return module
+
+    # ------------------------------------------------------------------------------------------ training
+
+    def _module(self, replacement: Replacement) -> nn.Module:
+        """The module that runs in place of the parent's."""
+        if replacement.place == BLOCK:
+            return self.library.layer(*replacement.alternatives)
+        return self.layerwise.module_of(replacement.alternatives[0], self.split)
+
+    def _targets(self, rows: Rows, numbers: torch.Tensor) -> dict[str, Target]:
+        """Targets on a batch of rows, which go through the parent's layer."""
+        batch, hidden = rows.start(self.layerwise, numbers)
+        targets, output = run_parent_layer(self.layerwise, self.index, self.split, batch, hidden)
+        rows.record_parent(numbers, output)
+        if self.on_child:
+            return {BLOCK: replace(targets[BLOCK], given=rows.child_input(numbers, hidden))}
+        return targets
+
+    @torch.no_grad()
+    def _held_out(self, advance: Callable[[float], None]) -> list[dict[str, Target]]:
+        rows, held_out = self.splits["held out"], []
+        for numbers in rows.batches():
+            held_out.append(self._targets(rows, numbers))
+            advance(len(numbers))
+        return held_out
+
+    def _groups(self) -> list[list[Replacement]]:
+        """Replacements that are trained at once, so that each group fits in ``recipe.memory_gib``."""
+        budget, used = self.recipe.memory_gib * 1024**3, 0.0
+        groups: list[list[Replacement]] = [[]]
+        for replacement in self.replacements:
+            size = _BYTES_A_WEIGHT * sum(p.numel() for p in self._module(replacement).parameters())
+            if groups[-1] and used + size > budget:
+                groups.append([])
+                used = 0.0
+            groups[-1].append(replacement)
+            used += size
+        return groups
+
+    def _training_of(self, replacement: Replacement, changed: Tensors) -> ReplacementTraining:
+        module, kinds = self._module(replacement), self.recipe.kinds
+        trained = [a for a in replacement.alternatives if not a.is_no_op and (kinds is None or a.kind in kinds)]
+        subblocks = {a.subblock for a in trained}
+        if replacement.place == BLOCK and kinds is None:  # a subblock that is the parent's is trained too
+            subblocks = set(SUBBLOCKS) - {a.subblock for a in replacement.alternatives if a.is_no_op}
+        names = {name for subblock in subblocks for name in self._weights_of(subblock, module)}
+        return ReplacementTraining(replacement.identity, module, names, changed)
+
+    def _weights_of(self, subblock: str, module: nn.Module) -> list[str]:
+        """Names of a subblock's weights. What both subblocks use, e.g. a norm before them, is not trained."""
+        names = [name for name, p in module.named_parameters() if p.is_floating_point()]
+        if self.split.layout != "whole":
+            other = self.split.ffn if subblock == "attention" else self.split.attention
+            assert other is not None
+            others = {name for name, _ in other.named_parameters()}
+            return [name for name in names if name not in others]
+        parent = self.library.parent
+        prefix = parent.descriptor.layer_block_name(self.index)
+        groups = weight_groups(parent.descriptor, [f"{prefix}.{name}" for name in names], len(parent.blocks))
+        of_subblock = set(groups.get(f"block_{self.index}_{subblock}", ()))
+        return [name for name in names if f"{prefix}.{name}" in of_subblock]
+
+    def _loss(self, training: ReplacementTraining, target: Target) -> torch.Tensor:
+        """E|y' - y|^2 / E|y|^2 of a batch."""
+        output = self.layerwise.run(target.batch, self.index, target.given, training.module)
+        size = target.contribution().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+        return (output.float() - target.output.float()).square().mean() / size
+
+    @torch.no_grad()
+    def _error(self, training: ReplacementTraining, held_out: Sequence[Target]) -> float:
+        """The loss on all held-out rows."""
+        error = size = 0.0
+        for target in held_out:
+            output = self.layerwise.run(target.batch, self.index, target.given, training.module)
+            error += float((output.float() - target.output.float()).double().square().sum())
+            size += float(target.contribution().double().square().sum())
+        return error / max(size, 1e-30)
+
+    def _train_group(
+        self,
+        name: str,
+        group: Sequence[Replacement],
+        refitted: dict[str, Tensors],
+        held_out: list[dict[str, Target]],
+    ) -> None:
+        """Train a group of replacements, and store their weights and records."""
+        unseen = {place: [targets[place] for targets in held_out] for place in {r.place for r in group}}
+        trainings = [self._begun(r, refitted.get(r.identity, {}), unseen[r.place]) for r in group]
+        skip = self.store.restore(name, trainings)
+        rows = self.splits["training"]
+        generator = torch.Generator().manual_seed(self.seed)
+        batches = torch.randperm(len(rows.tokens), generator=generator).split(rows.batch_rows)
+        evaluate_after = {len(batches) * (n + 1) // _EVALUATIONS for n in range(_EVALUATIONS)}
+        for step, numbers in enumerate(batches):
+            active = [(r, t) for r, t in zip(group, trainings, strict=True) if t.active and step >= skip]
+            with self.layerwise.arithmetic.needs():
+                with torch.no_grad():
+                    targets = self._targets(rows, numbers)
+                for replacement, training in active:
+                    target = targets[replacement.place]
+                    with torch.enable_grad():
+                        loss = self._loss(training, target)
+                    training.step(loss, len(numbers) * rows.tokens.shape[1], step / len(batches))
+                    self.layerwise.arithmetic.count_training(key_of(training.module, target.given))
+            if active and step + 1 in evaluate_after:
+                for replacement, training in active:
+                    error = self._error(training, unseen[replacement.place])
+                    training.evaluated(error, self.recipe.stop_below, (step + 1) / len(batches))
+            if active:
+                self.store.save(name, trainings, step + 1)
+        records, weights = [], {}
+        for replacement, training in zip(group, trainings, strict=True):
+            result = training.weights(self.library.parent.dtype)
+            if not result and training.before < training.pruned:
+                result = refitted[replacement.identity]
+            records.append(replacement.record(result, training.result()))
+            if result:
+                weights[replacement.identity] = result
+        self.store.write(name, records, weights)
+
+    def _begun(self, replacement: Replacement, refitted: Tensors, unseen: Sequence[Target]) -> ReplacementTraining:
+        """A replacement ready for its first step, with its refitted projection if that is better on held-out rows."""
+        training = self._training_of(replacement, refitted)
+        pruned = before = self._error(training, unseen)
+        if refitted:
+            previous = training.exchange(refitted)
+            before = self._error(training, unseen)
+            if not before < pruned:
+                training.exchange(previous)
+                before = pruned
+        rate = self.recipe.learning_rate
+        if replacement.place == BLOCK:  # the larger its error, the longer its steps
+            rate = self.recipe.coupled_learning_rate * min(1.0, before**0.5)
+        training.begin(rate, pruned, before)
+        return training
