@@ -36,7 +36,9 @@ import layersmith
 from layersmith.costs.budget import Budget
 from layersmith.costs.counted import Workload
 from layersmith.data.splits import evaluation_rows, load_tokenizer
-from layersmith.distillation.train import RowOrder, Steps, together, train, training_arguments
+from layersmith.distillation.arguments import training_arguments
+from layersmith.distillation.steps import RowOrder, Steps, collate
+from layersmith.distillation.train import GlobalSetup, TrainingRows, train
 from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
@@ -99,16 +101,17 @@ def measure(which: str, parent_path: str, child_path: str, text: str, recipe: Di
         def run(count: int) -> None:
             some = rows[: count * steps.rows]
             if which == "ours":
-                train(
-                    parent, child, some, recipe, tokens=some.numel(), seed=0, folder=place, curve=place / "c", name=""
+                setup = GlobalSetup(
+                    recipe=recipe, tokens=some.numel(), seed=0, folder=place, curve=place / "c", name=""
                 )
+                train(parent, child, TrainingRows(some), setup)
                 return
             own = Steps.of(recipe, some.numel(), rows.shape[1])
             arguments = training_arguments(recipe, own, parent.runtime, 1024, 0, place)
             order = RowOrder(some, len(some), 0)
             child.train().requires_grad_(True)
             PlainTrainer(
-                parent.model, recipe.hidden, model=child, args=arguments, data_collator=together, train_dataset=order
+                parent.model, recipe.hidden, model=child, args=arguments, data_collator=collate, train_dataset=order
             ).train()
 
         before = _resident()
@@ -233,10 +236,16 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
                 record["before"] = judged(parent, child, judges, share, seed, name, "before")
                 started = time.process_time()
                 with tempfile.TemporaryDirectory() as folder:
-                    train(
-                        parent, child, found, settings, tokens=args.tokens, seed=seed, folder=Path(folder),
-                        curve=Path(folder) / "log.json", name=name,
-                    )  # fmt: skip
+                    place = Path(folder)
+                    setup = GlobalSetup(
+                        recipe=settings,
+                        tokens=args.tokens,
+                        seed=seed,
+                        folder=place,
+                        curve=place / "log.json",
+                        name=name,
+                    )
+                    train(parent, child, TrainingRows(found), setup)
                 record["cpu_seconds"] = time.process_time() - started
                 record["after"] = judged(parent, child, judges, share, seed, name, "distilled")
                 made.append(record)

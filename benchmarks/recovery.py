@@ -52,7 +52,7 @@ from layersmith.data.splits import TokenSplits, load_tokenizer, prepare
 from layersmith.demo.job import MODEL, split_library
 from layersmith.distillation.joint import distill_jointly
 from layersmith.distillation.layer_by_layer import TrainingSetup
-from layersmith.distillation.train import train
+from layersmith.distillation.train import GlobalSetup, TrainingRows, train
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -367,11 +367,16 @@ def one(of: Seed, make: Callable[[], Any], key: dict[str, Any], settings: Distil
         started = time.process_time()
         rows = of.tokens.training[: key["distil_rows"]]
         with tempfile.TemporaryDirectory() as folder:
-            trained = train(
-                of.parent, model, rows, settings, tokens=settings.tokens, seed=of.seed,
-                folder=Path(folder), curve=Path(folder) / "log.json", name=key["row"],
-                validation=of.tokens.scoring if settings.eval_every else None,
-            )  # fmt: skip
+            setup = GlobalSetup(
+                recipe=settings,
+                tokens=settings.tokens,
+                seed=of.seed,
+                folder=Path(folder),
+                curve=Path(folder) / "log.json",
+                name=key["row"],
+            )
+            validation = of.tokens.scoring if settings.eval_every else None
+            trained = train(of.parent, model, TrainingRows(rows, validation), setup)
         if settings.eval_every:
             record["loss_on_scoring_rows"] = trained.curve["validation"]
         record["cpu_seconds_distilled"] = _since(started)

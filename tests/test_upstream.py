@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors import safe_open
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -25,6 +26,8 @@ from transformers import (
     MambaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Trainer,
+    TrainingArguments,
 )
 from transformers.models.auto import auto_factory
 from transformers.models.auto.modeling_auto import (
@@ -276,3 +279,52 @@ def test_weights_on_the_disk_are_taken_from_accelerate(tmp_path: Path) -> None:
     with safe_open(file, framework="pt") as tensors:
         assert tensors.get_slice(inside).get_shape() == [32, 16]
     assert not any("forward" in vars(module) for module in model.modules())
+
+
+# ---------------------------------------------------------------------------------------------- Trainer
+
+
+class _OneWeight(torch.nn.Module):
+    def __init__(self, value: float):
+        super().__init__()
+        self.first = torch.nn.Parameter(torch.tensor([value]))
+        self.tied = self.first
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        return {"loss": (self.first * x).sum()}
+
+
+def test_a_trainers_checkpoints_hold_weights_by_their_names_in_memory(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    for value in (3.0, 4.0):
+        model = _OneWeight(value)
+        trainer = Trainer(model=model, args=arguments)
+        upstream.checkpoint_as_in_memory(trainer, model, "weights.safetensors")
+        if value == 3.0:
+            trainer.save_model(str(tmp_path))
+    assert (tmp_path / "weights.safetensors").is_file()
+    trainer._load_from_checkpoint(str(tmp_path))
+    assert model.first.item() == 3.0
+    assert model.tied is model.first
+
+
+def test_one_gpu_of_several_is_used(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
+    arguments._n_gpu = 4
+    upstream.use_one_gpu(arguments)
+    assert arguments.n_gpu == 1
+
+
+def test_loggers_are_known_by_name() -> None:
+    assert {"tensorboard", "wandb", "mlflow"} <= upstream.known_loggers()
+
+
+def test_an_exchanged_forward_is_restored() -> None:
+    model = torch.nn.Linear(2, 2)
+    model.forward = lambda x: x  # type: ignore[method-assign]
+    prepared = Accelerator(cpu=True).prepare(model)
+    assert prepared is model
+    upstream.restore_forward(model)
+    assert "forward" not in vars(model)
+    assert "_original_forward" not in vars(model)
+    assert not torch.equal(model(torch.ones(2)), torch.ones(2))

@@ -14,12 +14,16 @@ import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import CompileConfig, PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from transformers import Trainer, TrainingArguments
 
 # ---------------------------------------------------------------------------------------------- Transformers: models
 
@@ -48,6 +52,61 @@ def compile_on_any_device() -> Any:
     config: Any = CompileConfig(fullgraph=False)
     config._compile_all_devices = True
     return config
+
+
+# ---------------------------------------------------------------------------------------------- Transformers: Trainer
+
+
+def checkpoint_as_in_memory(trainer: Trainer, model: nn.Module, file_name: str) -> None:
+    """Make a Trainer's checkpoints hold a model's weights by their names in memory, in ``file_name``.
+
+    Stands in for a choice of the format in ``Trainer.save_model``, which calls ``save_pretrained``: that renames and
+    merges the weights of some families, so that a resumed training would not have the same bits. Where no process has
+    the whole weights (FSDP, DeepSpeed), Trainer's own format stays.
+    """
+    hooks: Any = trainer
+    save, load = hooks._save, hooks._load_from_checkpoint
+
+    def save_in_memory(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
+        if state_dict is not None:
+            save(output_dir, state_dict)
+        elif trainer.args.should_save:
+            folder = Path(output_dir or str(trainer.args.output_dir))
+            folder.mkdir(parents=True, exist_ok=True)
+            save_model(model, str(folder / file_name))
+
+    def load_in_memory(resume_from_checkpoint: str, model_to_load: nn.Module | None = None) -> None:
+        weights = Path(resume_from_checkpoint) / file_name
+        if weights.is_file():
+            load_model(model, weights)
+        else:
+            load(resume_from_checkpoint, model_to_load)
+
+    hooks._save, hooks._load_from_checkpoint = save_in_memory, load_in_memory
+
+
+def use_one_gpu(arguments: TrainingArguments) -> None:
+    """Keep Trainer from wrapping the model in ``DataParallel`` on a machine with several GPUs.
+
+    Stands in for a process that sees one GPU, as ``CUDA_VISIBLE_DEVICES=0`` makes it.
+    """
+    arguments._n_gpu = min(1, arguments.n_gpu)
+
+
+def known_loggers() -> set[str]:
+    """The names that ``TrainingArguments.report_to`` takes."""
+    from transformers.integrations import integration_utils  # here, because importing it takes a second
+
+    return set(integration_utils.INTEGRATION_TO_CALLBACK)
+
+
+def restore_forward(model: nn.Module) -> None:
+    """Give a model its class's ``forward`` back after it was exchanged on the instance and wrapped by accelerate.
+
+    Stands in for ``accelerate.Accelerator.unwrap_model``, which restores the exchanged one, and knows one wrapper only.
+    """
+    vars(model).pop("forward", None)
+    vars(model).pop("_original_forward", None)
 
 
 # ---------------------------------------------------------------------------------------------- Transformers: configs

@@ -24,11 +24,13 @@ from transformers import Cohere2Config, Gemma2Config
 
 import layersmith
 from layersmith.costs.budget import parse_budget
-from layersmith.distillation import train as trainer
+from layersmith.distillation import arguments
 from layersmith.distillation.finalists import diverse_solutions
 from layersmith.distillation.losses import FromHidden, FromTop, Mixture, cosine_distance, head_losses
+from layersmith.distillation.objective import ChildLosses, ParentTargets
 from layersmith.distillation.parent_logits import ParentLogits, remember
-from layersmith.distillation.train import RowOrder, Steps, Student, Teacher, train
+from layersmith.distillation.steps import RowOrder, Steps
+from layersmith.distillation.train import GlobalSetup, TrainingRows, train
 from layersmith.errors import InputError, UsageError
 from layersmith.evaluation.compare import closed
 from layersmith.execution.parent import Parent
@@ -140,15 +142,15 @@ def test_a_models_own_losses_and_gradients(kind: str) -> None:
     child.model.layers[0].register_forward_hook(lambda module, args, output: output)
     ids = torch.randint(3, 90, (2, 11))
     mixture = Mixture(1.0, 0.5, 0.25, 1.0)
-    student, teacher = Student(as_parent(child), mixture), Teacher(as_parent(parent), mixture)
-    assert student.tap.is_plain is (kind not in SPECIAL)
-    student.span = 4
-    loss, parts = student.losses(ids, teacher.says({"input_ids": ids}, from_cache=False))
+    losses, targets = ChildLosses(as_parent(child), mixture), ParentTargets(as_parent(parent), mixture)
+    assert losses.tap.is_plain is (kind not in SPECIAL)
+    losses.span = 4
+    loss, parts = losses.losses(ids, targets.outputs({"input_ids": ids}, from_cache=False))
     loss.backward()
     found = {name: p.grad.clone() for name, p in child.named_parameters() if p.grad is not None}
     child.zero_grad()
-    student.tap.close()
-    teacher.tap.close()
+    losses.tap.close()
+    targets.tap.close()
 
     layers: dict[str, list[torch.Tensor]] = {"own": [], "parents": []}
     for name, model in (("own", child), ("parents", parent)):
@@ -183,10 +185,15 @@ def test_a_models_own_losses_and_gradients(kind: str) -> None:
 
 def learn(parent: Any, child: Any, folder: Path, tokens: int = 2048, **recipe: Any) -> Any:
     rows = torch.randint(3, 500, (24, 32), generator=torch.Generator().manual_seed(5))
-    return train(
-        as_parent(parent), child, rows, DistillationRecipe(**QUICK | recipe), tokens=tokens, seed=0,
-        folder=folder / "checkpoints", curve=folder / "log.json", name="test", validation=rows[:4],
-    )  # fmt: skip
+    setup = GlobalSetup(
+        recipe=DistillationRecipe(**QUICK | recipe),
+        tokens=tokens,
+        seed=0,
+        folder=folder / "checkpoints",
+        curve=folder / "log.json",
+        name="test",
+    )
+    return train(as_parent(parent), child, TrainingRows(rows, validation=rows[:4]), setup)
 
 
 def test_a_child_whose_layers_differ_learns(tmp_path: Path) -> None:
@@ -436,7 +443,7 @@ def test_interrupted_and_killed_it_ends_with_the_same_bits(own: Path, run: Path,
 
 
 def test_what_is_wrong_is_said_before_work_starts(own: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(trainer, "get_available_reporting_integrations", list)
+    monkeypatch.setattr(arguments, "get_available_reporting_integrations", list)
     for change, match in (
         ({"kl": 0, "hidden": 0}, "nothing to learn"),
         ({"learning_rate": -1.0}, "must be positive"),

@@ -1,7 +1,7 @@
-"""Costs that are counted, not measured: parameters and bytes, as exact integers.
+"""Counted costs: parameters and bytes, as exact integers.
 
-They equal what the realized model holds: shapes are those of layers built on the meta device, tied weights count once,
-and the size of a head is the true one, read off the weights.
+They equal those of the realized model: shapes come from layers built on the meta device, tied weights count once, and
+the size of a head is read from the weights.
 """
 
 from __future__ import annotations
@@ -80,15 +80,15 @@ def subblock_costs(
     workload: Workload,
     axes: Sequence[LayerAxes],
 ) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
-    """Costs of every subblock of a model of these blocks, and of what is outside the layers.
+    """Costs of every subblock of a model with these blocks, and of what is outside the layers.
 
     Args:
-        descriptor: of the family.
-        config: of the parent.
-        blocks: one a layer.
-        dtype: of the weights and the KV cache.
-        workload: batch and context.
-        axes: of the parent's layers: they tell the size of a KV head, and which weights are experts'.
+        descriptor: Descriptor of the parent's model family.
+        config: Config of the parent.
+        blocks: Block configs of the model, one a layer.
+        dtype: Data type of the weights and the KV cache.
+        workload: Workload to count for.
+        axes: Axes of the parent's layers, with the size of a KV head and the weights of experts.
 
     Returns:
         For every layer ``{"attention": costs, "ffn": costs}``, and the costs of embeddings, head and final norm.
@@ -126,13 +126,13 @@ def layers_alike(
     blocks: Sequence[BlockConfig],
     layers: Sequence[Mapping[str, Mapping[str, int]]],
 ) -> list[int]:
-    """For every layer the first that is like it: what is made of the one costs what the same made of the other does.
+    """For every layer the index of the first equal one: the same alternative costs the same in both.
 
     Args:
-        descriptor: of the family.
-        config: of the parent.
-        blocks: one a layer.
-        layers: costs of the parent's layers.
+        descriptor: Descriptor of the parent's model family.
+        config: Config of the parent.
+        blocks: Block configs of the parent, one a layer.
+        layers: Costs of the parent's layers.
     """
     language = descriptor.get_language_model_config(config)
     kinds = descriptor.kinds_of_layers(own_config(config))
@@ -145,7 +145,7 @@ def layers_alike(
 
 
 def unique_sizes(model: PreTrainedModel) -> dict[str, tuple[int, int]]:
-    """Parameter name to (elements, bytes); a tied parameter is there once, under its first name."""
+    """Parameter name to (elements, bytes). A tied parameter has one entry, under its first name."""
     return {name: (p.numel(), p.numel() * p.element_size()) for name, p in model.named_parameters()}
 
 
@@ -164,7 +164,7 @@ def _costs(sizes: Iterable[tuple[int, int]]) -> dict[str, int]:
 def _active(
     descriptor: type[ModelDescriptor], block: BlockConfig, index: int, axes: LayerAxes, sizes: Mapping[str, int]
 ) -> int:
-    """Parameters that take part in a token: of the routed experts as many as a token uses."""
+    """Parameters that a token uses: of the routed experts only those it is routed to."""
     prefix = f"{descriptor.layer_block_name(index)}."
     own = {name.removeprefix(prefix): n for name, n in sizes.items() if axes.is_of_experts(name.removeprefix(prefix))}
     of_experts, moe = sum(own.values()), block.ffn.moe
@@ -172,7 +172,7 @@ def _active(
         return sum(sizes.values())
     idle = 0
     for w in axes.experts.weights if axes.experts is not None else ():
-        # Places for experts that do nothing, as many as in the parent.
+        # Some families have slots for experts that do nothing; a child keeps as many as the parent.
         places = sum(s.unit for s in w.segments if s.part == REST) if w.name in own else 0
         idle += own[w.name] // (moe.num_local_experts + places) * places if places else 0
     share = (of_experts - idle) * moe.num_experts_per_tok // moe.num_local_experts
@@ -188,11 +188,11 @@ def kv_cache_bytes(
     workload: Workload,
     head_dim: int | None,
 ) -> int:
-    """Keys and values of one layer: K * (d + d of the keys) * tokens * bytes, d the size of a value head.
+    """Bytes of the keys and values of one layer: heads x (value size + key size) x tokens x bytes.
 
-    A layer with sliding-window attention keeps at most its window. Latent attention keeps what all its heads are made
-    of, once a token. What is kept of every token beside keys and values, e.g. the keys by which an indexer chooses, is
-    in it; states of fixed size are not. What other layers use stays when the attention is removed.
+    A layer with sliding-window attention keeps at most its window. Latent attention keeps one latent vector per token
+    instead of heads. Whatever else is kept per token, e.g. the keys of an indexer, is included; states of fixed size
+    are not. Keys and values that other layers use stay when the attention is removed.
     """
     kept = has_attention(block) or descriptor.attention_stays(index)
     other_bytes = descriptor.token_bytes(index, dtype, kept) * workload.context
@@ -227,7 +227,7 @@ def _of_heads(
 
 
 def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:
-    """The attention window of a layer, or None if it sees everything."""
+    """The attention window of a layer; None if it attends to everything."""
     window = getattr(language, "sliding_window", None)
     types = getattr(language, "layer_types", None)
     if type(window) is not int:

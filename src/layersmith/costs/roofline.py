@@ -1,13 +1,14 @@
-"""Times of a device that is not here, predicted from its maker's figures: a lower bound, never a measurement.
+"""Times on a device that is not here, predicted from its data sheet: a lower bound, not a measurement.
 
-A part of a model takes as long as its arithmetic or its memory traffic, whichever is longer (Williams et al.,
-"Roofline", 2009):
+Each part of a model takes as long as its arithmetic or its memory traffic, whichever is longer:
 
     t = max(operations / rate, bytes / bandwidth)
 
-Operations are two for each active weight and token, and four for each pair of a query and a key and each channel of a
-head. Bytes are the weights that are read and the KV cache that is read or written. Routed experts are read as far as
-the batch's tokens can reach them. Launches, norms and what lies between kernels are not in it.
+There are two operations for each active weight and token, and four for each query, key and channel of a head. The
+bytes are the weights that are read and the KV cache that is read or written. Routed experts count as far as the tokens
+of the batch can reach them. Kernel launches, norms and whatever runs between kernels are not included.
+
+Source: Williams et al., "Roofline: An Insightful Visual Performance Model for Multicore Architectures" (2009).
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from layersmith.library.axes.axis import LayerAxes
 
 @dataclass(frozen=True)
 class Device:
-    """What a maker says of a device.
+    """A device by its data sheet.
 
     Attributes:
-        operations: a second, dense, in bfloat16 (float16 where there is none), on matrix units.
-        operations_fp32: a second in float32.
-        bandwidth: of its memory, bytes a second.
+        operations: Dense operations a second on matrix units, in bfloat16, or float16 if it has no bfloat16.
+        operations_fp32: Operations a second in float32.
+        bandwidth: Bytes a second of its memory.
     """
 
     operations: float
@@ -42,7 +43,7 @@ class Device:
     bandwidth: float
 
 
-# From the makers' data sheets; dense rates, SXM or OAM forms where there are several.
+# From the manufacturers' data sheets: dense rates, of the SXM or OAM form if there are several.
 DEVICES = {
     "A10": Device(125e12, 31.2e12, 600e9),
     "A100-40GB": Device(312e12, 19.5e12, 1555e9),
@@ -61,12 +62,12 @@ DEVICES = {
 
 
 def device_of(name: str) -> Device:
-    """Raises: UsageError: a device that is not known."""
-    found = {known.upper(): device for known, device in DEVICES.items()}
+    """A device by its name, in any case. Raises: UsageError: The device is unknown."""
+    by_name = {known.upper(): device for known, device in DEVICES.items()}
     wanted = name.upper().replace(" ", "-")
-    if wanted not in found:
+    if wanted not in by_name:
         raise UsageError(f"recipe costs.device: {name!r} is not known. {did_you_mean(name, DEVICES)}")
-    return found[wanted]
+    return by_name[wanted]
 
 
 def predict(
@@ -79,35 +80,35 @@ def predict(
     dtype: torch.dtype,
     workload: Workload,
 ) -> Times:
-    """Times of every alternative on a device that has a name here.
+    """Predicted times of every alternative on a device.
 
     Args:
-        name: of the device.
-        language: config of the language model.
-        blocks, axes: of the parent, one a layer.
-        alternatives: of all layers.
-        costs: what is counted of them, for this workload.
-        dtype: of weights and cache.
-        workload: batch, prompt, context.
+        name: Name of the device, a key of :data:`DEVICES`.
+        language: Config of the language model.
+        blocks, axes: Block configs and axes of the parent, one a layer.
+        alternatives: All alternatives of the search space.
+        costs: Their counted costs for this workload.
+        dtype: Data type of weights and KV cache.
+        workload: Workload to predict for.
 
     Raises:
-        UsageError: an unknown device.
+        UsageError: The device is unknown.
     """
     device = device_of(name)
     rate = device.operations if dtype.itemsize <= 2 else device.operations_fp32
 
-    def took(operations: float, moved: float) -> float:
+    def seconds_for(operations: float, moved: float) -> float:
         return max(operations / rate, moved / device.bandwidth)
 
-    def of(own: Mapping[str, int], prompt: int, pairs: tuple[float, float] = (0.0, 0.0)) -> Timing:
-        parameters, active = own["parameters"], own["active_parameters"]
+    def timing(part: Mapping[str, int], prompt: int, pairs: tuple[float, float] = (0.0, 0.0)) -> Timing:
+        parameters, active = part["parameters"], part["active_parameters"]
         seconds = []
-        for tokens, own_pairs in zip((prompt, 1), pairs, strict=True):
+        for tokens, phase_pairs in zip((prompt, 1), pairs, strict=True):
             together = workload.batch * tokens
-            # Each token reaches its own experts; all of them at most.
+            # Each token reaches other experts, until all are reached.
             reached = min(1.0, active / parameters * together) if parameters else 0.0
-            moved = own["weight_bytes"] * reached + own["kv_cache_bytes"]
-            seconds.append(took(2.0 * active * together + 4.0 * own_pairs * workload.batch, moved))
+            moved = part["weight_bytes"] * reached + part["kv_cache_bytes"]
+            seconds.append(seconds_for(2.0 * active * together + 4.0 * phase_pairs * workload.batch, moved))
         return Timing(*seconds)
 
     by_key = {}
@@ -116,8 +117,8 @@ def predict(
         pairs = (0.0, 0.0)
         if a.subblock == "attention" and has_attention(block) and a.traits.runs_subblock:
             pairs = _pairs(language, block, a.layer, axes[a.layer], workload)
-        by_key[a.key] = of(costs.by_key[a.key], workload.prompt, pairs)
-    # Of the embeddings a row a token is read, of the head everything, once for each sequence.
+        by_key[a.key] = timing(costs.by_key[a.key], workload.prompt, pairs)
+    # One row of the embeddings is read for each token, and the whole head once for each sequence.
     vocab, hidden = (getattr(language, key, 0) or 0 for key in ("vocab_size", "hidden_size"))
     head = {
         "parameters": vocab * hidden,
@@ -125,11 +126,11 @@ def predict(
         "weight_bytes": vocab * hidden * dtype.itemsize,
         "kv_cache_bytes": 0,
     }
-    return Times("predicted", name, workload, by_key, of(head, 1))
+    return Times("predicted", name, workload, by_key, timing(head, 1))
 
 
 def _pairs(language: Any, block: BlockConfig, layer: int, axes: LayerAxes, workload: Workload) -> tuple[float, float]:
-    """Pairs of a query and a key, times the channels of all heads: of a prompt, and of a token after it."""
+    """Query-key pairs times the channels of all heads: of the prompt, and of one generated token."""
     heads = block.attention.num_attention_heads or (axes.kv.num_heads * axes.kv.together if axes.kv else None)
     heads = heads or getattr(language, "num_attention_heads", 0) or 0
     head_dim = (axes.kv.head_dim if axes.kv else None) or getattr(language, "head_dim", None)

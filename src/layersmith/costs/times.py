@@ -1,11 +1,11 @@
-"""Time per subblock, whatever it comes from: measured here, given in a file, or predicted for a device elsewhere.
+"""Time per subblock: measured here, read from a file, or predicted for another device.
 
-Time to first token is that of a prefill of the prompt; time per token that of one decode step while the rest of the
-context is written; both for a whole batch. A child takes what is outside the layers and the sum over its subblocks:
+The time to first token is that of the prompt's prefill; the time per token is that of one decode step. Both are for a
+whole batch. A child takes the time outside the layers plus the sum over its subblocks:
 
     t(child) = fixed + sum over subblocks s of t(s)
 
-Whole children that were timed bend that sum (:mod:`layersmith.costs.curve`).
+If whole children were timed, they correct that sum (:mod:`layersmith.costs.curve`).
 """
 
 from __future__ import annotations
@@ -26,15 +26,16 @@ from layersmith.errors import InputError
 from layersmith.library.alternative import Alternative
 from layersmith.run.artifacts import read_json
 
-# What a table of times adds to counted costs, in seconds.
+# Costs that times add to the counted costs, in seconds.
 PREFILL, DECODE, TOKEN = "prefill_seconds", "decode_seconds", "token_seconds"
 TIMES = (PREFILL, DECODE, TOKEN)
 
-# The name of checks of what the search chose.
+# Name of the checks of the solution itself.
 SOLUTION = "solution"
 
-# Children with the same sum differ by so much of the parent's time, root mean square; the solution is itself.
-_UNLIKE, _ITSELF = 0.01, 0.003
+# Children with the same sum differ by the first share of the parent's time (root mean square), repeats of the solution
+# by the second: a timed child says less about other children than about itself.
+_OTHER_CHILD, _SAME_CHILD = 0.01, 0.003
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ class Timing:
         return Timing(self.prefill - other.prefill, self.decode - other.decode)
 
     def at_least(self, other: Timing) -> Timing:
-        """The longer of each."""
+        """The longer time of each phase."""
         return Timing(max(self.prefill, other.prefill), max(self.decode, other.decode))
 
     def scaled(self, prefill: float, decode: float) -> Timing:
@@ -63,14 +64,15 @@ ZERO = Timing(0.0, 0.0)
 
 @dataclass(frozen=True)
 class Check:
-    """A whole child against the sum of its parts.
+    """A whole child, timed, and the sum of its parts.
 
     Attributes:
-        what: which child.
-        fraction: its parameters, as a fraction of the parent's.
-        parts: the sum, as it was before any correction.
-        whole: what the child took; the parent, timed beside it, took ``parent``.
-        error: standard errors of their ratio.
+        what: Name of the child.
+        fraction: Its parameters as a fraction of the parent's.
+        parts: Sum of its parts, before any correction.
+        whole: Time of the child.
+        parent: Time of the parent in the same rounds.
+        error: Standard error of the ratio of the two.
     """
 
     what: str
@@ -92,11 +94,11 @@ class Times:
 
     Attributes:
         source: ``measured``, ``given`` or ``predicted``.
-        device: that they are of, in words.
-        workload: that they are for.
-        by_key: key of an alternative to its own, before any correction.
-        fixed: outside the layers.
-        checks: whole children that were timed.
+        device: Name of the device.
+        workload: Workload of the times.
+        by_key: Key of an alternative to its time, before any correction.
+        fixed: Time outside the layers.
+        checks: Whole children that were timed.
     """
 
     source: str
@@ -107,46 +109,47 @@ class Times:
     checks: tuple[Check, ...] = ()
 
     def whole(self, chosen: Iterable[str]) -> Timing:
-        """The sum of parts, not corrected, of the child of these alternatives (keys)."""
-        own = [self.by_key[key] for key in chosen]
-        return self.fixed + Timing(math.fsum(t.prefill for t in own), math.fsum(t.decode for t in own))
+        """The uncorrected sum of parts of a child, by the keys of its alternatives."""
+        parts = [self.by_key[key] for key in chosen]
+        return self.fixed + Timing(math.fsum(t.prefill for t in parts), math.fsum(t.decode for t in parts))
 
     def parent(self, alternatives: Sequence[Alternative]) -> Timing:
         return self.whole(a.key for a in alternatives if a.is_parent)
 
     def curves(self, alternatives: Sequence[Alternative]) -> dict[str, Curve]:
-        """From sums of parts to whole children, of prefill and decode, as far as the checks tell."""
+        """Corrections of prefill and decode from sums of parts to whole children, fitted to the checks."""
         parent = self.parent(alternatives)
-        found = {}
+        curves = {}
         for phase in ("prefill", "decode"):
             whole = getattr(parent, phase)
             seen = [
                 (
                     getattr(check.parts, phase) / whole,
                     getattr(check.whole, phase) / getattr(check.parent, phase),
-                    math.hypot(getattr(check.error, phase), _ITSELF if check.what == SOLUTION else _UNLIKE),
+                    math.hypot(getattr(check.error, phase), _SAME_CHILD if check.what == SOLUTION else _OTHER_CHILD),
                 )
                 for check in self.checks
             ]
-            found[phase] = Curve.fitted(getattr(self.fixed, phase) / whole, seen)
-        return found
+            curves[phase] = Curve.fitted(getattr(self.fixed, phase) / whole, seen)
+        return curves
 
     def at_speed_of(self, check: Check, alternatives: Sequence[Alternative]) -> Times:
-        """The same on a machine that is as fast as when a check was made, told from the parent's time."""
+        """The same times scaled to the speed of the machine during a check, by the parent's time."""
         parent = self.parent(alternatives)
         ratio = (check.parent.prefill / parent.prefill, check.parent.decode / parent.decode)
         return dataclasses.replace(
             self,
-            by_key={key: own.scaled(*ratio) for key, own in self.by_key.items()},
+            by_key={key: timing.scaled(*ratio) for key, timing in self.by_key.items()},
             fixed=self.fixed.scaled(*ratio),
             checks=tuple(dataclasses.replace(c, parts=c.parts.scaled(*ratio)) for c in self.checks),
         )
 
     def checked(self, *more: Check) -> Times:
+        """The same times with more checks."""
         return dataclasses.replace(self, checks=(*self.checks, *more))
 
     def into(self, costs: CostTable, alternatives: Sequence[Alternative]) -> CostTable:
-        """A cost table with these times, bent as the checks tell."""
+        """A cost table with these times, corrected by the checks."""
         by_key = {a.key: costs.by_key[a.key] | self._costs(self.by_key[a.key]) for a in alternatives}
         whole: Any = costs.parent | self._costs(self.parent(alternatives))
         bend = None
@@ -172,18 +175,18 @@ class Times:
             "parent": dataclasses.asdict(self.parent(alternatives)),
             "alternatives": {key: [t.prefill, t.decode] for key, t in self.by_key.items()},
             "checks": [dataclasses.asdict(check) for check in self.checks],
-            "curves": {phase: dataclasses.asdict(own) for phase, own in self.curves(alternatives).items()},
+            "curves": {phase: dataclasses.asdict(curve) for phase, curve in self.curves(alternatives).items()},
         }
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Times:
         return Times(
-            data["source"],
-            data["device"],
-            Workload(data["batch"], data["context"], data["generate"]),
-            {key: Timing(*own) for key, own in data["alternatives"].items()},
-            Timing(**data["fixed"]),
-            tuple(Check.from_dict(check) for check in data["checks"]),
+            source=data["source"],
+            device=data["device"],
+            workload=Workload(data["batch"], data["context"], data["generate"]),
+            by_key={key: Timing(*timing) for key, timing in data["alternatives"].items()},
+            fixed=Timing(**data["fixed"]),
+            checks=tuple(Check.from_dict(check) for check in data["checks"]),
         )
 
 
@@ -197,7 +200,7 @@ def kept_in(run: Path) -> dict[str, Any] | None:
 
 
 def costs_of(timing: Timing, workload: Workload) -> dict[str, float]:
-    """Time costs of a timing: to first token, per token of a sequence, and of the machine for each token written."""
+    """Costs of a timing: time to first token, time per token, and the machine's time for each generated token."""
     written = workload.batch * workload.generated
     return {
         PREFILL: timing.prefill,
@@ -213,9 +216,9 @@ _FIXED = "fixed"
 
 
 def to_csv(times: Times, alternatives: Sequence[Alternative]) -> str:
-    """Times as a table that :func:`from_csv` reads: a row for what is outside the layers, then one an alternative.
+    """Times as a table that :func:`from_csv` reads.
 
-    Layers in which an alternative takes the same are in one row.
+    One row is for the time outside the layers. Each other row is one alternative in all layers where it takes the same.
     """
     out = io.StringIO()
     writer = csv.writer(out, lineterminator="\n")
@@ -225,19 +228,19 @@ def to_csv(times: Times, alternatives: Sequence[Alternative]) -> str:
     for a in alternatives:
         rows.setdefault((a.subblock, a.name, times.by_key[a.key]), []).append(a.layer)
     for (subblock, name, timing), layers in rows.items():
-        own = " ".join(map(str, layers))
-        writer.writerow([own, subblock, name, f"{1e3 * timing.prefill:.6g}", f"{1e3 * timing.decode:.6g}"])
+        numbers = " ".join(map(str, layers))
+        writer.writerow([numbers, subblock, name, f"{1e3 * timing.prefill:.6g}", f"{1e3 * timing.decode:.6g}"])
     return out.getvalue()
 
 
 def from_csv(path: str | Path, alternatives: Sequence[Alternative], workload: Workload) -> Times:
     """Times from a file with the columns layers, subblock, alternative, prefill_ms, decode_ms.
 
-    ``layers`` are numbers with spaces between, or empty for all. One row with the subblock ``fixed`` says what is
+    ``layers`` are numbers separated by spaces, or empty for all. One row with the subblock ``fixed`` has the time
     outside the layers.
 
     Raises:
-        InputError: the file is missing or not such a table, a time is not a number, or an alternative has none.
+        InputError: The file is missing or has other columns, a time is not a number, or an alternative has no time.
     """
     try:
         text = Path(path).read_text(encoding="utf-8-sig")

@@ -1,7 +1,7 @@
-"""Several solutions for one budget, different by construction: each is the best that differs enough from those before.
+"""Several different solutions for one budget: each is the best that differs enough from the earlier ones.
 
-Two solutions differ in a subblock if they chose other alternatives there. That a new one differs from the old ones is
-one more limit each in the search's own integer program, so the rules of the search hold for all of them.
+Two solutions differ in a subblock if they have other alternatives there. The difference to each earlier solution is one
+more constraint of the search's integer program, so the rules of the search hold for all solutions.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from typing import Any
 
 from layersmith.search.problem import SearchProblem, Solution
 
+# Default share of the subblocks in which two solutions differ: fewer try nearly the same child twice, more cost score.
 _LEAST_SHARE = 0.1
 
 
 @dataclass(frozen=True)
 class Finalist:
-    """A solution that was tried.
+    """A solution that was distilled for a short while.
 
     Attributes:
-        number: 0 for the run's own solution, then by the sum of scores.
-        score: that sum.
-        parameters: of the child.
-        tokens: it was distilled for.
-        kl: to the parent after that, on the scoring rows, in nats a token.
+        number: 0 for the run's solution; the others are in the order of their scores.
+        score: Sum of the scores of its alternatives.
+        parameters: Number of parameters of the child.
+        tokens: Number of training tokens.
+        kl: KL divergence to the parent afterwards, on the scoring rows, in nats a token.
     """
 
     number: int
@@ -45,19 +46,19 @@ def diverse_solutions(
 
     Args:
         problem: The search problem to solve.
-        first: one of them, such as the run's own, which was bettered by running whole models.
-        count: of solutions.
-        distance: subblocks in which any two differ at least; default: a tenth of all.
+        first: The first solution, such as the run's refined one.
+        count: Number of solutions.
+        distance: Minimum number of subblocks in which two solutions differ; default: a tenth of all.
 
     Returns:
-        The first, then the others by their sums of scores; fewer than ``count`` where no others are left.
+        The first, then the others in the order of their scores; fewer than ``count`` if there are no more.
     """
     places = len(problem.by_place)
     least = distance or max(1, math.ceil(_LEAST_SHARE * places))
-    found = [first]
-    while len(found) < count:
-        following = problem.best_by(problem.losses, [(own.alternatives, least, places) for own in found])
+    solutions = [first]
+    while len(solutions) < count:
+        following = problem.best_by(problem.losses, [(solution.alternatives, least, places) for solution in solutions])
         if following is None:
             break
-        found.append(following)
-    return found
+        solutions.append(following)
+    return solutions

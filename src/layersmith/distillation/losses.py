@@ -6,11 +6,11 @@ With z the child's logits, p the parent's probabilities, q = softmax(z / t), y t
     lm     = 1 / M    sum over the M tokens with a next one of  - log softmax(z)(y)
     hidden = 1 / (L N) sum over layers and tokens of  1 - cos(child's hidden state, parent's)
 
-Logits are made, used and thrown away for one span of tokens after another, with the gradients of everything that made
-them, so that no more of them than a span is ever in memory; gradients of the head's weights are summed in float32.
+Logits are computed, used and freed for one span of tokens after another, with the gradients of the head's input and
+weights. So no more than one span of logits is in memory. Gradients of the head's weights are summed in float32.
 
 Source: arXiv 2411.19146, section 5 (KL and cosine without an LM loss is the best of its mixtures); t^2 is of arXiv
-1503.02531, section 2.1. That the gradients are made in the forward pass is an idea of arXiv 2410.10989.
+1503.02531, section 2.1. Gradients in the forward pass are from arXiv 2410.10989.
 
 Shapes: N tokens, n those of a span, D hidden, V vocabulary, k tokens whose probability is kept.
 """
@@ -24,32 +24,33 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-# Logits of a span take this much in float32, or as much as this many tokens take.
+# Memory of the logits of a span in float32, but no fewer than this many tokens: smaller spans save memory, larger ones
+# make larger matrix products.
 _SPAN_BYTES = 16 * 1024**2
 _SPAN_TOKENS = 256
-# Log-probabilities below this are of tokens that cannot be.
+# Log-probabilities are clamped here, so that impossible tokens add no infinities.
 _LOWEST = -1e4
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
 class Target(Protocol):
-    """What the parent says on N tokens."""
+    """The parent's predictions on N tokens."""
 
     def divergence(self, log_q: torch.Tensor, start: int, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
         """KL ``[n]`` of the tokens from ``start`` on, and the target ``[n, V]``: q minus it is the gradient.
 
         Args:
             log_q: ``[n, V]`` float32, the child's log-probabilities.
-            start: of the span.
-            temperature: of both.
+            start: First token of the span.
+            temperature: Temperature of both.
         """
         ...
 
 
 @dataclass(frozen=True, eq=False)
 class FromHidden:
-    """The parent's own head, run on what it reads, ``[N, D]``."""
+    """Predictions computed by the parent's head from its inputs ``[N, D]``."""
 
     hidden: torch.Tensor
     head: Head
@@ -64,16 +65,16 @@ class FromHidden:
 
 @dataclass(frozen=True, eq=False)
 class FromTop:
-    """The parent's k most likely next tokens and, in one, all others.
+    """The parent's k most likely next tokens, and all others as one.
 
         KL = sum over the k of p (log p - log q) + P (log P - log Q)
 
-    with P and Q what parent and child give to the others together: what is known of the parent is compared exactly.
+    where P and Q are the total probabilities of the other tokens: all that is cached of the parent is compared exactly.
 
     Attributes:
-        ids: ``[N, k]`` the tokens.
+        ids: ``[N, k]``, the tokens.
         log_p: ``[N, k]`` float32, their log-probabilities.
-        log_rest: ``[N]`` float32, log P; lowest where there are no others.
+        log_rest: ``[N]`` float32, log P; the lowest value if there are no others.
     """
 
     ids: torch.Tensor
@@ -87,13 +88,13 @@ class FromTop:
         others = log_q.scatter(-1, ids, -torch.inf)
         log_q_rest = others.logsumexp(-1).clamp_min(_LOWEST)
         kl = torch.linalg.vecdot(p, log_p - log_q.gather(-1, ids)) + rest * (log_rest - log_q_rest)
-        # Within the others the child's own proportions are as good as any.
+        # Nothing is known of the proportions among the others, so the child keeps its own.
         target = others.sub_(log_q_rest[:, None]).exp_().mul_(rest[:, None]).scatter_(-1, ids, p)
         return kl, target
 
     @staticmethod
     def of(logits: torch.Tensor, k: int, temperature: float) -> FromTop:
-        """From the parent's logits ``[n, V]``; k at most V."""
+        """The k most likely tokens of the parent's logits ``[n, V]``; k is at most V."""
         log_p, ids = log_softmax(logits, temperature).topk(k, -1)
         if k == logits.shape[-1]:
             return FromTop(ids, log_p, torch.full_like(log_p[:, 0], _LOWEST))
@@ -102,19 +103,19 @@ class FromTop:
 
 
 def log_softmax(logits: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities, float32, in memory of their own; what is as good as impossible is finite."""
+    """Log-probabilities in float32, in a new tensor, clamped at ``_LOWEST``."""
     logits = logits if temperature == 1 else logits.float() / temperature
     return torch.log_softmax(logits, -1, dtype=torch.float32).clamp_(min=_LOWEST)
 
 
 @dataclass(frozen=True)
 class Mixture:
-    """How the losses are weighed.
+    """Weights of the losses.
 
     Attributes:
-        kl, lm: weights of the losses on logits.
-        hidden: weight of the distance of hidden states.
-        temperature: t.
+        kl, lm: Weights of the losses on logits.
+        hidden: Weight of the distance of hidden states.
+        temperature: Temperature t of the KL divergence.
     """
 
     kl: float
@@ -124,7 +125,7 @@ class Mixture:
 
 
 def span_tokens(vocab_size: int) -> int:
-    """Tokens of a span."""
+    """Number of tokens of a span."""
     return max(_SPAN_TOKENS, _SPAN_BYTES // (4 * vocab_size))
 
 
@@ -137,16 +138,16 @@ def head_losses(
     mixture: Mixture,
     span: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The losses on logits: their weighed sum, which has the gradients, and KL and LM loss to be told.
+    """The losses on logits: their weighted sum, which has gradients, and KL and LM loss without.
 
     Args:
-        hidden: ``[N, D]``, what the child's head reads.
-        head: makes logits ``[n, V]`` of hidden states ``[n, D]``.
-        parameters: that the head uses.
-        labels: ``[N]`` the tokens that follow; -1 where none does.
-        target: what the parent says; None where KL has no weight.
-        mixture: weights and temperature.
-        span: tokens whose logits are made at once.
+        hidden: ``[N, D]``, inputs of the child's head.
+        head: Computes logits ``[n, V]`` from hidden states ``[n, D]``.
+        parameters: Parameters of the head.
+        labels: ``[N]``, the next tokens; -1 at the end of a row.
+        target: The parent's predictions; None if KL has no weight.
+        mixture: Weights and temperature.
+        span: Number of tokens whose logits are in memory at once.
     """
     given = (head, labels, target, mixture, span, torch.is_grad_enabled())
     summed, kl, lm = _HeadLosses.apply(hidden, given, *parameters)
@@ -154,7 +155,7 @@ def head_losses(
 
 
 class _HeadLosses(torch.autograd.Function):
-    """See :func:`head_losses`; the gradients are made in the forward pass."""
+    """See :func:`head_losses`; gradients are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, hidden: torch.Tensor, given: Any, *parameters: nn.Parameter) -> Any:
@@ -167,9 +168,9 @@ class _HeadLosses(torch.autograd.Function):
         kl = hidden.new_zeros((), dtype=torch.float64)
         lm = hidden.new_zeros((), dtype=torch.float64)
         for start in range(0, num_tokens, span):
-            own = hidden[start : start + span].detach().requires_grad_(gradient is not None)
+            given = hidden[start : start + span].detach().requires_grad_(gradient is not None)
             with torch.set_grad_enabled(wants):
-                logits = head(own)
+                logits = head(given)
             change: torch.Tensor | None = None
             log_q = log_softmax(logits.detach(), mixture.temperature)
             if target is not None:
@@ -187,12 +188,12 @@ class _HeadLosses(torch.autograd.Function):
                 lm -= at_label.masked_fill(~there, 0.0).double().sum()
                 if wants:
                     weight = mixture.lm * there * (num_tokens / num_labels)
-                    own_change = log_q.exp_().mul_(weight[:, None])
-                    own_change.scatter_add_(-1, next_ids.clamp_min(0)[:, None], -weight[:, None].float())
-                    change = own_change if change is None else change.add_(own_change)
+                    lm_change = log_q.exp_().mul_(weight[:, None])
+                    lm_change.scatter_add_(-1, next_ids.clamp_min(0)[:, None], -weight[:, None].float())
+                    change = lm_change if change is None else change.add_(lm_change)
             del log_q
             if wants and change is not None:
-                inputs = [*([own] if gradient is not None else []), *(parameters[i] for i in trained)]
+                inputs = [*([given] if gradient is not None else []), *(parameters[i] for i in trained)]
                 made = list(torch.autograd.grad(logits, inputs, change.to(logits.dtype)))
                 if gradient is not None:
                     gradient[start : start + span] = made.pop(0)
@@ -207,7 +208,7 @@ class _HeadLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        # Divided by the number of tokens here, not before: in float16 the gradients of one token would be lost.
+        # Divided by the number of tokens here, not before: in float16 the gradients of single tokens would underflow.
         scale = gradients[0].float() / ctx.num_tokens
         saved = list(ctx.saved_tensors)
         hidden = None
@@ -220,27 +221,27 @@ class _HeadLosses(torch.autograd.Function):
         return hidden, None, *parameters
 
 
-def cosine_distance(own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-    """The mean over tokens of one minus the cosine between hidden states ``[..., D]``; no gradient to ``other``."""
-    return _CosineDistance.apply(own, other)
+def cosine_distance(child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+    """Mean over tokens of one minus the cosine between hidden states ``[..., D]``; no gradient to the parent's."""
+    return _CosineDistance.apply(child, parent)
 
 
 class _CosineDistance(torch.autograd.Function):
-    """Keeps nothing but what it was given and three numbers a token."""
+    """Keeps only its inputs and three numbers for each token."""
 
     @staticmethod
-    def forward(ctx: Any, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
-        a, b = own.float(), other.float()
+    def forward(ctx: Any, child: torch.Tensor, parent: torch.Tensor) -> torch.Tensor:
+        a, b = child.float(), parent.float()
         length = torch.linalg.vector_norm(a, dim=-1).clamp_min(1e-12)
         product = length * torch.linalg.vector_norm(b, dim=-1).clamp_min(1e-12)
         cosine = torch.linalg.vecdot(a, b) / product
-        ctx.save_for_backward(own, other, length, product, cosine)
+        ctx.save_for_backward(child, parent, length, product, cosine)
         return 1 - cosine.mean()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
-        own, other, length, product, cosine = ctx.saved_tensors
+        child, parent, length, product, cosine = ctx.saved_tensors
         scale = gradients[0].float() / cosine.numel()
-        made = (scale * cosine / length.square())[..., None] * own.float()
-        made.addcmul_(other.float(), (-scale / product)[..., None])
-        return made.to(own.dtype), None
+        made = (scale * cosine / length.square())[..., None] * child.float()
+        made.addcmul_(parent.float(), (-scale / product)[..., None])
+        return made.to(child.dtype), None

@@ -15,21 +15,21 @@ from layersmith.execution.parent import Parent
 
 
 def matrices_of(model: Parent) -> list[nn.Parameter]:
-    """The matrices of a model's decoder layers: weights by which hidden states are multiplied."""
-    found = {
+    """Weight matrices of a model's decoder layers."""
+    by_id = {
         id(parameter): parameter
         for layer in model.layers
         for name, parameter in layer.named_parameters()
         if name.endswith("weight") and parameter.ndim == 2 and min(parameter.shape) > 1
     }
-    return list(found.values())
+    return list(by_id.values())
 
 
 class MuonAndAdamW(torch.optim.Optimizer):
-    """Two optimizers that a scheduler, a checkpoint and a step take for one."""
+    """Two optimizers as one, for schedulers, checkpoints and steps."""
 
     def __init__(self, matrices: Sequence[nn.Parameter], adamw: torch.optim.Optimizer):
-        """Take the matrices out of an AdamW that has all parameters, whose settings remain."""
+        """Take the matrices out of an AdamW that has all parameters; its settings stay."""
         taken = {id(p) for p in matrices}
         groups = [{**g, "params": [p for p in g["params"] if id(p) not in taken]} for g in adamw.param_groups]
         adamw.param_groups[:] = [group for group in groups if group["params"]]
@@ -41,21 +41,21 @@ class MuonAndAdamW(torch.optim.Optimizer):
             adjust_lr_fn="match_rms_adamw",
         )
         self.both = (muon, adamw) if adamw.param_groups else (muon,)
-        super().__init__([group for own in self.both for group in own.param_groups], {})
+        super().__init__([group for optimizer in self.both for group in optimizer.param_groups], {})
         self._share_groups()
 
     def _share_groups(self) -> None:
-        # The same objects, so that a rate that is set here is set there.
-        self.param_groups = [group for own in self.both for group in own.param_groups]
+        # The same objects, so that a learning rate that is set here is set in both.
+        self.param_groups = [group for optimizer in self.both for group in optimizer.param_groups]
 
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
-        for own in self.both:
-            own.step()
+        for optimizer in self.both:
+            optimizer.step()
 
     def state_dict(self) -> dict[str, Any]:
-        return {"both": [own.state_dict() for own in self.both]}
+        return {"both": [optimizer.state_dict() for optimizer in self.both]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        for own, state in zip(self.both, state_dict["both"], strict=True):
-            own.load_state_dict(state)
+        for optimizer, state in zip(self.both, state_dict["both"], strict=True):
+            optimizer.load_state_dict(state)
         self._share_groups()

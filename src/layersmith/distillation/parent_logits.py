@@ -1,9 +1,9 @@
-"""What the parent says on the training rows, kept: its k most likely next tokens, and the probability of the rest.
+"""A cache of the parent's predictions on training rows: its k most likely next tokens, the others' total probability.
 
-Worth it where rows are repeated: the parent is then run once a row. One safetensors file holds so many rows; those that
-an interrupted run has written are kept, and the folder is named by everything that its contents depend on.
+It pays if rows are repeated, since the parent then runs once for each row. Each safetensors file holds a fixed number
+of rows; files that an interrupted run has written are reused. The folder is named by everything its contents depend on.
 
-Shapes: M rows, T tokens, k tokens whose probability is kept.
+Shapes: M rows, T tokens, k tokens whose probability is cached.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from layersmith.distillation.tap import Tap
 from layersmith.execution.parent import Parent
 from layersmith.run.artifacts import fingerprint, read_tensors, write_tensors
 
+# Rows of one file: what an interruption loses at most.
 _FILE_ROWS = 64
 
 
@@ -29,7 +30,7 @@ class ParentLogits:
         self.ids, self.log_p, self.log_rest = ids, log_p, log_rest
 
     def target(self, rows: torch.Tensor, device: torch.device) -> FromTop:
-        """On whole rows, by their numbers ``[B]``."""
+        """Predictions on whole rows, by their numbers ``[B]``."""
         rows = rows.cpu()
         parts = (self.ids, self.log_p, self.log_rest)
         ids, log_p, log_rest = (part[rows].flatten(0, 1).to(device) for part in parts)
@@ -37,12 +38,12 @@ class ParentLogits:
 
     @staticmethod
     def bytes_for(num_tokens: int, k: int) -> int:
-        """What they take, on disk and in memory."""
+        """Bytes on the disk and in memory."""
         return num_tokens * (8 * k + 4)
 
 
 def cache_folder(under: Path, parent: Parent, rows: torch.Tensor, k: int, temperature: float) -> Path:
-    """Where the predictions of this parent on these rows lie."""
+    """Folder for the predictions of this parent on these rows."""
     digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
     return under / fingerprint([parent.identity, str(parent.runtime.dtype), digest, list(rows.shape), k, temperature])
 
@@ -57,7 +58,7 @@ def remember(
     batch_rows: int,
     advance: Callable[[float], None],
 ) -> ParentLogits:
-    """Run the parent once on every row ``[M, T]``, but for those that ``folder`` has; ``advance`` is told rows."""
+    """Run the parent on every row ``[M, T]`` that ``folder`` does not have; ``advance`` is called with rows done."""
     tap = Tap(parent)
     k = min(k, tap.vocab_size)
     span = span_tokens(tap.vocab_size)
@@ -65,11 +66,11 @@ def remember(
     try:
         for start in range(0, len(rows), _FILE_ROWS):
             file = folder / f"{start:09d}.safetensors"
-            own = rows[start : start + _FILE_ROWS]
+            some = rows[start : start + _FILE_ROWS]
             if not file.is_file():
-                write_tensors(file, _of_rows(tap, own, k, temperature, span, batch_rows))
+                write_tensors(file, _of_rows(tap, some, k, temperature, span, batch_rows))
             parts.append(read_tensors(file))
-            advance(len(own))
+            advance(len(some))
     finally:
         tap.close()
     ids, log_p, log_rest = (torch.cat([part[name] for part in parts]) for name in ("ids", "log_p", "log_rest"))
@@ -79,14 +80,14 @@ def remember(
 def _of_rows(
     tap: Tap, rows: torch.Tensor, k: int, temperature: float, span: int, batch_rows: int
 ) -> dict[str, torch.Tensor]:
-    made: list[FromTop] = []
+    parts: list[FromTop] = []
     for start in range(0, len(rows), batch_rows):
         batch = rows[start : start + batch_rows].long().to(tap.model.model.device)
         read = tap.run(batch, with_layers=False).read.flatten(0, 1)
-        made += [FromTop.of(tap.head(read[s : s + span]), k, temperature) for s in range(0, len(read), span)]
+        parts += [FromTop.of(tap.head(read[s : s + span]), k, temperature) for s in range(0, len(read), span)]
     shape = rows.shape
     return {
-        "ids": torch.cat([part.ids for part in made]).int().view(*shape, k).cpu(),
-        "log_p": torch.cat([part.log_p for part in made]).view(*shape, k).cpu(),
-        "log_rest": torch.cat([part.log_rest for part in made]).view(*shape).cpu(),
+        "ids": torch.cat([part.ids for part in parts]).int().view(*shape, k).cpu(),
+        "log_p": torch.cat([part.log_p for part in parts]).view(*shape, k).cpu(),
+        "log_rest": torch.cat([part.log_rest for part in parts]).view(*shape).cpu(),
     }

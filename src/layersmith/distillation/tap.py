@@ -1,9 +1,9 @@
-"""A causal model up to its head: what the head reads, what each decoder layer gives, and the head by itself.
+"""A causal model up to its head: the head's input, the output of each decoder layer, and the head alone.
 
-Whatever a family does before its layers, between them and after them is done by its own ``forward``. It is left where
-the output embedding is called, so that logits of all tokens are never made; the head by itself is the output embedding
-where logits are nothing more, and otherwise the same ``forward`` without layers, in which the output embedding gives
-what it makes of other hidden states: whatever is done to logits afterwards, a scale or a soft cap, is done.
+The model's own ``forward`` runs, so whatever a family does before, between and after its layers is done. It is stopped
+where the output embedding is called, so that the logits of all tokens are never in memory at once. The head alone is
+the output embedding if logits are its output. Otherwise it is the same ``forward`` without layers, with the output
+embedding applied to other hidden states, so that a scale or a soft cap of the logits is applied too.
 
 Shapes: B rows, T tokens, N = B T, D hidden, V vocabulary.
 """
@@ -25,11 +25,11 @@ from layersmith.execution.parent import Parent
 
 @dataclass(frozen=True, eq=False)
 class Taken:
-    """What a forward pass gave.
+    """Results of a forward pass.
 
     Attributes:
-        read: ``[B, T, D]``, what the head reads.
-        layers: ``[B, T, D]`` of each decoder layer, in the order of their calls.
+        read: ``[B, T, D]``, input of the head.
+        layers: ``[B, T, D]``, output of each decoder layer, in the order of their calls.
     """
 
     read: torch.Tensor
@@ -37,7 +37,7 @@ class Taken:
 
 
 class _AtTheHead(Exception):
-    """Thrown where the head is called, with what it was given."""
+    """Raised where the head is called, with its input."""
 
     def __init__(self, hidden: torch.Tensor):
         super().__init__()
@@ -45,12 +45,12 @@ class _AtTheHead(Exception):
 
 
 class Tap:
-    """See the module's docstring. Hooks are in the model until :meth:`close`.
+    """Runs a model up to its head, and the head alone. Hooks stay in the model until :meth:`close`.
 
     Attributes:
-        model: a parent, or a child with the same kind of layers.
-        vocab_size: V, of its logits.
-        is_plain: whether logits are what the output embedding makes, and nothing else.
+        model: A parent, or a child with the same kind of layers.
+        vocab_size: V, number of logits.
+        is_plain: Whether logits are the output of the output embedding, unchanged.
     """
 
     def __init__(self, model: Parent):
@@ -76,7 +76,7 @@ class Tap:
             raise _AtTheHead(args[0])
 
     def parameters(self) -> list[nn.Parameter]:
-        """Those of the head."""
+        """Parameters of the head."""
         return list(self._output.parameters())
 
     def run(self, input_ids: torch.Tensor, with_layers: bool) -> Taken:
@@ -91,7 +91,7 @@ class Tap:
         raise UnsupportedModel(f"{self.model.path}: its forward does not call its output embeddings.")
 
     def head(self, hidden: torch.Tensor) -> torch.Tensor:
-        """Logits ``[n, V]`` of what the head reads, ``[n, D]``."""
+        """Logits ``[n, V]`` of head inputs ``[n, D]``."""
         if self.is_plain:
             logits: torch.Tensor = self._output(hidden)
             return logits
@@ -100,7 +100,7 @@ class Tap:
 
     @contextmanager
     def _given(self, hidden: torch.Tensor) -> Iterator[None]:
-        """While open, layers are skipped and the output embedding reads ``hidden``, whatever it is given."""
+        """While open, layers are skipped and the output embedding reads ``hidden`` instead of its input."""
         skipped: dict[int, nn.Module] = {
             i: Handover(layer, i, self._outputs[i]) for i, layer in enumerate(self.model.layers)
         }
@@ -113,7 +113,7 @@ class Tap:
 
     @torch.no_grad()
     def _try(self) -> None:
-        """Find out what is done to logits, and that the head by itself gives the model's own."""
+        """Find out whether logits are changed after the output embedding, and check that the head alone is exact."""
         device = self.model.model.device
         self._probe = torch.arange(3, 11, device=device)[None] % self.model.language_config.vocab_size
         made: list[torch.Tensor] = []
@@ -130,19 +130,19 @@ class Tap:
         self.is_plain = bool(torch.equal(made[-1], logits))
         if not self.is_plain:
             _, _, outputs = layer_outputs(self.model, self._probe)
-            self._outputs = [_own(output) for output in outputs]
+            self._outputs = [_without_inference_mode(output) for output in outputs]
         read = self.run(self._probe, False).read[0]
         made_alone, expected = self.head(read[2:]), logits[0, 2:]
         there = expected.isfinite()
         size = float(expected[there].abs().max())
         if not torch.allclose(made_alone[there], expected[there], rtol=1e-3, atol=1e-3 * size):
             raise UnsupportedModel(
-                f"{self.model.path}: its logits are not made token by token from what its head reads."
+                f"{self.model.path}: the logits of a token do not depend on the head's input for that token alone."
             )
 
 
-def _own(value: Any) -> Any:
-    """What a layer returned, as ordinary tensors that training can pass on."""
+def _without_inference_mode(value: Any) -> Any:
+    """The output of a layer as ordinary tensors, which autograd accepts."""
     if isinstance(value, torch.Tensor):
         return value.clone()
-    return type(value)(_own(v) for v in value) if isinstance(value, tuple | list) else value
+    return type(value)(_without_inference_mode(v) for v in value) if isinstance(value, tuple | list) else value

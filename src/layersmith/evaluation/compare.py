@@ -1,7 +1,7 @@
-"""Child against parent on text that neither calibration nor scoring has seen.
+"""Evaluation of a child against its parent on text that neither calibration nor scoring has seen.
 
-Every number carries the noise of its estimate: the standard error over rows. Differences are paired, row by row, so
-what both models find hard cancels.
+Every number has its standard error over rows. Differences are paired row by row, so text that is hard for both models
+adds no noise to them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from layersmith.scoring.score import standard_error
 
 _LABELS = {
     "kl_divergence": "KL divergence to the parent (nats a token)",
-    "top_1_agreement": "Parent's next token is the child's first",
-    "top_5_agreement": "Parent's next token among the child's first 5",
-    "top_10_agreement": "Parent's next token among the child's first 10",
+    "top_1_agreement": "Top-1 agreement with the parent",
+    "top_5_agreement": "Top-5 agreement with the parent",
+    "top_10_agreement": "Top-10 agreement with the parent",
     "hidden_distance": "Distance of final hidden states (1 - cosine)",
 }
 
@@ -33,9 +33,9 @@ class Comparison:
     """Metrics of a child and its parent on the same rows.
 
     Attributes:
-        sequences, sequence_length: of the evaluation.
-        parent_loss, child_loss: LM loss in nats a token on every row.
-        metrics: of the child against the parent, on every row.
+        sequences, sequence_length: Number of rows, and tokens in each.
+        parent_loss, child_loss: LM loss of every row, in nats a token.
+        metrics: Metrics of the child against the parent, for every row.
     """
 
     sequences: int
@@ -45,7 +45,7 @@ class Comparison:
     metrics: dict[str, list[float]]
 
     def table(self) -> list[dict[str, Any]]:
-        """A row a metric: label, parent, child, difference, and the standard errors."""
+        """One row for each metric: label, parent, child, difference, and standard errors."""
         rows = [self._loss_row(), self._perplexity_row()]
         for name, label in _LABELS.items():
             values = self.metrics[name]
@@ -80,7 +80,7 @@ class Comparison:
     def _perplexity_row(self) -> dict[str, Any]:
         loss = self._loss_row()
         parent, child = math.exp(loss["parent"]), math.exp(loss["child"])
-        # d exp(x) = exp(x) dx, to first order.
+        # Standard errors of exp(loss) to first order: d exp(x) = exp(x) dx.
         return {
             "metric": "perplexity",
             "label": "Perplexity",
@@ -102,21 +102,21 @@ class Comparison:
 
 
 def closed(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float | None]:
-    """Of the loss of a child above its parent's, the share that it lost no longer, and its standard error.
+    """The share of the loss gap between child and parent that distillation closed, and its standard error.
 
     Args:
-        before: an evaluation, as :meth:`Comparison.to_dict` gives it.
-        after: of the child as it became, on the same rows.
+        before: An evaluation of the child before distillation, as :meth:`Comparison.to_dict` returns it.
+        after: An evaluation of the child afterwards, on the same rows.
 
     Returns:
-        1 - A / B, A and B the mean differences, with the error of a ratio of means over the same rows; None for a
-        single row.
+        1 - A / B, where A and B are the mean gaps after and before, and the standard error of that ratio of means over
+        the same rows; None for a single row.
     """
-    rows = [own["by_row"] for own in (before, after)]
-    above = [[c - p for c, p in zip(own["child_loss"], own["parent_loss"], strict=True)] for own in rows]
-    whole, left = map(_mean, above)
-    error = standard_error([a - left / whole * b for b, a in zip(*above, strict=True)])
-    return 1 - left / whole, None if error is None else error / abs(whole)
+    by_row = [evaluation["by_row"] for evaluation in (before, after)]
+    gaps = [[c - p for c, p in zip(rows["child_loss"], rows["parent_loss"], strict=True)] for rows in by_row]
+    gap_before, gap_after = map(_mean, gaps)
+    error = standard_error([a - gap_after / gap_before * b for b, a in zip(*gaps, strict=True)])
+    return 1 - gap_after / gap_before, None if error is None else error / abs(gap_before)
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -136,31 +136,34 @@ def compare(
     batch_sequences: int,
     progress: Progress = SILENT,
 ) -> Comparison:
-    """Evaluate a child against its parent on ``tokens`` ``[N, T]``; both on one device and in evaluation mode."""
+    """Evaluate a child against its parent on ``tokens`` ``[N, T]``. Both are on one device and in evaluation mode."""
     parent_loss: list[float] = []
     child_rows: list[dict[str, float]] = []
-    device = next(p.device for p in parent.parameters() if not p.is_meta)  # some may stay on the disk
+    device = next(
+        p.device for p in parent.parameters() if not p.is_meta
+    )  # a streamed parent has others on the meta device
     with progress.stage("evaluate", len(tokens), "sequences") as advance:
         for start in range(0, len(tokens), batch_sequences):
             batch = tokens[start : start + batch_sequences].to(device)
             logits, hidden = _run(parent, batch)
-            changed, changed_hidden = _run(child, batch)
+            child_logits, child_hidden = _run(child, batch)
             for j in range(len(batch)):
                 one = slice(j, j + 1)
-                own = Reference.of(logits[one], hidden[one], batch[one])
-                parent_loss += row_means([measure(own, logits[one].clone(), hidden[one])])["lm_loss"].tolist()
-                child_rows += as_rows(row_means([measure(own, changed[one], changed_hidden[one])]))
+                reference = Reference.of(logits[one], hidden[one], batch[one])
+                parent_loss += row_means([measure(reference, logits[one].clone(), hidden[one])])["lm_loss"].tolist()
+                child_rows += as_rows(row_means([measure(reference, child_logits[one], child_hidden[one])]))
             advance(len(batch))
     return Comparison(
-        len(tokens),
-        tokens.shape[1],
-        parent_loss,
-        [row["lm_loss"] for row in child_rows],
-        {name: [row[name] for row in child_rows] for name in _LABELS},
+        sequences=len(tokens),
+        sequence_length=tokens.shape[1],
+        parent_loss=parent_loss,
+        child_loss=[row["lm_loss"] for row in child_rows],
+        metrics={name: [row[name] for row in child_rows] for name in _LABELS},
     )
 
 
 def _run(model: PreTrainedModel, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits, and the hidden states that the head reads."""
     seen: list[torch.Tensor] = []
     handle = head_of(model).register_forward_hook(lambda module, args, output: seen.append(args[0]))
     try:

@@ -21,9 +21,11 @@ from transformers import PreTrainedModel
 
 from layersmith.data.overlap import without_copies
 from layersmith.data.splits import check_vocabulary, evaluation_rows, holds_tokens, prepare
+from layersmith.distillation.arguments import training_arguments
 from layersmith.distillation.finalists import Finalist, diverse_solutions
 from layersmith.distillation.parent_logits import ParentLogits, cache_folder, remember
-from layersmith.distillation.train import Steps, Trained, hidden_size_of, train, training_arguments
+from layersmith.distillation.steps import Steps
+from layersmith.distillation.train import GlobalSetup, Trained, TrainingRows, hidden_size_of, train
 from layersmith.errors import InputError, UsageError
 from layersmith.evaluation.compare import compare
 from layersmith.heterogeneous.checkpoint import load
@@ -273,11 +275,15 @@ def _try(
         return Finalist(**read_json(folder / "finalist.json"))
     settings = dataclasses.replace(job.recipe.distillation, eval_every=0, report_to=())
     child = copied(library.compose(solution.alternatives))
-    trained = train(
-        job.parent, child, job.read(ROWS), settings, tokens=tokens, seed=job.recipe.seed,
-        folder=folder / "checkpoints", curve=folder / "log.json", name=f"finalist {number}",
-        validation=job.read(DATA).scoring, advance=advance,
-    )  # fmt: skip
+    setup = GlobalSetup(
+        recipe=settings,
+        tokens=tokens,
+        seed=job.recipe.seed,
+        folder=folder / "checkpoints",
+        curve=folder / "log.json",
+        name=f"finalist {number}",
+    )
+    trained = train(job.parent, child, TrainingRows(job.read(ROWS), job.read(DATA).scoring), setup, advance)
     finalist = Finalist(number, solution.score, solution.costs["parameters"], tokens, trained.validation["kl"])
 
     def write() -> None:
@@ -341,13 +347,16 @@ def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dt
     dtype = child.dtype
     child.float()
     cache = _remembered(job, settings, rows, making.progress)
-    checkpoints = _own_folder(folder / "checkpoints", making.inputs)
+    setup = GlobalSetup(
+        recipe=settings,
+        tokens=settings.tokens,
+        seed=job.recipe.seed,
+        folder=_own_folder(folder / "checkpoints", making.inputs),
+        curve=folder / "log.json",
+        name="global distillation",
+    )
     with making.progress.stage(DISTILLED.name, settings.tokens, "tokens") as advance:
-        trained = train(
-            job.parent, child, rows, settings, tokens=settings.tokens, seed=job.recipe.seed, folder=checkpoints,
-            curve=folder / "log.json", name="global distillation", validation=job.read(DATA).scoring, cache=cache,
-            advance=advance,
-        )  # fmt: skip
+        trained = train(job.parent, child, TrainingRows(rows, job.read(DATA).scoring, cache), setup, advance)
     return child, trained, dtype
 
 

@@ -1,0 +1,122 @@
+"""Transformers' TrainingArguments for a recipe."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from layersmith import upstream
+from layersmith.distillation.steps import Steps
+from layersmith.errors import UsageError, did_you_mean, first_line
+from layersmith.recipe import DistillationRecipe
+from layersmith.run.runtime import Runtime
+
+# Fields of TrainingArguments that the recipe sets under another name, or on which the order of rows depends.
+_SET_ELSEWHERE = {
+    "output_dir": "the run's folder",
+    "max_steps": "distillation.tokens",
+    "num_train_epochs": "distillation.tokens",
+    "per_device_train_batch_size": "distillation.batch_tokens and distillation.device_tokens",
+    "gradient_accumulation_steps": "distillation.batch_tokens and distillation.device_tokens",
+    "learning_rate": "distillation.learning_rate",
+    "seed": "the recipe's seed",
+    "data_seed": "the recipe's seed",
+    "use_cpu": "the recipe's device",
+    "resume_from_checkpoint": "nothing: a run resumes by itself",
+    "remove_unused_columns": "nothing",
+    "label_names": "nothing",
+    "train_sampling_strategy": "nothing",
+    "dataloader_drop_last": "nothing",
+    "save_strategy": "distillation.save_seconds",
+    "save_total_limit": "nothing",
+}
+# Loggers whose package has another name than the logger.
+_PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
+
+
+def training_arguments(
+    recipe: DistillationRecipe, steps: Steps, runtime: Runtime, hidden_size: int, seed: int, folder: Path
+) -> TrainingArguments:
+    """Transformers' arguments for a recipe.
+
+    Raises:
+        UsageError: ``distillation.trainer`` names an unknown field, or one that the recipe sets under another name;
+            a logger is unknown, or its package is not installed.
+    """
+    check_loggers(recipe.report_to)
+    known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
+    for name in recipe.trainer:
+        if name in _SET_ELSEWHERE:
+            raise UsageError(
+                f"recipe distillation.trainer: {name} is not set there; it follows from {_SET_ELSEWHERE[name]}."
+            )
+        if name not in known:
+            raise UsageError(
+                f"recipe distillation.trainer: TrainingArguments has no {name!r}. {did_you_mean(name, known)}"
+            )
+    on_cpu = runtime.device.type == "cpu"
+    precision: str = recipe.precision
+    if precision == "auto":
+        precision = "float32" if runtime.dtype == torch.float32 else str(runtime.dtype).removeprefix("torch.")
+    chosen: dict[str, Any] = {
+        "lr_scheduler_type": recipe.schedule,
+        "warmup_steps": math.ceil(recipe.warmup * steps.count),
+        "weight_decay": recipe.weight_decay,
+        "optim": "adamw_torch",
+        "bf16": precision == "bfloat16",
+        "fp16": precision == "float16",
+        # Newer versions of Transformers call it activation_checkpointing.
+        ("activation" if "activation_checkpointing" in known else "gradient")
+        + "_checkpointing": recipe.gradient_checkpointing,
+        "logging_steps": recipe.log_every,
+        "eval_strategy": "steps" if recipe.eval_every else "no",
+        "eval_steps": recipe.eval_every or None,
+        "per_device_eval_batch_size": steps.rows_at_once,
+        "report_to": list(recipe.report_to) or "none",
+        "logging_nan_inf_filter": False,
+        "disable_tqdm": True,
+        "log_level": "error",
+        "dataloader_pin_memory": not on_cpu,
+        **({"ddp_backend": "gloo"} if on_cpu and runtime.world_size > 1 else {}),
+        **recipe.trainer,
+        "output_dir": str(folder),
+        "max_steps": steps.count,
+        "per_device_train_batch_size": steps.rows_at_once,
+        "gradient_accumulation_steps": steps.accumulated,
+        "learning_rate": recipe.rate(hidden_size),
+        "seed": seed,
+        "use_cpu": on_cpu,
+        "remove_unused_columns": False,
+        "label_names": ["input_ids"],
+        "train_sampling_strategy": "sequential",
+        "dataloader_drop_last": True,
+        "save_strategy": "no",
+        "save_total_limit": 2,
+    }
+    try:
+        made = TrainingArguments(**chosen)
+    except (ValueError, TypeError, ImportError) as error:
+        raise UsageError(f"recipe distillation: {first_line(error)}") from error
+    if runtime.world_size == 1:
+        upstream.use_one_gpu(made)  # several GPUs need a launcher such as torchrun
+    return made
+
+
+def check_loggers(names: Sequence[str]) -> None:
+    """Raises: UsageError: A logger is unknown to Transformers, or its package is not installed."""
+    known = upstream.known_loggers()
+    for name in names:
+        if name not in known:
+            raise UsageError(f"recipe distillation.report_to: no logger {name!r}. {did_you_mean(name, known)}")
+        if name not in get_available_reporting_integrations() and name != "flyte":  # missing from that list
+            raise UsageError(
+                f"recipe distillation.report_to: {name} is not installed here. Install its package "
+                f"(pip install {_PACKAGES.get(name, name)}), or leave it out."
+            )
