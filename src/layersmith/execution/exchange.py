@@ -1,8 +1,8 @@
-"""Run a model from the middle, or with some layers exchanged, through its own ``forward``.
+"""Run a model from the middle, or with some layers exchanged, through its ``forward``.
 
-A model's forward makes masks, positions, caches and logits in ways that differ from family to family. So parts of it
-are run by exchanging decoder layers, never by repeating what the forward does: layers that need not run become modules
-that hand over a hidden state computed before.
+A model's forward makes masks, positions, caches and logits in ways that differ from family to family. So parts of a
+model run by exchanging decoder layers, never by a second implementation of the forward. A layer that need not run is
+replaced by a module that returns hidden states computed before.
 
 Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
@@ -21,12 +21,12 @@ from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.modeling_layersmith import give_own_buffers, unsaved_buffers
 
-# On a layer whose type is not the one that the parent's config says.
+# Attribute of a layer whose type differs from the one in the parent's config.
 LAYER_TYPE = "layersmith_layer_type"
 
 
 class Handover(DummyBlock):
-    """Stands for a layer that need not run; returns a hidden state in the form in which the layer would."""
+    """Takes the place of a layer that need not run: returns a given output, in the form of the layer's."""
 
     def __init__(self, original_layer: nn.Module, block_index: int, output: Any):
         super().__init__(original_layer, block_index)
@@ -40,10 +40,10 @@ class Handover(DummyBlock):
 def exchanged(parent: Parent, layers: Mapping[int, nn.Module]) -> Iterator[None]:
     """While open, the model has other decoder layers at some indices.
 
-    A layer with a window where there was none, or the other way round, has the mask of its own type.
+    A layer that got or lost a sliding window has the mask of its new type.
     """
-    own_layers = parent.layers
-    originals = {i: own_layers[i] for i in layers}
+    before = parent.layers
+    originals = {i: before[i] for i in layers}
     types = getattr(parent.language_config, "layer_types", None)
     changed = {
         i: getattr(layer, LAYER_TYPE)
@@ -52,7 +52,7 @@ def exchanged(parent: Parent, layers: Mapping[int, nn.Module]) -> Iterator[None]
     }
     try:
         if types and changed:
-            parent.language_config.layer_types = [changed.get(i, own) for i, own in enumerate(types)]
+            parent.language_config.layer_types = [changed.get(i, layer_type) for i, layer_type in enumerate(types)]
         for i, layer in layers.items():
             parent.model.set_submodule(parent.descriptor.layer_block_name(i), layer)
         yield
@@ -64,7 +64,7 @@ def exchanged(parent: Parent, layers: Mapping[int, nn.Module]) -> Iterator[None]
 
 
 def logits_and_hidden(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits ``[B, T, V]`` and the hidden states ``[B, T, D]`` that the head reads, of the model as it stands."""
+    """Logits ``[B, T, V]`` and the hidden states ``[B, T, D]`` that the head reads."""
     seen: list[torch.Tensor] = []
     norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
     handle = norm.register_forward_hook(lambda module, args, output: seen.append(output))
@@ -80,7 +80,7 @@ forward = torch.inference_mode()(logits_and_hidden)
 
 @torch.inference_mode()
 def layer_outputs(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
-    """As :func:`forward`, and what every decoder layer returned."""
+    """As :func:`forward`, with the output of every decoder layer."""
     outputs: list[Any] = [None] * len(parent.blocks)
 
     def keep(index: int) -> Any:
@@ -140,7 +140,7 @@ class _Enough(Exception):
 
 
 def output_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
-    """The hidden states that a layer gives in a run of its model, which is stopped there."""
+    """The hidden states that a layer returns in a run of its model, which stops there."""
     seen: list[torch.Tensor] = []
 
     def stop(module: nn.Module, args: Any, output: Any) -> None:
@@ -158,9 +158,9 @@ def output_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
 
 
 def share_buffers(source: nn.Module, target: nn.Module) -> None:
-    """Let ``target`` use those buffers of ``source`` under the same names that a ``state_dict`` does not hold.
+    """Let ``target`` use the buffers of ``source`` that no ``state_dict`` holds.
 
-    Those that depend on the sizes of a layer are the target's own.
+    Buffers that depend on the sizes of a layer are not shared.
     """
     wanted = unsaved_buffers(target)
     for name, buffer in source.named_buffers():
@@ -168,6 +168,15 @@ def share_buffers(source: nn.Module, target: nn.Module) -> None:
             module, _, local_name = name.rpartition(".")
             setattr(target.get_submodule(module), local_name, buffer)
     give_own_buffers(target)
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    """The largest difference, relative to a layer's update, that rounding alone explains in a dtype.
+
+    It decides whether two ways to compute a layer are the same: layer by layer or whole, with dead units or without.
+    A wrong slice or split differs by about 1. Scoring allows more for what it only estimates (``second_order``).
+    """
+    return {torch.float32: 1e-4, torch.float64: 1e-8}.get(dtype, 3e-2)
 
 
 def first_tensor(output: Any) -> torch.Tensor:

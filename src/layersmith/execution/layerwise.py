@@ -32,13 +32,13 @@ from layersmith.execution.exchange import (
     hands_over,
     layer_outputs,
     logits_and_hidden,
+    tolerance,
 )
 from layersmith.execution.flops import Arithmetic
 from layersmith.execution.parent import Parent
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.no_op import DummyBlock
 
-_TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-8}
 # Hidden states of tokens that run at once, where the parent's weights stay on the disk and memory is scarce.
 STREAMED_BYTES = 64 * 1024**2
 # The same where the weights are in memory: a share of their size, but at least what is small on any machine.
@@ -506,4 +506,4 @@ def key_of(module: nn.Module, hidden: torch.Tensor) -> tuple[Any, ...]:
 
 def _equal(made: torch.Tensor, whole: torch.Tensor, given: torch.Tensor) -> bool:
     update = (whole - given).float().abs().max().clamp_min(1e-12)
-    return bool((made - whole).float().abs().max() <= _TOLERANCE.get(whole.dtype, 3e-2) * update)
+    return bool((made - whole).float().abs().max() <= tolerance(whole.dtype) * update)

@@ -1,4 +1,4 @@
-"""The parent: a loaded model, and what every stage asks about it."""
+"""The parent: a loaded model and the facts about it that other modules need."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ from layersmith.model_descriptor.describe import describe
 from layersmith.run.artifacts import file_digest, fingerprint, plain
 from layersmith.run.runtime import Runtime
 
-# Up to this size weights are hashed whole; above, each file's header, size and ends are.
+# Weights up to this size are hashed whole. Of larger ones only size, header and both ends of each file are, because
+# hashing hundreds of GiB would take longer than reading the model.
 _WHOLE_HASH_BYTES = 2 * 1024**3
 
 
 @dataclass(frozen=True, eq=False)
 class Parent:
-    """A model that is about to be made smaller.
+    """The model that is compressed.
 
     Attributes:
         path: folder or hub id.
         model: in the dtype of the computation, in evaluation mode, without gradients.
-        dtype: of the checkpoint; the child is written in it.
-        descriptor: of its family.
+        dtype: dtype of the checkpoint, in which the child is written.
+        descriptor: Descriptor of the model's family.
         blocks: the block config of every layer.
         identity: digest of its config and weights.
         runtime: device and dtype of the computation.
-        stream: what gives layers their weights where these stay on the disk; None where they lie in memory.
+        stream: reads weights that stay on the disk when a layer runs; None if all weights are in memory.
     """
 
     path: str
@@ -60,9 +61,9 @@ class Parent:
 
     @property
     def positions(self) -> int | None:
-        """Tokens that it knows in a row; None if its config does not say."""
-        found: int | None = getattr(self.language_config, "max_position_embeddings", None)
-        return found
+        """The longest context that it was made for; None if its config does not say."""
+        positions: int | None = getattr(self.language_config, "max_position_embeddings", None)
+        return positions
 
     @property
     def layers(self) -> list[nn.Module]:
@@ -87,12 +88,12 @@ class Parent:
         return layer
 
     def let_go(self) -> None:
-        """Free the memory of weights that stay on the disk; they are read again when a layer runs."""
+        """Free the memory of streamed weights; they are read again when a layer runs."""
         if self.stream is not None:
             self.stream.release()
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """Its ``state_dict()``; those weights that stay on the disk are mapped into memory, as they are stored."""
+        """Its ``state_dict()``; streamed weights are mapped into memory from their files."""
         result: dict[str, torch.Tensor] = self.model.state_dict()
         if self.stream is not None:
             self.stream.release()
@@ -118,9 +119,9 @@ def load_parent(
     Args:
         path: checkpoint folder or hub id.
         runtime: device and dtype of the computation.
-        descriptor: of the family; default: described.
+        descriptor: Descriptor of the model's family; default: inferred.
         trust_remote_code: let Transformers run code from the checkpoint.
-        stream_near: weights stay on the disk until a layer runs; those that must be converted lie near this folder.
+        stream_near: if given, weights stay on the disk until a layer runs, converted ones near this folder.
 
     Raises:
         InputError: files are missing or damaged, or config and weights disagree.
@@ -150,7 +151,7 @@ def load_parent(
 
 
 def identity_of(path: str | Path, config: PretrainedConfig) -> str:
-    """A digest of a checkpoint: equal for equal contents, wherever the folder lies."""
+    """A digest of a checkpoint: equal for equal contents, whatever the folder."""
     data: dict[str, Any] = config.to_dict()
     data.pop("_name_or_path", None)
     folder = Path(path)

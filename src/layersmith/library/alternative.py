@@ -240,7 +240,7 @@ def child_blocks(parent: Sequence[BlockConfig], chosen: Sequence[Alternative]) -
 
 
 def changed_by_layer(chosen: Sequence[Alternative]) -> dict[int, list[Alternative]]:
-    """What of a solution is not the parent's own, by layer."""
+    """The alternatives of a solution that change something, by layer."""
     by_layer: dict[int, list[Alternative]] = {}
     for alternative in chosen:
         if not alternative.is_parent:

@@ -96,7 +96,7 @@ def gather(
         memory_bytes: for the sums; probes that do not fit wait for another pass.
         checkpoint: a file that keeps the sums so far; an interrupted call goes on from there, to the same sums.
         inputs: digest of everything the sums depend on; a checkpoint of other inputs is not used.
-        progress: told of rows done.
+        progress: shows rows done.
 
     Returns:
         Means over the tokens, in float32: for ``moment`` ``[F, F]``, for ``energy`` and ``state`` ``[F]``, for
@@ -250,7 +250,7 @@ def _of_state(
 
 
 def expert_reader(parent: Parent, i: int, own: LayerAxes) -> Bundle:
-    """The bundle of the routed experts with the weight by which what each adds is told.
+    """The bundle of the routed experts, with the weight whose gradients tell the contribution of each expert.
 
     Where their channels are not understood it is the last of their weights; of several stacks, e.g. some for images,
     the last that a text reaches.

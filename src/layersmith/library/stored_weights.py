@@ -1,4 +1,4 @@
-"""Weights of alternatives that are bytes: what was refitted or trained, beside what is sliced from the parent.
+"""Weights of alternatives that were refitted or trained, and so are not slices of the parent's.
 
 On disk there is one safetensors file a layer, read when a weight is asked for, and ``distilled.json`` with a record for
 each alternative: what it cost and gained, and the digest of its weights.
@@ -43,8 +43,8 @@ class Kept:
     @property
     def identity(self) -> str:
         """Digest of all weights; empty if there are none."""
-        own = {record["identity"]: record["weights"] for record in self.records if record["weights"]}
-        return fingerprint(own) if own else ""
+        digests = {record["identity"]: record["weights"] for record in self.records if record["weights"]}
+        return fingerprint(digests) if digests else ""
 
     def layer_of(self, identity: str) -> int | None:
         """The layer of an alternative whose weights are kept; None if they are not."""

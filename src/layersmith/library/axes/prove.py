@@ -1,10 +1,10 @@
-"""Proof that a slice means what its axis says, on the parent's own weights.
+"""Proof that a slice means what its axis says, on the parent's weights: the third step after find and try.
 
-If the output projection reads nothing from a channel, the channel is dead and removing it must not change what the
-layer gives. So some channels of a copy of a layer are made dead by zeroing what reads them, the same channels are
-sliced away, and both layers must agree; so too for heads, and for experts that the router is made never to choose.
-Where shapes leave open in which order units lie, every order is tried. An axis that fails is turned off, with the
-reason.
+If the output projection reads nothing from a channel, the channel is dead, and removing it must not change the output
+of the layer. So some channels in a copy of a layer are made dead: the weights that read them are set to zero. The same
+channels are sliced away, and both layers must agree. Heads are proved in the same way, and experts that the router is
+made never to choose. Where shapes leave the order of units open, every order is tried. An axis that fails is not
+offered, and its reason is kept.
 """
 
 from __future__ import annotations
@@ -60,28 +60,28 @@ from layersmith.library.slicing import (
     query_heads_of,
 )
 
-_NEVER = -1e4  # what the router must say of an expert for it never to be chosen
+_NEVER = -1e4  # a router score low enough that an expert is never chosen
 
 
 def prove(trial: Trial, axes: Sequence[LayerAxes]) -> list[LayerAxes]:
     """The axes that hold, by experiment on one layer of every distinct shape.
 
     Args:
-        trial: of the parent; a few dozen tokens are enough.
-        axes: as found on the meta device.
+        trial: Runs layers of the parent; a few dozen tokens are enough.
+        axes: Axes that were inferred on the meta device.
     """
     verdicts: dict[tuple[object, ...], LayerAxes] = {}
     proved = []
-    for i, own in enumerate(axes):
-        key = alike(trial, i, own)
+    for i, layer_axes in enumerate(axes):
+        key = alike(trial, i, layer_axes)
         if key not in verdicts:
-            verdicts[key] = _prove_layer(trial, i, own)
+            verdicts[key] = _prove_layer(trial, i, layer_axes)
         proved.append(verdicts[key])
     return proved
 
 
-def _prove_layer(trial: Trial, i: int, own: LayerAxes) -> LayerAxes:
-    reasons = dict(own.reasons)
+def _prove_layer(trial: Trial, i: int, axes: LayerAxes) -> LayerAxes:
+    reasons = dict(axes.reasons)
 
     def tried(name: str, axis: Any, attempt: Callable[[Trial, int, Any], Any]) -> Any:
         if axis is None:
@@ -93,16 +93,16 @@ def _prove_layer(trial: Trial, i: int, own: LayerAxes) -> LayerAxes:
             return None
 
     return LayerAxes(
-        tried("ffn", own.ffn, lambda t, j, axis: _prove_width(t, j, axis, shared=False)),
-        tried("attention", own.kv, lambda t, j, axis: _prove_heads(t, j, axis, reasons)),
-        tried("experts", own.experts, _prove_experts),
-        tried("shared", own.shared, lambda t, j, axis: _prove_width(t, j, axis, shared=True)),
-        reasons,
-        tried("window", own.window or None, _prove_window) or "",
-        own.of_experts,
-        tried("mixer", own.mixer, prove_mixer),
-        tried("state", own.state, prove_state),
-        tried("mixer_size", own.mixer_size, prove_head_size),
+        ffn=tried("ffn", axes.ffn, partial(_prove_width, shared=False)),
+        kv=tried("attention", axes.kv, partial(_prove_heads, reasons=reasons)),
+        experts=tried("experts", axes.experts, _prove_experts),
+        shared=tried("shared", axes.shared, partial(_prove_width, shared=True)),
+        reasons=reasons,
+        window=tried("window", axes.window or None, _prove_window) or "",
+        of_experts=axes.of_experts,
+        mixer=tried("mixer", axes.mixer, prove_mixer),
+        state=tried("state", axes.state, prove_state),
+        mixer_size=tried("mixer_size", axes.mixer_size, prove_head_size),
     )
 
 
@@ -160,7 +160,7 @@ def _some_channels(bundle: Bundle, count: int) -> torch.Tensor:
 
 
 def _partitioned(trial: Trial, i: int, axis: WidthAxis) -> list[Bundle]:
-    """Bundles with one reader each: an FFN of several that have channels of their own is taken apart."""
+    """Bundles with one reader each: parallel FFNs that do not share channels become separate bundles."""
     bundles = []
     for bundle in axis.bundles:
         if bundle.reader or bundle.members:
@@ -211,7 +211,7 @@ def _with_reader(trial: Trial, i: int, bundle: Bundle) -> Bundle:
 
 
 def _reader_by_shape(trial: Trial, i: int, bundle: Bundle) -> Bundle:
-    """The bundle with the only matrix that has one entry a channel, as beside a fused gate and up projection."""
+    """The bundle whose reader is the only matrix with one entry per channel, as with a fused gate and up projection."""
     shapes = layer_shapes(trial.parent.layers[i])
     narrowest = [
         w
@@ -289,7 +289,7 @@ def _orders(units: tuple[tuple[str, int], ...], rest: int) -> list[tuple[tuple[S
 
 
 def _prove_heads(trial: Trial, i: int, axis: HeadsAxis, reasons: dict[str, str]) -> HeadsAxis:
-    """The axis with the layout of its heads, and with those ways of having fewer that hold."""
+    """The axis with the layout of its heads and the ways to reduce them that hold."""
 
     def refused(way: str, reason: str) -> None:
         reasons["kv_heads" if way == "fewer_kv" else "query_heads"] = reason

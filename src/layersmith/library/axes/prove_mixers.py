@@ -1,8 +1,8 @@
-"""Proof that fewer heads of a mixer, or a smaller state, are what the axis says: what is dead can go.
+"""Proof of the axes of mixers: removing dead heads, or dead numbers of the state, changes nothing.
 
 A head is dead if the output projection reads nothing from it. One number of the state is dead if nothing is written to
-it and nothing reads it. Where a norm sees all heads, or all of what is written, the dead ones are made copies of those
-that stay first, so that the norm sees the same before and after.
+it and nothing reads it. Where a norm spans all heads, or everything that is written, dead ones are first made copies of
+those that stay, so that the norm is the same before and after.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from layersmith.library.slicing import (
 
 
 def prove_mixer(trial: Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
-    """The axis with the layout of its heads, and with those ways of having fewer that hold."""
+    """The axis with the layout of its heads and the ways to reduce them that hold."""
 
     def difference(way: str, guess: HeadsAxis, copies: bool) -> float:
         return twice(trial, partial(_heads_difference, trial, i, way), guess, copies=copies)

@@ -1,4 +1,4 @@
-"""Layers in the place of a parent's, and guesses that are tried on them."""
+"""The second step after find: layers run in the place of the parent's, and guesses are tried on them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from torch import nn
 
 from layersmith.block_config import BlockConfig
 from layersmith.errors import first_line
-from layersmith.execution.exchange import forward_with, hands_over, layer_outputs, output_of, share_buffers
+from layersmith.execution.exchange import forward_with, hands_over, layer_outputs, output_of, share_buffers, tolerance
 from layersmith.execution.parent import Parent
 from layersmith.library.axes.axis import HeadsAxis, HeadSizeAxis, LayerAxes
 from layersmith.library.axes.layers import meta_layers
 
-# Orders to try of what lies in a layer's weights; there are seldom more than six.
+# The most layouts of a layer's weights that are tried; there are seldom more than six.
 _MOST_GUESSES = 48
 _SMALL = 1e-4
 
@@ -32,18 +32,18 @@ class Fails(Exception):
 
 
 class Trial:
-    """A layer as the parent runs it, and layers in its place."""
+    """Runs layers of a parent, and other layers in their place, on a few tokens."""
 
     def __init__(self, parent: Parent, tokens: torch.Tensor):
         self.parent, self.tokens = parent, tokens.to(parent.runtime.device)
-        hands_over(parent)  # tried now, not while a layer is watched
+        hands_over(parent)  # tried now, not while hooks observe a layer
         _, _, self.outputs = layer_outputs(parent, self.tokens)
-        self.tolerance = 1e-4 if parent.runtime.dtype == torch.float32 else 3e-2
+        self.tolerance = tolerance(parent.runtime.dtype)
         self._before: dict[int, torch.Tensor] = {}
         self._skeletons: dict[str, nn.Module] = {}
 
     def output(self, i: int, layer: nn.Module) -> torch.Tensor:
-        """The hidden states that a layer gives in the place of layer ``i``."""
+        """The output of a layer in the place of layer ``i``."""
         return output_of(layer, lambda: forward_with(self.parent, self.tokens, self.outputs, i, layer))
 
     def run(self, i: int, layer: nn.Module) -> torch.Tensor:
@@ -127,7 +127,7 @@ def first_that_holds(trial: Trial, guesses: Iterator[G], difference: Callable[[G
         try:
             found = difference(guess)
         except (RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:
-            problem = first_line(error)  # weights do not fit, or a family's own code cannot run so
+            problem = first_line(error)  # weights do not fit, or the family's code cannot run so
             continue
         if found < trial.tolerance:
             return guess
@@ -173,8 +173,8 @@ def ways_that_hold(
         axis: as found.
         ways: in the order in which they are tried.
         guesses: axes with the layouts that there may be; the first that holds for a way is kept for the next.
-        difference: what a way, by a guess, changes; is also told whether units that go are made copies.
-        refused: told of a way that does not hold, and why.
+        difference: gives the change of the output for a way and a guess, with or without copies of units that stay.
+        refused: receives a way that does not hold, and the reason.
     """
     held: list[str] = []
     problem: Fails | None = None
