@@ -21,8 +21,8 @@ tells less: with s its relative standard deviation over the N rows, s^2 / N is a
 An exact run on n of N rows observes r with variance (0.12 + 0.3 (h + f) + s)^2 (1/n - 1/N). The variance that is left
 does not depend on what is observed, so the runs can be chosen beforehand: always the one that lowers the summed
 variance most for its cost. Of alternatives of experts, or that a router sees, small estimates count for less in that
-sum: below a tenth of the median they decide nothing, however wrong. docs/scoring.md has the measurements behind the
-constants.
+sum: below a tenth of the median they decide nothing, however wrong. The measurements behind the
+constants are in docs/measurements/scoring.md.
 """
 
 from __future__ import annotations

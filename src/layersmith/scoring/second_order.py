@@ -19,7 +19,8 @@ What only silences units at the input a of the projection W that reads them (nar
 of its own: with u the gradient at its output and h = W^T u that at its input, g . delta = - sum over silenced i of
 h_i a_i. Where the projection was refitted to what is left of its input, b, to W', it is g . delta = u . (W' b - W a).
 
-Signs instead of labels drawn from p, which have the same second moment, vary less: docs/scoring.md has the comparison.
+Signs instead of labels drawn from p, which have the same second moment, vary less; docs/measurements/scoring.md
+compares them.
 
 Shapes: B rows, T tokens, D hidden, V vocabulary, F units of a reader's input, n alternatives.
 """
