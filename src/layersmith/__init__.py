@@ -69,4 +69,10 @@ def __dir__() -> list[str]:
     return sorted([*globals(), *_PUBLIC])
 
 
-_auto.install()
+def _class_for(stock: Any, config: Any) -> Any:
+    from layersmith.heterogeneous.build import class_for  # here, since importing it imports PyTorch
+
+    return class_for(stock, config)
+
+
+_auto.install(_class_for)

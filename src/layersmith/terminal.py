@@ -251,6 +251,8 @@ def print_verification(console: Console, verification: Verification) -> None:
         for what, verdict in verdicts.items():
             table.add_row(what, Text(verdict, style="green" if verdict == "ok" else "yellow"))
         console.print(table)
+    for question in verification.refuted:
+        console.print(question, markup=False, highlight=False)
 
 
 def print_inspection(console: Console, inspection: Inspection) -> None:

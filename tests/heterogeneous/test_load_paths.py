@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 import layersmith
 from layersmith import BlockConfig, FFNConfig
@@ -59,6 +59,20 @@ def test_a_parent_in_shards_and_its_child(family: str, tmp_path: Path) -> None:
     assert torch.equal(again(TOKENS, use_cache=False).logits, wanted)
     beside = AutoModelForCausalLM.from_pretrained(tmp_path / "child", dtype=torch.float32).eval()
     assert torch.equal(beside(TOKENS, use_cache=False).logits, wanted)
+
+
+def test_a_concrete_class_loads_a_child(tmp_path: Path) -> None:
+    parent = tiny_model(tiny_config("llama"))
+    first, *rest = layersmith.block_configs(parent.config)
+    child = layersmith.build(parent.config, [BlockConfig(AttentionConfig(no_op=True), first.ffn), *rest]).eval()
+    layersmith.save(child, tmp_path / "child")
+    wanted = child(TOKENS, use_cache=False).logits
+    again = LlamaForCausalLM.from_pretrained(tmp_path / "child", dtype=torch.float32, use_cache=False).eval()
+    assert isinstance(again, LlamaForCausalLM)
+    assert not again.config.use_cache
+    assert torch.equal(again(TOKENS, use_cache=False).logits, wanted)
+    parent.save_pretrained(tmp_path / "parent")
+    assert type(LlamaForCausalLM.from_pretrained(tmp_path / "parent")) is LlamaForCausalLM
 
 
 REMOTE = """

@@ -1,8 +1,13 @@
-"""``AutoModelForCausalLM.from_pretrained`` loads children once layersmith is imported, without remote code.
+"""``from_pretrained`` of Transformers' own classes loads children once layersmith is imported, without remote code.
 
-Transformers picks a model class by the type of the config alone, and a child keeps its parent's. So the function that
-picks is wrapped: for a config that carries block configs it gives the stock class, made heterogeneous. Importing
-layersmith must not import Transformers, so the wrapping waits until Transformers imports the module itself.
+Transformers picks a model class by the type of the config alone, and a child has its parent's. So two functions of
+Transformers are wrapped: the one by which its auto classes pick a model class, and ``PreTrainedModel.from_pretrained``,
+for children that are loaded by a concrete class. For a child both use the stock class made heterogeneous.
+
+This is the one patch of another project that stays for the life of the process. Importing layersmith must not import
+Transformers, so each function is wrapped when Transformers imports its module. Nothing of layersmith that needs
+Transformers can be imported then, so the private name is used here and not in ``upstream.py``, and what makes a class
+heterogeneous is given to :func:`install`.
 """
 
 from __future__ import annotations
@@ -10,49 +15,99 @@ from __future__ import annotations
 import importlib.abc
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from importlib.machinery import ModuleSpec
 from types import ModuleType
 from typing import Any
 
-_MODULE = "transformers.models.auto.auto_factory"
+# ``(stock model class, config of a child) -> the class that builds the child``.
+ClassFor = Callable[[Any, Any], Any]
 
 
-def install() -> None:
-    """Wrap now if Transformers' auto classes are loaded, else when they are."""
-    if _MODULE in sys.modules:
-        _wrap(sys.modules[_MODULE])
-    elif not any(isinstance(finder, _AfterImport) for finder in sys.meta_path):
-        sys.meta_path.insert(0, _AfterImport())
+def install(class_for: ClassFor) -> None:
+    """Wrap the functions now if Transformers has imported them, else when it does."""
+    wrappers = {
+        "transformers.models.auto.auto_factory": _wrap_choice_of_class,
+        "transformers.modeling_utils": _wrap_from_pretrained,
+    }
+    for name, wrap in wrappers.items():
+        if name in sys.modules:
+            wrap(sys.modules[name], class_for)
+        elif not any(isinstance(finder, _AfterImport) and finder.module == name for finder in sys.meta_path):
+            sys.meta_path.insert(0, _AfterImport(name, partial(wrap, class_for=class_for)))
 
 
-def _wrap(module: Any) -> None:
+def _is_child(config: Any) -> bool:
+    return getattr(config, "layersmith", None) is not None or bool(getattr(config, "block_configs", None))
+
+
+def _wrap_choice_of_class(module: Any, class_for: ClassFor) -> None:
     stock = module._get_model_class
-    if getattr(stock, "knows_children", False):
+    if hasattr(stock, "__wrapped__"):
         return
 
+    @wraps(stock)
     def get_model_class(config: Any, model_mapping: Any) -> Any:
         chosen = stock(config, model_mapping)
-        is_child = getattr(config, "layersmith", None) is not None or getattr(config, "block_configs", None)
         # A checkpoint that was loaded as remote code may have left its factory in the mapping; it knows children.
-        if not is_child or not hasattr(chosen, "config_class"):
-            return chosen
-        from layersmith.heterogeneous.build import class_for
+        return class_for(chosen, config) if _is_child(config) and hasattr(chosen, "config_class") else chosen
 
-        return class_for(chosen, config)
-
-    get_model_class.knows_children = True  # type: ignore[attr-defined]
-    get_model_class.__wrapped__ = stock  # type: ignore[attr-defined]
     module._get_model_class = get_model_class
 
 
+def _wrap_from_pretrained(module: Any, class_for: ClassFor) -> None:
+    stock = vars(module.PreTrainedModel)["from_pretrained"].__func__
+    if getattr(stock, "loads_children", False):
+        return
+
+    @wraps(stock)
+    def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
+        if not hasattr(cls, "layers_of"):  # it is not heterogeneous already
+            if kwargs.get("config") is None:
+                kwargs = _with_config_of_child(cls, pretrained_model_name_or_path, kwargs)
+            if _is_child(kwargs.get("config")):
+                made = class_for(cls, kwargs["config"])
+                return made.from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
+        return stock(cls, pretrained_model_name_or_path, *args, **kwargs)
+
+    from_pretrained.loads_children = True  # type: ignore[attr-defined]
+    module.PreTrainedModel.from_pretrained = classmethod(from_pretrained)
+
+
+_OF_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+
+def _with_config_of_child(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments with the config of a child of this class's family, to which those of them that set its attributes went.
+
+    For everything else they stay as they are, and the stock method reads the config.
+    """
+    config_class = getattr(cls, "config_class", None)
+    if config_class is None or path is None:
+        return kwargs
+    of_hub = {name: kwargs[name] for name in _OF_HUB if name in kwargs}
+    try:
+        data, _ = config_class.get_config_dict(path, **of_hub)
+    except (OSError, ValueError):
+        return kwargs
+    if "layersmith" not in data or data.get("model_type") != config_class.model_type:
+        return kwargs
+    others = {name: value for name, value in kwargs.items() if name not in (*of_hub, "config")}
+    config, others = config_class.from_dict(data, return_unused_kwargs=True, **others)
+    return of_hub | others | {"config": config}
+
+
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets the ordinary finders find the module, and wraps it after it has run."""
+    """Lets the ordinary finders find a module, and calls a function with it after it was imported."""
+
+    def __init__(self, module: str, then: Callable[[ModuleType], None]):
+        self.module, self.then = module, then
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != _MODULE:
+        if fullname != self.module:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(fullname)
@@ -62,7 +117,7 @@ class _AfterImport(importlib.abc.MetaPathFinder):
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            _wrap(module)
+            self.then(module)
 
         spec.loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Sequence
+from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.errors import UnsupportedModel
+from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.conventions import READ_BY_MODELS
 from layersmith.modeling_layersmith import MatchingZeros, PassArgument, cache_slots
+from layersmith.upstream import is_heterogeneous, per_layer_entries
 
 SUBBLOCKS = ("attention", "ffn")
 NO_LINEAR = "no linear map can replace it"
@@ -167,8 +171,6 @@ def make_plan(
         of_parent: the layers as the parent has them, where without their attention some are of another type; whether a
             linear map can stand for a subblock is a matter of these.
     """
-    from layersmith import __version__
-
     present = fills_cache(descriptor, block_configs)
     language = getattr(config, text_config) if text_config else config
     slots = slots_of_layers(descriptor, present, getattr(language, "layer_types", None))
@@ -189,7 +191,7 @@ def make_plan(
             record["cached"] = within
         records.append(record)
     plan = {
-        "version": __version__,
+        "version": version("layersmith"),
         "decoder_layers": list(layer_class_names),
         "layers": records,
         "per_layer_config": stock_guard(
@@ -202,8 +204,8 @@ def make_plan(
     }
     if text_config:
         plan["text_config"] = text_config
-    if getattr(language, "is_heterogeneous", False):
-        plan["native_per_layer_config"] = {str(int(i)): entry for i, entry in native_layers(language).items()}
+    if is_heterogeneous(language):
+        plan["native_per_layer_config"] = {str(i): entry for i, entry in per_layer_entries(language).items()}
     return plan
 
 
@@ -239,11 +241,6 @@ def cached_modules(descriptor: type[ModelDescriptor], layer: nn.Module, index: i
     return list(dict.fromkeys((*descriptor.attention_modules(layer), *moved)))
 
 
-def native_layers(config: PretrainedConfig) -> dict[str, dict[str, Any]]:
-    """What a family's own config says of single layers."""
-    return dict(config.to_dict().get("per_layer_config") or {})
-
-
 def stock_guard(
     descriptor: type[ModelDescriptor],
     config: PretrainedConfig,
@@ -251,13 +248,18 @@ def stock_guard(
     text_config: str = "",
     reshaped: Collection[int] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Transformers' own ``per_layer_config`` for these blocks, such that stock code cannot build them all alike.
+    """Transformers' own ``per_layer_config`` for these blocks, which stops stock code that builds all layers alike.
 
-    A removed subblock is ``skip`` beside an override of one of its sizes: stock code that knows ``skip`` has no use
-    for the size, and stock code that does not stops at the size. A linear replacement has the override alone, since
-    ``skip`` would be untrue. Overrides have the canonical names of attributes; an alias would escape the guard. Some
-    configs read some attributes themselves, which then cannot differ by layer; another that the model reads stands in.
-    So may a multimodal config read its ``text_config``'s: what can differ is tried on the whole.
+    An entry has every attribute whose value differs from the model's, under its canonical name; Transformers ignores an
+    alias. A removed subblock is ``skip`` with an override of one of its sizes: stock code that knows ``skip`` does not
+    need the size, and other stock code stops at the size. A linear layer has the override alone, since ``skip`` would
+    be untrue.
+
+    What is missing from an entry is what Transformers does not let differ by layer. Some config classes read attributes
+    themselves, e.g. Llama's reads ``num_attention_heads`` to check the hidden size, and no config with such an entry
+    can be loaded at all. A tool that needs the number of query heads of every layer reads ``block_configs``. Where
+    nothing in an entry can differ, another attribute that models read stands in. A multimodal config may read those of
+    its ``text_config`` too, so what can differ is tried on the whole config.
     """
     can_differ = _CanDiffer(config, text_config)
     config = getattr(config, text_config) if text_config else config
@@ -267,7 +269,7 @@ def stock_guard(
     }
     stock_names = {"attention": "attention", "ffn": "mlp"}
     canonical = getattr(config, "attribute_map", {})
-    read_by_models = [canonical.get(name, name) for name in _READ_BY_MODELS]
+    read_by_models = [canonical.get(name, name) for name in READ_BY_MODELS]
     guard: dict[str, dict[str, Any]] = {}
     for i, block in enumerate(block_configs):
         entry: dict[str, Any] = {}
@@ -304,10 +306,6 @@ def stock_guard(
     return guard
 
 
-# Attributes that models read when they are built, and configs seldom do.
-_READ_BY_MODELS = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "hidden_act", "hidden_size")
-
-
 def _differs(config: Any, overrides: dict[str, Any]) -> bool:
     """Whether an override in a nested config is another value than it has."""
     own = {name: getattr(config, name, None) for name in overrides}
@@ -315,13 +313,13 @@ def _differs(config: Any, overrides: dict[str, Any]) -> bool:
 
 
 class _CanDiffer:
-    """Whether a config bears an attribute that differs by layer, by trying."""
+    """Whether a config can be loaded with an attribute that differs by layer, by trying."""
 
     def __init__(self, config: PretrainedConfig, text_config: str):
         self.config, self.text_config = config, text_config
         language = getattr(config, text_config) if text_config else config
         self.names = language.to_dict().keys()
-        self.native = {str(int(i)): entry for i, entry in native_layers(language).items()}
+        self.native = {str(i): entry for i, entry in per_layer_entries(language).items()}
         self.known: dict[str, bool] = {}
 
     def __call__(self, name: str) -> bool:
@@ -333,11 +331,9 @@ class _CanDiffer:
         data = self.config.to_dict()
         language = data[self.text_config] if self.text_config else data
         language["per_layer_config"] = self.native | {i: self.native.get(i, {}) | own for i, own in guard.items()}
-        try:
+        with foreign_code("Can these attributes differ by layer?", refusal_is_answer=True) as attempt:
             type(self.config).from_dict(data).to_dict()
-        except Exception:  # whatever a family's own code raises
-            return False
-        return True
+        return not attempt.failed
 
 
 def _attributes_of(descriptor: type[ModelDescriptor], block: BlockConfig) -> list[str]:

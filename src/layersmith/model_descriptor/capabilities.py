@@ -52,6 +52,11 @@ class Capabilities:
         """
         return [0] * len(cls.parent_blocks(config))
 
+    @classmethod
+    def refuted(cls, index: int) -> tuple[str, ...]:
+        """Questions of experiments on a layer whose answer was no, with the reasons. Default: none are known."""
+        return ()
+
     # ------------------------------------------------------------------------------------------ modules of a layer
 
     @classmethod

@@ -6,22 +6,24 @@ import os
 from pathlib import Path
 from typing import Any
 
+from transformers import AutoConfig
+
 from layersmith.errors import InputError, UnsupportedModel
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
 
 
 def describe(model: Any, *, trust_remote_code: bool = False) -> type[ModelDescriptor]:
-    """The descriptor of a model: the one registered for its type, else one made by experiment.
+    """The descriptor of a model: the one registered for its type, else one inferred by experiment.
 
     Args:
-        model: a path, a hub id, a ``PretrainedConfig``, a model with a ``config``, or a class of either, which stands
+        model: A path, a hub id, a ``PretrainedConfig``, a model with a ``config``, or a class of either, which stands
             for its default config.
-        trust_remote_code: let Transformers run code that lies in the folder.
+        trust_remote_code: Whether Transformers may run code from the folder.
 
     Raises:
-        InputError: there is no config at the path.
-        UnsupportedModel: what cannot be found out about the model, and why.
+        InputError: There is no config at the path.
+        UnsupportedModel: What the experiments could not answer, and why.
     """
     config = config_of(model)
     if isinstance(model, str | os.PathLike):
@@ -29,23 +31,11 @@ def describe(model: Any, *, trust_remote_code: bool = False) -> type[ModelDescri
     model_type = getattr(config, "model_type", None)
     if not model_type:
         raise UnsupportedModel(f"{type(model).__name__} has no model_type; give a path, a hub id, a config or a model.")
-    registered = ModelDescriptorFactory.registered(model_type)
-    if registered is not None:
-        return registered
-    from layersmith.model_descriptor.infer.descriptor import infer
-    from layersmith.modeling_layersmith import as_parent
-
-    try:
-        return infer(as_parent(config))
-    except UnsupportedModel as error:
-        raise UnsupportedModel(
-            f"{model_type}: {error} A descriptor written for layersmith.ModelDescriptor and registered with "
-            "ModelDescriptorFactory can say what experiment cannot find."
-        ) from error
+    return ModelDescriptorFactory.for_config(config)
 
 
 def config_of(model: Any) -> Any:
-    """The config in what somebody gave as a model."""
+    """The config of a model, config, or class of either."""
     if isinstance(model, type):
         config_class = getattr(model, "config_class", None) or model
         return config_class()
@@ -56,10 +46,8 @@ def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False
     """The Transformers config of a checkpoint folder or hub model.
 
     Raises:
-        InputError: missing, unreadable, or of a type that this version of Transformers does not know.
+        InputError: It is missing, unreadable, or of a type that this version of Transformers does not know.
     """
-    from transformers import AutoConfig
-
     folder = Path(path)
     if folder.is_dir() and not (folder / "config.json").is_file():
         raise InputError(f"{path}: no config.json here. Give the folder of a Hugging Face checkpoint.")

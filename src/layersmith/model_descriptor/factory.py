@@ -1,25 +1,29 @@
-"""Descriptors by name: those that users register; every other name that Transformers knows is described on demand."""
+"""Descriptors by model type: those that users register, and inferred ones for every other type of Transformers."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from importlib import import_module
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layersmith.errors import UnsupportedModel, UsageError, did_you_mean
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.infer.descriptor import infer
+from layersmith.modeling_layersmith import as_parent
 
 D = TypeVar("D", bound=type[ModelDescriptor])
 
 
 class ModelDescriptorFactory:
-    """Registers descriptors by name (a config's ``model_type``) and finds them again."""
+    """The registry of descriptors by name, which is a config's ``model_type``."""
 
     _registered: dict[str, type[ModelDescriptor]] = {}  # noqa: RUF012 - the registry is the class's purpose
 
     @classmethod
     def register(cls, **descriptors: type[ModelDescriptor]) -> None:
-        """Register descriptors by name; a registered one goes before an inferred one."""
+        """Register descriptors by name; a registered one is preferred to an inferred one."""
         for name, descriptor in descriptors.items():
             cls.register_decorator(name)(descriptor)
 
@@ -44,40 +48,53 @@ class ModelDescriptorFactory:
 
     @classmethod
     def registered(cls, name: str) -> type[ModelDescriptor] | None:
-        """The descriptor that was registered under ``name``, if any."""
+        """The descriptor that was registered under ``name``, or None."""
         return cls._registered.get(name)
 
     @classmethod
-    def get(cls, name: str | type[ModelDescriptor]) -> type[ModelDescriptor]:
-        """The descriptor under ``name``; a descriptor class is returned as it is.
-
-        What is not registered is inferred from the default config of the model type.
+    def for_config(cls, config: Any) -> type[ModelDescriptor]:
+        """The descriptor that is registered for a config's model type, else one that is inferred by experiment.
 
         Raises:
-            UnsupportedModel: Transformers has no model type ``name``, or it cannot be described.
+            UnsupportedModel: What the experiments could not answer, and why.
+        """
+        if config.model_type in cls._registered:
+            return cls._registered[config.model_type]
+        try:
+            return infer(as_parent(config))
+        except UnsupportedModel as error:
+            raise UnsupportedModel(
+                f"{config.model_type}: {error} A descriptor written for layersmith.ModelDescriptor and registered with "
+                "ModelDescriptorFactory can say what the experiments cannot answer."
+            ) from error
+
+    @classmethod
+    def get(cls, name: str | type[ModelDescriptor]) -> type[ModelDescriptor]:
+        """The descriptor under ``name``; a descriptor class is returned unchanged.
+
+        If none is registered, one is inferred from the default config of the model type.
+
+        Raises:
+            UnsupportedModel: Transformers has no model type ``name``, or its descriptor cannot be inferred.
         """
         if not isinstance(name, str):
             return name
         if name in cls._registered:
             return cls._registered[name]
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
         if name not in CONFIG_MAPPING:
             known = [*cls._registered, *CONFIG_MAPPING.keys()]
             raise UnsupportedModel(
                 f"No descriptor for model type {name!r}. {did_you_mean(name, known)} "
                 "Write one against layersmith.ModelDescriptor and register it with ModelDescriptorFactory."
             )
-        from layersmith.model_descriptor.describe import describe
-
-        return describe(CONFIG_MAPPING[name]())
+        return cls.for_config(CONFIG_MAPPING[name]())
 
 
 def import_descriptor(path: str) -> type[ModelDescriptor]:
     """The descriptor class at ``"package.module:ClassName"``, or the one registered under that name.
 
     Raises:
-        UsageError: no such module or class, or not a ``ModelDescriptor``.
+        UsageError: There is no such module or class, or it is no ``ModelDescriptor``.
     """
     if ":" not in path:
         return ModelDescriptorFactory.get(path)

@@ -1,8 +1,8 @@
-"""``inspect --verify``: what a descriptor says of a model, tried on a small random model of the same kinds of layers.
+"""``inspect --verify``: what a descriptor says, tried on a small random model with the same kinds of layers.
 
-No weights are read. What is tried is what a child depends on: that every weight is in one group, that a removed
-subblock leaves what the parent gives with that subblock silenced, that a cache goes on where it was, and for every axis
-that removing what is dead changes nothing.
+No weights are read. The checks are what a child depends on. Every weight is in one group. Without a subblock the child
+gives what the parent gives with that subblock silenced. Generation with a cache continues correctly. For every axis,
+removing what is dead changes nothing.
 """
 
 from __future__ import annotations
@@ -20,8 +20,9 @@ import torch
 from transformers import DynamicCache, PretrainedConfig
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
-from layersmith.errors import LayersmithError, UnsupportedModel, first_line
+from layersmith.errors import LayersmithError, UnsupportedModel
 from layersmith.execution.parent import Parent
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import block_configs_of, build
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records, no_op_records
 from layersmith.library.axes.axis import LayerAxes
@@ -42,16 +43,17 @@ OK = "ok"
 
 @dataclass(frozen=True)
 class Verification:
-    """What was tried and what came out.
+    """The checks and their results.
 
     Attributes:
-        name: of the model.
-        architecture: its class.
-        descriptor: of its family.
-        specimen: the small model in words.
-        seconds: that it took.
-        whole: what was tried on the whole model, to ``"ok"`` or what went wrong.
-        layers: for every kind of layer which layers are of it, and what was tried, to ``"ok"`` or the reason.
+        name: Path or hub id of the model.
+        architecture: Class of the model.
+        descriptor: Name of its descriptor.
+        specimen: The small model in words.
+        seconds: The time that the checks took.
+        whole: Each check of the whole model, and ``"ok"`` or what went wrong.
+        layers: For every kind of layer its layers, and each check with ``"ok"`` or the reason.
+        refuted: Questions of experiments whose answer was no, with the reasons, where attributes looked like a size.
     """
 
     name: str
@@ -61,6 +63,7 @@ class Verification:
     seconds: float
     whole: dict[str, str]
     layers: list[tuple[str, dict[str, str]]]
+    refuted: list[str]
 
     @property
     def failed(self) -> bool:
@@ -93,14 +96,17 @@ def verify(
         verdicts = layer_verdicts(specimen, i, axes[i])
         kinds.setdefault(f"{type(specimen.layers[i]).__name__}{verdicts}", ([], verdicts))[0].append(i)
     parameters = sum(p.numel() for p in specimen.model.parameters())
+    refuted = [question for i in range(len(specimen.blocks)) for question in specimen.descriptor.refuted(i)]
+    whole = whole_verdicts(specimen)
     return Verification(
-        str(parent),
-        stock_class(config).__name__,
-        descriptor.__name__,
-        f"{len(specimen.blocks)} layers, {parameters:,} parameters",
-        time.perf_counter() - started,
-        whole_verdicts(specimen),
-        [(", ".join(map(str, layers)), verdicts) for layers, verdicts in kinds.values()],
+        name=str(parent),
+        architecture=stock_class(config).__name__,
+        descriptor=descriptor.__name__,
+        specimen=f"{len(specimen.blocks)} layers, {parameters:,} parameters",
+        seconds=time.perf_counter() - started,
+        whole=whole,
+        layers=[(", ".join(map(str, layers)), verdicts) for layers, verdicts in kinds.values()],
+        refuted=list(dict.fromkeys(refuted)),
     )
 
 
@@ -172,13 +178,15 @@ def over_layers(verdicts: Sequence[dict[str, str]]) -> dict[str, str]:
     return merged
 
 
-def _verdict(attempt: Callable[[], str]) -> str:
+def _verdict(check: Callable[[], str]) -> str:
+    """The result of a check; what the family's code raises is the reason why it fails."""
+    verdict = ""
     try:
-        return attempt()
+        with foreign_code("Does the family's code run?", refusal_is_answer=True) as attempt:
+            verdict = check()
     except LayersmithError as error:
         return str(error)
-    except Exception as error:  # whatever a family's own code raises
-        return f"{type(error).__name__}: {first_line(error)}"
+    return verdict or f"{type(attempt.error).__name__}: {attempt.reason}"
 
 
 def without(block: BlockConfig, *subblocks: str) -> BlockConfig:

@@ -50,6 +50,10 @@ class InferredCapabilities(ModelDescriptor):
     def kinds_of_layers(cls, config: Any) -> list[int]:
         return list(cls.for_config(as_parent(config)).findings.of_layer)
 
+    @classmethod
+    def refuted(cls, index: int) -> tuple[str, ...]:
+        return tuple(str(outcome) for outcome in cls._sizes(index).outcomes)
+
     # ------------------------------------------------------------------------------------------ modules of a layer
 
     @classmethod
