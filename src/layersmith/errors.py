@@ -1,6 +1,6 @@
-"""What a user can mend. Each message says what is wrong, where, and what to do about it.
+"""Errors that a user can mend. Each message says what is wrong, where, and what to do about it.
 
-Anything else that escapes the command line is a bug of ours (exit code 1).
+Any other exception that reaches the command line is a bug of layersmith (exit code 1).
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ class LayersmithError(Exception):
 
 
 class UsageError(LayersmithError):
-    """An argument, a recipe key or a block config that makes no sense."""
+    """An argument, a recipe key or a block config is invalid."""
 
 
 class InputError(LayersmithError):
-    """A file or folder that is missing, broken, unreadable, or in the way."""
+    """A file or folder is missing, broken, unreadable, or would be overwritten."""
 
 
 class UnsupportedModel(LayersmithError):
-    """A model that cannot be described, or an alternative that its family cannot take."""
+    """A model cannot be described, or its family does not support an alternative."""
 
 
 class Infeasible(LayersmithError):
-    """A budget that no child of this library can meet."""
+    """No child of this library meets the budget."""
 
     exit_code = 3
 
@@ -45,6 +45,6 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as part of a sentence of ours; its type if it says nothing."""
+    """The first line of an error's message, for use in a message of ours; the error's type if it is empty."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

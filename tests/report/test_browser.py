@@ -26,6 +26,9 @@ MARKS = """[...document.querySelectorAll('[data-plot]')].map(
 MIDDLE = """(() => { const mark = document.querySelector('[data-plot=mosaic] svg .mark-rect path');
     mark.scrollIntoView({block: 'center', behavior: 'instant'});
     const box = mark.getBoundingClientRect(); return [box.x + box.width / 2, box.y + box.height / 2]; })()"""
+FRONTIER = """(() => { const plot = document.querySelector('[data-plot=frontier] svg .background');
+    plot.scrollIntoView({block: 'center', behavior: 'instant'});
+    const box = plot.getBoundingClientRect(); return [box.x, box.y, box.width, box.height]; })()"""
 CONTRASTS = """(() => {
   const parse = text => text.match(/[\\d.]+/g).map(Number);
   const light = rgb => { const [r, g, b] = rgb.slice(0, 3).map(v => v / 255).map(
@@ -106,6 +109,27 @@ def test_hovering_over_a_layer_tells_what_it_became(page: Page, report: Path) ->
     for expected in ("layer", "attention", "parameters", "memory", "score", "0.2500", "<img src=x onerror=alert(1)>"):
         assert expected in told, told
     assert page.js("document.querySelectorAll('#vg-tooltip-element img').length") == 0
+    assert page.complaints == []
+
+
+def test_all_series_of_the_frontier_are_shown_wherever_the_pointer_is(page: Page, report: Path) -> None:
+    page.open(report, width=1280)
+    left, top, width, height = page.js(FRONTIER)
+    for share in (0.3, 0.5, 0.7, 0.9):
+        page.hover(left + share * width, top + 0.5 * height)
+        page.wait_for("document.querySelector('#vg-tooltip-element.visible')", 5)
+        shown = page.js("document.querySelector('#vg-tooltip-element').innerText")
+        for series in ("search", "uniform narrowing", "layers dropped", "random", "this child"):
+            assert series in shown, shown
+    assert page.complaints == []
+
+
+def test_commands_name_the_folder_and_tables_can_be_saved(page: Page, report: Path) -> None:
+    page.open(report, width=1280)
+    assert f"layersmith distill {report.parent} --tokens" in page.js("document.querySelector('#next').textContent")
+    assert page.js("document.querySelectorAll('.copy button').length") == 4
+    words = page.js("[...document.querySelectorAll('.tools button')].map(b => b.textContent)")
+    assert words == ["CSV", "SVG", "PNG"] * PLOTS
     assert page.complaints == []
 
 

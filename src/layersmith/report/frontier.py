@@ -210,7 +210,7 @@ def _hover(drawing: _Drawing) -> list[alt.Chart]:
             column[f"s{i}"] = _best_within(one, at)
         if drawing.child and drawing.child["fraction"] <= at:
             column["child"] = f"{drawing.child['text']} measured"
-        columns.append({"child": ""} | column)
+        columns.append({"child": "costs more"} | column)
     fields = {f"s{i}": one.name for i, one in enumerate(series)}
     tips = tooltip(fraction=f"{cost_label(drawing.frontier.cost)}, at most", **fields, child=THIS_CHILD)
     chart = alt.Chart(alt.InlineData(values=columns)).mark_rect(fill="theme:soft", fillOpacity=0)

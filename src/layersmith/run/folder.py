@@ -6,6 +6,7 @@ recipe.yaml       every setting, defaults included
 run.json          format, parent, budget, versions, seed; the digests of the inputs of finished stages
 distillation/     curve of global distillation; while it trains, checkpoints
 report.html, report.json
+cards.json        digests of the model cards that layersmith wrote; a card that someone edited is not overwritten
 log.jsonl         when stages began and ended; it and the times that the report takes from it differ between equal runs
 STAGE.partial, STAGE.work      results of an unfinished stage
 """
