@@ -25,15 +25,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.execution.exchange import first_tensor
+from layersmith.execution.exchange import first_tensor, tolerance
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.modeling_layersmith import _first_tensor as first_argument
 
 # Lambda as a fraction of the mean of E[b_k^2]: larger stays nearer V, smaller follows noise of few tokens.
 RIDGE = 1e-3
-# Inputs of two projections are equal if they differ by no more than this share of the largest.
-_EQUAL_WITHIN = {torch.float32: 1e-4, torch.float64: 1e-8}
 
 Run = Callable[[nn.Module, torch.Tensor], torch.Tensor]
 
@@ -147,7 +145,7 @@ def _left(library: Library, a: Alternative, of_parent: torch.Tensor, own: torch.
         return None
     expected = of_parent[:, left]
     most = expected.float().abs().max().clamp_min(1e-12)
-    is_alike = bool((expected - own).float().abs().max() <= _EQUAL_WITHIN.get(own.dtype, 3e-2) * most)
+    is_alike = bool((expected - own).float().abs().max() <= tolerance(own.dtype) * most)
     return left if is_alike else None
 
 

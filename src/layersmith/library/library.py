@@ -100,10 +100,9 @@ class Library:
         return RankedLayer(parent=self.parent, index=i, axes=self.axes[i], orders=self.orders, maps=self.maps)
 
     def silenced(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
-        """Entries of the inputs of modules in the layer that become zero, where that is all an alternative does.
+        """Entries of the inputs of modules that become zero, where that is all an alternative does; else None.
 
-        None where it does something else. That nothing before these modules sees the units that are gone, e.g. a norm
-        over all of them, remains to be tried.
+        Whether anything before these modules sees the units that are gone, e.g. a norm, remains to be tried.
         """
         return None if self.kept.layer_of(alternative.identity) is not None else self.units_gone(alternative)
 
@@ -209,8 +208,6 @@ class Library:
         child.tie_weights()
         child.generation_config = copy.deepcopy(parent.model.generation_config)
         return child.eval()
-
-    # ------------------------------------------------------------------------------------------ on disk
 
     def write(self, folder: Path) -> None:
         tensors = {f"order.{k}": v for k, v in self.orders.items()} | {f"map.{k}": v for k, v in self.maps.items()}
