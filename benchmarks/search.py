@@ -31,7 +31,7 @@ from layersmith.costs.budget import parse_budget
 from layersmith.costs.counted import Workload
 from layersmith.run.folder import versions
 from layersmith.run.progress import SILENT
-from layersmith.scoring.children import whole_models
+from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.score import Journal, standard_error
 from layersmith.search import baselines
 from layersmith.search.program import branched
@@ -120,8 +120,8 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
     recipe, library, scores, tokens = job.recipe, job.read(LIBRARY), job.read(SCORES), job.read(DATA)
     seen, unseen = tokens.scoring, tokens.evaluation
     unseen = unseen[:most_rows]
-    models = whole_models(library, seen, recipe, SILENT)
-    judge = whole_models(library, unseen, recipe, SILENT)
+    models = child_evaluator(library, seen, recipe, SILENT)
+    judge = child_evaluator(library, unseen, recipe, SILENT)
     costs = cost_table(library.parent, library, Workload())
 
     def truth(solutions: Sequence[Any]) -> list[list[float]]:

@@ -22,8 +22,8 @@ from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, Recipe
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
-from layersmith.scoring.children import whole_models
-from layersmith.scoring.exchanges import around
+from layersmith.scoring.children import child_evaluator
+from layersmith.scoring.exchanges import exchange_effects
 from layersmith.scoring.second_order import estimate, look
 
 TOKENS = torch.randint(0, 512, (4, 24), generator=torch.Generator().manual_seed(4))
@@ -48,7 +48,7 @@ def test_around_the_parent_it_is_the_sweep(make_parent: Callable[..., Path], fam
     parent = [a for a in library.alternatives if a.kind == "parent"]
     others = [a for a in library.alternatives if a.kind != "parent"]
     batches = [TOKENS[:3], TOKENS[3:]]
-    found = around(staged, parent, others, batches, 5, States())
+    found = exchange_effects(staged, parent, others, batches, 5, States())
     assert np.abs(found.linear).max() < 1e-6  # the divergence is flat there
     seeds = [[[5 * 1_000_003 + row for row in rows]] for rows in (range(3), range(3, 4))]
     survey_ = look(staged, others, TOKENS[:1])
@@ -82,7 +82,7 @@ def test_slopes_are_derivatives(make_parent: Callable[..., Path]) -> None:
     staged, rng = split_layers(library.parent, library), random.Random(3)
     child = {place: rng.choice(own) for place, own in of_places(library).items()}
     others = [a for a in library.alternatives if child[a.layer, a.subblock] != a]
-    found = around(staged, list(child.values()), others, [TOKENS[:3], TOKENS[3:]], 0, States())
+    found = exchange_effects(staged, list(child.values()), others, [TOKENS[:3], TOKENS[3:]], 0, States())
     assert set(found.place) == {a.key for a in others}
     for a in rng.sample(others, 12):
         slope = (loss(staged, child, a, 0.01) - loss(staged, child, a, -0.01)) / 0.02
@@ -94,15 +94,15 @@ def test_exchanges_are_foretold() -> None:
     text = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (random, argparse, gzip))
     rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
     library = library_of(MODEL, rows, LibraryRecipe(kv_heads=(3,), linear=(), no_op=()))
-    models, rng = whole_models(library, rows, Recipe(), SILENT), random.Random(0)
+    models, rng = child_evaluator(library, rows, Recipe(), SILENT), random.Random(0)
     assert models.staged is not None
     places = of_places(library)
     child = {p: next((a for a in own if a.size == 256), own[0]) if p[0] else own[0] for p, own in places.items()}
     near = {p: [a for a in own if a.size in (192, 320, 3)] for p, own in places.items() if p[0]}
     others = [a for own in near.values() for a in own]
-    found = models.around(list(child.values()), others, range(16), 1)
+    found = models.exchange_effects(list(child.values()), others, range(16), 1)
     parent = [a for a in library.alternatives if a.kind == "parent"]
-    at_parent = around(models.staged, parent, library.alternatives[1:], [rows], 1, States())
+    at_parent = exchange_effects(models.staged, parent, library.alternatives[1:], [rows], 1, States())
     scores = {key: 0.5 * at_parent.mixed[k, k] for key, k in at_parent.place.items()}
     tried, foretold, by_scores = [], [], []
     for _ in range(24):

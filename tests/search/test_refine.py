@@ -23,7 +23,7 @@ from layersmith.pipeline import stages
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
-from layersmith.scoring.children import WholeModels, whole_models
+from layersmith.scoring.children import ChildEvaluator, child_evaluator
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import Journal
 from layersmith.search.problem import SearchProblem
@@ -46,9 +46,9 @@ def scored(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory
     return job.read(LIBRARY), problem_as_measured(job), job.read(DATA).scoring
 
 
-def models(scored: Any, in_stages: bool = True) -> WholeModels:
+def models(scored: Any, in_stages: bool = True) -> ChildEvaluator:
     library, _, rows = scored
-    return WholeModels(library, split_layers(library.parent, library) if in_stages else None, rows, 2)
+    return ChildEvaluator(library, split_layers(library.parent, library) if in_stages else None, rows, 2)
 
 
 @pytest.mark.parametrize("in_stages", [True, False])
@@ -78,7 +78,7 @@ def test_scores_that_are_wrong_are_mended() -> None:
         library.alternatives, {a.key: losses[a.key] * factors[a.layer, a.subblock] for a in library.alternatives},
         costs, budget,
     )  # fmt: skip
-    found = whole_models(library, rows, Recipe(), SILENT)
+    found = child_evaluator(library, rows, Recipe(), SILENT)
     with Journal(None, "") as journal:
         best = refine(wrong, wrong.best(), found, SearchRecipe(), "kl_divergence", journal)
     assert best.passes <= SearchRecipe.refine_passes

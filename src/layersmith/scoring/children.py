@@ -30,7 +30,7 @@ from layersmith.library.library import Library
 from layersmith.recipe import Recipe
 from layersmith.run.progress import Progress
 from layersmith.scoring.exact import by_spans, spans
-from layersmith.scoring.exchanges import Around, around
+from layersmith.scoring.exchanges import ExchangeEffects, exchange_effects
 from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
@@ -41,7 +41,7 @@ _KEPT_SHARE = 0.5
 
 
 @dataclass(eq=False)
-class WholeModels:
+class ChildEvaluator:
     """Runs solutions.
 
     Attributes:
@@ -109,17 +109,17 @@ class WholeModels:
             before = places
         return total / self._whole * num_rows / len(self.tokens)
 
-    def around(
+    def exchange_effects(
         self, solution: Sequence[Alternative], others: Sequence[Alternative], rows: Sequence[int], seed: int
-    ) -> Around:
+    ) -> ExchangeEffects:
         """What exchanges for others do to a solution on some rows; the parent can be taken apart."""
         assert self.staged is not None
         batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
-        self.passes += self.cost_around(solution, others, len(rows))
+        self.passes += self.cost_of_effects(solution, others, len(rows))
         most = self.spill_bytes if self.streamed else math.inf
-        return around(self.staged, solution, others, batches, seed, self._states(), most)
+        return exchange_effects(self.staged, solution, others, batches, seed, self._states(), most)
 
-    def cost_around(self, solution: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
+    def cost_of_effects(self, solution: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
         """Forward passes that :meth:`around` takes: the parent's; the child's, again by stages, and two back."""
         child = sum(self._weights(i, own) for i, own in enumerate(self._places(solution))) + self._head
         alone = sum(self.library.num_parameters(a, no_op_of_other(a)) for a in others)
@@ -272,9 +272,9 @@ def _sort_key(places: Places) -> list[str]:
     return ["|".join(a.name for a in own) for own in places]
 
 
-def whole_models(
+def child_evaluator(
     library: Library, tokens: torch.Tensor, recipe: Recipe, progress: Progress, folder: Path | None = None
-) -> WholeModels:
+) -> ChildEvaluator:
     """What runs solutions on rows ``[N, T]``.
 
     Args:
@@ -301,4 +301,4 @@ def whole_models(
         most = tokens_at_once(parent, staged, most)
     rows = max(1, most // tokens.shape[1])
     folder = folder or Path(tempfile.gettempdir())
-    return WholeModels(library, staged, tokens, rows, folder, recipe.scoring.spill_gib * 1024**3)
+    return ChildEvaluator(library, staged, tokens, rows, folder, recipe.scoring.spill_gib * 1024**3)

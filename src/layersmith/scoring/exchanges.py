@@ -35,7 +35,7 @@ _MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
-class Around:
+class ExchangeEffects:
     """What exchanges do to a child's loss, in nats a token.
 
     Attributes:
@@ -74,7 +74,7 @@ class _Sums:
 
 
 @torch.no_grad()
-def around(
+def exchange_effects(
     staged: LayerwiseParent,
     chosen: Sequence[Alternative],
     others: Sequence[Alternative],
@@ -82,7 +82,7 @@ def around(
     seed: int,
     states: States,
     most_bytes: float = math.inf,
-) -> Around:
+) -> ExchangeEffects:
     """What exchanges do to a child.
 
     A layer is done with all batches before the next begins, as far as their hidden states may wait.
@@ -113,7 +113,9 @@ def around(
     keys = list(sums.linear)
     products = np.stack([torch.cat(sums.products[key]).numpy() for key in keys]).astype(np.float64)
     mixed = products @ products.T / products.shape[1]
-    return Around({key: k for k, key in enumerate(keys)}, np.array([sums.linear[key] for key in keys]) / total, mixed)
+    return ExchangeEffects(
+        {key: k for k, key in enumerate(keys)}, np.array([sums.linear[key] for key in keys]) / total, mixed
+    )
 
 
 def _sweep(

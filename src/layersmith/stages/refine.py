@@ -14,7 +14,7 @@ from layersmith.recipe import Recipe
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
-from layersmith.scoring.children import whole_models
+from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.score import Journal
 from layersmith.search.problem import SearchProblem, Solution
 from layersmith.search.refine import Refined, read_refined, refine
@@ -44,7 +44,7 @@ def refined_solution(
     """
     folder = journal.parent if journal is not None else None
     with progress.stage("refine", recipe.search.refine_passes, "passes") as advance, Journal(journal, inputs) as kept:
-        models = whole_models(library, tokens, recipe, progress, folder)
+        models = child_evaluator(library, tokens, recipe, progress, folder)
         refined = refine(
             problem, solution, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
         )

@@ -20,7 +20,7 @@ from layersmith.report.card import Child, write_card
 from layersmith.run.artifacts import whole_folder
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
-from layersmith.scoring.children import whole_models
+from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
 from layersmith.search.problem import SearchProblem, Solution
@@ -169,7 +169,7 @@ def frontier_again(
 
     def measured(solutions: Sequence[Solution]) -> list[dict[str, Any]]:
         rows = job.read(DATA).scoring
-        models = whole_models(library, rows, recipe, progress, job.run.folder)
+        models = child_evaluator(library, rows, recipe, progress, job.run.folder)
         parent = problem.of([a for a in library.alternatives if a.is_parent])
         wanted = [solution.alternatives for solution in (*solutions, parent)]
         with progress.stage("measure", len(rows), "sequences") as advance:
