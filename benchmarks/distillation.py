@@ -53,7 +53,7 @@ from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import losses
-from layersmith.search.problem import choose
+from layersmith.search.problem import SearchProblem
 
 METRICS = {"loss": "validation loss", "kl_divergence": "KL", "top_1_agreement": "top-1 agreement"}
 
@@ -198,7 +198,9 @@ def children(
         ("(b) reconstructed", made.reconstructed, made.scores["reconstructed"]),
         ("(c) locally distilled", made.taught, made.scores["taught"]),
     ):
-        chosen = choose(library.alternatives, scores, costs, parse_budget(params=str(budget))).alternatives
+        chosen = (
+            SearchProblem(library.alternatives, scores, costs, parse_budget(params=str(budget))).best().alternatives
+        )
         if row.startswith("(c)"):
             recipe = LocalDistillationRecipe(coupled_tokens=args.tokens, batch_tokens=args.batch_tokens)
             library = distill_jointly(library, chosen, tokens.training, TrainingSetup(recipe, seed=seed))

@@ -50,7 +50,7 @@ from layersmith.run.artifacts import read_tensors, write_json
 from layersmith.run.folder import Run, versions
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.score import losses
-from layersmith.search.problem import Solution, choose
+from layersmith.search.problem import SearchProblem, Solution
 from layersmith.stages.costs import cost_table
 from layersmith.stages.distill import copied, find_rows
 from layersmith.stages.job import Job
@@ -226,7 +226,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     for share in args.budgets:
         budget = Budget.parse({"params": str(share)})
         costs = cost_table(parent, library, Workload())
-        solution = choose(library.alternatives, scores, costs, budget)
+        solution = SearchProblem(library.alternatives, scores, costs, budget).best()
         for seed in args.seeds:
             for name, child in models(library, scores, solution, budget, recipe, held["calibration"], args.peer, seed):
                 if args.only and name not in args.only:

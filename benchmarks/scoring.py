@@ -45,7 +45,7 @@ from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.regret import Axis
 from layersmith.scoring.score import Score, losses
 from layersmith.search.frontier import axes_of
-from layersmith.search.problem import choose
+from layersmith.search.problem import SearchProblem
 
 _BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -136,9 +136,9 @@ def children(
     for fraction in _BUDGETS:
         row: dict[str, Any] = {"budget": fraction}
         for name, scores in by.items():
-            solution = choose(
+            solution = SearchProblem(
                 library.alternatives, losses(scores, "kl_divergence"), costs, parse_budget(params=str(fraction))
-            )
+            ).best()
             child = library.compose(solution.alternatives)
             result = compare(library.parent.model, child, rows, batch_sequences=4)
             values = result.metrics["kl_divergence"]

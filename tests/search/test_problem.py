@@ -98,6 +98,16 @@ def test_equals_brute_force(name: str) -> None:
         assert found.costs["parameters"] <= own.limits["parameters"]
 
 
+def test_a_solution_prints_as_a_table() -> None:
+    solution = problem(0, SearchRecipe()).best()
+    lines = str(solution).splitlines()
+    assert lines[0].split() == ["layer", "attention", "ffn"]
+    assert len(lines) == 1 + len({a.layer for a in solution.alternatives}) + len(solution.costs) + 1
+    for a in solution.alternatives:
+        assert ("unchanged" if a.kind == "parent" else f"parent => {a.name}") in lines[1 + a.layer]
+    assert any(line.startswith("parameters: ") and " => " in line for line in lines)
+
+
 def test_several_solutions_differ() -> None:
     own = problem(1, SearchRecipe())
     found = own.several(3, 3)

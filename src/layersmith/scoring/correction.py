@@ -35,14 +35,32 @@ import torch
 
 from layersmith.library.alternative import Alternative
 
-_SMALLEST = 1e-9  # an estimate of nothing has no logarithm
-_JUMPS = 0.002  # b, in the root of nats; only its order of magnitude matters, since exact runs tell its factor
-_SMALL_SHARE = 0.1  # of the median estimate
+# The constants below were fitted to exact over estimated scores of small trained parents; docs/scoring.md and
+# benchmarks/scoring.py have the measurements. They trade trust in estimates against exact runs: a wider prior asks for
+# more runs, a narrower one carries what few runs show too far.
+
+# h, the prior standard deviation of r: of tiny changes, and its growth with the size of a change and its square.
+_SPREAD, _SPREAD_BY_SIZE, _SPREAD_BY_SQUARE = 0.08, 0.3, 2.5
+# A change larger than this is as unlike the parent as any.
+_LARGEST_SIZE = 1.5
+# Shares of the variance of r that alternatives have in common: of one kind, of one kind and subblock, of one subblock;
+# and the share of each alternative alone.
+_BY_KIND, _BY_KIND_AND_PLACE, _BY_PLACE, _ALONE = 0.2, 0.4, 0.2, 0.2
+# Over how large a difference of log estimates alternatives of a kind resemble each other.
+_LENGTH = 1.5
+# Noise of r on a single row: of exact estimates, and its growth with the prior standard deviation.
+_ROW_NOISE, _ROW_NOISE_BY_SPREAD = 0.12, 0.3
+# b, in the root of nats, for changes that a router sees. Only its order of magnitude matters, since exact runs show the
+# factor; and shares of the variance of jumps in common by kind, and alone.
+_JUMPS, _JUMPS_BY_KIND, _JUMPS_ALONE = 0.002, 0.8, 0.2
+# Where routers are, estimates below this share of the median decide nothing, and count for less.
+_SMALL_SHARE = 0.1
+_SMALLEST = 1e-9  # an estimate of 0 has no logarithm
 
 
 @dataclass(frozen=True)
 class Prior:
-    """What is known before any exact run.
+    """The Gaussian prior of r before any exact run.
 
     Attributes:
         covariance: ``[n, n]`` float64, of r.
@@ -63,35 +81,37 @@ def prior(
     of_experts: Sequence[float | None] | None = None,
     num_rows: int = 1,
 ) -> Prior:
-    """See the module's docstring.
+    """The prior of r for n alternatives; the module's docstring has the formula.
 
     Args:
-        alternatives: n of them.
-        estimates: of their KL.
-        sizes: of their changes, beside the hidden states.
-        before_routers: whether a router sees their changes; default: none does.
-        of_experts: relative standard deviations over rows of the estimates of alternatives of experts; None for the
-            others. Default: there are none.
-        num_rows: N.
+        alternatives: The n alternatives.
+        estimates: Estimates of their KL.
+        sizes: Sizes of their changes relative to the hidden states.
+        before_routers: Whether a router sees their changes; default: none does.
+        of_experts: For alternatives of experts, the relative standard deviation of their estimates over rows; None for
+            the others. Default: no alternative is of experts.
+        num_rows: N, the number of scoring rows.
     """
-    size = torch.tensor(sizes, dtype=torch.float64).clamp(0, 1.5)
-    spread = 0.08 + 0.3 * size + 2.5 * size.square()
+    size = torch.tensor(sizes, dtype=torch.float64).clamp(0, _LARGEST_SIZE)
+    spread = _SPREAD + _SPREAD_BY_SIZE * size + _SPREAD_BY_SQUARE * size.square()
     logs = torch.tensor([math.log(max(e, _SMALLEST)) for e in estimates], dtype=torch.float64)
-    near = torch.exp(-(logs[:, None] - logs).square() / (2 * 1.5**2))
+    near = torch.exp(-(logs[:, None] - logs).square() / (2 * _LENGTH**2))
     kind = _same([(a.subblock, a.kind, a.method) for a in alternatives])
     place = _same([(a.layer, a.subblock) for a in alternatives])
-    correlation = (0.2 * kind + 0.4 * kind * place) * near + 0.2 * place + 0.2 * torch.eye(len(logs))
+    correlation = (_BY_KIND * kind + _BY_KIND_AND_PLACE * kind * place) * near
+    correlation = correlation + _BY_PLACE * place + _ALONE * torch.eye(len(logs))
     jumps = (_JUMPS * torch.exp(-logs / 2)).log1p()
     seen = torch.tensor(before_routers or [False] * len(logs))
     jumps *= seen
-    own = torch.eye(len(logs), dtype=torch.float64)
-    covariance = spread[:, None] * spread * correlation + jumps[:, None] * jumps * (0.8 * kind + 0.2 * own)
+    jumps_in_common = _JUMPS_BY_KIND * kind + _JUMPS_ALONE * torch.eye(len(logs), dtype=torch.float64)
+    covariance = spread[:, None] * spread * correlation + jumps[:, None] * jumps * jumps_in_common
     by_rows = of_experts or [None] * len(logs)
     scatter = torch.tensor([s or 0.0 for s in by_rows], dtype=torch.float64)
     covariance += torch.diag(scatter.square() / num_rows)
     small = (logs.exp() / (_SMALL_SHARE * logs.exp().median())).clamp(max=1).square()
     routed = seen | torch.tensor([s is not None for s in by_rows])
-    return Prior(covariance, 0.12 + 0.3 * (spread + jumps) + scatter, torch.where(routed, small, 1.0))
+    noise = _ROW_NOISE + _ROW_NOISE_BY_SPREAD * (spread + jumps) + scatter
+    return Prior(covariance, noise, torch.where(routed, small, 1.0))
 
 
 def _same(keys: Sequence[object]) -> torch.Tensor:
@@ -112,16 +132,16 @@ def choose_runs(
     """Which alternatives to run exactly, and on how many rows.
 
     Args:
-        known: the prior.
-        costs: of an exact run on one row.
-        num_rows: N; a first run is on one row, a further one doubles the rows.
-        budget: for the sum of costs.
-        precision: nothing more is run once every standard deviation of r is below, as far as it counts.
-        done: index to its rows, of what was run before and costs nothing more.
-        worth: ``[n]``, how much the variance of each counts; default: as in the prior.
+        known: The prior.
+        costs: Cost of an exact run of each alternative on one row.
+        num_rows: N. A first run is on one row; each further one doubles the rows.
+        budget: Limit of the summed costs.
+        precision: Nothing more runs once every weighted standard deviation of r is below this.
+        done: Index of each alternative that ran before to its rows, which cost nothing more.
+        worth: ``[n]``, how much the variance of each counts; default: the prior's weights.
 
     Returns:
-        Index of an alternative to its rows, those of before included.
+        Index of each alternative to its rows, those of ``done`` included.
     """
     left = known.covariance.clone()
     cost = torch.tensor(costs, dtype=torch.float64)
@@ -148,14 +168,14 @@ def choose_runs(
 
 
 def _given(known: Prior, counts: Mapping[int, int], num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Places ``[m]`` of what was run on so many rows, covariances with that ``[n, m]``, and its weights ``[m, n]``."""
+    """Indices ``[m]`` of the runs, covariances with them ``[n, m]``, and their regression weights ``[m, n]``."""
     at = torch.tensor(list(counts))
     cross = known.covariance[:, at]
     return at, cross, torch.linalg.solve(cross[at] + torch.diag(_variance_of_runs(known, counts, num_rows)), cross.T)
 
 
 def _variance_of_runs(known: Prior, counts: Mapping[int, int], num_rows: int) -> torch.Tensor:
-    """``[m]``: of r as exact runs on so many rows show it."""
+    """``[m]``: variance of the observation of r by each exact run."""
     rows = torch.tensor(list(counts.values()), dtype=torch.float64)
     return known.noise[torch.tensor(list(counts))].square() * (1 / rows - 1 / num_rows) + 1e-8
 
@@ -163,12 +183,12 @@ def _variance_of_runs(known: Prior, counts: Mapping[int, int], num_rows: int) ->
 def correct(
     known: Prior, observed: Mapping[int, tuple[float, int]], num_rows: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean and standard deviation ``[n]`` of r, given what exact runs showed.
+    """Posterior mean and standard deviation ``[n]`` of r, given exact runs.
 
     Args:
-        known: the prior.
-        observed: index to r on the rows that were run, and their number.
-        num_rows: N.
+        known: The prior.
+        observed: Index of each alternative that ran exactly to r on its rows, and their number.
+        num_rows: N, the number of scoring rows.
     """
     if not observed:
         return torch.zeros_like(known.noise), known.covariance.diagonal().sqrt()
@@ -179,14 +199,16 @@ def correct(
 
 
 def draw(known: Prior, observed: Mapping[int, tuple[float, int]], num_rows: int, count: int, seed: int) -> torch.Tensor:
-    """``[n, count]``: r as it may be, given what exact runs showed: draws of the prior, led to what was seen.
+    """``[n, count]``: posterior samples of r, which are prior samples conditioned by Matheron's rule.
+
+    Source: Wilson et al., "Pathwise Conditioning of Gaussian Processes", arXiv 2011.04026, section 3.
 
     Args:
-        known: the prior.
-        observed: index to r on the rows that were run, and their number.
-        num_rows: N.
-        count: of the draws.
-        seed: of the draws.
+        known: The prior.
+        observed: Index of each alternative that ran exactly to r on its rows, and their number.
+        num_rows: N, the number of scoring rows.
+        count: Number of samples.
+        seed: Seed of the samples.
     """
     generator = torch.Generator().manual_seed(seed)
     n = len(known.noise)
@@ -203,7 +225,7 @@ def draw(known: Prior, observed: Mapping[int, tuple[float, int]], num_rows: int,
 
 
 def misfit(known: Prior, observed: Mapping[int, tuple[float, int]], num_rows: int) -> float:
-    """What exact runs showed over what the prior expects of them, in the root mean square; 1 if it is right."""
+    """Root mean square of the observed r over their prior standard deviation; 1 if the prior is right."""
     if not observed:
         return 1.0
     counts = {i: rows for i, (_, rows) in observed.items()}

@@ -42,8 +42,14 @@ from layersmith.scoring.exact import spans
 from layersmith.scoring.forward import plan_start, read, start_all
 from layersmith.scoring.work import Plan, Work, share_of_layer
 
-# Enough to tell how large a change is beside the hidden states that it is made to.
+# Tokens on which sizes of changes are measured: more cost a longer first run, fewer give noisier sizes.
 _PROBE_TOKENS = 32
+# Relative tolerance at which silencing units counts as equal to running the alternative, by precision.
+_ALIKE, _ALIKE_IN_HALF = 1e-3, 5e-2
+# Weights of the remaining time, in forward passes that take as long; they don't influence scores. Of a head: what a
+# softmax takes of a head that is measured. Of a layer: norms and activations, which weigh more in a backward pass; and
+# the readers of refitted alternatives. benchmarks/time_left.py shows how near the remaining time comes.
+_SOFTMAX, _BACKWARD, _REFITTED = 0.6, 1.5, 0.2
 
 
 # What an alternative takes away: module of a layer to the entries of its input that become zero.
@@ -182,7 +188,7 @@ def _silencing(
             silencing = own_result[smallest.identity]
             with _watched(layer.module(smallest.subblock), list(silencing)) as (inputs, _):
                 made = _silenced(layer, smallest, given, silencing, refitted)
-            tolerance = 1e-3 if given.dtype == torch.float32 else 5e-2
+            tolerance = _ALIKE if given.dtype == torch.float32 else _ALIKE_IN_HALF
             most = (expected - before).float().abs().max()
             is_alike = bool((made - expected).float().abs().max() <= tolerance * most)
             # A reader that is given some tokens only, or some twice, does not tell which is which.
@@ -362,7 +368,7 @@ def plan_estimate(
 
 def _amount_of_head(staged: LayerwiseParent, samples: int, shape: torch.Size) -> float:
     """As many operations of a head that is measured as take the same time: its metrics take more than a softmax."""
-    return (0.6 + samples) * staged.head_operations(*shape)
+    return (_SOFTMAX + samples) * staged.head_operations(*shape)
 
 
 def _amount_back(
@@ -373,8 +379,8 @@ def _amount_back(
     Norms and activations weigh more in a backward pass than in a forward one, beside as many matrix products.
     """
     run = sum(share_of_layer(a) for a in own if not found.of(a))
-    read = 0.2 * sum(share_of_layer(a) for a in own if a.identity in found.refitted)
-    return (1 + 1.5 * samples + run + read) * staged.operations(i, i + 1, *shape)
+    read = _REFITTED * sum(share_of_layer(a) for a in own if a.identity in found.refitted)
+    return (1 + _BACKWARD * samples + run + read) * staged.operations(i, i + 1, *shape)
 
 
 def _through(

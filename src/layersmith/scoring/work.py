@@ -33,7 +33,9 @@ ALIKE = {
     "reference": ("head back", "forward"),
     "head back": ("forward",),
 }
-# Of the whole amount of a kind: how much the rate of one that is like it counts beside what was timed.
+# Weight of the rate of a similar kind, as a share of the whole amount of a kind. The first few runs of a kind are not
+# typical, so a low weight makes the remaining time jump early on; a high one keeps it wrong for long.
+# benchmarks/time_left.py shows both.
 _SHARE_OF_ALIKE = 0.03
 
 # What is told a kind and an amount.

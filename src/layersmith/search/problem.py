@@ -1,4 +1,4 @@
-"""From alternatives, scores, costs, a budget and rules to solutions: one alternative for every subblock."""
+"""The search problem, and its solutions: one alternative for every subblock, within a budget and rules."""
 
 from __future__ import annotations
 
@@ -18,10 +18,12 @@ from layersmith.recipe import SearchRecipe
 from layersmith.records import parse, to_data
 from layersmith.search import rules as rules_of
 from layersmith.search.solve import Candidate, Group, ProgramSolution, Solver
+from layersmith.units import format_cost
 
 NO_RULES = SearchRecipe()
-_ALIKE = rules_of.RULE + "like solution "
-# How often a limit is drawn in until the whole child is within it.
+_SHARED = rules_of.RULE + "like solution "
+# How often a time limit is tightened until the whole child is within it. Each try solves the program again; the error
+# shrinks with every one.
 _TRIES = 4
 
 
@@ -30,14 +32,14 @@ class Solution:
     """One alternative for each subblock of each layer.
 
     Attributes:
-        alternatives: in the order of layers, attention before FFN.
-        score: the sum of their losses under the objective.
-        costs: of the whole child.
-        parent_costs: of the whole parent.
-        limits: upper limits on costs that were asked for.
-        budget: as it was asked for.
-        proven_optimal: whether no other solution within the limits has a lower score.
-        bound: what no other is below, where that is known.
+        alternatives: The alternatives in the order of layers, attention before FFN.
+        score: Sum of their losses under the objective.
+        costs: Costs of the whole child.
+        parent_costs: Costs of the whole parent.
+        limits: Upper limits on costs.
+        budget: The budget that the limits come from.
+        proven_optimal: Whether no other solution within the limits has a lower score.
+        bound: No solution within the limits has a lower score than this, if known.
     """
 
     alternatives: tuple[Alternative, ...]
@@ -48,6 +50,22 @@ class Solution:
     budget: Budget
     proven_optimal: bool
     bound: float | None = None
+
+    def __str__(self) -> str:
+        """A table of the layers, and the costs as ``old => new``."""
+        cells: dict[int, dict[str, str]] = {}
+        for a in self.alternatives:
+            cell = "unchanged" if a.is_parent else f"parent => {a.name}"
+            cells.setdefault(a.layer, {})[a.subblock] = cell
+        width = max(len(row.get("attention", "")) for row in cells.values())
+        rows = [("layer", "attention", "ffn")]
+        rows += [(str(i), row.get("attention", ""), row.get("ffn", "")) for i, row in sorted(cells.items())]
+        lines = [f"{i:>5}  {attention:<{max(width, 9)}}  {ffn}".rstrip() for i, attention, ffn in rows]
+        for name, after in self.costs.items():
+            before = self.parent_costs[name]
+            share = f" ({after / before:.2f}x)" if before else ""
+            lines.append(f"{name}: {format_cost(name, before)} => {format_cost(name, after)}{share}")
+        return "\n".join([*lines, f"sum of scores: {self.score:.4f}"])
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -67,38 +85,20 @@ class Solution:
         return Solution(**{**data, "alternatives": alternatives, "budget": Budget.from_dict(data["budget"])})
 
 
-def choose(
-    alternatives: Sequence[Alternative],
-    losses: Mapping[str, float],
-    costs: CostTable,
-    budget: Budget,
-    rules: SearchRecipe = NO_RULES,
-    blocks: Sequence[BlockConfig] | None = None,
-) -> Solution:
-    """The best solution within a budget.
-
-    Args:
-        alternatives: of every layer, the parent's own included.
-        losses: key of an alternative to what it costs in quality; the parent's are 0.
-        costs: of every alternative.
-        budget: upper limits.
-        rules: what a solution must satisfy beside it.
-        blocks: of the parent; needed where rules speak of sizes or of layers alike.
-
-    Raises:
-        Infeasible: no solution fits; the message says what the smallest child is.
-    """
-    return SearchProblem(alternatives, losses, costs, budget, rules, blocks).best()
-
-
 class SearchProblem:
-    """All solutions that rules allow, their scores and costs.
+    """All solutions that the rules allow, with their scores and costs.
 
     Args:
-        alternatives, losses, costs, budget, rules, blocks: see :func:`choose`.
+        alternatives: Alternatives of every layer, the parent's included.
+        losses: Key of each alternative to its loss increase; the parent's are 0.
+        costs: Costs of every alternative.
+        budget: Upper limits on costs.
+        rules: What a solution must satisfy besides the budget.
+        blocks: Block configs of the parent; needed by rules on sizes or on groups of equal layers.
 
     Raises:
-        Infeasible, UsageError: rules that make no sense.
+        Infeasible: A subblock has no allowed alternative.
+        UsageError: A rule makes no sense for this parent.
     """
 
     def __init__(
@@ -116,10 +116,10 @@ class SearchProblem:
         self.limits = budget.resolve(costs.parent)
         self.rule_limits = rules_of.limits_of(rules, costs)
         self.by_place = rules_of.allowed(alternatives, rules, blocks)
-        self._own_costs = {
+        self._costs_by_key = {
             a.key: rules_of.costs_of(a, rules, costs) for members in self.by_place.values() for a in members
         }
-        # What may be chosen together, by the key of a candidate.
+        # For each group of subblocks that become the same, what can be chosen for it by the candidate's key.
         self._members: list[dict[str, tuple[Alternative, ...]]] = [
             self._alike(places) for places in rules_of.together(self.by_place, rules, blocks)
         ]
@@ -131,104 +131,117 @@ class SearchProblem:
         return SearchProblem(self.alternatives, self.losses, costs, self.budget, self.rules, self.blocks)
 
     def _alike(self, places: Sequence[rules_of.Place]) -> dict[str, tuple[Alternative, ...]]:
-        """Alternatives that all of some subblocks have, by name."""
+        """The alternatives that all of these subblocks have, by the key of the candidate."""
         by_name = [{a.name: a for a in self.by_place[place]} for place in places]
-        common = [name for name in by_name[0] if all(name in own for own in by_name)]
+        common = [name for name in by_name[0] if all(name in names for names in by_name)]
         if not common:
             where = ", ".join(str(layer) for layer, _ in places)
             raise Infeasible(f"Infeasible: layers {where} share no {places[0][1]}. Change search.uniform_groups.")
-        return {" ".join(own[name].key for own in by_name): tuple(own[name] for own in by_name) for name in common}
+        members = [tuple(names[name] for names in by_name) for name in common]
+        return {" ".join(a.key for a in group): group for group in members}
 
     @property
     def members(self) -> list[list[tuple[Alternative, ...]]]:
-        """For each group of the program what can be chosen."""
-        return [list(own.values()) for own in self._members]
+        """For each group of the program, what can be chosen."""
+        return [list(members.values()) for members in self._members]
 
     # ------------------------------------------------------------------------------------------ solutions
 
     def best(self, limits: Mapping[str, float] | None = None) -> Solution:
-        """The solution with the least sum of losses.
+        """The solution with the lowest sum of losses.
 
         Args:
-            limits: other than the budget's.
+            limits: Limits in place of the budget's.
 
         Raises:
-            Infeasible: none is within the limits.
+            Infeasible: No solution is within the limits.
         """
         if self._solver is None:
             self._solver = self.solver()
         wanted = {**(self.limits if limits is None else limits), **self.rule_limits}
         inside = self.inside(wanted)
-        solution = self.solution(self._solver.solve(inside))
+        solution = self.solution_of(self._solver.solve(inside))
         for _ in range(_TRIES if self.costs.bend is not None else 0):
-            # A limit on what is made of several times was translated as if all were the same share of the parent's.
+            # A limit on a sum of several times was translated as if each were the same share of the parent's.
             total = self._totals(solution.alternatives)
             over = {name: limit / total[name] for name, limit in wanted.items() if total[name] > limit * (1 + 1e-9)}
             if not over:
                 break
             inside |= {name: inside[name] * share for name, share in over.items()}
-            solution = self.solution(self._solver.solve(inside))
+            solution = self.solution_of(self._solver.solve(inside))
         return solution
 
     def best_by(
         self, losses: Mapping[str, float], away: Sequence[tuple[Sequence[Alternative], int, int]] = ()
     ) -> Solution | None:
-        """The best solution by other losses, so far from others; None if there is none.
+        """The best solution under different losses and distances from given ones, or None.
 
         Args:
-            losses: key of an alternative to its loss.
-            away: solutions, and in how many subblocks the wanted one differs from each, at least and at most.
+            losses: Key of each alternative to its loss.
+            away: Solutions, and in how many subblocks the result differs from each, at least and at most.
         """
         likes = {}
         limits: dict[str, float] = {}
         for k, (other, least, most) in enumerate(away):
             keys = {a.key for a in other}
-            name = f"{_ALIKE}{k}"
+            name = f"{_SHARED}{k}"
             likes[name] = keys, 1
             limits[name] = len(other) - least
             if most < len(other):
                 likes[name + " "] = keys, -1
                 limits[name + " "] = most - len(other)
         try:
-            solution = self.solver(losses, likes).solve(self.inside(self.limits | self.rule_limits) | limits)
+            found = self.solver(losses, likes).solve(self.inside(self.limits | self.rule_limits) | limits)
         except Infeasible:
             return None
-        return dataclasses.replace(self.solution(solution), score=self.score(self.solution(solution).alternatives))
+        solution = self.solution_of(found)
+        return dataclasses.replace(solution, score=self.score(solution.alternatives))
 
     def several(self, count: int, places: int) -> list[Solution]:
-        """The best solution, then each time the best that differs from all before in so many subblocks, at least."""
+        """The best solutions, each of which differs from all before it in at least ``places`` subblocks."""
         found = [self.best()]
         while len(found) < count:
-            following = self.best_by(self.losses, [(own.alternatives, places, 2**31) for own in found])
+            following = self.best_by(self.losses, [(other.alternatives, places, 2**31) for other in found])
             if following is None:
                 break
             found.append(following)
         return found
 
     def least(self, cost: str, limits: Mapping[str, float]) -> Any:
-        """The least of a cost that a child can have within limits on others; rules hold.
+        """The least of a cost that a child can have within the rules and limits on other costs.
 
         Raises:
-            Infeasible: no solution is within the limits.
+            Infeasible: No solution is within the limits.
         """
         return self._whole_of(cost, self.solver().least(cost, self.inside({**limits, **self.rule_limits})))
 
     def reachable(self) -> None:
-        """Raises: Infeasible: no solution is within the limits."""
+        """Check that some solution is within the limits.
+
+        Raises:
+            Infeasible: None is.
+        """
         self.solver().reachable(self.inside(self.limits | self.rule_limits))
 
-    def solution(self, solution: ProgramSolution) -> Solution:
-        by_key = {key: own for members in self._members for key, own in members.items()}
-        chosen = sorted((a for key in solution.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
-        return dataclasses.replace(self.of(chosen, solution.proven_optimal), bound=solution.bound)
+    def solution_of(self, found: ProgramSolution) -> Solution:
+        by_key = {key: group for members in self._members for key, group in members.items()}
+        chosen = sorted((a for key in found.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
+        return dataclasses.replace(self.of(chosen, found.proven_optimal), bound=found.bound)
 
     def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Solution:
         """A solution of these alternatives, with its score and costs."""
-        own = self._costs_of(chosen)
-        return Solution(tuple(chosen), self.score(chosen), own, self.costs.parent, self.limits, self.budget, proven)
+        return Solution(
+            alternatives=tuple(chosen),
+            score=self.score(chosen),
+            costs=self._costs_of(chosen),
+            parent_costs=self.costs.parent,
+            limits=self.limits,
+            budget=self.budget,
+            proven_optimal=proven,
+        )
 
     def _costs_of(self, chosen: Sequence[Alternative]) -> dict[str, Any]:
-        """Of a whole child."""
+        """Costs of the whole child."""
         sums: dict[str, Any] = {}
         for name in self.costs.parent:
             values = [self.costs.by_key[a.key][name] for a in chosen]
@@ -240,25 +253,25 @@ class SearchProblem:
         return math.fsum(self.losses[a.key] for a in chosen)
 
     def fits(self, chosen: Sequence[Alternative]) -> bool:
-        """Whether a solution is within all limits; rules on which alternatives go together are not looked at."""
+        """Whether a solution is within all limits. Rules on groups of equal layers are not checked."""
         totals = self._totals(chosen)
         return all(totals[name] <= limit for name, limit in (self.limits | self.rule_limits).items())
 
     def _totals(self, chosen: Sequence[Alternative]) -> dict[str, float]:
-        """All costs of a whole child, those of rules included."""
+        """All costs of the whole child, those of rules included."""
         whole = self._costs_of(chosen)
         extra = rules_of.extra_costs(self.rules, self.costs)
         return whole | {
             name: rules_of.weighted(extra[name], whole)
             if name in extra
-            else sum(self._own_costs[a.key][name] for a in chosen)
+            else sum(self._costs_by_key[a.key][name] for a in chosen)
             for name in self.rule_limits
         }
 
     # ------------------------------------------------------------------------------------------ sums and wholes
 
     def inside(self, limits: Mapping[str, float]) -> dict[str, float]:
-        """Limits on sums of parts that stand for limits on whole children."""
+        """Limits on sums of parts that correspond to limits on whole children."""
         bend = self.costs.bend
         if bend is None:
             return dict(limits)
@@ -268,16 +281,16 @@ class SearchProblem:
         }
 
     def _whole_of(self, name: str, total: float) -> float:
-        """What a whole child costs whose parts sum to so much."""
+        """Cost of the whole child from the sum over its parts."""
         cost = self._bent(name)
         return total if cost is None or self.costs.bend is None else self.costs.bend.whole_for(cost, total)
 
     def _bent(self, name: str) -> Callable[[Mapping[str, Any]], float] | None:
-        """How a cost is told from those by name; None where a whole costs what its parts do."""
+        """Computes a cost from all costs by name; None if the cost of a child is the sum over its parts."""
         limit = rules_of.extra_costs(self.rules, self.costs).get(name)
         if limit is not None:
-            return (lambda own: rules_of.weighted(limit, own)) if rules_of.timed(limit) else None
-        return (lambda own: float(own[name])) if is_time(name) else None
+            return (lambda costs: rules_of.weighted(limit, costs)) if rules_of.timed(limit) else None
+        return (lambda costs: float(costs[name])) if is_time(name) else None
 
     # ------------------------------------------------------------------------------------------ the program
 
@@ -289,12 +302,14 @@ class SearchProblem:
         groups = []
         for members in self._members:
             candidates = []
-            for key, own in members.items():
-                costs = {name: sum(self._own_costs[a.key][name] for a in own) for name in self._own_costs[own[0].key]}
+            for key, group in members.items():
+                names = self._costs_by_key[group[0].key]
+                costs = {name: sum(self._costs_by_key[a.key][name] for a in group) for name in names}
                 for name, (keys, sign) in (likes or {}).items():
-                    costs[name] = sign * sum(a.key in keys for a in own)
-                changes = sum(not a.is_parent for a in own)
-                candidates.append(Candidate(key, math.fsum(losses[a.key] for a in own), costs, changes == 0, changes))
+                    costs[name] = sign * sum(a.key in keys for a in group)
+                changes = sum(not a.is_parent for a in group)
+                score = math.fsum(losses[a.key] for a in group)
+                candidates.append(Candidate(key=key, score=score, costs=costs, is_parent=changes == 0, changes=changes))
             first = next(iter(members.values()))
             groups.append(Group(f"layer {first[0].layer} {first[0].subblock}", tuple(candidates)))
         return Solver(groups, rules_of.fixed_of(self.rules, self.costs), self.costs.parent, self._whole_of)
