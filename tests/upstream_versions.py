@@ -2,8 +2,8 @@
 
     python tests/upstream_versions.py 5.15.0 5.24.0
 
-Each version gets an environment of its own, ``.venv-transformers-VERSION``, with the other packages as constraints.txt
-pins them. The result is written to docs/upstream.md.
+Each version gets an environment of its own, ``.venv-transformers-VERSION``, with the packages that do not depend on
+it as constraints.txt pins them. The result is written to docs/upstream.md.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import venv
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+# Packages whose version follows from that of Transformers.
+FOLLOWERS = ("transformers", "tokenizers", "huggingface_hub", "datasets", "accelerate", "hf-xet", "fsspec")
 TESTS = ("tests/test_upstream.py", "tests/heterogeneous", "tests/model_descriptor")
 
 
@@ -26,7 +28,8 @@ def environment(version: str) -> Path:
     python = folder / "bin" / "python"
     if not (folder / ".ready").exists():
         venv.create(folder, with_pip=True)
-        pins = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("trans")]
+        pins = (ROOT / "constraints.txt").read_text().splitlines()
+        pins = [pin for pin in pins if pin.split("==")[0] not in FOLLOWERS]
         (folder / "constraints.txt").write_text("\n".join([*pins, f"transformers=={version}"]) + "\n")
         install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         install += ["-c", folder / "constraints.txt"]
