@@ -30,9 +30,10 @@ import torch
 from layersmith.costs.budget import parse_budget
 from layersmith.costs.counted import Workload
 from layersmith.run.folder import versions
+from layersmith.run.journal import Journal
 from layersmith.run.progress import SILENT
 from layersmith.scoring.children import child_evaluator
-from layersmith.scoring.score import Journal, standard_error
+from layersmith.scoring.score import standard_error
 from layersmith.search import baselines
 from layersmith.search.program import branched
 from layersmith.search.refine import refine

@@ -412,7 +412,7 @@ def test_interrupted_and_killed_it_ends_with_the_same_bits(own: Path, run: Path,
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     distill(whole, recipe={"distillation": settings})
     with pytest.raises(Interrupted):  # within the second finalist
-        distill(own, recipe={"distillation": settings}, progress=Interrupting("finalists", 700))
+        distill(own, recipe={"distillation": settings}, progress=Interrupting("distillation/finalists", 700))
     assert (own / "distillation" / "finalists.work" / "0" / "finalist.json").is_file()
     process = start(own, settings)
     while process.poll() is None and not list((own / "distillation").glob("global/checkpoints/checkpoint-1?/whole")):
@@ -428,7 +428,7 @@ def test_interrupted_and_killed_it_ends_with_the_same_bits(own: Path, run: Path,
     class Listening(Progress):
         @contextmanager
         def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-            yield told.append if name == "distill" else lambda done: None
+            yield told.append if name == "distilled" else lambda done: None
 
     distill(own, recipe={"distillation": settings}, progress=Listening())
     assert told[0] / 128 in steps  # it went on where it was

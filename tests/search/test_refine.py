@@ -21,11 +21,11 @@ from layersmith.library.build import build_library
 from layersmith.library.survey import survey
 from layersmith.pipeline import stages
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
+from layersmith.run.journal import Journal
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import ChildEvaluator, child_evaluator
 from layersmith.scoring.library_scores import score_library
-from layersmith.scoring.score import Journal
 from layersmith.search.problem import SearchProblem
 from layersmith.search.refine import read_refined, refine
 from layersmith.stages.costs import cost_table

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-
 from layersmith.distillation.replacement import ReplacementTraining
 from layersmith.library.stored_weights import Kept, Tensors, layer_file, read_layer, write_layer
-from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
+from layersmith.run.artifacts import read_json, write_json
+from layersmith.run.journal import Checkpoint
 
 # An interruption loses at most this much training; saving more often costs more writing.
 _SAVE_EVERY_SECONDS = 30.0
@@ -29,7 +26,7 @@ class Store:
     def __init__(self, folder: Path | None, inputs: str):
         self.folder, self.inputs = folder, inputs
         self._in_memory: dict[str, tuple[list[dict[str, Any]], dict[str, Tensors]]] = {}
-        self._saved = time.monotonic()
+        self._checkpoints: dict[str, Checkpoint] = {}
 
     def _file(self, name: str, suffix: str) -> Path:
         assert self.folder is not None
@@ -81,7 +78,8 @@ class Store:
 
     def save(self, name: str, trainings: Sequence[ReplacementTraining], step: int) -> None:
         """Write the state of a group after ``step`` steps, at most every ``_SAVE_EVERY_SECONDS``."""
-        if self.folder is None or time.monotonic() - self._saved < _SAVE_EVERY_SECONDS:
+        checkpoint = self._checkpoint(name)
+        if not checkpoint.is_due:
             return
         tensors: Tensors = {}
         states = []
@@ -89,21 +87,22 @@ class Store:
             state_tensors, state = training.state()
             tensors |= {f"{number} {what}": tensor.cpu() for what, tensor in state_tensors.items()}
             states.append(state)
-        data = {"inputs": self.inputs, "step": step, "trainings": states}
-        write_tensors(self._file(name, ".partial"), tensors, {"state": json.dumps(data)})
-        self._saved = time.monotonic()
+        checkpoint.save(tensors, {"step": step, "trainings": states})
 
     def restore(self, name: str, trainings: Sequence[ReplacementTraining]) -> int:
         """Resume a group from its written state; returns the number of steps that it has done."""
-        if self.folder is None or not (file := self._file(name, ".partial")).is_file():
+        saved = self._checkpoint(name).load()
+        if saved is None:
             return 0
-        with safe_open(file, framework="pt") as opened:
-            data = json.loads((opened.metadata() or {}).get("state", "{}"))
-        if data.get("inputs") != self.inputs:
-            return 0
-        tensors = read_tensors(file)
+        tensors, data = saved
         for number, (training, state) in enumerate(zip(trainings, data["trainings"], strict=True)):
             start = f"{number} "
             of_training = {what.removeprefix(start): t for what, t in tensors.items() if what.startswith(start)}
             training.restore(of_training, state)
         return int(data["step"])
+
+    def _checkpoint(self, name: str) -> Checkpoint:
+        if name not in self._checkpoints:
+            path = None if self.folder is None else self._file(name, ".partial")
+            self._checkpoints[name] = Checkpoint(path, self.inputs, _SAVE_EVERY_SECONDS)
+        return self._checkpoints[name]

@@ -24,7 +24,6 @@ Shapes: N rows of activations, F channels, D hidden, E experts.
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +39,7 @@ from layersmith.execution.parent import Parent
 from layersmith.library.axes.axis import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
 from layersmith.library.slicing import common_module, members_of
 from layersmith.modeling_layersmith import _first_tensor as first_argument
-from layersmith.run.artifacts import read_tensors, write_tensors
+from layersmith.run.journal import Checkpoint
 from layersmith.run.progress import SILENT, Progress
 
 _SAVE_EVERY_SECONDS = 20.0
@@ -105,8 +104,8 @@ def gather(
     """
     passes = _passes(probes, memory_bytes)
     batches = [tokens[i : i + batch_sequences] for i in range(0, len(tokens), batch_sequences)]
-    sums, done = _resume(checkpoint, inputs)
-    saved = time.monotonic()
+    saved = Checkpoint(checkpoint, inputs, _SAVE_EVERY_SECONDS)
+    sums, done = saved.load() or ({}, 0)
     with progress.stage("statistics", len(passes) * len(tokens), "sequences") as advance:
         advance(sum(len(batches[i % len(batches)]) for i in range(done)))
         for number, group in enumerate(passes):
@@ -116,9 +115,8 @@ def gather(
                     continue
                 add_batch(parent, group, batch, sums, position)
                 advance(len(batch))
-                if checkpoint is not None and time.monotonic() - saved > _SAVE_EVERY_SECONDS:
-                    write_tensors(checkpoint, sums, {"inputs": inputs, "done": str(position + 1)})
-                    saved = time.monotonic()
+                if saved.is_due:
+                    saved.save(sums, position + 1)
     count = tokens.numel()
     return {name: (total / count).float() for name, total in sums.items()}
 
@@ -133,18 +131,6 @@ def _passes(probes: Sequence[Probe], memory_bytes: float) -> list[list[Probe]]:
         passes[-1].append(probe)
         used += probe.bytes
     return passes
-
-
-def _resume(checkpoint: Path | None, inputs: str) -> tuple[dict[str, torch.Tensor], int]:
-    if checkpoint is None or not checkpoint.is_file():
-        return {}, 0
-    from safetensors import safe_open
-
-    with safe_open(checkpoint, framework="pt") as file:
-        metadata = file.metadata() or {}
-    if metadata.get("inputs") != inputs:
-        return {}, 0
-    return read_tensors(checkpoint), int(metadata["done"])
 
 
 @torch.no_grad()

@@ -1,8 +1,7 @@
 """Processes that a launcher such as ``torchrun`` started: what all do together, and what the first does for all.
 
-They talk to each other in a group of their own, over the CPU, with more patience than any stage takes: while one works,
-the others wait for it. What goes wrong in one of them is raised in all. Where there is one process, all of this does
-nothing but call what it is given.
+They talk to each other in a process group on the CPU, with a timeout longer than any stage: while one works, the others
+wait for it. An error in one of them is raised in all. With one process these functions only call what they are given.
 """
 
 from __future__ import annotations
@@ -20,24 +19,23 @@ from layersmith.errors import LayersmithError, first_line
 from layersmith.run.runtime import Runtime
 
 # The first process may score or evaluate for long, while the others wait for it.
-_PATIENCE = timedelta(days=7)
-_TOLD = "told to all"
+_TIMEOUT = timedelta(days=7)
 
 T = TypeVar("T")
 
 
 def start(runtime: Runtime) -> None:
-    """Let the processes know each other; all must come here."""
+    """Connect the processes; all must call this."""
     if runtime.world_size > 1:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=_PATIENCE)
+            dist.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=_TIMEOUT)
         _group()
 
 
 @cache
 def _group() -> Any:
-    """All processes, over the CPU: waiting takes no GPU, and has no launcher's own time limit."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    """A group of all processes on the CPU: waiting takes no GPU, and a launcher's own time limit does not apply."""
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
 def are_several() -> bool:
@@ -49,18 +47,18 @@ def is_first() -> bool:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Let every process do its part; gives back what this one made when all are done.
+    """Let every process do its part; returns this one's result when all are done.
 
     Raises:
-        Exception: what went wrong here, or, as the same kind of error, in the first process in which something did.
+        Exception: The error of this process, or an error of the same kind as the first that failed.
     """
     try:
-        made = work()
+        result = work()
     except Exception as error:
-        _agree(error)
+        _exchange(error)
         raise
-    _agree(None)
-    return made
+    _exchange(None)
+    return result
 
 
 def on_first(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -78,8 +76,8 @@ def from_first(make: Callable[[], T]) -> T:
     on_first(work)
     if are_several():
         dist.broadcast_object_list(made, 0, group=_group())
-    found: T = made[0]
-    return found
+    result: T = made[0]
+    return result
 
 
 @contextmanager
@@ -90,34 +88,32 @@ def first(opened: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
         yield
 
 
-def _agree(own: Exception | None) -> None:
-    """Tell each other what went wrong; raises what went wrong elsewhere, if nothing did here."""
-    if not are_several() or (own is not None and _TOLD in vars(own)):
+def _exchange(error: Exception | None) -> None:
+    """Tell all processes of an error; raises another process's error if there is none here.
+
+    An error that was exchanged in an inner :func:`together` comes here once more in all processes, which is harmless.
+    """
+    if not are_several():
         return
-    told: list[Any] = [None] * dist.get_world_size()
+    failures: list[Any] = [None] * dist.get_world_size()
     try:
-        dist.all_gather_object(told, None if own is None else _in_words(own), group=_group())
-    except RuntimeError as error:  # a process is gone
-        if own is None:
-            raise LayersmithError("another process of this run ended; what it printed says why.") from error
+        dist.all_gather_object(failures, None if error is None else _as_data(error), group=_group())
+    except RuntimeError as lost:  # a process is gone
+        if error is None:
+            raise LayersmithError("another process of this run ended; what it printed says why.") from lost
         return
-    if own is not None:
-        vars(own)[_TOLD] = True
-        return
-    failed = next((failure for failure in told if failure is not None), None)
-    if failed is not None:
-        relayed = _raised(*failed)
-        vars(relayed)[_TOLD] = True
-        raise relayed
+    failed = next((failure for failure in failures if failure is not None), None)
+    if error is None and failed is not None:
+        raise _from_data(*failed)
 
 
-def _in_words(error: Exception) -> tuple[str, str]:
-    """Its class, if that is one of ours, and what it says."""
+def _as_data(error: Exception) -> tuple[str, str]:
+    """Name of the error's class, if it is one of ours, and its message."""
     if isinstance(error, LayersmithError):
         name = type(error).__name__
         return (name if hasattr(errors, name) else LayersmithError.__name__), str(error)
     return "", f"{type(error).__name__}: {first_line(error)}"
 
 
-def _raised(name: str, text: str) -> Exception:
+def _from_data(name: str, text: str) -> Exception:
     return getattr(errors, name)(text) if name else RuntimeError(f"another process of this run failed: {text}")

@@ -13,12 +13,13 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 
 from layersmith.library.alternative import Alternative
+from layersmith.run.journal import Journal
 from layersmith.scoring.correction import Prior, correct, prior
 from layersmith.scoring.exact_runs import ExactRuns, RowCounts
 from layersmith.scoring.forward import most_seconds
 from layersmith.scoring.regret import Axis, ExpectedRegret
 from layersmith.scoring.rounds import Observed, Rounds, Runs, relative_log
-from layersmith.scoring.score import Journal, Score, standard_error
+from layersmith.scoring.score import Score, standard_error
 from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
 from layersmith.scoring.task import KL, ScoringTask, exact_passes, row_order
 

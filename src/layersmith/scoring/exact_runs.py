@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from layersmith.library.alternative import Alternative
+from layersmith.run.journal import Journal
 from layersmith.scoring.exact import (
     Job,
     Measured,
@@ -19,7 +20,7 @@ from layersmith.scoring.exact import (
     run_layer_by_layer,
 )
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
-from layersmith.scoring.score import Journal, Score, error_beside_each_other
+from layersmith.scoring.score import Score, error_beside_each_other
 from layersmith.scoring.task import PARENT, ScoringTask, row_order
 from layersmith.scoring.work import plan_all
 

@@ -16,11 +16,12 @@ import torch
 from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers
 from layersmith.library.library import Library
 from layersmith.recipe import ScoringRecipe
+from layersmith.run.journal import Journal
 from layersmith.run.progress import SILENT, Progress
 from layersmith.scoring.estimated import estimated_scores
 from layersmith.scoring.exact_runs import exact_scores
 from layersmith.scoring.regret import Axis
-from layersmith.scoring.score import Journal, Score
+from layersmith.scoring.score import Score
 from layersmith.scoring.task import KL, PARENT, ScoringProgress, ScoringTask, clock_of, exact_passes
 
 # About the cost of a second-order sweep in forward passes. If exact runs of all alternatives cost less than the sweep

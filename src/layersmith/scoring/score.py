@@ -1,24 +1,17 @@
-"""What a score is, and the journal that keeps results while they come."""
+"""What a score is."""
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 
 from layersmith.errors import UsageError
 from layersmith.library.alternative import Alternative
-from layersmith.run.artifacts import saying_disk_full
 from layersmith.scoring.metrics import loss_of
-
-_SYNC_EVERY_SECONDS = 5.0
 
 
 @dataclass(frozen=True)
@@ -109,87 +102,3 @@ def losses(scores: Sequence[Score], objective: str) -> dict[str, float]:
         s.alternative.key: 0.0 if s.alternative.is_parent else loss_of(objective, s.mean(objective), parent_value)
         for s in scores
     }
-
-
-# ---------------------------------------------------------------------------------------------- the journal
-
-Values = dict[str, float]
-
-
-class Journal:
-    """Results by what they are of and by row, appended to a file as they come; in memory only without a path.
-
-    A file of other inputs is started anew, and a last line that was cut off is as if never written.
-
-    Args:
-        path: the file.
-        inputs: digest of everything that results depend on.
-    """
-
-    def __init__(self, path: Path | None, inputs: str):
-        self.path, self.inputs = path, inputs
-        self.known: dict[tuple[str, int], Values] = {}
-        self._file: IO[bytes] | None = None
-        self._synced = time.monotonic()
-
-    def __enter__(self) -> Journal:
-        if self.path is not None:
-            self.known = _read(self.path, self.inputs)
-            with saying_disk_full(self.path):
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                if self.known:
-                    _cut_off_broken_end(self.path)
-                self._file = open(self.path, "ab" if self.known else "wb")
-                if not self.known:
-                    self._append({"inputs": self.inputs})
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._file is not None:
-            self._file.close()
-
-    def has(self, of: str, rows: Iterable[int]) -> bool:
-        return all((of, row) in self.known for row in rows)
-
-    def write(self, of: str, rows: Sequence[int], results: Sequence[Values]) -> None:
-        """Results on rows; those that are known already stay."""
-        for row, values in zip(rows, results, strict=True):
-            if (of, row) not in self.known:  # a batch may have been cut off in its middle
-                self.known[of, row] = values
-                self._append({"of": of, "row": row, "values": values})
-
-    def _append(self, record: dict[str, Any]) -> None:
-        if self._file is not None and self.path is not None:
-            with saying_disk_full(self.path):
-                self._file.write(json.dumps(record).encode() + b"\n")
-                self._file.flush()
-                if time.monotonic() - self._synced > _SYNC_EVERY_SECONDS:
-                    os.fsync(self._file.fileno())
-                    self._synced = time.monotonic()
-
-
-def _read(path: Path, inputs: str) -> dict[tuple[str, int], Values]:
-    known: dict[tuple[str, int], Values] = {}
-    if not path.is_file():
-        return known
-    with open(path, "rb") as file:
-        for number, line in enumerate(file):
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if number == 0:
-                if record.get("inputs") != inputs:
-                    return {}
-                continue
-            if not line.endswith(b"\n"):
-                break
-            known[record["of"], record["row"]] = record["values"]
-    return known
-
-
-def _cut_off_broken_end(path: Path) -> None:
-    data = path.read_bytes()
-    whole = data.rfind(b"\n") + 1
-    if whole != len(data):
-        os.truncate(path, whole)

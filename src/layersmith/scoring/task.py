@@ -15,8 +15,8 @@ from layersmith.execution.layerwise import LayerwiseParent, tokens_at_once
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.recipe import ScoringRecipe
+from layersmith.run.journal import Journal
 from layersmith.run.progress import Advance, Progress
-from layersmith.scoring.score import Journal
 from layersmith.scoring.work import Work
 
 PARENT = "parent"

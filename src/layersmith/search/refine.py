@@ -21,9 +21,10 @@ from typing import Any
 
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
+from layersmith.run.journal import Journal
 from layersmith.scoring.children import ChildEvaluator
 from layersmith.scoring.metrics import loss_of
-from layersmith.scoring.score import Journal, standard_error
+from layersmith.scoring.score import standard_error
 from layersmith.scoring.task import row_order
 from layersmith.search.neighbours import Chosen, Neighbours, key_of_child, random_neighbours, worth_a_look
 from layersmith.search.problem import SearchProblem, Solution

@@ -38,6 +38,7 @@ from layersmith.report.card import Child, complete_card, write_card
 from layersmith.report.data import Evaluation
 from layersmith.run import ranks
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
+from layersmith.run.journal import work_folder
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.run.stage import Making, Stage
@@ -185,19 +186,6 @@ def find_rows(
 # ---------------------------------------------------------------------------------------------- training
 
 
-def _own_folder(folder: Path, inputs: str) -> Path:
-    """A folder for unfinished work of these inputs; that of other inputs is removed."""
-
-    def make() -> None:
-        file = folder / "inputs.json"
-        if folder.exists() and (not file.is_file() or read_json(file) != inputs):
-            shutil.rmtree(folder)
-        write_json(file, inputs)
-
-    ranks.on_first(make)
-    return folder
-
-
 def _write_child(child: PreTrainedModel, trained: Trained, dtype: torch.dtype, tokenizer: Any, folder: Path) -> None:
     """Write a trained child in the dtype that it had before training."""
     with quiet_transformers():
@@ -251,8 +239,8 @@ def _try_all(job: Job, making: Making) -> tuple[list[Solution], list[Finalist]]:
     solutions = _solutions(job)
     if len(solutions) < settings.finalists:
         making.progress.note(f"only {len(solutions)} solutions differ enough to be tried")
-    _own_folder(making.scratch, making.inputs)
-    with making.progress.stage("finalists", tokens * len(solutions), "tokens") as advance:
+    work_folder(making.scratch, making.inputs)
+    with making.progress.stage(FINALISTS.name, tokens * len(solutions), "tokens") as advance:
         tried = [
             _try(job, making.scratch / f"{i}", i, solution, library, tokens, advance)
             for i, solution in enumerate(solutions)
@@ -351,7 +339,7 @@ def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dt
         recipe=settings,
         tokens=settings.tokens,
         seed=job.recipe.seed,
-        folder=_own_folder(folder / "checkpoints", making.inputs),
+        folder=work_folder(folder / "checkpoints", making.inputs),
         curve=folder / "log.json",
         name="global distillation",
     )

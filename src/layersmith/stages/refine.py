@@ -12,10 +12,10 @@ from layersmith.errors import UnsupportedModel
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
 from layersmith.run.artifacts import read_json, write_json
+from layersmith.run.journal import Journal
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.children import child_evaluator
-from layersmith.scoring.score import Journal
 from layersmith.search.problem import SearchProblem, Solution
 from layersmith.search.refine import Refined, read_refined, refine
 from layersmith.stages.data import DATA, digest_of_split

@@ -1,0 +1,138 @@
+"""Results of unfinished work, kept so that an interrupted run resumes. Results of other inputs are never used.
+
+A :class:`Journal` appends small results to a file as they come. A :class:`Checkpoint` replaces one file of tensors now
+and then. A :func:`work_folder` holds whole files.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from safetensors import safe_open
+
+from layersmith.run import ranks
+from layersmith.run.artifacts import read_json, read_tensors, saying_disk_full, write_json, write_tensors
+
+_SYNC_EVERY_SECONDS = 5.0
+
+Values = dict[str, float]
+
+
+class Journal:
+    """Results by what they are of and by row, appended to a file as they come; in memory only without a path.
+
+    A file of other inputs is started anew, and a last line that was cut off counts as not written.
+
+    Args:
+        path: The file; None for no file.
+        inputs: Digest of everything that results depend on.
+
+    Attributes:
+        known: Results by what they are of and by row.
+    """
+
+    def __init__(self, path: Path | None, inputs: str):
+        self.path, self.inputs = path, inputs
+        self.known: dict[tuple[str, int], Values] = {}
+        self._file: IO[bytes] | None = None
+        self._synced = time.monotonic()
+
+    def __enter__(self) -> Journal:
+        if self.path is not None:
+            size = self._read(self.path)
+            with saying_disk_full(self.path):
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                self._file = open(self.path, "ab")
+                self._file.truncate(size)
+                if not size:
+                    self._append({"inputs": self.inputs})
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._file is not None:
+            self._file.close()
+
+    def has(self, of: str, rows: Iterable[int]) -> bool:
+        return all((of, row) in self.known for row in rows)
+
+    def write(self, of: str, rows: Sequence[int], results: Sequence[Values]) -> None:
+        """Add results on rows; those that are known already stay."""
+        for row, values in zip(rows, results, strict=True):
+            if (of, row) not in self.known:  # a batch may have been cut off in its middle
+                self.known[of, row] = values
+                self._append({"of": of, "row": row, "values": values})
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self._file is not None and self.path is not None:
+            with saying_disk_full(self.path):
+                self._file.write(json.dumps(record).encode() + b"\n")
+                self._file.flush()
+                if time.monotonic() - self._synced > _SYNC_EVERY_SECONDS:
+                    os.fsync(self._file.fileno())
+                    self._synced = time.monotonic()
+
+    def _read(self, path: Path) -> int:
+        """Read what a file holds for these inputs; returns its length in bytes up to the last whole line."""
+        size = 0
+        for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else ()):
+            try:
+                record = json.loads(line)
+            except ValueError:
+                break
+            if not line.endswith(b"\n") or (number == 0 and record.get("inputs") != self.inputs):
+                break
+            size += len(line)
+            if number:
+                self.known[record["of"], record["row"]] = record["values"]
+        return size
+
+
+class Checkpoint:
+    """Tensors and JSON data of unfinished work, in one file that is replaced now and then; nothing without a path.
+
+    Args:
+        path: The file; None for no file.
+        inputs: Digest of everything that the tensors depend on.
+        every_seconds: Time between two writes, at least.
+    """
+
+    def __init__(self, path: Path | None, inputs: str, every_seconds: float):
+        self.path, self.inputs, self.every_seconds = path, inputs, every_seconds
+        self._saved = time.monotonic()
+
+    @property
+    def is_due(self) -> bool:
+        return self.path is not None and time.monotonic() - self._saved > self.every_seconds
+
+    def save(self, tensors: dict[str, torch.Tensor], state: Any) -> None:
+        if self.path is not None:
+            write_tensors(self.path, tensors, {"state": json.dumps({"inputs": self.inputs, "state": state})})
+            self._saved = time.monotonic()
+
+    def load(self) -> tuple[dict[str, torch.Tensor], Any] | None:
+        """What was saved last; None if there is nothing for these inputs."""
+        if self.path is None or not self.path.is_file():
+            return None
+        with safe_open(self.path, framework="pt") as file:
+            record = json.loads((file.metadata() or {}).get("state", "{}"))
+        return (read_tensors(self.path), record["state"]) if record.get("inputs") == self.inputs else None
+
+
+def work_folder(folder: Path, inputs: str) -> Path:
+    """A folder for files of unfinished work; files of other inputs are removed. All processes call this."""
+
+    def make() -> None:
+        file = folder / "inputs.json"
+        if folder.exists() and (not file.is_file() or read_json(file) != inputs):
+            shutil.rmtree(folder)
+        write_json(file, inputs)
+
+    ranks.on_first(make)
+    return folder
