@@ -31,9 +31,8 @@ import torch
 from transformers import GenerationConfig
 from transformers.generation.streamers import BaseStreamer
 
-from layersmith.costs.budget import Budget
+from layersmith.costs.budget import Budget, Workload
 from layersmith.costs.clock import median_polish
-from layersmith.costs.counted import Workload
 from layersmith.costs.curve import Curve
 from layersmith.costs.measured import measure
 from layersmith.model_descriptor.stock import quiet_transformers
@@ -75,7 +74,7 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     recipe, library = job.recipe, job.read(LIBRARY)
     parent = library.parent
     load = {"batch": options.batch, "context": options.context, "generate": options.generate}
-    budget = Budget.parse({"time_per_token": 1.0, **load})
+    limits = Budget.parse({"time_per_token": 1.0, **load}).limits
     workload = Workload(**load)
     costs = cost_table(parent, library, workload)
     scores = job.read(SCORES)
@@ -83,7 +82,7 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     timing = CostsRecipe(seconds=options.seconds, rounds=options.rounds)
     times = measure(parent, library.alternatives, costs, workload, timing)
     seconds = time.process_time() - started
-    problem = search_problem(library, scores, recipe, times.into(costs, library.alternatives), budget)
+    problem = search_problem(library, scores, recipe, times.into(costs, library.alternatives), limits)
     solutions = [c for c in frontier(problem, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
     some = [solutions[i * (len(solutions) - 1) // (CHILDREN - 1)] for i in range(CHILDREN)]
     # The parent, beside which all are told, three times.

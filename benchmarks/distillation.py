@@ -34,8 +34,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from benchmarks.scoring import matrix_seconds_per_flop
-from layersmith.costs.budget import parse_budget
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload, parse_budget
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.data.splits import TokenSplits, load_tokenizer, prepare
 from layersmith.distillation.joint import distill_jointly
@@ -199,7 +198,9 @@ def children(
         ("(c) locally distilled", made.taught, made.scores["taught"]),
     ):
         chosen = (
-            SearchProblem(library.alternatives, scores, costs, parse_budget(params=str(budget))).best().alternatives
+            SearchProblem(library.alternatives, scores, costs, parse_budget(params=str(budget)).limits)
+            .best()
+            .alternatives
         )
         if row.startswith("(c)"):
             recipe = LocalDistillationRecipe(coupled_tokens=args.tokens, batch_tokens=args.batch_tokens)

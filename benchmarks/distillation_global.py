@@ -33,8 +33,7 @@ import torch
 from transformers import PreTrainedModel, Trainer
 
 import layersmith
-from layersmith.costs.budget import Budget
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Budget, Limits, Workload
 from layersmith.data.splits import evaluation_rows, load_tokenizer
 from layersmith.distillation.arguments import training_arguments
 from layersmith.distillation.steps import RowOrder, Steps, collate
@@ -152,7 +151,7 @@ def models(
     library: Library,
     scores: Mapping[str, float],
     solution: Solution,
-    budget: Budget,
+    budget: Limits,
     recipe: Recipe,
     rows: torch.Tensor,
     peer: str | None,
@@ -224,7 +223,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     print("| parameters | seed | model | | loss - parent's | KL | top-1 agreement |")
     print("|---|---|---|---|---|---|---|")
     for share in args.budgets:
-        budget = Budget.parse({"params": str(share)})
+        budget = Budget.parse({"params": str(share)}).limits
         costs = cost_table(parent, library, Workload())
         solution = SearchProblem(library.alternatives, scores, costs, budget).best()
         for seed in args.seeds:

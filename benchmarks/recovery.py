@@ -176,7 +176,7 @@ def chosen_for(
     name = ("pruned", "reconstructed", "taught")[STEPS.index(row)]
     library: Library = getattr(of.made, name)
     recipe = Recipe(search=SearchRecipe(refine_passes=refine_passes))
-    limit = parse_budget(params=str(budget))
+    limit = parse_budget(params=str(budget)).limits
     problem = SearchProblem(
         library.alternatives, of.made.scores[name], of.costs, limit, recipe.search, of.parent.blocks
     )
@@ -191,7 +191,7 @@ def chosen_for(
 
 def models(of: Seed, budget: float, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Any]]]:
     """The name of every row, and what makes its model with weights of its own, or None where there is none."""
-    limit = parse_budget(params=str(budget))
+    limit = parse_budget(params=str(budget)).limits
 
     def taught() -> PreTrainedModel:
         recipe = LocalDistillationRecipe(

@@ -28,8 +28,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from scipy.stats import spearmanr
 
-from layersmith.costs.budget import parse_budget
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload, parse_budget
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.data.splits import load_tokenizer
 from layersmith.evaluation.compare import compare
@@ -137,7 +136,7 @@ def children(
         row: dict[str, Any] = {"budget": fraction}
         for name, scores in by.items():
             solution = SearchProblem(
-                library.alternatives, losses(scores, "kl_divergence"), costs, parse_budget(params=str(fraction))
+                library.alternatives, losses(scores, "kl_divergence"), costs, parse_budget(params=str(fraction)).limits
             ).best()
             child = library.compose(solution.alternatives)
             result = compare(library.parent.model, child, rows, batch_sequences=4)
@@ -245,7 +244,7 @@ def main() -> None:
         "layers": len(parent.blocks), "alternatives": count, "tokens": rows.numel(),
         "forward_seconds": forward, "matrix_gflops": 1e-9 / per_flop,
     }  # fmt: skip
-    axes = axes_of(library.alternatives, costs, parse_budget(params="0.5"))
+    axes = axes_of(library.alternatives, costs, parse_budget(params="0.5").limits)
     of_estimates = ScoringRecipe(mode="second_order", batch_tokens=args.batch_tokens)
     estimated, seconds, said = timed(library, rows, of_estimates, axes)
     result["second_order"] = {"cpu_seconds": seconds, "said": said}

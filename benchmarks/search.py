@@ -27,8 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from layersmith.costs.budget import parse_budget
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload, parse_budget
 from layersmith.run.folder import versions
 from layersmith.run.journal import Journal
 from layersmith.run.progress import SILENT
@@ -130,7 +129,7 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
         return [[row["kl_divergence"] for row in own] for own in found]
 
     rows = []
-    problems = {f: search_problem(library, scores, recipe, costs, parse_budget(params=str(f))) for f in budgets}
+    problems = {f: search_problem(library, scores, recipe, costs, parse_budget(params=str(f)).limits) for f in budgets}
     for budget, problem in problems.items():
         plain = problem.best()
         before, started = models.passes, time.process_time()

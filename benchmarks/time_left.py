@@ -21,8 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 
-from layersmith.costs.budget import parse_budget
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload, parse_budget
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL, standard_library
 from layersmith.execution.parent import load_parent
@@ -94,8 +93,8 @@ def main() -> None:
         recipe = LibraryRecipe(ffn_fractions=args.ffn, linear=()) if args.ffn else LibraryRecipe()
         library = build_library(parent, recipe, survey(parent, recipe), calibration, batch_sequences=4)
         result["alternatives"] = sum(a.kind != "parent" for a in library.alternatives)
-        budget = parse_budget(params="0.7")
-        axes = axes_of(library.alternatives, cost_table(parent, library, Workload()), budget)
+        limits = parse_budget(params="0.7").limits
+        axes = axes_of(library.alternatives, cost_table(parent, library, Workload()), limits)
         for mode in args.modes.split(","):
             recorder = Recorder()
             journal = Path(folder) / f"{mode}.journal"

@@ -327,7 +327,7 @@ def costs(
     quiet: Quiet = False,
 ) -> None:
     """Measure the time to first token and the time per token of every alternative of PARENT on this machine."""
-    from layersmith.costs.counted import Workload
+    from layersmith.costs.budget import Workload
     from layersmith.costs.times import to_csv
     from layersmith.run.artifacts import write_text
     from layersmith.stages.costs import times_of

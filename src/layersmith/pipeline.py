@@ -97,12 +97,13 @@ def stages(
 
     Stop iterating to interrupt the run. Calling again with the same arguments resumes it.
     """
-    folder = Path(out)
+    folder, asked = Path(out), Budget.parse(budget)
     job = Job(
         run=Run(folder, Store.near(folder)),
         path=str(parent),
         data=str(data),
-        budget=Budget.parse(budget),
+        limits=asked.limits,
+        workload=asked.workload,
         recipe=Recipe.read(recipe),
         family=descriptor,
         progress=progress,

@@ -55,7 +55,7 @@ def test_budgets() -> None:
     assert Budget.parse({"params": "0.7", "memory": "10GiB", "batch": 8, "context": 2048}) == budget
     assert Budget.parse(0.7) == parse_budget(params="0.7")
     assert Budget.parse(budget) is budget
-    assert str(budget.limits[0]) == "parameters 0.7x"
+    assert str(budget.limits.each[0]) == "parameters 0.7x"
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,9 @@ from transformers import DynamicCache, PretrainedConfig
 
 import layersmith
 from layersmith import BlockConfig
-from layersmith.costs import budget as budget_module
 from layersmith.costs import table as library_costs
-from layersmith.costs.counted import Workload, context_note, subblock_costs, total
+from layersmith.costs.budget import Workload
+from layersmith.costs.counted import context_note, subblock_costs, total
 from layersmith.costs.table import count_costs
 from layersmith.library.axes.find import find_axes
 from layersmith.library.axes.layers import meta_layers
@@ -203,7 +203,7 @@ def test_a_context_is_capped_at_the_models_positions() -> None:
     capped, allowed = count(Workload(1, 4096)), count(Workload(1, longest))
     assert capped == allowed
     assert capped.workload == Workload(1, longest)
-    assert budget_module.parse_budget(params=0.7, generate=300).within(longest).context == longest
+    assert Workload(generate=300).within(longest).context == longest
     (note,) = context_note(4096, capped.workload)
     assert note == "the model has 256 positions, so costs are for a context of 256 tokens instead of 4,096."
     assert context_note(longest, capped.workload) == []

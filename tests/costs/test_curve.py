@@ -78,7 +78,7 @@ def problem(budget: Budget, rules: SearchRecipe | None = None) -> SearchProblem:
     rng = random.Random(4)
     loss = {"parent": 0.0, "ffn_width": 0.3, "no_op": 1.0}
     losses = {a.key: loss[a.kind] * rng.uniform(0.5, 2) for a in ALTERNATIVES}
-    return SearchProblem(ALTERNATIVES, losses, table(True), budget, rules or SearchRecipe())
+    return SearchProblem(ALTERNATIVES, losses, table(True), budget.limits, rules or SearchRecipe())
 
 
 @pytest.mark.parametrize("fraction", [0.35, 0.6, 0.85])
@@ -93,7 +93,7 @@ def test_limits_are_on_whole_children(key: str, fraction: float) -> None:
     assert own.fits(solution.alternatives)
     # No other solution within the limit is better where one time is limited: tried by brute force over counts of kinds.
     if key != "throughput":
-        plain = SearchProblem(ALTERNATIVES, own.losses, table(False), own.budget)
+        plain = SearchProblem(ALTERNATIVES, own.losses, table(False), own.asked)
         bend = own.costs.bend
         assert bend is not None
         total = bend.curves[cost].inverse(fraction) * solution.parent_costs[cost]

@@ -13,9 +13,8 @@ import torch
 
 import layersmith
 from layersmith.costs import clock
-from layersmith.costs.budget import Budget, parse_limit
+from layersmith.costs.budget import Budget, Workload, parse_limit
 from layersmith.costs.clock import median_polish
-from layersmith.costs.counted import Workload
 from layersmith.costs.measured import measure
 from layersmith.costs.roofline import DEVICES, predict
 from layersmith.costs.savings import Shape, shrink
@@ -228,7 +227,7 @@ def test_the_solution_holds_against_a_clock_that_disagrees(
     recipe = CostsRecipe(rounds=3, checks=0)
     times = measure(parent, found.alternatives, costs, LOAD, recipe)
     whole = takes(parent.model)
-    budget = Budget.parse({"time_per_token": 0.8, "batch": 2, "context": 48, "generate": 16})
+    limits = Budget.parse({"time_per_token": 0.8, "batch": 2, "context": 48, "generate": 16}).limits
 
     def slower(self: clock.Served, model: Any, known: Timing | None = None) -> Timing:
         # The machine is half as fast now, and children save a third less than their parts do.
@@ -241,7 +240,7 @@ def test_the_solution_holds_against_a_clock_that_disagrees(
     }
     losses |= {a.key: 0.0 for a in found.alternatives if a.kind == "parent"}
 
-    problem = SearchProblem(found.alternatives, losses, times.into(costs, found.alternatives), budget)
+    problem = SearchProblem(found.alternatives, losses, times.into(costs, found.alternatives), limits)
     watch = Stopwatch(parent, LOAD, recipe)
     timed = solve_within(problem, times, watch)
     assert timed.overrun <= 0.01

@@ -355,7 +355,7 @@ def test_finalists_keep_the_searchs_rules(own: Path) -> None:
     """The first is the run's own; all are apart from each other, within the budget, and as the rules say."""
     rules = SearchRecipe(keep_layers=(2,), max_removed_attentions=1, uniform_groups=2)
     job = Job.of_run(own, change=lambda recipe: dataclasses.replace(recipe, search=rules))
-    job.budget = parse_budget(params="0.8")
+    job.limits = parse_budget(params="0.8").limits
     problem = problem_as_measured(job)
     first = problem.best()
     found = diverse_solutions(problem, first, 4, distance=3)

@@ -7,8 +7,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
-from layersmith.costs.budget import parse_budget
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload, parse_budget
 from layersmith.demo.job import MODEL
 from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import LayerwiseParent, split_layers
@@ -176,8 +175,8 @@ def test_scores_of_a_trained_model(trained: tuple[Library, torch.Tensor], truth:
 
 
 def axes_for(library: Library) -> list[Axis]:
-    budget = parse_budget(params="0.7", kv_cache="0.5")
-    return axes_of(library.alternatives, cost_table(library.parent, library, Workload()), budget)
+    limits = parse_budget(params="0.7", kv_cache="0.5").limits
+    return axes_of(library.alternatives, cost_table(library.parent, library, Workload()), limits)
 
 
 def test_interrupted_at_any_line_the_scores_are_the_same(trained: tuple[Library, torch.Tensor], tmp_path: Path) -> None:

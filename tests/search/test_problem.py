@@ -43,7 +43,7 @@ def problem(seed: int, rules: SearchRecipe, params: float = 0.6) -> SearchProble
     fixed = dict.fromkeys(by_key[alternatives[0].key], 0) | {"parameters": 40, "memory_bytes": 80, "weight_bytes": 80}
     parent = {n: fixed[n] + sum(by_key[a.key][n] for a in alternatives if a.kind == "parent") for n in fixed}
     return SearchProblem(
-        alternatives, losses, CostTable(by_key, fixed, parent), parse_budget(params=params), rules, BLOCKS
+        alternatives, losses, CostTable(by_key, fixed, parent), parse_budget(params=params).limits, rules, BLOCKS
     )
 
 
@@ -126,7 +126,7 @@ def test_the_frontier_falls_from_the_smallest_child_to_the_parent() -> None:
     assert found[-1].score == 0
     for solution in found:
         assert SearchProblem(
-            own.alternatives, own.losses, own.costs, parse_budget(params="1.0"), own.rules, BLOCKS
+            own.alternatives, own.losses, own.costs, parse_budget(params="1.0").limits, own.rules, BLOCKS
         ).best(solution.limits).score == pytest.approx(solution.score)
     others = baselines.all_of(own, "parameters", costs[1:-1], 0)
     for name, solutions in others.items():

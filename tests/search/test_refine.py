@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from layersmith.costs.budget import parse_budget
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload, parse_budget
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL
 from layersmith.evaluation.compare import compare
@@ -68,15 +67,15 @@ def test_scores_that_are_wrong_are_mended() -> None:
     rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
     parent, recipe = load_parent(MODEL, Runtime(torch.device("cpu"), torch.float32)), LibraryRecipe(linear=(), no_op=())
     library = build_library(parent, recipe, survey(parent, recipe), rows, batch_sequences=8)
-    rng, budget = random.Random(1), parse_budget(params="0.7")
+    rng, limits = random.Random(1), parse_budget(params="0.7").limits
     scores = score_library(library, rows, ScoringRecipe(mode="second_order", exact_passes=0))
     losses = {s.alternative.key: max(0.0, s.mean("kl_divergence")) for s in scores}
     costs = cost_table(parent, library, Workload())
-    right = SearchProblem(library.alternatives, losses, costs, budget)
+    right = SearchProblem(library.alternatives, losses, costs, limits)
     factors = {(a.layer, a.subblock): math.exp(rng.gauss(0, 1)) for a in library.alternatives}
     wrong = SearchProblem(
         library.alternatives, {a.key: losses[a.key] * factors[a.layer, a.subblock] for a in library.alternatives},
-        costs, budget,
+        costs, limits,
     )  # fmt: skip
     found = child_evaluator(library, rows, Recipe(), SILENT)
     with Journal(None, "") as journal:

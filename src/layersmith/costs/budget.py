@@ -6,13 +6,13 @@ A throughput is a lower limit on tokens written a second, so an upper one on the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
 from layersmith.errors import UsageError, did_you_mean
-from layersmith.recipe import BATCH, CONTEXT
+from layersmith.recipe import BATCH, CONTEXT, GENERATE
 from layersmith.units import BYTES, COUNTS, SECONDS, TOKENS_A_SECOND, format_cost, split_amount
 
 # Cost -> (the option and key that limits it, what it counts).
@@ -95,26 +95,20 @@ class Limit:
 
 
 @dataclass(frozen=True)
-class Budget:
-    """Upper limits, and the load for which memory is counted.
+class Workload:
+    """How a model is served: what costs are counted and measured for.
 
     Attributes:
-        limits: at least one, on different costs.
-        batch: sequences at once.
-        context: tokens in the KV cache of each.
-        generate: tokens of the context that are written after a prompt, for times; default: see
-            :class:`layersmith.costs.counted.Workload`.
+        batch: Number of sequences at once.
+        context: Number of tokens in the KV cache of each.
+        generate: Number of these that the model generates; default: ``GENERATE``, at most half of them.
     """
 
-    limits: tuple[Limit, ...]
     batch: int = BATCH
     context: int = CONTEXT
     generate: int | None = None
 
     def __post_init__(self) -> None:
-        if not self.limits:
-            keys = ", ".join(f"--{key.replace('_', '-')}" for key, _ in COSTS.values())
-            raise UsageError(f"no budget: say how small the child must be with one of {keys}.")
         for name in ("batch", "context"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -126,47 +120,98 @@ class Budget:
                 raise UsageError(
                     f"budget generate: {self.generate} tokens leave no prompt in a context of {self.context}."
                 )
-        costs = [limit.cost for limit in self.limits]
+
+    @property
+    def generated(self) -> int:
+        """Number of generated tokens, at least 1."""
+        return self.generate or max(1, min(GENERATE, self.context // 2))
+
+    @property
+    def prompt(self) -> int:
+        """Number of tokens in the prompt, at least 1."""
+        return max(1, self.context - self.generated)
+
+    def within(self, longest: int | None) -> Workload:
+        """The same workload with a context of at most ``longest`` tokens, the positions of a model."""
+        if longest is None or self.context <= longest:
+            return self
+        generate = self.generate if self.generate is not None and self.generate < longest else None
+        return Workload(self.batch, longest, generate)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Upper limits, each on another cost.
+
+    Attributes:
+        each: At least one limit.
+    """
+
+    each: tuple[Limit, ...]
+
+    def __post_init__(self) -> None:
+        if not self.each:
+            keys = ", ".join(f"--{key.replace('_', '-')}" for key, _ in COSTS.values())
+            raise UsageError(f"no budget: say how small the child must be with one of {keys}.")
+        costs = [limit.cost for limit in self.each]
         if len(set(costs)) != len(costs):
             raise UsageError("budget: the same cost is limited twice.")
 
+    def __iter__(self) -> Iterator[Limit]:
+        return iter(self.each)
+
+    def __str__(self) -> str:
+        return ", ".join(map(str, self.each))
+
     @property
     def has_times(self) -> bool:
-        """Whether a limit is one of time, which has to be measured."""
-        return any(is_time(limit.cost) for limit in self.limits)
+        """Whether a limit is on time, which has to be measured."""
+        return any(is_time(limit.cost) for limit in self.each)
 
     @property
-    def counted(self) -> Budget | None:
-        """The limits that can be told by counting; None if there are none."""
-        own = tuple(limit for limit in self.limits if not is_time(limit.cost))
-        return dataclasses.replace(self, limits=own) if own else None
-
-    def within(self, longest: int) -> Budget:
-        """The same budget for a context of at most ``longest`` tokens, the positions of a model."""
-        if self.context <= longest:
-            return self
-        generate = self.generate if self.generate is not None and self.generate < longest else None
-        return dataclasses.replace(self, context=longest, generate=generate)
+    def counted(self) -> Limits | None:
+        """The limits on costs that are counted, not measured; None if all are on times."""
+        counted = tuple(limit for limit in self.each if not is_time(limit.cost))
+        return Limits(counted) if counted else None
 
     def resolve(self, parent_costs: Mapping[str, float]) -> dict[str, float]:
-        """Cost to its limit in parameters, bytes or seconds."""
-        return {limit.cost: limit.resolve(parent_costs[limit.cost]) for limit in self.limits}
+        """Cost => its limit in parameters, bytes or seconds."""
+        return {limit.cost: limit.resolve(parent_costs[limit.cost]) for limit in self.each}
+
+    def to_data(self) -> list[dict[str, Any]]:
+        return [{"cost": x.cost, "fraction": x.fraction, "amount": x.amount} for x in self.each]
+
+    @staticmethod
+    def from_data(data: Iterable[Mapping[str, Any]]) -> Limits:
+        return Limits(tuple(Limit(**entry) for entry in data))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a user asks for. The pipeline takes it apart: the search gets the limits, the costs get the workload.
+
+    Attributes:
+        limits: Upper limits on costs of the child.
+        workload: What its costs are for.
+    """
+
+    limits: Limits
+    workload: Workload
 
     def to_dict(self) -> dict[str, Any]:
-        limits = [{"cost": x.cost, "fraction": x.fraction, "amount": x.amount} for x in self.limits]
-        return {"limits": limits, "batch": self.batch, "context": self.context, "generate": self.generate}
+        return {"limits": self.limits.to_data(), **dataclasses.asdict(self.workload)}
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Budget:
-        limits = tuple(Limit(**entry) for entry in data["limits"])
-        return Budget(limits, data["batch"], data["context"], data.get("generate"))
+        workload = Workload(data["batch"], data["context"], data.get("generate"))
+        return Budget(Limits.from_data(data["limits"]), workload)
 
     @staticmethod
     def parse(value: Any) -> Budget:
         """A budget from a :class:`Budget`, a mapping such as ``{"memory": "10GiB", "batch": 8}``, or a fraction.
 
         Raises:
-            UsageError: a key, unit or number that makes no sense.
+            UsageError: A key, unit or number that makes no sense.
         """
         if isinstance(value, Budget):
             return value
@@ -209,7 +254,7 @@ def parse_budget(
         "throughput": throughput,
     }
     limits = tuple(parse_limit(COST_OF[key], value) for key, value in given.items() if value is not None)
-    return Budget(limits, batch, context, generate)
+    return Budget(Limits(limits), Workload(batch, context, generate))
 
 
 def parse_limit(cost: str, text: Any) -> Limit:

@@ -22,7 +22,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, StoppingCriteria, StoppingCriteriaList
 
 from layersmith import upstream
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload
 from layersmith.costs.times import ZERO, Timing
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.run.runtime import Runtime

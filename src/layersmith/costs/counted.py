@@ -7,53 +7,20 @@ the size of a head is read from the weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig, has_attention
+from layersmith.costs.budget import Workload
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.patcher import deci_x_patcher
 from layersmith.library.axes.axis import REST, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
 from layersmith.modeling_layersmith import as_parent
-from layersmith.recipe import BATCH, CONTEXT, GENERATE
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
-
-
-@dataclass(frozen=True)
-class Workload:
-    """How a model is served.
-
-    Attributes:
-        batch: Number of sequences at once.
-        context: Number of tokens in the KV cache of each.
-        generate: Number of these that the model generates; default: ``GENERATE``, at most half of them.
-    """
-
-    batch: int = BATCH
-    context: int = CONTEXT
-    generate: int | None = None
-
-    @property
-    def generated(self) -> int:
-        """Number of generated tokens, at least 1."""
-        return self.generate or max(1, min(GENERATE, self.context // 2))
-
-    @property
-    def prompt(self) -> int:
-        """Number of tokens in the prompt, at least 1."""
-        return max(1, self.context - self.generated)
-
-    def within(self, longest: int | None) -> Workload:
-        """The same workload with a context of at most ``longest`` tokens, the positions of a model."""
-        if longest is None or self.context <= longest:
-            return self
-        generate = self.generate if self.generate is not None and self.generate < longest else None
-        return Workload(self.batch, longest, generate)
 
 
 def max_positions(language: PretrainedConfig) -> int | None:

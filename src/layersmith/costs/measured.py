@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 
 from layersmith.block_config import BlockConfig
+from layersmith.costs.budget import Workload
 from layersmith.costs.clock import LEAST_ROUNDS, Measurement, device_name, quietly, time_in_turns
-from layersmith.costs.counted import Workload, layers_alike
+from layersmith.costs.counted import layers_alike
 from layersmith.costs.measurement_cache import MeasurementCache
 from layersmith.costs.savings import Shape, as_times, rescale, shrink
 from layersmith.costs.stopwatch import REFERENCE_REPEATS, Stopwatch, no_op_blocks

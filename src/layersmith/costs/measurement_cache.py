@@ -8,8 +8,8 @@ from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
+from layersmith.costs.budget import Workload
 from layersmith.costs.clock import device_name
-from layersmith.costs.counted import Workload
 from layersmith.costs.times import Check, Timing
 from layersmith.errors import LayersmithError
 from layersmith.execution.parent import Parent

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from layersmith.block_config import BlockConfig, has_attention
-from layersmith.costs.counted import Workload, sliding_window
+from layersmith.costs.budget import Workload
+from layersmith.costs.counted import sliding_window
 from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times, Timing
 from layersmith.errors import UsageError, did_you_mean

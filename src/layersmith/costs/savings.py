@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from layersmith.block_config import BlockConfig
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload
 from layersmith.costs.times import ZERO, Times, Timing
 from layersmith.library.alternative import Alternative
 from layersmith.run.artifacts import fingerprint

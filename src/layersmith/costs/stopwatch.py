@@ -17,8 +17,8 @@ import torch
 from transformers import PreTrainedModel
 
 from layersmith.block_config import BlockConfig
+from layersmith.costs.budget import Workload
 from layersmith.costs.clock import Measurement, Served, time_in_turns
-from layersmith.costs.counted import Workload
 from layersmith.costs.times import Check, Times, Timing
 from layersmith.execution.exchange import share_buffers
 from layersmith.execution.parent import Parent

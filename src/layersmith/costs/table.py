@@ -10,7 +10,8 @@ import torch
 from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig
-from layersmith.costs.counted import Workload, layers_alike, max_positions, subblock_costs, total
+from layersmith.costs.budget import Workload
+from layersmith.costs.counted import layers_alike, max_positions, subblock_costs, total
 from layersmith.costs.curve import Bend
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes

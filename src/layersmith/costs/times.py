@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Workload
 from layersmith.costs.curve import Bend, Curve
 from layersmith.costs.table import CostTable
 from layersmith.errors import InputError

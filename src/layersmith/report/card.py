@@ -224,7 +224,7 @@ def _changes(child: Child) -> str:
 def _costs(child: Child) -> str:
     solution, clock = child.solution, read_clock(child.run.folder)
     before, after = dict(solution.parent_costs), dict(solution.costs)
-    workload = f"KV cache for a batch of {solution.budget.batch} with {solution.budget.context:,} tokens each."
+    workload = f"KV cache for a batch of {solution.workload.batch} with {solution.workload.context:,} tokens each."
     if clock is not None:
         before, after = before | clock.parent, after | clock.child
         workload += f" Timed on {workload_in_words(clock)}."

@@ -85,8 +85,8 @@ def collect(results: Results) -> Report:
         title=f"{name}: {was} to {now} parameters",
         parent=Model(name, before),
         child=Model(f"{name}, child", after),
-        batch=solution.budget.batch,
-        context=solution.budget.context,
+        batch=solution.workload.batch,
+        context=solution.workload.context,
         budget=tuple(
             BudgetRow(cost, limit, cost_unit(cost), used=after[cost], parent=before[cost])
             for cost, limit in limits.items()
@@ -120,7 +120,7 @@ def _measured_costs(solution: Solution, optional: Optional) -> tuple[dict[str, A
         return before, after, solution.limits
     before, after = before | clock.parent, after | clock.child
     # A limit that is a fraction of a time refers to the parent's time as measured together with the child's.
-    timed = {cost: limit for cost, limit in solution.budget.resolve(before).items() if cost in clock.parent}
+    timed = {cost: limit for cost, limit in solution.asked.resolve(before).items() if cost in clock.parent}
     return before, after, solution.limits | timed
 
 

@@ -19,7 +19,7 @@ UNIFORM, DROPPED, RANDOM = "uniform narrowing", "layers dropped", "random"
 def uniform(problem: SearchProblem, cost: str, budgets: Sequence[float]) -> list[Solution]:
     """For each budget the best solution in which all layers (that are alike in the parent) become the same."""
     rules = dataclasses.replace(problem.rules, uniform_groups=0)
-    own = SearchProblem(problem.alternatives, problem.losses, problem.costs, problem.budget, rules, problem.blocks)
+    own = SearchProblem(problem.alternatives, problem.losses, problem.costs, problem.asked, rules, problem.blocks)
     found = []
     for budget in budgets:
         try:

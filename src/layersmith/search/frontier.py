@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from layersmith.costs.budget import COSTS, Budget, Limit, is_time
+from layersmith.costs.budget import COSTS, Limit, Limits, is_time
 from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
@@ -18,10 +18,10 @@ from layersmith.search.problem import SearchProblem, Solution
 _SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
-def axes_of(alternatives: Sequence[Alternative], costs: CostTable, budget: Budget) -> list[Axis]:
-    """The costs by which children will be chosen: parameters, and what a budget limits."""
+def axes_of(alternatives: Sequence[Alternative], costs: CostTable, limits: Limits) -> list[Axis]:
+    """The costs by which children will be chosen: parameters, and what is limited."""
     found: list[Axis] = []
-    for name in dict.fromkeys(["parameters", *(limit.cost for limit in budget.limits)]):
+    for name in dict.fromkeys(["parameters", *(limit.cost for limit in limits)]):
         whole = costs.parent.get(name)
         if not whole or any(name not in costs.by_key[a.key] for a in alternatives):
             continue  # made of several costs
@@ -80,11 +80,10 @@ def frontier(
 def _for(solution: Solution, limits: dict[str, Any]) -> Solution:
     """The solution with the limits for which it is the best."""
     known = all(cost in COSTS and (isinstance(limit, int) or is_time(cost)) for cost, limit in limits.items())
-    budget = solution.budget
+    asked = solution.asked
     if known:
-        own = tuple(Limit.of(cost, limit) for cost, limit in limits.items())
-        budget = dataclasses.replace(solution.budget, limits=own)
-    return dataclasses.replace(solution, limits=limits, budget=budget)
+        asked = Limits(tuple(Limit.of(cost, limit) for cost, limit in limits.items()))
+    return dataclasses.replace(solution, limits=limits, asked=asked)
 
 
 def point(

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layersmith.block_config import BlockConfig
-from layersmith.costs.budget import Budget, is_time
+from layersmith.costs.budget import Limits, Workload, is_time
 from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times
 from layersmith.errors import Infeasible
@@ -37,7 +37,8 @@ class Solution:
         costs: Costs of the whole child.
         parent_costs: Costs of the whole parent.
         limits: Upper limits on costs.
-        budget: The budget that the limits come from.
+        asked: The limits as they were asked for.
+        workload: What the costs are for.
         proven_optimal: Whether no other solution within the limits has a lower score.
         bound: No solution within the limits has a lower score than this, if known.
     """
@@ -47,7 +48,8 @@ class Solution:
     costs: dict[str, Any]
     parent_costs: dict[str, Any]
     limits: dict[str, Any]
-    budget: Budget
+    asked: Limits
+    workload: Workload
     proven_optimal: bool
     bound: float | None = None
 
@@ -74,7 +76,8 @@ class Solution:
             "costs": self.costs,
             "parent_costs": self.parent_costs,
             "limits": self.limits,
-            "budget": self.budget.to_dict(),
+            "asked": self.asked.to_data(),
+            "workload": dataclasses.asdict(self.workload),
             "proven_optimal": self.proven_optimal,
             "bound": self.bound,
         }
@@ -82,7 +85,8 @@ class Solution:
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Solution:
         alternatives = tuple(parse(Alternative, entry, "solution.json") for entry in data["alternatives"])
-        return Solution(**{**data, "alternatives": alternatives, "budget": Budget.from_dict(data["budget"])})
+        asked, workload = Limits.from_data(data["asked"]), Workload(**data["workload"])
+        return Solution(**{**data, "alternatives": alternatives, "asked": asked, "workload": workload})
 
 
 class SearchProblem:
@@ -92,8 +96,8 @@ class SearchProblem:
         alternatives: Alternatives of every layer, the parent's included.
         losses: Key of each alternative to its loss increase; the parent's are 0.
         costs: Costs of every alternative.
-        budget: Upper limits on costs.
-        rules: What a solution must satisfy besides the budget.
+        limits: Upper limits on costs.
+        rules: What a solution must satisfy besides the limits.
         blocks: Block configs of the parent; needed by rules on sizes or on groups of equal layers.
 
     Raises:
@@ -106,14 +110,13 @@ class SearchProblem:
         alternatives: Sequence[Alternative],
         losses: Mapping[str, float],
         costs: CostTable,
-        budget: Budget,
+        limits: Limits,
         rules: SearchRecipe = NO_RULES,
         blocks: Sequence[BlockConfig] | None = None,
     ):
-        self.alternatives, self.losses, self.costs = alternatives, losses, costs
-        self.budget = budget.within(costs.workload.context)
+        self.alternatives, self.losses, self.costs, self.asked = alternatives, losses, costs, limits
         self.rules, self.blocks = rules, blocks
-        self.limits = budget.resolve(costs.parent)
+        self.limits = limits.resolve(costs.parent)
         self.rule_limits = rules_of.limits_of(rules, costs)
         self.by_place = rules_of.allowed(alternatives, rules, blocks)
         self._costs_by_key = {
@@ -128,7 +131,7 @@ class SearchProblem:
     def with_times(self, times: Times) -> SearchProblem:
         """The same problem with these times among the costs."""
         costs = times.into(self.costs, self.alternatives)
-        return SearchProblem(self.alternatives, self.losses, costs, self.budget, self.rules, self.blocks)
+        return SearchProblem(self.alternatives, self.losses, costs, self.asked, self.rules, self.blocks)
 
     def _alike(self, places: Sequence[rules_of.Place]) -> dict[str, tuple[Alternative, ...]]:
         """The alternatives that all of these subblocks have, by the key of the candidate."""
@@ -236,7 +239,8 @@ class SearchProblem:
             costs=self._costs_of(chosen),
             parent_costs=self.costs.parent,
             limits=self.limits,
-            budget=self.budget,
+            asked=self.asked,
+            workload=self.costs.workload,
             proven_optimal=proven,
         )
 

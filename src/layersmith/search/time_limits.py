@@ -94,7 +94,7 @@ def _against_limits(solution: Solution, measured: Check, times: Times) -> tuple[
     Both are relative to the parent as it was timed in the same rounds, which cancels the speed of the machine.
     """
     child, parent = (costs_of(timing, times.workload) for timing in (measured.whole, measured.parent))
-    limits = [limit for limit in solution.budget.limits if limit.cost in child]
+    limits = [limit for limit in solution.asked if limit.cost in child]
     if not limits:
         return 0.0, 0.0
     overrun = max(child[limit.cost] / limit.resolve(parent[limit.cost]) - 1 for limit in limits)

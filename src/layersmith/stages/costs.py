@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.block_config import BlockConfig
-from layersmith.costs.budget import Budget, Limit
-from layersmith.costs.counted import Workload, context_note
+from layersmith.costs.budget import Limit, Limits, Workload
+from layersmith.costs.counted import context_note
 from layersmith.costs.measured import measure
 from layersmith.costs.roofline import predict
 from layersmith.costs.table import CostTable, count_costs
@@ -62,7 +62,7 @@ def cost_table(parent: Parent, survey: Survey | Library, workload: Workload) -> 
 def check_reachable(
     alternatives: Sequence[Alternative],
     costs: CostTable,
-    budget: Budget,
+    limits: Limits,
     rules: SearchRecipe,
     blocks: Sequence[BlockConfig],
 ) -> None:
@@ -73,13 +73,13 @@ def check_reachable(
     """
     if PREFILL not in costs.parent:
         rules = without_times(rules)
-        budget = budget.counted or dataclasses.replace(budget, limits=(Limit("parameters", fraction="1"),))
-    SearchProblem(alternatives, dict.fromkeys(costs.by_key, 0.0), costs, budget, rules, blocks).reachable()
+        limits = limits.counted or Limits((Limit("parameters", fraction="1"),))
+    SearchProblem(alternatives, dict.fromkeys(costs.by_key, 0.0), costs, limits, rules, blocks).reachable()
 
 
-def wants_times(budget: Budget, rules: SearchRecipe) -> bool:
+def wants_times(limits: Limits, rules: SearchRecipe) -> bool:
     """Whether a limit or a rule is about time."""
-    return budget.has_times or without_times(rules) != rules
+    return limits.has_times or without_times(rules) != rules
 
 
 def find_times(
@@ -150,7 +150,7 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
 
     def check(times: Times | None) -> None:
         table = Costs(counted, times).table(found.alternatives)
-        check_reachable(found.alternatives, table, job.budget, rules, parent.blocks)
+        check_reachable(found.alternatives, table, job.limits, rules, parent.blocks)
 
     def check_fastest(fastest: Times) -> None:
         """Refuse early if even a child of no-ops takes twice what is allowed; near misses are measured in full."""
@@ -161,7 +161,7 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
             raise
 
     check(None)
-    if not wants_times(job.budget, rules):
+    if not wants_times(job.limits, rules):
         return Costs(counted, None)
     times = known
     if times is None or times.workload != job.workload.within(parent.positions):
@@ -174,7 +174,7 @@ def _inputs(job: Job) -> Any:
     given = job.recipe.costs.times
     file = None if given is None else content_digest(Path(given))
     sections = [job.settings(section) for section in ("costs", "search")]
-    return [job.made_from(DESCRIBE), job.budget.to_dict(), *sections, file, job.dtype]
+    return [job.made_from(DESCRIBE), job.limits.to_data(), dataclasses.asdict(job.workload), *sections, file, job.dtype]
 
 
 def _make(job: Job, making: Making) -> None:

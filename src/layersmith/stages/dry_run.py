@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from layersmith.costs.budget import Budget
-from layersmith.costs.counted import COSTS, Workload
+from layersmith.costs.counted import COSTS
 from layersmith.data.read import read_documents
 from layersmith.heterogeneous.checkpoint import check_files
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -39,10 +39,8 @@ def plan(
     check_files(parent)
     next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
     runtime = Runtime.detect(recipe.device, recipe.dtype)
-    found = outline(
-        parent, recipe.library, Workload(budget.batch, budget.context), descriptor, recipe.trust_remote_code
-    )
-    check_reachable(found.alternatives, found.costs, budget, recipe.search, found.blocks)
+    found = outline(parent, recipe.library, budget.workload, descriptor, recipe.trust_remote_code)
+    check_reachable(found.alternatives, found.costs, budget.limits, recipe.search, found.blocks)
     whole = found.costs.parent
     smallest = {name: _smallest(found, name) for name in COSTS}
     flops = count_flops(found, recipe)
@@ -53,7 +51,7 @@ def plan(
     seconds = sum(flops.values()) / matrix_rate(runtime)
     lines = [
         f"parent: {parent}, {format_cost('parameters', whole['parameters'])} parameters",
-        f"budget: {', '.join(str(limit) for limit in budget.limits)}",
+        f"budget: {budget.limits}",
         "can be reached:",
         *(
             f"  {name.replace('_', ' ')}: {format_cost(name, whole[name])} down to {format_cost(name, smallest[name])}"
@@ -75,7 +73,7 @@ def plan(
         *(f"note: {note}" for note in found.notes),
         *(
             ["note: limits of time are looked at when the run has timed the parent's parts."]
-            if budget.has_times
+            if budget.limits.has_times
             else ()
         ),
         "nothing was written.",

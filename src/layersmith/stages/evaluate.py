@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from layersmith.costs.budget import Workload
 from layersmith.costs.clock import device_name
-from layersmith.costs.counted import Workload
 from layersmith.costs.stopwatch import time_models
 from layersmith.costs.times import costs_of
 from layersmith.evaluation.compare import compare, complete
@@ -74,7 +74,7 @@ EVALUATION: Stage[Job, dict[str, Any]] = Stage(
 
 def _workload(job: Job) -> Workload:
     workload = job.workload.within(job.parent.positions)
-    if not job.budget.has_times:  # only informative, so it has to be quick
+    if not job.limits.has_times:  # only informative, so it has to be quick
         workload = workload.within(job.recipe.data.sequence_length)
     return workload
 
@@ -83,7 +83,7 @@ def _is_wanted(job: Job) -> bool:
     """Nothing is timed if times are those of another machine, or the parent is not in memory."""
     times = job.read(COSTS).times
     is_possible = not job.is_streamed and (times is None or times.source == "measured")
-    return is_possible and (job.budget.has_times or job.recipe.costs.time_child)
+    return is_possible and (job.limits.has_times or job.recipe.costs.time_child)
 
 
 def _time(job: Job, making: Making) -> None:
@@ -119,7 +119,7 @@ CLOCK = Stage(
         job.settings("costs"),
         job.settings("data")["sequence_length"],
         dataclasses.asdict(job.workload),
-        job.budget.has_times,
+        job.limits.has_times,
         job.dtype,
     ],
     make=_time,

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
-from layersmith.costs.counted import Workload, context_note, total
+from layersmith.costs.budget import Workload
+from layersmith.costs.counted import context_note, total
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype
 from layersmith.heterogeneous.plan import SUBBLOCKS

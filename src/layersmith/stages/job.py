@@ -15,8 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from layersmith.costs.budget import Budget
-from layersmith.costs.counted import Workload
+from layersmith.costs.budget import Budget, Limits, Workload
 from layersmith.data.splits import load_tokenizer
 from layersmith.errors import InputError
 from layersmith.execution.parent import Parent, identity_of, load_parent
@@ -42,7 +41,8 @@ class Job:
         run: The run folder.
         path: Parent: checkpoint folder or hub id.
         data: Source of documents.
-        budget: Limits of the child, and the workload that its costs are for.
+        limits: Upper limits on costs of the child.
+        workload: What its costs are for.
         recipe: All settings.
         family: Descriptor of the parent's model family; default: inferred.
         progress: Receives steps and notes.
@@ -52,7 +52,8 @@ class Job:
     run: Run
     path: str
     data: str
-    budget: Budget
+    limits: Limits
+    workload: Workload
     recipe: Recipe
     family: type[ModelDescriptor] | None = None
     progress: Progress = SILENT
@@ -106,11 +107,6 @@ class Job:
 
     # ------------------------------------------------------------------------------------------ the request
 
-    @property
-    def workload(self) -> Workload:
-        """The workload for which costs are counted."""
-        return Workload(self.budget.batch, self.budget.context, self.budget.generate)
-
     def settings(self, section: str) -> Any:
         """A section of the recipe as JSON data."""
         return self.recipe.to_dict()[section]
@@ -120,7 +116,7 @@ class Job:
         return {
             "parent": {"path": self.path, "identity": self.identity},
             "data": {"source": self.data, "digest": data_digest},
-            "budget": self.budget.to_dict(),
+            "budget": Budget(self.limits, self.workload).to_dict(),
             "recipe": self.recipe.to_dict(),
             "seed": self.recipe.seed,
             "versions": versions(),
@@ -149,12 +145,14 @@ class Job:
         """
         run = Run.existing(folder)
         header = run.header()
+        budget = Budget.from_dict(header["budget"])
         run.require(*(stage.name for stage in needed))
         job = Job(
             run=run,
             path=run.path_as_meant(header["parent"]["path"]),
             data=run.path_as_meant(header["data"]["source"]),
-            budget=Budget.from_dict(header["budget"]),
+            limits=budget.limits,
+            workload=budget.workload,
             recipe=change(Recipe.from_dict(header["recipe"], str(run.folder / "run.json"))),
             family=family,
             progress=progress,

@@ -63,7 +63,7 @@ def _job(
         return dataclasses.replace(recipe, scoring=scoring, search=rules or recipe.search)
 
     job = Job.of_run(run_folder, (DESCRIBE, COSTS, LIBRARY, SCORES), descriptor, progress, change)
-    job.budget = budget
+    job.limits, job.workload = budget.limits, budget.workload
     job.put(COSTS, find_costs(job, progress, job.read(COSTS).times))
     return job, problem_as_measured(job)
 

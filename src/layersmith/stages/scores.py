@@ -24,7 +24,7 @@ _FILE = "scores.json"
 def _axes(job: Job) -> list[Axis]:
     """The costs by which the search will choose: they decide which scores have to be exact."""
     alternatives = job.read(DESCRIBE).alternatives
-    return axes_of(alternatives, job.read(COSTS).table(alternatives), job.budget)
+    return axes_of(alternatives, job.read(COSTS).table(alternatives), job.limits)
 
 
 def _inputs(job: Job) -> Any:

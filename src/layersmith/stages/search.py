@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layersmith.costs.budget import Budget
+from layersmith.costs.budget import Limits
 from layersmith.costs.stopwatch import Stopwatch
 from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times
@@ -38,18 +38,18 @@ MEASURED_POINTS = 10
 
 
 def search_problem(
-    library: Library, scores: list[Score], recipe: Recipe, costs: CostTable, budget: Budget
+    library: Library, scores: list[Score], recipe: Recipe, costs: CostTable, limits: Limits
 ) -> SearchProblem:
     """The search problem under the recipe's objective and constraints."""
     loss_by_key = losses(scores, recipe.scoring.objective)
-    return SearchProblem(library.alternatives, loss_by_key, costs, budget, recipe.search, library.parent.blocks)
+    return SearchProblem(library.alternatives, loss_by_key, costs, limits, recipe.search, library.parent.blocks)
 
 
 def problem_as_measured(job: Job) -> SearchProblem:
     """The search problem of a job, with times as they were measured."""
     library = job.read(LIBRARY)
     costs = job.read(COSTS).table(library.alternatives)
-    return search_problem(library, job.read(SCORES), job.recipe, costs, job.budget)
+    return search_problem(library, job.read(SCORES), job.recipe, costs, job.limits)
 
 
 def problem_of(job: Job) -> SearchProblem:
@@ -170,7 +170,7 @@ def write_frontier(
         progress: Receives points.
         measure: Evaluates solutions as whole models; default: sums of scores only.
     """
-    cost = problem.budget.limits[0].cost
+    cost = problem.asked.each[0].cost
     with progress.stage("frontier", recipe.frontier_points, "budgets") as advance:
         solutions = frontier(problem, cost, recipe.frontier_points, advance)
     some = solutions[:: max(1, len(solutions) // MEASURED_POINTS)]

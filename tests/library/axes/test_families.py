@@ -17,7 +17,8 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 
 import layersmith
 from layersmith import BlockConfig, FFNConfig
-from layersmith.costs.counted import Workload, subblock_costs
+from layersmith.costs.budget import Workload
+from layersmith.costs.counted import subblock_costs
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
