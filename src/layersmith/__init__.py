@@ -1,6 +1,8 @@
-"""layersmith: any Hugging Face decoder model and a budget in; a smaller model whose layers differ out.
+"""layersmith compresses a Hugging Face decoder model to a budget by choosing another architecture for every layer.
 
-Importing this module is cheap: PyTorch and Transformers are imported by the first name that needs them.
+Importing this module is cheap: PyTorch and Transformers are imported by the first name that needs them. The import has
+one side effect: from then on ``AutoModelForCausalLM.from_pretrained`` loads children without remote code
+(:mod:`layersmith.heterogeneous.auto`).
 """
 
 from __future__ import annotations

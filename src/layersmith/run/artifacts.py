@@ -34,7 +34,7 @@ os.umask(_UMASK)
 
 @contextmanager
 def saying_disk_full(path: Path) -> Iterator[None]:
-    """Turn a full disk or a read-only folder into one sentence."""
+    """Report a full disk or a read-only folder in one sentence."""
     try:
         yield
     except OSError as error:
@@ -133,7 +133,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def plain(value: Any, without: Sequence[str] = ()) -> Any:
-    """JSON data of a config; what JSON has no word for becomes a string, and some keys are left out at any depth."""
+    """JSON data of a config: other values become strings, and the keys in ``without`` are left out at any depth."""
     if isinstance(value, dict):
         return {str(k): plain(v, without) for k, v in value.items() if k not in without}
     if isinstance(value, list | tuple):

@@ -17,10 +17,10 @@ class Runtime:
     """Where and how this process computes.
 
     Attributes:
-        device: of the weights and activations.
-        dtype: of the computation. Weights are rounded to the checkpoint's dtype first, so what is computed in a
-            wider dtype is what the checkpoint holds.
-        rank, world_size: of this process among those that a launcher such as ``torchrun`` started.
+        device: Device of the weights and activations.
+        dtype: Dtype of the computation. Weights are rounded to the checkpoint's dtype first, so a wider dtype computes
+            with the weights that the checkpoint holds.
+        rank, world_size: Number of this process and of all processes that a launcher such as ``torchrun`` started.
     """
 
     device: torch.device
@@ -30,10 +30,10 @@ class Runtime:
 
     @staticmethod
     def detect(device: str = "auto", dtype: str = "auto") -> Runtime:
-        """``auto``: the first CUDA device in bfloat16 if there is one, else the CPU in float32.
+        """Read the settings; ``auto`` is the first CUDA device in bfloat16 if there is one, else the CPU in float32.
 
         Raises:
-            UsageError: a device that is not here, or an unknown dtype.
+            UsageError: The device is not here, or the dtype is unknown.
         """
         rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
         if device == "auto":

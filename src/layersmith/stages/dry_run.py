@@ -1,4 +1,4 @@
-"""``--dry-run``: what will be done, what it takes, and what can be reached, from the config alone."""
+"""``--dry-run``: what a run will do and take, and whether the budget can be met, from the config alone."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def plan(
     """The text that ``--dry-run`` prints.
 
     Raises:
-        LayersmithError: whatever would stop the run before its work starts.
+        LayersmithError: What would stop the run before its work starts.
     """
     Run.check(Path(out))
     check_files(parent)
@@ -49,6 +49,7 @@ def plan(
         if not alternative.is_parent:
             kinds[alternative.kind] = kinds.get(alternative.kind, 0) + 1
     seconds = sum(flops.values()) / matrix_rate(runtime)
+    shortest, longest = (format_seconds(max(1, round(times * seconds))) for times in (2, 4))
     lines = [
         f"parent: {parent}, {format_cost('parameters', whole['parameters'])} parameters",
         f"budget: {budget.limits}",
@@ -65,14 +66,14 @@ def plan(
         f"data: {data}, rows of {recipe.data.sequence_length} tokens: {recipe.data.calibration_sequences} calibration, "
         f"{recipe.data.scoring_sequences} scoring, {recipe.data.evaluation_sequences} evaluation",
         "arithmetic: " + ", ".join(f"{name} {value / 1e12:.2f} TFLOP" for name, value in flops.items()),
-        f"time: at least {format_seconds(max(1, round(seconds)))} on this {runtime.device.type} at the rate that "
-        "a matrix product reaches on it now; expect two to four times that",
+        f"estimated time: {shortest} to {longest} on this {runtime.device.type}, two to four times the time of the "
+        "matrix products alone",
         f"memory: {format_cost('weight_bytes', whole['parameters'] * runtime.dtype.itemsize)} for the parent's weights "
         f"in {str(runtime.dtype).removeprefix('torch.')}, up to {recipe.library.statistics_gib:g} GiB for statistics",
         f"disk: at most {format_cost('weight_bytes', whole['weight_bytes'])} for the child in {out}",
         *(f"note: {note}" for note in found.notes),
         *(
-            ["note: limits of time are looked at when the run has timed the parent's parts."]
+            ["note: latency limits cannot be checked in a dry run; a run checks them once the parent is timed."]
             if budget.limits.has_times
             else ()
         ),
@@ -91,9 +92,9 @@ def _smallest(found: Any, name: str) -> int:
 
 
 def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
-    """Two operations for each weight and token, by stage.
+    """Arithmetic operations by stage: two for each weight and token.
 
-    An alternative that is run exactly runs its own layer and those after it; estimates of all cost a few passes.
+    An exact score runs the alternative's layer and those after it; estimates of all scores cost a few passes.
     """
     data, layers = recipe.data, len(found.axes)
     inside = [0] * layers
@@ -118,7 +119,7 @@ def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
 
 
 def matrix_rate(runtime: Runtime, size: int = 1024) -> float:
-    """Operations a second of a square matrix product, as measured now."""
+    """Operations per second of a square matrix product, measured now."""
     a = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device)
     best = 0.0
     for _ in range(4):
