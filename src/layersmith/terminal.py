@@ -14,9 +14,8 @@ from layersmith.costs.times import Times, Timing
 from layersmith.evaluation.compare import closed
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.records import parse
 from layersmith.report.collect import described
-from layersmith.report.data import Clock
+from layersmith.report.data import Report
 from layersmith.report.words import cost_label, ordered_costs, ratio, workload_in_words
 from layersmith.run.artifacts import read_json
 from layersmith.search.problem import Solution
@@ -28,22 +27,24 @@ from layersmith.units import format_cost, format_seconds
 def print_result(console: Console, result: Any, with_samples: bool = False) -> None:
     """Print the solution, a table of parent against child, and the paths of child and report."""
     solution: Solution = result.solution
-    report = read_json(result.run / "report.json")
-    print_layers(console, report["layers"])
+    report = Report.from_json(read_json(result.run / "report.json"))
+    cells = [
+        [(c.parent, None if c.kind == "parent" else c.child) for c in (row.attention, row.ffn)] for row in report.layers
+    ]
+    print_layers(console, cells)
     table = Table(title="parent and child", title_justify="left")
     for heading in ("", "parent", "child", "child / parent"):
         table.add_column(heading, justify="left" if not heading else "right")
-    measured = report["times"] or {"parent": {}, "child": {}}
-    counted = [name for name in ordered_costs(solution.costs) if name not in measured["child"]]
-    for names, parent_costs, child_costs in (
-        (counted, solution.parent_costs, solution.costs),
-        (ordered_costs(measured["child"]), measured["parent"], measured["child"]),
-    ):
-        for name in names:
-            before, after = parent_costs[name], child_costs[name]
-            share = ratio(name, before, after)
-            change = "" if share is None else f"{share:.2f}x"
-            table.add_row(cost_label(name), format_cost(name, before), format_cost(name, after), change)
+    clock = report.times
+    before, after = dict(solution.parent_costs), dict(solution.costs)
+    if clock is not None:
+        before, after = before | clock.parent, after | clock.child
+    for name in ordered_costs(after):
+        share = ratio(name, before[name], after[name])
+        change = "" if share is None else f"{share:.2f}x"
+        if clock is not None and clock.is_busy and name in clock.child:
+            change = "busy"
+        table.add_row(cost_label(name), format_cost(name, before[name]), format_cost(name, after[name]), change)
     table.add_section()
     table.add_row("", "", "", "child - parent", style="bold")
     for metric in ("loss", "perplexity", "kl_divergence", "top_1_agreement"):
@@ -59,27 +60,26 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
     console.print(
         f"evaluated on {tokens:,} held-out tokens; ± is one standard error of the mean over rows", style="dim"
     )
-    if report["times"]:
-        console.print(
-            f"timed on {workload_in_words(parse(Clock, measured, 'report.json: '))}", style="dim", highlight=False
-        )
+    if clock is not None:
+        console.print(f"timed on {workload_in_words(clock)}", style="dim", highlight=False)
     if with_samples:
         print_samples(console, result.evaluation["samples"])
     console.print(f"child:  {result.child}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"report: {result.report}", markup=False, highlight=False, soft_wrap=True)
 
 
-def print_layers(console: Console, layers: list[dict[str, Any]]) -> None:
-    """Print a solution layer by layer, the parent's subblock and the child's."""
+# The parent's subblock in words, and the child's; None if it is unchanged.
+Cell = tuple[str, str | None]
+
+
+def print_layers(console: Console, layers: Sequence[Sequence[Cell]]) -> None:
+    """Print a solution: for each layer its attention and its FFN, of the parent and of the child."""
     table = Table(title="solution", title_justify="left")
     for heading in ("layer", "attention", "FFN"):
         table.add_column(heading)
-    for row in layers:
-        cells = [row["attention"], row["ffn"]]
-        words = [
-            Text("unchanged", style="dim") if c["kind"] == "parent" else f"{c['parent']} => {c['child']}" for c in cells
-        ]
-        table.add_row(str(row["layer"]), *words)
+    for layer, cells in enumerate(layers):
+        words = [Text("unchanged", style="dim") if child is None else f"{parent} => {child}" for parent, child in cells]
+        table.add_row(str(layer), *words)
     console.print(table)
 
 
@@ -99,10 +99,12 @@ def with_noise(value: float, error: float | None, sign: str = "") -> str:
 
 def print_solution(console: Console, library: Library, solution: Solution) -> None:
     """Print a solution and its costs."""
-    layers: list[dict[str, Any]] = [{"layer": i} for i in range(len(library.parent.blocks))]
-    for alternative in solution.alternatives:
-        parent, child = described(library, alternative)
-        layers[alternative.layer][alternative.subblock] = {"kind": alternative.kind, "parent": parent, "child": child}
+    cells = {(a.layer, a.subblock): (a, *described(library, a)) for a in solution.alternatives}
+    layers: list[list[Cell]] = [[] for _ in library.parent.blocks]
+    for layer, row in enumerate(layers):
+        for subblock in ("attention", "ffn"):
+            alternative, parent, child = cells[layer, subblock]
+            row.append((parent, None if alternative.is_parent else child))
     print_layers(console, layers)
     for name in ordered_costs(solution.costs):
         before_cost, after_cost = solution.parent_costs[name], solution.costs[name]

@@ -119,12 +119,13 @@ def test_who_speaks_and_how(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("width", [50, 80, 120])
 def test_a_solution_fits_the_terminal(width: int) -> None:
-    attention = {"kind": "kv_heads", "parent": "32 heads, 8 KV heads", "child": "16 heads, 4 KV heads"}
-    ffn = {"kind": "experts", "parent": "64 experts of 1408, 6 a token, shared 2816", "child": "no-op"}
+    attention = ("32 heads, 8 KV heads", "16 heads, 4 KV heads")
+    ffn = ("64 experts of 1408, 6 a token, shared 2816", "no-op")
     screen = console(width, terminal=False)
-    print_layers(screen, [{"layer": i, "attention": attention, "ffn": ffn} for i in range(12)])
+    print_layers(screen, [[attention, ffn]] * 12 + [[(attention[0], None), ffn]])
     text = written(screen)
     assert max(map(len, text.splitlines())) <= width
     words = " ".join(text.replace("│", " ").split())
-    assert words.count("=>") == 24
+    assert words.count("=>") == 25
+    assert words.count("unchanged") == 1
     assert "no-op" in words

@@ -229,8 +229,9 @@ def _costs(child: Child) -> str:
         before, after = before | clock.parent, after | clock.child
         workload += f" Timed on {workload_in_words(clock)}."
     rows = []
+    uncertain = clock.child if clock is not None and clock.is_busy else {}
     for name in ordered_costs(after):
-        left = ratio(name, before[name], after[name])
+        left = None if name in uncertain else ratio(name, before[name], after[name])
         amounts = [format_cost(name, before[name]), format_cost(name, after[name])]
         limit = format_cost(name, solution.limits[name]) if name in solution.limits else ""
         rows.append([cost_label(name), *amounts, DASH if left is None else f"{left:.0%}", limit])

@@ -181,7 +181,11 @@ class Checks:
 
 @dataclass(frozen=True)
 class Clock:
-    """Measured times of parent and child, and the workload."""
+    """Measured times of parent and child, and the workload.
+
+    Attributes:
+        noise: For parent and child: standard errors and spread of the repeats, and whether the machine was busy.
+    """
 
     parent: Costs
     child: Costs
@@ -189,6 +193,21 @@ class Clock:
     prompt: int
     generated: int
     device: str
+    noise: dict[str, Noise] = field(default_factory=dict)
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether repeats of one time disagree so much that no speed-up can be read from these times."""
+        return any(noise.busy for noise in self.noise.values())
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Noise of a model's times: standard errors in seconds, and the spread of repeats as a share of their median."""
+
+    error: Costs
+    spread: Costs
+    busy: bool
 
 
 @dataclass(frozen=True)

@@ -105,13 +105,18 @@ def answer(report: Report) -> str:
         f"{now} of {was} parameters ({share(child['parameters'], parent['parameters'])})",
         f"{share(child['memory_bytes'], parent['memory_bytes'])} of the memory",
     ]
-    timed = [name for name in ordered_costs(parent) if cost_unit(name) == "seconds"]
+    timed = [name for name in ordered_costs(parent) if cost_unit(name) == "seconds" and not _is_uncertain(report, name)]
     words += [f"{share(child[name], parent[name])} of the {cost_label(name)}" for name in timed]
     costs = " and ".join(words) if len(words) < 3 else f"{', '.join(words[:-1])} and {words[-1]}"
     loss = report.evaluation.row("loss")
     if loss is None:
         return f"{costs}."
     return f"{costs}, for a loss of {number(loss.child, 3)} instead of {number(loss.parent, 3)} nats a token."
+
+
+def _is_uncertain(report: Report, name: str) -> bool:
+    """Whether a cost is a time that was measured while the machine was busy."""
+    return report.times is not None and report.times.is_busy and name in report.times.child
 
 
 def _cards(report: Report) -> list[dict[str, str]]:
@@ -123,7 +128,9 @@ def _cards(report: Report) -> list[dict[str, str]]:
             "label": cost_label(name),
             "value": format_cost(name, child[name]),
             "was": f"parent {format_cost(name, parent[name])}",
-            "change": change(1.0, ratio(name, parent[name], child[name]) or 0.0) if parent[name] else "",
+            "change": ""
+            if not parent[name] or _is_uncertain(report, name)
+            else change(1.0, ratio(name, parent[name], child[name]) or 0.0),
             "better": "yes" if child[name] <= parent[name] else "no",
         }
         for name in names

@@ -94,4 +94,4 @@ def workload_in_words(clock: Clock) -> str:
     return (
         f"{clock.device}: batch {clock.batch}, prompt of {clock.prompt:,} tokens, then {clock.generated:,} generated "
         "tokens"
-    )
+    ) + ("; the machine was busy, so these times are uncertain" if clock.is_busy else "")
