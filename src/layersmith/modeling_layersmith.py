@@ -1,14 +1,10 @@
-"""Models whose layers differ, for stock Transformers. Written by layersmith; needs only torch and Transformers.
+"""Builds a language model whose decoder layers differ from one another. layersmith wrote this file and the checkpoint.
 
-A copy of it lies in every checkpoint that layersmith writes, named in ``auto_map``, so that
-``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`` builds the model where layersmith is not
-installed. The layersmith package itself uses this same file.
-
-The checkpoint's ``config.json`` says everything that is built here, in its entry ``layersmith``: for every decoder
-layer the config attributes that differ from the model's own, the modules that are replaced, and the slot of the KV
-cache that its attention uses. No model family is known by name.
-
-It is longer than a module should be because it has to be one file.
+Load the folder that holds this file with ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``; this
+needs torch and Transformers, and no layersmith. The entry ``layersmith`` of ``config.json`` is the plan of the model:
+for each decoder layer its config overrides, its replaced modules, and its slot in the KV cache. This file builds the
+stock Transformers class of the config's ``model_type`` with the layers of the plan, for any model family. It is one
+long file, with some private names of Transformers, because it must work alone in every folder that layersmith writes.
 """
 
 from __future__ import annotations
@@ -52,10 +48,10 @@ def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor
 
 
 class MatchingZeros(nn.Module):
-    """Zeros of the shape, dtype and device of its first tensor argument: a subblock that adds nothing.
+    """Returns zeros like its first tensor argument, in the place of a subblock that then adds nothing.
 
     Args:
-        size: of the last dimension, where it is another one.
+        size: Size of the last dimension. Default: the input's.
     """
 
     def __init__(self, size: int | None = None):
@@ -68,7 +64,7 @@ class MatchingZeros(nn.Module):
 
 
 class Same(nn.Module):
-    """Its first tensor argument, unchanged: a norm that is not there."""
+    """Returns its first tensor argument unchanged, in the place of a removed norm."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return _first_tensor(args, kwargs)
@@ -86,7 +82,11 @@ class LinearSubblock(nn.Module):
 
 
 class PassArgument(nn.Module):
-    """One of its arguments, by position or name: a subblock that adds the residual itself, and adds nothing to it."""
+    """Returns one of its arguments, in the place of a subblock that adds the residual itself.
+
+    Args:
+        argument: Position or name of the argument.
+    """
 
     def __init__(self, argument: int | str):
         super().__init__()
@@ -106,11 +106,11 @@ def return_tuple_of_size(
     """A subclass of ``cls`` that returns ``(output, None, ...)`` of length ``size``, as attention layers do.
 
     Args:
-        cls: a class of modules.
-        size: of the tuple.
-        as_list: whether it is a list.
-        names: of its parts, if they have some.
-        passes: places in the tuple at which it gives one of its arguments, and that argument's position or name.
+        cls: Class of a module that returns one tensor.
+        size: Length of the tuple.
+        as_list: Return a list instead of a tuple.
+        names: Field names; with them the result is a namedtuple.
+        passes: Pairs of a place in the tuple and the position or name of the argument that is returned there.
     """
     named: Any = namedtuple("Parts", names)  # type: ignore[misc]
     made = named._make if names else list if as_list else tuple
@@ -131,11 +131,14 @@ def return_tuple_of_size(
 def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -> nn.Module:
     """The module that a plan's record describes.
 
-    A record is ``{"is": "zeros" | "same" | "argument" | "linear", "returns": tuple size or 0}``; ``"list": True`` if
-    the tuple is a list, ``"names"`` its fields if it has some, ``"passes"`` the places in it that hold arguments, with
-    each one's position or name, ``"of"`` names the argument, ``"size"`` the size of the linear map, or of the zeros
-    where that is not the input's, ``"attributes"`` what the model asks of the module that was there, and ``"empty"``
-    the weights of it whose dtype or device the model asks.
+    The keys of a record:
+        ``is``: ``"zeros"``, ``"same"``, ``"argument"`` or ``"linear"``.
+        ``returns``: Length of the tuple that the module returns; 0 for a tensor.
+        ``list``, ``names``, ``passes``: The arguments of :func:`return_tuple_of_size`.
+        ``of``: Position or name of the argument to return.
+        ``size``: Size of the linear map, or of the zeros where it differs from the input's.
+        ``attributes``: Attributes that the model reads from the original module, with their values.
+        ``empty``: Weights of the original module of which the model reads only the dtype or device.
     """
     kinds: dict[str, type[nn.Module]] = {
         "zeros": MatchingZeros,
@@ -157,7 +160,7 @@ def make_replacement(record: dict[str, Any], dtype: torch.dtype | None = None) -
     return module
 
 
-# ---------------------------------------------------------------------------------------------- layers of their own
+# ---------------------------------------------------------------------------------------------- building layers
 
 LAYER_INDEX_NAMES = ("layer_idx", "layer_id", "layer_number", "layer_index", "block_idx")
 _INDEX_NAMES = (*LAYER_INDEX_NAMES, "idx", "i")
@@ -165,24 +168,24 @@ _construction = threading.RLock()
 
 
 @contextmanager
-def own_layers(
+def heterogeneous_layers(
     layer_classes: Sequence[type[nn.Module]],
     configure: Callable[[PretrainedConfig, int], PretrainedConfig],
     finish: Callable[[nn.Module, int], None],
 ) -> Iterator[None]:
-    """While open, a decoder layer that is constructed gets its own config and is finished by a callback.
+    """While open, each decoder layer that is constructed gets a config for its index and is finished by a callback.
+
+    The classes are restored when the context closes, also after an error.
 
     Args:
-        layer_classes: the decoder layer classes of the model.
-        configure: ``(model's config, layer index) -> layer's config``; must not change what it is given.
-        finish: called with each layer after its construction, and its index.
-
-    The classes are as before when the context closes, however it closes.
+        layer_classes: The decoder layer classes of the model.
+        configure: ``(config of the model, layer index) -> config of the layer``; must not change its argument.
+        finish: Called with each constructed layer and its index.
     """
     originals = [(cls, cls.__init__, "__init__" in vars(cls)) for cls in layer_classes]
-    built_from: dict[int, tuple[nn.Module, PretrainedConfig]] = {}  # with the module, so that its id stays its own
+    built_from: dict[int, tuple[nn.Module, PretrainedConfig]] = {}  # holds the module, so that its id is not reused
     under_construction: set[int] = set()  # a listed class may call another listed class's __init__
-    given = _GivenBuffers()
+    late_buffers = _LateBuffers()
     constructed = 0
 
     def patch(cls: type[nn.Module], original: Callable[..., None]) -> None:
@@ -190,7 +193,7 @@ def own_layers(
 
         def __init__(self: nn.Module, *args: Any, **kwargs: Any) -> None:
             nonlocal constructed
-            if id(self) in under_construction or given.asking:
+            if id(self) in under_construction or late_buffers.building:
                 original(self, *args, **kwargs)
                 return
             bound = signature.bind(self, *args, **kwargs)
@@ -209,19 +212,19 @@ def own_layers(
                 under_construction.discard(id(self))
             built_from.update((id(m), (m, bound.arguments[config_name])) for m in self.modules())
             finish(self, index)
-            given.note(self, bound.arguments[config_name])
+            late_buffers.note(self, bound.arguments[config_name])
 
         __init__.__wrapped__ = original  # type: ignore[attr-defined]
         cls.__init__ = __init__  # type: ignore[method-assign]
 
-    with _construction, _initialized_by(built_from), given.by_layer():
+    with _construction, _initialized_by(built_from), late_buffers.by_layer():
         try:
             for cls, original, _ in originals:
                 patch(cls, original)
             yield
         finally:
-            for cls, original, is_own in originals:
-                if is_own:
+            for cls, original, is_defined_here in originals:
+                if is_defined_here:
                     cls.__init__ = original  # type: ignore[method-assign]
                 else:
                     del cls.__init__
@@ -229,21 +232,21 @@ def own_layers(
 
 @contextmanager
 def _initialized_by(built_from: dict[int, tuple[nn.Module, PretrainedConfig]]) -> Iterator[None]:
-    """While open, a model starts the weights of a module by the config that the module was built from.
+    """While open, a model initializes the weights of a module by the config that the module was built from.
 
-    Some families read sizes off the model's own config there, e.g. how many numbers a mixer's heads start with.
+    Some families read sizes from the model's config there, e.g. the number of heads of a mixer.
     """
     original = PreTrainedModel._initialize_weights
 
     def _initialize_weights(self: PreTrainedModel, module: nn.Module, *args: Any, **kwargs: Any) -> None:
-        _, own = built_from.get(id(module), (module, None))
-        models = self.config
-        if own is not None and type(own) is type(models):
-            self.config = own
+        _, layer_config = built_from.get(id(module), (module, None))
+        model_config = self.config
+        if type(layer_config) is type(model_config):
+            self.config = layer_config
         try:
             original(self, module, *args, **kwargs)
         finally:
-            self.config = models
+            self.config = model_config
 
     PreTrainedModel._initialize_weights = _initialize_weights  # type: ignore[method-assign]
     try:
@@ -252,28 +255,28 @@ def _initialized_by(built_from: dict[int, tuple[nn.Module, PretrainedConfig]]) -
         PreTrainedModel._initialize_weights = original  # type: ignore[method-assign]
 
 
-class _GivenBuffers:
-    """Buffers that a model, once it has its layers, gives them all by its own config.
+class _LateBuffers:
+    """Buffers that a model adds to its layers once they are built, with sizes from the model's config.
 
-    A layer whose config is another gets what a model of that config gives its layers.
+    A layer with another config gets the buffers that a model of that config would give it.
     """
 
     def __init__(self) -> None:
-        self.asking = False  # a model of a layer's config is being built
+        self.building = False  # a model of a layer's config is being built
         self.layers: dict[int, tuple[nn.Module, PretrainedConfig, set[str]]] = {}
 
     def note(self, layer: nn.Module, config: PretrainedConfig) -> None:
-        """Take down what a layer has before its model gives it more."""
+        """Record the buffers of a layer before its model adds others."""
         self.layers[id(layer)] = layer, config, {name for name, _ in layer.named_buffers()}
 
     @contextmanager
     def by_layer(self) -> Iterator[None]:
-        """While open, a model that is constructed has each layer's own in the end."""
+        """While open, a model that is constructed ends with buffers of each layer's sizes."""
         original = PreTrainedModel.post_init
 
         def post_init(model: PreTrainedModel) -> None:
             original(model)
-            if not self.asking:
+            if not self.building:
                 self.exchange(model)
 
         PreTrainedModel.post_init = post_init  # type: ignore[method-assign]
@@ -283,72 +286,72 @@ class _GivenBuffers:
             PreTrainedModel.post_init = original  # type: ignore[method-assign]
 
     def exchange(self, model: PreTrainedModel) -> None:
-        wanted: dict[str, tuple[PretrainedConfig, list[str]]] = {}  # of each config, the names of what layers are given
+        wanted: dict[str, tuple[PretrainedConfig, list[str]]] = {}  # the late buffers of the layers with each config
         for path, module in model.named_modules():
             _, config, before = self.layers.pop(id(module), (None, None, set()))
             if type(config) is type(model.config) and (late := unsaved_buffers(module) - before):
                 assert config is not None
-                wanted.setdefault(_said(config), (config, []))[1].extend(f"{path}.{name}" for name in late)
-        wanted.pop(_said(model.config) if wanted else "", None)
+                wanted.setdefault(_config_key(config), (config, []))[1].extend(f"{path}.{name}" for name in late)
+        wanted.pop(_config_key(model.config) if wanted else "", None)
         for config, names in wanted.values():
-            for name, values in self.given_by(type(model), config, names).items():
-                path, _, own_name = name.rpartition(".")
+            for name, values in self.built_by(type(model), config, names).items():
+                path, _, buffer_name = name.rpartition(".")
                 part = model.get_submodule(path)
-                models = part._buffers[own_name]
-                assert models is not None
-                part.__dict__.setdefault(_OWN, {})[own_name] = values.to(models.dtype), models.shape
+                buffer = part._buffers[buffer_name]
+                assert buffer is not None
+                part.__dict__.setdefault(_LAYER_BUFFERS, {})[buffer_name] = values.to(buffer.dtype), buffer.shape
         if wanted:
-            give_own_buffers(model)
+            place_layer_buffers(model)
 
-    def given_by(
+    def built_by(
         self, cls: type[PreTrainedModel], config: PretrainedConfig, names: Sequence[str]
     ) -> dict[str, torch.Tensor]:
-        """Buffers that a model of a config has, those that it sets when it starts its weights."""
-        self.asking = True
+        """The named buffers of a model of a config, as far as initializing its weights sets them."""
+        self.building = True
         try:
             with torch.device("meta"):
                 model = cls(with_overrides(config, {}))
         finally:
-            self.asking = False
+            self.building = False
         for name in names:
-            path, _, own_name = name.rpartition(".")
+            path, _, buffer_name = name.rpartition(".")
             buffers = model.get_submodule(path)._buffers
-            if (buffer := buffers.get(own_name)) is not None:
-                buffers[own_name] = torch.full_like(buffer, torch.nan, device="cpu")
+            if (buffer := buffers.get(buffer_name)) is not None:
+                buffers[buffer_name] = torch.full_like(buffer, torch.nan, device="cpu")
         with torch.device("cpu"), torch.random.fork_rng(devices=[]), torch.no_grad():
-            # Not initialize_weights: of a class that is not Transformers' own, that leaves out what has no weights.
+            # initialize_weights would skip modules without weights in classes that do not come with Transformers.
             for module in model.modules():
                 model._init_weights(module)
-        # What it does not set then is left as it is; where its size matters, the layer does not run.
+        # A buffer that is not set there keeps the model's size; where the size matters, the layer does not run.
         return {n: b for n, b in model.named_buffers() if n in names and not b.isnan().any()}
 
 
-_OWN = "_layersmith_own_buffers"
+_LAYER_BUFFERS = "_layersmith_buffers"
 
 
-def _said(config: PretrainedConfig) -> str:
-    """What a config says, but for a child's plan, which speaks of all layers."""
+def _config_key(config: PretrainedConfig) -> str:
+    """A key that equal configs share. It leaves out the plan of a child, which is the same for all layers."""
     return repr(sorted((k, repr(v)) for k, v in vars(config).items() if k not in ("layersmith", "block_configs")))
 
 
 def unsaved_buffers(module: nn.Module) -> set[str]:
-    """Names of the buffers that a ``state_dict`` does not hold."""
+    """Names of the buffers of a module that are not in its ``state_dict``."""
     return {name for name, _ in module.named_buffers()} - module.state_dict().keys()
 
 
-def give_own_buffers(model: nn.Module, models: bool = False) -> None:
-    """Put the buffers of layers whose sizes differ where those stand that a model, or another one, gives all layers.
+def place_layer_buffers(model: nn.Module, of_model: bool = False) -> None:
+    """Replace buffers that have the model's sizes by those of each layer's sizes.
 
     Args:
-        model: or a layer.
-        models: put fresh ones of the model's shape there instead, for what fills all alike.
+        model: A model, or one of its layers.
+        of_model: Do the reverse: put empty buffers of the model's sizes there, for code that fills all layers alike.
     """
     for part in model.modules():
-        for name, (own, shape) in part.__dict__.get(_OWN, {}).items():
-            there = part._buffers[name]
-            assert there is not None
-            new = torch.empty(shape, dtype=there.dtype, device=there.device) if models else own
-            part._buffers[name] = new.to(there.device, there.dtype)
+        for name, (values, shape) in part.__dict__.get(_LAYER_BUFFERS, {}).items():
+            old = part._buffers[name]
+            assert old is not None
+            new = torch.empty(shape, dtype=old.dtype, device=old.device) if of_model else values
+            part._buffers[name] = new.to(old.device, old.dtype)
 
 
 def _config_argument(arguments: dict[str, Any]) -> str | None:
@@ -364,44 +367,43 @@ def _index_argument(arguments: dict[str, Any]) -> int | None:
 
 def with_overrides(config: PretrainedConfig, overrides: dict[str, Any]) -> PretrainedConfig:
     """A copy of a config with some attributes set; a mapping for a nested config sets its attributes."""
-    # A child's plan speaks of all layers and is only read: copies for every layer of it would be most of the work.
+    # The plan of a child is only read. Copying it for each layer would take most of the time.
     shared = [config.__dict__.get(name) for name in ("layersmith", "block_configs")]
-    own = copy.deepcopy(config, {id(part): part for part in shared if part is not None})
+    changed = copy.deepcopy(config, {id(part): part for part in shared if part is not None})
     for name, value in overrides.items():
         if value is None:
             continue
-        nested = own.__dict__.get(name)
-        if isinstance(nested, PretrainedConfig) and isinstance(value, dict):
-            setattr(own, name, with_overrides(nested, value))
-        elif name in (getattr(own, "per_layer_attributes", None) or ()):
-            # A family whose own config differs by layer: the override holds whichever layer asks, also one without an
-            # entry there.
-            entries = {int(i): entry for i, entry in own.to_dict()["per_layer_config"].items()}
-            every = sorted({*range(own.num_hidden_layers), *entries})
-            own.per_layer_config = {i: entries.get(i, {}) | {name: value} for i in every}
-        elif type(value) is float and type(nested) is int:
-            # A multiple that is a whole number in every stock config, and so said to be one: a layer's own need not be.
-            own.__dict__[name] = value
+        current = changed.__dict__.get(name)
+        if isinstance(current, PretrainedConfig) and isinstance(value, dict):
+            setattr(changed, name, with_overrides(current, value))
+        elif name in (getattr(changed, "per_layer_attributes", None) or ()):
+            # The family's config already differs by layer, so the override goes into the entries of all layers.
+            entries = {int(i): entry for i, entry in changed.to_dict()["per_layer_config"].items()}
+            every = sorted({*range(changed.num_hidden_layers), *entries})
+            changed.per_layer_config = {i: entries.get(i, {}) | {name: value} for i in every}
+        elif type(value) is float and type(current) is int:
+            # The config class declares a multiple as an int, since stock models have whole ones; a layer's may not be.
+            changed.__dict__[name] = value
         else:
-            setattr(own, name, value)
-    return own
+            setattr(changed, name, value)
+    return changed
 
 
 def resize(layer: nn.Module, shapes: dict[str, list[int | None]]) -> None:
-    """Give weights of a layer other shapes, for sizes that no config attribute says; what they hold is fresh.
+    """Replace weights of a layer by random ones of other shapes, for sizes that no config attribute sets.
 
-    None in a shape is a length that stays. Plain numbers of their modules that were equal to a size that changes, e.g.
+    A None in a shape keeps that dimension. Integers of the modules that were equal to a changed dimension, e.g.
     ``in_features``, change with it.
     """
     for name, shape in shapes.items():
-        path, _, own_name = name.rpartition(".")
+        path, _, weight_name = name.rpartition(".")
         module = layer.get_submodule(path)
-        old = module.get_parameter(own_name)
-        lengths = [was if own is None else own for was, own in zip(old.shape, shape, strict=True)]
+        old = module.get_parameter(weight_name)
+        lengths = [before if after is None else after for before, after in zip(old.shape, shape, strict=True)]
         new = torch.empty(lengths, dtype=old.dtype, device=old.device)
         if not new.is_meta:
             nn.init.normal_(new, std=0.02)
-        setattr(module, own_name, nn.Parameter(new, requires_grad=old.requires_grad))
+        setattr(module, weight_name, nn.Parameter(new, requires_grad=old.requires_grad))
         changed = {a: b for a, b in zip(old.shape, lengths, strict=True) if a != b}
         for attribute, value in list(vars(module).items()):
             if type(value) is int and value in changed:
@@ -409,7 +411,7 @@ def resize(layer: nn.Module, shapes: dict[str, list[int | None]]) -> None:
 
 
 def renumber(layer: nn.Module, numbers: dict[str, dict[str, int]]) -> None:
-    """Give modules of a layer other plain numbers, where a config attribute would change those of others too."""
+    """Set integers of a layer's modules, where a config attribute would change other modules too."""
     for name, values in numbers.items():
         vars(layer.get_submodule(name)).update(values)
 
@@ -420,15 +422,15 @@ def renumber(layer: nn.Module, numbers: dict[str, dict[str, int]]) -> None:
 def cache_slots(has_attention: Sequence[bool], layer_types: Sequence[str] | None = None) -> list[int]:
     """The cache slot of every layer.
 
-    Transformers reads the length of the sequence so far from slot 0, and the mask sizes of a layer type (full or
-    sliding) from the first slot of that type. If the layer there has no attention, nothing ever fills the slot and
-    every later token is taken for the first. So the first attention layer of a type moves into the first slot of the
-    type; all others keep the slot of their own index.
+    Transformers reads the length of the cached sequence from slot 0, and the mask sizes of a layer type (full or
+    sliding) from the first slot of that type. If the layer there has no attention, the slot stays empty and every
+    generated token is taken for the first. So the first attention layer of a type uses the first slot of the type; all
+    other layers use the slot of their index.
     """
     types = list(layer_types) if layer_types else [""] * len(has_attention)
     slots = list(range(len(has_attention)))
-    for own in set(types):
-        members = [i for i, layer_type in enumerate(types) if layer_type == own]
+    for layer_type in set(types):
+        members = [i for i, other in enumerate(types) if other == layer_type]
         first = next((i for i in members if has_attention[i]), None)
         if first is not None:
             slots[first] = members[0]
@@ -436,31 +438,31 @@ def cache_slots(has_attention: Sequence[bool], layer_types: Sequence[str] | None
 
 
 def cache_layer_types(has_attention: Sequence[bool], layer_types: Sequence[str]) -> list[str]:
-    """``layer_types`` under which no type of attention is left without a layer that fills its slots.
+    """``layer_types`` in which every type of attention has a layer that fills its cache slots.
 
-    The type of a layer without attention matters to its cache slot alone. So if no layer of its type has attention
-    any more, it takes the type of the first one that has.
+    The type of a layer without attention matters only to its cache slot. So if no layer of its type has attention any
+    more, it takes the type of the first layer that has.
     """
-    kept = [own for own, present in zip(layer_types, has_attention, strict=True) if present and _has_keys(own)]
-    gone = {own for own in layer_types if _has_keys(own)} - set(kept)
-    return [kept[0] if kept and own in gone else own for own in layer_types]
+    kept = [kind for kind, present in zip(layer_types, has_attention, strict=True) if present and _has_keys(kind)]
+    gone = {kind for kind in layer_types if _has_keys(kind)} - set(kept)
+    return [kept[0] if kept and kind in gone else kind for kind in layer_types]
 
 
 def _has_keys(layer_type: str) -> bool:
-    """Whether layers of a type keep keys and values, not a state."""
+    """Whether layers of a type cache keys and values rather than a state of fixed size."""
     stateful = ("linear", "conv", "mamba", "recurrent", "moe", "mlp", "dummy")
     return not any(word in layer_type for word in stateful)
 
 
 def set_cache_slot(layer: nn.Module, slot: int, within: Sequence[str] | None = None) -> None:
-    """Let the attention inside a decoder layer use ``slot`` of the KV cache.
+    """Let the attention of a decoder layer use ``slot`` of the KV cache.
 
-    A layer with several attentions has as many slots, one after another.
+    A layer with several attentions uses as many consecutive slots.
 
     Args:
-        layer: the layer.
-        slot: of the cache.
-        within: the modules that make up the attention; default: all of the layer.
+        layer: A decoder layer.
+        slot: Index of the slot in the cache.
+        within: Names of the modules that make up the attention. Default: the whole layer.
     """
     inside = tuple(f"{name}." for name in within or ())
     numbered = [
@@ -469,9 +471,9 @@ def set_cache_slot(layer: nn.Module, slot: int, within: Sequence[str] | None = N
         for name in LAYER_INDEX_NAMES
         if path and type(module.__dict__.get(name)) is int and (within is None or f"{path}.".startswith(inside))
     ]
-    own = sorted({getattr(module, name) for module, name in numbered})
+    indices = sorted({getattr(module, name) for module, name in numbered})
     for module, name in numbered:
-        setattr(module, name, slot * len(own) + own.index(getattr(module, name)))
+        setattr(module, name, slot * len(indices) + indices.index(getattr(module, name)))
 
 
 # ---------------------------------------------------------------------------------------------- the plan in config.json
@@ -479,7 +481,7 @@ def set_cache_slot(layer: nn.Module, slot: int, within: Sequence[str] | None = N
 
 @contextmanager
 def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
-    """Open :func:`own_layers` for the plan that a config carries under ``layersmith``."""
+    """Open :func:`heterogeneous_layers` for the plan in the entry ``layersmith`` of a config."""
     plan = config.layersmith
     records = plan["layers"]
 
@@ -495,27 +497,27 @@ def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
             layer.set_submodule(name, make_replacement(record))
         set_cache_slot(layer, records[index]["cache_slot"], records[index].get("cached"))
 
-    with own_layers([_import(name) for name in plan["decoder_layers"]], configure, finish):
+    with heterogeneous_layers([_import(name) for name in plan["decoder_layers"]], configure, finish):
         yield
 
 
 @contextmanager
 def built_layer_types(config: PretrainedConfig) -> Iterator[None]:
-    """While open, a child's config has the layer types that its layers are built by.
+    """While open, a child's config has the layer types that select the classes of its layers.
 
-    Where these differ from those of its cache (see :func:`cache_layer_types`), they say which class a layer has.
+    They can differ from the types that its cache needs (see :func:`cache_layer_types`), which the config has otherwise.
     """
-    own = (getattr(config, "layersmith", None) or {}).get("built_layer_types")
-    if not own:
+    built_types = (getattr(config, "layersmith", None) or {}).get("built_layer_types")
+    if not built_types:
         yield
         return
     language = _text_config(config)
-    of_cache = language.layer_types
-    language.layer_types = own
+    cache_types = language.layer_types
+    language.layer_types = built_types
     try:
         yield
     finally:
-        language.layer_types = of_cache
+        language.layer_types = cache_types
 
 
 def _import(name: str) -> type[nn.Module]:
@@ -528,25 +530,25 @@ def _import(name: str) -> type[nn.Module]:
 def without_guard(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of a checkpoint's config without the ``per_layer_config`` that layersmith wrote.
 
-    That entry is there so that code which builds all layers alike stops with an error. The plan says the same and
-    more, so whoever follows the plan takes the guard off first. What a family's own config has there stays.
+    That entry is the guard: it makes code that would build all layers alike stop with an error. Code that follows the
+    plan does not need it. Entries that the parent's config already had stay.
     """
     config = copy.deepcopy(config)
     plan = getattr(config, "layersmith", None)
     if plan is None and not getattr(config, "block_configs", None):
         return config
-    for own in {id(c): c for c in (config, _text_config(config))}.values():
-        if getattr(own, "is_heterogeneous", False):
+    for part in {id(c): c for c in (config, _text_config(config))}.values():
+        if getattr(part, "is_heterogeneous", False):
             native = (plan or {}).get("native_per_layer_config")
-            own.per_layer_config = {int(i): entry for i, entry in native.items()} if native else None
+            part.per_layer_config = {int(i): entry for i, entry in native.items()} if native else None
     return config
 
 
 def as_parent(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a child's config without all that makes its layers differ; of any other config a plain copy."""
+    """A copy of a config without anything that makes its layers differ: the config of the parent."""
     config = without_guard(config)
-    if own := (getattr(config, "layersmith", None) or {}).get("built_layer_types"):
-        _text_config(config).layer_types = own
+    if built_types := (getattr(config, "layersmith", None) or {}).get("built_layer_types"):
+        _text_config(config).layer_types = built_types
     remote = (getattr(config, "layersmith", None) or {}).get("remote")
     for name in ("block_configs", "layersmith", "auto_map"):
         if name in config.__dict__ and (name != "auto_map" or "modeling_layersmith" in str(config.auto_map)):
@@ -559,7 +561,7 @@ def as_parent(config: PretrainedConfig) -> PretrainedConfig:
 def _text_config(config: PretrainedConfig) -> PretrainedConfig:
     try:
         return config.get_text_config(decoder=True)
-    except ValueError:  # several of them
+    except ValueError:  # the config has several text configs
         return config
 
 
@@ -567,7 +569,7 @@ def _text_config(config: PretrainedConfig) -> PretrainedConfig:
 
 
 class HeterogeneousMixin:
-    """What a stock model class needs for layers that differ; :func:`heterogeneous_class` mixes it in."""
+    """Makes a stock model class build, load and save layers that differ. See :func:`heterogeneous_class`."""
 
     layers_of: Callable[[PretrainedConfig], Any] = staticmethod(layers_of_plan)
     completed: Callable[[PretrainedConfig], PretrainedConfig] = staticmethod(without_guard)
@@ -579,7 +581,7 @@ class HeterogeneousMixin:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike[str], *args: Any, **kwargs: Any) -> Any:
-        """As the stock method, but weights that are missing or of another shape are an error, never invented."""
+        """Like the stock method, but missing, unused or misshapen weights are an error; none is made up."""
         wants_info = kwargs.pop("output_loading_info", False)
         config = kwargs.pop("config", None)
         if config is None:
@@ -588,20 +590,20 @@ class HeterogeneousMixin:
         model, info = super().from_pretrained(  # type: ignore[misc]
             pretrained_model_name_or_path, *args, config=without_guard(config), output_loading_info=True, **kwargs
         )
-        if not model.can_generate():  # a model without a head has no use for the checkpoint's
+        if not model.can_generate():  # a model without a head does not use the head of the checkpoint
             prefix = cls.base_model_prefix + "."  # type: ignore[attr-defined]
             info["unexpected_keys"] = [name for name in info["unexpected_keys"] if name.startswith(prefix)]
         refuse_incomplete(info, str(pretrained_model_name_or_path))
         return (model, info) if wants_info else model
 
     def initialize_weights(self) -> None:
-        # What the stock method gives all layers has the shape that the model's own config says.
-        give_own_buffers(self, models=True)  # type: ignore[arg-type]
+        # The stock method fills buffers of all layers with values of the sizes in the model's config.
+        place_layer_buffers(self, of_model=True)  # type: ignore[arg-type]
         super().initialize_weights()  # type: ignore[misc]
-        give_own_buffers(self)  # type: ignore[arg-type]
+        place_layer_buffers(self)  # type: ignore[arg-type]
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """As the stock method; the folder also gets this file and the guard against building it without."""
+        """Like the stock method; the folder also gets this file and the guard (see :func:`without_guard`)."""
         super().save_pretrained(save_directory, *args, **kwargs)  # type: ignore[misc]
         for cls in (type(self), type(self.config)):  # type: ignore[attr-defined]
             copy_remote_code(cls, Path(save_directory))
@@ -609,16 +611,16 @@ class HeterogeneousMixin:
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
-        # Layers hold configs of their own, which the stock method does not reach.
+        # Each layer holds a config that the stock method does not reach.
         for module in self.modules():  # type: ignore[attr-defined]
-            own = getattr(module, "config", None)
-            if isinstance(own, PretrainedConfig) and not isinstance(module, PreTrainedModel):
+            layer_config = getattr(module, "config", None)
+            if isinstance(layer_config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
                 text_config = _text_config(self.config)  # type: ignore[attr-defined]
-                own._attn_implementation_internal = text_config._attn_implementation_internal
+                layer_config._attn_implementation_internal = text_config._attn_implementation_internal
 
     def _get_static_cache_init_shape(self) -> None:
-        # The stock method would give every layer the KV heads of the model's config. None: let each layer's first
-        # keys say its shape.
+        # The stock method would give every layer the KV heads of the model's config. With None, each layer takes its
+        # shape from its first keys.
         return None
 
 
@@ -627,12 +629,12 @@ def heterogeneous_class(
     layers_of: Callable[[PretrainedConfig], Any] | None = None,
     completed: Callable[[PretrainedConfig], PretrainedConfig] | None = None,
 ) -> type[PreTrainedModel]:
-    """``stock_class`` with :class:`HeterogeneousMixin`, under the stock class's own name.
+    """A subclass of ``stock_class`` with :class:`HeterogeneousMixin` and the same name.
 
     Args:
-        stock_class: a model class of Transformers.
-        layers_of: opens the context in which a model of a given config is built; default: the config's plan.
-        completed: adds the plan to a config that has none; default: takes the guard off, no more.
+        stock_class: A model class of Transformers.
+        layers_of: Opens the context in which a model of a config is built. Default: :func:`layers_of_plan`.
+        completed: Adds the plan to a config without one. Default: :func:`without_guard`.
     """
     if issubclass(stock_class, HeterogeneousMixin) and layers_of is None:
         return stock_class
@@ -645,21 +647,26 @@ def heterogeneous_class(
 
 
 def refuse_incomplete(info: dict[str, Any], where: str) -> None:
-    """Raise ``ValueError`` if a load left weights unset, or left weights of the checkpoint unused."""
+    """Raise ``ValueError`` if loading left weights of the model unset or weights of the checkpoint unused.
+
+    Args:
+        info: What ``from_pretrained(output_loading_info=True)`` returns with the model.
+        where: Path or name of the checkpoint, for the message.
+    """
     for key, what in (
         ("missing_keys", "has no weights for"),
         ("mismatched_keys", "has weights of another shape for"),
-        ("unexpected_keys", "has weights that its config.json knows no place for:"),
+        ("unexpected_keys", "has weights that the model of its config.json does not have:"),
     ):
         names = sorted(name if isinstance(name, str) else name[0] for name in info.get(key) or ())
         names = [name for name in names if not name.endswith(("inv_freq", "masked_bias"))]
         if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            raise ValueError(f"{where} {what} {', '.join(names[:3])}{more}; nothing was loaded.")
+            rest = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            raise ValueError(f"{where} {what} {', '.join(names[:3])}{rest}; nothing was loaded.")
 
 
 def finish_folder(folder: Path) -> None:
-    """Make a saved heterogeneous model self-contained: this file, ``auto_map``, and the guard."""
+    """Add this file, its entry in ``auto_map`` and the guard to the folder of a saved model."""
     path = folder / "config.json"
     data = json.loads(path.read_text(encoding="utf-8"))
     data["auto_map"] = {**data.get("auto_map", {}), **AUTO_MAP}
@@ -673,9 +680,9 @@ def finish_folder(folder: Path) -> None:
 
 
 def remote_code(config: PretrainedConfig) -> dict[str, str]:
-    """The ``auto_map`` of a config whose classes come with its checkpoint; empty for all others.
+    """The ``auto_map`` of a config whose classes come with its checkpoint; empty for any other config.
 
-    Its config class has run from there, so running code from there was allowed.
+    The config class was imported from the checkpoint, so the user has allowed its code to run.
     """
     if not type(config).__module__.startswith("transformers_modules."):
         return {}
@@ -684,7 +691,7 @@ def remote_code(config: PretrainedConfig) -> dict[str, str]:
 
 
 def remote_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
-    """The causal model class that comes with a checkpoint, if there is one."""
+    """The causal language model class that comes with a checkpoint; None if no class does."""
     name = remote_code(config).get("AutoModelForCausalLM")
     if name is None or FILE_NAME.removesuffix(".py") in name:
         return None
@@ -694,7 +701,7 @@ def remote_class(config: PretrainedConfig) -> type[PreTrainedModel] | None:
 
 
 def copy_remote_code(cls: type, folder: Path) -> None:
-    """Copy the code of a class that came with a checkpoint."""
+    """Copy the Python files of a class that came with a checkpoint into a folder."""
     for base in cls.__mro__:
         if base.__module__.startswith("transformers_modules."):
             for file in Path(inspect.getfile(base)).parent.glob("*.py"):
@@ -704,37 +711,37 @@ def copy_remote_code(cls: type, folder: Path) -> None:
 
 
 def model_class_for(config: PretrainedConfig, mappings: Sequence[Any]) -> type[PreTrainedModel] | None:
-    """The class that Transformers has for a config in one of its auto mappings, the first one that has any.
+    """The model class for a config in the first auto mapping of Transformers that has one.
 
-    A multimodal type's text config may be in none, though its causal model is built from that alone.
+    The text config of a multimodal model may be in no mapping, although its causal model is built from it. Then the
+    class is looked up by the multimodal config.
     """
     for mapping in mappings:
-        if (found := model_class_in(mapping, type(config))) is not None:
-            return found
+        if (model_class := model_class_in(mapping, type(config))) is not None:
+            return model_class
     for mapping in mappings:
         for name in sorted(mapping._model_mapping, key=len, reverse=True):
             if config.model_type.startswith(name) and name in CONFIG_MAPPING:
-                found = model_class_in(mapping, CONFIG_MAPPING[name])
-                if found is not None and found.config_class is type(config):
-                    return found
+                model_class = model_class_in(mapping, CONFIG_MAPPING[name])
+                if model_class is not None and model_class.config_class is type(config):
+                    return model_class
     return None
 
 
 def model_class_in(mapping: Any, config_class: type[PretrainedConfig]) -> type[PreTrainedModel] | None:
-    """The model class that one of Transformers' auto mappings has for a config class.
+    """The model class for a config class in an auto mapping of Transformers; None if it has none.
 
-    Transformers registers what ``auto_map`` names in the mapping where it has nothing, so that a factory of this file
-    may stand there; that is no model class.
+    Transformers may have registered a factory of this file in the mapping; that is not a model class.
     """
     if config_class not in mapping:
         return None
-    found = mapping[config_class]
-    found = found[0] if isinstance(found, tuple) else found
-    return found if isinstance(found, type) and issubclass(found, PreTrainedModel) else None
+    entry = mapping[config_class]
+    entry = entry[0] if isinstance(entry, tuple) else entry
+    return entry if isinstance(entry, type) and issubclass(entry, PreTrainedModel) else None
 
 
 class _Factory:
-    """What ``auto_map`` names: finds the stock class of the config's ``model_type`` and makes it heterogeneous."""
+    """Loads the stock class of the config's ``model_type``, made heterogeneous. ``auto_map`` names the subclasses."""
 
     mappings: tuple[Any, ...] = ()
 
@@ -757,7 +764,7 @@ class _Factory:
 
     @classmethod
     def register_for_auto_class(cls, auto_class: str = "AutoModel") -> None:
-        """Transformers calls this on remote classes; ``save_pretrained`` above writes ``auto_map`` itself."""
+        """Does nothing: Transformers calls this on remote classes, and ``finish_folder`` writes ``auto_map``."""
 
 
 class HeterogeneousModel(_Factory):

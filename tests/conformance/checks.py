@@ -34,7 +34,7 @@ from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
 from layersmith.model_descriptor.infer.removal import silent_stay_silent
 from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument
 from layersmith.model_descriptor.infer.subblocks import Subblock
-from layersmith.model_descriptor.stock import own_config
+from layersmith.model_descriptor.stock import causal_lm_config
 from layersmith.recipe import LibraryRecipe
 from layersmith.run.runtime import Runtime
 from layersmith.stages.verify import axis_verdicts, over_layers
@@ -115,7 +115,7 @@ def examine(model_type: str) -> Verdict:
 def _examine(verdict: Verdict) -> None:
     config = None
     try:
-        config = own_config(tiny_config(verdict.model_type))
+        config = causal_lm_config(tiny_config(verdict.model_type))
         model = tiny_model(tiny_config(verdict.model_type))
         with torch.no_grad():
             model(input_ids=torch.arange(3, 14)[None])

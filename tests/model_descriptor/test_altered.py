@@ -24,7 +24,7 @@ import layersmith
 from layersmith import BlockConfig, FFNConfig
 from layersmith.block_config import AttentionConfig
 from layersmith.library.survey import survey
-from layersmith.model_descriptor.stock import own_config, stock_class, stock_model
+from layersmith.model_descriptor.stock import causal_lm_config, stock_class, stock_model
 from layersmith.recipe import LibraryRecipe
 from layersmith.stages.distill import distill
 from tests.conformance.tiny import tiny_config
@@ -213,7 +213,7 @@ EXCHANGED: dict[str, tuple[list[str], dict[str, str]]] = {
 @pytest.mark.parametrize("family", EXCHANGED)
 def test_axes_are_the_same_where_numbers_have_each_others_names(family: str, tmp_path: Path) -> None:
     """What a config calls its number of heads is something else, e.g. a width."""
-    config = own_config(tiny_config(family))
+    config = causal_lm_config(tiny_config(family))
     attributes, modules = EXCHANGED[family]
     names = dict(zip(attributes, [*attributes[1:], attributes[0]], strict=True))
     new_type, stock = f"exchanged_{family}", stock_class(config)

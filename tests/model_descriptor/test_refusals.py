@@ -10,7 +10,7 @@ from layersmith.block_config import AttentionConfig
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.build import child_config
 from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
-from layersmith.model_descriptor.stock import own_config
+from layersmith.model_descriptor.stock import causal_lm_config
 from tests.conformance.tiny import tiny_config
 
 
@@ -26,7 +26,7 @@ from tests.conformance.tiny import tiny_config
 )
 def test_the_reason_of_a_refusal(model_type: str, reason: str) -> None:
     with pytest.raises(UnsupportedModel, match=reason):
-        layersmith.describe(own_config(tiny_config(model_type)))
+        layersmith.describe(causal_lm_config(tiny_config(model_type)))
 
 
 def test_a_no_op_that_only_a_fresh_model_misses_is_not_offered() -> None:

@@ -15,7 +15,7 @@ import layersmith
 from layersmith.block_config import BlockConfig
 from layersmith.cli import app
 from layersmith.heterogeneous.no_op import MatchingZeros, return_tuple_of_size
-from layersmith.model_descriptor.stock import own_config
+from layersmith.model_descriptor.stock import causal_lm_config
 from layersmith.stages.verify import OK, verify
 from tests.conformance.tiny import tiny_config
 from tests.conftest import FAMILIES
@@ -27,7 +27,7 @@ def saved(config: Any, folder: Path) -> Path:
 
 
 def verdicts_of(family: str, folder: Path) -> list[dict[str, str]]:
-    found = verify(saved(own_config(tiny_config(family)), folder))
+    found = verify(saved(causal_lm_config(tiny_config(family)), folder))
     assert set(found.whole.values()) == {OK}
     assert not found.failed
     return [verdicts for _, verdicts in found.layers]
@@ -79,7 +79,7 @@ def test_windows(tmp_path: Path) -> None:
 
 def test_a_proof_that_fails_turns_its_axis_off_with_the_reason(tmp_path: Path) -> None:
     """A norm without a scale sees all that is written to the state, so that nothing of it can be dead."""
-    ((_, verdicts),) = verify(saved(own_config(tiny_config("falcon_mamba")), tmp_path)).layers
+    ((_, verdicts),) = verify(saved(causal_lm_config(tiny_config("falcon_mamba")), tmp_path)).layers
     assert re.match(r"removing dead numbers of the state changes the layer's output by \d", verdicts["state sizes"])
     assert verdicts["attention no-op"] == OK
 
@@ -113,7 +113,7 @@ def test_a_wrong_descriptor_is_found_out(tmp_path: Path) -> None:
 
 
 def test_the_command(tmp_path: Path) -> None:
-    folder = saved(own_config(tiny_config("mixtral")), tmp_path)
+    folder = saved(causal_lm_config(tiny_config("mixtral")), tmp_path)
     done = CliRunner().invoke(app, ["inspect", str(folder), "--verify"])
     assert done.exit_code == 0, done.output
     assert re.search(r"experts per token\s+│\s+ok", done.output)

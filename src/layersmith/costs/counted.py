@@ -17,7 +17,7 @@ from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.patcher import deci_x_patcher
 from layersmith.library.axes.axis import REST, LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.stock import own_config, stock_model, whole_number
+from layersmith.model_descriptor.stock import causal_lm_config, stock_model, whole_number
 from layersmith.modeling_layersmith import as_parent
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
@@ -61,7 +61,7 @@ def subblock_costs(
         For every layer ``{"attention": costs, "ffn": costs}``, and the costs of embeddings, head and final norm.
     """
     with deci_x_patcher(descriptor, list(blocks)):
-        model = stock_model(as_parent(own_config(config)), dtype=dtype)
+        model = stock_model(as_parent(causal_lm_config(config)), dtype=dtype)
     sizes = unique_sizes(model)
     groups = weight_groups(descriptor, sizes, len(blocks))
     layers = []
@@ -102,7 +102,7 @@ def layers_alike(
         layers: Costs of the parent's layers.
     """
     language = descriptor.get_language_model_config(config)
-    kinds = descriptor.kinds_of_layers(own_config(config))
+    kinds = descriptor.kinds_of_layers(causal_lm_config(config))
     firsts: dict[str, int] = {}
     alike = []
     for i, block in enumerate(blocks):

@@ -14,7 +14,7 @@ from layersmith.costs.times import Check, Timing
 from layersmith.errors import LayersmithError
 from layersmith.execution.parent import Parent
 from layersmith.model_descriptor.infer.findings_cache import key_of
-from layersmith.model_descriptor.stock import own_config
+from layersmith.model_descriptor.stock import causal_lm_config
 from layersmith.recipe import CostsRecipe
 from layersmith.run.artifacts import fingerprint, read_json, write_json
 from layersmith.run.user_cache import cache_folder
@@ -87,7 +87,7 @@ def _path_for(parent: Parent, workload: Workload, recipe: CostsRecipe) -> Path |
     key = fingerprint(
         [
             _VERSION,
-            key_of(own_config(parent.config)),
+            key_of(causal_lm_config(parent.config)),
             [b.to_json() for b in parent.blocks],
             device_name(parent.runtime),
             str(parent.runtime.dtype),

@@ -19,7 +19,7 @@ from torch import nn
 from layersmith.execution.parent import Parent
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.no_op import DummyBlock
-from layersmith.modeling_layersmith import give_own_buffers, unsaved_buffers
+from layersmith.modeling_layersmith import place_layer_buffers, unsaved_buffers
 
 # Attribute of a layer whose type differs from the one in the parent's config.
 LAYER_TYPE = "layersmith_layer_type"
@@ -167,7 +167,7 @@ def share_buffers(source: nn.Module, target: nn.Module) -> None:
         if name in wanted:
             module, _, local_name = name.rpartition(".")
             setattr(target.get_submodule(module), local_name, buffer)
-    give_own_buffers(target)
+    place_layer_buffers(target)
 
 
 def tolerance(dtype: torch.dtype) -> float:

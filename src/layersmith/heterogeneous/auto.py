@@ -1,4 +1,4 @@
-"""``from_pretrained`` of Transformers' own classes loads children once layersmith is imported, without remote code.
+"""Lets ``from_pretrained`` of Transformers' classes load children once layersmith is imported, without remote code.
 
 Transformers picks a model class by the type of the config alone, and a child has its parent's. So two functions of
 Transformers are wrapped: the one by which its auto classes pick a model class, and ``PreTrainedModel.from_pretrained``,
@@ -28,7 +28,7 @@ ClassFor = Callable[[Any, Any], Any]
 def install(class_for: ClassFor) -> None:
     """Wrap the functions now if Transformers has imported them, else when it does."""
     wrappers = {
-        "transformers.models.auto.auto_factory": _wrap_choice_of_class,
+        "transformers.models.auto.auto_factory": _wrap_get_model_class,
         "transformers.modeling_utils": _wrap_from_pretrained,
     }
     for name, wrap in wrappers.items():
@@ -42,7 +42,7 @@ def _is_child(config: Any) -> bool:
     return getattr(config, "layersmith", None) is not None or bool(getattr(config, "block_configs", None))
 
 
-def _wrap_choice_of_class(module: Any, class_for: ClassFor) -> None:
+def _wrap_get_model_class(module: Any, class_for: ClassFor) -> None:
     stock = module._get_model_class
     if hasattr(stock, "__wrapped__"):
         return
@@ -50,7 +50,7 @@ def _wrap_choice_of_class(module: Any, class_for: ClassFor) -> None:
     @wraps(stock)
     def get_model_class(config: Any, model_mapping: Any) -> Any:
         chosen = stock(config, model_mapping)
-        # A checkpoint that was loaded as remote code may have left its factory in the mapping; it knows children.
+        # A checkpoint loaded as remote code may have registered its factory in the mapping, which loads children too.
         return class_for(chosen, config) if _is_child(config) and hasattr(chosen, "config_class") else chosen
 
     module._get_model_class = get_model_class
@@ -63,7 +63,7 @@ def _wrap_from_pretrained(module: Any, class_for: ClassFor) -> None:
 
     @wraps(stock)
     def from_pretrained(cls: Any, pretrained_model_name_or_path: Any, *args: Any, **kwargs: Any) -> Any:
-        if not hasattr(cls, "layers_of"):  # it is not heterogeneous already
+        if not hasattr(cls, "layers_of"):  # the class is not heterogeneous yet
             if kwargs.get("config") is None:
                 kwargs = _with_config_of_child(cls, pretrained_model_name_or_path, kwargs)
             if _is_child(kwargs.get("config")):
@@ -79,9 +79,10 @@ _OF_HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision
 
 
 def _with_config_of_child(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Arguments with the config of a child of this class's family, to which those of them that set its attributes went.
+    """The arguments of ``from_pretrained``, with the config if the checkpoint is a child of this class.
 
-    For everything else they stay as they are, and the stock method reads the config.
+    Arguments that set attributes of the config are applied to it and removed. For any other checkpoint nothing
+    changes, and the stock method reads the config.
     """
     config_class = getattr(cls, "config_class", None)
     if config_class is None or path is None:
@@ -99,7 +100,7 @@ def _with_config_of_child(cls: Any, path: Any, kwargs: dict[str, Any]) -> dict[s
 
 
 class _AfterImport(importlib.abc.MetaPathFinder):
-    """Lets the ordinary finders find a module, and calls a function with it after it was imported."""
+    """Calls a function with a module after the ordinary finders have imported it."""
 
     def __init__(self, module: str, then: Callable[[ModuleType], None]):
         self.module, self.then = module, then

@@ -16,7 +16,7 @@ from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
 from layersmith.heterogeneous.plan import fills_cache, make_plan
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
-from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model
+from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers, stock_class, stock_model
 from layersmith.modeling_layersmith import (
     as_parent,
     cache_layer_types,
@@ -30,16 +30,16 @@ from layersmith.upstream import is_heterogeneous, model_from_config, per_layer_e
 def block_configs_of(config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None) -> list[BlockConfig]:
     """The block config of every layer that a config describes.
 
-    A heterogeneous config carries them; any other has the same block in every layer.
+    A child's config contains them; for any other config the descriptor gives them.
 
     Args:
-        config: of any model.
-        descriptor: of its family; default: ``describe(config)``.
+        config: Config of any model.
+        descriptor: Descriptor of its model family. Default: ``describe(config)``.
 
     Raises:
-        UsageError: the config carries block configs that are not of our schema, or not one a layer.
+        UsageError: The block configs in the config are invalid, or their number is not the number of layers.
     """
-    config = own_config(without_guard(config))
+    config = causal_lm_config(without_guard(config))
     descriptor = descriptor or describe(config)
     language = descriptor.get_language_model_config(config)
     num_layers = num_layers_of(config, descriptor)
@@ -60,13 +60,13 @@ def num_layers_of(config: PretrainedConfig, descriptor: type[ModelDescriptor]) -
 def class_for(
     stock: type[PreTrainedModel], config: PretrainedConfig, descriptor: type[ModelDescriptor] | None = None
 ) -> type[PreTrainedModel]:
-    """The class that builds a config's model: ``stock``, made heterogeneous if the config is.
+    """The class that builds the model of a config: ``stock``, or its heterogeneous subclass for a child.
 
     Args:
-        stock: what Transformers has for the config.
-        config: of any model.
-        descriptor: of its family; needed only where the config has block configs and no plan, or a plan with layer
-            classes that are not Transformers' own. Default: ``describe(config)``.
+        stock: The model class of Transformers for the config.
+        config: Config of any model.
+        descriptor: Descriptor of its model family. It is needed only for block configs without a plan, and for layer
+            classes that are not part of Transformers. Default: ``describe(config)``.
     """
     plan = getattr(config, "layersmith", None)
     if plan is not None and all(name.startswith("transformers.") for name in plan["decoder_layers"]):
@@ -77,7 +77,7 @@ def class_for(
 
 
 def child_class(descriptor: type[ModelDescriptor], stock: type[PreTrainedModel]) -> type[PreTrainedModel]:
-    """The stock class, made to build the layers of a config as its ``block_configs`` say."""
+    """The heterogeneous subclass of ``stock`` that builds the layers of a config by its ``block_configs``."""
 
     def layers_of(child: PretrainedConfig) -> Any:
         slots = [record["cache_slot"] for record in child.layersmith["layers"]]
@@ -94,14 +94,14 @@ def child_class(descriptor: type[ModelDescriptor], stock: type[PreTrainedModel])
 def child_config(
     config: PretrainedConfig, block_configs: Sequence[BlockConfig], descriptor: type[ModelDescriptor] | None = None
 ) -> PretrainedConfig:
-    """A copy of ``config`` that describes a child: its block configs, its plan, and layer types its cache can use.
+    """A copy of ``config`` for a child, with its block configs, its plan, and layer types that suit its cache.
 
     Raises:
-        UsageError: not one block config a layer.
-        UnsupportedModel: an alternative that the family cannot take.
+        UsageError: The number of block configs is not the number of layers.
+        UnsupportedModel: The model family does not support one of the block configs.
     """
     descriptor = descriptor or describe(config)
-    config = as_parent(own_config(config))
+    config = as_parent(causal_lm_config(config))
     language = descriptor.get_language_model_config(config)
     blocks = read_block_configs(list(block_configs), "block_configs")
     num_layers = num_layers_of(config, descriptor)
@@ -109,14 +109,14 @@ def child_config(
         raise UsageError(f"{len(blocks)} block configs for the {num_layers} layers of the model.")
     built_types: list[str] = []
     layers = of_parent = decoder_layers(stock_model(config), descriptor, len(blocks))
-    if own_types := getattr(language, "layer_types", None):
-        asked = [block.attention.layer_type or own for block, own in zip(blocks, own_types, strict=True)]
+    if parent_types := getattr(language, "layer_types", None):
+        asked = [block.attention.layer_type or kept for block, kept in zip(blocks, parent_types, strict=True)]
         layer_types = cache_layer_types(fills_cache(descriptor, blocks), asked)
         retyped = _with_layer_types(config, descriptor, layer_types)
         if retyped is not config:
             after = decoder_layers(stock_model(retyped), descriptor, len(blocks))
             if [type(layer) for layer in layers] != [type(layer) for layer in after]:
-                built_types = list(own_types)
+                built_types = list(parent_types)
             config, layers = retyped, layers if built_types else after
             language = descriptor.get_language_model_config(config)
     class_names = [f"{cls.__module__}.{cls.__qualname__}" for cls in layer_classes(descriptor)]
@@ -133,9 +133,9 @@ def child_config(
 def _with_layer_types(
     whole: PretrainedConfig, descriptor: type[ModelDescriptor], layer_types: list[str]
 ) -> PretrainedConfig:
-    """A config whose layers have other types; a config of its own for a layer goes with the type."""
-    own_types = list(descriptor.get_language_model_config(whole).layer_types)
-    changed = [i for i, own in enumerate(own_types) if own != layer_types[i]]
+    """A config with other layer types; a ``per_layer_config`` entry moves with its type."""
+    types = list(descriptor.get_language_model_config(whole).layer_types)
+    changed = [i for i, layer_type in enumerate(types) if layer_type != layer_types[i]]
     if not changed:
         return whole
     result = copy.deepcopy(whole)
@@ -143,7 +143,7 @@ def _with_layer_types(
     native = per_layer_entries(config)
     for i in changed:
         native.pop(i, None)
-        donor = native.get(own_types.index(layer_types[i]))
+        donor = native.get(types.index(layer_types[i]))
         if donor is not None:
             native[i] = dict(donor)
     if is_heterogeneous(config):
@@ -155,7 +155,7 @@ def _with_layer_types(
 
 
 def config_dtype(config: PretrainedConfig) -> torch.dtype:
-    """The dtype that a config names for its weights; float32 if it names none."""
+    """The dtype of the weights that a config names; float32 by default."""
     return config.dtype if isinstance(config.dtype, torch.dtype) else torch.float32
 
 
@@ -170,15 +170,15 @@ def build(
     """A model of ``config`` whose layer i is ``block_configs[i]``, with fresh weights.
 
     Args:
-        config: the parent's config; it is not changed.
-        block_configs: one a layer.
-        dtype: of the weights; default: the config's own, else float32.
-        device: where the weights lie; ``"meta"`` for none.
-        descriptor: of the family; default: ``describe(config)``.
+        config: Config of the parent; it is not changed.
+        block_configs: The block config of every layer.
+        dtype: dtype of the weights. Default: the one that the config names, else float32.
+        device: Device of the weights. On ``"meta"`` they take no memory.
+        descriptor: Descriptor of the parent's model family. Default: ``describe(config)``.
 
     Raises:
-        UsageError: not one block config a layer.
-        UnsupportedModel: the family cannot be described or cannot take an alternative.
+        UsageError: The number of block configs is not the number of layers.
+        UnsupportedModel: The model family cannot be described, or does not support one of the block configs.
     """
     descriptor = descriptor or describe(config)
     child = child_config(config, block_configs, descriptor)
@@ -188,7 +188,7 @@ def build(
 
 
 def head_of(model: PreTrainedModel, descriptor: type[ModelDescriptor] | None = None) -> nn.Module:
-    """The language-model head; by the descriptor where a model does not call it as is usual."""
+    """The language-model head, by the descriptor if ``get_output_embeddings`` does not return it."""
     head = model.get_output_embeddings()
     if head is None:
         head = model.get_submodule((descriptor or describe(model.config)).output_embedding_name())

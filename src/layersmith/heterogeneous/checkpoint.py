@@ -1,7 +1,7 @@
-"""Checkpoints of any model, heterogeneous or not: whole or refused.
+"""Load and save checkpoints of any model, heterogeneous or not. A checkpoint that is incomplete is refused.
 
-``save`` writes a folder that loads with layersmith, with Transformers beside layersmith, and with stock Transformers
-and ``trust_remote_code=True``. ``write_subblocks`` lays the same tensors out as one file a weight group.
+``save`` writes a folder that loads with layersmith, with Transformers where layersmith is imported, and with stock
+Transformers and ``trust_remote_code=True``. ``write_subblocks`` writes the same tensors as one file per weight group.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from layersmith.errors import InputError, LayersmithError, first_line
 from layersmith.heterogeneous.build import class_for
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.conventions import ATTENTION
 from layersmith.model_descriptor.describe import read_config
-from layersmith.model_descriptor.stock import own_config, quiet_transformers, stock_class, stock_model
+from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers, stock_class, stock_model
 from layersmith.modeling_layersmith import (
     HeterogeneousMixin,
     refuse_incomplete,
@@ -45,14 +46,14 @@ def load(
     """Load any causal language model, heterogeneous or not.
 
     Args:
-        path: a checkpoint folder or a hub id.
-        dtype: of the weights; default: the checkpoint's own.
-        device: default: the CPU.
-        descriptor: of the family, for a heterogeneous checkpoint that does not carry its plan.
-        trust_remote_code: let Transformers run code from the checkpoint (never needed for our own).
+        path: Checkpoint folder or hub id.
+        dtype: dtype of the weights. Default: the one in the checkpoint.
+        device: Device of the model. Default: the CPU.
+        descriptor: Descriptor of the model family, for a heterogeneous checkpoint without a plan.
+        trust_remote_code: Let Transformers run code from the checkpoint; layersmith's checkpoints do not need it.
 
     Raises:
-        InputError: files are missing or damaged, or weights and config disagree. Nothing is ever made up.
+        InputError: Files are missing or damaged, or weights and config do not match. No weights are made up.
     """
     cls, config = class_of(path, descriptor, trust_remote_code)
     model = read_weights(cls, path, config, dtype=dtype or "auto")
@@ -62,14 +63,14 @@ def load(
 def class_of(
     path: str | os.PathLike[str], descriptor: type[ModelDescriptor] | None, trust_remote_code: bool
 ) -> tuple[Any, PretrainedConfig]:
-    """The class that loads a checkpoint, and the config that it is given; its files are all there."""
+    """The class that loads a checkpoint and the config for it, after a check that no file is missing."""
     check_files(path)
-    config = own_config(read_config(path, trust_remote_code=trust_remote_code))
+    config = causal_lm_config(read_config(path, trust_remote_code=trust_remote_code))
     return class_for(stock_class(config), config, descriptor), without_guard(config)
 
 
 def read_weights(cls: Any, path: str | os.PathLike[str], config: PretrainedConfig, **how: Any) -> Any:
-    """``cls.from_pretrained``, whole or refused."""
+    """``cls.from_pretrained``, which raises ``InputError`` unless every weight fits."""
     try:
         with quiet_transformers():
             model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **how)
@@ -77,15 +78,15 @@ def read_weights(cls: Any, path: str | os.PathLike[str], config: PretrainedConfi
     except LayersmithError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path}: config.json and weights do not fit together: {first_line(error)}") from error
+        raise InputError(f"{path}: the weights do not match config.json: {first_line(error)}") from error
     return model
 
 
 def check_files(path: str | os.PathLike[str]) -> None:
-    """Check, from file sizes and headers alone, that all weights of a checkpoint folder are there.
+    """Check by file sizes and headers that no weights of a checkpoint folder are missing. A hub id passes.
 
     Raises:
-        InputError: a file that is missing or shorter than its header says. A hub id passes.
+        InputError: A file is missing, or shorter than its header says.
     """
     folder = Path(path)
     if not folder.is_dir():
@@ -110,7 +111,7 @@ def check_files(path: str | os.PathLike[str]) -> None:
 
 
 def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file and the place where its data starts."""
+    """The header of a safetensors file, and the offset of its data in bytes."""
     with open(file, "rb") as opened:
         (size,) = struct.unpack("<Q", opened.read(8))
         return json.loads(opened.read(size)), 8 + size
@@ -129,12 +130,12 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def weight_map(folder: Path) -> dict[str, Path]:
-    """Tensor name to the file that holds it."""
-    found = {}
+    """The file of every tensor of a checkpoint folder."""
+    files = {}
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            found.update(dict.fromkeys(tensors.keys(), file))
-    return found
+            files.update(dict.fromkeys(tensors.keys(), file))
+    return files
 
 
 def save(
@@ -142,46 +143,46 @@ def save(
     path: str | os.PathLike[str],
     *,
     tokenizer: Any = None,
-    more: Callable[[Path], None] | None = None,
+    write_extra: Callable[[Path], None] | None = None,
 ) -> None:
-    """Write a model as a Hugging Face folder, all of it or nothing.
+    """Write a model as a Hugging Face folder. An error leaves no folder behind.
 
     Args:
-        model: from :func:`layersmith.build`, :func:`layersmith.load`, or a stock model.
-        path: the folder; it must not hold anything yet.
-        tokenizer: written beside the weights if given.
-        more: writes what else belongs into the folder that it is given.
+        model: Model from :func:`layersmith.build` or :func:`layersmith.load`, or a stock model.
+        path: The new folder; if it exists, it must be empty.
+        tokenizer: Tokenizer to save with the model.
+        write_extra: Writes further files into the folder that is passed to it.
 
     Raises:
-        InputError: the folder is in use, or cannot be written.
+        InputError: The folder is not empty, or cannot be written.
     """
     folder = Path(path)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: already there and not empty. Choose another folder or remove it.")
+        raise InputError(f"{folder}: the folder already exists and is not empty. Choose another folder or remove it.")
     if not isinstance(model, HeterogeneousMixin):
         _refuse_unplanned(model, folder)
     with whole_folder(folder) as temporary, quiet_transformers():
         model.save_pretrained(temporary)
         if tokenizer is not None:
             tokenizer.save_pretrained(temporary)
-        if more is not None:
-            more(temporary)
+        if write_extra is not None:
+            write_extra(temporary)
 
 
 def _refuse_unplanned(model: PreTrainedModel, folder: Path) -> None:
     expected = {name: tensor.shape for name, tensor in stock_model(model.config).state_dict().items()}
     if {name: tensor.shape for name, tensor in model.state_dict().items()} != expected:
         raise InputError(
-            f"{folder}: this model's layers differ but its config does not say how, so no one could load it. "
+            f"{folder}: the layers of this model differ but its config does not say how, so it could not be loaded. "
             "Build it with layersmith.build."
         )
 
 
-# ---------------------------------------------------------------------------------------------- one file a group
+# ---------------------------------------------------------------------------------------------- one file per group
 
 
 def weight_groups(descriptor: type[ModelDescriptor], names: Iterable[str], num_layers: int) -> dict[str, list[str]]:
-    """``get_weight_groups``, also for the weights of linear replacements, which a family's patterns may not know."""
+    """``get_weight_groups``, extended to linear subblocks, which the patterns of a descriptor may not match."""
     names = list(names)
     linear = {}
     for i in range(num_layers):
@@ -196,14 +197,14 @@ def weight_groups(descriptor: type[ModelDescriptor], names: Iterable[str], num_l
 
 
 def _group_of_linear(descriptor: type[ModelDescriptor], name: str, index: int, num_layers: int) -> str:
-    """The group whose pattern takes other weights of the module that the linear map replaced."""
+    """The group of the module that a linear map replaced, by the patterns or else by the module's name."""
     predicates = descriptor.layer_name_predicates(num_layers)
     module = name.removesuffix("linear.weight")
     for subblock in SUBBLOCKS:
         pattern = predicates.get(f"block_{index}_{subblock}")
         if pattern is not None and (pattern.match(name) or module in pattern.pattern.replace("\\.", ".")):
             return f"block_{index}_{subblock}"
-    return f"block_{index}_attention" if "attn" in module or "attention" in module else f"block_{index}_ffn"
+    return f"block_{index}_attention" if any(part in module for part in ATTENTION) else f"block_{index}_ffn"
 
 
 def write_subblocks(
@@ -212,10 +213,10 @@ def write_subblocks(
     """Write one safetensors file per weight group, and an index that Transformers reads as well.
 
     Args:
-        tensors: a model's ``state_dict``; of tensors that share memory (tied embeddings) the first is written.
-        descriptor: of the family.
-        num_layers: number of decoder layers.
-        folder: gets ``model.safetensors.index.json`` and ``subblocks_safetensors/{group}.safetensors``.
+        tensors: ``state_dict`` of a model. Of tensors that share memory (tied embeddings) the first is written.
+        descriptor: Descriptor of the model family.
+        num_layers: Number of decoder layers.
+        folder: Folder for ``model.safetensors.index.json`` and ``subblocks_safetensors/{group}.safetensors``.
     """
     folder = Path(folder)
     unique: dict[str, torch.Tensor] = {}
@@ -236,10 +237,10 @@ def write_subblocks(
 
 
 def read_subblocks(folder: str | os.PathLike[str], groups: Iterable[str] | None = None) -> dict[str, torch.Tensor]:
-    """The tensors of a folder that :func:`write_subblocks` wrote; of all groups or of those named.
+    """The tensors in a folder that :func:`write_subblocks` wrote, of all groups or of some.
 
     Raises:
-        InputError: a file that the index names is missing or damaged, or an unknown group.
+        InputError: A file in the index is missing or damaged, or a group does not exist.
     """
     folder = Path(folder)
     files = {file.stem: file for file in weight_files(folder)}

@@ -1,4 +1,4 @@
-"""Give each decoder layer its own config while a model is built."""
+"""Give each decoder layer a config for its index while a model is built."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from layersmith.heterogeneous.plan import (
 )
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.modeling_layersmith import (
+    heterogeneous_layers,
     make_replacement,
-    own_layers,
     renumber,
     resize,
     set_cache_slot,
@@ -42,19 +42,19 @@ def deci_x_patcher(
 ) -> Iterator[None]:
     """While open, layer i of a model that is constructed is built as ``block_configs[i]`` says.
 
-    The layer gets a copy of the model's config with the descriptor's overrides for its block config, then the
-    descriptor's no-op callbacks where the block config asks for them, and a slot of the KV cache that keeps
-    generation right when layers have no attention. The config that the model was given is not changed, and the
-    decoder layer classes are as before when the context closes.
+    The layer is built from a copy of the model's config with the descriptor's overrides for its block config. Then the
+    descriptor's no-op callbacks run where the block config asks for them. Last the layer gets a slot of the KV cache,
+    so that generation is correct when layers have no attention. The config of the model is not changed, and the decoder
+    layer classes are restored when the context closes.
 
     Args:
-        model_descriptor: of the family.
-        block_configs: one a layer.
-        cache_slots_of_layers: the slot of every layer, as a plan has them; default: from the ``layer_types`` of the
-            config.
+        model_descriptor: Descriptor of the parent's model family.
+        block_configs: The block config of every layer.
+        cache_slots_of_layers: The cache slot of every layer, from a plan. Default: computed from the ``layer_types`` of
+            the config.
 
     Raises:
-        UnsupportedModel: a block config asks for a no-op that the descriptor does not have.
+        UnsupportedModel: A block config asks for a no-op that the descriptor does not have.
     """
     blocks = read_block_configs(list(block_configs), "deci_x_patcher")
     present = fills_cache(model_descriptor, blocks)
@@ -78,12 +78,12 @@ def deci_x_patcher(
             _replace_subblocks(model_descriptor, layer, blocks[index], cache_slots_of_layers is not None)
             set_cache_slot(layer, slots[index], within)
 
-    with own_layers(layer_classes(model_descriptor), configure, finish):
+    with heterogeneous_layers(layer_classes(model_descriptor), configure, finish):
         yield
 
 
 def _replace_subblocks(descriptor: type[ModelDescriptor], layer: nn.Module, block: BlockConfig, planned: bool) -> None:
-    # Both records are taken before either subblock is touched: the callbacks see the layer as it was built.
+    # Both records are made before a subblock is replaced, so that the callbacks see the layer as its class builds it.
     linear = {
         name: record
         for subblock in ("attention", "ffn")
@@ -99,7 +99,7 @@ def _replace_subblocks(descriptor: type[ModelDescriptor], layer: nn.Module, bloc
             raise UnsupportedModel(f"{descriptor.__name__} has no FFN no-op (mlp_no_op_post_init).")
         descriptor.mlp_no_op_post_init(layer)
     for name, record in linear.items():
-        # A family may make a small weight in a way that takes no notice of the device that all are to lie on.
+        # Some families create small weights that ignore the default device, so the largest weight decides.
         reference = max(layer.get_submodule(name).parameters(), key=lambda p: p.ndim)
         replacement = make_replacement(record, reference.dtype)
         layer.set_submodule(name, replacement.to(reference.device))

@@ -1,7 +1,7 @@
-"""The plan: what a descriptor does to a model, written down as data.
+"""The plan: a record of what a descriptor changes in each layer, stored in the checkpoint as data.
 
-A descriptor is code; a checkpoint must be readable where that code is not. So the effect of a descriptor's callbacks
-is observed: the layer's module tree before and after is compared, and what was put in is found by calling it.
+A checkpoint must load where the descriptor's code is not installed. So the callbacks of the descriptor run on a copy of
+each layer, and the plan records which modules they replaced and what the new modules compute.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ NO_LINEAR = "no linear map can replace it"
 
 
 def no_op_records(descriptor: type[ModelDescriptor], layer: nn.Module, *subblocks: str) -> dict[str, dict[str, Any]]:
-    """What the descriptor's no-op callbacks put where.
+    """The replacements that the descriptor's no-op callbacks make in a layer.
 
     Args:
-        descriptor: the descriptor.
-        layer: a decoder layer as its class builds it, on any device; it is not changed.
-        subblocks: ``"attention"``, ``"ffn"`` or both; both may take more away than each alone.
+        descriptor: Descriptor of the parent's model family.
+        layer: A decoder layer as its class builds it, on any device; it is not changed.
+        subblocks: ``"attention"``, ``"ffn"`` or both; both together may replace more than each alone.
 
     Returns:
-        Module name in the layer to a record as ``make_replacement`` reads it.
+        Module name in the layer to a record for ``make_replacement``.
 
     Raises:
-        UnsupportedModel: there is no such callback, or it does something that cannot be written down.
+        UnsupportedModel: The descriptor has no such callback, or a plan cannot describe what the callback does.
     """
     what = " and ".join(subblocks)
     # The tensors are shared with the original: only the tree of modules is copied.
@@ -63,17 +63,20 @@ def no_op_records(descriptor: type[ModelDescriptor], layer: nn.Module, *subblock
 def linear_records(
     descriptor: type[ModelDescriptor], layer: nn.Module, subblock: str, planned: bool = False
 ) -> dict[str, dict[str, Any]]:
-    """As :func:`no_op_records`, for one linear map in the subblock's place; its norm stays.
+    """Like :func:`no_op_records`, for one linear map in the place of a subblock; the norm before it stays.
 
-    The map stands where the no-op puts zeros, and answers for as much as they do of what the model asks of the module
-    that was there. ``size`` is the hidden size.
+    The map replaces the module that the no-op replaces by zeros, and has the same attributes. ``size`` is the hidden
+    size.
 
     Args:
-        descriptor: of the family.
-        layer: as its class builds it.
+        descriptor: Descriptor of the parent's model family.
+        layer: A decoder layer as its class builds it.
         subblock: ``"attention"`` or ``"ffn"``.
-        planned: whether it was seen already that a map can stand there, in the layer as the parent has it. A layer
-            without attention may be built as one of another type, of which that may not hold.
+        planned: Whether the parent's layer was checked before. A layer without attention may be built as another type
+            of layer, for which the check may fail.
+
+    Raises:
+        UnsupportedModel: A linear map cannot replace the subblock.
     """
     zeros = {name: r for name, r in no_op_records(descriptor, layer, subblock).items() if r["is"] == "zeros"}
     if len(zeros) != 1:
@@ -85,17 +88,17 @@ def linear_records(
 
 
 def hidden_size_of(layer: nn.Module) -> int:
-    """D: the size that most matrices of a decoder layer have on one of their sides."""
+    """The hidden size of a decoder layer: the dimension that most of its matrices have."""
     counts: dict[int, int] = {}
     for parameter in layer.parameters():
         for size in set(parameter.shape) if parameter.ndim >= 2 else ():
             counts[size] = counts.get(size, 0) + 1
     if not counts:
-        raise UnsupportedModel(f"{type(layer).__name__}: its hidden size cannot be told from its weights.")
+        raise UnsupportedModel(f"{type(layer).__name__}: its weights do not show its hidden size.")
     for module in layer.modules():
-        own = getattr(getattr(module, "config", None), "hidden_size", None)
-        if own in counts:
-            return int(own)
+        hidden_size = getattr(getattr(module, "config", None), "hidden_size", None)
+        if hidden_size in counts:
+            return int(hidden_size)
     return max(counts, key=lambda size: counts[size])
 
 
@@ -105,17 +108,22 @@ def _plain_attributes(layer: nn.Module) -> dict[str, Any]:
     return {name: value for name, value in plain.items() if isinstance(value, str | int | float | bool | type(None))}
 
 
-def _own_attributes(module: nn.Module) -> dict[str, Any]:
-    """Plain values that a callback gave to a module it put in, for code that looks at what was there."""
+def _copied_attributes(module: nn.Module) -> dict[str, Any]:
+    """Plain attributes that a callback copied from the original module, because the model reads them."""
     hidden = set(vars(nn.Module())) | {"argument", "size"}
     return {name: value for name, value in _plain_attributes(module).items() if name not in hidden}
 
 
 def _observe(module: nn.Module, what: str) -> dict[str, Any]:
-    """Find what a parameter-free module does by calling it."""
+    """The record of a module without weights, by calling it on a random tensor.
+
+    Args:
+        module: The module.
+        what: The module in words, for errors.
+    """
     if any(True for _ in module.parameters()):
-        raise UnsupportedModel(f"{what} has weights; that cannot be written into a checkpoint's plan.")
-    attributes: dict[str, Any] = {"attributes": own} if (own := _own_attributes(module)) else {}
+        raise UnsupportedModel(f"{what} has weights, which a plan cannot describe.")
+    attributes: dict[str, Any] = {"attributes": copied} if (copied := _copied_attributes(module)) else {}
     if empty := [name for name, buffer in module.named_buffers() if not buffer.numel()]:
         attributes["empty"] = empty
     argument = getattr(module, "argument", None) if isinstance(module, PassArgument) else None
@@ -133,12 +141,12 @@ def _observe(module: nn.Module, what: str) -> dict[str, Any]:
         attributes["size"] = module.size
     if isinstance(output, tuple | list):
         if any(rest is not None for rest in output[1:]):
-            raise UnsupportedModel(f"{what} returns more than one tensor; that cannot be written into a plan.")
+            raise UnsupportedModel(f"{what} returns more than one tensor, which a plan cannot describe.")
         returns = {"returns": len(output), **({"list": True} if isinstance(output, list) else {})}
         if names := getattr(output, "_fields", ()):
             returns["names"] = list(names)
         if passes := getattr(module, "passes", ()):
-            returns["passes"] = [list(own) for own in passes]
+            returns["passes"] = [list(pair) for pair in passes]
         output = output[0]
     with torch.device("cpu"):
         if argument is not None:
@@ -147,7 +155,7 @@ def _observe(module: nn.Module, what: str) -> dict[str, Any]:
             return {"is": "same", **returns, **attributes}
         if not output.any():
             return {"is": "zeros", **returns, **attributes}
-    raise UnsupportedModel(f"{what} neither passes its input on nor gives zeros; that cannot be written into a plan.")
+    raise UnsupportedModel(f"{what} returns neither its input nor zeros, which a plan cannot describe.")
 
 
 def make_plan(
@@ -162,25 +170,25 @@ def make_plan(
     """The entry ``layersmith`` of a child's ``config.json``.
 
     Args:
-        descriptor: the parent family's descriptor.
-        config: the model's config.
-        block_configs: one a layer.
-        layers: the decoder layers of the stock model, on the meta device.
-        layer_class_names: full names of the decoder layer classes.
-        text_config: the attribute of ``config`` that is the language model's config; empty if that is ``config``.
-        of_parent: the layers as the parent has them, where without their attention some are of another type; whether a
-            linear map can stand for a subblock is a matter of these.
+        descriptor: Descriptor of the parent's model family.
+        config: Config of the model.
+        block_configs: The block config of every layer.
+        layers: The decoder layers of the stock model, on the meta device.
+        layer_class_names: Full names of the decoder layer classes.
+        text_config: The attribute of ``config`` that is the language model's config; empty if that is ``config``.
+        of_parent: The parent's layers, which decide whether a linear map can replace a subblock. Default: ``layers``,
+            which differ where a layer without attention is built as another type of layer.
     """
     present = fills_cache(descriptor, block_configs)
     language = getattr(config, text_config) if text_config else config
     slots = slots_of_layers(descriptor, present, getattr(language, "layer_types", None))
     records: list[dict[str, Any]] = []
-    for layer, own, block, slot in zip(layers, of_parent or layers, block_configs, slots, strict=True):
+    for layer, original, block, slot in zip(layers, of_parent or layers, block_configs, slots, strict=True):
         removed = [subblock for subblock in SUBBLOCKS if block.subblock(subblock).no_op]
         modules = no_op_records(descriptor, layer, *removed) if removed else {}
         for subblock in SUBBLOCKS:
             if block.subblock(subblock).replace_with_linear:
-                modules |= linear_records(descriptor, own, subblock)
+                modules |= linear_records(descriptor, original, subblock)
         overrides = {k: v for k, v in descriptor.block_config_to_layer_overrides(block).items() if v is not None}
         record: dict[str, Any] = {"config": overrides, "modules": modules, "cache_slot": slot}
         if shapes := descriptor.resized_weights(layer, block):
@@ -212,7 +220,7 @@ def make_plan(
 def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[BlockConfig]) -> list[bool]:
     """Whether each layer's attention writes to the KV cache.
 
-    An attention whose keys and values other layers use goes on to write them when it is removed.
+    An attention whose keys and values other layers read still writes them when it is removed.
     """
     return [has_attention(block) or descriptor.attention_stays(i) for i, block in enumerate(block_configs)]
 
@@ -220,16 +228,16 @@ def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[Block
 def slots_of_layers(
     descriptor: type[ModelDescriptor], present: Sequence[bool], layer_types: Sequence[str] | None = None
 ) -> list[int]:
-    """The cache slot of every layer: see :func:`cache_slots`; one after another where a cache bears no gap."""
+    """The cache slot of every layer, by :func:`cache_slots`, or consecutive where a cache cannot have empty slots."""
     if descriptor.appends_to_cache():
         return [sum(present[:i]) for i in range(len(present))]
     return cache_slots(present, layer_types)
 
 
 def cached_modules(descriptor: type[ModelDescriptor], layer: nn.Module, index: int, slot: int) -> list[str] | None:
-    """The modules that move to another slot of the cache with an attention; None for all of the layer.
+    """The modules of a layer whose attention moves to another cache slot; None for the whole layer.
 
-    What an FFN keeps in the cache stays in its own layer's slot.
+    An FFN that uses the cache keeps the slot of its layer.
     """
     if slot == index or not descriptor.attn_no_op_supported():
         return None
@@ -237,7 +245,7 @@ def cached_modules(descriptor: type[ModelDescriptor], layer: nn.Module, index: i
         moved = list(no_op_records(descriptor, layer, "attention"))
     except UnsupportedModel:
         return None
-    # A no-op that leaves what other layers use replaces less than what keeps things in the cache.
+    # A no-op that keeps what other layers use replaces fewer modules than those that use the cache.
     return list(dict.fromkeys((*descriptor.attention_modules(layer), *moved)))
 
 
@@ -248,18 +256,16 @@ def stock_guard(
     text_config: str = "",
     reshaped: Collection[int] = (),
 ) -> dict[str, dict[str, Any]]:
-    """Transformers' own ``per_layer_config`` for these blocks, which stops stock code that builds all layers alike.
+    """The guard: a ``per_layer_config`` that stops stock Transformers code which would build all layers alike.
 
-    An entry has every attribute whose value differs from the model's, under its canonical name; Transformers ignores an
-    alias. A removed subblock is ``skip`` with an override of one of its sizes: stock code that knows ``skip`` does not
-    need the size, and other stock code stops at the size. A linear layer has the override alone, since ``skip`` would
-    be untrue.
+    An entry has every attribute that differs from the model's, under its canonical name, since Transformers ignores
+    aliases. A removed subblock has ``skip`` and zero for one of its sizes: stock code that supports ``skip`` ignores
+    the size, and other stock code stops at it. A linear subblock has only the size.
 
-    What is missing from an entry is what Transformers does not let differ by layer. Some config classes read attributes
-    themselves, e.g. Llama's reads ``num_attention_heads`` to check the hidden size, and no config with such an entry
-    can be loaded at all. A tool that needs the number of query heads of every layer reads ``block_configs``. Where
-    nothing in an entry can differ, another attribute that models read stands in. A multimodal config may read those of
-    its ``text_config`` too, so what can differ is tried on the whole config.
+    Some attributes cannot differ by layer: config classes read them, e.g. Llama's reads ``num_attention_heads`` to
+    check the hidden size, and a config with such an entry does not load. ``block_configs`` still has them. If no
+    attribute of an entry can differ, another one that models read takes its place. Each is tried on the whole config,
+    because a multimodal config may read attributes of its ``text_config``.
     """
     can_differ = _CanDiffer(config, text_config)
     config = getattr(config, text_config) if text_config else config
@@ -276,19 +282,19 @@ def stock_guard(
         differs = i in reshaped
         for name, value in descriptor.block_config_to_layer_overrides(block).items():
             name = canonical.get(name, name)
-            own = config.__dict__.get(name)
-            if isinstance(value, dict):
-                differs = differs or _differs(own, value)  # in a config of its own, of which an entry is no override
-            elif value is not None and value != own and not isinstance(value, list):
+            of_model = config.__dict__.get(name)
+            if isinstance(value, dict):  # a nested config, which an entry cannot override
+                differs = differs or _differs(of_model, value)
+            elif value is not None and value != of_model and not isinstance(value, list):
                 differs = True
                 if can_differ(name):
                     entry[name] = value
         skip = []
         for subblock in SUBBLOCKS:
-            own_config = block.subblock(subblock)
-            if own_config.no_op:
+            subblock_config = block.subblock(subblock)
+            if subblock_config.no_op:
                 skip.append(stock_names[subblock])
-            if own_config.no_op or own_config.replace_with_linear:
+            if subblock_config.no_op or subblock_config.replace_with_linear:
                 differs = True
                 # Zero differs from every size that a model can have, so Transformers keeps the override.
                 entry |= {size: 0 for name in sizes[subblock] if can_differ(size := canonical.get(name, name))}
@@ -299,21 +305,23 @@ def stock_guard(
         if entry:
             guard[str(i)] = entry
     if guard and not can_differ.all_of(guard):
-        # Some configs want layers of a type to be alike; then all layers get what no model can be built with.
-        known = [canonical.get(n, n) for own in sizes.values() for n in own]
+        # Some configs require equal layers of a type; then all layers get a size with which no model can be built.
+        known = [canonical.get(name, name) for names in sizes.values() for name in names]
         alike = ({str(i): {n: 0} for i in range(len(block_configs))} for n in (*known, *read_by_models))
         guard = next(filter(can_differ.all_of, alike), {})
     return guard
 
 
 def _differs(config: Any, overrides: dict[str, Any]) -> bool:
-    """Whether an override in a nested config is another value than it has."""
-    own = {name: getattr(config, name, None) for name in overrides}
-    return any(_differs(own[n], v) if isinstance(v, dict) else v not in (None, own[n]) for n, v in overrides.items())
+    """Whether an override for a nested config differs from its value."""
+    values = {name: getattr(config, name, None) for name in overrides}
+    return any(
+        _differs(values[n], v) if isinstance(v, dict) else v not in (None, values[n]) for n, v in overrides.items()
+    )
 
 
 class _CanDiffer:
-    """Whether a config can be loaded with an attribute that differs by layer, by trying."""
+    """Tells whether a config can be loaded when an attribute differs by layer, by loading one."""
 
     def __init__(self, config: PretrainedConfig, text_config: str):
         self.config, self.text_config = config, text_config
@@ -330,7 +338,7 @@ class _CanDiffer:
     def all_of(self, guard: dict[str, dict[str, Any]]) -> bool:
         data = self.config.to_dict()
         language = data[self.text_config] if self.text_config else data
-        language["per_layer_config"] = self.native | {i: self.native.get(i, {}) | own for i, own in guard.items()}
+        language["per_layer_config"] = self.native | {i: self.native.get(i, {}) | entry for i, entry in guard.items()}
         with foreign_code("Can these attributes differ by layer?", refusal_is_answer=True) as attempt:
             type(self.config).from_dict(data).to_dict()
         return not attempt.failed

@@ -1,4 +1,4 @@
-"""A model over several processes: each holds its own layers, hidden states travel.
+"""A model split over several processes by layers; each process sends hidden states to the next.
 
 Shapes: B batch, T tokens, D hidden, V vocabulary.
 """
@@ -18,25 +18,25 @@ from layersmith.heterogeneous.checkpoint import check_files, weight_groups, weig
 from layersmith.heterogeneous.no_op import Same
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
-from layersmith.model_descriptor.stock import own_config, quiet_transformers
+from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers
 from layersmith.modeling_layersmith import without_guard
 from layersmith.run.runtime import Runtime
 
 
 def layers_of_rank(num_layers: int, rank: int, world_size: int) -> range:
-    """The contiguous layers of a rank, shares as equal as can be."""
+    """The contiguous layers of a rank; the numbers of layers differ by at most one."""
     return range(num_layers * rank // world_size, num_layers * (rank + 1) // world_size)
 
 
 class ShardedModel:
-    """One process's share of a model. Call it with the same ``input_ids`` in every process."""
+    """The layers of one process. Call it with the same ``input_ids`` in every process."""
 
     def __init__(self, model: nn.Module, descriptor: type[ModelDescriptor], layers: range, runtime: Runtime):
         self.model, self.descriptor, self.layers, self.runtime = model, descriptor, layers, runtime
         self.hidden_size = descriptor.get_language_model_config(model.config).hidden_size
 
     def __call__(self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None = None) -> torch.Tensor:
-        """The logits ``[B, T, V]``, in every process."""
+        """Return the logits ``[B, T, V]`` in every process."""
         runtime, (B, T) = self.runtime, input_ids.shape
         is_first, is_last = runtime.rank == 0, runtime.rank == runtime.world_size - 1
         embedding = self.model.get_submodule(self.descriptor.input_embedding_name())
@@ -45,8 +45,8 @@ class ShardedModel:
         else:
             hidden = torch.empty(B, T, self.hidden_size, dtype=runtime.dtype, device=runtime.device)
             dist.recv(hidden, src=runtime.rank - 1)
-        # The layers of earlier ranks are dummies, so what came from there goes in as the embeddings and passes
-        # through to the first own layer; masks and positions depend only on its shape.
+        # The layers of earlier ranks are dummies, so hidden states passed as embeddings reach the first layer of this
+        # rank unchanged. Masks and positions depend only on their shape.
         output = self.model(inputs_embeds=hidden, attention_mask=attention_mask, use_cache=False).logits
         if not is_last:
             dist.send(output.contiguous(), dst=runtime.rank + 1)
@@ -60,29 +60,29 @@ class ShardedModel:
 def load_sharded(
     path: str | Path, runtime: Runtime, *, descriptor: type[ModelDescriptor] | None = None
 ) -> ShardedModel:
-    """Load this rank's layers of a checkpoint folder, and no others.
+    """Load only this rank's layers of a checkpoint folder.
 
-    The model is built on the meta device, the layers of other ranks become dummies, and only the tensors of the own
-    weight groups are read. ``torch.distributed`` must be initialised if ``runtime.world_size > 1``.
+    The model is built on the meta device, and layers of other ranks become dummies, whose tensors are not read.
+    ``torch.distributed`` must be initialised if ``runtime.world_size > 1``.
 
     Raises:
-        InputError: a tensor of this rank is not in the checkpoint.
-        UsageError: more processes than layers.
+        InputError: A tensor of this rank is not in the checkpoint.
+        UsageError: There are more processes than layers.
     """
     check_files(path)
-    config = own_config(without_guard(read_config(path)))
+    config = causal_lm_config(without_guard(read_config(path)))
     descriptor = descriptor or describe(config)
     blocks = block_configs_of(config, descriptor)
     layers = layers_of_rank(len(blocks), runtime.rank, runtime.world_size)
     if not layers:
-        raise UsageError(f"{path}: {len(blocks)} layers cannot be shared by {runtime.world_size} processes.")
+        raise UsageError(f"{path}: {len(blocks)} layers cannot be split over {runtime.world_size} processes.")
     is_first, is_last = runtime.rank == 0, runtime.rank == runtime.world_size - 1
     model = build(config, blocks, dtype=runtime.dtype, device="meta", descriptor=descriptor)
     for i, layer in enumerate(decoder_layers(model, descriptor, len(blocks))):
         if i not in layers:
             model.set_submodule(descriptor.layer_block_name(i), descriptor.create_dummy_block(layer, i))
     if not is_last:
-        # The norm and the head pass hidden states on, so the model's output is what the next rank takes in.
+        # Without norm and head the output of the model is the hidden states for the next rank.
         model.set_submodule(descriptor.final_norm_name(), Same())
         model.set_submodule(descriptor.output_embedding_name(), Same())
 

@@ -1,7 +1,7 @@
 """Names of other projects that layersmith assumes, in one table.
 
-Almost everything about a model family is found by experiment. Where a name is assumed all the same, it is listed here,
-with what layersmith uses it for and what happens in a family that uses another name.
+Almost everything about a model family is inferred by experiment. The names that are assumed are listed here, with their
+use and what happens in a family that uses another name.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ NOT_SIZES = ("_token_id", "dtype")
 # Names the attributes that a Transformers config lets differ from layer to layer, in `per_layer_config`.
 PER_LAYER = "per_layer_attributes"
 
-# Read from the config of a model that has a third party's descriptor, which says nothing about its own layers.
+# Read from the config of a model with a third party's descriptor, which does not describe the parent's layers. With
+# other names the parent's block configs have no FFN width, and the number of layers is not known.
 FFN_WIDTH = "intermediate_size"
 NUM_LAYERS = "num_hidden_layers"
 
@@ -45,6 +46,6 @@ ROTARY = "rope"
 # cached generation give the cache to no one and fail.
 CACHES = ("cache", "cache_params", "state", "past_buckets_states")
 
-# In the name of a module: it is an attention rather than an FFN. Read only where a linear layer replaced a module that
-# a third party's patterns do not name.
+# The name of an attention module contains one of these. Read only where a linear layer replaced a module that the
+# patterns of a third party's descriptor do not match; with another name its weights go to the FFN's group.
 ATTENTION = ("attn", "attention")

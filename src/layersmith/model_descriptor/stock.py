@@ -19,7 +19,7 @@ from transformers.models.auto.modeling_auto import (
 
 from layersmith.errors import UnsupportedModel
 from layersmith.foreign import foreign_code
-from layersmith.modeling_layersmith import give_own_buffers, model_class_for, remote_class
+from layersmith.modeling_layersmith import model_class_for, place_layer_buffers, remote_class
 from layersmith.upstream import model_from_config
 
 
@@ -37,7 +37,7 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     raise UnsupportedModel(f"This version of Transformers has no causal language model for {type(config).__name__}.")
 
 
-def own_config(config: PretrainedConfig) -> PretrainedConfig:
+def causal_lm_config(config: PretrainedConfig) -> PretrainedConfig:
     """The part of a config from which its causal language model is built.
 
     For some multimodal types Transformers' causal model is the text model alone, which is built from ``text_config``.
@@ -62,7 +62,7 @@ def stock_model(config: PretrainedConfig, device: str = "meta", dtype: torch.dty
     """A fresh stock model of a config. On the meta device it has all shapes and takes no memory."""
     with torch.device(device), quiet_transformers():
         how = {} if dtype is None else {"dtype": dtype}
-        return model_from_config(stock_class(config), copy.deepcopy(own_config(config)), **how)
+        return model_from_config(stock_class(config), copy.deepcopy(causal_lm_config(config)), **how)
 
 
 def whole_number(config: PretrainedConfig, name: str) -> int | None:
@@ -117,4 +117,4 @@ def restore_buffers(model: nn.Module, runtime: Any) -> None:
         for plain, value in vars(module).items():
             if isinstance(value, torch.Tensor):
                 setattr(target, plain, value.to(runtime.device))
-    give_own_buffers(model)
+    place_layer_buffers(model)

@@ -20,7 +20,7 @@ from layersmith.library.axes.layers import meta_layers
 from layersmith.library.survey import survey_of
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
-from layersmith.model_descriptor.stock import own_config, stock_class
+from layersmith.model_descriptor.stock import causal_lm_config, stock_class
 from layersmith.modeling_layersmith import without_guard
 from layersmith.recipe import BATCH, CONTEXT, LibraryRecipe
 
@@ -78,7 +78,7 @@ def outline(
     trust_remote_code: bool = False,
 ) -> Outline:
     """Find what can be changed in a model, and what everything costs, on the meta device."""
-    config = own_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
+    config = causal_lm_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
     descriptor = descriptor or describe(config)
     blocks = block_configs_of(config, descriptor)
     axes = find_axes(descriptor, config, blocks)
@@ -104,7 +104,7 @@ def inspect(
         UnsupportedModel: no descriptor for its family.
     """
     found = outline(parent, LibraryRecipe(), Workload(batch, context), descriptor, trust_remote_code)
-    config = own_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
+    config = causal_lm_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
     blocks = block_configs_of(config, found.descriptor)
     rows = [_row(i, found, block.attention, block.ffn) for i, block in enumerate(blocks)]
     own = {

@@ -141,7 +141,7 @@ def _write_child(job: Job, solution: Solution, out: Path, progress: Progress) ->
             library_with_pairs(job).with_parent(job.stored_parent).compose(solution.alternatives),
             out,
             tokenizer=job.tokenizer,
-            more=lambda folder: write_card(folder, Child(job.run, job.read(LIBRARY), solution, job.recipe)),
+            write_extra=lambda folder: write_card(folder, Child(job.run, job.read(LIBRARY), solution, job.recipe)),
         )
         advance(1)
 

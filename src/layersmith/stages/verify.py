@@ -34,7 +34,7 @@ from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.infer.removal import silent_stay_silent
 from layersmith.model_descriptor.infer.shrink import shrunk
 from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument
-from layersmith.model_descriptor.stock import own_config, stock_class, stock_model
+from layersmith.model_descriptor.stock import causal_lm_config, stock_class, stock_model
 from layersmith.modeling_layersmith import as_parent
 from layersmith.run.runtime import Runtime
 
@@ -86,7 +86,7 @@ def verify(
         UnsupportedModel: the family cannot be described, or no small model of it can be made.
     """
     started = time.perf_counter()
-    config = own_config(as_parent(read_config(parent, trust_remote_code=trust_remote_code)))
+    config = causal_lm_config(as_parent(read_config(parent, trust_remote_code=trust_remote_code)))
     descriptor = descriptor or describe(config)
     small = shrunk(config, stock_model(config))
     specimen = specimen_parent(small, descriptor)

@@ -25,7 +25,7 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
 from layersmith.library.survey import Survey, survey
-from layersmith.model_descriptor.stock import own_config
+from layersmith.model_descriptor.stock import causal_lm_config
 from layersmith.recipe import LibraryRecipe
 from layersmith.run.runtime import Runtime
 from tests.conformance.tiny import tiny_config, tiny_model
@@ -73,7 +73,7 @@ KINDS = {
 
 
 def parent_of(family: str) -> Parent:
-    return parent_of_config(own_config(tiny_config(family)), family)
+    return parent_of_config(causal_lm_config(tiny_config(family)), family)
 
 
 def parent_of_config(config: PretrainedConfig, family: str) -> Parent:
@@ -151,7 +151,7 @@ def test_experts_that_add_most_stay() -> None:
 @pytest.mark.parametrize("family", ["gemma3_text", "gpt_oss", "olmo3"])
 def test_a_window_is_the_familys_own(family: str, tmp_path: Path) -> None:
     """As scored, as composed, as loaded again, and as the stock model whose config says so from the start."""
-    config = own_config(tiny_config(family))
+    config = causal_lm_config(tiny_config(family))
     full = [i for i, own in enumerate(config.layer_types) if own == "full_attention"]
     config.sliding_window = 6
     parent = parent_of_config(config, family)
@@ -240,7 +240,7 @@ def test_heads_in_pairs() -> None:
 
 def test_keys_head_after_head_that_are_cached_for_each_query() -> None:
     """Falcon's newer layers: one projection has each head's queries, key and value; the cache has a key a query."""
-    config = own_config(tiny_config("falcon"))
+    config = causal_lm_config(tiny_config("falcon"))
     config.new_decoder_architecture, config.num_kv_heads = True, 2
     parent = parent_of_config(config, "falcon")
     recipe = LibraryRecipe(linear=(), no_op=())
@@ -315,7 +315,7 @@ def test_a_linear_map_replaces_all_of_a_subblock_or_nothing() -> None:
 
 def test_what_does_not_run_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
     """Though the axis holds with another size."""
-    config = own_config(tiny_config("llama"))
+    config = causal_lm_config(tiny_config("llama"))
     config.num_key_value_heads = 1
     parent = parent_of_config(config, "llama")
     original = LlamaAttention.forward
@@ -337,7 +337,7 @@ def test_what_does_not_run_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> No
 @torch.no_grad()
 def test_heads_whose_keys_come_from_one_cache_go_whatever_the_config_says() -> None:
     """A number of KV heads that is read for nothing but how often keys are repeated goes along with the queries."""
-    config = own_config(tiny_config("deepseek_v3"))
+    config = causal_lm_config(tiny_config("deepseek_v3"))
     config.update({"num_attention_heads": 6, "num_key_value_heads": 4})
     parent = parent_of_config(config, "deepseek_v3")
     found = survey(parent, LibraryRecipe(linear=()))
@@ -354,7 +354,7 @@ def test_heads_whose_keys_come_from_one_cache_go_whatever_the_config_says() -> N
 
 def test_queries_of_which_the_keys_have_the_mean() -> None:
     """Three to each key: those that go are made copies of the one of the same key that stays."""
-    config = own_config(tiny_config("zaya"))
+    config = causal_lm_config(tiny_config("zaya"))
     config.update({"num_attention_heads": 6, "num_key_value_heads": 2})
     axes = survey(parent_of_config(config, "zaya"), LibraryRecipe()).axes
     assert all(own.kv is not None and (own.kv.size, own.kv.fewer_queries) == (2, True) for own in axes)

@@ -21,7 +21,7 @@ from layersmith.library.build import build_library
 from layersmith.library.library import Library
 from layersmith.library.survey import survey
 from layersmith.model_descriptor.infer.mixers import in_proportion
-from layersmith.model_descriptor.stock import own_config, restore_buffers
+from layersmith.model_descriptor.stock import causal_lm_config, restore_buffers
 from layersmith.recipe import LibraryRecipe
 from layersmith.stages.verify import axis_verdicts
 from tests.conformance.checks import _load_as_stock
@@ -226,7 +226,7 @@ def test_a_recipe_can_leave_mixers_alone() -> None:
 
 def test_a_fresh_child_starts_by_the_sizes_of_its_layers() -> None:
     """Transformers' own code starts these weights by the model's config, whatever the layer has."""
-    config = own_config(tiny_config("nemotron_h"))
+    config = causal_lm_config(tiny_config("nemotron_h"))
     blocks = layersmith.block_configs(config)
     fewer = Alternative(0, "attention", "mixer_heads", size=4).block_config(blocks[0])
     child = layersmith.build(config, [fewer, *blocks[1:]], dtype=torch.float32)

@@ -23,7 +23,7 @@ from layersmith.model_descriptor.infer.inference import find
 from layersmith.model_descriptor.infer.removal import put
 from layersmith.model_descriptor.infer.subblocks import Subblock
 from layersmith.model_descriptor.patterns import weight_groups
-from layersmith.model_descriptor.stock import language_config, own_config, restore_buffers
+from layersmith.model_descriptor.stock import causal_lm_config, language_config, restore_buffers
 
 _known: dict[str, type[InferredDescriptor]] = {}
 
@@ -40,7 +40,7 @@ def infer(config: PretrainedConfig) -> type[InferredDescriptor]:
         if findings is None:
             findings = find(config)
             findings_cache.write(key, findings)
-        _known[key] = descriptor_of(replace(findings, config=own_config(config)))
+        _known[key] = descriptor_of(replace(findings, config=causal_lm_config(config)))
     return _known[key]
 
 

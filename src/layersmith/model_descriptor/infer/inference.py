@@ -33,7 +33,7 @@ from layersmith.model_descriptor.infer.shrink import shrunk
 from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind, signature
-from layersmith.model_descriptor.stock import own_config, stock_model
+from layersmith.model_descriptor.stock import causal_lm_config, stock_model
 
 
 @dataclass
@@ -70,7 +70,7 @@ def find(config: PretrainedConfig) -> Findings:
     Raises:
         UnsupportedModel: What the experiments could not answer, and why.
     """
-    config = own_config(config)
+    config = causal_lm_config(config)
     skeleton = _skeleton(config)
     small = shrunk(config, skeleton)
     specimen = Specimen(small)

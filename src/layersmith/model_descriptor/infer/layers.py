@@ -13,7 +13,7 @@ from layersmith.errors import UnsupportedModel
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.infer.specimen import Call, Specimen, first_tensor_of
 from layersmith.model_descriptor.stock import stock_model
-from layersmith.modeling_layersmith import own_layers
+from layersmith.modeling_layersmith import heterogeneous_layers
 
 
 @dataclass(frozen=True)
@@ -175,7 +175,7 @@ def check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Modul
     """
     with (
         foreign_code("Is every layer built from a config?", refusal_is_answer=True) as attempt,
-        own_layers(classes, lambda layer_config, index: layer_config, lambda layer, index: None),
+        heterogeneous_layers(classes, lambda layer_config, index: layer_config, lambda layer, index: None),
     ):
         stock_model(config)
     if attempt.error is not None:

@@ -23,7 +23,7 @@ from layersmith.model_descriptor.infer.specimen import (
 )
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Record, Subblock
 from layersmith.model_descriptor.stock import stock_model
-from layersmith.modeling_layersmith import make_replacement, own_layers
+from layersmith.modeling_layersmith import heterogeneous_layers, make_replacement
 from layersmith.upstream import output_size_attribute
 
 Replaced = tuple[tuple[str, Record], ...]
@@ -225,7 +225,7 @@ class _Trial:
 
         with (
             experiment("Can the model be built with it?"),
-            own_layers([layer_class], lambda layer_config, index: layer_config, finish),
+            heterogeneous_layers([layer_class], lambda layer_config, index: layer_config, finish),
         ):
             stock_model(self.specimen.config)
 

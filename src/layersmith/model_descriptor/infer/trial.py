@@ -23,7 +23,7 @@ from layersmith.model_descriptor.infer.attributes import (
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 from layersmith.model_descriptor.stock import stock_model
-from layersmith.modeling_layersmith import own_layers, with_overrides
+from layersmith.modeling_layersmith import heterogeneous_layers, with_overrides
 
 # Values of an attribute that is not set, to see whether it sets a size. At most one of them is what the size is anyway.
 ANY_SIZES = (24, 40)
@@ -217,7 +217,7 @@ class Trial:
             stays = self.alone and self.survey.of_layer[index] != self.survey.of_layer[self.index]
             return config if stays else with_overrides(config, overrides)
 
-        with own_layers(self.survey.layer_classes, configure, lambda layer, index: None):
+        with heterogeneous_layers(self.survey.layer_classes, configure, lambda layer, index: None):
             return Specimen(upstream.with_plain_attention(config) if plain_attention else config, seed)
 
 
@@ -250,7 +250,7 @@ def shapes_of_layers(
     configure: Callable[[PretrainedConfig, int], PretrainedConfig],
 ) -> list[Shapes]:
     """Shapes of all layers of a model, each built from what ``configure`` makes of the config for it."""
-    with own_layers(layer_classes, configure, lambda layer, index: None):
+    with heterogeneous_layers(layer_classes, configure, lambda layer, index: None):
         layers = stock_model(config).get_submodule(layers_name)
     return [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers.children()]
 
