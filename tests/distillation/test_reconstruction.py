@@ -41,11 +41,11 @@ def test_it_is_least_squares(model_type: str, tmp_path: Path) -> None:
     """Of |W' b - W a|^2 and the ridge, over all tokens; a and b are what both modules are given."""
     library = library_of(model_type, tmp_path)
     made = distill_locally(library, TOKENS, TOKENS[:0], TrainingSetup(ONLY_LEAST_SQUARES))
-    staged = split_layers(library.parent, library)
-    batch = staged.start(TOKENS)
-    hidden = staged.run(batch, 0, batch.embedded)
-    stages = staged.split(1, batch, hidden)
-    places, _ = run_parent_layer(staged, 1, stages, batch, hidden)
+    layerwise = split_layers(library.parent, library)
+    batch = layerwise.start(TOKENS)
+    hidden = layerwise.run(batch, 0, batch.embedded)
+    stages = layerwise.split(1, batch, hidden)
+    places, _ = run_parent_layer(layerwise, 1, stages, batch, hidden)
     kinds = set()
     for a in library.alternatives:
         if a.layer != 1 or not made.kept.of(a.identity):
@@ -54,11 +54,11 @@ def test_it_is_least_squares(model_type: str, tmp_path: Path) -> None:
         found = library.reader(a)
         assert found is not None
         _, dim = found
-        stage, module = getattr(stages, a.subblock), staged.module_of(a, stages)
+        stage, module = getattr(stages, a.subblock), layerwise.module_of(a, stages)
         seen = []
         for own in (stage, module):
             with watched(own, name.removesuffix(".weight")) as pairs:
-                staged.run(batch, 1, places[a.subblock].given, own)
+                layerwise.run(batch, 1, places[a.subblock].given, own)
             seen.append(pairs[0])
         y, b = seen[0][1].double(), seen[1][0].double()
         pruned = module.get_parameter(name).detach().movedim(dim, 1).double()
@@ -82,21 +82,21 @@ def test_it_helps_in_every_layout(model_type: str, tmp_path: Path) -> None:
     refitted = {r["of"]: r["weights"] for r in made.kept.records if r["weights"]}
     assert refitted
     assert made.identity != library.identity
-    staged = split_layers(library.parent, library)
-    batch = staged.start(TOKENS)
+    layerwise = split_layers(library.parent, library)
+    batch = layerwise.start(TOKENS)
     hidden = batch.embedded
     for i in range(2):
-        places, output = run_parent_layer(staged, i, staged.split(i, batch, hidden), batch, hidden)
+        places, output = run_parent_layer(layerwise, i, layerwise.split(i, batch, hidden), batch, hidden)
         for a in library.alternatives:
             if a.layer == i and a.key in refitted:
                 errors = []
                 for own in (library, made):
-                    staged.builder = own
-                    changed = staged.run(
-                        batch, i, places[a.subblock].given, staged.module_of(a, staged.split(i, batch, hidden))
+                    layerwise.builder = own
+                    changed = layerwise.run(
+                        batch, i, places[a.subblock].given, layerwise.module_of(a, layerwise.split(i, batch, hidden))
                     )
                     errors.append(float((changed - places[a.subblock].output).square().mean()))
-                staged.builder = library
+                layerwise.builder = library
                 assert errors[1] < errors[0], a.key
         hidden = output
     for a in library.alternatives:
@@ -129,15 +129,15 @@ def test_second_order_scores_see_what_was_refitted(tmp_path: Path) -> None:
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gptj"])
 def test_what_was_only_refitted_is_estimated_without_a_run_of_its_own(model_type: str, tmp_path: Path) -> None:
     made = distill_locally(library_of(model_type, tmp_path), TOKENS, TOKENS[:0], TrainingSetup(ONLY_LEAST_SQUARES))
-    staged = split_layers(made.parent, made)
+    layerwise = split_layers(made.parent, made)
     alternatives = [a for a in made.alternatives if a.kind != "parent"]
-    found = look(staged, alternatives, TOKENS[:1])
+    found = look(layerwise, alternatives, TOKENS[:1])
     kinds = {(a.kind, a.method) for a in alternatives if a.identity in found.refitted}
     assert ("ffn_width", "contribution") in kinds or ("ffn_width", "iterative") in kinds
     assert not any(a.identity in found.silencing for a in alternatives if made.kept.of(a.identity))
     rows, seeds = [TOKENS[:3], TOKENS[3:5]], [[[1, 2, 3], [4, 5, 6]], [[7, 8], [9, 10]]]
     short, run = (
-        estimate(staged, alternatives, survey_, rows, seeds, States()) for survey_ in (found, Survey(found.size))
+        estimate(layerwise, alternatives, survey_, rows, seeds, States()) for survey_ in (found, Survey(found.size))
     )
     for own, other in zip(short, run, strict=True):
         for a in alternatives:

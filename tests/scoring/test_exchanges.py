@@ -44,15 +44,15 @@ def of_places(library: Library) -> dict[tuple[int, str], list[Alternative]]:
 
 def test_around_the_parent_it_is_the_sweep(make_parent: Callable[..., Path], family: str) -> None:
     library = library_of(make_parent(family), TOKENS, LibraryRecipe(ffn_fractions=(0.5,)))
-    staged = split_layers(library.parent, library)
+    layerwise = split_layers(library.parent, library)
     parent = [a for a in library.alternatives if a.kind == "parent"]
     others = [a for a in library.alternatives if a.kind != "parent"]
     batches = [TOKENS[:3], TOKENS[3:]]
-    found = exchange_effects(staged, parent, others, batches, 5, States())
+    found = exchange_effects(layerwise, parent, others, batches, 5, States())
     assert np.abs(found.linear).max() < 1e-6  # the divergence is flat there
     seeds = [[[5 * 1_000_003 + row for row in rows]] for rows in (range(3), range(3, 4))]
-    survey_ = look(staged, others, TOKENS[:1])
-    by_sweep = estimate(staged, others, survey_, batches, seeds, States())
+    survey_ = look(layerwise, others, TOKENS[:1])
+    by_sweep = estimate(layerwise, others, survey_, batches, seeds, States())
     for a in others:
         expected = float(torch.cat([own[a.identity] for own in by_sweep]).mean())
         k = found.place[a.key]
@@ -60,32 +60,34 @@ def test_around_the_parent_it_is_the_sweep(make_parent: Callable[..., Path], fam
 
 
 @torch.no_grad()
-def loss(staged: LayerwiseParent, child: dict[tuple[int, str], Alternative], mixed: Alternative, share: float) -> float:
+def loss(
+    layerwise: LayerwiseParent, child: dict[tuple[int, str], Alternative], mixed: Alternative, share: float
+) -> float:
     """KL of a child in which a share of one stage's output is another alternative's."""
-    batch = staged.start(TOKENS)
+    batch = layerwise.start(TOKENS)
     hidden = batch.embedded
-    for i in range(len(staged.layers)):
+    for i in range(len(layerwise.layers)):
         for subblock in ("attention", "ffn"):
             own = child[i, subblock]
-            made = staged.run(batch, i, hidden, staged.builder.layer(own, no_op_of_other(own)))
+            made = layerwise.run(batch, i, hidden, layerwise.builder.layer(own, no_op_of_other(own)))
             if (i, subblock) == (mixed.layer, mixed.subblock):
-                other = staged.run(batch, i, hidden, staged.builder.layer(mixed, no_op_of_other(mixed)))
+                other = layerwise.run(batch, i, hidden, layerwise.builder.layer(mixed, no_op_of_other(mixed)))
                 made = (1 - share) * made + share * other
             hidden = made
-    q = staged.head(TOKENS, hidden)[0].double().log_softmax(-1)
-    p = staged.head(TOKENS, staged.hidden_states(batch)[-1])[0].double().log_softmax(-1)
+    q = layerwise.head(TOKENS, hidden)[0].double().log_softmax(-1)
+    p = layerwise.head(TOKENS, layerwise.hidden_states(batch)[-1])[0].double().log_softmax(-1)
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 def test_slopes_are_derivatives(make_parent: Callable[..., Path]) -> None:
     library = library_of(make_parent("llama"), TOKENS, LibraryRecipe(ffn_fractions=(0.5,)))
-    staged, rng = split_layers(library.parent, library), random.Random(3)
+    layerwise, rng = split_layers(library.parent, library), random.Random(3)
     child = {place: rng.choice(own) for place, own in of_places(library).items()}
     others = [a for a in library.alternatives if child[a.layer, a.subblock] != a]
-    found = exchange_effects(staged, list(child.values()), others, [TOKENS[:3], TOKENS[3:]], 0, States())
+    found = exchange_effects(layerwise, list(child.values()), others, [TOKENS[:3], TOKENS[3:]], 0, States())
     assert set(found.place) == {a.key for a in others}
     for a in rng.sample(others, 12):
-        slope = (loss(staged, child, a, 0.01) - loss(staged, child, a, -0.01)) / 0.02
+        slope = (loss(layerwise, child, a, 0.01) - loss(layerwise, child, a, -0.01)) / 0.02
         assert found.linear[found.place[a.key]] == pytest.approx(slope, rel=0.03, abs=2e-5)
 
 
@@ -95,14 +97,14 @@ def test_exchanges_are_foretold() -> None:
     rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
     library = library_of(MODEL, rows, LibraryRecipe(kv_heads=(3,), linear=(), no_op=()))
     models, rng = child_evaluator(library, rows, Recipe(), SILENT), random.Random(0)
-    assert models.staged is not None
+    assert models.layerwise is not None
     places = of_places(library)
     child = {p: next((a for a in own if a.size == 256), own[0]) if p[0] else own[0] for p, own in places.items()}
     near = {p: [a for a in own if a.size in (192, 320, 3)] for p, own in places.items() if p[0]}
     others = [a for own in near.values() for a in own]
     found = models.exchange_effects(list(child.values()), others, range(16), 1)
     parent = [a for a in library.alternatives if a.kind == "parent"]
-    at_parent = exchange_effects(models.staged, parent, library.alternatives[1:], [rows], 1, States())
+    at_parent = exchange_effects(models.layerwise, parent, library.alternatives[1:], [rows], 1, States())
     scores = {key: 0.5 * at_parent.mixed[k, k] for key, k in at_parent.place.items()}
     tried, foretold, by_scores = [], [], []
     for _ in range(24):

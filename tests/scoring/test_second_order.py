@@ -53,32 +53,32 @@ def of_stages(library: Library, tokens: torch.Tensor = TOKENS) -> LayerwiseParen
 def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: str) -> None:
     """Against Jacobians and the Fisher information written out, for the signs that are drawn."""
     library = library_of(make_parent(family), LibraryRecipe(ffn_fractions=(0.5,)))
-    staged = of_stages(library)
+    layerwise = of_stages(library)
     rows = TOKENS[:1, :6]
     alternatives = [a for a in library.alternatives if a.kind != "parent" and a.layer in (1, 3)]
-    found = look(staged, alternatives, rows)
-    (estimates,) = estimate(staged, alternatives, found, [rows], [[[7]]], States())
-    batch = staged.start(rows)
+    found = look(layerwise, alternatives, rows)
+    (estimates,) = estimate(layerwise, alternatives, found, [rows], [[[7]]], States())
+    batch = layerwise.start(rows)
     hidden = [batch.embedded]
     for i in range(4):
-        hidden.append(staged.run(batch, i, hidden[-1]))
-    p = staged.head(rows, hidden[-1])[0][0].softmax(-1)
+        hidden.append(layerwise.run(batch, i, hidden[-1]))
+    p = layerwise.head(rows, hidden[-1])[0][0].softmax(-1)
     signed = p.sqrt() * _signs([torch.Generator().manual_seed(7)], 6, p.shape[-1], p.device)[0]
     v = signed - p * signed.sum(-1, keepdim=True)
     for a in alternatives:
-        stages = staged.split(a.layer, batch, hidden[a.layer])
+        stages = layerwise.split(a.layer, batch, hidden[a.layer])
         x = hidden[a.layer]
         if a.subblock == "ffn":
-            x = staged.run(batch, a.layer, x, stages.attention)
-        after = staged.run(batch, a.layer, x, getattr(stages, a.subblock))
-        change = staged.run(batch, a.layer, x, staged.module_of(a, stages)) - after
+            x = layerwise.run(batch, a.layer, x, stages.attention)
+        after = layerwise.run(batch, a.layer, x, getattr(stages, a.subblock))
+        change = layerwise.run(batch, a.layer, x, layerwise.module_of(a, stages)) - after
 
         def logits(y: torch.Tensor, a=a, stages=stages) -> torch.Tensor:
             if a.subblock == "attention":
-                y = staged.run(batch, a.layer, y, stages.ffn)
+                y = layerwise.run(batch, a.layer, y, stages.ffn)
             for j in range(a.layer + 1, 4):
-                y = staged.run(batch, j, y)
-            return staged.head(rows, y)[0]
+                y = layerwise.run(batch, j, y)
+            return layerwise.head(rows, y)[0]
 
         y = after.detach().requires_grad_()
         (g,) = torch.autograd.grad((logits(y)[0] * v).sum(), y)
@@ -107,11 +107,11 @@ def test_small_changes_are_estimated_right_in_every_layout(model_type: str, tmp_
     tokens = torch.randint(3, vocab_size, (4, 40), generator=torch.Generator().manual_seed(1))
     library = library_of(tmp_path, LibraryRecipe(ffn_fractions=(0.75, 0.5)), tokens)
     exact = score_library(library, tokens, ScoringRecipe(mode="exact", batch_tokens=80))
-    staged = of_stages(library, tokens)
+    layerwise = of_stages(library, tokens)
     alternatives = [a for a in library.alternatives if a.kind != "parent"]
-    found = look(staged, alternatives, tokens)
+    found = look(layerwise, alternatives, tokens)
     seeds = [[100 * k + row for row in range(len(tokens))] for k in range(8)]
-    (estimates,) = estimate(staged, alternatives, found, [tokens], [seeds], States())
+    (estimates,) = estimate(layerwise, alternatives, found, [tokens], [seeds], States())
     assert {tuple(values.shape) for values in estimates.values()} == {(len(tokens),)}
     ratios = []
     for s in exact:

@@ -105,10 +105,10 @@ class Listening(Progress):
     """What is said, on a clock that counted operations drive."""
 
     def __init__(self) -> None:
-        self.staged: list[LayerwiseParent] = []
+        self.layerwise: list[LayerwiseParent] = []
         self.said: list[tuple[float, float, float, str]] = []
         self.steps = self.total = 0.0
-        self.clock = lambda: 1e-6 * self.staged[0].arithmetic.done if self.staged else 0.0
+        self.clock = lambda: 1e-6 * self.layerwise[0].arithmetic.done if self.layerwise else 0.0
 
     @contextmanager
     def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
@@ -129,8 +129,8 @@ def listening(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Listening]:
     made: list[Listening] = []
 
     def split(parent: Parent, library: Library) -> LayerwiseParent:
-        made[-1].staged.append(split_layers(parent, library))
-        return made[-1].staged[-1]
+        made[-1].layerwise.append(split_layers(parent, library))
+        return made[-1].layerwise[-1]
 
     monkeypatch.setattr(library_scores, "split_layers", split)
     return lambda: made.append(Listening()) or made[-1]

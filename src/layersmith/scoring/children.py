@@ -46,7 +46,7 @@ class ChildEvaluator:
 
     Attributes:
         library: of their alternatives.
-        staged: the parent taken apart; None where it cannot be.
+        layerwise: the parent taken apart; None where it cannot be.
         tokens: ``[N, T]`` rows.
         batch_rows: rows that run together.
         folder: where hidden states wait if the parent's weights stay on the disk.
@@ -55,7 +55,7 @@ class ChildEvaluator:
     """
 
     library: Library
-    staged: LayerwiseParent | None
+    layerwise: LayerwiseParent | None
     tokens: torch.Tensor
     batch_rows: int
     folder: Path = Path(tempfile.gettempdir())
@@ -84,7 +84,7 @@ class ChildEvaluator:
         sorted_places = [self._places(solutions[k]) for k in order]
         found: list[Rows] = [[] for _ in solutions]
         batches = [tuple(rows[start : start + self.batch_rows]) for start in range(0, len(rows), self.batch_rows)]
-        way = self._in_stages if self.staged is not None else self._by_exchange
+        way = self._in_stages if self.layerwise is not None else self._by_exchange
         parts: Iterable[list[tuple[int, ...]]] = ([batch] for batch in batches)
         if self.streamed:
             self._ends = {batch: kept for batch, kept in self._ends.items() if batch in batches}
@@ -104,7 +104,7 @@ class ChildEvaluator:
         """Forward passes that :meth:`run` takes, what is shared counted once; without the parent's own."""
         total, before = 0.0, None
         for places in sorted((self._places(solution) for solution in solutions), key=_sort_key):
-            first = 0 if before is None or self.staged is None else _parting(before, places)
+            first = 0 if before is None or self.layerwise is None else _parting(before, places)
             total += sum(self._weights(i, own) for i, own in enumerate(places) if i >= first) + self._head
             before = places
         return total / self._whole * num_rows / len(self.tokens)
@@ -113,11 +113,11 @@ class ChildEvaluator:
         self, solution: Sequence[Alternative], others: Sequence[Alternative], rows: Sequence[int], seed: int
     ) -> ExchangeEffects:
         """What exchanges for others do to a solution on some rows; the parent can be taken apart."""
-        assert self.staged is not None
+        assert self.layerwise is not None
         batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
         self.passes += self.cost_of_effects(solution, others, len(rows))
         most = self.spill_bytes if self.streamed else math.inf
-        return exchange_effects(self.staged, solution, others, batches, seed, self._states(), most)
+        return exchange_effects(self.layerwise, solution, others, batches, seed, self._states(), most)
 
     def cost_of_effects(self, solution: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
         """Forward passes that :meth:`around` takes: the parent's; the child's, again by stages, and two back."""
@@ -128,8 +128,8 @@ class ChildEvaluator:
     # ------------------------------------------------------------------------------------------ three ways
 
     def _in_stages(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
-        staged, (rows,) = self.staged, batches
-        assert staged is not None
+        layerwise, (rows,) = self.layerwise, batches
+        assert layerwise is not None
         batch, reference = self._start(rows)
         assert batch is not None
         found: dict[int, Rows] = {}
@@ -139,11 +139,11 @@ class ChildEvaluator:
             first = 0 if before is None else _parting(before, places)
             del states[first + 1 :]
             for i in range(first, len(places)):
-                states.append(staged.run(batch, i, states[-1], self._layer(i, places[i])))
+                states.append(layerwise.run(batch, i, states[-1], self._layer(i, places[i])))
                 self._count(self._weights(i, places[i]), rows)
             measured = []
-            for start, end in spans(batch.input_ids, staged.vocab_size):
-                logits, read = staged.head(batch.input_ids[:, start:end], states[-1][:, start:end])
+            for start, end in spans(batch.input_ids, layerwise.vocab_size):
+                logits, read = layerwise.head(batch.input_ids[:, start:end], states[-1][:, start:end])
                 measured.append(measure(reference.span(start, end), logits, read))
             self._count(self._head, rows)
             found[index] = as_rows(row_means(measured))
@@ -152,24 +152,24 @@ class ChildEvaluator:
 
     def _layer_by_layer(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
         """Leading layers that solutions share are run once. The first time, the parent is one of the solutions."""
-        staged = self.staged
-        assert staged is not None
+        layerwise = self.layerwise
+        assert layerwise is not None
         states, depth = self._states(), len(self._layers)
         known = all(rows in self._ends for rows in batches)
         wanted = list(solutions) if known else [*solutions, ((),) * depth]
-        started = [staged.start(self._tokens_of(rows)) for rows in batches]
+        started = [layerwise.start(self._tokens_of(rows)) for rows in batches]
         for n, batch in enumerate(started):
             states.put(((), n), batch.embedded)
             started[n] = batch.without_embedded()
         for i in range(depth):
-            staged.read(i)
+            layerwise.read(i)
             reached = dict.fromkeys(places[: i + 1] for places in wanted)
             for own in dict.fromkeys(way[i] for way in reached):
                 module = self.library.layer(*own) if own else None
                 for way in reached:
                     if way[i] == own:
                         for n, rows in enumerate(batches):
-                            states.put((way, n), staged.run(started[n], i, states.get((way[:i], n)), module))
+                            states.put((way, n), layerwise.run(started[n], i, states.get((way[:i], n)), module))
                             self._count(self._weights(i, own), rows)
                 del module  # it holds on to weights
             for way in dict.fromkeys(places[:i] for places in wanted):
@@ -183,7 +183,9 @@ class ChildEvaluator:
         found: dict[int, Rows] = {k: [] for k in range(len(solutions))}
         for n, rows in enumerate(batches):
             states.put("parent", self._ends[rows].get(rows))
-            _, *measured = by_spans(staged, self._tokens_of(rows), states, ["parent", *((own, n) for own in solutions)])
+            _, *measured = by_spans(
+                layerwise, self._tokens_of(rows), states, ["parent", *((own, n) for own in solutions)]
+            )
             states.forget("parent")
             for k, own_rows in enumerate(measured):
                 found[k] += own_rows
@@ -192,8 +194,8 @@ class ChildEvaluator:
 
     def _that_may_wait(self, batches: Sequence[tuple[int, ...]], solutions: int) -> Iterator[list[tuple[int, ...]]]:
         """Batches that go through a layer together: their hidden states, before and after it, take what they may."""
-        assert self.staged is not None
-        of_batch = 2 * (solutions + 1) * self.batch_rows * self.tokens.shape[1] * self.staged.bytes_of_a_token
+        assert self.layerwise is not None
+        of_batch = 2 * (solutions + 1) * self.batch_rows * self.tokens.shape[1] * self.layerwise.bytes_of_a_token
         size = max(1, int(min(len(batches), self.spill_bytes / of_batch)))
         for start in range(0, len(batches), size):
             yield list(batches[start : start + size])
@@ -218,11 +220,11 @@ class ChildEvaluator:
         if rows not in self._started:
             self._started.clear()
             ids = self._tokens_of(rows)
-            if self.staged is None:
+            if self.layerwise is None:
                 batch, (logits, hidden) = None, logits_and_hidden(self.library.parent, ids)
             else:
-                batch = self.staged.start(ids)
-                logits, hidden = self.staged.head(ids, self.staged.hidden_states(batch)[-1])
+                batch = self.layerwise.start(ids)
+                logits, hidden = self.layerwise.head(ids, self.layerwise.hidden_states(batch)[-1])
             self._count(self._whole, rows)
             self._started[rows] = batch, Reference.of(logits, hidden, ids)
         return self._started[rows]
@@ -289,16 +291,16 @@ def child_evaluator(
     """
     parent, most = library.parent, recipe.scoring.batch_tokens
     try:
-        staged = split_layers(library.parent, library)
+        layerwise = split_layers(library.parent, library)
     except NotLayerwise as reason:
         if parent.stream is not None:
             raise UnsupportedModel(
                 f"{parent.path}: it is read from the disk layer by layer, and no child can be run so, because {reason}."
             ) from None
-        staged = None
+        layerwise = None
         progress.note(f"children are run whole, because {reason}.")
     if parent.stream is not None:
-        most = tokens_at_once(parent, staged, most)
+        most = tokens_at_once(parent, layerwise, most)
     rows = max(1, most // tokens.shape[1])
     folder = folder or Path(tempfile.gettempdir())
-    return ChildEvaluator(library, staged, tokens, rows, folder, recipe.scoring.spill_gib * 1024**3)
+    return ChildEvaluator(library, layerwise, tokens, rows, folder, recipe.scoring.spill_gib * 1024**3)

@@ -75,7 +75,7 @@ class _Sums:
 
 @torch.no_grad()
 def exchange_effects(
-    staged: LayerwiseParent,
+    layerwise: LayerwiseParent,
     chosen: Sequence[Alternative],
     others: Sequence[Alternative],
     batches: Sequence[torch.Tensor],
@@ -88,7 +88,7 @@ def exchange_effects(
     A layer is done with all batches before the next begins, as far as their hidden states may wait.
 
     Args:
-        staged: the parent.
+        layerwise: the parent.
         chosen: of the child, one for every subblock.
         others: alternatives that are looked at, none of them the child's.
         batches: rows of token ids, ``[B, T]`` each.
@@ -102,13 +102,13 @@ def exchange_effects(
     total = sum(rows.numel() for rows in batches)
     sums = _Sums(max(1, -(-total // _MOST_TOKENS)))
     # What every layer is given, and ends and gradients.
-    of_batch = (len(staged.layers) + 4) * max(rows.numel() for rows in batches) * staged.bytes_of_a_token
+    of_batch = (len(layerwise.layers) + 4) * max(rows.numel() for rows in batches) * layerwise.bytes_of_a_token
     size = max(1, int(min(len(batches), most_bytes / of_batch)))
     first = 0
     for start in range(0, len(batches), size):
         part = batches[start : start + size]
         of_part = sum(len(rows) for rows in part)
-        _sweep(staged, child, others, part, range(first, first + of_part), seed, states, sums)
+        _sweep(layerwise, child, others, part, range(first, first + of_part), seed, states, sums)
         first += of_part
     keys = list(sums.linear)
     products = np.stack([torch.cat(sums.products[key]).numpy() for key in keys]).astype(np.float64)
@@ -119,7 +119,7 @@ def exchange_effects(
 
 
 def _sweep(
-    staged: LayerwiseParent,
+    layerwise: LayerwiseParent,
     child: Mapping[int, Mapping[str, Alternative]],
     others: Sequence[Alternative],
     batches: Sequence[torch.Tensor],
@@ -129,19 +129,19 @@ def _sweep(
     sums: _Sums,
 ) -> None:
     """Add what exchanges change on some batches, whose rows have these numbers."""
-    started = _forward(staged, child, batches, states)
+    started = _forward(layerwise, child, batches, states)
     left = iter(numbers)
     for n, rows in enumerate(batches):
         seeds = [seed * 1_000_003 + next(left) for _ in rows]
         parent, own = (states.pop((name, n)) for name in ("parent", "child"))
-        for k, g in enumerate(_of_the_head(staged, rows, parent, own, seeds)):
+        for k, g in enumerate(_of_the_head(layerwise, rows, parent, own, seeds)):
             states.put(("gradient", k, n), g)
-    for i in reversed(range(len(staged.layers))):
-        staged.read(i)
+    for i in reversed(range(len(layerwise.layers))):
+        layerwise.read(i)
         of_layer = [a for a in others if a.layer == i]
         for n, batch in enumerate(started):
             cotangents = [states.pop(("gradient", k, n)) for k in range(2)]
-            layer = _Layer(staged, batch, child[i], states.pop(("given", i, n)), sums)
+            layer = _Layer(layerwise, batch, child[i], states.pop(("given", i, n)), sums)
             for k, g in enumerate(layer.back(of_layer, cotangents)):
                 states.put(("gradient", k, n), g)
             del layer, cotangents, g  # they hold on to weights
@@ -151,7 +151,7 @@ def _sweep(
 
 
 def _forward(
-    staged: LayerwiseParent,
+    layerwise: LayerwiseParent,
     child: Mapping[int, Mapping[str, Alternative]],
     batches: Sequence[torch.Tensor],
     states: States,
@@ -159,33 +159,33 @@ def _forward(
     """Take batches through parent and child: ``("given", i, n)`` is what the child's layer i is given of batch n."""
     started = []
     for n, rows in enumerate(batches):
-        batch = staged.start(rows)
+        batch = layerwise.start(rows)
         for name in ("parent", "child"):
             states.put((name, n), batch.embedded)
         started.append(batch.without_embedded())
-    for i in range(len(staged.layers)):
-        staged.read(i)
-        module = staged.builder.layer(*child[i].values())
+    for i in range(len(layerwise.layers)):
+        layerwise.read(i)
+        module = layerwise.builder.layer(*child[i].values())
         for n, batch in enumerate(started):
             hidden = states.get(("child", n))
             states.put(("given", i, n), hidden)
-            states.put(("child", n), staged.run(batch, i, hidden, module))
-            states.put(("parent", n), staged.run(batch, i, states.get(("parent", n))))
+            states.put(("child", n), layerwise.run(batch, i, hidden, module))
+            states.put(("parent", n), layerwise.run(batch, i, states.get(("parent", n))))
         del module  # it holds on to weights
     return started
 
 
 def _of_the_head(
-    staged: LayerwiseParent, rows: torch.Tensor, parent: torch.Tensor, child: torch.Tensor, seeds: Sequence[int]
+    layerwise: LayerwiseParent, rows: torch.Tensor, parent: torch.Tensor, child: torch.Tensor, seeds: Sequence[int]
 ) -> list[torch.Tensor]:
     """Cotangents ``[B, T, D]`` at what the child's last layer gives: of KL(p || q), and of signs."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     slope, signs = torch.empty_like(child), torch.empty_like(child)
-    for start, end in spans(rows, staged.vocab_size):
+    for start, end in spans(rows, layerwise.vocab_size):
         ids, part = rows[:, start:end], child[:, start:end].detach().requires_grad_()
-        p = staged.head(ids, parent[:, start:end])[0].float().softmax(-1)
+        p = layerwise.head(ids, parent[:, start:end])[0].float().softmax(-1)
         with torch.enable_grad():
-            logits, _ = staged.head(ids, part)
+            logits, _ = layerwise.head(ids, part)
         q = logits.detach().float().softmax(-1)
         (slope[:, start:end],) = torch.autograd.grad(logits, part, (q - p).to(logits.dtype), retain_graph=True)
         (signs[:, start:end],) = torch.autograd.grad(logits, part, drawn(q, generators).to(logits.dtype))
@@ -196,7 +196,7 @@ class _Layer:
     """A layer of the child on one batch, by stages.
 
     Args:
-        staged: the parent.
+        layerwise: the parent.
         batch: the rows.
         child: what the layer has, by subblock.
         given: hidden states ``[B, T, D]`` that it is given.
@@ -205,15 +205,15 @@ class _Layer:
 
     def __init__(
         self,
-        staged: LayerwiseParent,
+        layerwise: LayerwiseParent,
         batch: Batch,
         child: Mapping[str, Alternative],
         given: torch.Tensor,
         sums: _Sums,
     ):
-        self.staged, self.batch, self.child, self.given, self.sums = staged, batch, child, given, sums
+        self.layerwise, self.batch, self.child, self.given, self.sums = layerwise, batch, child, given, sums
         self.i = next(iter(child.values())).layer
-        self.stages = staged.split(self.i, batch, given)
+        self.stages = layerwise.split(self.i, batch, given)
 
     def back(self, others: Sequence[Alternative], cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """Add what exchanges change; returns the cotangents at what the layer is given."""
@@ -230,14 +230,14 @@ class _Layer:
 
     def _alone(self, a: Alternative) -> nn.Module:
         """What runs in the place of a subblock's stage."""
-        return self.staged.module_of(a, self.stages)
+        return self.layerwise.module_of(a, self.stages)
 
     def _whole(self, a: Alternative) -> nn.Module:
         """The layer with an alternative beside what the child has."""
-        return self.staged.builder.layer(*({**self.child, a.subblock: a}).values())
+        return self.layerwise.builder.layer(*({**self.child, a.subblock: a}).values())
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
-        return self.staged.run(self.batch, self.i, hidden, module)
+        return self.layerwise.run(self.batch, self.i, hidden, module)
 
 
 class _Stage:

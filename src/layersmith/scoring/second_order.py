@@ -1,9 +1,9 @@
 """Second-order scores: all alternatives of all layers from one forward and a few backward passes of the parent.
 
 At the parent the divergence KL(p || q) is zero and flat, so to second order it is half of the quadratic form of the
-Fisher information. Let delta_t be what an alternative changes in the hidden states after its stage at token t, J_st the
-Jacobian of the logits at position s with respect to those hidden states, and F_s = diag(p_s) - p_s p_s^T the Fisher
-information of the parent's distribution at s. Then
+Fisher information. Let delta_t be the change by an alternative in the hidden states after its subblock at token t,
+J_st the Jacobian of the logits at position s with respect to those hidden states, and F_s = diag(p_s) - p_s p_s^T the
+Fisher information of the parent's distribution at s. Then
 
     KL = 1/2 sum_s (sum_t J_st delta_t)^T F_s (sum_t J_st delta_t) + O(delta^3).
 
@@ -12,15 +12,16 @@ backward pass of sum_s v_s . z_s gives g_t = sum_s J_st^T v_s with
 
     KL ~ 1/2 E[(sum_t g_t . delta_t)^2] ~ 1/2 sum_t E[(g_t . delta_t)^2].
 
-The second step leaves out how changes at different tokens work together; their sum has a far larger variance than the
-terms that are kept. The same g serves all alternatives; it does not depend on them.
+The second step drops the products of changes at different tokens: their sum has a far larger variance than the terms
+that are kept. The g do not depend on the alternatives, so one backward pass serves all of them.
 
-What only silences units at the input a of the projection W that reads them (narrower FFNs, fewer heads) needs no run
-of its own: with u the gradient at its output and h = W^T u that at its input, g . delta = - sum over silenced i of
-h_i a_i. Where the projection was refitted to what is left of its input, b, to W', it is g . delta = u . (W' b - W a).
+Alternatives that only silence units at the input a of the projection W that reads them (narrower FFNs, fewer heads)
+are not run: with u the gradient at the output of W and h = W^T u that at its input, g . delta = - sum over silenced i
+of h_i a_i. Where the projection was refitted to W' on the remaining entries b of its input,
+g . delta = u . (W' b - W a).
 
-Signs instead of labels drawn from p, which have the same second moment, vary less; docs/measurements/scoring.md
-compares them.
+Random signs have a lower variance than labels drawn from p, which have the same second moment;
+docs/measurements/scoring.md compares them.
 
 Shapes: B rows, T tokens, D hidden, V vocabulary, F units of a reader's input, n alternatives.
 """
@@ -42,29 +43,29 @@ from layersmith.scoring.exact import spans
 from layersmith.scoring.forward import plan_start, read, start_all
 from layersmith.scoring.work import Plan, Work, share_of_layer
 
-# Tokens on which sizes of changes are measured: more cost a longer first run, fewer give noisier sizes.
+# Tokens on which sizes of changes are measured: more make the first run longer, fewer make the sizes noisier.
 _PROBE_TOKENS = 32
 # Relative tolerance at which silencing units counts as equal to running the alternative, by precision.
 _ALIKE, _ALIKE_IN_HALF = 1e-3, 5e-2
-# Weights of the remaining time, in forward passes that take as long; they don't influence scores. Of a head: what a
-# softmax takes of a head that is measured. Of a layer: norms and activations, which weigh more in a backward pass; and
-# the readers of refitted alternatives. benchmarks/time_left.py shows how near the remaining time comes.
+# Amounts of work for the estimate of the remaining time; scores do not depend on them. A softmax of the head as a share
+# of a head with metrics; a backward pass of a layer in forward passes; and the refitted readers as a share of a layer.
+# benchmarks/time_left.py shows how accurate the remaining time is.
 _SOFTMAX, _BACKWARD, _REFITTED = 0.6, 1.5, 0.2
 
 
-# What an alternative takes away: module of a layer to the entries of its input that become zero.
+# Name of a module of a layer to the entries of its input that an alternative sets to zero.
 Silencing = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What is known of alternatives from a few tokens.
+    """Properties of alternatives, measured on a few tokens.
 
     Attributes:
-        size: identity of an alternative to the root mean square over tokens of how large its change is beside the
-            hidden states after its stage.
-        silencing: of those alternatives that do nothing more.
-        refitted: the same of those of which the weight of the one reader was refitted besides.
+        size: Identity of an alternative to the norm of its change relative to the hidden states after its subblock, as
+            root mean square over tokens.
+        silencing: Identity of an alternative that only silences units to these units.
+        refitted: The same for alternatives that also have the weight of their only reader refitted.
     """
 
     size: dict[str, float] = field(default_factory=dict)
@@ -72,140 +73,140 @@ class Survey:
     refitted: dict[str, Silencing] = field(default_factory=dict)
 
     def of(self, a: Alternative) -> Silencing:
-        """What an alternative silences; nothing where it has to be run."""
+        """The units that an alternative silences; empty if it has to be run."""
         return self.silencing.get(a.identity) or self.refitted.get(a.identity) or {}
 
 
 class _Layer:
-    """A layer's alternatives, on one batch: by stage."""
+    """The subblocks of a layer, which run on one batch with or without an alternative."""
 
-    def __init__(self, staged: LayerwiseParent, i: int, batch: Batch, hidden: torch.Tensor, work: Work):
-        self.staged, self.i, self.batch, self.work = staged, i, batch, work
-        self.stages = staged.split(i, batch, hidden)
+    def __init__(self, layerwise: LayerwiseParent, i: int, batch: Batch, hidden: torch.Tensor, work: Work):
+        self.layerwise, self.i, self.batch, self.work = layerwise, i, batch, work
+        self.stages = layerwise.split(i, batch, hidden)
 
     def module(self, subblock: str) -> nn.Module:
-        """What runs without alternatives."""
-        module: nn.Module = self.staged.layers[self.i]
+        """The parent's module for a subblock."""
+        module: nn.Module = self.layerwise.layers[self.i]
         return module if self.stages.layout == "whole" else getattr(self.stages, subblock)
 
     def run(self, subblock: str, hidden: torch.Tensor) -> torch.Tensor:
-        return self.staged.run(self.batch, self.i, hidden, self.module(subblock))
+        return self.layerwise.run(self.batch, self.i, hidden, self.module(subblock))
 
     def changed(self, alternative: Alternative, hidden: torch.Tensor) -> torch.Tensor:
         with self.work.doing("build", 1.0):
-            module = self.staged.module_of(alternative, self.stages)
-        return self.staged.run(self.batch, self.i, hidden, module)
+            module = self.layerwise.module_of(alternative, self.stages)
+        return self.layerwise.run(self.batch, self.i, hidden, module)
 
 
 @torch.no_grad()
 def look(
-    staged: LayerwiseParent, alternatives: Sequence[Alternative], rows: torch.Tensor, work: Work | None = None
+    layerwise: LayerwiseParent, alternatives: Sequence[Alternative], rows: torch.Tensor, work: Work | None = None
 ) -> Survey:
-    """How large every change is, and which alternatives only silence units, tried on the start of a row.
+    """Measure the size of every change, and which alternatives only silence units, on the first tokens of a row.
 
     Args:
-        staged: the parent.
-        alternatives: without the parent's own.
-        rows: ``[B, T]``.
-        work: told of what is done.
+        layerwise: The parent, run layer by layer.
+        alternatives: The alternatives, without the parent's subblocks.
+        rows: Token ids ``[B, T]``.
+        work: Counts and times the work.
     """
     work = work or Work()
-    batch = staged.start(rows[:1, :_PROBE_TOKENS])
-    hidden, found = batch.embedded, Survey()
+    batch = layerwise.start(rows[:1, :_PROBE_TOKENS])
+    hidden, survey = batch.embedded, Survey()
     tried: dict[Hashable, bool] = {}
-    for i in range(len(staged.layers)):
-        read(staged, i, work)
+    for i in range(len(layerwise.layers)):
+        read(layerwise, i, work)
         of_layer = [a for a in alternatives if a.layer == i]
         with work.doing("look", len(of_layer)):
-            layer = _Layer(staged, i, batch, hidden, work)
-            whole = staged.run(batch, i, hidden)
+            layer = _Layer(layerwise, i, batch, hidden, work)
+            whole = layerwise.run(batch, i, hidden)
             middle = layer.run("attention", hidden) if layer.stages.layout == "sequence" else hidden
             for subblock, given in (("attention", hidden), ("ffn", middle)):
-                own = [a for a in of_layer if a.subblock == subblock]
-                if own:
-                    _look_at(staged, layer, own, given, found, tried)
+                of_subblock = [a for a in of_layer if a.subblock == subblock]
+                if of_subblock:
+                    _look_at(layerwise, layer, of_subblock, given, survey, tried)
             hidden = whole
-            del layer  # it holds on to weights
-    return found
+            del layer  # frees its weights
+    return survey
 
 
 def _look_at(
-    staged: LayerwiseParent,
+    layerwise: LayerwiseParent,
     layer: _Layer,
-    own: Sequence[Alternative],
+    alternatives: Sequence[Alternative],
     given: torch.Tensor,
-    found: Survey,
+    survey: Survey,
     tried: dict[Hashable, bool],
 ) -> None:
-    """Add what is to be known of the alternatives of one subblock."""
-    subblock = own[0].subblock
+    """Add the alternatives of one subblock to the survey."""
+    subblock = alternatives[0].subblock
     before = layer.run(subblock, given)
-    silent = _silencing(staged, layer, own, given, before, tried)
-    for a in own:
+    silent = _silencing(layerwise, layer, alternatives, given, before, tried)
+    for a in alternatives:
         if a.identity in silent:
             refitted, silencing = silent[a.identity]
-            (found.refitted if refitted else found.silencing)[a.identity] = silencing
+            (survey.refitted if refitted else survey.silencing)[a.identity] = silencing
             after = _silenced(layer, a, given, silencing, refitted)
         else:
             after = layer.changed(a, given)
-        found.size[a.identity] = _relative(after - before, before)
+        survey.size[a.identity] = _relative(after - before, before)
 
 
-def _relative(change: torch.Tensor, beside: torch.Tensor) -> float:
-    ratio = change.float().norm(dim=-1) / beside.float().norm(dim=-1).clamp_min(1e-12)
+def _relative(change: torch.Tensor, reference: torch.Tensor) -> float:
+    ratio = change.float().norm(dim=-1) / reference.float().norm(dim=-1).clamp_min(1e-12)
     return float(ratio.square().mean().sqrt())
 
 
 def _silencing(
-    staged: LayerwiseParent,
+    layerwise: LayerwiseParent,
     layer: _Layer,
-    own: Sequence[Alternative],
+    alternatives: Sequence[Alternative],
     given: torch.Tensor,
     before: torch.Tensor,
     tried: dict[Hashable, bool],
 ) -> dict[str, tuple[bool, Silencing]]:
-    """Of a stage's alternatives those that only silence units, and whether the reader of these was refitted.
+    """Those alternatives of a subblock that only silence units, and whether their reader was refitted.
 
-    The smallest of each kind is tried, in one layer of every distinct shape; ``tried`` remembers.
+    The smallest alternative of each kind is tested in one layer of every distinct shape; ``tried`` keeps the results.
     """
     if layer.stages.layout == "whole":
         return {}
-    library = staged.builder
+    library = layerwise.builder
     kinds: dict[tuple[str, str, bool], list[Alternative]] = {}
-    for a in own:
+    for a in alternatives:
         kinds.setdefault((a.kind, a.method, library.refitted(a) is not None), []).append(a)
     result: dict[str, tuple[bool, Silencing]] = {}
     for kind, members in kinds.items():
         refitted = kind[2]
         entries = {a.identity: library.refitted(a) if refitted else library.silenced(a) for a in members}
-        own_result = {identity: e for identity, e in entries.items() if e is not None}
-        if len(own_result) < len(members):
+        known = {identity: e for identity, e in entries.items() if e is not None}
+        if len(known) < len(members):
             continue
         smallest = min(members, key=lambda a: a.size)
-        key = (kind, smallest.size, key_of(staged.layers[layer.i], given))
+        key = (kind, smallest.size, key_of(layerwise.layers[layer.i], given))
         if key not in tried:
             expected = layer.changed(smallest, given)
-            silencing = own_result[smallest.identity]
+            silencing = known[smallest.identity]
             with _watched(layer.module(smallest.subblock), list(silencing)) as (inputs, _):
                 made = _silenced(layer, smallest, given, silencing, refitted)
             tolerance = _ALIKE if given.dtype == torch.float32 else _ALIKE_IN_HALF
             most = (expected - before).float().abs().max()
             is_alike = bool((made - expected).float().abs().max() <= tolerance * most)
-            # A reader that is given some tokens only, or some twice, does not tell which is which.
+            # Inputs of a reader that gets only some tokens, or some twice, cannot be assigned to tokens.
             tried[key] = is_alike and all(x[..., 0].numel() == given[..., 0].numel() for x in inputs.values())
         if tried[key]:
-            result.update({identity: (refitted, e) for identity, e in own_result.items()})
+            result.update({identity: (refitted, e) for identity, e in known.items()})
     return result
 
 
 def _silenced(layer: _Layer, a: Alternative, given: torch.Tensor, silencing: Silencing, refitted: bool) -> torch.Tensor:
-    """What a stage gives with units of it silenced, and what reads them refitted."""
+    """The output of a subblock with silenced units, and with a refitted reader if ``refitted``."""
 
     def silence(name: str, x: torch.Tensor) -> torch.Tensor:
         return x.index_fill(-1, silencing[name].to(x.device), 0)
 
     def refit(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        left, weight = _refitted(layer.staged, a, silencing[name], x)
+        left, weight = _refitted(layer.layerwise, a, silencing[name], x)
         return x[..., left] @ weight.T + _bias(layer.module(a.subblock).get_submodule(name))
 
     with _changed(layer.module(a.subblock), list(silencing), silence, refit if refitted else None):
@@ -218,14 +219,14 @@ def _bias(reader: nn.Module) -> torch.Tensor | float:
 
 
 def _refitted(
-    staged: LayerwiseParent, a: Alternative, gone: torch.Tensor, x: torch.Tensor
+    layerwise: LayerwiseParent, a: Alternative, gone: torch.Tensor, x: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries ``[K]`` of its parent's input that a refitted reader has, and its weight ``[D, K]``."""
-    reader = staged.builder.reader(a)
+    """Entries ``[K]`` of the parent's input that a refitted reader keeps, and its weight ``[D, K]``."""
+    reader = layerwise.builder.reader(a)
     assert reader is not None
     is_left = torch.ones(x.shape[-1], dtype=torch.bool)
     is_left[gone.cpu()] = False
-    weight = staged.builder.kept.of(a.identity)[reader[0]].to(x.device, x.dtype)
+    weight = layerwise.builder.kept.of(a.identity)[reader[0]].to(x.device, x.dtype)
     return is_left.nonzero()[:, 0].to(x.device), weight.movedim(reader[1], 1)
 
 
@@ -233,7 +234,7 @@ def _refitted(
 def _watched(
     module: nn.Module, names: Sequence[str]
 ) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """While open, notes what modules of a stage are given and what they give."""
+    """Record the inputs and outputs of some modules of a subblock while the context is open."""
     inputs: dict[str, torch.Tensor] = {}
     outputs: dict[str, torch.Tensor] = {}
 
@@ -256,7 +257,7 @@ def _changed(
     change_input: Callable[[str, torch.Tensor], torch.Tensor],
     change_output: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] | None,
 ) -> Iterator[None]:
-    """While open, modules of a stage are given, and give, what is made of their names, inputs and outputs."""
+    """Replace the inputs, and perhaps the outputs, of some modules of a subblock while the context is open."""
 
     def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
         return lambda reader, args: (change_input(name, args[0]), *args[1:])
@@ -283,195 +284,215 @@ class _Sums:
 
     squares: dict[str, torch.Tensor] = field(default_factory=dict)
 
-    def add(self, own: Sequence[Alternative], products: Sequence[torch.Tensor]) -> None:
+    def add(self, alternatives: Sequence[Alternative], products: Sequence[torch.Tensor]) -> None:
         """Add the squares over tokens of ``[B, T]`` products g . delta."""
-        for a, product in zip(own, products, strict=True):
+        for a, product in zip(alternatives, products, strict=True):
             total = product.square().sum(-1).double().cpu()
             self.squares[a.identity] = self.squares[a.identity] + total if a.identity in self.squares else total
 
 
 def estimate(
-    staged: LayerwiseParent,
+    layerwise: LayerwiseParent,
     alternatives: Sequence[Alternative],
-    found: Survey,
+    survey: Survey,
     batches: Sequence[torch.Tensor],
     seeds: Sequence[Sequence[Sequence[int]]],
     states: States,
     work: Work | None = None,
 ) -> list[dict[str, torch.Tensor]]:
-    """Second-order estimates of KL in nats a token, on every row.
+    """Second-order estimates of KL in nats per token, on every row.
 
-    A layer is done with all batches before the next begins.
+    Each layer is finished on all batches before the next one begins.
 
     Args:
-        staged: the parent.
-        alternatives: without the parent's own.
-        found: what :func:`look` found of them.
-        batches: rows of token ids, ``[B, T]`` each.
-        seeds: for each batch and each backward pass one seed a row.
-        states: where hidden states wait.
-        work: told of what is done.
+        layerwise: The parent, run layer by layer.
+        alternatives: The alternatives, without the parent's subblocks.
+        survey: The result of :func:`look` for them.
+        batches: Token ids, ``[B, T]`` for each batch.
+        seeds: For each batch and each backward pass, one seed per row.
+        states: Stores hidden states between layers.
+        work: Counts and times the work.
 
     Returns:
-        For each batch identity of an alternative to ``[B]`` float64.
+        For each batch, identity of an alternative to ``[B]`` float64.
     """
     work = work or Work()
     numbers = range(len(batches))
-    depth = len(staged.layers)
-    started = start_all(staged, batches, states, work)
-    for n, (rows, own_seeds) in enumerate(zip(batches, seeds, strict=True)):
-        with work.doing("head back", _amount_of_head(staged, len(own_seeds), rows.shape)):
-            for k, g in enumerate(_of_the_head(staged, rows, states.pop(("parent", depth, n)), own_seeds)):
+    depth = len(layerwise.layers)
+    started = start_all(layerwise, batches, states, work)
+    for n, (rows, of_batch) in enumerate(zip(batches, seeds, strict=True)):
+        with work.doing("head back", _amount_of_head(layerwise, len(of_batch), rows.shape)):
+            for k, g in enumerate(_of_the_head(layerwise, rows, states.pop(("parent", depth, n)), of_batch)):
                 states.put(("gradient", k, n), g)
     by_place: dict[tuple[int, str], list[Alternative]] = {}
     for a in alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
     sums = [_Sums() for _ in numbers]
     for i in reversed(range(depth)):
-        own = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
-        read(staged, i, work)
+        by_subblock = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
+        read(layerwise, i, work)
         for n in numbers:
-            amount = _amount_back(staged, found, i, [*own["attention"], *own["ffn"]], len(seeds[n]), batches[n].shape)
+            amount = _amount_back(
+                layerwise, survey, i, [*by_subblock["attention"], *by_subblock["ffn"]], len(seeds[n]), batches[n].shape
+            )
             with work.doing("back", amount):
                 hidden = states.pop(("parent", i, n))
-                layer = _Layer(staged, i, started[n], hidden, work)
+                layer = _Layer(layerwise, i, started[n], hidden, work)
                 cotangents = [states.pop(("gradient", k, n)) for k in range(len(seeds[n]))]
-                for k, g in enumerate(_through(layer, own, found, hidden, cotangents, sums[n])):
+                for k, g in enumerate(_through(layer, by_subblock, survey, hidden, cotangents, sums[n])):
                     states.put(("gradient", k, n), g)
-                del layer, hidden, cotangents, g  # they hold on to weights
+                del layer, hidden, cotangents, g  # frees their weights
     for n in numbers:
         for k in range(len(seeds[n])):
             states.pop(("gradient", k, n))
-    scales = [0.5 / (len(own) * rows.shape[1]) for own, rows in zip(seeds, batches, strict=True)]
-    return [{a: total * scale for a, total in own.squares.items()} for own, scale in zip(sums, scales, strict=True)]
+    scales = [0.5 / (len(of_batch) * rows.shape[1]) for of_batch, rows in zip(seeds, batches, strict=True)]
+    return [
+        {identity: total * scale for identity, total in of_batch.squares.items()}
+        for of_batch, scale in zip(sums, scales, strict=True)
+    ]
 
 
 def plan_estimate(
-    staged: LayerwiseParent,
+    layerwise: LayerwiseParent,
     alternatives: Sequence[Alternative],
-    found: Survey,
+    survey: Survey,
     shapes: Sequence[torch.Size],
     samples: int,
     plan: Plan,
 ) -> None:
-    """Tell what :func:`estimate` will do on batches of shapes ``[B, T]``."""
-    depth = len(staged.layers)
-    plan_start(staged, shapes, plan)
-    if staged.streamed:
+    """Plan the work of :func:`estimate` on batches of shapes ``[B, T]``."""
+    depth = len(layerwise.layers)
+    plan_start(layerwise, shapes, plan)
+    if layerwise.streamed:
         plan("reading", depth)
     by_layer = [[a for a in alternatives if a.layer == i] for i in range(depth)]
     for shape in shapes:
-        plan("build", sum(not found.of(a) for a in alternatives))
-        plan("head back", _amount_of_head(staged, samples, shape))
-        plan("back", sum(_amount_back(staged, found, i, own, samples, shape) for i, own in enumerate(by_layer)))
+        plan("build", sum(not survey.of(a) for a in alternatives))
+        plan("head back", _amount_of_head(layerwise, samples, shape))
+        plan(
+            "back",
+            sum(_amount_back(layerwise, survey, i, of_layer, samples, shape) for i, of_layer in enumerate(by_layer)),
+        )
 
 
-def _amount_of_head(staged: LayerwiseParent, samples: int, shape: torch.Size) -> float:
-    """As many operations of a head that is measured as take the same time: its metrics take more than a softmax."""
-    return (_SOFTMAX + samples) * staged.head_operations(*shape)
+def _amount_of_head(layerwise: LayerwiseParent, samples: int, shape: torch.Size) -> float:
+    """Work of the head in :func:`estimate`, in operations of a head with metrics, which take longer than a softmax."""
+    return (_SOFTMAX + samples) * layerwise.head_operations(*shape)
 
 
 def _amount_back(
-    staged: LayerwiseParent, found: Survey, i: int, own: Sequence[Alternative], samples: int, shape: torch.Size
+    layerwise: LayerwiseParent,
+    survey: Survey,
+    i: int,
+    alternatives: Sequence[Alternative],
+    samples: int,
+    shape: torch.Size,
 ) -> float:
-    """About what a layer takes in :func:`estimate`, in operations of a forward pass.
+    """Approximate work of a layer in :func:`estimate`, in operations of a forward pass.
 
-    Norms and activations weigh more in a backward pass than in a forward one, beside as many matrix products.
+    Relative to the matrix products, norms and activations take longer in a backward pass than in a forward pass.
     """
-    run = sum(share_of_layer(a) for a in own if not found.of(a))
-    read = _REFITTED * sum(share_of_layer(a) for a in own if a.identity in found.refitted)
-    return (1 + _BACKWARD * samples + run + read) * staged.operations(i, i + 1, *shape)
+    run = sum(share_of_layer(a) for a in alternatives if not survey.of(a))
+    read = _REFITTED * sum(share_of_layer(a) for a in alternatives if a.identity in survey.refitted)
+    return (1 + _BACKWARD * samples + run + read) * layerwise.operations(i, i + 1, *shape)
 
 
 def _through(
     layer: _Layer,
-    own: dict[str, list[Alternative]],
-    found: Survey,
+    by_subblock: dict[str, list[Alternative]],
+    survey: Survey,
     hidden: torch.Tensor,
     cotangents: list[torch.Tensor],
     sums: _Sums,
 ) -> list[torch.Tensor]:
-    """Score a layer's alternatives, and take the cotangents from its output to its input."""
+    """Score the alternatives of a layer, and propagate the cotangents from its output to its input."""
     layout = layer.stages.layout
     if layout == "whole":
-        return _Pass(layer, "attention", own["attention"] + own["ffn"], found, hidden).back(cotangents, sums)
-    attention = _Pass(layer, "attention", own["attention"], found, hidden)
+        return _Pass(layer, "attention", by_subblock["attention"] + by_subblock["ffn"], survey, hidden).back(
+            cotangents, sums
+        )
+    attention = _Pass(layer, "attention", by_subblock["attention"], survey, hidden)
     if layout == "parallel":
-        of_both = [p.back(cotangents, sums) for p in (_Pass(layer, "ffn", own["ffn"], found, hidden), attention)]
+        of_both = [
+            p.back(cotangents, sums) for p in (_Pass(layer, "ffn", by_subblock["ffn"], survey, hidden), attention)
+        ]
         return [a + b - g for a, b, g in zip(*of_both, cotangents, strict=True)]
-    cotangents = _Pass(layer, "ffn", own["ffn"], found, attention.output.detach()).back(cotangents, sums)
+    cotangents = _Pass(layer, "ffn", by_subblock["ffn"], survey, attention.output.detach()).back(cotangents, sums)
     return attention.back(cotangents, sums)
 
 
 class _Pass:
-    """One stage of the parent, run so that gradients can be taken."""
+    """A forward pass of one subblock of the parent that gradients can be taken of."""
 
     def __init__(
-        self, layer: _Layer, subblock: str, own: Sequence[Alternative], found: Survey, given: torch.Tensor
+        self, layer: _Layer, subblock: str, alternatives: Sequence[Alternative], survey: Survey, given: torch.Tensor
     ) -> None:
-        self.layer, self.subblock, self.own, self.found = layer, subblock, own, found
-        readers = sorted({name for a in own for name in found.of(a)})
+        self.layer, self.subblock, self.alternatives, self.survey = layer, subblock, alternatives, survey
+        readers = sorted({name for a in alternatives for name in survey.of(a)})
         self.given = given.detach().requires_grad_()
         with torch.enable_grad(), _watched(layer.module(subblock), readers) as (self.inputs, self.outputs):
             self.output = layer.run(subblock, self.given)
 
     def back(self, cotangents: list[torch.Tensor], sums: _Sums) -> list[torch.Tensor]:
-        """Add what each alternative gives to its sum; returns the cotangents at what the stage was given."""
-        silent = [a for a in self.own if a.identity in self.found.silencing]
-        refitted = [a for a in self.own if a.identity in self.found.refitted]
+        """Add each alternative's products to its sum, and return the cotangents at the input of the subblock."""
+        silent = [a for a in self.alternatives if a.identity in self.survey.silencing]
+        refitted = [a for a in self.alternatives if a.identity in self.survey.refitted]
         inputs = self.inputs if silent else {}
-        outputs = {name: self.outputs[name] for a in refitted for name in self.found.of(a)}
+        outputs = {name: self.outputs[name] for a in refitted for name in self.survey.of(a)}
         wanted = [self.given, *inputs.values(), *outputs.values()]
         last = len(cotangents) - 1
         grads = [self._gradients(wanted, g, keep=k < last) for k, g in enumerate(cotangents)]
         with torch.no_grad():
             if silent:
-                at_inputs = [dict(zip(inputs, own[1:], strict=False)) for own in grads]
+                at_inputs = [dict(zip(inputs, of_pass[1:], strict=False)) for of_pass in grads]
                 self._add_silent(silent, at_inputs, sums)
             if refitted:
-                at_outputs = [dict(zip(outputs, own[1 + len(inputs) :], strict=True)) for own in grads]
+                at_outputs = [dict(zip(outputs, of_pass[1 + len(inputs) :], strict=True)) for of_pass in grads]
                 self._add_refitted(refitted, at_outputs, sums)
-            for a in self.own:
-                if not self.found.of(a):
-                    with self.layer.staged.arithmetic.needs():
+            for a in self.alternatives:
+                if not self.survey.of(a):
+                    with self.layer.layerwise.arithmetic.needs():
                         change = (self.layer.changed(a, self.given.detach()) - self.output).float()
                     for g in cotangents:
                         sums.add([a], [torch.linalg.vecdot(g.float(), change)])
-        return [own_grads[0] for own_grads in grads]
+        return [of_pass[0] for of_pass in grads]
 
     def _add_silent(self, silent: Sequence[Alternative], grads: list[dict[str, torch.Tensor]], sums: _Sums) -> None:
-        masks = _masks(silent, self.found, {name: x.shape[-1] for name, x in self.inputs.items()})
-        for own in grads:
-            products = [(self.inputs[name] * at).float() @ masks[name].to(at.device) for name, at in own.items()]
-            # Some modules are given the tokens of all rows in one dimension.
+        masks = _masks(silent, self.survey, {name: x.shape[-1] for name, x in self.inputs.items()})
+        for grad_by_reader in grads:
+            products = [
+                (self.inputs[name] * grad).float() @ masks[name].to(grad.device)
+                for name, grad in grad_by_reader.items()
+            ]
+            # Some modules get the tokens of all rows in one dimension.
             total = torch.stack(products).sum(0).view(*self.given.shape[:2], -1)
             sums.add(silent, total.unbind(-1))
 
     def _add_refitted(self, refitted: Sequence[Alternative], grads: list[dict[str, torch.Tensor]], sums: _Sums) -> None:
-        staged, module = self.layer.staged, self.layer.module(self.subblock)
+        layerwise, module = self.layer.layerwise, self.layer.module(self.subblock)
         for a in refitted:
-            ((name, gone),) = self.found.of(a).items()
+            ((name, gone),) = self.survey.of(a).items()
             x, y = self.inputs[name], self.outputs[name]
-            left, weight = _refitted(staged, a, gone, x)
+            left, weight = _refitted(layerwise, a, gone, x)
             change = x[..., left] @ weight.T - (y - _bias(module.get_submodule(name)))
-            with staged.arithmetic.needs():
-                staged.arithmetic.add(2.0 * x[..., 0].numel() * weight.numel())
-            for own in grads:
-                product = torch.linalg.vecdot(own[name].float(), change.float())
+            with layerwise.arithmetic.needs():
+                layerwise.arithmetic.add(2.0 * x[..., 0].numel() * weight.numel())
+            for grad_by_reader in grads:
+                product = torch.linalg.vecdot(grad_by_reader[name].float(), change.float())
                 sums.add([a], [product.view(self.given.shape[:2])])
 
     def _gradients(self, wanted: list[torch.Tensor], g: torch.Tensor, keep: bool) -> tuple[torch.Tensor, ...]:
-        module, arithmetic = self.layer.module(self.subblock), self.layer.staged.arithmetic
+        module, arithmetic = self.layer.module(self.subblock), self.layer.layerwise.arithmetic
         with arithmetic.needs():
             arithmetic.count_backward(key_of(module, g))
         return torch.autograd.grad(self.output, wanted, g, retain_graph=keep)
 
 
-def _masks(silent: Sequence[Alternative], found: Survey, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
-    """For each reader ``[F, n]``: 1 where an alternative silences an entry."""
+def _masks(silent: Sequence[Alternative], survey: Survey, sizes: dict[str, int]) -> dict[str, torch.Tensor]:
+    """Name of a reader to ``[F, n]``, which is 1 where an alternative silences an entry."""
     masks = {name: torch.zeros(size, len(silent)) for name, size in sizes.items()}
     for column, a in enumerate(silent):
-        for name, entries in found.silencing[a.identity].items():
+        for name, entries in survey.silencing[a.identity].items():
             masks[name][entries, column] = 1
     return masks
 
@@ -480,27 +501,27 @@ def _masks(silent: Sequence[Alternative], found: Survey, sizes: dict[str, int]) 
 
 
 def _of_the_head(
-    staged: LayerwiseParent, rows: torch.Tensor, hidden: torch.Tensor, seeds: Sequence[Sequence[int]]
+    layerwise: LayerwiseParent, rows: torch.Tensor, hidden: torch.Tensor, seeds: Sequence[Sequence[int]]
 ) -> list[torch.Tensor]:
-    """Cotangents ``[B, T, D]`` at what the last layer gives, one for each backward pass."""
-    generators = [[torch.Generator().manual_seed(seed) for seed in own] for own in seeds]
+    """Cotangents ``[B, T, D]`` at the output of the last layer, one for each backward pass."""
+    generators = [[torch.Generator().manual_seed(seed) for seed in of_pass] for of_pass in seeds]
     result = [torch.empty_like(hidden) for _ in seeds]
-    for start, end in spans(rows, staged.vocab_size):
+    for start, end in spans(rows, layerwise.vocab_size):
         part = hidden[:, start:end].detach().requires_grad_()
-        with torch.enable_grad(), staged.arithmetic.needs():
-            logits, _ = staged.head(rows[:, start:end], part)
+        with torch.enable_grad(), layerwise.arithmetic.needs():
+            logits, _ = layerwise.head(rows[:, start:end], part)
         p = logits.detach().float().softmax(-1)
-        for k, own in enumerate(generators):
-            v = drawn(p, own).to(logits.dtype)
+        for k, of_pass in enumerate(generators):
+            v = drawn(p, of_pass).to(logits.dtype)
             keep = k + 1 < len(generators)
             (result[k][:, start:end],) = torch.autograd.grad(logits, part, v, retain_graph=keep)
-            with staged.arithmetic.needs():
-                staged.arithmetic.count_backward(("head", part.shape))
+            with layerwise.arithmetic.needs():
+                layerwise.arithmetic.count_backward(("head", part.shape))
     return result
 
 
 def drawn(p: torch.Tensor, generators: Sequence[torch.Generator]) -> torch.Tensor:
-    """v of the module's docstring for distributions ``[B, T, V]``, each row by a generator of its own."""
+    """v of the module's docstring for distributions ``[B, T, V]``, with one generator per row."""
     signed = _signs(generators, p.shape[1], p.shape[-1], p.device) * p.sqrt()
     return torch.addcmul(signed, p, signed.sum(-1, keepdim=True), value=-1, out=signed)
 
@@ -510,9 +531,9 @@ _sign_table: dict[torch.device, torch.Tensor] = {}
 
 
 def _signs(generators: Sequence[torch.Generator], tokens: int, size: int, device: torch.device) -> torch.Tensor:
-    """``[B, tokens, size]`` of -1 and 1, each row from a generator of its own.
+    """``[B, tokens, size]`` of -1 and 1, with one generator per row.
 
-    Sixteen at once are looked up by random bits: several times faster than to draw them one by one.
+    Sixteen signs at once are looked up by random bits, which is several times faster than drawing single signs.
     """
     if device not in _sign_table:
         bits = (torch.arange(2**_SIGN_BITS)[:, None] >> torch.arange(_SIGN_BITS)) & 1

@@ -44,7 +44,7 @@ class ScoringProgress:
 
     def __post_init__(self) -> None:
         self.work = Work(self.clock)
-        self.work.tell = self.show
+        self.work.show = self.show
         self.begin("scored", 1)
 
     def begin(self, what: str, rows: float) -> None:

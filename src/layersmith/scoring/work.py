@@ -1,16 +1,14 @@
-"""Work of several kinds: how much is done, and how long what is left will take.
+"""Amounts of work of several kinds, and the estimate of the remaining time.
 
-What a layer does, what a head does and what reading weights from a disk takes is counted in units that have nothing to
-do with each other, and where all is counted in operations they take unlike times: the products of a head with a few
-rows are fast, its exponentials slow. So each kind is timed by itself, and with n_k the amount of a kind that is left,
-t_k the time that m_k of it took, and T the time since the beginning,
+Operations of layers, operations of heads and reads from a disk have different units and speeds: even in operations, the
+matrix products of a head are fast and its exponentials slow. So each kind is timed separately. Let n_k be the amount of
+kind k that is left, t_k the time that the finished amount m_k took, and T the time since the start. Then
 
     time left = (T / sum_k t_k) sum_k n_k t_k / m_k.
 
-The first factor is for what lies between the operations that are timed. An operation that is not at its end counts in
-neither T nor t_k, and what it took so far is no longer left. A kind of which nothing was done yet takes the
-rate of one that it is like; the first few runs of a kind are not typical, so that rate counts on, as much as a small
-share of all there is of the kind.
+The first factor accounts for the time between timed operations. An unfinished operation counts in neither T nor t_k;
+the time that it has taken so far is subtracted. A kind without finished work has the rate of a similar kind. The first
+few runs of a kind are not typical, so the similar rate keeps a weight: a small share of the whole amount of the kind.
 """
 
 from __future__ import annotations
@@ -23,10 +21,10 @@ from dataclasses import dataclass
 
 from layersmith.library.alternative import Alternative
 
-# Kinds to those whose rate they take, the first that has one; their amounts are in the same unit, operations.
+# Kind to similar kinds, all in operations; the first that has a rate is used.
 ALIKE = {
-    "own attention": ("rest", "forward"),
-    "own ffn": ("rest", "forward"),
+    "changed attention": ("rest", "forward"),
+    "changed ffn": ("rest", "forward"),
     "rest": ("forward",),
     "back": ("forward",),
     "head": ("head back", "reference"),
@@ -38,18 +36,18 @@ ALIKE = {
 # benchmarks/time_left.py shows both.
 _SHARE_OF_ALIKE = 0.03
 
-# What is told a kind and an amount.
+# Called with a kind of work and its amount.
 Plan = Callable[[str, float], None]
 
 
 def plan_all(plan: Plan, amounts: Mapping[str, float]) -> None:
-    """Tell of several kinds at once."""
+    """Plan work of several kinds."""
     for kind, amount in amounts.items():
         plan(kind, amount)
 
 
 def share_of_layer(a: Alternative) -> float:
-    """About what a subblock takes of its layer with an alternative in its place."""
+    """The approximate share of the work of its layer that an alternative takes."""
     return 0.5 if a.traits.runs_subblock else 0.0
 
 
@@ -62,62 +60,61 @@ class _Kind:
 
 
 class Work:
-    """See the module's docstring.
+    """Counts and times work by kind; the module's docstring has the formula.
 
     Kinds of work, and their units: ``look`` (alternatives), ``choose`` (once), ``reading`` (layers), ``whole`` (rows
-    through the model), and in operations ``forward`` (the parent's layers), ``reference`` (its head and what follows
-    from that), ``own attention`` and ``own ffn`` (a layer with an alternative), ``rest`` (the layers after it),
-    ``head``, ``back`` and ``head back`` (gradients), and ``build`` (modules with alternatives), which counts nothing
-    until some were built.
+    through the model), and in operations ``forward`` (the parent's layers), ``reference`` (its head and metrics),
+    ``changed attention`` and ``changed ffn`` (a layer with an alternative), ``rest`` (the layers after it), ``head``,
+    ``back`` and ``head back`` (gradients), and ``build`` (modules of alternatives), whose rate is 0 until the first.
 
     Args:
-        clock: in seconds.
+        clock: Returns seconds.
 
     Attributes:
-        tell: called whenever some work is done.
+        show: Called whenever some work was done.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         self._clock, self._kinds = clock, defaultdict[str, _Kind](_Kind)
         self._started, self._inside = clock(), 0.0
-        # What is being done, around all that is done within it: kind, amount, beginning, and what was timed by then.
+        # The outermost operation that is running: kind, amount, start, and the seconds timed until then.
         self._open: tuple[str, float, float, float] | None = None
-        self.tell: Callable[[], None] = lambda: None
+        self.show: Callable[[], None] = lambda: None
 
     def plan(self, kind: str, amount: float) -> None:
-        """Add to what is to be done."""
+        """Add to the amount that is left."""
         self._kinds[kind].left += amount
 
     def forget(self) -> None:
-        """Nothing more is to be done, as far as is known."""
-        for own in self._kinds.values():
-            own.left = 0.0
+        """Set the amounts that are left to 0."""
+        for entry in self._kinds.values():
+            entry.left = 0.0
 
     def done_before(self, kind: str, amount: float) -> None:
-        """An interrupted run did this: it counts as done, and took no time of this one."""
+        """Count work of an earlier, interrupted run as done; it took no time of this run."""
         self._kinds[kind].before += amount
 
     @contextmanager
     def doing(self, kind: str, amount: float) -> Iterator[None]:
-        """While open, so much of a kind is done; what is done of others meanwhile is theirs."""
+        """Time an amount of a kind while the context is open; nested work counts for its kind alone."""
         began, outside, outermost = self._clock(), self._inside, self._open is None
         if outermost:
             self._open = kind, amount, began, self._timed
         self._inside = 0.0
         yield
-        own, taken = self._kinds[kind], self._clock() - began
-        own.seconds += taken - self._inside
+        entry, taken = self._kinds[kind], self._clock() - began
+        entry.seconds += taken - self._inside
         self._inside = outside + taken
-        own.done += amount
-        own.left = max(0.0, own.left - amount)
+        entry.done += amount
+        entry.left = max(0.0, entry.left - amount)
         if outermost:
             self._open = None
-        self.tell()
+        self.show()
 
     @property
     def seconds_left(self) -> float | None:
-        """Of the clock; None where nothing is known of some kind that is left."""
-        left, now = self._seconds_of(lambda own: own.left), self._clock()
+        """The remaining seconds; None while the rate of some remaining kind is unknown."""
+        left, now = self._seconds_of(lambda entry: entry.left), self._clock()
         if not left:
             return left
         if self._open is None:
@@ -128,35 +125,35 @@ class Work:
 
     @property
     def _timed(self) -> float:
-        return sum(own.seconds for own in self._kinds.values())
+        return sum(entry.seconds for entry in self._kinds.values())
 
     def seconds_of(self, kind: str, amount: float) -> float | None:
-        """What an amount of a kind takes; None where nothing is known of it."""
+        """Seconds that an amount of a kind takes; None while its rate is unknown."""
         rate = self._rate(kind)
         return None if rate is None else rate * amount
 
     @property
     def share(self) -> float | None:
-        """Of all the work, what is done, as the times tell; None where nothing is known of some kind."""
-        left = self._seconds_of(lambda own: own.left)
-        done = self._seconds_of(lambda own: own.done + own.before)
+        """The finished share of all work, by time; None while the rate of some kind is unknown."""
+        left = self._seconds_of(lambda entry: entry.left)
+        done = self._seconds_of(lambda entry: entry.done + entry.before)
         return None if left is None or not done else done / (done + left)
 
     def _seconds_of(self, amount: Callable[[_Kind], float]) -> float | None:
         total = 0.0
-        for kind, own in self._kinds.items():
-            if amount(own) > 0:
+        for kind, entry in self._kinds.items():
+            if amount(entry) > 0:
                 rate = self._rate(kind)
                 if rate is None:
                     return None
-                total += rate * amount(own)
+                total += rate * amount(entry)
         return total
 
     def _rate(self, kind: str) -> float | None:
-        """Seconds for an amount of 1."""
-        own, rates = self._kinds[kind], (self._rate(other) for other in ALIKE.get(kind, ()) if other in self._kinds)
+        """Seconds per unit of a kind, shrunk towards the rate of a similar kind."""
+        entry, rates = self._kinds[kind], (self._rate(other) for other in ALIKE.get(kind, ()) if other in self._kinds)
         alike = next((rate for rate in rates if rate is not None), None)
         if alike is None:
-            return own.seconds / own.done if own.done > 0 else 0.0 if kind == "build" else None
-        weight = _SHARE_OF_ALIKE * (own.left + own.done + own.before)
-        return (own.seconds + weight * alike) / (own.done + weight) if own.done + weight > 0 else None
+            return entry.seconds / entry.done if entry.done > 0 else 0.0 if kind == "build" else None
+        weight = _SHARE_OF_ALIKE * (entry.left + entry.done + entry.before)
+        return (entry.seconds + weight * alike) / (entry.done + weight) if entry.done + weight > 0 else None

@@ -238,7 +238,7 @@ class _Search:
             return sorted(order[: self.recipe.refine_rows])
         of_child = models.cost([start], whole)
         of_round = 1 + len(_MOST_EXCHANGES) * of_child
-        if models.staged is not None:
+        if models.layerwise is not None:
             of_round += models.cost_of_effects(start, others, whole)
         of_end = self._end(start)
         share = (self.recipe.refine_passes - of_end) / max(1 + of_child + _ROUNDS * of_round - of_end, 1e-9)
@@ -251,7 +251,7 @@ class _Search:
     def _following(self, base: Chosen, others: Sequence[Alternative], allowed: float) -> list[Chosen]:
         """Children to evaluate next, best first: those near the base that are predicted to lose less."""
         models = self.evaluations.models
-        if models.staged is None:
+        if models.layerwise is None:
             return random_neighbours(self.problem, base, self.seen, len(_MOST_EXCHANGES), self.rng)
         here = set(base)
         others = [a for a in others if a not in here]
