@@ -1,4 +1,4 @@
-"""``inspect --verify``: what holds of a model is said axis by axis, and what does not, with the reason."""
+"""``inspect --verify`` reports for each axis whether it works for a model, and otherwise the reason."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ def saved(config: Any, folder: Path) -> Path:
 
 
 def verdicts_of(family: str, folder: Path) -> list[dict[str, str]]:
-    found = verify(saved(causal_lm_config(tiny_config(family)), folder))
-    assert set(found.whole.values()) == {OK}
-    assert not found.failed
-    return [verdicts for _, verdicts in found.layers]
+    verification = verify(saved(causal_lm_config(tiny_config(family)), folder))
+    assert set(verification.whole.values()) == {OK}
+    assert not verification.failed
+    return [verdicts for _, verdicts in verification.layers]
 
 
 def test_a_dense_model(tmp_path: Path) -> None:
-    found = verify(saved(FAMILIES["qwen3"](), tmp_path))
-    ((layers, verdicts),) = found.layers
+    verification = verify(saved(FAMILIES["qwen3"](), tmp_path))
+    ((layers, verdicts),) = verification.layers
     assert layers == "0, 1, 2, 3"
     wrong = {what for what, verdict in verdicts.items() if verdict != OK}
     assert wrong == {
@@ -51,7 +51,7 @@ def test_a_dense_model(tmp_path: Path) -> None:
     assert verdicts["experts"] == "its FFN has no experts"
 
 
-def test_dense_and_expert_layers_are_told_apart(tmp_path: Path) -> None:
+def test_dense_and_expert_layers_are_distinguished(tmp_path: Path) -> None:
     dense, experts = verdicts_of("deepseek_v3", tmp_path)
     assert dense["FFN width"] == experts["experts"] == experts["expert width"] == OK
     assert experts["FFN width"] == "its FFN consists of experts"
@@ -67,8 +67,8 @@ def test_mixers(tmp_path: Path) -> None:
     assert attention["query heads"] == OK
 
 
-def test_a_parent_that_has_to_be_told_positions_is(tmp_path: Path) -> None:
-    """Its first layer has no keys, and is asked how many tokens there are; ``generate`` tells it."""
+def test_a_parent_that_needs_positions_gets_them(tmp_path: Path) -> None:
+    """Its first layer has no keys to show the length of the cache, so ``generate`` passes positions."""
     verdicts_of("bamba", tmp_path)
 
 
@@ -78,17 +78,27 @@ def test_windows(tmp_path: Path) -> None:
 
 
 def test_a_proof_that_fails_turns_its_axis_off_with_the_reason(tmp_path: Path) -> None:
-    """A norm without a scale sees all that is written to the state, so that nothing of it can be dead."""
+    """A norm without a scale depends on all numbers of the state, so none of them can be dead."""
     ((_, verdicts),) = verify(saved(causal_lm_config(tiny_config("falcon_mamba")), tmp_path)).layers
     assert re.match(r"removing dead numbers of the state changes the layer's output by \d", verdicts["state sizes"])
     assert verdicts["attention no-op"] == OK
 
 
-def test_a_wrong_descriptor_is_found_out(tmp_path: Path) -> None:
-    own = layersmith.describe(FAMILIES["llama"]())
+def test_the_question_that_refuted_a_no_op_is_printed(tmp_path: Path) -> None:
+    """The model of rwkv reads weights of its attentions, which zeros do not have."""
+    folder = saved(causal_lm_config(tiny_config("rwkv")), tmp_path)
+    verification = verify(folder)
+    question = verification.refuted[0]
+    assert question.startswith("Does a fresh model run without attention and feed_forward of rwkv.blocks.0? no: the")
+    printed = CliRunner().invoke(app, ["inspect", str(folder), "--verify"]).output
+    assert " ".join(question.split()) in " ".join(printed.split())
 
-    class Wrong(own):  # type: ignore[misc, valid-type]
-        """Its attention no-op takes the FFN's norm away as well, and its groups leave out a norm."""
+
+def test_a_wrong_descriptor_is_detected(tmp_path: Path) -> None:
+    inferred = layersmith.describe(FAMILIES["llama"]())
+
+    class Wrong(inferred):  # type: ignore[misc, valid-type]
+        """Its attention no-op removes the FFN's norm too, and no group has the final norm."""
 
         @staticmethod
         def attn_no_op_post_init(decoder_layer: nn.Module) -> None:
@@ -97,17 +107,17 @@ def test_a_wrong_descriptor_is_found_out(tmp_path: Path) -> None:
 
         @staticmethod
         def layer_name_predicates(num_layers: int) -> dict[str, re.Pattern[str]]:
-            predicates = own.layer_name_predicates(num_layers)
+            predicates = inferred.layer_name_predicates(num_layers)
             return predicates | {"lm_head": re.compile(r"^lm_head\..+$")}
 
         @classmethod
         def for_config(cls, config: Any) -> Any:
             return cls
 
-    found = verify(saved(FAMILIES["llama"](), tmp_path), Wrong)
-    assert found.failed
-    assert found.whole["every weight in one group"] == "model.norm.weight is in 0 of them"
-    verdicts = found.layers[0][1]
+    verification = verify(saved(FAMILIES["llama"](), tmp_path), Wrong)
+    assert verification.failed
+    assert verification.whole["every weight in one group"] == "model.norm.weight is in 0 groups"
+    verdicts = verification.layers[0][1]
     assert verdicts["attention no-op"] != OK
     assert verdicts["FFN no-op"] == OK
 
@@ -122,7 +132,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("family", ["deepseek_v3", "gpt_oss"])
 def test_full_size_models_are_described_on_the_meta_device(family: str) -> None:
-    """Hundreds of billions of parameters, of which none are made."""
+    """Models of hundreds of billions of parameters are described without allocating any."""
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(family)

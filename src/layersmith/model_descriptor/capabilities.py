@@ -1,11 +1,11 @@
-"""What layersmith asks of a descriptor beyond the interface of the spec, with answers that hold if nothing is known.
+"""Methods of a descriptor beyond the interface of the spec, with defaults for families without other knowledge.
 
-A descriptor that implements only the spec's methods inherits the defaults below and works: they are true of a decoder
-whose layers are alike and whose attention keeps keys and values for each KV head. Overriding a method makes more
+A descriptor that implements only the spec's methods inherits the defaults and works. They are right for a decoder
+whose layers are alike and whose attention caches keys and values for each KV head. Overriding a method makes more
 alternatives possible or makes costs exact.
 
-A method that takes ``index`` speaks of that layer of the model for which the descriptor was made;
-:meth:`Capabilities.for_config` gives the descriptor for another model of the family.
+A method with an argument ``index`` is about that layer of the model for which the descriptor was made;
+:meth:`Capabilities.for_config` returns the descriptor for another model of the family.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class Capabilities:
 
     @classmethod
     def for_config(cls, config: Any) -> Any:
-        """The descriptor for a config of the family. Default: this one, for all models of the family."""
+        """The descriptor for another config of the model family. Default: this descriptor."""
         return cls
 
     @classmethod
@@ -66,7 +66,7 @@ class Capabilities:
 
     @classmethod
     def why_no_linear_layer(cls, layer: nn.Module, subblock: str, module: str) -> str:
-        """Why a linear layer in the place of ``module`` cannot stand in for the whole subblock. Default: it can."""
+        """Why a linear layer in the place of ``module`` cannot replace the whole subblock. Default: it can."""
         return ""
 
     @classmethod
@@ -151,7 +151,7 @@ class Capabilities:
         """What the number of experts sets in a layer's FFN, where the attention has as many.
 
         Returns:
-            An ``OwnExperts`` record. Default: None, not known.
+            An ``FFNExperts`` record. Default: None, not known.
         """
         return None
 
@@ -189,7 +189,7 @@ class Capabilities:
 
     @classmethod
     def latent_cache(cls, index: int) -> int | None:
-        """Numbers in the KV cache for each token that all heads of a layer share. Default: each KV head has its own."""
+        """Numbers in the KV cache for each token that all heads of a layer share. Default: heads share none."""
         return None
 
     @classmethod

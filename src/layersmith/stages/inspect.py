@@ -1,4 +1,4 @@
-"""What a model is made of, from its config alone: no weights are read."""
+"""``inspect``: the blocks of a model, their alternatives and their costs, from the config. No weights are read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
+from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Workload
 from layersmith.costs.counted import context_note, total
 from layersmith.costs.table import CostTable, count_costs
@@ -27,7 +27,7 @@ from layersmith.recipe import BATCH, CONTEXT, LibraryRecipe
 
 @dataclass(frozen=True)
 class BlockRow:
-    """Neighbouring layers that are alike."""
+    """One row of the table of blocks: consecutive layers with the same block and alternatives."""
 
     layers: str
     attention: str
@@ -41,9 +41,14 @@ class Inspection:
     """What ``layersmith inspect`` shows.
 
     Attributes:
-        blocks: runs of equal layers.
-        parts: costs of embeddings and head, of all attentions, of all FFNs, of everything.
-        notes: what cannot be changed, and why.
+        name: Path or hub id of the model.
+        architecture: Class of the model, its number of layers and its dtype.
+        descriptor: Name of its descriptor.
+        batch, context: The workload of the costs; the context is shorter if the model cannot process the one asked for.
+        blocks: The blocks, one row for consecutive equal layers.
+        parts: Costs of embeddings, head and final norm, of all attentions, of all FFNs, and of the whole model.
+        total: Costs of the whole model.
+        notes: What cannot be changed, and why.
     """
 
     name: str
@@ -59,7 +64,7 @@ class Inspection:
 
 @dataclass(frozen=True)
 class Outline:
-    """A search space found from a config: its axes are not proved on weights yet."""
+    """A search space from a config alone; its axes are not proved on weights yet."""
 
     descriptor: type[ModelDescriptor]
     blocks: list[BlockConfig]
@@ -77,17 +82,32 @@ def outline(
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
 ) -> Outline:
-    """Find what can be changed in a model, and what everything costs, on the meta device."""
+    """Build the search space of a model with all costs, on the meta device.
+
+    Args:
+        parent: Folder or hub id of the parent.
+        recipe: Settings of the library, e.g. its sizes.
+        workload: Batch and context for the costs.
+        descriptor: Descriptor of the parent's model family. Default: from ``describe``.
+        trust_remote_code: Let Transformers run code in the folder.
+    """
     config = causal_lm_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
     descriptor = descriptor or describe(config)
     blocks = block_configs_of(config, descriptor)
     axes = find_axes(descriptor, config, blocks)
     layers = meta_layers(descriptor, config, blocks)
-    found = survey_of(descriptor, blocks, axes, layers, recipe)
+    survey = survey_of(descriptor, blocks, axes, layers, recipe)
     dtype = config_dtype(config)
-    costs = count_costs(descriptor, config, blocks, found.alternatives, axes, dtype, workload)
-    notes = [*found.notes, *context_note(workload.context, costs.workload)]
-    return Outline(descriptor, blocks, found.alternatives, axes, costs, notes, dtype)
+    costs = count_costs(descriptor, config, blocks, survey.alternatives, axes, dtype, workload)
+    return Outline(
+        descriptor=descriptor,
+        blocks=blocks,
+        alternatives=survey.alternatives,
+        axes=axes,
+        costs=costs,
+        notes=[*survey.notes, *context_note(workload.context, costs.workload)],
+        dtype=dtype,
+    )
 
 
 def inspect(
@@ -100,51 +120,50 @@ def inspect(
     """Describe a model.
 
     Raises:
-        InputError: no config there.
-        UnsupportedModel: no descriptor for its family.
+        InputError: The parent has no config.
+        UnsupportedModel: The model family cannot be described.
     """
-    found = outline(parent, LibraryRecipe(), Workload(batch, context), descriptor, trust_remote_code)
+    space = outline(parent, LibraryRecipe(), Workload(batch, context), descriptor, trust_remote_code)
     config = causal_lm_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
-    blocks = block_configs_of(config, found.descriptor)
-    rows = [_row(i, found, block.attention, block.ffn) for i, block in enumerate(blocks)]
-    own = {
-        s: [found.costs.by_key[a.key] for a in found.alternatives if a.is_parent and a.subblock == s] for s in SUBBLOCKS
+    blocks, costs = space.blocks, space.costs
+    by_subblock = {
+        s: [costs.by_key[a.key] for a in space.alternatives if a.is_parent and a.subblock == s] for s in SUBBLOCKS
     }
     parts = {
-        "embeddings, head, final norm": total([found.costs.fixed]),
-        "attention": total(own["attention"]),
-        "FFN": total(own["ffn"]),
-        "all": found.costs.parent,
+        "embeddings, head, final norm": total([costs.fixed]),
+        "attention": total(by_subblock["attention"]),
+        "FFN": total(by_subblock["ffn"]),
+        "all": costs.parent,
     }
     return Inspection(
-        str(parent),
-        f"{stock_class(config).__name__}, {len(blocks)} layers, {str(found.dtype).removeprefix('torch.')}",
-        found.descriptor.__name__,
-        batch,
-        found.costs.workload.context,
-        _merged(rows),
-        parts,
-        found.costs.parent,
-        found.notes,
+        name=str(parent),
+        architecture=f"{stock_class(config).__name__}, {len(blocks)} layers, {str(space.dtype).removeprefix('torch.')}",
+        descriptor=space.descriptor.__name__,
+        batch=batch,
+        context=costs.workload.context,
+        blocks=_merged([_row(i, space) for i in range(len(blocks))]),
+        parts=parts,
+        total=costs.parent,
+        notes=space.notes,
     )
 
 
-def _row(i: int, found: Outline, attention: AttentionConfig, ffn: FFNConfig) -> tuple[str, str, str, str]:
+def _row(i: int, space: Outline) -> tuple[str, str, str, str]:
+    """The cells of a layer in the table of blocks: each subblock and its alternatives in words."""
     cells = []
-    subblocks: tuple[tuple[str, AttentionConfig | FFNConfig], ...] = (("attention", attention), ("ffn", ffn))
-    for subblock, own in subblocks:
-        heads = found.axes[i].kv
-        what = in_words(own)
+    for subblock in SUBBLOCKS:
+        heads = space.axes[i].kv
+        what = in_words(space.blocks[i].subblock(subblock))
         if subblock == "attention" and heads is not None:
             counts = heads.num_heads * heads.together, heads.size * heads.together
             what = f"{counts[0]} heads, {counts[1]} KV heads of {heads.head_dim}"
-        members = [a for a in found.alternatives if a.layer == i and a.subblock == subblock and not a.is_parent]
+        members = [a for a in space.alternatives if a.layer == i and a.subblock == subblock and not a.is_parent]
         sizes: dict[str, list[str]] = {}
         for a in members:
-            own_sizes = sizes.setdefault(a.traits.words, [])
-            if a.size and str(a.size) not in own_sizes:
-                own_sizes.append(str(a.size))
-        words = [f"{name} {', '.join(own_sizes)}".strip() for name, own_sizes in sizes.items()]
+            listed = sizes.setdefault(a.traits.words, [])
+            if a.size and str(a.size) not in listed:
+                listed.append(str(a.size))
+        words = [f"{name} {', '.join(listed)}".strip() for name, listed in sizes.items()]
         cells += [what, "; ".join(words) or "nothing else"]
     return cells[0], cells[1], cells[2], cells[3]
 

@@ -1,8 +1,8 @@
-"""``inspect --verify``: what a descriptor says, tried on a small random model with the same kinds of layers.
+"""``inspect --verify``: check a descriptor on a small random model with the same kinds of layers.
 
-No weights are read. The checks are what a child depends on. Every weight is in one group. Without a subblock the child
-gives what the parent gives with that subblock silenced. Generation with a cache continues correctly. For every axis,
-removing what is dead changes nothing.
+No weights are read. The checks cover what a child depends on: Every weight is in one group. A child without a subblock
+gives the logits of the parent with that subblock silenced. Generation with a cache continues correctly. On every axis,
+removing channels that have no effect changes nothing.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ OK = "ok"
 
 @dataclass(frozen=True)
 class Verification:
-    """The checks and their results.
+    """The checks of ``inspect --verify`` and their results.
 
     Attributes:
         name: Path or hub id of the model.
@@ -53,7 +53,7 @@ class Verification:
         seconds: The time that the checks took.
         whole: Each check of the whole model, and ``"ok"`` or what went wrong.
         layers: For every kind of layer its layers, and each check with ``"ok"`` or the reason.
-        refuted: Questions of experiments whose answer was no, with the reasons, where attributes looked like a size.
+        refuted: Questions of experiments that refuted a no-op, or an attribute that looked like a size, with reasons.
     """
 
     name: str
@@ -67,23 +67,23 @@ class Verification:
 
     @property
     def failed(self) -> bool:
-        """Whether something that a child depends on does not hold."""
+        """Whether a check of the whole model failed."""
         return any(verdict != OK for verdict in self.whole.values())
 
 
 def verify(
     parent: str | Path, descriptor: type[ModelDescriptor] | None = None, trust_remote_code: bool = False
 ) -> Verification:
-    """Try everything on a small random model of the same kinds of layers.
+    """Run all checks on a small random model with the same kinds of layers.
 
     Args:
-        parent: folder or hub id.
-        descriptor: of the family; default: ``describe``.
-        trust_remote_code: let Transformers run code that lies in the folder.
+        parent: Folder or hub id of the parent.
+        descriptor: Descriptor of the parent's model family. Default: from ``describe``.
+        trust_remote_code: Let Transformers run code in the folder.
 
     Raises:
-        InputError: no config there.
-        UnsupportedModel: the family cannot be described, or no small model of it can be made.
+        InputError: The parent has no config.
+        UnsupportedModel: The model family cannot be described, or no small model of it can be built.
     """
     started = time.perf_counter()
     config = causal_lm_config(as_parent(read_config(parent, trust_remote_code=trust_remote_code)))
@@ -119,7 +119,7 @@ def specimen_parent(small: PretrainedConfig, descriptor: type[ModelDescriptor]) 
 
 
 def sample_tokens(parent: Parent, length: int = 32) -> torch.Tensor:
-    """``[1, T]`` ids; any will do for a proof."""
+    """Token ids ``[1, T]``; a proof does not depend on which."""
     return torch.arange(length)[None] * 31 % parent.language_config.vocab_size
 
 
@@ -127,7 +127,7 @@ def sample_tokens(parent: Parent, length: int = 32) -> torch.Tensor:
 
 
 def layer_verdicts(parent: Parent, i: int, axes: LayerAxes) -> dict[str, str]:
-    """What can become of one layer: every way to ``"ok"``, or to the reason why there is none."""
+    """The checks of one layer: each kind of alternative, and ``"ok"`` or the reason why it is not possible."""
     verdicts = {}
     for subblock in SUBBLOCKS:
         label = "attention" if subblock == "attention" else "FFN"
@@ -137,7 +137,7 @@ def layer_verdicts(parent: Parent, i: int, axes: LayerAxes) -> dict[str, str]:
 
 
 def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
-    """The axes of a layer: ``"ok"``, or the reason why there is none."""
+    """The axes of a layer, each with ``"ok"`` or the reason why the layer cannot shrink along it."""
     reasons, moe, heads = axes.reasons, block.ffn.moe, axes.kv
     no_experts = reasons.get("experts", "its FFN has no experts")
     no_mixer = "it keeps no state of fixed size in the cache"
@@ -160,29 +160,29 @@ def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
         if axes.experts and axes.experts.fewer_per_token
         else "a token uses one"
         if moe.num_experts_per_tok == 1
-        else reasons.get("experts", "its config has no number"),
+        else reasons.get("experts", "no config attribute sets it"),
         "shared width": no_experts
         if moe is None
         else OK
         if axes.shared
-        else reasons.get("shared", "it goes with the width of the others, or there are none"),
+        else reasons.get("shared", "it follows the width of the other experts, or no expert is shared"),
     }
 
 
 def over_layers(verdicts: Sequence[dict[str, str]]) -> dict[str, str]:
-    """What holds of a model: ``"ok"`` where it holds of some layer, else the reasons of all of them."""
+    """The checks of a model: ``"ok"`` where a check passes for some layer, else the reasons of all layers."""
     merged = {}
-    for what in verdicts[0]:
-        own = list(dict.fromkeys(v[what] for v in verdicts))
-        merged[what] = OK if OK in own else "; ".join(own)
+    for check in verdicts[0]:
+        results = list(dict.fromkeys(verdict[check] for verdict in verdicts))
+        merged[check] = OK if OK in results else "; ".join(results)
     return merged
 
 
 def _verdict(check: Callable[[], str]) -> str:
-    """The result of a check; what the family's code raises is the reason why it fails."""
+    """The result of a check; an error of the family's code is the reason why it fails."""
     verdict = ""
     try:
-        with foreign_code("Does the family's code run?", refusal_is_answer=True) as attempt:
+        with foreign_code("Does the family's code run in this check?", refusal_is_answer=True) as attempt:
             verdict = check()
     except LayersmithError as error:
         return str(error)
@@ -190,13 +190,13 @@ def _verdict(check: Callable[[], str]) -> str:
 
 
 def without(block: BlockConfig, *subblocks: str) -> BlockConfig:
-    """A block with subblocks removed."""
+    """A copy of a block config with no-ops for some subblocks."""
     attention = AttentionConfig(no_op=True) if "attention" in subblocks else block.attention
     return BlockConfig(attention, FFNConfig(no_op=True) if "ffn" in subblocks else block.ffn)
 
 
 def _try_no_op(parent: Parent, i: int, subblock: str) -> str:
-    """The child gives, to the bit, what the parent gives with that subblock's output silenced."""
+    """Check that the child's logits are, bit for bit, the parent's with that subblock's output silenced."""
     layer, block = parent.layers[i], parent.blocks[i]
     if block.subblock(subblock).no_op:
         return "this kind of layer has none"
@@ -204,7 +204,7 @@ def _try_no_op(parent: Parent, i: int, subblock: str) -> str:
     prefix = parent.descriptor.layer_block_name(i)
     silenced = {f"{prefix}.{name}": r.get("of") for name, r in records.items() if r["is"] in ("zeros", "argument")}
     after = [f"{prefix}.{name}" for name, r in records.items() if r["is"] == "same"]
-    child = _child(parent, [without(own, subblock) if j == i else own for j, own in enumerate(parent.blocks)])
+    child = _child(parent, [without(other, subblock) if j == i else other for j, other in enumerate(parent.blocks)])
     tokens = sample_tokens(parent)
     with torch.no_grad():
         with Specimen.silenced_in(parent.model, silenced), silent_stay_silent(parent.model, after):
@@ -217,11 +217,8 @@ def _try_linear(parent: Parent, i: int, subblock: str) -> str:
     if parent.blocks[i].subblock(subblock).no_op:
         return "this kind of layer has none"
     linear_records(parent.descriptor, parent.layers[i], subblock)
-    own = parent.blocks[i].subblock(subblock)
-    changed = dataclasses.replace(
-        parent.blocks[i],
-        **{subblock: dataclasses.replace(own, replace_with_linear=True)},  # type: ignore[arg-type]
-    )
+    linear: Any = dataclasses.replace(parent.blocks[i].subblock(subblock), replace_with_linear=True)
+    changed = dataclasses.replace(parent.blocks[i], **{subblock: linear})
     child = build(
         parent.config, [changed if j == i else b for j, b in enumerate(parent.blocks)], descriptor=parent.descriptor
     )
@@ -241,7 +238,7 @@ def _child(parent: Parent, blocks: Sequence[BlockConfig]) -> Any:
 
 
 def whole_verdicts(parent: Parent) -> dict[str, str]:
-    """What holds of the whole model."""
+    """The checks of the whole model."""
     return {
         "every weight in one group": _verdict(lambda: _try_groups(parent)),
         "cached generation without the first attention": _verdict(lambda: _try_cache(parent)),
@@ -253,39 +250,39 @@ def _try_groups(parent: Parent) -> str:
     for name in parent.model.state_dict():
         groups = [group for group, pattern in predicates.items() if pattern.match(name)]
         if len(groups) != 1:
-            return f"{name} is in {len(groups)} of them"
+            return f"{name} is in {len(groups)} groups"
     return OK
 
 
 def _try_cache(parent: Parent) -> str:
-    """In pieces, with a cache, the child gives what it gives in one go; if the parent does not, neither can it."""
+    """Check that a child gives the same logits in pieces with a cache and in one pass, as the parent has to."""
     first = next((i for i, b in enumerate(parent.blocks) if not b.attention.no_op), None)
     if first is None or sum(not b.attention.no_op for b in parent.blocks) < 2:
-        return "there is no second attention"
+        return "the model has fewer than two attentions"
     if not parent.descriptor.attn_no_op_supported():
-        return "there is no attention no-op"
-    # Some parents ask a layer without keys and values how long the cache is; `generate` tells them the positions.
-    change, told = _in_pieces(parent, parent.model, told=False), False
+        return "its descriptor has no attention no-op"
+    # Some models read the length of the cache from a layer without keys; `generate` passes positions to them.
+    change, with_positions = _in_pieces(parent, parent.model, with_positions=False), False
     if change > _CACHE_TOLERANCE:
-        with suppress(TypeError):  # it takes no positions
-            told = _in_pieces(parent, parent.model, told=True) <= _CACHE_TOLERANCE
-        if not told:
-            raise UnsupportedModel(f"the parent itself gives something else with a cache (by {change:.0e})")
+        with suppress(TypeError):  # the model takes no positions
+            with_positions = _in_pieces(parent, parent.model, with_positions=True) <= _CACHE_TOLERANCE
+        if not with_positions:
+            raise UnsupportedModel(f"the logits of the parent itself differ with a cache (by {change:.0e})")
     child = _child(parent, [without(b, "attention") if i == first else b for i, b in enumerate(parent.blocks)])
-    change = _in_pieces(parent, child, told)
+    change = _in_pieces(parent, child, with_positions)
     return OK if change < _CACHE_TOLERANCE else f"its logits differ by {change:.0e} of the largest"
 
 
 _CACHE_TOLERANCE = 2e-3
 
 
-def _in_pieces(parent: Parent, model: Any, told: bool) -> float:
-    """How far the logits of a text in pieces are from those in one go, relative to the largest.
+def _in_pieces(parent: Parent, model: Any, with_positions: bool) -> float:
+    """The largest difference between logits of a text in pieces and in one pass, relative to the largest logit.
 
     Args:
-        parent: whose tokens are taken.
-        model: that runs.
-        told: whether it is told the positions of the tokens.
+        parent: The parent, which has the vocabulary.
+        model: The model that runs.
+        with_positions: Whether it gets the positions of the tokens.
     """
     tokens = sample_tokens(parent, 12)
     cache = DynamicCache(config=model.config)
@@ -293,7 +290,7 @@ def _in_pieces(parent: Parent, model: Any, told: bool) -> float:
         whole = model(input_ids=tokens, use_cache=False).logits
         pieces = []
         for start, end in ((0, 7), (7, 8), (8, 9), (9, 12)):
-            more = {"position_ids": torch.arange(start, end)[None]} if told else {}
-            output = model(input_ids=tokens[:, start:end], use_cache=True, **{cache_argument(model): cache}, **more)
+            optional = {"position_ids": torch.arange(start, end)[None]} if with_positions else {}
+            output = model(input_ids=tokens[:, start:end], use_cache=True, **{cache_argument(model): cache}, **optional)
             pieces.append(output.logits[:, -1])
     return float((torch.stack(pieces, 1) - whole[:, [6, 7, 8, 11]]).abs().max() / whole.abs().max().clamp_min(1e-9))

@@ -22,7 +22,7 @@ CHOOSES, PASSES = "full", "shared"
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> PretrainedConfig:
     """Not its own specimen; the heads together are wider than the hidden states."""
-    monkeypatch.setattr(shrink, "_OWN", 0)
+    monkeypatch.setattr(shrink, "_WHOLE", 0)
     return CONFIG_MAPPING["glm_moe_dsa"](
         vocab_size=512,
         hidden_size=256,

@@ -128,7 +128,7 @@ class InCache:
         slots: Number of slots of the cache that it uses, one for each of its attentions.
         per_token: What it keeps of every token in addition to keys and values, e.g. the keys of an indexer.
         for_each_query: Whether it keeps keys and values once for each query head, though several share a KV head.
-        more: Whether it holds tensors that none of the above counts, so that its size is an estimate.
+        holds_more: Whether it holds tensors that none of the above counts, so that its size is an estimate.
     """
 
     stateful: bool = False
@@ -139,7 +139,7 @@ class InCache:
     slots: int = 1
     per_token: tuple[KeptTokens, ...] = ()
     for_each_query: bool = False
-    more: bool = False
+    holds_more: bool = False
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def _of_kind(
         states=states,
         slots=slots,
         per_token=per_token,
-        more=_holds_more(slot, [state for _, state in _fixed(caches.cache, first)], per_token),
+        holds_more=_holds_more(slot, [state for _, state in _fixed(caches.cache, first)], per_token),
     )
 
 

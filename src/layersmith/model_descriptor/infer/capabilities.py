@@ -14,7 +14,7 @@ from layersmith.model_descriptor.conventions import KV_HEADS, QUERY_HEADS
 from layersmith.model_descriptor.infer.attributes import value_at
 from layersmith.model_descriptor.infer.blocks import block_of
 from layersmith.model_descriptor.infer.cache import InCache
-from layersmith.model_descriptor.infer.experts import OwnExperts
+from layersmith.model_descriptor.infer.experts import FFNExperts
 from layersmith.model_descriptor.infer.findings import Findings
 from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Subblock
@@ -52,7 +52,9 @@ class InferredCapabilities(ModelDescriptor):
 
     @classmethod
     def refuted(cls, index: int) -> tuple[str, ...]:
-        return tuple(str(outcome) for outcome in cls._sizes(index).outcomes)
+        kind = cls._kind(index)
+        no_ops = [subblock.refuted for subblock in (kind.attention, kind.ffn) if subblock is not None]
+        return tuple(str(outcome) for outcome in (*no_ops, *cls._sizes(index).outcomes) if outcome is not None)
 
     # ------------------------------------------------------------------------------------------ modules of a layer
 
@@ -67,7 +69,7 @@ class InferredCapabilities(ModelDescriptor):
         examined: Subblock | None = getattr(kind, subblock)
         if examined is not None and examined.stays:
             return f"other layers use what the {subblock} computes before its last part"
-        # Small matrices next to the module choose or scale, as a router does; they are no part of the map itself.
+        # Small matrices next to the module select or scale, as a router does, and are not part of the map.
         sizes = {n: p.numel() for n, p in layer.named_parameters() if p.ndim >= 2 and kind.owners.get(n) == subblock}
         inside = sum(size for name, size in sizes.items() if name.startswith(f"{module}."))
         others = [name for name, size in sizes.items() if not name.startswith(f"{module}.") and 2 * size >= inside]
@@ -76,12 +78,12 @@ class InferredCapabilities(ModelDescriptor):
     @classmethod
     def resized_weights(cls, layer: nn.Module, block: BlockConfig) -> dict[str, list[int | None]]:
         width, moe = block.ffn.intermediate_size, block.ffn.moe
-        if not any(sizes.resized or sizes.own_experts for sizes in cls.findings.sizes):
+        if not any(sizes.resized or sizes.ffn_experts for sizes in cls.findings.sizes):
             return {}
         sizes = cls.findings.sizes[cls.findings.number_of_kind(layer)]
         lengths = {place: width for place in sizes.resized if width is not None}
-        if moe is not None and sizes.own_experts is not None:
-            lengths |= dict.fromkeys(sizes.own_experts.weights, moe.num_local_experts)
+        if moe is not None and sizes.ffn_experts is not None:
+            lengths |= dict.fromkeys(sizes.ffn_experts.weights, moe.num_local_experts)
         shapes: dict[str, list[int | None]] = {}
         for (name, dim), length in lengths.items():
             shape = layer.get_parameter(name).shape
@@ -92,9 +94,9 @@ class InferredCapabilities(ModelDescriptor):
     @classmethod
     def changed_numbers(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
         moe = block.ffn.moe
-        if moe is None or not any(sizes.own_experts for sizes in cls.findings.sizes):
+        if moe is None or not any(sizes.ffn_experts for sizes in cls.findings.sizes):
             return {}
-        experts = cls.findings.sizes[cls.findings.number_of_kind(layer)].own_experts
+        experts = cls.findings.sizes[cls.findings.number_of_kind(layer)].ffn_experts
         if experts is None:
             return {}
         changed: dict[str, dict[str, int]] = {}
@@ -116,7 +118,7 @@ class InferredCapabilities(ModelDescriptor):
     def shared_kv_heads(cls, index: int) -> int | None:
         """The number by an attribute of the layer, by one of another kind of layer, or by the usual attribute.
 
-        Only the first is certain; whoever uses the others tries whether they are right.
+        Only the first is certain; callers prove the others by experiment.
         """
         config, sizes = language_config(cls.findings.config), cls._sizes(index)
         path = sizes.kv_heads or sizes.keys or next((s.kv_heads for s in cls.findings.sizes if s.kv_heads), None)
@@ -169,8 +171,8 @@ class InferredCapabilities(ModelDescriptor):
         return cls._sizes(index).experts_of_both
 
     @classmethod
-    def ffn_experts(cls, index: int) -> OwnExperts | None:
-        return cls._sizes(index).own_experts
+    def ffn_experts(cls, index: int) -> FFNExperts | None:
+        return cls._sizes(index).ffn_experts
 
     # ------------------------------------------------------------------------------------------ the KV cache
 
@@ -231,4 +233,4 @@ class InferredCapabilities(ModelDescriptor):
 
     @classmethod
     def estimates_cache(cls, index: int) -> bool:
-        return cls._in_cache(index).more
+        return cls._in_cache(index).holds_more

@@ -18,15 +18,16 @@ from layersmith.model_descriptor.infer.specimen import Specimen
 
 
 @dataclass(frozen=True)
-class OwnExperts:
-    """What sets the experts of an FFN whose number is one attribute with that of the attention's experts.
+class FFNExperts:
+    """The weights and integers of an FFN that depend on its number of experts.
 
-    The config cannot say another number for the FFN alone, so the layer is changed after it is built.
+    It is needed where one config attribute sets the number of experts of attention and FFN. Then the config cannot
+    change the FFN alone, and the layer is changed after it is built.
 
     Attributes:
         weights: Weights of the FFN, and the dimension of each that has an entry for every expert.
-        counts: Modules of the FFN, and the plain number of each that is the number of experts.
-        uses: The same for the number of experts that a token uses.
+        counts: Modules of the FFN, and the integer attribute of each that is the number of experts.
+        uses: The same for the number of experts per token.
     """
 
     weights: tuple[tuple[str, int], ...] = ()

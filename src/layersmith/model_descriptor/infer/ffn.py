@@ -15,7 +15,7 @@ from torch import nn
 
 from layersmith.model_descriptor.experiment import Effect, Experiment, Outcome, first_refutation
 from layersmith.model_descriptor.infer.attributes import AttributePath
-from layersmith.model_descriptor.infer.experts import OwnExperts, before_digit, experts_used, lie_flat
+from layersmith.model_descriptor.infer.experts import FFNExperts, before_digit, experts_used, lie_flat
 from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.trial import Candidate, Trial
@@ -44,7 +44,7 @@ def with_ffn_sizes(trial: Trial, sizes: Sizes) -> Sizes:
         experts_per_token=per_token,
         flat=experts.flat,
         experts_of_both=experts.of_both,
-        own_experts=own_experts(experts, per_token),
+        ffn_experts=ffn_experts(experts, per_token),
     )
 
 
@@ -338,8 +338,8 @@ def experts_per_token(experts: Experts) -> AttributePath | None:
     return None
 
 
-def own_experts(experts: Experts, per_token: AttributePath | None) -> OwnExperts | None:
-    """What there is for each expert of an FFN; None if it is not understood, or the attribute is the FFN's alone."""
+def ffn_experts(experts: Experts, per_token: AttributePath | None) -> FFNExperts | None:
+    """What depends on the number of experts of an FFN; None if that is unclear, or the attention has no experts."""
     trial, count, number = experts.trial, experts.count, experts.number
     ffn = trial.kind.ffn
     if not experts.of_both or count is None or ffn is None:
@@ -354,7 +354,7 @@ def own_experts(experts: Experts, per_token: AttributePath | None) -> OwnExperts
     counts = _numbers_that_change(trial, ffn.modules, count, 2 * number)
     used = trial.value(per_token) if per_token is not None else 0
     uses = _numbers_that_change(trial, ffn.modules, per_token, used - 1) if per_token is not None and used > 1 else ()
-    return None if counts is None or uses is None else OwnExperts(tuple(weights), counts, uses)
+    return None if counts is None or uses is None else FFNExperts(tuple(weights), counts, uses)
 
 
 def _numbers_that_change(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from layersmith.errors import UnsupportedModel
+from layersmith.model_descriptor.experiment import Outcome
 from layersmith.model_descriptor.infer.layer_experiments import ExaminedLayer
 from layersmith.model_descriptor.infer.specimen import Call, Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Record, Subblock
@@ -158,7 +159,7 @@ def _owner_by_order(layer: ExaminedLayer, weight: str, attention: Sequence[str],
 
 
 def _subblock(layer: ExaminedLayer, names: list[str], dead: set[str], others: list[str]) -> Subblock:
-    """A subblock with the no-op that the experiments suggest; ``removal.py`` tries whether it holds."""
+    """A subblock with the no-op that the experiments suggest; ``removal.py`` proves or refutes it."""
     replaced: list[tuple[str, Record]] = []
     for name in names:
         form = _form(layer.calls[name])
@@ -168,7 +169,7 @@ def _subblock(layer: ExaminedLayer, names: list[str], dead: set[str], others: li
             replaced.append((name, {"is": "argument", "of": argument, **form}))
         else:
             reason = f"without {name} the layer's input is lost, and no argument of it passes the input on"
-            return Subblock(tuple(names), (), reason)
+            return Subblock(tuple(names), refuted=Outcome(f"Can the layer run without {name}?", False, reason))
     silent = layer.given_only_zeros(names)
     for name in _dead_modules(layer, dead, [*names, *others], silent):
         replaced.append((name, {"is": "same", **_form(layer.calls[name])}))

@@ -47,7 +47,7 @@ def key_of(config: PretrainedConfig) -> str:
             "class": [type(config).__module__, type(config).__qualname__],
             "config": plain(config.to_dict(), NOT_STRUCTURE),
             "model": [model_class.__module__, model_class.__qualname__, _code_of(model_class.__module__)],
-            "layersmith": _own_code(),
+            "layersmith": _code_of_layersmith(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         }
@@ -83,7 +83,7 @@ def write(key: str, findings: Findings) -> None:
 
 
 @cache
-def _own_code() -> str:
+def _code_of_layersmith() -> str:
     folder = Path(__file__).parents[1]
     files = [*folder.rglob("*.py"), Path(modeling_layersmith.__file__), Path(upstream.__file__)]
     return fingerprint({os.path.relpath(file, folder): file_digest(file) for file in files})

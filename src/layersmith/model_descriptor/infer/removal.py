@@ -1,6 +1,6 @@
-"""Removing a subblock from a layer: every no-op is tried before it is offered.
+"""Remove a subblock from a layer. Each no-op is proved before it is offered.
 
-A model with the no-op must give, bit for bit, what it gives with the subblock's output silenced.
+The logits with the no-op must equal, bit for bit, the logits with the subblock's output set to zero ("silenced").
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layersmith.model_descriptor.experiment import Outcome
 from layersmith.model_descriptor.infer.specimen import (
     Specimen,
     cache_argument,
@@ -30,13 +31,13 @@ Replaced = tuple[tuple[str, Record], ...]
 
 
 def proved(specimen: Specimen, layer_names: Sequence[str], kind: LayerKind, notes: list[str]) -> LayerKind:
-    """The kind with the no-ops that hold.
+    """The kind of layer with only the no-ops that are proved.
 
     Args:
-        specimen: The model.
-        layer_names: Layers of the kind in which a no-op has to hold. The layer after each may use what a subblock gives
-            in another way.
-        kind: The kind as it was found in the first of them.
+        specimen: The small model.
+        layer_names: Layers of the kind in which a no-op has to hold. They differ in the layer that follows them, which
+            may use the output of a subblock in another way.
+        kind: The kind as the experiments on the first of these layers show it.
         notes: Gets a line for each no-op that does not hold.
     """
     attention, ffn = (
@@ -46,7 +47,7 @@ def proved(specimen: Specimen, layer_names: Sequence[str], kind: LayerKind, note
     shared: Replaced = ()
     if attention is not None and ffn is not None and attention.removable and ffn.removable:
         together = Subblock(attention.modules + ffn.modules, attention.replaced + ffn.replaced + kind.shared)
-        if kind.shared and not _tried(specimen, layer_names, together)[1]:
+        if kind.shared and _tried(specimen, layer_names, together)[1] is None:
             shared = kind.shared
     layer_class = type(specimen.model.get_submodule(layer_names[0])).__name__
     for name, subblock in (("attention", attention), ("ffn", ffn)):
@@ -56,33 +57,33 @@ def proved(specimen: Specimen, layer_names: Sequence[str], kind: LayerKind, note
 
 
 def _first_that_holds(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> Subblock:
-    """The subblock with the no-op that removes most and holds, or with the reason why the first does not hold."""
-    reason = ""
+    """The subblock with the proved no-op that removes most, or with the experiment that refuted the first no-op."""
+    first_refuted = None
     for replaced in _candidates(subblock):
-        proved_no_op, problem = _tried(specimen, layer_names, Subblock(subblock.modules, replaced))
-        if not problem:
+        proved_no_op, refuted = _tried(specimen, layer_names, Subblock(subblock.modules, replaced))
+        if refuted is None:
             return Subblock(subblock.modules, proved_no_op)
-        reason = reason or problem
-    return _last_part(specimen, layer_names, subblock) or Subblock(subblock.modules, (), reason)
+        first_refuted = first_refuted or refuted
+    return _last_part(specimen, layer_names, subblock) or Subblock(subblock.modules, refuted=first_refuted)
 
 
 def _candidates(subblock: Subblock) -> Iterator[Replaced]:
-    """No-ops to try: with everything around the subblock, with what is simple there, or with its modules alone."""
+    """No-ops to try: with all modules around the subblock, with those that return a tensor, and with none of them."""
     modules = [r for r in subblock.replaced if r[0] in subblock.modules]
     around = [r for r in subblock.replaced if r[0] not in subblock.modules]
     simple = [r for r in around if not r[1].get("returns")]
-    # A layer may expect a tuple from its own class of module only, and a tensor from any other.
+    # A layer may expect a tuple from the original class alone, and a tensor from any other module.
     bare = [(name, {k: v for k, v in record.items() if k not in ("returns", "names")}) for name, record in modules]
     for inner, outer in itertools.product((modules, bare), (around, simple, [])):
         yield (*inner, *outer)
 
 
 def _last_part(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> Subblock | None:
-    """A no-op that keeps what other layers use, e.g. keys and values or a router's state, and removes what follows it.
+    """A no-op that removes only the last part of a subblock, because other layers use what the rest computes.
 
-    It is the last module inside the subblock without which the subblock gives zeros. What runs before the subblock
-    computes what the other layers use, so it stays, even where gradients do not show it: they do not pass through a
-    choice of tokens.
+    Other layers may use its keys and values, or the state of its router. The no-op replaces the last module inside the
+    subblock without which the subblock returns zeros. Modules before the subblock stay, even if gradients show no use
+    of them, since gradients do not pass through a selection of tokens.
     """
     if len(subblock.modules) != 1:
         return None
@@ -112,8 +113,8 @@ def _last_part(specimen: Specimen, layer_names: Sequence[str], subblock: Subbloc
         around = [r for r in around if begin[r[0]] > begin[subblock.modules[0]]]
         for kept in (around, []) if around else ([],):
             replaced = ((name.removeprefix(prefix), record), *kept)
-            proved_no_op, problem = _tried(specimen, layer_names, Subblock(subblock.modules, replaced))
-            if not problem:
+            proved_no_op, refuted = _tried(specimen, layer_names, Subblock(subblock.modules, replaced))
+            if refuted is None:
                 return Subblock(subblock.modules, proved_no_op, stays=True)
     return None
 
@@ -121,21 +122,20 @@ def _last_part(specimen: Specimen, layer_names: Sequence[str], subblock: Subbloc
 # ---------------------------------------------------------------------------------------------- one no-op
 
 
-def _tried(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> tuple[Replaced, str]:
-    """Try a no-op in one layer after another, until it does not hold.
+def _tried(specimen: Specimen, layer_names: Sequence[str], subblock: Subblock) -> tuple[Replaced, Outcome | None]:
+    """Try a no-op in one layer after another, until an experiment refutes it.
 
     Returns:
-        What it puts where, with the attributes that the model reads from the original modules; and why it does not
-        hold, empty if it does.
+        The replacements, with the attributes that the model reads from the original modules, and the experiment that
+        refutes the no-op, or None.
     """
     asked: dict[str, set[str]] = {name: set() for name, _ in subblock.replaced}
     for layer_name in layer_names:
         trial = _Trial(specimen, layer_name, subblock)
-        problem = trial.problem()
-        if problem:
-            return (), problem
+        if (refuted := trial.refuted()) is not None:
+            return (), refuted
         asked = {name: attributes | trial.asked[name] for name, attributes in asked.items()}
-    return _with_attributes(subblock.replaced, asked), ""
+    return _with_attributes(subblock.replaced, asked), None
 
 
 def _with_attributes(replaced: Replaced, asked: Mapping[str, set[str]]) -> Replaced:
@@ -155,30 +155,32 @@ class _Trial:
         self.specimen, self.layer_name, self.subblock = specimen, layer_name, subblock
         self.asked: dict[str, set[str]] = {name: set() for name, _ in subblock.replaced}
 
-    def problem(self) -> str:
-        """Why the no-op does not hold; empty if it does."""
+    def refuted(self) -> Outcome | None:
+        """The experiment that refutes the no-op; None if it is proved."""
         layer = self.specimen.model.get_submodule(self.layer_name)
+        removed = f"without {' and '.join(self.subblock.modules)} of {self.layer_name}"
+        question = f"Does the model run {removed}?"
         wanted = seen = cached = None
-        with experiment(f"Does the model run without {self.subblock.modules} of {self.layer_name}?") as attempt:
+        with experiment(question) as attempt:
             wanted = self._silenced()
             cached = self._run_with_cache()
             with self._replaced(layer):
                 seen = self.specimen.run()
-                self._go_on(cached)
+                self._run_from_cache(cached)
                 self._build(type(layer))
         if attempt.failed or wanted is None or seen is None:
-            return f"the model does not run with it ({attempt.reason})"
+            return Outcome(question, False, f"the model does not run with it ({attempt.reason})")
         if not torch.equal(wanted, seen):
             change = float((wanted - seen).abs().max() / wanted.abs().max())
-            than = "than with the subblock's output silenced"
-            return f"the model gives something else {than} (by {change:.0e} of its logits)"
-        return self._problem_afresh(fills_cache=cached is not None)
+            reason = f"its logits differ by {change:.0e} of the largest from those with the subblock's output silenced"
+            return Outcome(f"Does silencing the output have the same effect as running {removed}?", False, reason)
+        return self._refuted_afresh(removed, fills_cache=cached is not None)
 
     def _silenced(self) -> torch.Tensor:
-        """Logits with the subblock's output silenced."""
+        """The logits with the subblock's output silenced."""
         records, prefix = dict(self.subblock.replaced), f"{self.layer_name}."
         silenced = {prefix + name: records.get(name, {}).get("of") for name in self.subblock.modules}
-        # A norm after the subblock goes with it: what it makes of zeros is silenced too.
+        # A norm after the subblock is removed with it, so its output for zeros is silenced too.
         after = [prefix + name for name, record in self.subblock.replaced if record["is"] == "same"]
         with self.specimen.silenced(silenced), silent_stay_silent(self.specimen.model, after):
             return self.specimen.run()
@@ -192,7 +194,7 @@ class _Trial:
 
     @contextmanager
     def _replaced(self, layer: nn.Module) -> Iterator[None]:
-        """While open, the no-op is made, and notes what the model reads from the original modules."""
+        """While open, the layer has the no-op, and attributes that the model reads from its modules are recorded."""
         originals = {name: layer.get_submodule(name) for name in self.asked}
         try:
             for name, record in self.subblock.replaced:
@@ -206,17 +208,17 @@ class _Trial:
         original = layer.get_submodule(name)
         layer.set_submodule(name, _Asked(original, _replacement(original, record), self.asked[name]))
 
-    def _go_on(self, cached: Any) -> None:
-        """Run with a cache and with one token more, since the model may read more from its modules then."""
+    def _run_from_cache(self, cached: Any) -> None:
+        """Run with a cache and then one more token, because the model may read other attributes then."""
         model, ids, name = self.specimen.model, self.specimen.ids, cache_argument(self.specimen.model)
-        with torch.no_grad(), experiment("Does it fill a cache and go on from one?"):
+        with torch.no_grad(), experiment("Does the model fill a cache and continue from it?"):
             model(input_ids=ids, use_cache=True)
             if isinstance(cached, Mapping) and name in cached:
                 mask = torch.ones(1, ids.shape[1] + 1, dtype=torch.long)
                 model(input_ids=ids[:, :1], use_cache=True, **{name: cached[name], "attention_mask": mask})
 
     def _build(self, layer_class: type[nn.Module]) -> None:
-        """Build a model, which may read more from its modules then."""
+        """Build a model with the no-op, because building may read other attributes of the modules."""
 
         def finish(layer: nn.Module, index: int) -> None:
             for name, record in self.subblock.replaced:
@@ -229,10 +231,14 @@ class _Trial:
         ):
             stock_model(self.specimen.config)
 
-    def _problem_afresh(self, fills_cache: bool) -> str:
-        """Why a fresh model with the no-op does not run, or does not fill its cache though the original does.
+    def _refuted_afresh(self, removed: str, fills_cache: bool) -> Outcome | None:
+        """The experiment on a fresh model that refutes the no-op; None if none does.
 
-        The first run may read what no later one does, e.g. to scale the weights of all layers.
+        The first run of a model may read attributes that later runs do not, e.g. to scale the weights of all layers.
+
+        Args:
+            removed: The no-op in words.
+            fills_cache: Whether the original model fills its cache.
         """
         ids = self.specimen.ids
         fresh = stock_model(self.specimen.config, "cpu", torch.float32).eval()
@@ -243,16 +249,18 @@ class _Trial:
             fresh(input_ids=ids, use_cache=False)
         for name, record in _with_attributes(self.subblock.replaced, self.asked):
             put(final.get_submodule(self.layer_name), name, record)
-        with torch.no_grad(), experiment("Does a fresh model run with the final no-op?") as attempt:
+        question = f"Does a fresh model run {removed}?"
+        with torch.no_grad(), experiment(question) as attempt:
             final(input_ids=ids, use_cache=False)
         if attempt.failed:
-            return f"the model does not run with it ({attempt.reason})"
-        with torch.no_grad(), experiment("Does a fresh model fill its cache?") as attempt:
+            return Outcome(question, False, f"the model does not run with it ({attempt.reason})")
+        question = f"Does a fresh model fill its cache {removed}?"
+        with torch.no_grad(), experiment(question) as attempt:
             final(input_ids=ids, use_cache=True)
-        # Other errors are a cache's refusal for other reasons; these miss something that was removed.
+        # These errors show that a removed module is missing; a cache may refuse for other reasons.
         if fills_cache and isinstance(attempt.error, AttributeError | TypeError | KeyError):
-            return f"the model does not fill its cache with it ({attempt.reason})"
-        return ""
+            return Outcome(question, False, f"the model does not fill its cache with it ({attempt.reason})")
+        return None
 
 
 def _replacement(original: nn.Module, record: Record) -> nn.Module:
@@ -262,7 +270,7 @@ def _replacement(original: nn.Module, record: Record) -> nn.Module:
 
 @contextmanager
 def silent_stay_silent(model: nn.Module, names: Sequence[str]) -> Iterator[None]:
-    """While open, these modules give zeros when they are given zeros."""
+    """While open, these modules return zeros if all their inputs are zeros."""
 
     def hook(module: nn.Module, args: Any, kwargs: Any, output: Any) -> Any:
         given = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor) and v.is_floating_point()]
@@ -301,11 +309,11 @@ class _Asked(nn.Module):
 
 
 def put(layer: nn.Module, name: str, record: Record) -> None:
-    """Put a replacement into a layer; it has the attributes that the model reads from the original module."""
+    """Replace a module of a layer; the replacement has the attributes that the model reads from the original."""
     record = dict(record)
     original = layer.get_submodule(name)
     values = {attribute: getattr(original, attribute) for attribute in record.pop("asked", ())}
     plain = {attribute: value for attribute, value in values.items() if not isinstance(value, torch.Tensor)}
     empty = [attribute for attribute, value in values.items() if isinstance(value, torch.Tensor)]
-    more = ({"attributes": plain} if plain else {}) | ({"empty": empty} if empty else {})
-    layer.set_submodule(name, _replacement(original, record | more))
+    kept = ({"attributes": plain} if plain else {}) | ({"empty": empty} if empty else {})
+    layer.set_submodule(name, _replacement(original, record | kept))

@@ -18,9 +18,9 @@ from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import signature
 from layersmith.model_descriptor.stock import stock_model
 
-_OWN = 30_000_000  # parameters; up to here a model is its own specimen
+_WHOLE = 30_000_000  # parameters; up to here a model is its own specimen
 _SMALL = 8_000_000  # up to here a smaller model is small enough
-_LARGEST = _OWN  # up to here a smaller model may be, where none of _SMALL runs
+_LARGEST = _WHOLE  # up to here a smaller model may be, where none of _SMALL runs
 _VOCABULARY = 997
 _DIVISORS = (2, 4, 8, 16, 32, 64)
 # Numbers below this stay.
@@ -105,7 +105,7 @@ def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
     Raises:
         UnsupportedModel: No such config runs, and why the last one did not.
     """
-    if _elements(large) <= _OWN:
+    if _elements(large) <= _WHOLE:
         return config
     search = _Search(config, [signature(layer) for layer in _longest_list(large).children()])
     whole = _Division(len(search.kinds))

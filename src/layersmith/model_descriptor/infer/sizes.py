@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from layersmith.model_descriptor.experiment import Outcome
 from layersmith.model_descriptor.infer.attributes import AttributePath
-from layersmith.model_descriptor.infer.experts import OwnExperts
+from layersmith.model_descriptor.infer.experts import FFNExperts
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Sizes:
         mixer: Sizes of a Mamba or linear-attention mixer that keeps a state.
         flat: Weights in which experts lie one after another along the first dimension, each as long as the width.
         experts_of_both: Whether the number of experts, and of those that a token uses, is the attention's too.
-        own_experts: What these numbers set in the FFN, where they are the attention's too.
+        ffn_experts: What these numbers set in the FFN, where they also set the attention's experts.
         no_query_heads, no_kv_heads: Why there is no such number, where an experiment showed it.
         head_blocks: Blocks of the projection that heads end in, in the small model; each reads its share of the heads.
         head_pairs: Whether two heads work together, one of each half of all, and end next to each other.
@@ -79,7 +79,7 @@ class Sizes:
     mixer: MixerSizes | None = None
     flat: tuple[str, ...] = ()
     experts_of_both: bool = False
-    own_experts: OwnExperts | None = None
+    ffn_experts: FFNExperts | None = None
     no_query_heads: str = ""
     head_blocks: int = 1
     head_pairs: bool = False

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import nn
 
+from layersmith.model_descriptor.experiment import Outcome
+
 Record = dict[str, Any]
 
 
@@ -15,21 +17,26 @@ class Subblock:
     """One subblock of a kind of layer; names are relative to the layer.
 
     Attributes:
-        modules: The modules that do its work.
-        replaced: Module to the record of what the no-op puts in its place (see ``make_replacement``); empty if the
-            subblock cannot be removed.
-        reason: Why it cannot be removed.
+        modules: The modules that compute it.
+        replaced: Each module that the no-op replaces, and the record of its replacement (see ``make_replacement``);
+            empty if the subblock cannot be removed.
+        refuted: The experiment that shows why it cannot be removed; None if it can.
         stays: Whether the no-op removes only the last part of the subblock, because other layers use the rest.
     """
 
     modules: tuple[str, ...] = ()
     replaced: tuple[tuple[str, Record], ...] = ()
-    reason: str = ""
+    refuted: Outcome | None = None
     stays: bool = False
 
     @property
     def removable(self) -> bool:
         return bool(self.replaced)
+
+    @property
+    def reason(self) -> str:
+        """Why it cannot be removed; empty if it can."""
+        return "" if self.refuted is None else self.refuted.reason
 
 
 @dataclass(frozen=True)
