@@ -40,7 +40,7 @@ AUTO_MAP = {
 # ---------------------------------------------------------------------------------------------- replaced modules
 
 
-def _first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+def first_tensor(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
     for value in (*args, *kwargs.values()):
         if isinstance(value, torch.Tensor):
             return value
@@ -59,7 +59,7 @@ class MatchingZeros(nn.Module):
         self.size = size
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        given = _first_tensor(args, kwargs)
+        given = first_tensor(args, kwargs)
         return torch.zeros_like(given) if self.size is None else given.new_zeros(*given.shape[:-1], self.size)
 
 
@@ -67,7 +67,7 @@ class Same(nn.Module):
     """Returns its first tensor argument unchanged, in the place of a removed norm."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _first_tensor(args, kwargs)
+        return first_tensor(args, kwargs)
 
 
 class LinearSubblock(nn.Module):
@@ -78,7 +78,7 @@ class LinearSubblock(nn.Module):
         self.linear = nn.Linear(hidden_size, hidden_size, bias=False, dtype=dtype)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self.linear(_first_tensor(args, kwargs))
+        return self.linear(first_tensor(args, kwargs))
 
 
 class PassArgument(nn.Module):

@@ -28,7 +28,7 @@ from torch import nn
 from layersmith.execution.exchange import first_tensor, tolerance
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.modeling_layersmith import _first_tensor as first_argument
+from layersmith.modeling_layersmith import first_tensor as first_argument
 
 # Lambda as a fraction of the mean of E[b_k^2]: larger stays nearer V, smaller follows noise of few tokens.
 RIDGE = 1e-3

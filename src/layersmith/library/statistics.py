@@ -38,7 +38,7 @@ from layersmith.execution.exchange import first_tensor
 from layersmith.execution.parent import Parent
 from layersmith.library.axes.axis import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
 from layersmith.library.slicing import common_module, members_of
-from layersmith.modeling_layersmith import _first_tensor as first_argument
+from layersmith.modeling_layersmith import first_tensor as first_argument
 from layersmith.run.journal import Checkpoint
 from layersmith.run.progress import SILENT, Progress
 
