@@ -55,7 +55,7 @@ def test_dense_and_expert_layers_are_distinguished(tmp_path: Path) -> None:
     dense, experts = verdicts_of("deepseek_v3", tmp_path)
     assert dense["FFN width"] == experts["experts"] == experts["expert width"] == OK
     assert experts["FFN width"] == "its FFN consists of experts"
-    assert dense["KV heads"] == "its cache holds for every token what all heads share"
+    assert dense["KV heads"] == "its cache holds one latent vector per token, which all heads share"
     assert dense["query heads"] == OK
 
 

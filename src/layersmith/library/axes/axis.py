@@ -1,8 +1,8 @@
-"""What an axis of a subblock is: a size, the weights that it governs, and where each unit lies in them.
+"""The axes of a subblock: a size, the weights that it governs, and the position of each unit in them.
 
-A unit is what is kept or removed as a whole: a channel of an FFN, a head, an expert. Along one dimension of a weight
-the units lie in segments: the rows of a fused gate and up projection are one segment of gates and one of ups, and
-those of a fused query, key and value projection are queries, keys and values, one after another or group by group.
+A unit is kept or removed as a whole: a channel of an FFN, a head, an expert. Along one dimension of a weight the units
+lie in segments. The rows of a fused gate and up projection are one segment of gates and one of ups. Those of a fused
+QKV projection are queries, keys and values, one after another or group by group.
 
 Shapes: D hidden, F intermediate channels, H query heads, K key-value heads, E experts, d head size.
 """
@@ -18,29 +18,33 @@ REST = "rest"
 
 
 class NoAxis(Exception):
-    """There is no such axis; the message says why."""
+    """A layer does not have an axis; the message says why."""
 
 
 def numbered(name: str, attention: int) -> str:
-    """The name of what is of one of several attentions of a layer; that of the first is as if there were one."""
+    """The name of an entry of one attention of a layer; the first attention's has no number."""
     return f"{name}.{attention}" if attention else name
 
 
 def largest_part(size: int) -> int:
-    """The largest proper divisor, so that whatever must divide a size still does; a ``ValueError`` if there is none."""
+    """The largest proper divisor of a size: its divisors also divided the size.
+
+    Raises:
+        ValueError: The size is below 2.
+    """
     if size < 2:
-        raise ValueError(f"{size} cannot be less")
+        raise ValueError(f"{size} has no proper divisor")
     return next(size // divisor for divisor in range(2, size + 1) if size % divisor == 0)
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring entries of a dimension that belong to the units of one part, unit after unit.
+    """Consecutive entries of a dimension that belong to the units of one part, unit after unit.
 
     Attributes:
         part: ``"channels"``, ``"kv"``, ``"queries"``, ``"experts"``, ``"state"``, ``"entries"``, or ``"rest"`` for
-            entries of no unit.
-        unit: entries a unit; for the rest, all of them.
+            entries that belong to no unit.
+        unit: Number of entries per unit; for the rest, the number of all its entries.
     """
 
     part: str
@@ -52,12 +56,12 @@ class WeightAxis:
     """One dimension of one weight of a layer that an axis governs.
 
     Attributes:
-        name: of the parameter, in the layer; ``{}`` stands for the number of a member of a list.
-        dim: the dimension.
-        segments: what lies along it, in order.
-        grouped: whether the segments are repeated for every KV head, each time with its share of the units.
-        blocks: of a matrix that reads as many shares of the units by the same entries, each by its share of rows: what
-            the segments describe lies along the second dimension of :meth:`spread`.
+        name: Name of the parameter in the layer, with ``{}`` for the number of a list's member.
+        dim: The dimension.
+        segments: The segments along it, in order.
+        grouped: Whether the segments are repeated for every KV head, each time with that head's share of the units.
+        blocks: Number of blocks of a block-diagonal matrix, stored as ``[blocks * R, n]``. With more than one, the
+            segments describe the second dimension of :meth:`spread`.
     """
 
     name: str
@@ -73,7 +77,7 @@ class WeightAxis:
         return weight.unflatten(0, (self.blocks, -1)).transpose(0, 1).flatten(1)
 
     def folded(self, spread: torch.Tensor) -> torch.Tensor:
-        """The weight of what :meth:`spread` made of it."""
+        """The inverse of :meth:`spread`."""
         if self.blocks == 1:
             return spread
         return spread.unflatten(1, (self.blocks, -1)).transpose(0, 1).flatten(0, 1).contiguous()
@@ -87,31 +91,30 @@ class WeightAxis:
         weight.copy_(self.folded(self.spread(weight).index_fill(self.dim, entries.to(weight.device), 0)))
 
     def positions(self, part: str, sizes: Mapping[str, int]) -> torch.Tensor:
-        """``[units, entries]``: where the units of a part lie, if there are ``sizes[part]`` of each part."""
+        """``[units, entries]``: the positions of a part's units in a dimension with ``sizes[part]`` units per part."""
         repeats = sizes["kv"] if self.grouped else 1
         counts = [1 if s.part == REST else sizes[s.part] // repeats for s in self.segments]
         lengths = [s.unit * n for s, n in zip(self.segments, counts, strict=True)]
         period = sum(lengths)
-        found, start = [], 0
+        places, start = [], 0
         for segment, count, length in zip(self.segments, counts, lengths, strict=True):
             if segment.part == part:
-                own = start + torch.arange(length).view(count, segment.unit)
-                found.append((torch.arange(repeats)[:, None, None] * period + own).flatten(0, 1))
+                first = start + torch.arange(length).view(count, segment.unit)
+                places.append((torch.arange(repeats)[:, None, None] * period + first).flatten(0, 1))
             start += length
-        return torch.cat(found, 1)
+        return torch.cat(places, 1)
 
     def gathered(self, kept: Mapping[str, torch.Tensor], sizes: Mapping[str, int]) -> torch.Tensor:
-        """Which entries of the dimension make up the smaller one, in its order.
+        """The entries of the dimension that make up the smaller one, in its order.
 
         Args:
-            kept: part to the units that it has then, in their order; of parts that are not named all stay.
-            sizes: units of each part as they are now.
+            kept: The units that stay, in their new order, by part; parts that are not named keep all.
+            sizes: The number of units before, by part.
         """
         parts = list(dict.fromkeys(s.part for s in self.segments))
         new_sizes = {p: len(kept[p]) if p in kept else sizes.get(p, 1) for p in {*parts, *sizes}}
-        rest = {REST: 1}
-        old = {p: self.positions(p, {**sizes, **rest}) for p in parts}
-        new = {p: self.positions(p, {**new_sizes, **rest}) for p in parts}
+        old = {p: self.positions(p, {**sizes, REST: 1}) for p in parts}
+        new = {p: self.positions(p, {**new_sizes, REST: 1}) for p in parts}
         result = torch.empty(sum(p.numel() for p in new.values()), dtype=torch.long)
         for p in parts:
             result[new[p]] = old[p][kept[p]] if p in kept else old[p]
@@ -119,7 +122,7 @@ class WeightAxis:
 
 
 class _WithReader:
-    """What has weights by name, one of which reads all the units into the subblock's output."""
+    """An axis with named weights, one of which, the reader, maps the units to the subblock's output."""
 
     weights: tuple[WeightAxis, ...]
     reader: str
@@ -129,27 +132,26 @@ class _WithReader:
 
     @property
     def reader_dim(self) -> int:
-        """The dimension of the reader that counts units."""
+        """The dimension of the reader along which the units lie."""
         return self.weight(self.reader).dim
 
     @property
     def output(self) -> str:
-        """Name, in the layer, of the module whose input holds the units."""
+        """Name in the layer of the module whose input holds the units."""
         return self.reader.removesuffix(".weight")
 
 
 @dataclass(frozen=True)
 class Bundle(_WithReader):
-    """Weights that share their channels: an FFN, all routed experts with channels of their own each, a shared expert.
+    """Weights that share their channels: an FFN, a shared expert, or all routed experts.
 
     Attributes:
-        size: channels.
-        weights: what is sliced.
-        reader: the weight that reads the channels into the subblock's output; empty until it is proved.
-        members: experts in it; 0 where there is only one FFN.
-        stacked: whether the members lie along the first dimension of each weight, not in a list of modules.
-        flat: whether they lie there with their channels, one after another; ``dim`` is then that of a weight in which
-            members have a dimension of their own before it.
+        size: F, per member.
+        weights: The weights that have channels.
+        reader: The weight that maps the channels to the subblock's output; empty until it is proved.
+        members: Number of experts, each with separate channels; 0 for a plain FFN.
+        stacked: Whether the members lie along the first dimension of each weight, not in a list of modules.
+        flat: Whether that first dimension is ``members * channels``; ``dim`` then counts it as two dimensions.
     """
 
     size: int
@@ -161,7 +163,7 @@ class Bundle(_WithReader):
 
     @property
     def matrix_dims(self) -> int:
-        """Dimensions of a weight that holds a matrix, or one for each member."""
+        """Number of dimensions of a weight that holds one matrix, or one per member."""
         return 3 if self.stacked and not self.flat else 2
 
 
@@ -171,8 +173,11 @@ class WidthAxis:
 
     Attributes:
         size: F.
-        bundles: what is narrowed together; each keeps channels of its own, in the same proportion.
+        bundles: Weights that are narrowed in the same proportion; each bundle keeps different channels.
     """
+
+    def __str__(self) -> str:
+        return f"width {self.size}"
 
     size: int
     bundles: tuple[Bundle, ...]
@@ -183,30 +188,31 @@ class WidthAxis:
 
     @property
     def output(self) -> str:
-        """Name, in the layer, of the module whose input holds the channels of the first bundle."""
+        """Name in the layer of the module whose input holds the channels of the first bundle."""
         return self.bundles[0].output
 
 
 @dataclass(frozen=True)
 class HeadsAxis(_WithReader):
-    """The heads of an attention, or of a mixer whose groups of heads are then the KV heads, and its heads the queries.
+    """The heads of an attention or of a mixer; a mixer's groups count as KV heads and its heads as query heads.
 
-    Where heads work together in pairs, as in differential attention, a pair counts as one head here.
+    Where heads work in pairs, as in differential attention, a pair counts as one head here.
 
     Attributes:
         size: K.
-        num_heads: H; query heads of one KV head are neighbours.
+        num_heads: H; the query heads of one KV head are consecutive.
         head_dim: d, of a KV head in the cache.
-        weights: what holds heads, each weight once.
-        reader: the weight that reads the heads into the subblock's output.
-        fewer_kv: whether there can be fewer KV heads for the same query heads.
-        fewer_queries: whether there can be fewer query heads for the same KV heads.
-        fewer_groups: whether KV heads can go with their query heads.
-        beside: the heads of the layer's other attentions, where it has several; of each as many stay as here, but not
-            the same ones.
-        blocks: of the reader, which then reads neighbouring heads by the same entries, ``H / blocks`` of them by each
-            of as many shares of its outputs. Equally many heads of each block stay.
-        together: heads, as a config counts them, that are one here: one of each of as many equal shares of all.
+        weights: The weights that hold heads, each once.
+        reader: The weight that maps the heads to the subblock's output.
+        fewer_kv: Whether there can be fewer KV heads for the same query heads.
+        fewer_queries: Whether there can be fewer query heads for the same KV heads.
+        fewer_groups: Whether KV heads can be removed with their query heads.
+        other_attentions: The heads of the layer's other attentions. All attentions keep equally many heads, but each
+            its most important ones.
+        blocks: Number of blocks of a block-diagonal reader. Each block reads ``H / blocks`` consecutive heads, and
+            equally many heads of each block stay.
+        together: Number of heads, as a config counts them, that count as one here. The heads of a pair lie in
+            different halves.
     """
 
     size: int
@@ -217,18 +223,23 @@ class HeadsAxis(_WithReader):
     fewer_kv: bool = False
     fewer_queries: bool = False
     fewer_groups: bool = False
-    beside: tuple[HeadsAxis, ...] = ()
+    other_attentions: tuple[HeadsAxis, ...] = ()
     blocks: int = 1
     together: int = 1
+
+    def __str__(self) -> str:
+        ways = {"KV": self.fewer_kv, "query": self.fewer_queries, "groups of": self.fewer_groups}
+        fewer = ", ".join(way for way, holds in ways.items() if holds)
+        return f"{self.num_heads} heads, {self.size} KV; fewer {fewer or 'none'}"
 
     @property
     def attentions(self) -> tuple[HeadsAxis, ...]:
         """The heads of every attention of the layer, this one first."""
-        return (self, *self.beside)
+        return (self, *self.other_attentions)
 
     @property
     def shares(self) -> int:
-        """Of how many groups of neighbouring query heads equally many stay."""
+        """Number of groups of consecutive query heads; equally many heads of each group stay."""
         return max(self.size, self.blocks)
 
     @property
@@ -242,8 +253,8 @@ class StateAxis:
 
     Attributes:
         size: N.
-        weights: what has entries for each of the state, in every group of heads; those along the first dimension of a
-            weight write to the state and read it.
+        weights: The weights that have entries per number of the state, in every group of heads. Where the entries lie
+            along the first dimension, the weight writes to the state or reads it.
     """
 
     size: int
@@ -251,9 +262,12 @@ class StateAxis:
 
     @property
     def makers(self) -> tuple[WeightAxis, ...]:
-        """The weights that write to the state and read it: where there are such for it alone, e.g. norms, those."""
-        found = tuple(w for w in self.weights if w.dim == 0)
-        return tuple(w for w in found if len(w.segments) == 1) or found
+        """The weights that write to the state or read it; only those with nothing else in them, if there are such."""
+        makers = tuple(w for w in self.weights if w.dim == 0)
+        return tuple(w for w in makers if len(w.segments) == 1) or makers
+
+    def __str__(self) -> str:
+        return f"state {self.size}"
 
 
 @dataclass(frozen=True)
@@ -262,10 +276,10 @@ class HeadSizeAxis(_WithReader):
 
     Attributes:
         size: P.
-        num_heads: H; the entries of a head are neighbours.
-        groups: G, of neighbouring heads.
-        weights: what has ``"channels"``, P for every head, or ``"entries"``, P that all heads share.
-        reader: the weight that reads the heads into the subblock's output.
+        num_heads: H; the entries of a head are consecutive.
+        groups: G, of consecutive heads.
+        weights: The weights that have ``"channels"``, P for every head, or ``"entries"``, P that all heads share.
+        reader: The weight that maps the heads to the subblock's output.
     """
 
     size: int
@@ -278,9 +292,12 @@ class HeadSizeAxis(_WithReader):
     def sizes(self) -> dict[str, int]:
         return {"channels": self.num_heads * self.size, "entries": self.size, "kv": self.groups}
 
+    def __str__(self) -> str:
+        return f"{self.num_heads} mixer heads of {self.size}"
+
     @property
     def alike(self) -> bool:
-        """Whether all heads have to keep the same entries."""
+        """Whether all heads must keep the same entries."""
         return any(s.part == "entries" for w in self.weights for s in w.segments)
 
 
@@ -290,12 +307,12 @@ class ExpertsAxis:
 
     Attributes:
         size: E.
-        weights: stacks of experts, and what the router has for each.
-        lists: names of lists of modules that have one for each expert.
-        router: the weights of ``weights`` that choose experts.
-        per_token: experts that a token uses; there cannot be fewer experts.
-        groups: the router's groups of neighbouring experts; each keeps equally many.
-        fewer_per_token: whether a token can use fewer experts.
+        weights: Stacks of experts, and the weights of the router.
+        lists: Names of module lists with one member per expert.
+        router: Names of those ``weights`` that choose experts.
+        per_token: Number of experts that a token uses, the least number of experts that can stay.
+        groups: Number of the router's groups of consecutive experts; each keeps equally many.
+        fewer_per_token: Whether a token can use fewer experts.
     """
 
     size: int
@@ -306,23 +323,26 @@ class ExpertsAxis:
     groups: int = 1
     fewer_per_token: bool = False
 
+    def __str__(self) -> str:
+        return f"{self.size} experts, {self.per_token} per token"
+
 
 @dataclass(frozen=True)
 class LayerAxes:
-    """The axes of one layer.
+    """The axes of one layer; None where it lacks one.
 
     Attributes:
-        ffn: the width of its FFN, or of its routed experts.
-        kv: its heads.
-        experts: its routed experts.
-        shared: the width of shared experts, where it is a size of its own.
-        reasons: why there is none: ``"ffn"``, ``"attention"``, ``"experts"``, ``"shared"``, ``"window"``,
-            ``"mixer"``, ``"mixer_size"`` or ``"state"`` to a sentence.
-        window: the type that its attention could have to see a window only; empty if there is none.
-        of_experts: weights that are stacks of experts, and lists of them.
-        mixer: the heads of its Mamba or linear-attention mixer.
-        state: the size of that mixer's state.
-        mixer_size: the size of that mixer's heads.
+        ffn: The width of the FFN, or of the routed experts.
+        kv: The heads of the attention.
+        experts: The routed experts.
+        shared: The width of shared experts, where it is a separate size.
+        reasons: Why an axis is missing: a sentence by ``"ffn"``, ``"attention"``, ``"experts"``, ``"shared"``,
+            ``"window"``, ``"mixer"``, ``"mixer_size"`` or ``"state"``.
+        window: The layer type with sliding-window attention that the layer can take; empty if it can take none.
+        of_experts: Names of the stacks and of the lists of experts.
+        mixer: The heads of the Mamba or linear-attention mixer.
+        state: The size of that mixer's state.
+        mixer_size: The size of that mixer's heads.
     """
 
     ffn: WidthAxis | None
@@ -337,5 +357,9 @@ class LayerAxes:
     mixer_size: HeadSizeAxis | None = None
 
     def is_of_experts(self, name: str) -> bool:
-        """Whether a weight belongs to the routed experts, of which a token uses some."""
-        return any(name == own or name.startswith(f"{own}.") for own in self.of_experts)
+        """Whether a weight belongs to the routed experts."""
+        return any(name == experts or name.startswith(f"{experts}.") for experts in self.of_experts)
+
+    def __str__(self) -> str:
+        axes = (self.kv, self.mixer, self.mixer_size, self.state, self.ffn, self.experts, self.shared)
+        return "; ".join(str(axis) for axis in axes if axis is not None) or "no axes"

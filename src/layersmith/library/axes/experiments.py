@@ -75,7 +75,7 @@ class ModelExperiments:
         config: Config of the model.
         blocks: Block config of every layer.
         language: Config of its language model.
-        described: The descriptor of this model.
+        described: Descriptor of this one model, which answers questions about its layers.
         skeleton: The layers on the meta device.
         base: Their shapes.
     """
@@ -151,7 +151,7 @@ class ModelExperiments:
         ]
 
     def input_dim(self, i: int, matrix: str) -> int | None:
-        """The dimension of a projection's weight that its input has; None if it is none or its class does not tell."""
+        """The input dimension of a projection's weight; None if it is no matrix or its class is unknown."""
         return input_dim(self.skeleton[i], matrix) if len(self.base[i][matrix]) == 2 else None
 
 

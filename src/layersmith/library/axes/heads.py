@@ -1,4 +1,4 @@
-"""Finds the axes of an attention's heads: which weights have entries of query heads, and which of KV heads.
+"""Finds the axes of an attention's heads: which weights hold entries of query heads, and which of KV heads.
 
 Shapes: H query heads, K key-value heads, d head size.
 """
@@ -15,11 +15,21 @@ from layersmith.library.axes.experiments import Governed, ModelExperiments, Resi
 from layersmith.model_descriptor.stock import whole_number
 
 _STATE = "it has a mixer that keeps a state instead of keys and values"
+NO_READER = "the projection that reads its heads cannot be identified"
 
 
 def attention_heads(model: ModelExperiments, i: int, reasons: dict[str, str]) -> HeadsAxis:
-    """Query and key-value heads; weights that hold both say so."""
-    block = model.blocks[i]
+    """The query and KV heads of layer ``i``.
+
+    Args:
+        model: The experiments on the model's sizes.
+        i: Index of the layer.
+        reasons: Receives why the number of KV heads or of query heads cannot change.
+
+    Raises:
+        NoAxis: Neither number can change.
+    """
+    block, described = model.blocks[i], model.described
     if block.attention.no_op or block.attention.replace_with_linear:
         raise NoAxis("there is no attention to narrow")
     count = block.attention.num_key_value_heads
@@ -27,25 +37,13 @@ def attention_heads(model: ModelExperiments, i: int, reasons: dict[str, str]) ->
         raise NoAxis(_STATE)
     num_heads = _num_heads(model, i)
     of_kv: list[Governed] = []
-    why = "each query head has keys and values of its own"
-    described = model.described
-    if described is not None and described.keeps_state(i):
-        why = _STATE
-    elif count is None and described is not None and described.caches_nothing(i):
-        why = "it keeps no keys and values of its own"
-    elif count is None and described is not None and described.latent_cache(i) is not None:
-        why = "its cache holds for every token what all heads share"
-    elif count is None and _shared_kv_heads(model, i) not in (None, num_heads):
-        if described is not None and described.attention_stays(i):
-            why = "later layers use its keys and values"
-        else:
-            seen = described.why_no_kv_heads(i) if described is not None else ""
-            why = seen or "the number of its KV heads cannot differ alone"
     if count is not None and count > 1:
         of_kv = model.governed(model.experiment("kv", other_kv_heads), i)
         why = "" if of_kv else "its number of KV heads changes no weight of the layer"
     elif count == 1:
         why = "it has one KV head already"
+    else:
+        why = _why_no_kv_heads(model, i, num_heads)
     of_queries, no_queries = _of_queries(model, i, num_heads)
     if why:
         reasons["kv_heads"] = why
@@ -53,64 +51,85 @@ def attention_heads(model: ModelExperiments, i: int, reasons: dict[str, str]) ->
         reasons["query_heads"] = no_queries
     if num_heads is None or not (of_kv or of_queries):
         raise NoAxis("; ".join(filter(None, (why, no_queries))))
-    count = _shared_kv_heads(model, i) if count is None else count
-    if not of_kv and count != 1 and model.described is not None and model.described.latent_cache(i) is not None:
-        count = None  # each query head makes keys and values of what is cached, whatever the config says
-    if model.described is not None and model.described.heads_end_in_blocks(i):
+    count = described.shared_kv_heads(i) if count is None else count
+    if not of_kv and count != 1 and described.latent_cache(i) is not None:
+        count = None  # each query head computes keys and values from the cached entries, whatever the config says
+    if described.heads_end_in_blocks(i):
         if of_kv:
-            raise NoAxis("the projection that its heads end in is made of blocks, and it has several KV heads")
-        count = 1  # it is tried whether equally many heads of each block can go
+            raise NoAxis("its output projection is made of blocks, and it has several KV heads")
+        count = 1  # the proof tries to remove equally many heads of each block
     elif not of_kv and count in (None, num_heads):
-        return _alike_heads(model, i, num_heads, of_queries)
+        return _ungrouped_heads(model, i, num_heads, of_queries)
     return _grouped_heads(model, i, count or 1, num_heads, of_kv, of_queries)
 
 
-def _shared_kv_heads(model: ModelExperiments, i: int) -> int | None:
-    return None if model.described is None else model.described.shared_kv_heads(i)
+def _why_no_kv_heads(model: ModelExperiments, i: int, num_heads: int | None) -> str:
+    """Why there cannot be fewer KV heads in a layer whose block config has no number of them."""
+    described = model.described
+    if described.keeps_state(i):
+        return _STATE
+    if described.caches_nothing(i):
+        return "it does not compute keys and values"
+    if described.latent_cache(i) is not None:
+        return "its cache holds one latent vector per token, which all heads share"
+    if described.shared_kv_heads(i) in (None, num_heads):
+        return "each query head has separate keys and values"
+    if described.attention_stays(i):
+        return "later layers use its keys and values"
+    return described.why_no_kv_heads(i) or "the number of its KV heads cannot change alone"
 
 
 def _num_heads(model: ModelExperiments, i: int) -> int | None:
-    own = model.blocks[i].attention.num_attention_heads
-    if own is None and model.described is not None:
-        own = model.described.num_query_heads(i)
-    return whole_number(model.language, "num_attention_heads") if own is None else own
+    count = model.blocks[i].attention.num_attention_heads
+    count = model.described.num_query_heads(i) if count is None else count
+    return whole_number(model.language, "num_attention_heads") if count is None else count
 
 
 def _of_queries(model: ModelExperiments, i: int, num_heads: int | None) -> tuple[list[Governed], str]:
-    """What changes with the number of query heads, the size of a head unchanged; or why that is not known."""
+    """The dimensions that grow with the number of query heads at a fixed head size; else the reason for none."""
     if num_heads is None:
         return [], "its config has no number of query heads"
 
-    def more(block: BlockConfig, j: int, larger: bool) -> Resized | None:
-        own = _num_heads(model, j)
-        if own is None or block.attention.no_op or block.attention.replace_with_linear:
+    def doubled(block: BlockConfig, j: int, larger: bool) -> Resized | None:
+        count = _num_heads(model, j)
+        if count is None or block.attention.no_op or block.attention.replace_with_linear:
             return None
-        return Resized(Alternative(j, "attention", "query_heads", size=2 * own).block_config(block), 2 * own, own)
+        alternative = Alternative(j, "attention", "query_heads", size=2 * count)
+        return Resized(alternative.block_config(block), 2 * count, count)
 
-    made = model.experiment("queries", more)
+    made = model.experiment("queries", doubled)
     try:
         governed = model.governed(made, i) if made.sizes[i] is not None else []
     except NoAxis as reason:
         return [], str(reason)
-    seen = model.described.why_no_query_heads(i) if model.described is not None else ""
-    return governed, "" if governed else seen or "the size of its heads follows from their number"
+    if governed:
+        return governed, ""
+    return [], model.described.why_no_query_heads(i) or "the size of its heads follows from their number"
 
 
-def _alike_heads(model: ModelExperiments, i: int, num_heads: int, of_queries: list[Governed]) -> HeadsAxis:
-    """Every query head has keys and values of its own."""
+def _ungrouped_heads(model: ModelExperiments, i: int, num_heads: int, of_queries: list[Governed]) -> HeadsAxis:
+    """The axis where every query head has separate keys and values."""
     weights = [WeightAxis(g.name, g.dim, tuple(_split_fused([Segment("queries", g.unit)], g.rest))) for g in of_queries]
 
-    def one(own: list[WeightAxis], reader: str, head_dim: int) -> HeadsAxis:
-        return HeadsAxis(num_heads, num_heads, head_dim, tuple(own), reader, fewer_groups=num_heads > 1)
+    def axis_of(weights: list[WeightAxis], reader: str, head_dim: int) -> HeadsAxis:
+        return HeadsAxis(
+            size=num_heads,
+            num_heads=num_heads,
+            head_dim=head_dim,
+            weights=tuple(weights),
+            reader=reader,
+            fewer_groups=num_heads > 1,
+        )
 
-    return _each_attention(model, i, weights, one)
+    return _each_attention(model, i, weights, axis_of)
 
 
 def _grouped_heads(
     model: ModelExperiments, i: int, count: int, num_heads: int, of_kv: list[Governed], of_queries: list[Governed]
 ) -> HeadsAxis:
+    """The axis where several query heads share a KV head, and some number changes the weights of both."""
     if num_heads % count:
-        raise NoAxis(f"its {num_heads} query heads are not the same number for each of {count} KV heads")
+        raise NoAxis(f"its {num_heads} query heads do not split evenly over {count} KV heads")
     queries = {(g.name, g.dim): g for g in of_queries}
     kv = {(g.name, g.dim): g for g in of_kv}
     if not queries:
@@ -122,50 +141,54 @@ def _grouped_heads(
         parts = [Segment(part, g.unit) for part, g in (("queries", q), ("kv", k)) if g is not None]
         rest = length - sum(s.unit * (num_heads if s.part == "queries" else count) for s in parts)
         if rest < 0:
-            raise NoAxis(f"queries, keys and values of {name} cannot be told apart")
+            raise NoAxis(f"queries, keys and values of {name} cannot be separated")
         weights.append(WeightAxis(name, dim, tuple(_split_fused(parts, rest))))
-    more_than_one = count > 1 and bool(of_kv)
+    several = count > 1 and bool(of_kv)
 
-    def one(own: list[WeightAxis], reader: str, head_dim: int) -> HeadsAxis:
-        blocks = _blocks(model, i, own, reader)
+    def axis_of(weights: list[WeightAxis], reader: str, head_dim: int) -> HeadsAxis:
+        blocks = _blocks(model, i, weights, reader)
         if blocks > 1:
-            own = [dataclasses.replace(w, blocks=blocks) if w.name == reader else w for w in own]
-            own = [
-                dataclasses.replace(w, segments=tuple(Segment(s.part, s.unit * w.blocks) for s in w.segments))
-                for w in own
-            ]
-            head_dim *= blocks
-        found = HeadsAxis(
-            count, num_heads, head_dim, tuple(own), reader, fewer_kv=more_than_one,
-            fewer_queries=num_heads > max(count, blocks), fewer_groups=more_than_one, blocks=blocks,
-        )  # fmt: skip
-        pairs = in_pairs(found) if model.described is not None and model.described.heads_in_pairs(i) else None
-        return found if pairs is None else pairs
+            weights = [_in_blocks(w, blocks) if w.name == reader else w for w in weights]
+        axis = HeadsAxis(
+            size=count,
+            num_heads=num_heads,
+            head_dim=head_dim * blocks,
+            weights=tuple(weights),
+            reader=reader,
+            fewer_kv=several,
+            fewer_queries=num_heads > max(count, blocks),
+            fewer_groups=several,
+            blocks=blocks,
+        )
+        return (in_pairs(axis) if model.described.heads_in_pairs(i) else None) or axis
 
-    return _each_attention(model, i, weights, one)
+    return _each_attention(model, i, weights, axis_of)
+
+
+def _in_blocks(w: WeightAxis, blocks: int) -> WeightAxis:
+    return dataclasses.replace(w, segments=tuple(Segment(s.part, s.unit * blocks) for s in w.segments), blocks=blocks)
 
 
 def in_pairs(axis: HeadsAxis) -> HeadsAxis | None:
-    """The axis of pairs: a head and the one as far in the other half of all, next to each other where they end.
+    """The axis whose units are pairs of heads; None where heads cannot form pairs.
 
-    None where heads cannot be so.
+    Head ``h`` of the first half is paired with head ``h`` of the second half; the reader holds a pair contiguously.
     """
     odd = axis.size % 2 or axis.num_heads % 2 or any(len(w.segments) != 1 for w in axis.weights)
-    if odd or axis.blocks > 1 or axis.beside or axis.together > 1:
+    if odd or axis.blocks > 1 or axis.other_attentions or axis.together > 1:
         return None
 
     def paired(w: WeightAxis) -> WeightAxis:
-        (own,) = w.segments
-        pair = (Segment(own.part, 2 * own.unit),) if w.name == axis.reader else (own, own)
+        (segment,) = w.segments
+        pair = (Segment(segment.part, 2 * segment.unit),) if w.name == axis.reader else (segment, segment)
         return dataclasses.replace(w, segments=pair)
 
-    weights = tuple(paired(w) for w in axis.weights)
     several = axis.size > 2
     return dataclasses.replace(
         axis,
         size=axis.size // 2,
         num_heads=axis.num_heads // 2,
-        weights=weights,
+        weights=tuple(paired(w) for w in axis.weights),
         fewer_kv=axis.fewer_kv and several,
         fewer_groups=axis.fewer_groups and several,
         together=2,
@@ -173,118 +196,127 @@ def in_pairs(axis: HeadsAxis) -> HeadsAxis | None:
 
 
 def _each_attention(
-    model: ModelExperiments, i: int, weights: list[WeightAxis], one: Callable[[list[WeightAxis], str, int], HeadsAxis]
+    model: ModelExperiments,
+    i: int,
+    weights: list[WeightAxis],
+    axis_of: Callable[[list[WeightAxis], str, int], HeadsAxis],
 ) -> HeadsAxis:
-    """The heads of every attention of a layer: each has what lies in the same module as what its heads end in."""
+    """The heads of every attention of a layer; the weights of an attention lie in the module that holds its reader."""
     readers = heads_readers(model, i, weights)
     if len(readers) < 2:
-        return one(weights, *heads_reader(model, i, weights))
-    parts = [name.split(".") for name, _ in readers]
-    length = 1 + next(at for at, own in enumerate(zip(*parts, strict=False)) if len(set(own)) == len(readers))
-    modules = [f"{'.'.join(part[:length])}." for part in parts]
-    of_each = [[w for w in weights if w.name.startswith(module)] for module in modules]
+        return axis_of(weights, *heads_reader(model, i, weights))
+    paths = [name.split(".") for name, _ in readers]
+    # The shortest prefixes that differ between all readers are the modules of the attentions.
+    length = 1 + next(at for at, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) == len(readers))
+    modules = [f"{'.'.join(path[:length])}." for path in paths]
     if shared := [w.name for w in weights if not w.name.startswith(tuple(modules))]:
-        raise NoAxis(f"it has several attentions, whose heads are all made by {shared[0]}")
-    first, *beside = [one(own, *reader) for own, reader in zip(of_each, readers, strict=True)]
-    return dataclasses.replace(first, beside=tuple(beside))
+        raise NoAxis(f"it has several attentions, and all use {shared[0]}")
+    first, *others = [
+        axis_of([w for w in weights if w.name.startswith(module)], *reader)
+        for module, reader in zip(modules, readers, strict=True)
+    ]
+    return dataclasses.replace(first, other_attentions=tuple(others))
 
 
 def _blocks(model: ModelExperiments, i: int, weights: Sequence[WeightAxis], reader: str) -> int:
-    """How many shares of the heads the projection that they end in reads by the same entries."""
-    if model.described is None or not model.described.heads_end_in_blocks(i):
+    """The number of blocks of a block-diagonal output projection; 1 for a dense one."""
+    if not model.described.heads_end_in_blocks(i):
         return 1
-    # A head has as many entries where it is made, and in the projection a share of them for each.
+    # The reader of B blocks counts 1/B of the entries that each head has where it is computed.
     unit = next(w for w in weights if w.name == reader).segments[0].unit
-    made = max(s.unit for w in weights if w.name != reader for s in w.segments if s.part == "queries")
-    if made % unit:
-        raise NoAxis(f"the blocks of {reader} cannot be told")
-    return made // unit
+    computed = max(s.unit for w in weights if w.name != reader for s in w.segments if s.part == "queries")
+    if computed % unit:
+        raise NoAxis(f"the blocks of {reader} cannot be identified")
+    return computed // unit
 
 
 def _without_query_size(
     model: ModelExperiments, i: int, count: int, num_heads: int, of_kv: list[Governed]
 ) -> HeadsAxis:
-    """Where the number of query heads cannot differ alone: they are what as long as all of them remains."""
+    """The axis where the number of query heads cannot change alone.
+
+    The experiments then show only the weights of KV heads. Other weights of the attention belong to the query heads if
+    one of their dimensions is as long as all query heads together.
+    """
     matrices = [g for g in of_kv if len(model.base[i][g.name]) == 2]
     if not matrices:
-        raise NoAxis("no projection gives its keys and values")
+        raise NoAxis("no projection computes its keys and values")
     fused = [g for g in matrices if g.rest]
     head_dim = fused[0].rest // num_heads if fused else matrices[0].unit
     weights = [WeightAxis(g.name, g.dim, tuple(_split_fused([Segment("kv", g.unit)], 0))) for g in of_kv if not g.rest]
     for g in of_kv:
         if g.rest:
             if g.rest % num_heads:
-                raise NoAxis(f"queries, keys and values of {g.name} cannot be told apart")
+                raise NoAxis(f"queries, keys and values of {g.name} cannot be separated")
             parts = [Segment("queries", g.rest // num_heads), Segment("kv", g.unit)]
             weights.append(WeightAxis(g.name, g.dim, tuple(_split_fused(parts, 0))))
     governed = {g.name for g in of_kv}
     length = num_heads * head_dim
-    modules = () if model.described is None else model.described.attention_modules(model.skeleton[i])
-    inside = tuple(f"{module}." for module in modules)
+    inside = tuple(f"{module}." for module in model.described.attention_modules(model.skeleton[i]))
     for name in sorted(model.attention_weights(i) - governed):
         shape = model.base[i][name]
         matrix = f"{name.rpartition('.')[0]}.weight"
         if shape == (length,) and name.startswith(inside) and len(model.base[i].get(matrix, shape)) == 1:
-            weights.append(WeightAxis(name, 0, (Segment("queries", head_dim),)))  # a norm over all of them
+            weights.append(WeightAxis(name, 0, (Segment("queries", head_dim),)))  # a norm over all heads
             continue
         if length not in shape or len(shape) > 2 or matrix not in model.base[i]:
             continue
-        own_input = model.input_dim(i, matrix)
-        # A projection that takes as much as all heads give is the output's; the others give queries.
-        takes = own_input is not None and model.base[i][matrix][own_input] == length
-        is_reader = takes and ((not fused and _comes_last(model, i, matrix)) or bool(fused))
-        if len(shape) == 2 and own_input is not None:
-            dim = own_input if is_reader else 1 - own_input
-            if shape[dim] == length:
-                weights.append(WeightAxis(name, dim, (Segment("queries", head_dim),)))
-        elif len(shape) == 1 and own_input is not None and not is_reader:
-            weights.append(WeightAxis(name, 0, (Segment("queries", head_dim),)))
+        input_dim = model.input_dim(i, matrix)
+        if input_dim is None:
+            continue
+        # A projection whose input is as long as all heads is the output projection; the others compute queries.
+        reads_heads = model.base[i][matrix][input_dim] == length
+        is_reader = reads_heads and (bool(fused) or _comes_last(model, i, matrix))
+        dim = 0 if len(shape) == 1 else input_dim if is_reader else 1 - input_dim
+        if shape[dim] == length and not (len(shape) == 1 and is_reader):
+            weights.append(WeightAxis(name, dim, (Segment("queries", head_dim),)))
     reader, head_dim = heads_reader(model, i, weights)
-    return HeadsAxis(count, num_heads, head_dim, tuple(weights), reader, fewer_kv=True)
+    return HeadsAxis(
+        size=count, num_heads=num_heads, head_dim=head_dim, weights=tuple(weights), reader=reader, fewer_kv=True
+    )
 
 
 def _comes_last(model: ModelExperiments, i: int, matrix: str) -> bool:
-    """Whether a square projection is the last of its attention in the order of construction."""
-    own = model.attention_weights(i)
-    square = [n for n in model.base[i] if n in own and model.base[i][n] == model.base[i][matrix]]
-    return square[-1] == matrix
+    """Whether a projection is the last of its shape that the attention constructs."""
+    attention, shapes = model.attention_weights(i), model.base[i]
+    return [n for n in shapes if n in attention and shapes[n] == shapes[matrix]][-1] == matrix
 
 
 def _split_fused(parts: Sequence[Segment], rest: int) -> list[Segment]:
-    """Queries, then keys, then values, where a weight holds them all."""
-    found: list[Segment] = []
+    """The segments of a weight; where it holds queries too, keys and values become one segment each."""
+    segments: list[Segment] = []
     for segment in parts:
-        if segment.part == "kv" and len(parts) > 1:
-            found += [Segment("kv", segment.unit // 2)] * 2 if segment.unit % 2 == 0 else [segment]
+        if segment.part == "kv" and len(parts) > 1 and segment.unit % 2 == 0:
+            segments += [Segment("kv", segment.unit // 2)] * 2
         else:
-            found.append(segment)
-    return [*found, Segment(REST, rest)] if rest else found
+            segments.append(segment)
+    return [*segments, Segment(REST, rest)] if rest else segments
 
 
 def takes(model: ModelExperiments, i: int, w: WeightAxis) -> bool:
-    """Whether the units of a weight are the input of a projection."""
+    """Whether a weight is a projection's and the units lie along its input."""
     return w.name.endswith(".weight") and model.input_dim(i, w.name) == w.dim
 
 
 def heads_readers(model: ModelExperiments, i: int, weights: Sequence[WeightAxis]) -> list[tuple[str, int]]:
-    """Name and entries per head of the projections whose input the heads are; else of stacks of projections."""
+    """Name and entries per head of the projections that read the heads; else of stacks of projections."""
     of_heads = [w for w in weights if len(w.segments) == 1 and w.segments[0].part == "queries"]
     readers = [w for w in of_heads if takes(model, i, w)]
-    # Of a stack, the proof shows whether its last dimension is the input.
+    # The proof shows whether the last dimension of a stack is the input.
     stacks = [w for w in of_heads if len(model.base[i][w.name]) == 3 and w.dim == 2 and w.name.endswith(".weight")]
     return [(w.name, w.segments[0].unit) for w in readers or stacks]
 
 
 def heads_reader(model: ModelExperiments, i: int, weights: Sequence[WeightAxis]) -> tuple[str, int]:
-    """The only such projection.
+    """The one projection of :func:`heads_readers`.
 
     Raises:
-        NoAxis: there is none, or more than one.
+        NoAxis: No projection reads the heads, or more than one does.
     """
     readers = heads_readers(model, i, weights)
     if len(readers) > 1:
         names = " and ".join(name for name, _ in readers)
-        raise NoAxis(f"it has several attentions, whose heads end in {names}, and one number of heads for all")
+        raise NoAxis(f"it has several attentions with the output projections {names}, and one number of heads for all")
     if not readers:
-        raise NoAxis("the projection that its heads end in cannot be told")
+        raise NoAxis(NO_READER)
     return readers[0]

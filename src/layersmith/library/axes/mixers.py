@@ -1,7 +1,7 @@
-"""Finds the axes of Mamba and linear-attention mixers, and the orders in which their parts may lie in fused weights.
+"""Finds the axes of Mamba and linear-attention mixers, and the possible orders of the parts of their fused weights.
 
-The heads of one group share what writes to the state and what reads it, as query heads share a KV head; so a mixer's
-heads are a ``HeadsAxis`` whose KV heads are the groups and whose queries are the heads.
+The heads of one group share the weights that write to the state and read it, as query heads share a KV head. A mixer's
+heads are therefore a ``HeadsAxis`` whose KV heads are the groups and whose query heads are the heads.
 
 Shapes: H heads, P size of a head, N size of the state, G groups.
 """
@@ -16,7 +16,7 @@ from functools import partial
 from layersmith.block_config import BlockConfig, MambaConfig
 from layersmith.library.axes.axis import REST, HeadsAxis, HeadSizeAxis, NoAxis, Segment, StateAxis, WeightAxis
 from layersmith.library.axes.experiments import Governed, ModelExperiments, Resized, other_size
-from layersmith.library.axes.heads import heads_reader, takes
+from layersmith.library.axes.heads import NO_READER, heads_reader, takes
 
 Layout = tuple[tuple[Segment, ...], bool]
 
@@ -26,32 +26,28 @@ def keeps_state(model: ModelExperiments, i: int) -> bool:
     attention = model.blocks[i].attention
     if attention.no_op or attention.replace_with_linear:
         return False
-    return attention.mamba is not None or (model.described is not None and model.described.has_mixer(i))
+    return attention.mamba is not None or model.described.has_mixer(i)
 
 
 def mixer_heads(model: ModelExperiments, i: int) -> HeadsAxis:
     """The heads of the mixer of layer ``i``.
 
     Raises:
-        NoAxis: it has none that can be fewer.
+        NoAxis: The number of heads or groups cannot change.
     """
     mamba = _sizes(model, i)
     if mamba.num_heads == 1:
         raise NoAxis("its state has no heads")
-    of_heads = _governed(model, i, "mixer heads", _other_heads)
-    if not of_heads:
+    heads = {(g.name, g.dim): g for g in _governed(model, i, "mixer heads", _other_heads)}
+    if not heads:
         raise NoAxis("no attribute of its config changes the number of its heads alone")
     count, num_heads = mamba.num_groups, mamba.num_heads
     if num_heads % count:
-        raise NoAxis(f"its {num_heads} heads are not the same number for each of {count} groups")
+        raise NoAxis(f"its {num_heads} heads do not split evenly over {count} groups")
     group = num_heads // count
-    heads = {(g.name, g.dim): g for g in of_heads}
-    groups = (
-        {(g.name, g.dim): g for g in _governed(model, i, "mixer groups", partial(_other, "num_groups"))}
-        if count > 1
-        else {}
-    )
-    groups_go_along = count > 1 and not groups and group == 1  # the number of heads is that of groups too
+    of_groups = _governed(model, i, "mixer groups", partial(_other, "num_groups")) if count > 1 else []
+    groups = {(g.name, g.dim): g for g in of_groups}
+    heads_are_groups = count > 1 and not groups and group == 1
     weights = []
     for name, dim in dict.fromkeys([*heads, *groups]):
         pieces = [
@@ -60,13 +56,13 @@ def mixer_heads(model: ModelExperiments, i: int) -> HeadsAxis:
         ]
         taken = sum(s.unit * (num_heads if s.part == "queries" else count) for s in pieces)
         if (rest := model.base[i][name][dim] - taken) < 0:
-            raise NoAxis(f"the parts of {name} cannot be told apart")
+            raise NoAxis(f"the parts of {name} cannot be separated")
         weights.append(WeightAxis(name, dim, (*pieces, *([Segment(REST, rest)] if rest else []))))
     reader, head_dim = heads_reader(model, i, weights)
-    if groups_go_along:
+    if heads_are_groups:
         count = num_heads
     elif group == 1 and not groups:
-        raise NoAxis("it has one head in each group, and no attribute of its config changes the number of groups")
+        raise NoAxis("each group has one head, and no attribute of its config changes the number of groups")
     return HeadsAxis(
         size=count,
         num_heads=num_heads,
@@ -74,7 +70,7 @@ def mixer_heads(model: ModelExperiments, i: int) -> HeadsAxis:
         weights=tuple(weights),
         reader=reader,
         fewer_queries=group > 1,
-        fewer_groups=groups_go_along or bool(groups),
+        fewer_groups=heads_are_groups or bool(groups),
     )
 
 
@@ -82,7 +78,7 @@ def mixer_state(model: ModelExperiments, i: int) -> StateAxis:
     """The size of the state of the mixer of layer ``i``.
 
     Raises:
-        NoAxis: it cannot be smaller.
+        NoAxis: The size cannot change.
     """
     mamba = _sizes(model, i)
     if mamba.state_dim < 2:
@@ -100,7 +96,7 @@ def mixer_head_size(model: ModelExperiments, i: int) -> HeadSizeAxis:
     """The size of the heads of the mixer of layer ``i``.
 
     Raises:
-        NoAxis: it cannot be smaller.
+        NoAxis: The size cannot change.
     """
     mamba = _sizes(model, i)
     if mamba.num_heads == 1:
@@ -111,19 +107,18 @@ def mixer_head_size(model: ModelExperiments, i: int) -> HeadSizeAxis:
     for g in _governed(model, i, "mixer head size", partial(_other, "head_dim")):
         number, odd = divmod(g.unit, mamba.num_heads)
         if odd and g.unit > 1:
-            raise NoAxis(f"the parts of {g.name} cannot be told apart")
+            raise NoAxis(f"the parts of {g.name} cannot be separated")
         parts = (Segment("entries"),) if odd else (Segment("channels"),) * number
         weights.append(WeightAxis(g.name, g.dim, (*parts, *([Segment(REST, g.rest)] if g.rest else []))))
     if not weights:
-        square = model.described is not None and model.described.square_state(i)
         raise NoAxis(
-            "one attribute is the size of its heads and of its state"
-            if square
+            "one attribute sets both the size of its heads and that of its state"
+            if model.described.square_state(i)
             else "no attribute of its config changes the size of its heads alone"
         )
     readers = [w.name for w in weights if takes(model, i, w)]
     if len(readers) != 1:
-        raise NoAxis("the projection that its heads end in cannot be told")
+        raise NoAxis(NO_READER)
     return HeadSizeAxis(
         size=mamba.head_dim,
         num_heads=mamba.num_heads,
@@ -136,14 +131,14 @@ def mixer_head_size(model: ModelExperiments, i: int) -> HeadSizeAxis:
 def _sizes(model: ModelExperiments, i: int) -> MambaConfig:
     mamba = model.blocks[i].attention.mamba
     if mamba is None:
-        problem = model.described.mixer_problem(i) if model.described is not None else ""
         raise NoAxis(
-            problem or "no attribute of its config changes the heads of its mixer or the size of its state alone"
+            model.described.mixer_problem(i)
+            or "no attribute of its config changes the heads of its mixer or the size of its state alone"
         )
     return mamba
 
 
-# Another size of a mixer, a smaller or a larger one, with both sizes; None if there is none.
+# Gives a mixer with a smaller or a larger size, the new size and the old one; None if the size is 1.
 _MixerChange = Callable[[MambaConfig, bool], tuple[MambaConfig, int, int] | None]
 
 
@@ -156,8 +151,8 @@ def _governed(model: ModelExperiments, i: int, name: str, other: _MixerChange) -
         attention = dataclasses.replace(block.attention, mamba=resized[0])
         return Resized(dataclasses.replace(block, attention=attention), resized[1], resized[2])
 
-    made = model.experiment(name, change)
-    return model.governed(made, i) if made.sizes[i] is not None else []
+    experiment = model.experiment(name, change)
+    return model.governed(experiment, i) if experiment.sizes[i] is not None else []
 
 
 def _other_heads(mamba: MambaConfig, larger: bool) -> tuple[MambaConfig, int, int] | None:
@@ -177,7 +172,7 @@ def _other(field: str, mamba: MambaConfig, larger: bool) -> tuple[MambaConfig, i
 
 
 def _pieces(part: str, unit: int, size: int) -> tuple[Segment, ...]:
-    """As many pieces of ``size`` as there are in the entries of a unit, then single entries."""
+    """The entries of a unit, split into as many pieces of ``size`` as fit and then single entries."""
     wide, narrow = divmod(unit, size) if size > 1 else (0, unit)
     return (Segment(part, size),) * wide + (Segment(part),) * narrow
 
@@ -186,19 +181,19 @@ def _pieces(part: str, unit: int, size: int) -> tuple[Segment, ...]:
 
 
 def head_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
-    """Every order in which the parts of heads and groups may lie; weights with the same parts are laid out the same."""
+    """Every possible order of the parts of heads and groups; weights with the same parts have the same order."""
     for weights in _combined(axis.weights, lambda w: _head_layouts(w, axis.size)):
         yield dataclasses.replace(axis, weights=weights)
 
 
 def state_guesses(axis: StateAxis, mamba: MambaConfig) -> Iterator[StateAxis]:
-    """Every order in which the entries of a state may lie between those of heads."""
+    """Every possible order of the entries of the state and those of heads."""
     for weights in _combined(axis.weights, lambda w: _state_layouts(w, mamba)):
         yield dataclasses.replace(axis, weights=weights)
 
 
 def head_size_guesses(axis: HeadSizeAxis) -> Iterator[HeadSizeAxis]:
-    """Every order in which the entries of heads may lie between what belongs to no head."""
+    """Every possible order of the entries of heads and those of no head."""
     for weights in _combined(axis.weights, lambda w: _head_size_layouts(w, axis.groups)):
         yield dataclasses.replace(axis, weights=weights)
 
@@ -215,15 +210,16 @@ def _combined(
 
 
 def _head_layouts(w: WeightAxis, groups: int) -> list[Layout]:
-    """All heads and then what groups share, or the other way round; once, or group by group."""
+    """Heads before or after the entries that a group shares, for all groups at once or group by group."""
     heads = [s for s in w.segments if s.part == "queries"]
     wide, narrow = [s for s in heads if s.unit > 1], [s for s in heads if s.unit == 1]
     shared = [s for s in w.segments if s.part == "kv"]
     rest = [s for s in w.segments if s.part == REST]
-    own_rest = [Segment(REST, s.unit // groups) for s in rest]
+    rest_per_group = [Segment(REST, s.unit // groups) for s in rest]
     orders: list[Layout] = [((*wide, *shared, *rest, *narrow), False)]
     if groups > 1 and all(s.unit % groups == 0 for s in rest) and len(w.segments) > 1:
-        orders += [((*shared, *own_rest, *wide, *narrow), True), ((*wide, *shared, *own_rest, *narrow), True)]
+        orders.append(((*shared, *rest_per_group, *wide, *narrow), True))
+        orders.append(((*wide, *shared, *rest_per_group, *narrow), True))
     orders.append(((*shared, *rest, *wide, *narrow), False))
     if len(heads) > 1 and not narrow:
         orders.append(((Segment("queries", sum(s.unit for s in wide)), *shared, *rest), False))
@@ -231,16 +227,16 @@ def _head_layouts(w: WeightAxis, groups: int) -> list[Layout]:
 
 
 def _head_size_layouts(w: WeightAxis, groups: int) -> list[Layout]:
-    """All that is of heads and then the rest, or the other way round; once, or group by group."""
+    """Entries of heads before or after the rest, for all groups at once or group by group."""
     parts = tuple(s for s in w.segments if s.part != REST)
     rest = sum(s.unit for s in w.segments if s.part == REST)
     if not rest:
         wide = (Segment(parts[0].part, len(parts)),)
-        return [(own, False) for own in dict.fromkeys((parts, wide))]
+        return [(segments, False) for segments in dict.fromkeys((parts, wide))]
     orders: list[Layout] = [((*parts, Segment(REST, rest)), False), ((Segment(REST, rest), *parts), False)]
     if groups > 1 and rest % groups == 0:
-        own_rest = Segment(REST, rest // groups)
-        orders += [((own_rest, *parts), True), ((*parts, own_rest), True)]
+        rest_per_group = Segment(REST, rest // groups)
+        orders += [((rest_per_group, *parts), True), ((*parts, rest_per_group), True)]
     return orders
 
 
@@ -250,10 +246,10 @@ def _state_layouts(w: WeightAxis, mamba: MambaConfig) -> list[Layout]:
     if not rest:
         orders: list[list[Segment]] = [parts, [Segment("state", len(parts))]]
     else:
-        # After the state there may lie one number for each head.
+        # One number per head may follow the state.
         before = [b for b in dict.fromkeys((rest - mamba.num_heads, rest, 0)) if b >= 0]
         orders = [[Segment(REST, b), *parts, Segment(REST, rest - b)] for b in before]
         if (n := mamba.num_groups) > 1 and len(parts) % n == 0 and rest % n == 0:
-            of_group, own_rest = parts[: len(parts) // n], [Segment(REST, rest // n)]
-            orders += [[*of_group, *own_rest] * n, [*own_rest, *of_group] * n]
+            of_group, rest_of_group = parts[: len(parts) // n], [Segment(REST, rest // n)]
+            orders += [[*of_group, *rest_of_group] * n, [*rest_of_group, *of_group] * n]
     return [(tuple(s for s in order if s.unit), False) for order in orders]

@@ -307,7 +307,7 @@ def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
         yield dataclasses.replace(axis, weights=tuple(_in_halves(w) for w in axis.weights))
         return
     counts = [axis.size]
-    if not (axis.fewer_kv or axis.fewer_groups or axis.beside or axis.blocks > 1):
+    if not (axis.fewer_kv or axis.fewer_groups or axis.other_attentions or axis.blocks > 1):
         # What a config calls their number may be less than there are, e.g. half of them in layers with a window.
         counts += [n for n in range(2 * axis.size, axis.num_heads, axis.size) if axis.num_heads % n == 0]
     for count in counts:
@@ -323,12 +323,13 @@ def _in_halves(w: WeightAxis) -> WeightAxis:
 
 
 def _layouts(axis: HeadsAxis) -> Iterator[HeadsAxis]:
-    for weights in _guesses([w for own in axis.attentions for w in own.weights]):
+    for weights in _guesses([w for attention in axis.attentions for w in attention.weights]):
         rest = iter(weights)
-        first, *beside = [
-            dataclasses.replace(own, weights=tuple(next(rest) for _ in own.weights)) for own in axis.attentions
+        first, *attentions = [
+            dataclasses.replace(attention, weights=tuple(itertools.islice(rest, len(attention.weights))))
+            for attention in axis.attentions
         ]
-        yield dataclasses.replace(first, beside=tuple(beside))
+        yield dataclasses.replace(first, other_attentions=tuple(attentions))
 
 
 def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool) -> float:
