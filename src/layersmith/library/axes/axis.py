@@ -9,8 +9,11 @@ Shapes: D hidden, F intermediate channels, H query heads, K key-value heads, E e
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -119,6 +122,19 @@ class WeightAxis:
         for p in parts:
             result[new[p]] = old[p][kept[p]] if p in kept else old[p]
         return result
+
+
+Layout = tuple[tuple[Segment, ...], bool]  # the segments of a weight, and whether they are repeated for every KV head
+
+
+def combined_layouts(
+    weights: Sequence[WeightAxis], key: Callable[[WeightAxis], Any], layouts: Callable[[WeightAxis], Sequence[Layout]]
+) -> Iterator[tuple[WeightAxis, ...]]:
+    """The weights with every combination of possible layouts; weights with the same key have the same layout."""
+    options = {key(w): layouts(w) for w in weights}
+    for combination in itertools.product(*options.values()):
+        layout = dict(zip(options, combination, strict=True))
+        yield tuple(dataclasses.replace(w, segments=layout[key(w)][0], grouped=layout[key(w)][1]) for w in weights)
 
 
 class _WithReader:

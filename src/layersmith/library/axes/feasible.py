@@ -1,7 +1,7 @@
-"""Whether alternatives run at all, tried before anything is measured.
+"""Runs every alternative once before anything is measured.
 
 An axis is proved with one or two sizes, in its layer. A model's code may still refuse other sizes, so every
-alternative is built here and its layer runs in the model. Which units stay does not matter for that.
+alternative is built here and its layer runs in the model. It does not matter for this which units stay.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ def those_that_run(trial: Trial, library: Library) -> tuple[list[Alternative], l
     """The alternatives of a library that run, and notes on the others; one layer of every kind is tried.
 
     Args:
-        trial: of the parent.
-        library: its orders and maps may be any.
+        trial: Runs layers of the parent.
+        library: A library with any orders and maps of the right shapes.
     """
     parent = library.parent
     verdicts: dict[tuple[object, ...], str] = {}
     running, refused = [], {}
-    kinds = [alike(trial, i, own) for i, own in enumerate(library.axes)]
+    kinds = [alike(trial, i, layer_axes) for i, layer_axes in enumerate(library.axes)]
     for alternative in library.alternatives:
         key = (kinds[alternative.layer], dataclasses.replace(alternative, layer=0))
         if not alternative.is_parent and key not in verdicts:
@@ -52,52 +52,53 @@ def _problem(trial: Trial, library: Library, alternative: Alternative) -> str:
     try:
         with foreign_code(f"does the model run with {alternative.key}?", refusal_is_answer=True) as attempt:
             output = trial.run(alternative.layer, library.layer(alternative))
-    except LayersmithError as refusal:  # a descriptor says in our words what its family cannot take
+    except LayersmithError as refusal:  # a descriptor explains what its family refuses
         return f"it does not run with it ({first_line(refusal)})"
     finally:
         library.parent.let_go()
     if attempt.failed:
         return f"it does not run with it ({attempt.reason})"
-    return "" if bool(output.isfinite().all()) else "it gives numbers that are not finite with it"
+    return "" if bool(output.isfinite().all()) else "its output is not finite with it"
 
 
 def by_reason(reasons: Mapping[int, str], num_layers: int, what: str) -> list[str]:
-    """A sentence for every reason, with the layers that it holds of.
+    """A sentence for every reason, with its layers.
 
     Args:
-        reasons: layer to reason.
-        num_layers: that there are.
-        what: does not hold.
+        reasons: The reason by layer.
+        num_layers: The number of layers that could have a reason.
+        what: The statement to explain.
     """
     layers: dict[str, list[int]] = {}
     for i, reason in reasons.items():
         layers.setdefault(reason, []).append(i)
     sentences = []
-    for reason, own in layers.items():
-        where = "any layer" if len(own) == num_layers else f"layers {', '.join(map(str, own))}"
+    for reason, indices in layers.items():
+        where = "any layer" if len(indices) == num_layers else f"layers {', '.join(map(str, indices))}"
         sentences.append(f"{what} in {where}: {reason.removesuffix('.')}.")
     return sentences
 
 
 def any_orders(axes: Sequence[LayerAxes]) -> dict[str, torch.Tensor]:
-    """Orders of all units, as if the first were the most important; by the names of a library's."""
+    """Orders of all units in which the first unit is the most important, by the names of a library's orders."""
     orders: dict[str, torch.Tensor] = {}
-    for i, own in enumerate(axes):
-        for part, axis in (("ffn", own.ffn), ("shared", own.shared)):
+    for i, layer in enumerate(axes):
+        for part, axis in (("ffn", layer.ffn), ("shared", layer.shared)):
             for b, bundle in enumerate(axis.bundles if axis is not None else ()):
                 channels = torch.arange(bundle.size)
                 orders[f"{i}.{part}.{b}"] = channels.repeat(bundle.members, 1) if bundle.members else channels
-        for heads, groups, within in ((own.kv, "attention", "queries"), (own.mixer, "mixer", "mixer_heads")):
-            for a in range(len(heads.attentions) if heads is not None else 0):
-                assert heads is not None
+        for heads, groups, within in ((layer.kv, "attention", "queries"), (layer.mixer, "mixer", "mixer_heads")):
+            if heads is None:
+                continue
+            for a in range(len(heads.attentions)):
                 orders[numbered(f"{i}.{groups}", a)] = torch.arange(heads.size)
                 orders[numbered(f"{i}.{within}", a)] = torch.arange(heads.num_heads).view(heads.shares, -1)
-        if own.mixer_size is not None:
-            orders[f"{i}.mixer_size"] = torch.arange(own.mixer_size.size).repeat(own.mixer_size.num_heads, 1)
-        if own.state is not None:
-            orders[f"{i}.state"] = torch.arange(own.state.size)
-        if own.experts is not None:
-            orders[f"{i}.experts"] = torch.arange(own.experts.size)
+        if layer.mixer_size is not None:
+            orders[f"{i}.mixer_size"] = torch.arange(layer.mixer_size.size).repeat(layer.mixer_size.num_heads, 1)
+        if layer.state is not None:
+            orders[f"{i}.state"] = torch.arange(layer.state.size)
+        if layer.experts is not None:
+            orders[f"{i}.experts"] = torch.arange(layer.experts.size)
     return orders
 
 

@@ -9,16 +9,24 @@ Shapes: H heads, P size of a head, N size of the state, G groups.
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from functools import partial
+from operator import attrgetter
 
 from layersmith.block_config import BlockConfig, MambaConfig
-from layersmith.library.axes.axis import REST, HeadsAxis, HeadSizeAxis, NoAxis, Segment, StateAxis, WeightAxis
+from layersmith.library.axes.axis import (
+    REST,
+    HeadsAxis,
+    HeadSizeAxis,
+    Layout,
+    NoAxis,
+    Segment,
+    StateAxis,
+    WeightAxis,
+    combined_layouts,
+)
 from layersmith.library.axes.experiments import Governed, ModelExperiments, Resized, other_size
 from layersmith.library.axes.heads import NO_READER, heads_reader, takes
-
-Layout = tuple[tuple[Segment, ...], bool]
 
 
 def keeps_state(model: ModelExperiments, i: int) -> bool:
@@ -180,33 +188,25 @@ def _pieces(part: str, unit: int, size: int) -> tuple[Segment, ...]:
 # ---------------------------------------------------------------------------------------------- orders
 
 
+_segments = attrgetter("segments")
+
+
 def head_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
     """Every possible order of the parts of heads and groups; weights with the same parts have the same order."""
-    for weights in _combined(axis.weights, lambda w: _head_layouts(w, axis.size)):
+    for weights in combined_layouts(axis.weights, _segments, lambda w: _head_layouts(w, axis.size)):
         yield dataclasses.replace(axis, weights=weights)
 
 
 def state_guesses(axis: StateAxis, mamba: MambaConfig) -> Iterator[StateAxis]:
     """Every possible order of the entries of the state and those of heads."""
-    for weights in _combined(axis.weights, lambda w: _state_layouts(w, mamba)):
+    for weights in combined_layouts(axis.weights, _segments, lambda w: _state_layouts(w, mamba)):
         yield dataclasses.replace(axis, weights=weights)
 
 
 def head_size_guesses(axis: HeadSizeAxis) -> Iterator[HeadSizeAxis]:
     """Every possible order of the entries of heads and those of no head."""
-    for weights in _combined(axis.weights, lambda w: _head_size_layouts(w, axis.groups)):
+    for weights in combined_layouts(axis.weights, _segments, lambda w: _head_size_layouts(w, axis.groups)):
         yield dataclasses.replace(axis, weights=weights)
-
-
-def _combined(
-    weights: Sequence[WeightAxis], layouts: Callable[[WeightAxis], list[Layout]]
-) -> Iterator[tuple[WeightAxis, ...]]:
-    options = {w.segments: layouts(w) for w in weights}
-    for chosen in itertools.product(*options.values()):
-        order = dict(zip(options, chosen, strict=True))
-        yield tuple(
-            dataclasses.replace(w, segments=order[w.segments][0], grouped=order[w.segments][1]) for w in weights
-        )
 
 
 def _head_layouts(w: WeightAxis, groups: int) -> list[Layout]:

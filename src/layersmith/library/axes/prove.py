@@ -1,10 +1,10 @@
-"""Proof that a slice means what its axis says, on the parent's weights: the third step after find and try.
+"""Proof, on the parent's weights, that removing units of an axis does what the axis says: the third step.
 
-If the output projection reads nothing from a channel, the channel is dead, and removing it must not change the output
-of the layer. So some channels in a copy of a layer are made dead: the weights that read them are set to zero. The same
-channels are sliced away, and both layers must agree. Heads are proved in the same way, and experts that the router is
-made never to choose. Where shapes leave the order of units open, every order is tried. An axis that fails is not
-offered, and its reason is kept.
+A channel is dead if the output projection has zero weights for it. Removing a dead channel must not change the output
+of the layer. The proof therefore zeroes these weights for some channels in a copy of a layer, slices the same channels
+away in another copy, and compares the outputs. Heads are proved in the same way. Experts are dead if the router never
+chooses them. Where shapes leave the order of units open, every order is tried. The library does not offer an axis that
+fails, and keeps the reason.
 """
 
 from __future__ import annotations
@@ -28,9 +28,11 @@ from layersmith.library.axes.axis import (
     ExpertsAxis,
     HeadsAxis,
     LayerAxes,
+    Layout,
     Segment,
     WeightAxis,
     WidthAxis,
+    combined_layouts,
     largest_part,
 )
 from layersmith.library.axes.heads import in_pairs
@@ -44,6 +46,7 @@ from layersmith.library.axes.trial import (
     alike,
     copy_units,
     dead_or_copies,
+    first_success,
     first_that_holds,
     made_dead,
     others,
@@ -64,7 +67,7 @@ _NEVER = -1e4  # a router score low enough that an expert is never chosen
 
 
 def prove(trial: Trial, axes: Sequence[LayerAxes]) -> list[LayerAxes]:
-    """The axes that hold, by experiment on one layer of every distinct shape.
+    """The axes that hold; one layer of every distinct shape is tried.
 
     Args:
         trial: Runs layers of the parent; a few dozen tokens are enough.
@@ -111,16 +114,11 @@ def _prove_layer(trial: Trial, i: int, axes: LayerAxes) -> LayerAxes:
 
 def _prove_width(trial: Trial, i: int, axis: WidthAxis, shared: bool) -> WidthAxis:
     axis = dataclasses.replace(axis, bundles=tuple(_with_reader(trial, i, b) for b in _partitioned(trial, i, axis)))
-    # Where the part does not run, since some kernels ask for multiples, another size is tried.
+    # Some kernels require multiples of 8 or 4, so such sizes are tried too.
     sizes = [largest_part(axis.size), *((axis.size - 1) // m * m for m in (8, 4))]
-    problem: Fails | None = None
-    for size in dict.fromkeys(size for size in sizes if size):
-        try:
-            return _prove_width_at(trial, i, axis, shared, size)
-        except Fails as reason:
-            problem = problem or reason
-    assert problem is not None
-    raise problem
+    return first_success(
+        partial(_prove_width_at, trial, i, axis, shared, size) for size in dict.fromkeys(sizes) if size
+    )
 
 
 def _prove_width_at(trial: Trial, i: int, axis: WidthAxis, shared: bool, size: int) -> WidthAxis:
@@ -129,16 +127,16 @@ def _prove_width_at(trial: Trial, i: int, axis: WidthAxis, shared: bool, size: i
     narrower = Alternative(i, "ffn", kind, size=size).block_config(block)
 
     def difference(guess: WidthAxis, copies: bool) -> float:
-        # Every expert keeps others, so that it is put to the test that channels are not mixed up between them.
+        # Every expert keeps different channels, which tests that channels are not confused between experts.
         kept = [_some_channels(b, b.size * size // axis.size) for b in guess.bundles]
 
         def kill(layer: nn.Module) -> None:
             state = layer.state_dict()
-            for bundle, own in zip(guess.bundles, kept, strict=True):
+            for bundle, bundle_kept in zip(guess.bundles, kept, strict=True):
                 for w in bundle.weights:
                     places = w.positions("channels", {"channels": bundle.size})
                     for m, (weight, dim) in enumerate(members_of(state, bundle, w)):
-                        left = own[m] if bundle.members else own
+                        left = bundle_kept[m] if bundle.members else bundle_kept
                         gone = others(bundle.size, left)
                         if w.name == bundle.reader:
                             weight.index_fill_(dim, places[gone].flatten().to(weight.device), 0)
@@ -170,15 +168,15 @@ def _partitioned(trial: Trial, i: int, axis: WidthAxis) -> list[Bundle]:
         for w in bundle.weights:
             module = w.name.rpartition(".")[0]
             parts.setdefault(module.rpartition(".")[0], []).append(w)
-        found = [_with_reader(trial, i, dataclasses.replace(bundle, weights=tuple(own))) for own in parts.values()]
-        bundles += found if len(found) > 1 and all(own.reader for own in found) else [bundle]
+        split = [_with_reader(trial, i, dataclasses.replace(bundle, weights=tuple(part))) for part in parts.values()]
+        bundles += split if len(split) > 1 and all(part.reader for part in split) else [bundle]
     return bundles
 
 
 def _with_reader(trial: Trial, i: int, bundle: Bundle) -> Bundle:
-    """The bundle with its reader: the weight of which a row is what one output is made of.
+    """The bundle with its reader, the weight whose rows each compute one output.
 
-    Zeroing the first row across the channels changes the first output alone; a row of any other weight changes all.
+    Zeroing the reader's first row changes only the first output; zeroing a row of another weight changes all outputs.
     """
     if bundle.reader:
         return bundle
@@ -205,7 +203,7 @@ def _with_reader(trial: Trial, i: int, bundle: Bundle) -> Bundle:
         if 0 < touched <= max(1, len(change) // 8) and bool(change[0] > 0):
             return dataclasses.replace(bundle, reader=w.name)
     if bundle.members or len(bundle.weights) > 1:
-        # After the subblock something mixes the outputs, e.g. a norm; then shapes have to tell.
+        # A module after the subblock, e.g. a norm, mixes the outputs; the shapes must decide.
         return _reader_by_shape(trial, i, bundle)
     return bundle
 
@@ -220,7 +218,7 @@ def _reader_by_shape(trial: Trial, i: int, bundle: Bundle) -> Bundle:
     ]
     if len(narrowest) == 1:
         return dataclasses.replace(bundle, reader=narrowest[0].name)
-    raise Fails("the weights that its channels end in cannot be told")
+    raise Fails("the weights that read its channels cannot be identified")
 
 
 def _width_guesses(axis: WidthAxis) -> Iterator[WidthAxis]:
@@ -232,23 +230,16 @@ def _width_guesses(axis: WidthAxis) -> Iterator[WidthAxis]:
         )
 
 
-def _guesses(weights: Sequence[WeightAxis]) -> Iterator[list[WeightAxis]]:
-    """Every order in which units may lie; weights of which the same is known are laid out the same."""
-    known = [_signature(w) for w in weights]
-    options = {signature: _orders(*signature) for signature in dict.fromkeys(known)}
-    for chosen in itertools.product(*options.values()):
-        order = dict(zip(options, chosen, strict=True))
-        yield [
-            dataclasses.replace(w, segments=order[s][0], grouped=order[s][1])
-            for w, s in zip(weights, known, strict=True)
-        ]
+def _guesses(weights: Sequence[WeightAxis]) -> Iterator[tuple[WeightAxis, ...]]:
+    """Every possible order of the units; weights with the same signature have the same order."""
+    return combined_layouts(weights, _signature, lambda w: _orders(*_signature(w)))
 
 
 _Signature = tuple[tuple[tuple[str, int], ...], int]
 
 
 def _signature(w: WeightAxis) -> _Signature:
-    """Entries a unit of every part, and those of no unit."""
+    """The number of entries per unit of every part, and the number of entries of no unit."""
     units: dict[str, int] = {}
     for segment in w.segments:
         if segment.part != REST:
@@ -256,20 +247,20 @@ def _signature(w: WeightAxis) -> _Signature:
     return tuple(units.items()), sum(s.unit for s in w.segments if s.part == REST)
 
 
-def _orders(units: tuple[tuple[str, int], ...], rest: int) -> list[tuple[tuple[Segment, ...], bool]]:
-    found: list[tuple[tuple[Segment, ...], bool]] = []
+def _orders(units: tuple[tuple[str, int], ...], rest: int) -> list[Layout]:
+    layouts: list[Layout]
     if len(units) == 1:
         ((part, unit),) = units
         whole = (Segment(part, unit),)
         pieces = [(Segment(part, unit // n),) * n for n in (2, 3, 4) if unit % n == 0 and unit > 1]
         single = [(Segment(part),) * unit] if 4 < unit <= 8 else []
         orders = [*pieces, whole, *single] if part == "channels" else [whole, *pieces]
-        found = [(segments, False) for segments in dict.fromkeys(orders)]
+        layouts = [(segments, False) for segments in dict.fromkeys(orders)]
     else:
         sizes = dict(units)
         queries, kv = Segment("queries", sizes["queries"]), sizes["kv"]
         split = (Segment("kv", kv // 2),) * 2 if kv % 2 == 0 else (Segment("kv", kv),)
-        found = [
+        layouts = [
             ((queries, *split), False),
             ((queries, Segment("kv", kv)), True),
             ((queries, Segment("kv", kv)), False),
@@ -277,10 +268,10 @@ def _orders(units: tuple[tuple[str, int], ...], rest: int) -> list[tuple[tuple[S
             ((Segment("kv", kv), queries), True),
         ]
     if not rest:
-        return found
+        return layouts
     return [
         (order, grouped)
-        for segments, grouped in found
+        for segments, grouped in layouts
         for order in ((*segments, Segment(REST, rest)), (Segment(REST, rest), *segments))
     ]
 
@@ -308,7 +299,7 @@ def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
         return
     counts = [axis.size]
     if not (axis.fewer_kv or axis.fewer_groups or axis.other_attentions or axis.blocks > 1):
-        # What a config calls their number may be less than there are, e.g. half of them in layers with a window.
+        # A config may name fewer KV heads than the layer has, e.g. half as many as its sliding-window layers.
         counts += [n for n in range(2 * axis.size, axis.num_heads, axis.size) if axis.num_heads % n == 0]
     for count in counts:
         yield from _layouts(dataclasses.replace(axis, size=count))
@@ -317,7 +308,7 @@ def _heads_guesses(axis: HeadsAxis) -> Iterator[HeadsAxis]:
 
 
 def _in_halves(w: WeightAxis) -> WeightAxis:
-    """Laid out so that the two heads of a pair are as far from each other as may be."""
+    """The layout that has the first heads of all pairs before the second heads."""
     unit = sum(s.unit for s in w.segments) // 2
     return dataclasses.replace(w, segments=(Segment(w.segments[0].part, unit),) * 2)
 
@@ -333,21 +324,20 @@ def _layouts(axis: HeadsAxis) -> Iterator[HeadsAxis]:
 
 
 def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool) -> float:
-    """What removing half the heads changes when nothing reads them.
+    """The change of the output when half the heads are dead and then removed.
 
     Args:
-        trial: of the parent.
-        i: the layer.
-        way: which heads go.
-        axis: a guess.
-        copies: whether the heads that go are first made copies of those that stay.
-        others_stay: whether it is not the last ones that stay, but some in between: parts of heads that lie at the
-            same distance from each other may look like heads to one of both.
+        trial: Runs layers of the parent.
+        i: Index of the layer.
+        way: The heads to remove: a flag of :class:`HeadsAxis`.
+        axis: A guess of the layout.
+        copies: Whether the removed heads are first made copies of those that stay.
+        others_stay: Whether evenly spaced heads stay instead of the last ones. A wrong layout may pass one of both.
     """
     kills, cuts = [], []
-    for a, own in enumerate(axis.attentions):
-        # Each attention keeps others, so that it is put to the test that heads are not mixed up between them.
-        fewer, kill, cut = _without_some(i, way, own, copies, others_stay if a == 0 else not others_stay)
+    for a, attention in enumerate(axis.attentions):
+        # The attentions keep different heads, which tests that heads are not confused between them.
+        fewer, kill, cut = _without_some(i, way, attention, copies, others_stay if a == 0 else not others_stay)
         kills.append(kill)
         cuts.append(cut)
 
@@ -364,21 +354,21 @@ def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: b
 def _without_some(
     i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool
 ) -> tuple[Alternative, Kill, Slice]:
-    """Half the heads of one attention gone: the alternative, what makes them dead, and what cuts them out."""
+    """One attention with half its heads: the alternative, a function that makes the others dead, and their slice."""
     group = axis.num_heads // axis.size
     copied: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def some(size: int, count: int) -> torch.Tensor:
-        # Not the first ones, so that the order of heads is put to the test.
+        # Never the first ones: this tests the order of heads.
         return torch.arange(0, size, size // count)[:count] if others_stay else torch.arange(size - count, size)
 
     if way == "fewer_queries":
         share = axis.num_heads // axis.shares
         first = torch.arange(axis.shares)[:, None] * share
-        own = some(share, largest_part(share))
-        queries = (first + own).flatten()
-        # A head that goes is a copy of one of its own share.
-        source = (first + own[torch.arange(share - len(own)) % len(own)]).flatten()
+        in_share = some(share, largest_part(share))
+        queries = (first + in_share).flatten()
+        # A removed head is a copy of one of the same share.
+        source = (first + in_share[torch.arange(share - len(in_share)) % len(in_share)]).flatten()
         fewer = Alternative(i, "attention", "query_heads", size=len(queries) * axis.together)
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, queries)  # noqa: E731
     else:
@@ -396,16 +386,16 @@ def _without_some(
             fewer = Alternative(i, "attention", "head_groups", size=left, query_heads=of_queries)
             cut = lambda tensors: keep_groups(tensors, axis, heads)  # noqa: E731
     gone = others(axis.num_heads, queries)
-    if way != "fewer_kv":  # there, query heads that lose their KV head but stay keep their own weights
+    if way != "fewer_kv":  # with fewer KV heads all query heads stay, with their weights
         copied["queries"] = source, gone
     kill = made_dead(axis, "queries", gone, copied if copies else {})
     return fewer, kill, cut
 
 
 def _prove_window(trial: Trial, i: int, layer_type: str) -> str:
-    """The layer runs with the mask of the other type, and as long as the window holds all tokens it is no mask at all.
+    """The type, if the layer runs with that type's mask.
 
-    What it gives may still differ then, e.g. by rotary positions of its own for each type.
+    The output is not compared: even a window over all tokens may change it, e.g. by the type's rotary embedding.
     """
     windowed = Alternative(i, "attention", "window", layer_type)
     layer = trial.built(i, windowed.block_config(trial.parent.blocks[i]))
@@ -418,7 +408,7 @@ def _prove_window(trial: Trial, i: int, layer_type: str) -> str:
     if attempt.failed:
         raise Fails(f"it does not run with a window ({attempt.reason})")
     if not bool(output.isfinite().all()):
-        raise Fails("with a window it gives numbers that are not finite")
+        raise Fails("with a window its output is not finite")
     return layer_type
 
 
@@ -445,12 +435,12 @@ def _prove_experts(trial: Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
                 entries = w.positions("experts", {"experts": guess.size})[gone].flatten().to(state[w.name].device)
                 if w.name in guess.router:
                     x = inputs[guess.router.index(w.name)]
-                    # A row with which every token's product is far below all others.
+                    # A row that gives every token a score far below all others.
                     row = torch.linalg.lstsq(x.double(), torch.full((len(x), 1), _NEVER).double()).solution[:, 0]
                     rows = row.to(state[w.name].dtype).expand(len(entries), -1)
                     state[w.name].movedim(w.dim, 0)[entries] = rows
                 elif state[w.name].numel() == state[w.name].shape[w.dim] and w.name not in of_experts:
-                    state[w.name].view(-1)[entries] = _NEVER  # what the router adds to an expert's score
+                    state[w.name].view(-1)[entries] = _NEVER  # the router's bias of the expert
 
         fewer = Alternative(i, "ffn", "experts", size=len(kept)).block_config(block)
         return trial.difference(i, fewer, kill, lambda tensors: keep_experts(tensors, guess, kept))
@@ -459,29 +449,29 @@ def _prove_experts(trial: Trial, i: int, axis: ExpertsAxis) -> ExpertsAxis:
         return first_that_holds(trial, _experts_guesses(axis), difference, "experts that are never chosen")
     except Fails:
         if table := _table_of_experts(trial, i, axis):
-            raise Fails(f"no score chooses among its experts: {table} says which ones a token has") from None
+            raise Fails(f"no score chooses among its experts: {table} assigns them to tokens") from None
         raise
 
 
 def _table_of_experts(trial: Trial, i: int, axis: ExpertsAxis) -> str:
-    """A tensor of whole numbers, each that of an expert, with others in which the layer gives something else."""
+    """The name of an integer tensor that assigns experts to tokens: other expert numbers change the output."""
     layer = copy.deepcopy(trial.parent.layer(i))
     trial.parent.let_go()
-    wanted = trial.output(i, layer)
+    expected = trial.output(i, layer)
     for name, tensor in layer.state_dict().items():
         if tensor.is_floating_point() or not tensor.numel() or int(tensor.min()) < 0 or int(tensor.max()) >= axis.size:
             continue
-        own = tensor.clone()
-        tensor.copy_((own + 1) % axis.size)
-        seen = trial.output(i, layer)
-        tensor.copy_(own)
-        if float((seen - wanted).abs().max()) > trial.tolerance * float((wanted - trial.before(i)).abs().max()):
+        numbers = tensor.clone()
+        tensor.copy_((numbers + 1) % axis.size)
+        change = (trial.output(i, layer) - expected).abs().max()
+        tensor.copy_(numbers)
+        if float(change) > trial.tolerance * float((expected - trial.before(i)).abs().max()):
             return name
     return ""
 
 
 def _experts_guesses(axis: ExpertsAxis) -> Iterator[ExpertsAxis]:
-    """No groups, then groups of which the half still holds two, and as many as a token uses."""
+    """One group, then every number of groups whose halves hold two experts and, together, enough for a token."""
     least = max(axis.per_token, 1)
     for groups in range(1, axis.size // 2 + 1):
         if axis.size % groups or (groups > 1 and axis.size // groups < 4):
@@ -489,34 +479,23 @@ def _experts_guesses(axis: ExpertsAxis) -> Iterator[ExpertsAxis]:
         if len(_some_experts(dataclasses.replace(axis, groups=groups))) < least:
             continue
         for weights in _guesses(axis.weights):
-            yield dataclasses.replace(axis, groups=groups, weights=tuple(weights))
+            yield dataclasses.replace(axis, groups=groups, weights=weights)
 
 
 def _some_experts(axis: ExpertsAxis) -> torch.Tensor:
-    """Half the experts, or as many as a token needs; equally many of each group, not the first ones."""
+    """Half the experts, or as many as a token needs: the last ones of each group, equally many of each."""
     in_group = axis.size // axis.groups
     left = max(in_group // 2, -(-axis.per_token // axis.groups))
     return (torch.arange(axis.groups)[:, None] * in_group + torch.arange(in_group - left, in_group)).flatten()
 
 
 def _input_of(trial: Trial, i: int, weight: str) -> torch.Tensor:
-    """``[tokens, D]``: what goes into the module of a router's weight, or into that around it if it is not called."""
-    layer = trial.parent.layer(i)
-    width = list(layer_shapes(layer)[weight])
+    """``[tokens, D]``: the input of a router's module, or of the innermost module around it that is called."""
+    shape = layer_shapes(trial.parent.layers[i])[weight]
     module = weight.rpartition(".")[0]
     while module:
-        seen: list[torch.Tensor] = []
-
-        def watch(module: nn.Module, args: Any, kwargs: Any, seen: list[torch.Tensor] = seen) -> None:
-            tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-            seen.extend(t for t in tensors if t.is_floating_point() and t.shape[-1] in width)
-
-        handle = layer.get_submodule(module).register_forward_pre_hook(watch, with_kwargs=True)
-        try:
-            trial.output(i, layer)
-        finally:
-            handle.remove()
-        if seen:
-            return seen[0].flatten(0, -2).float()
+        for tensor in trial.inputs(i, module):
+            if tensor.shape[-1] in shape:
+                return tensor.flatten(0, -2).float()
         module = module.rpartition(".")[0]
-    raise Fails("what its router reads cannot be told")
+    raise Fails("the input of its router cannot be identified")

@@ -1,8 +1,8 @@
 """Proof of the axes of mixers: removing dead heads, or dead numbers of the state, changes nothing.
 
-A head is dead if the output projection reads nothing from it. One number of the state is dead if nothing is written to
-it and nothing reads it. Where a norm spans all heads, or everything that is written, dead ones are first made copies of
-those that stay, so that the norm is the same before and after.
+A head is dead if the output projection ignores it. A number of the state is dead if no weight writes to it or reads it.
+Where a norm spans all heads, or all inputs of the state, dead units are first made copies of those that stay. The norm
+is then the same before and after.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import HeadsAxis, HeadSizeAxis, StateAxis, largest_part
 from layersmith.library.axes.mixers import head_guesses, head_size_guesses, state_guesses
 from layersmith.library.axes.trial import (
-    Fails,
     Slice,
     Trial,
     copy_units,
     dead_or_copies,
+    first_success,
     first_that_holds,
     made_dead,
     others,
@@ -48,17 +48,17 @@ def prove_mixer(trial: Trial, i: int, axis: HeadsAxis) -> HeadsAxis:
 
 
 def _heads_difference(trial: Trial, i: int, way: str, axis: HeadsAxis, copies: bool, others_stay: bool) -> float:
-    """What removing heads of every group, or groups with their heads, changes when nothing reads them."""
+    """The change of the output when dead heads of every group, or dead groups, are removed."""
     group = axis.num_heads // axis.size
     if way == "fewer_queries":
         left = largest_part(group)
-        # Others in every group, so that the order of heads is put to the test.
-        first, places = torch.arange(axis.size)[:, None], torch.arange(axis.size)[:, None] * group
-        own = places + (first + int(others_stay) + torch.arange(group)) % group
-        gone = own[:, left:].flatten()
-        kept = own[:, :left].flatten().sort().values
-        # A head that goes is a copy of one of its own group.
-        source = own[:, torch.arange(group - left) % left].flatten()
+        # Every group keeps different heads, which tests the order of heads.
+        groups = torch.arange(axis.size)[:, None]
+        heads = groups * group + (groups + int(others_stay) + torch.arange(group)) % group
+        gone = heads[:, left:].flatten()
+        kept = heads[:, :left].flatten().sort().values
+        # A removed head is a copy of one of the same group.
+        source = heads[:, torch.arange(group - left) % left].flatten()
         fewer = Alternative(i, "attention", "mixer_heads", size=len(kept))
         copied = {"queries": (source, gone)}
         cut: Slice = lambda tensors: keep_query_heads(tensors, axis, kept)  # noqa: E731
@@ -86,13 +86,13 @@ def prove_head_size(trial: Trial, i: int, axis: HeadSizeAxis) -> HeadSizeAxis:
 
 
 def _head_size_difference(trial: Trial, i: int, axis: HeadSizeAxis, copies: bool, others_stay: bool) -> float:
-    """What removing entries of every head changes when nothing reads them."""
+    """The change of the output when dead entries of every head are removed."""
     count = largest_part(axis.size)
     first = torch.arange(count) * (axis.size // count) if others_stay else torch.arange(axis.size - count, axis.size)
-    # Others in every head, where that may be, so that heads are not mixed up.
+    # Where heads may keep different entries they do, which tests that heads are not confused.
     turn = torch.zeros(axis.num_heads, 1, dtype=torch.long) if axis.alike else torch.arange(axis.num_heads)[:, None]
     kept = ((first + turn) % axis.size).sort(-1).values
-    gone = torch.stack([others(axis.size, own) for own in kept])
+    gone = torch.stack([others(axis.size, entries) for entries in kept])
     source = kept[:, torch.arange(axis.size - count) % count]
     copied = {
         "channels": (channels_of(axis, source), channels_of(axis, gone)),
@@ -128,22 +128,17 @@ def prove_state(trial: Trial, i: int, axis: StateAxis) -> StateAxis:
         prepare = without_small_numbers if scaled else None
         return trial.difference(i, fewer, kill, lambda tensors: keep_state(tensors, guess, kept), prepare)
 
-    # With norms of their own between what makes the entries and the state, the scale of one norm silences them. And
-    # where what is read is divided by the root of N, a norm takes that away again, but for what it adds to a variance.
-    shapes = trial.parent.layers[i].state_dict()
-    scales = [w.name for w in axis.weights if shapes[w.name].ndim == 1 and w.dim == 0]
-    problem: Fails | None = None
-    for silent, scaled in (("", False), ("", True), *((name, False) for name in scales)):
-        try:
-            found = first_that_holds(
-                trial,
-                state_guesses(axis, mamba),
-                partial(twice, trial, difference, silent=silent, scaled=scaled),
-                "dead numbers of the state",
-            )
-        except Fails as reason:
-            problem = problem or reason
-        else:
-            return found
-    assert problem is not None
-    raise problem
+    # Where norms lie between the projections and the state, zeroing the scale of one norm makes its entries dead. Where
+    # the output is divided by the root of N, a later norm cancels that except for its epsilon.
+    weights = trial.parent.layers[i].state_dict()
+    scales = [w.name for w in axis.weights if weights[w.name].ndim == 1 and w.dim == 0]
+    return first_success(
+        partial(
+            first_that_holds,
+            trial,
+            state_guesses(axis, mamba),
+            partial(twice, trial, difference, silent=silent, scaled=scaled),
+            "dead numbers of the state",
+        )
+        for silent, scaled in (("", False), ("", True), *((name, False) for name in scales))
+    )

@@ -1,4 +1,4 @@
-"""The second step after find: layers run in the place of the parent's, and guesses are tried on them."""
+"""The second step after find: runs changed layers in place of the parent's, and tries guesses of layouts on them."""
 
 from __future__ import annotations
 
@@ -19,9 +19,8 @@ from layersmith.execution.parent import Parent
 from layersmith.library.axes.axis import HeadsAxis, HeadSizeAxis, LayerAxes
 from layersmith.library.axes.layers import meta_layers
 
-# The most layouts of a layer's weights that are tried; there are seldom more than six.
-_MOST_GUESSES = 48
-_SMALL = 1e-4
+_MOST_GUESSES = 48  # layouts of a layer's weights to try; there are seldom more than six
+_SMALL = 1e-4  # epsilons of norms are below it; other numbers of modules are seldom
 
 Slice = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 Kill = Callable[[nn.Module], None]
@@ -56,11 +55,11 @@ class Trial:
         """The largest difference between layer ``i`` with dead units and with them removed, relative to its update.
 
         Args:
-            i: the layer.
-            block: its config with units removed.
-            kill: makes units of a layer dead.
-            cut: slices the layer's tensors.
-            prepare: done to both layers before they run.
+            i: Index of the layer.
+            block: The block config with units removed.
+            kill: Makes units of a layer dead.
+            cut: Slices the layer's tensors.
+            prepare: Changes both layers before they run.
         """
         original = self.parent.layer(i)
         with_dead = copy.deepcopy(original)
@@ -85,35 +84,39 @@ class Trial:
         """Layer ``i`` with another block config, on the meta device; the same for every guess."""
         key = f"{i} {block.to_json()}"
         if key not in self._skeletons:
-            blocks = [block if own == self.parent.blocks[i] else own for own in self.parent.blocks]
+            blocks = [block if other == self.parent.blocks[i] else other for other in self.parent.blocks]
             self._skeletons[key] = meta_layers(self.parent.descriptor, self.parent.config, blocks)[i]
         return copy.deepcopy(self._skeletons[key])
 
     def before(self, i: int) -> torch.Tensor:
-        """The hidden states that layer ``i`` is given."""
+        """The hidden states that are the input of layer ``i``."""
         if i not in self._before:
-            seen: list[torch.Tensor] = []
-
-            def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
-                tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-                seen.append(next(t for t in tensors if t.is_floating_point() and t.ndim >= 2))
-
-            handle = self.parent.layers[i].register_forward_pre_hook(watch, with_kwargs=True)
-            try:
-                self.output(i, self.parent.layer(i))
-            finally:
-                handle.remove()
-            self._before[i] = seen[0]
+            self._before[i] = next(t for t in self.inputs(i, "") if t.ndim >= 2)
         return self._before[i]
+
+    def inputs(self, i: int, module: str) -> list[torch.Tensor]:
+        """The floating-point tensors that a module of layer ``i`` is called with."""
+        layer, seen = self.parent.layer(i), list[torch.Tensor]()
+
+        def watch(module: nn.Module, args: Any, kwargs: Any) -> None:
+            tensors = (v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor))
+            seen.extend(t for t in tensors if t.is_floating_point())
+
+        handle = layer.get_submodule(module).register_forward_pre_hook(watch, with_kwargs=True)
+        try:
+            self.output(i, layer)
+        finally:
+            handle.remove()
+        return seen
 
 
 def alike(trial: Trial, i: int, axes: LayerAxes) -> tuple[object, ...]:
-    """Equal for layers of which the same is true; those that others take more from than hidden states may differ."""
+    """A key that is equal for layers with the same answers to all trials."""
     parent = trial.parent
     layer = parent.layers[i]
     shapes = tuple((name, tuple(tensor.shape)) for name, tensor in layer.state_dict().items())
     types = getattr(parent.language_config, "layer_types", None)
-    # Whether others look for what it leaves under the name of its type is no matter of its shapes.
+    # With a window, layers that pass on more than hidden states may differ although their shapes are equal.
     alone = -1 if hands_over(parent) or not axes.window else i
     return type(layer), shapes, repr(axes), repr(parent.blocks[i]), types[i] if types else "", alone
 
@@ -122,40 +125,57 @@ G = TypeVar("G")
 
 
 def first_that_holds(trial: Trial, guesses: Iterator[G], difference: Callable[[G], float], what: str) -> G:
+    """The first guess with which removing dead units changes the output by less than the tolerance.
+
+    Raises:
+        Fails: No guess holds.
+    """
     least, problem = float("inf"), ""
     for guess in itertools.islice(guesses, _MOST_GUESSES):
         try:
-            found = difference(guess)
+            change = difference(guess)
         except (RuntimeError, ValueError, KeyError, IndexError, AssertionError) as error:
-            problem = first_line(error)  # weights do not fit, or the family's code cannot run so
+            problem = first_line(error)  # weights do not fit, or the family's code refuses these sizes
             continue
-        if found < trial.tolerance:
+        if change < trial.tolerance:
             return guess
-        least = min(least, found)
+        least = min(least, change)
     if least == float("inf"):
         raise Fails(f"removing {what} fails ({problem})")
     raise Fails(f"removing {what} changes the layer's output by {least:.1e}, so the slice is not understood")
 
 
 def twice(trial: Trial, difference: Callable[..., float], guess: Any, **how: Any) -> float:
-    """The larger of two trials in which others stay: what stays in one may be dead in the parent itself."""
+    """The larger difference of two trials that keep different units: units that stay may be dead in the parent."""
     first = difference(guess, others_stay=False, **how)
     return first if first >= trial.tolerance else max(first, difference(guess, others_stay=True, **how))
 
 
 def dead_or_copies(trial: Trial, guesses: Callable[[], Iterator[G]], difference: Callable[..., float], what: str) -> G:
-    """The first guess with which what nothing reads can go.
+    """The first guess with which dead units can be removed.
 
-    If there is none, units that go are first made copies of those that stay: a norm over all of them together, or
-    another statistic of them, then sees the same before and after.
+    If no guess holds, the units to remove are first made copies of those that stay. A norm over all units, or another
+    statistic of them, is then the same before and after.
     """
-    try:
-        return first_that_holds(trial, guesses(), partial(difference, copies=False), what)
-    except Fails as reason:
+    return first_success(
+        partial(first_that_holds, trial, guesses(), partial(difference, copies=copies), what)
+        for copies in (False, True)
+    )
+
+
+def first_success(attempts: Iterable[Callable[[], G]]) -> G:
+    """The result of the first attempt that does not fail.
+
+    Raises:
+        Fails: All attempts fail; the reason is that of the first.
+    """
+    problem: Fails | None = None
+    for attempt in attempts:
         try:
-            return first_that_holds(trial, guesses(), partial(difference, copies=True), what)
-        except Fails:
-            raise reason from None
+            return attempt()
+        except Fails as reason:
+            problem = problem or reason
+    raise problem or Fails("nothing was tried")
 
 
 def ways_that_hold(
@@ -166,15 +186,15 @@ def ways_that_hold(
     difference: Callable[..., float],
     refused: Callable[[str, str], None] = lambda way, reason: None,
 ) -> HeadsAxis:
-    """The axis with the layout of its heads, and with those ways of having fewer that hold.
+    """The axis with the layout of its heads, and with the ways to reduce them that hold.
 
     Args:
-        trial: of the layer.
-        axis: as found.
-        ways: in the order in which they are tried.
-        guesses: axes with the layouts that there may be; the first that holds for a way is kept for the next.
-        difference: gives the change of the output for a way and a guess, with or without copies of units that stay.
-        refused: receives a way that does not hold, and the reason.
+        trial: Runs layers of the parent.
+        axis: The axis before the proof.
+        ways: Names of the flags of :class:`HeadsAxis`, in the order in which they are tried.
+        guesses: Axes with the possible layouts; the first that holds for one way is used for the next.
+        difference: Gives the change of the output for a way and a guess, with or without copies of units that stay.
+        refused: Receives a way that does not hold, and the reason.
     """
     held: list[str] = []
     problem: Fails | None = None
@@ -183,13 +203,11 @@ def ways_that_hold(
         if not getattr(axis, way):
             continue
         try:
-            found = dead_or_copies(trial, partial(iter, options), partial(difference, way), "dead heads")
+            options = [dead_or_copies(trial, partial(iter, options), partial(difference, way), "dead heads")]
+            held.append(way)
         except Fails as reason:
             problem = problem or reason
             refused(way, str(reason))
-        else:
-            options = [found]
-            held.append(way)
     if not held:
         raise problem or Fails("it has one head")
     holds: dict[str, Any] = {way: way in held for way in ways}
@@ -197,13 +215,14 @@ def ways_that_hold(
 
 
 def others(size: int, kept: torch.Tensor) -> torch.Tensor:
+    """The units that do not stay, in order."""
     gone = torch.ones(size, dtype=torch.bool)
     gone[kept] = False
     return gone.nonzero().flatten()
 
 
 def without_small_numbers(layer: nn.Module) -> None:
-    """Set to zero what norms add to a variance: small plain numbers of its modules."""
+    """Set the epsilons of a layer's norms to zero: the small floats among the attributes of its modules."""
     for module in layer.modules():
         for name, value in list(vars(module).items()):
             if type(value) is float and 0 < value < _SMALL:
@@ -211,7 +230,7 @@ def without_small_numbers(layer: nn.Module) -> None:
 
 
 def copy_units(weight: torch.Tensor, dim: int, places: torch.Tensor, kept: torch.Tensor, gone: torch.Tensor) -> None:
-    """Make the units that go copies of those that stay, one after another and again from the first."""
+    """Make the removed units copies of those that stay, in turn."""
     source = kept[torch.arange(len(gone)) % len(kept)]
     moved = weight.movedim(dim, 0)
     moved[places[gone].to(weight.device)] = moved[places[source].to(weight.device)]
@@ -223,21 +242,21 @@ def made_dead(
     gone: torch.Tensor,
     copied: Mapping[str, tuple[torch.Tensor, torch.Tensor]],
 ) -> Kill:
-    """Makes units of a layer's heads dead: nothing reads them.
+    """A function that makes units of a layer's heads dead: the reader ignores them.
 
     Args:
-        axis: of the heads.
-        part: whose units these are in the weight that reads heads.
-        gone: the units.
-        copied: parts to units of which others are made copies in all other weights, and those others.
+        axis: The axis of the heads.
+        part: The part of the reader that the units belong to.
+        gone: The units.
+        copied: By part, the units to copy in all weights but the reader, and the units that become copies.
     """
 
     def kill(layer: nn.Module) -> None:
         state = layer.state_dict()
         for w in axis.weights:
-            for own, (source, copies) in copied.items():
-                if w.name != axis.reader and any(s.part == own for s in w.segments):
-                    copy_units(state[w.name], w.dim, w.positions(own, axis.sizes), source, copies)
+            for copied_part, (source, copies) in copied.items():
+                if w.name != axis.reader and any(s.part == copied_part for s in w.segments):
+                    copy_units(state[w.name], w.dim, w.positions(copied_part, axis.sizes), source, copies)
         reader = axis.weight(axis.reader)
         reader.silence(state[reader.name], reader.positions(part, axis.sizes)[gone].flatten())
 
