@@ -45,6 +45,7 @@ from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import DataRecipe, LibraryRecipe, LocalDistillationRecipe, ScoringRecipe
 from layersmith.run.folder import versions
@@ -165,7 +166,7 @@ def libraries(
         seconds[name] = time.process_time() - started
         started = time.process_time()
 
-    pruned = build_library(parent, recipe, survey(parent, recipe), tokens.calibration, batch_sequences=8)
+    pruned = build_library(parent, recipe, survey(parent, recipe), Calibration(tokens.calibration, 8))
     lap("pruning")
     only = LocalDistillationRecipe(tokens=0, batch_tokens=args.batch_tokens)
     reconstructed = distill_locally(

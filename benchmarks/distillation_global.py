@@ -43,6 +43,7 @@ from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import DataRecipe, DistillationRecipe, Recipe
 from layersmith.run.artifacts import read_tensors, write_json
@@ -184,7 +185,7 @@ def uniform(parent: Parent, recipe: Recipe, limit: int, rows: torch.Tensor) -> P
         recipe.library, ffn_sizes=(own,), ffn_multiple=1, kv_heads=(), linear=(), no_op=(), query_heads=False,
         windows=False, mixers=False, keep_layers=(),
     )  # fmt: skip
-    library = build_library(parent, only, survey(parent, only), rows, batch_sequences=8)
+    library = build_library(parent, only, survey(parent, only), Calibration(rows, 8))
     chosen = [a for a in library.alternatives if a.kind == "ffn_width"]
     kept = [a for a in library.alternatives if a.kind == "parent" and a.subblock == "attention"]
     return copied(library.compose([*chosen, *kept]))

@@ -35,6 +35,7 @@ from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import load_parent
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.folder import versions
@@ -224,7 +225,7 @@ def main() -> None:
         ffn_sizes=tuple(args.ffn), kv_heads=tuple(args.kv), kv_methods=("contribution",), ffn_ranking="contribution",
         query_heads=False, windows=False, linear=(),
     )  # fmt: skip
-    library = build_library(parent, recipe, survey(parent, recipe), calibration, batch_sequences=4)
+    library = build_library(parent, recipe, survey(parent, recipe), Calibration(calibration, 4))
     count = sum(a.kind != "parent" for a in library.alternatives)
     costs = count_costs(
         parent.descriptor,

@@ -26,6 +26,7 @@ from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL, standard_library
 from layersmith.execution.parent import load_parent
 from layersmith.library.build import build_library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import Advance, Progress
@@ -91,7 +92,7 @@ def main() -> None:
         near = Path(folder) if args.stream else None
         parent = load_parent(args.parent, Runtime(torch.device("cpu"), torch.float32), stream_near=near)
         recipe = LibraryRecipe(ffn_fractions=args.ffn, linear=()) if args.ffn else LibraryRecipe()
-        library = build_library(parent, recipe, survey(parent, recipe), calibration, batch_sequences=4)
+        library = build_library(parent, recipe, survey(parent, recipe), Calibration(calibration, 4))
         result["alternatives"] = sum(a.kind != "parent" for a in library.alternatives)
         limits = parse_budget(params="0.7").limits
         axes = axes_of(library.alternatives, cost_table(parent, library, Workload()), limits)

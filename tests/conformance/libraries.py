@@ -14,6 +14,7 @@ from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import Survey
 from layersmith.recipe import LibraryRecipe
 
@@ -29,7 +30,7 @@ def child_of_library(parent: Parent, found: Survey, tokens: torch.Tensor) -> tup
     Raises:
         AssertionError: an alternative does not run, or the child gives something else than its layers in the parent.
     """
-    library = build_library(parent, LibraryRecipe(), found, tokens, batch_sequences=len(tokens))
+    library = build_library(parent, LibraryRecipe(), found, Calibration(tokens, len(tokens)))
     check_alternatives(library, tokens)
     chosen = some_of_each_kind(library)
     with exchanged(parent, library.layers(chosen)):

@@ -25,6 +25,7 @@ from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, Recipe
 from layersmith.run.runtime import Runtime
@@ -46,7 +47,7 @@ def library_of(model_type: str, folder: Path, recipe: LibraryRecipe = LIBRARY) -
 def open_library(folder: Path, recipe: LibraryRecipe = LIBRARY) -> Library:
     rank, world_size = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1)))
     parent = load_parent(folder, Runtime(torch.device("cpu"), torch.float32, rank, world_size))
-    return build_library(parent, recipe, survey(parent, recipe), CALIBRATION, batch_sequences=4)
+    return build_library(parent, recipe, survey(parent, recipe), Calibration(CALIBRATION, 4))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -322,7 +323,7 @@ def test_a_parent_that_stays_on_the_disk_teaches_the_same(tmp_path: Path) -> Non
     library = library_of("llama", tmp_path)
     parent = load_parent(tmp_path, Runtime(torch.device("cpu"), torch.float32), stream_near=tmp_path)
     assert parent.stream is not None
-    streamed = build_library(parent, LIBRARY, survey(parent, LIBRARY), CALIBRATION, batch_sequences=4)
+    streamed = build_library(parent, LIBRARY, survey(parent, LIBRARY), Calibration(CALIBRATION, 4))
     learned = [distill_locally(own, CALIBRATION, TRAINING, TrainingSetup(RECIPE)) for own in (library, streamed)]
     assert learned[0].kept.identity == learned[1].kept.identity
     together = [distill_jointly(own, chosen_of(own), TRAINING, TrainingSetup(RECIPE)).pairs.identity for own in learned]
@@ -334,7 +335,7 @@ def test_a_parent_in_bfloat16_teaches_what_it_will_store(tmp_path: Path) -> None
     stock_model(tiny_config("llama")).to(torch.bfloat16).save_pretrained(tmp_path)
     for dtype in (torch.float32, torch.bfloat16):
         parent = load_parent(tmp_path, Runtime(torch.device("cpu"), dtype))
-        library = build_library(parent, LIBRARY, survey(parent, LIBRARY), CALIBRATION, batch_sequences=4)
+        library = build_library(parent, LIBRARY, survey(parent, LIBRARY), Calibration(CALIBRATION, 4))
         made = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE))
         trained = [r for r in made.kept.records if r["after"] < r["before"]]
         assert len(trained) > len(made.kept.records) / 2

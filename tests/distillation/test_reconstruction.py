@@ -15,6 +15,7 @@ from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe
 from layersmith.run.runtime import Runtime
@@ -33,7 +34,7 @@ def library_of(model_type: str, folder: Path, recipe: LibraryRecipe = RECIPE) ->
     stock_model(tiny_config(model_type)).save_pretrained(folder)
     recipe = dataclasses.replace(recipe, keep_layers=(2, 3))
     parent = load_parent(folder, Runtime(torch.device("cpu"), torch.float32))
-    return build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=4)
+    return build_library(parent, recipe, survey(parent, recipe), Calibration(TOKENS, 4))
 
 
 @pytest.mark.parametrize("model_type", ["llama", "gpt2", "gptj"])

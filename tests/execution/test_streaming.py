@@ -19,6 +19,7 @@ from layersmith.execution.streaming import is_too_large
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe
 from layersmith.run.progress import SILENT, Progress
@@ -44,7 +45,7 @@ def both(path: Path, near: Path) -> list[Parent]:
 
 def library_of(parent: Parent) -> Library:
     recipe = LibraryRecipe(ffn_fractions=(0.5,))
-    return build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=3)
+    return build_library(parent, recipe, survey(parent, recipe), Calibration(TOKENS, 3))
 
 
 @pytest.fixture(params=["llama_tied", "qwen2_windows", *CONFIGS])
@@ -190,10 +191,10 @@ def test_statistics_read_a_layer_once_however_many_batches_there_are(
         return read(name, device)
 
     found = survey(parent, recipe)
-    build_library(parent, recipe, found, TOKENS, batch_sequences=6)  # checks once that the layers run one at a time
+    build_library(parent, recipe, found, Calibration(TOKENS, 6))  # checks once that the layers run one at a time
     parent.stream.files.read = counted  # type: ignore[method-assign]
     for batch_sequences in (6, 1):
-        build_library(parent, recipe, found, TOKENS, batch_sequences=batch_sequences)
+        build_library(parent, recipe, found, Calibration(TOKENS, batch_sequences))
         counts.append(0)
     assert counts[0] == counts[1] > 0
 

@@ -18,6 +18,7 @@ from layersmith.library.library import Library
 from layersmith.library.probes import probes_for
 from layersmith.library.search_space import ffn_widths, head_group_counts, kv_head_counts
 from layersmith.library.slicing import keep_groups, keep_kv_heads, keep_query_heads, narrow, pool_kv_heads
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe
 from layersmith.run.runtime import Runtime
@@ -33,7 +34,7 @@ def open_parent(make_parent: Callable[..., Path], family: str, **more: Any) -> P
 
 def library_of(parent: Parent, **recipe: Any) -> Library:
     own = LibraryRecipe(**recipe)
-    return build_library(parent, own, survey(parent, own), TOKENS, batch_sequences=4)
+    return build_library(parent, own, survey(parent, own), Calibration(TOKENS, 4))
 
 
 @pytest.fixture
@@ -203,9 +204,9 @@ def test_interrupted_statistics_go_on_to_the_same_sums(
 ) -> None:
     parent = open_parent(make_parent, "qwen2")
     found = survey(parent, LibraryRecipe())
-    given: dict[str, Any] = {"batch_sequences": 2, "memory_bytes": 60_000.0}
+    memory = 60_000.0
     probes = probes_for(parent, found.axes, found.alternatives, "iterative")
-    whole = statistics.gather(parent, probes, TOKENS, **given)
+    whole = statistics.gather(parent, probes, Calibration(TOKENS, 2), memory)
     monkeypatch.setattr(statistics, "_SAVE_EVERY_SECONDS", 0.0)
     add, calls = statistics.add_batch, 0
 
@@ -217,12 +218,12 @@ def test_interrupted_statistics_go_on_to_the_same_sums(
         add(*args)
 
     monkeypatch.setattr(statistics, "add_batch", interrupted)
-    kept = {"checkpoint": tmp_path / "sums", "inputs": "these"}
+    kept = Calibration(TOKENS, 2, checkpoint=tmp_path / "sums", inputs="these")
     attempts = 0
     while True:
         attempts += 1
         try:
-            resumed = statistics.gather(parent, probes, TOKENS, **given, **kept)
+            resumed = statistics.gather(parent, probes, kept, memory)
             break
         except KeyboardInterrupt:
             continue
@@ -231,7 +232,8 @@ def test_interrupted_statistics_go_on_to_the_same_sums(
     assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     # Sums of other inputs are not taken for these.
     monkeypatch.setattr(statistics, "add_batch", add)
-    other = statistics.gather(parent, probes, TOKENS[:4], **given, checkpoint=tmp_path / "sums", inputs="others")
+    kept = Calibration(TOKENS[:4], 2, checkpoint=tmp_path / "sums", inputs="others")
+    other = statistics.gather(parent, probes, kept, memory)
     assert not torch.equal(other["0.ffn.0"], whole["0.ffn.0"])
 
 

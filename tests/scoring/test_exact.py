@@ -9,6 +9,7 @@ from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import load_parent
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.runtime import Runtime
@@ -30,7 +31,7 @@ def exact(rows: int) -> ScoringRecipe:
 def library(make_parent: Callable[..., Path], family: str) -> Library:
     parent = load_parent(make_parent(family), Runtime(torch.device("cpu"), torch.float32))
     recipe = LibraryRecipe(ffn_fractions=(0.5,))
-    return build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=3)
+    return build_library(parent, recipe, survey(parent, recipe), Calibration(TOKENS, 3))
 
 
 def test_scores_equal_a_run_of_the_whole_model(library: Library) -> None:
@@ -101,7 +102,7 @@ def test_no_more_rows_than_the_asked_precision_needs(
 ) -> None:
     parent = load_parent(make_parent("llama"), Runtime(torch.device("cpu"), torch.float32))
     found = LibraryRecipe(ffn_fractions=(0.5,), kv_methods=("pool",), linear=(), query_heads=False)
-    library = build_library(parent, found, survey(parent, found), TOKENS, batch_sequences=3)
+    library = build_library(parent, found, survey(parent, found), Calibration(TOKENS, 3))
     tokens = torch.randint(0, 512, (24, 12), generator=torch.Generator().manual_seed(5))
     recipe = ScoringRecipe(mode="exact", objective=objective, batch_tokens=8 * 12)  # type: ignore[arg-type]
     whole = score_library(library, tokens, recipe)

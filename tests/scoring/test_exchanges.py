@@ -18,6 +18,7 @@ from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative, no_op_of_other
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, Recipe
 from layersmith.run.progress import SILENT
@@ -32,7 +33,7 @@ CPU = Runtime(torch.device("cpu"), torch.float32)
 
 def library_of(path: Path, tokens: torch.Tensor, recipe: LibraryRecipe) -> Library:
     parent = load_parent(path, CPU)
-    return build_library(parent, recipe, survey(parent, recipe), tokens, batch_sequences=8)
+    return build_library(parent, recipe, survey(parent, recipe), Calibration(tokens, 8))
 
 
 def of_places(library: Library) -> dict[tuple[int, str], list[Alternative]]:

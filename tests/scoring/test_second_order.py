@@ -15,6 +15,7 @@ from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import Progress
@@ -43,7 +44,7 @@ class Notes(Progress):
 
 def library_of(path: Path, recipe: LibraryRecipe, tokens: torch.Tensor = TOKENS) -> Library:
     parent = load_parent(path, Runtime(torch.device("cpu"), torch.float32))
-    return build_library(parent, recipe, survey(parent, recipe), tokens, batch_sequences=3)
+    return build_library(parent, recipe, survey(parent, recipe), Calibration(tokens, 3))
 
 
 def of_stages(library: Library, tokens: torch.Tensor = TOKENS) -> LayerwiseParent:

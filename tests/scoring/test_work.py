@@ -12,6 +12,7 @@ from layersmith.execution.layerwise import LayerwiseParent, split_layers
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import Advance, Progress
@@ -149,7 +150,7 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def library_of(path: Path, near: Path | None = None) -> Library:
     parent = load_parent(path, Runtime(torch.device("cpu"), torch.float32), stream_near=near)
     recipe = LibraryRecipe(ffn_fractions=(0.5,), kv_methods=("pool",), keep_layers=(2, 3))
-    return build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=3)
+    return build_library(parent, recipe, survey(parent, recipe), Calibration(TOKENS, 3))
 
 
 RECIPES = {

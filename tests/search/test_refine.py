@@ -17,6 +17,7 @@ from layersmith.evaluation.compare import compare
 from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.build import build_library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.pipeline import stages
 from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
@@ -66,7 +67,7 @@ def test_scores_that_are_wrong_are_mended() -> None:
     text = Path(argparse.__file__).read_text(encoding="utf-8")
     rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
     parent, recipe = load_parent(MODEL, Runtime(torch.device("cpu"), torch.float32)), LibraryRecipe(linear=(), no_op=())
-    library = build_library(parent, recipe, survey(parent, recipe), rows, batch_sequences=8)
+    library = build_library(parent, recipe, survey(parent, recipe), Calibration(rows, 8))
     rng, limits = random.Random(1), parse_budget(params="0.7").limits
     scores = score_library(library, rows, ScoringRecipe(mode="second_order", exact_passes=0))
     losses = {s.alternative.key: max(0.0, s.mean("kl_divergence")) for s in scores}

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from itertools import repeat
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -21,58 +20,35 @@ from layersmith.library.library import Library
 from layersmith.library.probes import probes_for
 from layersmith.library.ranking import as_matrix
 from layersmith.library.slicing import members_of
-from layersmith.library.statistics import gather
+from layersmith.library.statistics import Calibration, gather
 from layersmith.library.survey import Survey
 from layersmith.recipe import LibraryRecipe
-from layersmith.run.progress import SILENT, Progress
 
 Tensors = dict[str, torch.Tensor]
 
 
-def build_library(
-    parent: Parent,
-    recipe: LibraryRecipe,
-    found: Survey,
-    tokens: torch.Tensor,
-    *,
-    batch_sequences: int,
-    checkpoint: Path | None = None,
-    inputs: str = "",
-    progress: Progress = SILENT,
-) -> Library:
-    """Gather statistics and rank: the library of a parent.
+def build_library(parent: Parent, recipe: LibraryRecipe, survey: Survey, calibration: Calibration) -> Library:
+    """The library of a parent: gather statistics and rank all units by them.
 
     Args:
-        parent: the model.
-        recipe: how alternatives are made.
-        found: the alternatives.
-        tokens: ``[N, T]`` calibration rows.
-        batch_sequences: rows in one forward pass.
-        checkpoint, inputs: see :func:`layersmith.library.statistics.gather`.
-        progress: shows rows done.
+        parent: The parent.
+        recipe: The memory for statistics.
+        survey: The axes and alternatives.
+        calibration: The rows over which statistics are gathered.
     """
-    library = Library(parent, found.axes, found.alternatives, orders={}, maps={}, notes=found.notes)
-    probes = probes_for(parent, found.axes, found.alternatives, found.ffn_ranking)
+    library = Library(
+        parent=parent, axes=survey.axes, alternatives=survey.alternatives, orders={}, maps={}, notes=survey.notes
+    )
+    probes = probes_for(parent, survey.axes, survey.alternatives, survey.ffn_ranking)
     means: Iterable[Tensors] | None = None
     if parent.stream is not None:
         with suppress(NotLayerwise):
-            folder = checkpoint.parent if checkpoint else None
-            layerwise = split_layers(parent, library)
-            means = gather_layerwise(layerwise, probes, tokens, batch_sequences, folder, progress)
+            means = gather_layerwise(split_layers(parent, library), probes, calibration)
     if means is None:
-        of_all = gather(
-            parent,
-            probes,
-            tokens,
-            batch_sequences=batch_sequences,
-            memory_bytes=recipe.statistics_gib * 1024**3,
-            checkpoint=checkpoint,
-            inputs=inputs,
-            progress=progress,
-        )
-        means = repeat(of_all, len(found.axes))
-    ranks = _Rankings(found.ffn_ranking)
-    for i, (axes, of_layer) in enumerate(zip(found.axes, means, strict=True)):
+        of_all = gather(parent, probes, calibration, memory_bytes=recipe.statistics_gib * 1024**3)
+        means = repeat(of_all, len(survey.axes))
+    ranks = _Rankings(survey.ffn_ranking)
+    for i, (axes, of_layer) in enumerate(zip(survey.axes, means, strict=True)):
         ranks.add_layer(parent.layer(i), i, axes, of_layer)
     library.orders, library.maps, library.importance = ranks.orders, ranks.maps, ranks.importance
     return library
@@ -88,7 +64,7 @@ class _Rankings:
     importance: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
 
     def add_layer(self, layer: nn.Module, i: int, axes: LayerAxes, means: Tensors) -> None:
-        """Rank all units of a layer of which there are means."""
+        """Rank all units of a layer for which there are means."""
         for part, width in (("ffn", axes.ffn), ("shared", axes.shared)):
             if width is not None:
                 self._add_width(layer, f"{i}.{part}", width, means)

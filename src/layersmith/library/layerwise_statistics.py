@@ -1,6 +1,6 @@
-"""Importance statistics of one layer after another, for parents whose weights stay on the disk.
+"""Importance statistics of one layer after another, for parents whose weights stay on disk.
 
-All rows go through a layer before the next is read, so each is read once and only one layer's sums are in memory.
+All rows go through a layer before the next is read. Each layer is read once, and only one layer's sums are in memory.
 """
 
 from __future__ import annotations
@@ -13,39 +13,33 @@ import torch
 
 from layersmith.execution.hidden_states import StatesOnDisk
 from layersmith.execution.layerwise import STREAMED_BYTES, Batch, LayerwiseParent, bytes_within_a_layer
-from layersmith.library.statistics import Probe, add_batch
-from layersmith.run.progress import Progress
+from layersmith.library.statistics import Calibration, Probe, add_batch
 
 
 @torch.no_grad()
 def gather_layerwise(
-    layerwise: LayerwiseParent,
-    probes: Sequence[Probe],
-    tokens: torch.Tensor,
-    batch_sequences: int,
-    folder: Path | None,
-    progress: Progress,
+    layerwise: LayerwiseParent, probes: Sequence[Probe], calibration: Calibration
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """As :func:`layersmith.library.statistics.gather`, layer by layer. An interrupted call starts from the beginning.
+    """Gather statistics as :func:`layersmith.library.statistics.gather` does, but layer by layer.
+
+    An interrupted call starts from the beginning. Hidden states are kept on disk in the folder of the checkpoint, or
+    in that of temporary files.
 
     Args:
-        layerwise: the parent.
-        probes: what to gather.
-        tokens: ``[N, T]`` ids.
-        batch_sequences: the most rows that run together.
-        folder: where hidden states are kept on the disk; default: the folder of temporary files.
-        progress: shows rows that went through a layer.
+        layerwise: The parent.
+        probes: The sums to gather.
+        calibration: The rows; fewer than ``batch_sequences`` run together where memory is short.
 
     Yields:
         The means of each layer's probes.
     """
-    parent, depth = layerwise.parent, len(layerwise.layers)
-    states = StatesOnDisk(folder or Path(tempfile.gettempdir()))
+    parent, depth, tokens = layerwise.parent, len(layerwise.layers), calibration.tokens
+    folder = calibration.checkpoint.parent if calibration.checkpoint else Path(tempfile.gettempdir())
+    states = StatesOnDisk(folder)
     most = int(STREAMED_BYTES / (bytes_within_a_layer(parent) * tokens.shape[1]))
-    batch_sequences = max(1, min(batch_sequences, most))
-    batches = [tokens[i : i + batch_sequences] for i in range(0, len(tokens), batch_sequences)]
+    batches = tokens.split(max(1, min(calibration.batch_sequences, most)))
     started = []
-    with progress.stage("statistics", depth * len(tokens), "rows through a layer") as advance:
+    with calibration.progress.stage("statistics", depth * len(tokens), "rows through a layer") as advance:
         for n, rows in enumerate(batches):
             batch = layerwise.start(rows.to(parent.runtime.device))
             states.put(n, batch.embedded)

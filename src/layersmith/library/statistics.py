@@ -1,20 +1,22 @@
-"""Importance statistics: what every axis needs to know of the parent's activations, gathered in one pass.
+"""Importance statistics: the moments of the parent's activations that rank units, gathered in one pass.
 
-For a projection y = W a with input channels a, the second moment C = E[a a^T] tells everything about what removing
-channels does to y in the mean square: removing the set S adds the error e = sum over i in S of w_i a_i, and
-E|e|^2 = sum over i, j in S of (w_i . w_j) C_ij. For a linear map in place of a subblock x -> y, the least-squares
-solution needs E[x x^T] and E[x y^T].
+For a projection y = W a with input channels a, the second moment C = E[a a^T] determines the mean-square effect of
+removing channels on y. Removing the set S causes the error e = sum over i in S of w_i a_i, and
+E|e|^2 = sum over i, j in S of (w_i . w_j) C_ij. The least-squares linear map in place of a subblock x -> y needs
+E[x x^T] and E[x y^T].
 
-Of experts no module's input tells the channels, and what an expert adds to a token is weighted by the router. Let R be
-the weight that reads an expert's channels a into the output, y = sum over experts of g R a, and xi independent random
-signs. The gradient of sum(xi y) with respect to R is G = sum over tokens of xi (g a)^T. Then E|G_u|^2, over the column
-of channel u, is D times the sum over tokens of (g a_u)^2, and E[sum over d of (G_d . R_d)(G'_d . R'_d)], over rows d of
-two experts, is the sum over tokens of (g R a) . (g' R' a'): the same second moment, of experts. One backward pass of
-the FFN with respect to R gives both, from D samples.
+The channels of experts are the input of no module, and the router weights an expert's output by g. Let R be the weight
+that maps an expert's channels a to the output, y = sum over experts of g R a, and xi independent random signs. The
+gradient of sum(xi y) with respect to R is G = sum over tokens of xi (g a)^T. E|G_u|^2, over the column of channel u, is
+D times the sum over tokens of (g a_u)^2. E[sum over d of (G_d . R_d)(G'_d . R'_d)], over rows d of two experts, is the
+sum over tokens of (g R a) . (g' R' a'): the second moment of experts. One backward pass of the FFN with respect to R
+estimates both from D samples.
 
-Of a mixer's state no module's output tells the numbers. Scaling all entries of the weights that write to one number u
-of the state and read it changes the output y, to first order, by its derivative; with G the gradient of sum(xi y),
-E[(sum over entries w of u of w G_w)^2] is the square of that derivative, summed over tokens and outputs.
+The numbers of a mixer's state are the output of no module. Let w be the entries of the weights that write number u of
+the state or read it. Scaling them changes the output y, to first order, by its derivative. With G the gradient of
+sum(xi y), E[(sum over w of w G_w)^2] is the square of that derivative, summed over tokens and outputs.
+
+Source: random signs as in Hutchinson's estimator of a trace (Communications in Statistics 18, 1989).
 
 Sums are accumulated in float64; products are in float32.
 
@@ -23,7 +25,6 @@ Shapes: N rows of activations, F channels, D hidden, E experts.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,25 +44,25 @@ from layersmith.run.journal import Checkpoint
 from layersmith.run.progress import SILENT, Progress
 
 _SAVE_EVERY_SECONDS = 20.0
-_PROBE_TOKENS = 8  # that tell which weights a text reaches
-_SIGNS = 4  # samples of random signs a batch for a state; there are as many more as there are batches
+_PROBE_TOKENS = 8  # length of the text that shows which weights a text reaches
+_SIGNS = 4  # samples of random signs per batch for a state; more batches add more samples
 
 
 @dataclass(frozen=True)
 class Probe:
-    """One sum to gather: the second moment of what goes into a module, or of its input with its output.
+    """One sum to gather: the second moment of a module's input, or of its input with its output.
 
     Attributes:
-        name: of the sum, e.g. ``"3.ffn.channels"``.
-        layer: index of the decoder layer.
-        module: name in the layer of the module that is watched.
+        name: Name of the sum, e.g. ``"3.ffn.channels"``.
+        layer: Index of the decoder layer.
+        module: Name in the layer of the observed module.
         kind: ``"moment"`` for E[a a^T], ``"energy"`` for its diagonal alone, ``"cross"`` for E[x x^T] and E[x y^T],
-            ``"reader"`` for the energies of channels and the moment of experts from a gradient, ``"state"`` for those
-            of a mixer's state.
-        bytes: of its sums.
-        bundle: whose reader, for ``"reader"``; the module is one that holds all of it.
-        state: which state, for ``"state"``; the module is one that holds all of its weights.
-        blocks: neighbouring rows that the module is given for one token.
+            ``"reader"`` for the energies of channels and the moment of experts from a gradient, ``"state"`` for the
+            energies of a mixer's state.
+        bytes: Size of the sums.
+        bundle: The bundle of a ``"reader"`` probe; the module holds all of its weights.
+        state: The state of a ``"state"`` probe; the module holds all of its weights.
+        blocks: Number of consecutive rows of the module's input that belong to one token.
     """
 
     name: str
@@ -74,39 +75,46 @@ class Probe:
     blocks: int = 1
 
 
+@dataclass(frozen=True)
+class Calibration:
+    """The rows over which statistics are gathered.
+
+    Attributes:
+        tokens: ``[N, T]`` ids.
+        batch_sequences: Number of rows in one forward pass.
+        checkpoint: File that keeps the sums so far; an interrupted pass continues from it, to the same sums.
+        inputs: Digest of everything that the sums depend on; a checkpoint of other inputs is ignored.
+        progress: Shows the rows done.
+    """
+
+    tokens: torch.Tensor
+    batch_sequences: int
+    checkpoint: Path | None = None
+    inputs: str = ""
+    progress: Progress = SILENT
+
+
 def gather(
-    parent: Parent,
-    probes: Sequence[Probe],
-    tokens: torch.Tensor,
-    *,
-    batch_sequences: int,
-    memory_bytes: float,
-    checkpoint: Path | None = None,
-    inputs: str = "",
-    progress: Progress = SILENT,
+    parent: Parent, probes: Sequence[Probe], calibration: Calibration, memory_bytes: float
 ) -> dict[str, torch.Tensor]:
-    """Run the parent over ``tokens`` and gather all probes, in one pass if their sums fit in ``memory_bytes``.
+    """Run the parent over calibration rows and gather all probes, in one pass if their sums fit in memory.
 
     Args:
-        parent: the parent.
-        probes: what to gather.
-        tokens: ``[N, T]`` ids.
-        batch_sequences: rows in one forward pass.
-        memory_bytes: for the sums; probes that do not fit wait for another pass.
-        checkpoint: a file that keeps the sums so far; an interrupted call goes on from there, to the same sums.
-        inputs: digest of everything the sums depend on; a checkpoint of other inputs is not used.
-        progress: shows rows done.
+        parent: The parent.
+        probes: The sums to gather.
+        calibration: The rows.
+        memory_bytes: Memory for the sums; probes that do not fit are gathered in another pass.
 
     Returns:
         Means over the tokens, in float32: for ``moment`` ``[F, F]``, for ``energy`` and ``state`` ``[F]``, for
         ``cross`` two entries ``name.input`` and ``name.output``, ``[D, D]`` each, for ``reader`` two entries
         ``name.channels``, ``[experts, F]``, and ``name.members``, ``[experts, experts]``.
     """
-    passes = _passes(probes, memory_bytes)
-    batches = [tokens[i : i + batch_sequences] for i in range(0, len(tokens), batch_sequences)]
-    saved = Checkpoint(checkpoint, inputs, _SAVE_EVERY_SECONDS)
+    passes, tokens = _passes(probes, memory_bytes), calibration.tokens
+    batches = tokens.split(calibration.batch_sequences)
+    saved = Checkpoint(calibration.checkpoint, calibration.inputs, _SAVE_EVERY_SECONDS)
     sums, done = saved.load() or ({}, 0)
-    with progress.stage("statistics", len(passes) * len(tokens), "sequences") as advance:
+    with calibration.progress.stage("statistics", len(passes) * len(tokens), "sequences") as advance:
         advance(sum(len(batches[i % len(batches)]) for i in range(done)))
         for number, group in enumerate(passes):
             for index, batch in enumerate(batches):
@@ -142,8 +150,17 @@ def add_batch(
     position: int,
     run: Callable[[], object] | None = None,
 ) -> None:
-    """Add what a batch ``[B, T]`` gives, when it runs through the model or through what ``run`` runs, to sums."""
-    again = False  # while a module runs a second time, for its gradient, its parts are not watched
+    """Add the sums of a batch to ``sums``.
+
+    Args:
+        parent: The parent.
+        probes: The sums to gather.
+        batch: ``[B, T]`` ids.
+        sums: Sums by name, in float64; changed in place.
+        position: Number of the batch, which seeds its random signs.
+        run: Runs the batch; default: the whole model.
+    """
+    again = False  # a module runs a second time for its gradient; its parts are not observed then
 
     def add(name: str, value: torch.Tensor) -> None:
         if name in sums:
@@ -159,7 +176,8 @@ def add_batch(
             if probe.kind in _FROM_GRADIENTS:
                 again = True
                 try:
-                    sums_of_batch = _FROM_GRADIENTS[probe.kind](parent, probe, module, args, kwargs, position)
+                    call = _Call(probe, parent.layer(probe.layer), module, args, kwargs, position)
+                    sums_of_batch = _FROM_GRADIENTS[probe.kind](call)
                 finally:
                     again = False
                 for name, value in sums_of_batch.items():
@@ -193,21 +211,48 @@ def add_batch(
             handle.remove()
 
 
-def _of_reader(
-    parent: Parent, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int
-) -> dict[str, torch.Tensor]:
+@dataclass(frozen=True)
+class _Call:
+    """One call of a probe's module, in one batch."""
+
+    probe: Probe
+    layer: nn.Module
+    module: nn.Module
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    position: int
+
+    def signed_gradients(
+        self, parameters: Sequence[nn.Parameter], samples: int
+    ) -> list[tuple[torch.Tensor | None, ...]]:
+        """Per sample, the gradients of the output times random signs with respect to the parameters."""
+        probe = self.probe
+        generator = torch.Generator().manual_seed(1_000_003 * self.position + probe.layer)
+        with requiring_grad(parameters), torch.enable_grad():
+            output = first_tensor(self.module.forward(*_detached(self.args), **_detached(self.kwargs)))
+            if not output.requires_grad:
+                raise UnsupportedModel(f"layer {probe.layer}: no gradient of {probe.module} reaches the weights in it.")
+            gradients: list[tuple[torch.Tensor | None, ...]] = []
+            for sample in range(samples):
+                signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
+                keep = sample + 1 < samples
+                gradients.append(
+                    torch.autograd.grad(output, parameters, signs.to(output), retain_graph=keep, allow_unused=True)
+                )
+        return gradients
+
+
+def _of_reader(call: _Call) -> dict[str, torch.Tensor]:
     """Sums over a batch's tokens: energies ``[experts, F]`` and the moment ``[experts, experts]``."""
-    bundle = probe.bundle
+    probe, bundle = call.probe, call.probe.bundle
     assert bundle is not None
     w = bundle.weight(bundle.reader)
-    named = dict(parent.layer(probe.layer).named_parameters())
     names = [w.name.format(m) for m in range(bundle.members if bundle.members and not bundle.stacked else 1)]
-    parameters = [named[name] for name in names]
-    (grads,) = _signed_gradients(probe, module, args, kwargs, position, parameters, 1)
-    seen = {n: p.new_zeros(p.shape) if g is None else g for n, p, g in zip(names, parameters, grads, strict=True)}
+    weights = {name: call.layer.get_parameter(name) for name in names}
+    (gradients,) = call.signed_gradients(list(weights.values()), 1)
+    by_name = {n: torch.zeros_like(weights[n]) if g is None else g for n, g in zip(names, gradients, strict=True)}
     channels, products = [], []
-    weights = dict(zip(names, parameters, strict=True))
-    pairs = zip(members_of(seen, bundle, w), members_of(weights, bundle, w), strict=True)
+    pairs = zip(members_of(by_name, bundle, w), members_of(weights, bundle, w), strict=True)
     for (grad, dim), (weight, _) in pairs:
         g, r = (t.detach().movedim(dim, 1).float() for t in (grad, weight))  # [D, F]
         channels.append(g.square().sum(0) / len(g))
@@ -216,61 +261,68 @@ def _of_reader(
     return {f"{probe.name}.channels": torch.stack(channels), f"{probe.name}.members": rows @ rows.T}
 
 
-def _of_state(
-    parent: Parent, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], position: int
-) -> dict[str, torch.Tensor]:
-    """``[F]``: sums over a batch's tokens of what each number of a state adds."""
-    state = probe.state
+def _of_state(call: _Call) -> dict[str, torch.Tensor]:
+    """``[N]``: sums over a batch's tokens of the energy of each number of a state."""
+    state = call.probe.state
     assert state is not None
-    named = dict(parent.layer(probe.layer).named_parameters())
-    parameters = [named[w.name] for w in state.makers]
+    parameters = [call.layer.get_parameter(w.name) for w in state.makers]
     total = torch.zeros(state.size)
-    for grads in _signed_gradients(probe, module, args, kwargs, position, parameters, _SIGNS):
+    for grads in call.signed_gradients(parameters, _SIGNS):
         change = torch.zeros(state.size)
         for w, p, g in zip(state.makers, parameters, grads, strict=True):
             if g is not None:
                 entries = (p.detach().float() * g.float()).reshape(len(p), -1).sum(1).cpu()
                 change += entries[w.positions("state", {"state": state.size})].sum(1)
         total += change.square() / _SIGNS
-    return {probe.name: total}
+    return {call.probe.name: total}
 
 
-def expert_reader(parent: Parent, i: int, own: LayerAxes) -> Bundle:
-    """The bundle of the routed experts, with the weight whose gradients tell the contribution of each expert.
+_FROM_GRADIENTS = {"reader": _of_reader, "state": _of_state}
 
-    Where their channels are not understood it is the last of their weights; of several stacks, e.g. some for images,
-    the last that a text reaches.
+
+def expert_reader(parent: Parent, i: int, axes: LayerAxes) -> Bundle:
+    """The bundle of the routed experts, with the weight whose gradient gives the contribution of each expert.
+
+    Where the experts have no width axis, it is the last of their weights. Of several stacks, e.g. some for images, it
+    is the last that a text reaches.
     """
-    assert own.experts is not None
-    layer = parent.layer(i)
-    bundles = own.ffn.bundles if own.ffn is not None else ()
-    for bundle in bundles:
+    experts = axes.experts
+    assert experts is not None
+    for bundle in axes.ffn.bundles if axes.ffn is not None else ():
         if bundle.members:
             return bundle
-    stacks = [w for w in own.experts.weights if layer.state_dict()[w.name].ndim == 3]
+    layer = parent.layer(i)
+    shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
+    stacks = [w for w in experts.weights if len(shapes[w.name]) == 3]
     if len({w.name.rpartition(".")[0] for w in stacks}) > 1:
         stacks = _reached_by_text(parent, layer, stacks) or stacks
+    flat = [] if stacks else [w for w in experts.weights if w.name in axes.of_experts]
     if stacks:
-        last = dataclasses.replace(stacks[-1], dim=2, segments=(Segment("channels"),))
-        return Bundle(layer.state_dict()[last.name].shape[2], (last,), last.name, own.experts.size, True)
-    if flat := [w for w in own.experts.weights if w.name in own.of_experts]:
-        last = dataclasses.replace(flat[-1], dim=1, segments=(Segment("channels"),))
-        size = layer.state_dict()[last.name].shape[0] // own.experts.size
-        return Bundle(size, (last,), last.name, own.experts.size, True, flat=True)
-    prefix = f"{own.experts.lists[0]}.0."
-    name = [n for n, p in layer.named_parameters() if n.startswith(prefix) and p.ndim == 2][-1]
-    last = WeightAxis(name.replace(prefix, f"{own.experts.lists[0]}.{{}}."), 1, (Segment("channels"),))
-    return Bundle(layer.state_dict()[name].shape[1], (last,), last.name, own.experts.size, False)
+        name, dim, size = stacks[-1].name, 2, shapes[stacks[-1].name][2]
+    elif flat:
+        name, dim, size = flat[-1].name, 1, shapes[flat[-1].name][0] // experts.size
+    else:
+        prefix = f"{experts.lists[0]}.0."
+        first = [n for n, p in layer.named_parameters() if n.startswith(prefix) and p.ndim == 2][-1]
+        name, dim, size = first.replace(prefix, f"{experts.lists[0]}.{{}}."), 1, shapes[first][1]
+    return Bundle(
+        size=size,
+        weights=(WeightAxis(name, dim, (Segment("channels"),)),),
+        reader=name,
+        members=experts.size,
+        stacked=bool(stacks or flat),
+        flat=bool(flat),
+    )
 
 
-def expert_holder(layer: nn.Module, own: LayerAxes, bundle: Bundle) -> str:
-    """The module that holds the experts and their router, so that what it gives is weighted."""
-    assert own.experts is not None
-    return common_module(layer, [w.name for w in (*bundle.weights, *own.experts.weights)])
+def expert_holder(layer: nn.Module, axes: LayerAxes, bundle: Bundle) -> str:
+    """The module that holds the experts and their router, whose output is therefore weighted by the router."""
+    assert axes.experts is not None
+    return common_module(layer, [w.name for w in (*bundle.weights, *axes.experts.weights)])
 
 
 def _reached_by_text(parent: Parent, layer: nn.Module, weights: Sequence[WeightAxis]) -> list[WeightAxis]:
-    """Those weights of which a text's logits have a gradient."""
+    """The weights for which a text's logits have a gradient."""
     if parent.stream is not None:
         return []
     parameters = [layer.get_parameter(w.name) for w in weights]
@@ -279,49 +331,21 @@ def _reached_by_text(parent: Parent, layer: nn.Module, weights: Sequence[WeightA
         total = parent.model(input_ids=ids, use_cache=False).logits.float().sum()
         if not total.requires_grad:
             return []
-        found = torch.autograd.grad(total, parameters, allow_unused=True)
-    return [w for w, g in zip(weights, found, strict=True) if g is not None]
-
-
-_FROM_GRADIENTS = {"reader": _of_reader, "state": _of_state}
-
-
-def _signed_gradients(
-    probe: Probe,
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    position: int,
-    parameters: Sequence[nn.Parameter],
-    samples: int,
-) -> list[tuple[torch.Tensor | None, ...]]:
-    """Gradients of a module's output times random signs, with respect to parameters of it; as often as asked."""
-    generator = torch.Generator().manual_seed(1_000_003 * position + probe.layer)
-    with requiring_grad(parameters), torch.enable_grad():
-        output = first_tensor(module.forward(*_detached(args), **_detached(kwargs)))
-        if not output.requires_grad:
-            raise UnsupportedModel(f"layer {probe.layer}: no gradient of {probe.module} reaches the weights in it.")
-        found: list[tuple[torch.Tensor | None, ...]] = []
-        for sample in range(samples):
-            signs = torch.randint(0, 2, output.shape, generator=generator) * 2 - 1
-            keep = sample + 1 < samples
-            found.append(
-                torch.autograd.grad(output, parameters, signs.to(output), retain_graph=keep, allow_unused=True)
-            )
-    return found
+        gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+    return [w for w, gradient in zip(weights, gradients, strict=True) if gradient is not None]
 
 
 @contextmanager
 def requiring_grad(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
-    """While open, gradients can be taken with respect to these."""
+    """Let gradients be taken with respect to these parameters while the block runs."""
     before = [p.requires_grad for p in parameters]
     for p in parameters:
         p.requires_grad_(True)
     try:
         yield
     finally:
-        for p, own in zip(parameters, before, strict=True):
-            p.requires_grad_(own)
+        for p, required in zip(parameters, before, strict=True):
+            p.requires_grad_(required)
 
 
 def _detached(value: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.records import to_data
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
 from layersmith.run.stage import Making, Stage
@@ -31,16 +32,18 @@ def _inputs(job: Job) -> Any:
 
 
 def _make(job: Job, making: Making) -> None:
-    calibration = job.read(DATA).calibration
+    tokens = job.read(DATA).calibration
     library = build_library(
         job.parent,
         job.recipe.library,
         job.read(DESCRIBE),
-        calibration,
-        batch_sequences=job.recipe.scoring.rows_at_once(calibration.shape[1]),
-        checkpoint=making.unfinished,
-        inputs=making.inputs,
-        progress=making.progress,
+        Calibration(
+            tokens=tokens,
+            batch_sequences=job.recipe.scoring.rows_at_once(tokens.shape[1]),
+            checkpoint=making.unfinished,
+            inputs=making.inputs,
+            progress=making.progress,
+        ),
     )
     tensors = {f"order.{name}": order for name, order in library.orders.items()}
     tensors |= {f"map.{name}": weight for name, weight in library.maps.items()}

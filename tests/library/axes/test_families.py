@@ -24,6 +24,7 @@ from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.stock import causal_lm_config
 from layersmith.recipe import LibraryRecipe
@@ -86,7 +87,7 @@ def parent_of_config(config: PretrainedConfig, family: str) -> Parent:
 @pytest.fixture(scope="module", params=sorted(KINDS))
 def library(request: pytest.FixtureRequest) -> Library:
     parent, recipe = parent_of(request.param), LibraryRecipe(linear=())
-    return build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=2)
+    return build_library(parent, recipe, survey(parent, recipe), Calibration(TOKENS, 2))
 
 
 def test_every_axis_is_offered(library: Library) -> None:
@@ -140,7 +141,7 @@ def test_experts_that_add_most_stay() -> None:
         down[2] *= 10
         down[1][:, ::2] = 0
     recipe = LibraryRecipe(linear=())
-    library = build_library(parent, recipe, survey(parent, recipe), TOKENS, batch_sequences=2)
+    library = build_library(parent, recipe, survey(parent, recipe), Calibration(TOKENS, 2))
     assert int(library.orders["1.experts"][0]) == 2
     order = library.orders["1.ffn.0"]
     width = order.shape[1]
@@ -183,7 +184,7 @@ def test_several_attentions_and_experts_that_do_nothing() -> None:
     assert own.kv is not None
     assert [b.reader for b in own.shared.bundles] == ["mlps.0.down_proj.weight", "mlps.1.down_proj.weight"]
     assert [a.reader for a in own.kv.attentions] == ["self_attn.0.o_proj.weight", "self_attn.1.o_proj.weight"]
-    library = build_library(parent, LibraryRecipe(), found, TOKENS, batch_sequences=2)
+    library = build_library(parent, LibraryRecipe(), found, Calibration(TOKENS, 2))
     weights = parent.layers[0].state_dict()
     (fewer,) = (a for a in library.alternatives if (a.layer, a.kind, a.size) == (0, "head_groups", 2))
     cut = library.weights(fewer)
@@ -207,7 +208,7 @@ def test_heads_that_end_in_blocks() -> None:
     parent = parent_of("deepseek_v4")
     found = survey(parent, LibraryRecipe())
     assert {a.size for a in found.alternatives if a.kind == "query_heads"} == {2}
-    library = build_library(parent, LibraryRecipe(), found, TOKENS, batch_sequences=2)
+    library = build_library(parent, LibraryRecipe(), found, Calibration(TOKENS, 2))
     (fewer,) = (a for a in library.alternatives if (a.layer, a.kind) == (0, "query_heads"))
     weight, order = parent.layers[0].state_dict()["self_attn.o_a_proj.weight"], library.orders["0.queries"]
     assert order.sort(-1).values.tolist() == [[0, 1], [2, 3]]
@@ -224,7 +225,7 @@ def test_heads_in_pairs() -> None:
     own = found.axes[0].kv
     assert own is not None
     assert (own.size, own.num_heads, own.together) == (2, 4, 2)  # 4 KV heads and 8 query heads
-    library = build_library(parent, LibraryRecipe(), found, TOKENS, batch_sequences=2)
+    library = build_library(parent, LibraryRecipe(), found, Calibration(TOKENS, 2))
     (fewer,) = (a for a in library.alternatives if (a.layer, a.kind) == (0, "head_groups"))
     assert (fewer.size, fewer.query_heads) == (2, 4)
     weights, cut = parent.layers[0].state_dict(), library.weights(fewer)
@@ -244,7 +245,7 @@ def test_keys_head_after_head_that_are_cached_for_each_query() -> None:
     config.new_decoder_architecture, config.num_kv_heads = True, 2
     parent = parent_of_config(config, "falcon")
     recipe = LibraryRecipe(linear=(), no_op=())
-    library = build_library(parent, recipe, found := survey(parent, recipe), TOKENS, batch_sequences=2)
+    library = build_library(parent, recipe, found := survey(parent, recipe), Calibration(TOKENS, 2))
     fewer = next(a for a in library.alternatives if (a.layer, a.kind) == (0, "kv_heads") and a.method != "pool")
     with exchanged(parent, library.layers([fewer])):
         scored = forward(parent, TOKENS)[0]
@@ -292,7 +293,7 @@ def test_layers_that_use_each_others_keys() -> None:
     """What stands in an attention's place is asked for what the attention was; what others need of it stays."""
     parent = parent_of("gemma3n_text")  # layers 2 and 3 use the keys and values of layers 0 and 1
     found = survey(parent, LibraryRecipe())
-    library = build_library(parent, LibraryRecipe(), found, TOKENS, batch_sequences=2)
+    library = build_library(parent, LibraryRecipe(), found, Calibration(TOKENS, 2))
     kinds = {(a.layer, a.kind) for a in library.alternatives if a.subblock == "attention" and a.kind != "parent"}
     heads_and_no_op = {(i, kind) for i in range(4) for kind in ("query_heads", "no_op")}
     # Layer 3 looks for the keys of layer 1 under the name of what that is.
@@ -344,7 +345,7 @@ def test_heads_whose_keys_come_from_one_cache_go_whatever_the_config_says() -> N
     own = found.axes[0].kv
     assert own is not None
     assert (own.num_heads, own.fewer_groups) == (6, True)
-    library = build_library(parent, LibraryRecipe(linear=()), found, TOKENS, batch_sequences=2)
+    library = build_library(parent, LibraryRecipe(linear=()), found, Calibration(TOKENS, 2))
     chosen = [next(a for a in library.alternatives if (a.layer, a.kind, a.size) == (0, "head_groups", 3))]
     child = library.compose(chosen)
     wanted = child(TOKENS, use_cache=False).logits

@@ -19,6 +19,7 @@ from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.library import Library
+from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.model_descriptor.infer.mixers import in_proportion
 from layersmith.model_descriptor.stock import causal_lm_config, restore_buffers
@@ -34,7 +35,7 @@ MAMBA_2 = {"nemotron_h": "mixer", "bamba": "mamba", "granitemoehybrid": "mamba",
 
 
 def library_of(parent: Parent) -> Library:
-    return build_library(parent, RECIPE, survey(parent, RECIPE), TOKENS, batch_sequences=2)
+    return build_library(parent, RECIPE, survey(parent, RECIPE), Calibration(TOKENS, 2))
 
 
 def gives_the_same(library: Library, kind: str, size: int) -> bool:
@@ -48,7 +49,7 @@ def gives_the_same(library: Library, kind: str, size: int) -> bool:
 
 def test_every_alternative_can_be_built_where_layers_have_one_subblock_each() -> None:
     parent = parent_of("nemotron_h")
-    library = build_library(parent, LibraryRecipe(), survey(parent, LibraryRecipe()), TOKENS, batch_sequences=2)
+    library = build_library(parent, LibraryRecipe(), survey(parent, LibraryRecipe()), Calibration(TOKENS, 2))
     assert any(a.kind == "linear" for a in library.alternatives)
     for alternative in library.alternatives:
         with exchanged(parent, library.layers([alternative])):
