@@ -211,6 +211,9 @@ class Alternative:
         """Name and layer: unique in a library."""
         return f"layer {self.layer}: {self.name}"
 
+    def __str__(self) -> str:
+        return self.key
+
     @property
     def identity(self) -> str:
         """Digest of all fields."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -63,6 +64,14 @@ class Library:
     kept: Kept = field(default_factory=Kept)
     pairs: Kept = field(default_factory=Kept)
     _skeletons: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        """A line per layer: how many alternatives of each kind it has."""
+        lines = [f"{len(self.alternatives)} alternatives of {len(self.axes)} layers"]
+        for i in range(len(self.axes)):
+            kinds = Counter(a.kind for a in self.alternatives if a.layer == i)
+            lines.append(f"{i:5}  " + ", ".join(f"{kind} x {n}" if n > 1 else kind for kind, n in kinds.items()))
+        return "\n".join(lines)
 
     @property
     def identity(self) -> str:
@@ -134,13 +143,10 @@ class Library:
         if not changed:
             return self.parent.layer(i)
         skeleton = self._skeleton(i, changed)
-        configs = {
-            id(own): own for m in skeleton.modules() for own in vars(m).values() if isinstance(own, PretrainedConfig)
-        }
+        configs = {id(v): v for m in skeleton.modules() for v in vars(m).values() if isinstance(v, PretrainedConfig)}
         layer = copy.deepcopy(skeleton, configs)
         original = self.parent.layer(i)
-        tensors: dict[str, torch.Tensor] = original.state_dict()
-        tensors |= self.weights_together(changed)
+        tensors = original.state_dict() | self.weights_together(changed)
         layer.load_state_dict({name: tensors[name] for name in layer.state_dict()}, strict=True, assign=True)
         share_buffers(original, layer)
         for alternative in changed:
@@ -168,12 +174,11 @@ class Library:
         key = fingerprint({subblock: config.to_dict() for subblock, config in configs.items()})
         if (key, index) not in self._skeletons:
             offered = set(self.alternatives)
-            alike = [
-                i
-                for i in range(len(self.parent.blocks))
-                if i == index or all(dataclasses.replace(a, layer=i) in offered for a in changed)
-            ]
-            blocks = [dataclasses.replace(b, **configs) if i in alike else b for i, b in enumerate(self.parent.blocks)]
+            blocks = list(self.parent.blocks)
+            alike = {index}
+            alike.update(i for i in range(len(blocks)) if offered >= {dataclasses.replace(a, layer=i) for a in changed})
+            for i in alike:
+                blocks[i] = dataclasses.replace(blocks[i], **configs)
             made = meta_layers(self.parent.descriptor, self.parent.config, blocks)
             self._skeletons |= {(key, i): made[i] for i in alike}
         return self._skeletons[key, index]

@@ -1,4 +1,4 @@
-"""Which sums over the parent's activations the alternatives of a library need; see :mod:`.statistics` for the sums."""
+"""The sums over the parent's activations that a library needs; see :mod:`.statistics` for the sums."""
 
 from __future__ import annotations
 
@@ -31,17 +31,19 @@ def probes_for(
         probes += _of_heads(layer, i, layer_axes, kinds)
         if layer_axes.state is not None and "state_size" in kinds:
             module = common_module(layer, [w.name for w in layer_axes.state.weights])
-            size = 8 * layer_axes.state.size
-            probes.append(Probe(f"{i}.state", i, module, "state", size, state=layer_axes.state))
+            state, size = layer_axes.state, 8 * layer_axes.state.size
+            probes.append(Probe(name=f"{i}.state", layer=i, module=module, kind="state", bytes=size, state=state))
         if layer_axes.experts is not None and "experts" in kinds:
             bundle = expert_reader(parent, i, layer_axes)
             size = 8 * bundle.members * (bundle.size + bundle.members)
             holder = expert_holder(layer, layer_axes, bundle)
-            probes.append(Probe(f"{i}.experts", i, holder, "reader", size, bundle))
+            probes.append(Probe(name=f"{i}.experts", layer=i, module=holder, kind="reader", bytes=size, bundle=bundle))
         for subblock in SUBBLOCKS:
             if any((a.layer, a.subblock, a.kind) == (i, subblock, "linear") for a in alternatives):
                 ((module, record),) = linear_records(parent.descriptor, layer, subblock).items()
-                probes.append(Probe(f"{i}.{subblock}.linear", i, module, "cross", 16 * record["size"] ** 2))
+                size = 16 * record["size"] ** 2
+                name = f"{i}.{subblock}.linear"
+                probes.append(Probe(name=name, layer=i, module=module, kind="cross", bytes=size))
     return probes
 
 
@@ -59,13 +61,13 @@ def _of_width(layer: nn.Module, i: int, part: str, axis: WidthAxis, ffn_ranking:
         if plain:
             kind = "moment" if ffn_ranking == "iterative" else "energy"
             size = bundle.size**2 if kind == "moment" else bundle.size
-            yield Probe(name, i, module, kind, 8 * size)
+            yield Probe(name=name, layer=i, module=module, kind=kind, bytes=8 * size)
         else:
             size = max(1, bundle.members) * (bundle.size + bundle.members)
             holder = common_module(layer, [w.name for w in bundle.weights])
             if bundle.flat:  # the module around theirs separates the members
                 holder = holder.rpartition(".")[0]
-            yield Probe(name, i, holder, "reader", 8 * size, bundle)
+            yield Probe(name=name, layer=i, module=holder, kind="reader", bytes=8 * size, bundle=bundle)
 
 
 def _of_heads(layer: nn.Module, i: int, axes: LayerAxes, kinds: set[str]) -> Iterator[Probe]:
@@ -78,4 +80,11 @@ def _of_heads(layer: nn.Module, i: int, axes: LayerAxes, kinds: set[str]) -> Ite
         for a, axis in enumerate(heads.attentions if isinstance(heads, HeadsAxis) else (heads,)):
             blocks = axis.blocks if isinstance(axis, HeadsAxis) else 1
             channels = as_matrix(layer.get_parameter(axis.reader), axis.reader_dim).shape[1] * blocks
-            yield Probe(numbered(f"{i}.{name}", a), i, axis.output, "moment", 8 * channels**2, blocks=blocks)
+            yield Probe(
+                name=numbered(f"{i}.{name}", a),
+                layer=i,
+                module=axis.output,
+                kind="moment",
+                bytes=8 * channels**2,
+                blocks=blocks,
+            )

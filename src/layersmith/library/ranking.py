@@ -75,7 +75,7 @@ def by_iterative_removal(costs: torch.Tensor) -> torch.Tensor:
 
 
 def by_method(costs: torch.Tensor, method: str) -> torch.Tensor:
-    """By iterative removal where that is asked for and M is known whole, else by contribution."""
+    """By iterative removal where that is requested and all of M is known, else by contribution."""
     if method == "iterative" and costs.ndim == 2:
         return by_iterative_removal(costs.double())
     return by_contribution(costs)
@@ -96,9 +96,9 @@ def error_curve(costs: torch.Tensor, order: torch.Tensor, points: int = 32) -> l
     if costs.ndim == 1:
         steps = costs.double()[removed]
     else:
-        own = costs.double()[removed[:, None], removed]
-        alone = own.diagonal().clone()
-        steps = 2 * own.tril_().sum(1) - alone
+        reordered = costs.double()[removed[:, None], removed]
+        alone = reordered.diagonal().clone()
+        steps = 2 * reordered.tril_().sum(1) - alone
     total = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
     share = total / total[-1].clamp_min(torch.finfo(torch.float64).tiny)
     n = len(order)
@@ -111,8 +111,8 @@ def within_groups(costs: torch.Tensor, groups: int) -> torch.Tensor:
     size = len(costs) // groups
     rows = []
     for g in range(groups):
-        own = slice(g * size, (g + 1) * size)
-        rows.append(by_iterative_removal(costs[own, own].contiguous()) + g * size)
+        members = slice(g * size, (g + 1) * size)
+        rows.append(by_iterative_removal(costs[members, members].contiguous()) + g * size)
     return torch.stack(rows)
 
 
@@ -145,7 +145,7 @@ def head_size_order(weight: torch.Tensor, axis: HeadSizeAxis, moment: torch.Tens
     heads = costs.view(axis.num_heads, axis.size, axis.num_heads, axis.size).diagonal(dim1=0, dim2=2).movedim(-1, 0)
     if axis.alike:
         return by_iterative_removal(heads.sum(0)).repeat(axis.num_heads, 1)
-    return torch.stack([by_iterative_removal(own.contiguous()) for own in heads])
+    return torch.stack([by_iterative_removal(head.contiguous()) for head in heads])
 
 
 def least_squares(input_moment: torch.Tensor, output_moment: torch.Tensor, ridge: float = 1e-4) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""The weights of an alternative: slices and means of the parent's, made when they are asked for.
+"""The weights of an alternative: slices and means of the parent's, made on demand.
 
-Every function takes the tensors of a layer by name and gives those that change. Units that are kept stay in order.
+Every function takes the tensors of a layer by name and returns those that change. Units that stay keep their order.
 
 Shapes: H query heads, K key-value heads, E experts, d head size.
 """
@@ -18,16 +18,16 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def narrow(weights: Tensors, axis: WidthAxis, kept: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An FFN's or experts' weights with only some channels.
+    """The weights of an FFN or of experts with only some channels.
 
     Args:
-        weights: of the layer.
-        axis: which channels there are.
-        kept: for each bundle the channels that stay: ``[channels]``, or ``[members, channels]`` for experts.
+        weights: Weights of the layer.
+        axis: Axis of the channels.
+        kept: The channels that stay, per bundle: ``[channels]``, or ``[members, channels]`` for experts.
     """
     result: dict[str, torch.Tensor] = {}
-    for bundle, own in zip(axis.bundles, kept, strict=True):
-        ordered = own.sort(-1).values
+    for bundle, channels in zip(axis.bundles, kept, strict=True):
+        ordered = channels.sort(-1).values
         sizes = {"channels": bundle.size}
         for w in bundle.weights:
             if not bundle.members:
@@ -37,7 +37,7 @@ def narrow(weights: Tensors, axis: WidthAxis, kept: Sequence[torch.Tensor]) -> d
             if bundle.stacked:
                 views = members_of(weights, bundle, w)
                 members = [_take(weight, dim, e) for (weight, dim), e in zip(views, entries, strict=True)]
-                if not bundle.flat:  # there may be room for more that do nothing
+                if not bundle.flat:  # a stack may have more rows than experts
                     members += [_take(idle, w.dim - 1, entries[0]) for idle in weights[w.name][bundle.members :]]
                 result[w.name] = torch.cat(members) if bundle.flat else torch.stack(members)
             else:
@@ -46,7 +46,7 @@ def narrow(weights: Tensors, axis: WidthAxis, kept: Sequence[torch.Tensor]) -> d
 
 
 def members_of(weights: Tensors, bundle: Bundle, w: WeightAxis) -> list[tuple[torch.Tensor, int]]:
-    """A bundle's weight, one for each member, and the dimension of each that counts channels; all are views."""
+    """A view of a bundle's weight for each member, and the dimension of the view along which channels lie."""
     if not bundle.members:
         return [(weights[w.name], w.dim)]
     if bundle.flat:
@@ -60,9 +60,8 @@ def members_of(weights: Tensors, bundle: Bundle, w: WeightAxis) -> list[tuple[to
 def keep_kv_heads(weights: Tensors, axis: HeadsAxis, heads: torch.Tensor) -> dict[str, torch.Tensor]:
     """The attention's weights with only the given KV heads and the contribution of their query heads.
 
-    The number of query heads is the model's and stays. Each KV head that is left is read by its own query heads and
-    by some whose KV head went; what those add to the output is set to zero, so removing a KV head whose query heads
-    add nothing changes nothing.
+    The number of query heads stays. Each remaining KV head is read by its query heads and by some whose KV head was
+    removed. The contribution of the latter is set to zero.
     """
     kept = heads.sort().values
     order, silent = regrouped(axis, kept)
@@ -75,17 +74,13 @@ def keep_kv_heads(weights: Tensors, axis: HeadsAxis, heads: torch.Tensor) -> dic
 
 
 def regrouped(axis: HeadsAxis, kept: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Query heads in the order in which they read the KV heads that are left, and places of those that add nothing."""
+    """Query heads in the order in which they read the remaining KV heads, and the places of those without effect."""
     group, new_group = axis.num_heads // axis.size, axis.num_heads // len(kept)
-    own = query_heads_of(axis, kept).view(len(kept), group).tolist()
-    orphans = iter(sorted(set(range(axis.num_heads)) - {h for hs in own for h in hs}))
-    order: list[int] = []
-    silent: list[int] = []
-    for hs in own:
-        extra = [next(orphans) for _ in range(new_group - group)]
-        silent += range(len(order) + group, len(order) + new_group)
-        order += [*hs, *extra]
-    return torch.tensor(order), torch.tensor(silent, dtype=torch.long)
+    readers = query_heads_of(axis, kept)
+    orphans = torch.tensor(sorted(set(range(axis.num_heads)) - set(readers.tolist())), dtype=torch.long)
+    order = torch.cat([readers.view(len(kept), group), orphans.view(len(kept), new_group - group)], 1)
+    places = torch.arange(axis.num_heads).view(len(kept), new_group)
+    return order.flatten(), places[:, group:].flatten()
 
 
 def query_heads_of(axis: HeadsAxis, kv_heads: torch.Tensor) -> torch.Tensor:
@@ -101,7 +96,7 @@ def keep_groups(weights: Tensors, axis: HeadsAxis, heads: torch.Tensor) -> dict[
 
 
 def keep_query_heads(weights: Tensors, axis: HeadsAxis, heads: torch.Tensor) -> dict[str, torch.Tensor]:
-    """The attention's weights with only the given query heads, equally many of every share."""
+    """The attention's weights with only the given query heads, equally many of each group."""
     return _gather(weights, axis, {"queries": heads.sort().values})
 
 
@@ -112,25 +107,19 @@ def keep_state(weights: Tensors, axis: StateAxis, kept: torch.Tensor) -> dict[st
 
 
 def keep_head_size(weights: Tensors, axis: HeadSizeAxis, kept: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A mixer's weights with only some entries of every head.
-
-    Args:
-        weights: of the layer.
-        axis: which entries there are.
-        kept: ``[H, entries]`` of each head.
-    """
+    """A mixer's weights with only some entries of every head, ``kept`` of shape ``[H, entries]``."""
     ordered = kept.sort(-1).values
     units = {"channels": channels_of(axis, ordered), "entries": ordered[0]}
     return {w.name: _take(weights[w.name], w.dim, w.gathered(units, axis.sizes)) for w in axis.weights}
 
 
 def channels_of(axis: HeadSizeAxis, entries: torch.Tensor) -> torch.Tensor:
-    """The channels, counted through all heads, that entries ``[H, n]`` of every head are."""
+    """The channels, counted over all heads, of the entries ``[H, n]`` of every head."""
     return (torch.arange(axis.num_heads)[:, None] * axis.size + entries).flatten()
 
 
 def pool_kv_heads(weights: Tensors, axis: HeadsAxis, num_heads: int) -> dict[str, torch.Tensor]:
-    """The attention's key and value weights with neighbouring KV heads averaged; query heads stay as they are.
+    """The attention's key and value weights with consecutive KV heads averaged; query heads do not change.
 
     Source: Ainslie et al., "GQA" (arXiv 2305.13245), section 2.1.
     """
@@ -171,13 +160,13 @@ def _take(weight: torch.Tensor, dim: int, entries: torch.Tensor) -> torch.Tensor
 
 
 def common_module(layer: nn.Module, names: Sequence[str]) -> str:
-    """The innermost module that holds all of these weights and is more than a list of modules."""
+    """The innermost module that holds all of these weights and is not merely a list of modules."""
     parts = [name.split(".")[:-1] for name in names]
     common: list[str] = []
-    for own in zip(*parts, strict=False):
-        if len(set(own)) > 1 or own[0] == "{}":
+    for level in zip(*parts, strict=False):
+        if len(set(level)) > 1 or level[0] == "{}":
             break
-        common.append(own[0])
+        common.append(level[0])
     while common and isinstance(layer.get_submodule(".".join(common)), nn.ModuleList | nn.ModuleDict):
         common.pop()
     return ".".join(common)

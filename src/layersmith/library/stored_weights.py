@@ -76,16 +76,16 @@ class Kept:
             return
         write_json(folder / RECORDS, list(self.records))
         for layer in sorted(set(self._layers.values())):
-            own = [identity for identity, of in self._layers.items() if of == layer]
+            of_layer = [identity for identity, of in self._layers.items() if of == layer]
             target = layer_file(folder, layer)
-            if self.folder is not None and not any(identity in self.in_memory for identity in own):
+            if self.folder is not None and not any(identity in self.in_memory for identity in of_layer):
                 target.parent.mkdir(parents=True, exist_ok=True)
                 try:
                     os.link(layer_file(self.folder, layer), target)
                 except OSError:  # another disk, or one without links
                     shutil.copyfile(layer_file(self.folder, layer), target)
             else:
-                write_layer(target, {identity: self.of(identity) for identity in own})
+                write_layer(target, {identity: self.of(identity) for identity in of_layer})
 
     @staticmethod
     def read(folder: Path) -> Kept:
@@ -101,7 +101,7 @@ def layer_file(folder: Path, layer: int) -> Path:
 
 def write_layer(path: Path, weights: Mapping[str, Tensors], metadata: dict[str, str] | None = None) -> None:
     """Weights of a layer's alternatives, by identity."""
-    flat = {f"{identity}.{name}": t.cpu() for identity, own in weights.items() for name, t in own.items()}
+    flat = {f"{identity}.{name}": t.cpu() for identity, tensors in weights.items() for name, t in tensors.items()}
     write_tensors(path, flat, metadata)
 
 

@@ -1,11 +1,10 @@
-"""What can be changed in a parent, before anything is measured: its proved axes and the alternatives that run."""
+"""The survey of a parent, before anything is measured: its proved axes and the alternatives that run."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import nn
@@ -24,7 +23,7 @@ from layersmith.library.search_space import search_space, why_no_linear
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import LibraryRecipe
 
-# What an axis that is missing would have offered; see ``LayerAxes.reasons``.
+# The consequence of a missing axis, by the keys of ``LayerAxes.reasons``.
 _NOT_OFFERED = {
     "ffn": "FFNs are not narrowed",
     "attention": "heads are not reduced",
@@ -38,13 +37,13 @@ _NOT_OFFERED = {
 
 @dataclass(frozen=True)
 class Survey:
-    """What can be changed in a parent.
+    """The axes and alternatives of a parent.
 
     Attributes:
-        axes: proved, one per layer.
-        alternatives: all of them, the parent's own subblocks included.
-        ffn_ranking: how channels will be ranked.
-        notes: what cannot be offered, and why.
+        axes: The proved axes of every layer.
+        alternatives: All alternatives, the parent's subblocks included.
+        ffn_ranking: The method that will rank channels.
+        notes: Sentences about what cannot be offered, and why.
     """
 
     axes: list[LayerAxes]
@@ -78,7 +77,7 @@ def survey_of(
     layers: Sequence[nn.Module],
     recipe: LibraryRecipe,
 ) -> Survey:
-    """What a recipe asks for and a model's axes allow; its layers may be on the meta device."""
+    """The alternatives that a recipe requests and the axes allow; the layers may be on the meta device."""
     no_linear = {s: why_no_linear(descriptor, layers, s) for s in SUBBLOCKS}
     ffn_ranking = choose_ffn_ranking(axes, recipe)
     alternatives = search_space(descriptor, blocks, axes, no_linear, recipe, ffn_ranking)
@@ -91,7 +90,7 @@ def survey_of(
 
 
 def choose_ffn_ranking(axes: Sequence[LayerAxes], recipe: LibraryRecipe) -> str:
-    """What ``auto`` means: iterative where every layer's channel moments fit in the memory for statistics."""
+    """The ranking method; ``auto`` is iterative if the channel moments fit in the memory for statistics."""
     if recipe.ffn_ranking != "auto":
         return recipe.ffn_ranking
     needed = sum(8 * axis.ffn.size**2 for axis in axes if axis.ffn is not None and not axis.of_experts)
@@ -99,9 +98,12 @@ def choose_ffn_ranking(axes: Sequence[LayerAxes], recipe: LibraryRecipe) -> str:
 
 
 def _notes_on(
-    descriptor: Any, blocks: Sequence[BlockConfig], axes: Sequence[LayerAxes], no_linear: Mapping[str, Sequence[str]]
+    descriptor: type[ModelDescriptor],
+    blocks: Sequence[BlockConfig],
+    axes: Sequence[LayerAxes],
+    no_linear: Mapping[str, Sequence[str]],
 ) -> list[str]:
-    """Sentences about what the library does not offer, or does not know exactly."""
+    """Sentences about what the library does not offer or only estimates."""
     notes = []
     if not descriptor.attn_no_op_supported():
         notes.append(f"{descriptor.__name__} has no attention no-op, so no attention is removed.")
@@ -114,6 +116,6 @@ def _notes_on(
     for subblock, what in _NOT_OFFERED.items():
         by_layer = {i: layer.reasons[subblock] for i, layer in enumerate(axes) if subblock in layer.reasons}
         notes += by_reason(by_layer, len(axes), what)
-    why = "a layer does not keep keys and values of every token there, but something else too"
+    why = "the layer caches more than keys and values of every token"
     estimated = {i: why for i in range(len(blocks)) if descriptor.estimates_cache(i)}
-    return [*notes, *by_reason(estimated, len(blocks), "What the KV cache takes is estimated")]
+    return [*notes, *by_reason(estimated, len(blocks), "The size of the KV cache is estimated")]

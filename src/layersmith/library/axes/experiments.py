@@ -1,7 +1,7 @@
 """Experiments on the sizes of a model's blocks: which weights a size governs, and along which dimension.
 
 Two models are built on the meta device that differ in one number of their block configs. The weights whose shapes
-differ are those that the size governs. Nothing is known by name.
+differ are those that the size governs. The names of weights play no part.
 """
 
 from __future__ import annotations

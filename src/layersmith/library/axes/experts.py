@@ -1,4 +1,4 @@
-"""Finds the routed experts of a layer: which weights are stacks or lists of them, and what chooses among them.
+"""Finds the routed experts of a layer: the stacks or lists of their weights, and the router's weights.
 
 Shapes: E experts.
 """
@@ -22,7 +22,7 @@ class Members:
         count: E.
         stacks: Weights that are stacks of experts.
         lists: Names of lists of modules with one per expert.
-        flat: Stacks without a dimension of their own for experts.
+        flat: Stacks whose first dimension is ``experts * rows``.
     """
 
     count: int
@@ -49,7 +49,7 @@ def find_experts(model: ModelExperiments, i: int) -> ExpertsAxis:
     """The routed experts of layer ``i``.
 
     Raises:
-        NoAxis: there cannot be fewer.
+        NoAxis: The number of experts cannot change.
     """
     moe = model.blocks[i].ffn.moe
     if moe is None or model.blocks[i].ffn.no_op or model.blocks[i].ffn.replace_with_linear:
@@ -77,7 +77,7 @@ def members_of(model: ModelExperiments, i: int) -> Members:
     """The weights of a layer that belong to experts.
 
     Raises:
-        NoAxis: layers with another number of experts cannot be built.
+        NoAxis: Layers with another number of experts cannot be built.
     """
     moe = model.blocks[i].ffn.moe
     if moe is None:

@@ -24,7 +24,7 @@ def find_width(model: ModelExperiments, i: int) -> WidthAxis:
     """The width of a dense FFN, or of routed experts.
 
     Raises:
-        NoAxis: it cannot be smaller.
+        NoAxis: The width cannot change.
     """
     block = model.blocks[i]
     if block.ffn.no_op or block.ffn.replace_with_linear:
@@ -42,7 +42,7 @@ def find_shared_width(model: ModelExperiments, i: int) -> WidthAxis:
     """The width of shared experts.
 
     Raises:
-        NoAxis: it cannot be smaller.
+        NoAxis: The width cannot change.
     """
     moe = model.blocks[i].ffn.moe
     assert moe is not None
@@ -78,7 +78,7 @@ def _width_axis(model: ModelExperiments, i: int, made: SizeExperiment, size: int
     ]
     listed = [g for g in governed if experts.number_of(g.name) is not None]
     single = [g for g in governed if g not in stacked and g not in listed and g.name not in experts.flat]
-    # Stacks of another number, as of shared experts: every matrix in one has its own channels.
+    # Stacks of another number of matrices, e.g. shared experts: every matrix of a stack has separate channels.
     others: dict[int, list[Governed]] = {}
     for g in [g for g in single if len(model.base[i][g.name]) == 3 and g.dim > 0]:
         others.setdefault(model.base[i][g.name][0], []).append(g)
@@ -99,14 +99,14 @@ def _width_axis(model: ModelExperiments, i: int, made: SizeExperiment, size: int
 
 
 def _bundle(size: int, governed: Sequence[Governed], members: int, stacked: bool) -> Bundle:
-    """Weights with the same channels; several entries per channel of the config are as many more channels."""
+    """Weights with the same channels; if all have several entries per channel, each entry counts as a channel."""
     least = min(g.unit for g in governed)
     weights = tuple(dataclasses.replace(g, unit=g.unit // least).axis("channels") for g in governed)
-    return Bundle(size * least, weights, members=members, stacked=stacked)
+    return Bundle(size=size * least, weights=weights, members=members, stacked=stacked)
 
 
 def _with_reader(model: ModelExperiments, i: int, bundle: Bundle) -> Bundle:
-    """The bundle with the only weight whose input the channels are, if its modules' classes tell."""
+    """The bundle with its reader, if exactly one weight is known to have the channels as its input."""
     readers = []
     for w in bundle.weights:
         name = w.name.format(0)
