@@ -120,8 +120,8 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
     recipe, library, scores, tokens = job.recipe, job.read(LIBRARY), job.read(SCORES), job.read(DATA)
     seen, unseen = tokens.scoring, tokens.evaluation
     unseen = unseen[:most_rows]
-    models = child_evaluator(library, seen, recipe, SILENT)
-    judge = child_evaluator(library, unseen, recipe, SILENT)
+    models = child_evaluator(library, seen, recipe.scoring, SILENT)
+    judge = child_evaluator(library, unseen, recipe.scoring, SILENT)
     costs = cost_table(library.parent, library, Workload())
 
     def truth(solutions: Sequence[Any]) -> list[list[float]]:

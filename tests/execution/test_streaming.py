@@ -21,7 +21,7 @@ from layersmith.library.build import build_library
 from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
-from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe
+from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
@@ -89,10 +89,10 @@ def test_whole_children_lose_what_they_do_in_memory(checkpoint: Path, tmp_path: 
         solutions.append([rng.choice(own) for own in places.values()])
     solutions.append([a for a in at_once.alternatives if a.kind == "parent"])
     solutions.append([*solutions[0][:-1], solutions[-1][-1]])  # begins as the first does
-    little = Recipe(scoring=ScoringRecipe(batch_tokens=48, spill_gib=5 * 2 * 48 * 32 * 4 / 1024**3))
+    little = ScoringRecipe(batch_tokens=48, spill_gib=5 * 2 * 48 * 32 * 4 / 1024**3)
     expected, found, in_parts = (
         child_evaluator(library, TOKENS, recipe, SILENT, tmp_path)
-        for library, recipe in ((at_once, Recipe()), (streamed, Recipe()), (streamed, little))
+        for library, recipe in ((at_once, ScoringRecipe()), (streamed, ScoringRecipe()), (streamed, little))
     )
     for chosen, rows in ((solutions, range(6)), (solutions[:2], range(1, 5)), (solutions[2:], range(1, 5))):
         losses = [
@@ -111,9 +111,7 @@ def test_exchanges_do_what_they_do_in_memory(make_parent: Callable[..., Path], t
               for i in range(len(at_once.parent.blocks)) for s in ("attention", "ffn")]  # fmt: skip
     others = [a for a in at_once.alternatives if a not in chosen]
     one, *more = (
-        child_evaluator(library, TOKENS, Recipe(scoring=scoring), SILENT, tmp_path).exchange_effects(
-            chosen, others, range(5), 3
-        )
+        child_evaluator(library, TOKENS, scoring, SILENT, tmp_path).exchange_effects(chosen, others, range(5), 3)
         for library, scoring in (
             (at_once, ScoringRecipe(batch_tokens=48)),
             (streamed, ScoringRecipe(batch_tokens=48)),
@@ -137,7 +135,7 @@ def test_all_children_go_through_a_layer_before_the_next_is_read(
         names.append(name)
         return read(name, device)
 
-    models = child_evaluator(library, TOKENS, Recipe(scoring=ScoringRecipe(batch_tokens=48)), SILENT, tmp_path)
+    models = child_evaluator(library, TOKENS, ScoringRecipe(batch_tokens=48), SILENT, tmp_path)
     parent.stream.files.read = noted  # type: ignore[method-assign]
     narrow = [a for a in library.alternatives if a.kind == "ffn_width"]
     models.run([[a] for a in narrow], range(6))
@@ -170,7 +168,7 @@ def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path
         assert len(alive) == reads
         assert set(alive) == {0}
     alive.clear()
-    models = child_evaluator(library, TOKENS, Recipe(), SILENT, tmp_path)
+    models = child_evaluator(library, TOKENS, ScoringRecipe(), SILENT, tmp_path)
     changed = [a for a in library.alternatives if a.kind == "ffn_width"]
     models.run([changed, changed[1:]], range(6))
     own = [a for a in library.alternatives if a.kind == "parent"]

@@ -20,7 +20,7 @@ from layersmith.library.build import build_library
 from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
-from layersmith.recipe import LibraryRecipe, Recipe
+from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
@@ -97,7 +97,7 @@ def test_exchanges_are_foretold() -> None:
     text = "".join(Path(str(module.__file__)).read_text(encoding="utf-8") for module in (random, argparse, gzip))
     rows = torch.tensor(load_tokenizer(MODEL)(text)["input_ids"])[: 16 * 128].view(16, 128)
     library = library_of(MODEL, rows, LibraryRecipe(kv_heads=(3,), linear=(), no_op=()))
-    models, rng = child_evaluator(library, rows, Recipe(), SILENT), random.Random(0)
+    models, rng = child_evaluator(library, rows, ScoringRecipe(), SILENT), random.Random(0)
     assert models.layerwise is not None
     places = of_places(library)
     child = {p: next((a for a in own if a.size == 256), own[0]) if p[0] else own[0] for p, own in places.items()}

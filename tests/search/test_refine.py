@@ -20,7 +20,7 @@ from layersmith.library.build import build_library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.pipeline import stages
-from layersmith.recipe import LibraryRecipe, Recipe, ScoringRecipe, SearchRecipe
+from layersmith.recipe import LibraryRecipe, ScoringRecipe, SearchRecipe
 from layersmith.run.journal import Journal
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
@@ -46,16 +46,16 @@ def scored(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory
     return job.read(LIBRARY), problem_as_measured(job), job.read(DATA).scoring
 
 
-def models(scored: Any, in_stages: bool = True) -> ChildEvaluator:
+def models(scored: Any, is_layerwise: bool = True) -> ChildEvaluator:
     library, _, rows = scored
-    return ChildEvaluator(library, split_layers(library.parent, library) if in_stages else None, rows, 2)
+    return ChildEvaluator(library, split_layers(library.parent, library) if is_layerwise else None, rows, 2)
 
 
-@pytest.mark.parametrize("in_stages", [True, False])
-def test_whole_children_lose_what_the_written_ones_do(scored: Any, in_stages: bool) -> None:
+@pytest.mark.parametrize("is_layerwise", [True, False])
+def test_whole_children_lose_what_the_written_ones_do(scored: Any, is_layerwise: bool) -> None:
     library, problem, rows = scored
     solutions = [solution.alternatives for solution in problem.several(3, 2)]
-    found = models(scored, in_stages).run(solutions, range(len(rows)))
+    found = models(scored, is_layerwise).run(solutions, range(len(rows)))
     for chosen, own in zip(solutions, found, strict=True):
         expected = compare(library.parent.model, library.compose(chosen), rows, batch_sequences=2)
         values = torch.tensor([row["kl_divergence"] for row in own])
@@ -78,7 +78,7 @@ def test_scores_that_are_wrong_are_mended() -> None:
         library.alternatives, {a.key: losses[a.key] * factors[a.layer, a.subblock] for a in library.alternatives},
         costs, limits,
     )  # fmt: skip
-    found = child_evaluator(library, rows, Recipe(), SILENT)
+    found = child_evaluator(library, rows, ScoringRecipe(), SILENT)
     with Journal(None, "") as journal:
         best = refine(wrong, wrong.best(), found, SearchRecipe(), "kl_divergence", journal)
     assert best.passes <= SearchRecipe.refine_passes

@@ -44,7 +44,7 @@ def refined_solution(
     """
     folder = journal.parent if journal is not None else None
     with progress.stage("refine", recipe.search.refine_passes, "passes") as advance, Journal(journal, inputs) as kept:
-        models = child_evaluator(library, tokens, recipe, progress, folder)
+        models = child_evaluator(library, tokens, recipe.scoring, progress, folder)
         refined = refine(
             problem, solution, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
         )

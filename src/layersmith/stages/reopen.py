@@ -169,7 +169,7 @@ def frontier_again(
 
     def measured(solutions: Sequence[Solution]) -> list[dict[str, Any]]:
         rows = job.read(DATA).scoring
-        models = child_evaluator(library, rows, recipe, progress, job.run.folder)
+        models = child_evaluator(library, rows, recipe.scoring, progress, job.run.folder)
         parent = problem.of([a for a in library.alternatives if a.is_parent])
         wanted = [solution.alternatives for solution in (*solutions, parent)]
         with progress.stage("measure", len(rows), "sequences") as advance:
