@@ -16,7 +16,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring import exact_runs
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.metrics import METRICS, Reference, measure, row_means
-from layersmith.scoring.score import error_beside_each_other, losses, standard_error
+from layersmith.scoring.score import losses, relative_error, standard_error
 from layersmith.scoring.task import row_order
 
 TOKENS = torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(4))
@@ -109,10 +109,10 @@ def test_no_more_rows_than_the_asked_precision_needs(
     seen: list[tuple[int, float]] = []
 
     def noted(values: torch.Tensor, num_rows: int) -> float:
-        seen.append((values.shape[1], error_beside_each_other(values, num_rows)))
+        seen.append((values.shape[1], relative_error(values, num_rows)))
         return seen[-1][1]
 
-    monkeypatch.setattr(exact_runs, "error_beside_each_other", noted)
+    monkeypatch.setattr(exact_runs, "relative_error", noted)
     assert [s.rows for s in score_library(library, tokens, dataclasses.replace(recipe, row_precision=1e-9))] == [
         s.rows for s in whole
     ]
@@ -136,13 +136,13 @@ def test_the_error_of_scores_beside_each_other() -> None:
     generator = torch.Generator().manual_seed(0)
     scores = 0.5 + torch.rand(300, 1, generator=generator, dtype=torch.float64)
     hard = 0.2 + 3 * torch.rand(1, 64, generator=generator, dtype=torch.float64)
-    assert error_beside_each_other((scores * hard)[:, :16], 64) < 1e-6
+    assert relative_error((scores * hard)[:, :16], 64) < 1e-6
     values = scores * hard * (1 + 0.3 * torch.randn(300, 64, generator=generator, dtype=torch.float64))
-    told = error_beside_each_other(values[:, :16], 64)
+    told = relative_error(values[:, :16], 64)
     ratio = values[:, :16].mean(1) / values.mean(1)
     assert told == pytest.approx(float((ratio / ratio.mean() - 1).square().mean().sqrt()), rel=0.15)
-    assert error_beside_each_other(values[:, :1], 64) == float("inf")
-    assert error_beside_each_other(-values, 64) == float("inf")
+    assert relative_error(values[:, :1], 64) == float("inf")
+    assert relative_error(-values, 64) == float("inf")
 
 
 def test_metrics_of_a_model_against_itself() -> None:

@@ -120,5 +120,5 @@ def test_exchanges_are_foretold() -> None:
     assert off[0] < 0.2, off
     assert off[0] < 0.7 * off[1], off
     one, other = changed
-    assert found.beside(())[found.place[one.key]] == pytest.approx(found.of([one]))
-    assert found.beside([other])[found.place[one.key]] == pytest.approx(found.of(changed) - found.of([other]))
+    assert found.given(())[found.place[one.key]] == pytest.approx(found.of([one]))
+    assert found.given([other])[found.place[one.key]] == pytest.approx(found.of(changed) - found.of([other]))

@@ -154,7 +154,7 @@ class ChildEvaluator:
         return exchange_effects(self.layerwise, solution, others, batches, seed, self._states(), most)
 
     def cost_of_effects(self, solution: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
-        """Work of :meth:`exchange_effects`: one forward pass of the parent, two of the child, and two backward passes."""
+        """Work of :meth:`exchange_effects`: a forward pass of the parent, two of the child, and two backward passes."""
         child = self._layers.num_parameters_from(0, self._places(solution))
         alone = sum(self.library.num_parameters(a, no_op_of_other(a)) for a in others)
         return (self._layers.total + 4 * child + alone) / self._layers.total * num_rows / len(self.tokens)
@@ -175,9 +175,9 @@ class ChildEvaluator:
         for index, places in enumerate(solutions):
             first = 0 if before is None else _first_difference(before, places)
             del states[first + 1 :]
-            for i in range(first, len(places)):
-                states.append(layerwise.run(batch, i, states[-1], self._layers.module(i, places[i])))
-                self._count(self._layers.num_parameters(i, places[i]), rows)
+            for i, changes in enumerate(places[first:], first):
+                states.append(layerwise.run(batch, i, states[-1], self._layers.module(i, changes)))
+                self._count(self._layers.num_parameters(i, changes), rows)
             measured = []
             for start, end in spans(batch.input_ids, layerwise.vocab_size):
                 logits, read = layerwise.head(batch.input_ids[:, start:end], states[-1][:, start:end])
@@ -192,7 +192,7 @@ class ChildEvaluator:
         layerwise = self.layerwise
         assert layerwise is not None
         states, depth = self._states(), len(layerwise.layers)
-        known = all(rows in self._ends for rows in batches)
+        known = self._ends.keys() >= set(batches)
         wanted = list(solutions) if known else [*solutions, ((),) * depth]
         started = [layerwise.start(self._tokens_of(rows)) for rows in batches]
         for n, batch in enumerate(started):
@@ -266,8 +266,6 @@ class ChildEvaluator:
             self._count(self._layers.total, rows)
             self._started[rows] = batch, Reference.of(logits, hidden, ids)
         return self._started[rows]
-
-    # ------------------------------------------------------------------------------------------ pieces
 
     def _tokens_of(self, rows: Sequence[int]) -> torch.Tensor:
         return self.tokens[list(rows)].to(self.library.parent.runtime.device)

@@ -1,28 +1,25 @@
-"""From second-order estimates and some exact runs to scores with an error.
+"""Corrects second-order estimates by a few exact runs, and states the error of the result.
 
-Let r be the logarithm of exact over estimated KL. Estimates of small changes are right: r grows with how large a change
-is beside the hidden states that it is made to (``size``), is alike for alternatives of one subblock and kind that
-change about as much, and somewhat alike within a kind and within a subblock. That is written down as a Gaussian process
-over all alternatives,
+Let r be the logarithm of exact over estimated KL. Estimates of small changes are accurate, so r grows with the size of
+a change relative to the hidden states (``size``). It is similar for alternatives of one subblock and kind with similar
+changes, and less similar within a kind or within a subblock alone. The prior is a Gaussian process over alternatives,
 
     cov(r_a, r_b) = h_a h_b (0.2 [same kind] k + 0.4 [same kind and subblock] k + 0.2 [same subblock] + 0.2 [a = b])
     h = 0.08 + 0.3 size + 2.5 size^2,   k = exp(-(log e_a - log e_b)^2 / (2 * 1.5^2)),
 
-e the estimates. Where experts of later layers are chosen by routers, a small change moves a few tokens over the edge to
-another expert: about as many as it is large, each by a jump that does not get smaller. So KL falls with the size of a
-change there and not with its square, e is too low by a factor 1 + b / sqrt(e), and the covariance has another term,
+where e are the estimates. If routers of later layers choose experts, a small change sends a few tokens to other
+experts. Their number is proportional to the change, but each jump stays as large. So KL falls with the size of the
+change and not with its square, e is too low by a factor 1 + b / sqrt(e), and the covariance has another term,
 
     f_a f_b (0.8 [same kind] + 0.2 [a = b]),   f = log(1 + 0.002 / sqrt(e)),
 
-for those whose changes a router sees: what is done to every token moves more over the edge than what is done to a few
-that used an expert. What is done to experts themselves changes few tokens, and an estimate that few tokens make up
-tells less: with s its relative standard deviation over the N rows, s^2 / N is added to the variance of r.
+for alternatives that change the input of a router. An alternative of the experts themselves changes few tokens, which
+makes its estimate noisy: with s its relative standard deviation over the N rows, s^2 / N is added to the variance of r.
 
-An exact run on n of N rows observes r with variance (0.12 + 0.3 (h + f) + s)^2 (1/n - 1/N). The variance that is left
-does not depend on what is observed, so the runs can be chosen beforehand: always the one that lowers the summed
-variance most for its cost. Of alternatives of experts, or that a router sees, small estimates count for less in that
-sum: below a tenth of the median they decide nothing, however wrong. The measurements behind the
-constants are in docs/measurements/scoring.md.
+An exact run on n of N rows observes r with variance (0.12 + 0.3 (h + f) + s)^2 (1/n - 1/N). The posterior variance does
+not depend on the observed values, so the runs are chosen beforehand: each time the run that lowers the weighted sum of
+variances most for its cost. For alternatives of experts or before routers, estimates below a tenth of the median have
+lower weights, because they decide nothing. docs/measurements/scoring.md has the measurements behind the constants.
 """
 
 from __future__ import annotations
@@ -37,7 +34,7 @@ from layersmith.library.alternative import Alternative
 
 # The constants below were fitted to exact over estimated scores of small trained parents; docs/scoring.md and
 # benchmarks/scoring.py have the measurements. They trade trust in estimates against exact runs: a wider prior asks for
-# more runs, a narrower one carries what few runs show too far.
+# more runs, a narrower one generalizes too far from few runs.
 
 # h, the prior standard deviation of r: of tiny changes, and its growth with the size of a change and its square.
 _SPREAD, _SPREAD_BY_SIZE, _SPREAD_BY_SQUARE = 0.08, 0.3, 2.5
@@ -116,8 +113,8 @@ def prior(
 
 def _same(keys: Sequence[object]) -> torch.Tensor:
     numbers = {key: i for i, key in enumerate(dict.fromkeys(keys))}
-    own = torch.tensor([numbers[key] for key in keys])
-    return (own[:, None] == own).double()
+    ids = torch.tensor([numbers[key] for key in keys])
+    return (ids[:, None] == ids).double()
 
 
 def choose_runs(
@@ -154,17 +151,17 @@ def choose_runs(
     spent = 0.0
     while True:
         variance = left.diagonal()
-        more = torch.minimum(torch.where(rows > 0, rows, 1.0), num_rows - rows)
-        noise = known.noise.square() / more.clamp_min(1)
-        gain = weight @ left.square() / (variance + noise) / (cost * more.clamp_min(1))
-        gain[(more < 1) | (spent + cost * more > budget)] = -1
+        added = torch.minimum(torch.where(rows > 0, rows, 1.0), num_rows - rows)
+        noise = known.noise.square() / added.clamp_min(1)
+        gain = weight @ left.square() / (variance + noise) / (cost * added.clamp_min(1))
+        gain[(added < 1) | (spent + cost * added > budget)] = -1
         best = int(gain.argmax())
         if gain[best] <= 0 or float((known.weight * variance).max()) <= precision**2:
             return {i: int(n) for i, n in enumerate(rows.tolist()) if n}
         column = left[:, best].clone()
         left -= torch.outer(column, column) / (variance[best] + noise[best])
-        spent += float(cost[best] * more[best])
-        rows[best] += more[best]
+        spent += float(cost[best] * added[best])
+        rows[best] += added[best]
 
 
 def _given(known: Prior, counts: Mapping[int, int], num_rows: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

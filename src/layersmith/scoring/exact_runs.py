@@ -20,7 +20,7 @@ from layersmith.scoring.exact import (
     run_layer_by_layer,
 )
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
-from layersmith.scoring.score import Score, error_beside_each_other
+from layersmith.scoring.score import Score, relative_error
 from layersmith.scoring.task import PARENT, ScoringTask, row_order
 from layersmith.scoring.work import plan_all
 
@@ -148,7 +148,7 @@ def exact_scores(task: ScoringTask) -> list[Score]:
         runs.run(wanted, before, planned)
         done = end
         if precision and done < num_rows:
-            error = error_beside_each_other(_loss_increases(task, row_order(num_rows)[:done]), num_rows)
+            error = relative_error(_loss_increases(task, row_order(num_rows)[:done]), num_rows)
             if error <= precision:
                 break
             # The error falls with the square root of 1/n - 1/N.

@@ -1,15 +1,15 @@
-"""Scores around a child: what each exchange of an alternative would change in what a child loses, to second order.
+"""Scores around a child: the change of its loss by each exchange of an alternative, to second order.
 
-Scores of the library are told at the parent, where the divergence is flat; a child is far from there, and its errors
-work together. So the same is told at the child. Let q be the child's distribution, p the parent's, delta_bt what
-alternative b in the place of the child's own changes in the hidden states after its stage at token t, and g the
-gradient of KL(p || q) with respect to those. The Hessian of KL(p || q) in the logits is the Fisher information of q,
-so with signs as in :mod:`layersmith.scoring.second_order` and their gradients h,
+Scores of the library are measured at the parent, where the divergence is flat. A child is far from the parent, and its
+errors interact, so scores are measured again at the child. Let q be the child's distribution and p the parent's. Let
+delta_bt be the change in the hidden states after a subblock at token t if alternative b replaces the child's one, and g
+the gradient of KL(p || q) with respect to these hidden states. The Hessian of KL(p || q) in the logits is the Fisher
+information of q, so with signs as in :mod:`layersmith.scoring.second_order` and their gradients h,
 
     KL(child with exchanges) ~ KL(child) + E[sum over b of g_t . delta_bt] + 1/2 E[(sum over b of h_t . delta_bt)^2],
 
-b over the exchanges. One forward pass of parent and child and two backward passes of the child serve all of them; each
-alternative that is looked at is run in its own stage besides.
+where b runs over the exchanges. One forward pass of the parent, two of the child and two backward passes of the child
+serve all exchanges; each alternative also runs once in the place of its subblock.
 
 Shapes: B rows, T tokens, D hidden, A alternatives, S tokens that are kept.
 """
@@ -30,18 +30,18 @@ from layersmith.library.alternative import Alternative
 from layersmith.scoring.exact import spans
 from layersmith.scoring.second_order import drawn
 
-# So many tokens are kept, evenly; a mean product of that many is known within a few hundredths.
+# Number of evenly spaced tokens that are kept: the mean product over that many is known within a few hundredths.
 _MOST_TOKENS = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class ExchangeEffects:
-    """What exchanges do to a child's loss, in nats a token.
+    """Effects of exchanges on a child's loss, in nats per token.
 
     Attributes:
-        place: key of an alternative to its row and column.
-        linear: ``[A]`` float64, of each exchange to first order.
-        mixed: ``[A, A]`` float64, mean products of two exchanges.
+        place: Key of an alternative to its row and column.
+        linear: ``[A]`` float64, the first-order effect of each exchange.
+        mixed: ``[A, A]`` float64, the mean products of two exchanges.
     """
 
     place: Mapping[str, int]
@@ -49,19 +49,19 @@ class ExchangeEffects:
     mixed: np.ndarray
 
     def of(self, exchanges: Sequence[Alternative]) -> float:
-        """What these exchanges change together, each in a place of its own."""
+        """The joint effect of exchanges of different subblocks."""
         rows = [self.place[a.key] for a in exchanges]
         return float(self.linear[rows].sum() + 0.5 * self.mixed[np.ix_(rows, rows)].sum())
 
-    def beside(self, exchanges: Sequence[Alternative]) -> np.ndarray:
-        """``[A]``: what each exchange alone changes, and what it adds where these are made as well."""
+    def given(self, exchanges: Sequence[Alternative]) -> np.ndarray:
+        """``[A]``: the effect of each exchange if these are made as well."""
         rows = [self.place[a.key] for a in exchanges]
         return self.linear + 0.5 * np.diag(self.mixed) + self.mixed[:, rows].sum(1)
 
 
 @dataclass
 class _Sums:
-    """What is added up, by key of an alternative."""
+    """Sums over tokens by key of an alternative; products are kept for one of ``every`` tokens."""
 
     every: int
     linear: dict[str, float] = field(default_factory=dict)
@@ -83,25 +83,25 @@ def exchange_effects(
     states: States,
     most_bytes: float = math.inf,
 ) -> ExchangeEffects:
-    """What exchanges do to a child.
+    """Effects of exchanges on a child.
 
-    A layer is done with all batches before the next begins, as far as their hidden states may wait.
+    Each layer is finished on as many batches as the limit of hidden states allows before the next one begins.
 
     Args:
-        layerwise: the parent.
-        chosen: of the child, one for every subblock.
-        others: alternatives that are looked at, none of them the child's.
-        batches: rows of token ids, ``[B, T]`` each.
-        seed: of the signs.
-        states: where hidden states wait.
-        most_bytes: that they may take.
+        layerwise: The parent, run layer by layer.
+        chosen: The child's alternatives, one for every subblock.
+        others: Alternatives to exchange for, none of them the child's.
+        batches: Token ids, ``[B, T]`` for each batch.
+        seed: Seed of the signs.
+        states: Stores hidden states between layers.
+        most_bytes: Limit of these hidden states.
     """
     child: dict[int, dict[str, Alternative]] = {}
     for a in chosen:
         child.setdefault(a.layer, {})[a.subblock] = a
     total = sum(rows.numel() for rows in batches)
     sums = _Sums(max(1, -(-total // _MOST_TOKENS)))
-    # What every layer is given, and ends and gradients.
+    # The inputs of every layer, two final hidden states and two gradients.
     of_batch = (len(layerwise.layers) + 4) * max(rows.numel() for rows in batches) * layerwise.bytes_of_a_token
     size = max(1, int(min(len(batches), most_bytes / of_batch)))
     first = 0
@@ -113,9 +113,8 @@ def exchange_effects(
     keys = list(sums.linear)
     products = np.stack([torch.cat(sums.products[key]).numpy() for key in keys]).astype(np.float64)
     mixed = products @ products.T / products.shape[1]
-    return ExchangeEffects(
-        {key: k for k, key in enumerate(keys)}, np.array([sums.linear[key] for key in keys]) / total, mixed
-    )
+    linear = np.array([sums.linear[key] for key in keys]) / total
+    return ExchangeEffects({key: k for k, key in enumerate(keys)}, linear, mixed)
 
 
 def _sweep(
@@ -128,13 +127,13 @@ def _sweep(
     states: States,
     sums: _Sums,
 ) -> None:
-    """Add what exchanges change on some batches, whose rows have these numbers."""
+    """Add the effects of exchanges on some batches, whose rows have these numbers."""
     started = _forward(layerwise, child, batches, states)
     left = iter(numbers)
     for n, rows in enumerate(batches):
         seeds = [seed * 1_000_003 + next(left) for _ in rows]
-        parent, own = (states.pop((name, n)) for name in ("parent", "child"))
-        for k, g in enumerate(_of_the_head(layerwise, rows, parent, own, seeds)):
+        parent, of_child = (states.pop((name, n)) for name in ("parent", "child"))
+        for k, g in enumerate(_of_the_head(layerwise, rows, parent, of_child, seeds)):
             states.put(("gradient", k, n), g)
     for i in reversed(range(len(layerwise.layers))):
         layerwise.read(i)
@@ -144,7 +143,7 @@ def _sweep(
             layer = _Layer(layerwise, batch, child[i], states.pop(("given", i, n)), sums)
             for k, g in enumerate(layer.back(of_layer, cotangents)):
                 states.put(("gradient", k, n), g)
-            del layer, cotangents, g  # they hold on to weights
+            del layer, cotangents, g  # frees their weights
     for n in range(len(batches)):
         for k in range(2):
             states.forget(("gradient", k, n))
@@ -156,7 +155,7 @@ def _forward(
     batches: Sequence[torch.Tensor],
     states: States,
 ) -> list[Batch]:
-    """Take batches through parent and child: ``("given", i, n)`` is what the child's layer i is given of batch n."""
+    """Run batches through parent and child; ``("given", i, n)`` is the input of the child's layer i for batch n."""
     started = []
     for n, rows in enumerate(batches):
         batch = layerwise.start(rows)
@@ -171,14 +170,14 @@ def _forward(
             states.put(("given", i, n), hidden)
             states.put(("child", n), layerwise.run(batch, i, hidden, module))
             states.put(("parent", n), layerwise.run(batch, i, states.get(("parent", n))))
-        del module  # it holds on to weights
+        del module  # frees its weights
     return started
 
 
 def _of_the_head(
     layerwise: LayerwiseParent, rows: torch.Tensor, parent: torch.Tensor, child: torch.Tensor, seeds: Sequence[int]
 ) -> list[torch.Tensor]:
-    """Cotangents ``[B, T, D]`` at what the child's last layer gives: of KL(p || q), and of signs."""
+    """Cotangents ``[B, T, D]`` of KL(p || q) and of the signs at the output of the child's last layer."""
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]
     slope, signs = torch.empty_like(child), torch.empty_like(child)
     for start, end in spans(rows, layerwise.vocab_size):
@@ -193,14 +192,14 @@ def _of_the_head(
 
 
 class _Layer:
-    """A layer of the child on one batch, by stages.
+    """A layer of the child on one batch.
 
     Args:
-        layerwise: the parent.
-        batch: the rows.
-        child: what the layer has, by subblock.
-        given: hidden states ``[B, T, D]`` that it is given.
-        sums: to which what exchanges change is added.
+        layerwise: The parent, run layer by layer.
+        batch: The batch.
+        child: The child's alternatives in the layer, by subblock.
+        given: Input of the layer, ``[B, T, D]``.
+        sums: Collects the effects of exchanges.
     """
 
     def __init__(
@@ -216,49 +215,49 @@ class _Layer:
         self.stages = layerwise.split(self.i, batch, given)
 
     def back(self, others: Sequence[Alternative], cotangents: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """Add what exchanges change; returns the cotangents at what the layer is given."""
+        """Add the effects of exchanges, and return the cotangents at the input of the layer."""
         if self.stages.layout == "whole":
-            return _Stage(self, self._whole, self.child["attention"], self.given).back(others, cotangents)
+            return _Pass(self, self._whole, self.child["attention"], self.given).back(others, cotangents)
         of_attention, of_ffn = ([a for a in others if a.subblock == subblock] for subblock in ("attention", "ffn"))
-        attention = _Stage(self, self._alone, self.child["attention"], self.given)
+        attention = _Pass(self, self._alone, self.child["attention"], self.given)
         if self.stages.layout == "parallel":
-            ffn = _Stage(self, self._alone, self.child["ffn"], self.given)
-            found = ffn.back(of_ffn, cotangents), attention.back(of_attention, cotangents)
-            return [a + b - g for a, b, g in zip(*found, cotangents, strict=True)]
-        ffn = _Stage(self, self._alone, self.child["ffn"], attention.output.detach())
+            ffn = _Pass(self, self._alone, self.child["ffn"], self.given)
+            of_both = ffn.back(of_ffn, cotangents), attention.back(of_attention, cotangents)
+            return [a + b - g for a, b, g in zip(*of_both, cotangents, strict=True)]
+        ffn = _Pass(self, self._alone, self.child["ffn"], attention.output.detach())
         return attention.back(of_attention, ffn.back(of_ffn, cotangents))
 
     def _alone(self, a: Alternative) -> nn.Module:
-        """What runs in the place of a subblock's stage."""
+        """The module that runs in the place of the subblock."""
         return self.layerwise.module_of(a, self.stages)
 
     def _whole(self, a: Alternative) -> nn.Module:
-        """The layer with an alternative beside what the child has."""
+        """The child's layer with one alternative exchanged."""
         return self.layerwise.builder.layer(*({**self.child, a.subblock: a}).values())
 
     def run(self, module: nn.Module, hidden: torch.Tensor) -> torch.Tensor:
         return self.layerwise.run(self.batch, self.i, hidden, module)
 
 
-class _Stage:
-    """What a layer does with a subblock, or all that it does, run so that gradients can be taken.
+class _Pass:
+    """A forward pass of a subblock, or of a whole layer, that gradients can be taken of.
 
     Args:
-        layer: whose it is.
-        module_of: what runs with an alternative.
-        own: the child's.
-        given: to the stage.
+        layer: The layer.
+        module_of: Gives the module with an alternative.
+        chosen: The child's alternative.
+        given: Input of the module, ``[B, T, D]``.
     """
 
     def __init__(
-        self, layer: _Layer, module_of: Callable[[Alternative], nn.Module], own: Alternative, given: torch.Tensor
+        self, layer: _Layer, module_of: Callable[[Alternative], nn.Module], chosen: Alternative, given: torch.Tensor
     ):
         self.layer, self.module_of, self.given = layer, module_of, given.detach().requires_grad_()
         with torch.enable_grad():
-            self.output = layer.run(module_of(own), self.given)
+            self.output = layer.run(module_of(chosen), self.given)
 
     def back(self, others: Sequence[Alternative], cotangents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Add what exchanges change; returns the cotangents at what the stage is given."""
+        """Add the effects of exchanges, and return the cotangents at the input."""
         before = []
         for k, g in enumerate(cotangents):
             keep = k + 1 < len(cotangents)

@@ -10,13 +10,13 @@ from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import Batch, LayerwiseParent
 from layersmith.scoring.work import Plan, Work
 
-# A killed run may lose this many seconds of work; more, where reading the layers would take a larger share of it.
+# A killed run loses at most this many seconds of work, or more if reading layers would otherwise exceed this share.
 _LOST_SECONDS = 60.0
 _SHARE_OF_READING = 0.05
 
 
 def most_seconds(layerwise: LayerwiseParent, work: Work, readings: int) -> float:
-    """How long a piece of work may take that has no results before its end and reads all layers ``readings`` times."""
+    """Limit in seconds of a piece of work that gives results at its end and reads all layers ``readings`` times."""
     reading = work.seconds_of("reading", readings * len(layerwise.layers)) or 0.0
     return max(_LOST_SECONDS, reading / _SHARE_OF_READING)
 
@@ -50,7 +50,7 @@ def plan_start(layerwise: LayerwiseParent, shapes: Sequence[torch.Size], plan: P
 
 
 def read(layerwise: LayerwiseParent, i: int, work: Work) -> None:
-    """Have a layer's weights in memory."""
+    """Read a layer's weights into memory if they stay on the disk."""
     if layerwise.streamed:
         with work.doing("reading", 1.0):
             layerwise.read(i)

@@ -1,10 +1,10 @@
-"""What is measured when a model stands beside its parent.
+"""Metrics that compare a model with its parent.
 
 With d = z - z', the parent's logits minus the other's, and p the parent's probabilities,
 
     KL(p || q) = E_p[d] + log E_p[exp(-d)] = log(1 + E_p[exp(E_p[d] - d) - 1])
 
-which needs no log-probabilities of either and loses no digits where both are nearly the same.
+which needs no log-probabilities, and stays accurate where both distributions are nearly the same.
 
 Shapes: B rows, T tokens, t a span of them, D hidden, V vocabulary.
 """
@@ -19,9 +19,9 @@ import torch
 
 METRICS = ("kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance")
 _TOP = (1, 5, 10)
-# Logits below this are as good as minus infinity, which some families give to tokens that do not exist.
+# Logits are raised to this value: some families give minus infinity to tokens that do not exist.
 _LOWEST = -1e4
-# exp of more than this is near the end of float32; a divergence of so many nats is not told from a larger one.
+# Limit of the exponent: exp of more comes near the end of float32. Divergences of more nats are cut off.
 _MOST_NATS = 80.0
 
 
@@ -30,16 +30,16 @@ Rows = list[dict[str, float]]
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """What the parent says on rows of tokens.
+    """The parent's outputs on rows of tokens.
 
     Attributes:
-        logits: ``[B, T, V]``.
-        probabilities: ``[B, T, V]`` float32.
+        logits: The logits, ``[B, T, V]``.
+        probabilities: Their softmax, ``[B, T, V]`` float32.
         log_normalizers: ``[B, T]`` float32, the logarithm of the sum of exponentials of the logits.
-        top: ``[B, T]`` its most likely next token.
-        hidden: ``[B, T, D]``, what its head reads.
-        labels: ``[B, T]`` the tokens that did follow; -1 at the end.
-        has_lowest: whether some logits were raised to a lowest value.
+        top: The most likely next tokens, ``[B, T]``.
+        hidden: The inputs of the head, ``[B, T, D]``.
+        labels: The next tokens of the text, ``[B, T]``; -1 at the end.
+        has_lowest: Whether some logits were raised to the lowest value.
     """
 
     logits: torch.Tensor
@@ -63,7 +63,7 @@ class Reference:
         return Reference(logits, probabilities, log_normalizers, logits.argmax(-1), hidden, labels, has_lowest)
 
     def span(self, start: int, end: int) -> Reference:
-        """Some neighbouring tokens of every row; views."""
+        """Views of the tokens from ``start`` to ``end`` of every row."""
         return dataclasses.replace(
             self,
             logits=self.logits[:, start:end],
@@ -84,14 +84,14 @@ def measure(parent: Reference, logits: torch.Tensor, hidden: torch.Tensor) -> di
     """Metrics ``[..., B, t]`` of every token, float32.
 
     Args:
-        parent: on a span of ``t`` tokens.
-        logits: ``[..., B, t, V]``; overwritten.
-        hidden: ``[..., B, t, D]``, what the head reads.
+        parent: The parent's outputs on a span of ``t`` tokens.
+        logits: The model's logits, ``[..., B, t, V]``; overwritten.
+        hidden: The inputs of its head, ``[..., B, t, D]``.
 
     ``kl_divergence``: sum over v of p(v) (log p(v) - log q(v)), p the parent's, in nats.
-    ``lm_loss``: minus log q of the token that did follow, in nats; nan after the last token.
-    ``top_k_agreement``: whether the parent's most likely next token is among the k most likely.
-    ``hidden_distance``: one minus the cosine between the hidden states that the heads read.
+    ``lm_loss``: minus log q of the next token of the text, in nats; nan at the last token.
+    ``top_k_agreement``: whether the parent's most likely next token is among the model's k most likely ones.
+    ``hidden_distance``: one minus the cosine between the inputs of the heads.
     """
     logits = logits.float().clamp_min_(_LOWEST) if parent.has_lowest else logits.float()
     shape = logits.shape[:-1]
@@ -121,13 +121,13 @@ def row_means(spans: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tenso
 
 
 def as_rows(means: dict[str, torch.Tensor]) -> Rows:
-    """``[B]`` values of every metric, as one mapping a row."""
+    """``[B]`` values of every metric as one mapping per row."""
     values = {name: means[name].tolist() for name in METRICS}
     return [{name: values[name][j] for name in METRICS} for j in range(len(values[METRICS[0]]))]
 
 
 def loss_of(metric: str, value: float, parent_value: float) -> float:
-    """How much worse than the parent, at least zero: the parent is the best answer to every objective."""
+    """The loss increase over the parent, at least 0; the parent is optimal under every objective."""
     difference = parent_value - value if metric.endswith("agreement") else value - parent_value
     return max(0.0, difference)
 

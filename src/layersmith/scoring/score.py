@@ -1,4 +1,4 @@
-"""What a score is."""
+"""Scores of alternatives, and their errors."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from layersmith.scoring.metrics import loss_of
 
 @dataclass(frozen=True)
 class Score:
-    """One alternative's metrics.
+    """The metrics of one alternative.
 
     Attributes:
-        alternative: which.
-        rows: metric to its value on every scoring row. Exact scores have all metrics, others ``kl_divergence`` alone.
-        exact_rows: rows on which it was run exactly; elsewhere its second-order estimate, corrected, stands.
-        error: standard deviation of the mean KL that comes from the correction, beside the noise of the rows.
-        checked: mean KL on the rows that were run exactly, as it was estimated before any correction, and exactly;
-            None where there is no estimate or no exact run.
+        alternative: The alternative.
+        rows: Metric to its value on every scoring row. Exact scores have all metrics, others ``kl_divergence`` alone.
+        exact_rows: Number of rows on which it ran exactly; the others have its corrected second-order estimate.
+        error: Standard deviation of the mean KL due to the correction, without the noise of the rows.
+        checked: Mean KL on the exact rows: the estimate before any correction, and the exact value; None without an
+            estimate or an exact run.
     """
 
     alternative: Alternative
@@ -45,15 +45,19 @@ class Score:
         )
 
     def mean(self, metric: str) -> float:
-        """Raises: UsageError: this metric was not measured."""
+        """The mean of a metric over rows.
+
+        Raises:
+            UsageError: The metric was not measured.
+        """
         if metric not in self.rows:
-            raise UsageError(f"{metric} was not scored in this run. Score with --scoring exact to have every metric.")
+            raise UsageError(f"{metric} was not scored in this run. Score with --scoring exact to get every metric.")
         return math.fsum(self.rows[metric]) / len(self.rows[metric])
 
     def standard_error(self, metric: str) -> float | None:
-        """Of the mean over rows, with the error of the correction; None for a single row."""
-        own = standard_error(self.rows[metric])
-        return own if own is None or not self.error else math.hypot(own, self.error)
+        """Standard error of the mean over rows, with the error of the correction; None for a single row."""
+        of_rows = standard_error(self.rows[metric])
+        return of_rows if of_rows is None or not self.error else math.hypot(of_rows, self.error)
 
 
 def standard_error(values: Sequence[float]) -> float | None:
@@ -65,23 +69,23 @@ def standard_error(values: Sequence[float]) -> float | None:
     return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
-def error_beside_each_other(values: torch.Tensor, num_rows: int) -> float:
-    """How far scores stand from what all rows would give, for telling alternatives apart.
+def relative_error(values: torch.Tensor, num_rows: int) -> float:
+    """The error of scores from some of the rows, relative to the other scores.
 
-    Rows that are hard for one alternative are hard for all: that moves all scores alike and exchanges none. With s_a
-    the mean of v_ar over the n rows that were run, of N, and f_r the mean over alternatives of v_ar / s_a, what is left
-    is e_ar = v_ar - s_a f_r, and the error of s_a beside the others
+    Rows that are hard for one alternative are hard for all, which changes all scores by the same factor and their order
+    not at all. Let s_a be the mean of v_ar over n of the N rows, and f_r the mean over alternatives of v_ar / s_a. With
+    the residuals e_ar = v_ar - s_a f_r, the relative error of s_a is
 
         sqrt(var_r(e_ar) (1/n - 1/N)) / s_a.
 
-    Scores below a tenth of the median count as that much: what they are exactly decides nothing.
+    Scores below a tenth of the median are raised to it, because their exact values decide nothing.
 
     Args:
-        values: ``[A, n]``, how much worse than the parent.
-        num_rows: N.
+        values: Loss increases v over the parent, ``[A, n]``.
+        num_rows: N, the number of scoring rows.
 
     Returns:
-        The root mean square over alternatives; infinite where fewer than two rows or no losses tell.
+        The root mean square over alternatives; infinite with fewer than two rows or without losses.
     """
     n = values.shape[1]
     scores = values.mean(1)
@@ -96,7 +100,7 @@ def error_beside_each_other(values: torch.Tensor, num_rows: int) -> float:
 
 
 def losses(scores: Sequence[Score], objective: str) -> dict[str, float]:
-    """Key of the alternative to how much worse it is than the parent under an objective; the parent has 0."""
+    """Key of each alternative to its loss increase over the parent under an objective; 0 for the parent."""
     parent_value = next(s.mean(objective) for s in scores if s.alternative.is_parent)
     return {
         s.alternative.key: 0.0 if s.alternative.is_parent else loss_of(objective, s.mean(objective), parent_value)

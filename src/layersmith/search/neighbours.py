@@ -87,7 +87,7 @@ class Neighbours:
     def _by_program(self, most: int) -> Chosen:
         """The best child with at most ``most`` exchanges, by the program along slopes of the prediction."""
         place, here = self.effects.place, set(self.base)
-        best, slopes = self.base, self.effects.beside(())
+        best, slopes = self.base, self.effects.given(())
         far = 1e3 * (float(np.abs(slopes).sum()) + 1e-12)  # alternatives that were not measured are not to be taken
         for _ in range(_LINES):
             losses: dict[str, float] = {}
@@ -109,7 +109,7 @@ class Neighbours:
         """What each exchange adds if those of a child in other places are made as well."""
         place = self.effects.place
         exchanged = [a for a, b in zip(child, self.base, strict=True) if a != b and a.key in place]
-        slopes = self.effects.beside(exchanged)
+        slopes = self.effects.given(exchanged)
         rows: dict[tuple[int, str], list[int]] = {}
         for a in self.problem.alternatives:
             if a.key in place:
