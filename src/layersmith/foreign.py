@@ -1,9 +1,8 @@
-"""The one place where what other people's code raises is caught: a model family's own forward, a remote config.
+"""Call code that layersmith did not write: the forward of a model family, or a config class from a checkpoint.
 
-A family's code may raise anything. That is an answer to the question asked ("does this layer run without its
-attention?"), but an error of layersmith itself inside the same block is a bug and must not become one. So
-:func:`foreign_code` looks at where an exception was raised: what comes out of foreign frames is logged and reported,
-what comes out of layersmith's own frames goes on as it is.
+Such code may raise any exception. That can be the answer to a question ("does this layer run without its attention?"),
+but an error of layersmith in the same block is a bug and must not be hidden. So :func:`foreign_code` checks where an
+exception was raised: those from foreign frames are logged and reported, those from layersmith's frames propagate.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
 _PACKAGE = str(Path(__file__).parent) + os.sep
-# Runs inside foreign models as part of them.
+# This module runs as part of foreign models.
 _PART_OF_MODELS = _PACKAGE + "modeling_layersmith.py"
 
 
 class Attempt:
-    """What came of a block of foreign code.
+    """The result of a block of foreign code.
 
     Attributes:
-        question: what the block was run to find out.
-        error: what the foreign code raised; None if it ran through.
+        question: The question that the block answers.
+        error: The exception that the foreign code raised; None if it raised none.
     """
 
     def __init__(self, question: str):
@@ -44,32 +43,31 @@ class Attempt:
 
     @property
     def reason(self) -> str:
-        """The first line of the error; empty if there was none."""
+        """The first line of the error; empty without an error."""
         return "" if self.error is None else first_line(self.error)
 
     def call(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-        """Call a foreign function. Arguments that Python itself refuses count as the function's refusal.
+        """Call a foreign function, so that a wrong signature counts as an exception of the function.
 
-        A wrong signature raises in the caller's frame, which would look like an error of ours.
+        Python raises it in the caller's frame, where it would look like an error of layersmith.
         """
         return function(*args, **kwargs)
 
 
 @contextmanager
 def foreign_code(question: str, *, refusal_is_answer: bool = False) -> Iterator[Attempt]:
-    """Run a block that calls foreign code, and keep what it raises as an answer.
+    """Run a block that calls foreign code, and catch the exceptions of that code.
 
     Args:
-        question: what the block finds out; goes into the log with the traceback (level DEBUG).
-        refusal_is_answer: An exception is one of the expected outcomes of an experiment. Only these are kept under
-            ``LAYERSMITH_STRICT=1``; everything else is raised there, so that tests see it.
+        question: The question that the block answers; logged with the traceback at level DEBUG.
+        refusal_is_answer: Whether an exception is an expected outcome of an experiment. Under ``LAYERSMITH_STRICT=1``
+            all other exceptions are raised, so that tests see them.
 
     Yields:
-        Attempt: ``failed`` and ``reason`` are known after the block.
+        Attempt: ``failed`` and ``reason`` are set after the block.
 
     Raises:
-        Exception: whatever layersmith's own frames raised, and a memory or disk that is full: neither says anything
-            about the foreign code.
+        Exception: An exception from layersmith's frames, or one because memory or disk is full.
 
     >>> with foreign_code("does a list have this key?", refusal_is_answer=True) as attempt:
     ...     _ = attempt.call(int, "seven")
@@ -101,7 +99,7 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _is_exhausted(error: Exception) -> bool:
-    """Whether memory or disk ran out; ``torch.OutOfMemoryError`` is known by name, since torch is not imported here."""
+    """Whether memory or disk is full. torch is not imported here, so its ``OutOfMemoryError`` is compared by name."""
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"

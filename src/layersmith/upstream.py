@@ -1,8 +1,8 @@
 """Every use of a private or undocumented part of another project, one function each.
 
-Private names change without notice. So they are used here alone; each function's docstring names the public behaviour
-that it stands in for, and ``tests/test_upstream.py`` has one test for each, so that a new version that breaks one is
-known by its name. Two modules are exempt and are tested in the same file: ``modeling_layersmith.py`` travels with
+Private names change without notice, so no other module uses them. Each function's docstring names the public behaviour
+that it replaces, and ``tests/test_upstream.py`` has one test per function, so that a failure names the function that a
+new version breaks. Two modules are exempt and are tested in the same file: ``modeling_layersmith.py`` travels with
 checkpoints and imports nothing of layersmith, and ``heterogeneous/auto.py`` runs before Transformers may be imported.
 
 Add a function under the heading of its project.
@@ -33,7 +33,7 @@ def model_from_config(cls: type[PreTrainedModel], config: PretrainedConfig, **ho
 
     Args:
         cls: The model class.
-        config: Config of the model; a dtype that is not given is the config's own.
+        config: Config of the model; its dtype is the default.
         how: ``dtype`` and ``attn_implementation``, as ``from_config`` takes them.
     """
     return cls._from_config(config, **how)
@@ -42,7 +42,7 @@ def model_from_config(cls: type[PreTrainedModel], config: PretrainedConfig, **ho
 def output_size_attribute(module: nn.Module) -> str:
     """The attribute of a linear layer that holds the size of its output; empty for other modules.
 
-    Stands in for a common interface of ``nn.Linear`` and of Transformers' transposed ``Conv1D``, as GPT-2 has it.
+    Replaces a common interface of ``nn.Linear`` and of Transformers' transposed ``Conv1D``, as GPT-2 has it.
     """
     return "out_features" if isinstance(module, nn.Linear) else "nf" if isinstance(module, Conv1D) else ""
 
@@ -58,11 +58,11 @@ def compile_on_any_device() -> Any:
 
 
 def checkpoint_as_in_memory(trainer: Trainer, model: nn.Module, file_name: str) -> None:
-    """Make a Trainer's checkpoints hold a model's weights by their names in memory, in ``file_name``.
+    """Make a Trainer save a model's weights under their names in memory, in the file ``file_name``.
 
-    Stands in for a choice of the format in ``Trainer.save_model``, which calls ``save_pretrained``: that renames and
-    merges the weights of some families, so that a resumed training would not have the same bits. Where no process has
-    the whole weights (FSDP, DeepSpeed), Trainer's own format stays.
+    Replaces an option for the format of ``Trainer.save_model``, which calls ``save_pretrained``. That renames and
+    merges the weights of some families, so that resumed training would not be bit-identical. Where no process has all
+    weights (FSDP, DeepSpeed), the format of Trainer is kept.
     """
     hooks: Any = trainer
     save, load = hooks._save, hooks._load_from_checkpoint
@@ -88,7 +88,7 @@ def checkpoint_as_in_memory(trainer: Trainer, model: nn.Module, file_name: str) 
 def use_one_gpu(arguments: TrainingArguments) -> None:
     """Keep Trainer from wrapping the model in ``DataParallel`` on a machine with several GPUs.
 
-    Stands in for a process that sees one GPU, as ``CUDA_VISIBLE_DEVICES=0`` makes it.
+    Replaces ``CUDA_VISIBLE_DEVICES=0``, which would have to be set before the process starts.
     """
     arguments._n_gpu = min(1, arguments.n_gpu)
 
@@ -101,9 +101,9 @@ def known_loggers() -> set[str]:
 
 
 def restore_forward(model: nn.Module) -> None:
-    """Give a model its class's ``forward`` back after it was exchanged on the instance and wrapped by accelerate.
+    """Restore the ``forward`` of a model's class after another was set on the instance and accelerate wrapped it.
 
-    Stands in for ``accelerate.Accelerator.unwrap_model``, which restores the exchanged one, and knows one wrapper only.
+    Replaces ``accelerate.Accelerator.unwrap_model``, which restores the one on the instance and removes one wrapper.
     """
     vars(model).pop("forward", None)
     vars(model).pop("_original_forward", None)
@@ -118,17 +118,17 @@ def is_heterogeneous(config: PretrainedConfig) -> bool:
 
 
 def per_layer_entries(config: PretrainedConfig) -> dict[int, dict[str, Any]]:
-    """What ``per_layer_config`` says of single layers, by the layer's index.
+    """The entries of ``per_layer_config`` by the index of the layer.
 
-    The public attribute of that name gives whole configs, one for each layer; its entries are in ``to_dict`` alone.
+    Replaces the public attribute of that name, which returns whole configs; only ``to_dict`` has the entries.
     """
     return {int(i): entry for i, entry in (config.to_dict().get("per_layer_config") or {}).items()}
 
 
 def set_per_layer_entries(config: PretrainedConfig, entries: dict[int, dict[str, Any]]) -> None:
-    """Replace what ``per_layer_config`` says; without entries the config says the same of all layers.
+    """Replace the entries of ``per_layer_config``; without entries the config is the same for all layers.
 
-    Stands in for the constructor's argument ``per_layer_config`` on a config that exists already.
+    Replaces the constructor's argument ``per_layer_config`` for a config that already exists.
     """
     by_layer: Any = entries or None
     config.per_layer_config = by_layer
@@ -137,7 +137,7 @@ def set_per_layer_entries(config: PretrainedConfig, entries: dict[int, dict[str,
 def with_plain_attention(config: PretrainedConfig) -> PretrainedConfig:
     """A copy of a config whose models use unfused attention, as ``from_pretrained(attn_implementation="eager")`` sets.
 
-    A model's ``set_attn_implementation`` comes too late where layers keep copies of their config.
+    A model's ``set_attn_implementation`` has no effect on layers that hold copies of the config.
     """
     plain = copy.deepcopy(config)
     plain._attn_implementation = "eager"
@@ -148,14 +148,14 @@ def with_plain_attention(config: PretrainedConfig) -> PretrainedConfig:
 
 
 def cache_slots(cache: Any) -> list[Any]:
-    """The slots of a ``Cache``, one for each attention or mixer that writes to it; none for what is no such cache."""
+    """The slots of a ``Cache``, one for each attention or mixer that writes to it; none for another kind of cache."""
     return list(getattr(cache, "layers", None) or ())
 
 
 def keys_and_values(slot: Any) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """The keys and values of a cache slot, each ``[B, heads, T, head size]``; None where it holds none.
+    """The keys and values of a cache slot, each ``[B, heads, T, head size]``; None if it is empty.
 
-    Stands in for what ``DynamicCache.update`` returns, after the fact.
+    Replaces the return value of ``DynamicCache.update`` where the cache is filled already.
     """
     kept = getattr(slot, "keys", None), getattr(slot, "values", None)
     return tuple(value if isinstance(value, torch.Tensor) else None for value in kept)  # type: ignore[return-value]
@@ -181,7 +181,7 @@ def _states(slot: Any, name: str) -> list[torch.Tensor]:
 
 @contextmanager
 def many_compiled_models() -> Iterator[None]:
-    """Let ``torch.compile`` keep the code of thousands of models at once; the default drops all but eight."""
+    """Let ``torch.compile`` keep the code of thousands of models at once; by default it keeps eight."""
     from torch._dynamo import config  # here, because importing it takes a second
 
     with config.patch(recompile_limit=4096, accumulated_recompile_limit=16384):
@@ -189,7 +189,7 @@ def many_compiled_models() -> Iterator[None]:
 
 
 def attention_counters() -> dict[Any, Any]:
-    """How ``FlopCounterMode`` counts attention on a CPU, for its ``custom_mapping``; it knows the kernels of GPUs."""
+    """The ``custom_mapping`` for ``FlopCounterMode`` to count attention on a CPU; it counts GPU kernels already."""
     from torch.utils.flop_counter import sdpa_flop_count
 
     def count(query: Any, key: Any, value: Any, *args: Any, **kwargs: Any) -> int:
@@ -202,12 +202,12 @@ def attention_counters() -> dict[Any, Any]:
 
 
 def take_disk_offload(model: nn.Module) -> dict[str, tuple[Path, str]]:
-    """Remove accelerate's hooks from a model with weights on the disk; returns where each weight is.
+    """Remove accelerate's hooks from a model with weights on the disk, and return where each weight is.
 
-    Stands in for a public way to ask a model loaded with ``device_map="disk"`` for its safetensors files.
+    Replaces a public way to ask a model loaded with ``device_map="disk"`` for its safetensors files.
 
     Returns:
-        Name of a weight to its file and its name in the file.
+        The file of each weight and its name in the file.
     """
     from accelerate.hooks import remove_hook_from_submodules  # here, because only streaming needs it
 
@@ -219,10 +219,7 @@ def take_disk_offload(model: nn.Module) -> dict[str, tuple[Path, str]]:
             places = {n: (Path(e["safetensors_file"]), e.get("weight_name", n)) for n, e in index.items()}
             break
     remove_hook_from_submodules(model)
-    for module in model.modules():  # accelerate leaves a bound method on each, which keeps it and its copies alive
+    for module in model.modules():  # accelerate leaves a bound method, which keeps the module and its copies alive
         if getattr(vars(module).get("forward"), "__func__", None) is type(module).forward:
             del module.forward
     return places
-
-
-# ---------------------------------------------------------------------------------------------- others

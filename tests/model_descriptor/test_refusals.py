@@ -17,7 +17,7 @@ from tests.conformance.tiny import tiny_config
 @pytest.mark.parametrize(
     ("model_type", "reason"),
     [
-        ("florence2", "decoder.layers are not given the text"),
+        ("florence2", "decoder.layers do not read the text"),
         ("mllama", "on text alone 1 of the 4 layers in model.layers do not run"),
         ("xlm", "in no layer in transformer.ffns does one token"),
         ("hrm_text", "run more than once"),

@@ -167,7 +167,7 @@ class ModelDescriptor(Capabilities, ABC):
 
 
 class DummyBlock(nn.Module):
-    """Stands in for a decoder layer that another process holds: passes its input on and has no weights.
+    """Replaces a decoder layer that another process holds. It returns its input and has no weights.
 
     It has the plain attributes that a model's loop reads from its layers, e.g. ``attention_type``.
     """

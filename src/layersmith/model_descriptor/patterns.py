@@ -11,13 +11,13 @@ from layersmith.model_descriptor.infer.subblocks import LayerKind
 def weight_groups(
     layers_name: str, outside: Mapping[str, str], kinds: Sequence[LayerKind], num_layers: int
 ) -> dict[str, re.Pattern[str]]:
-    """The pattern of every group's names.
+    """The pattern of the weight names of every group.
 
     Args:
-        layers_name: of the list of decoder layers.
-        outside: name outside the layers to ``"embedding"`` or ``"lm_head"``.
-        kinds: of every layer; further layers are of the last one's.
-        num_layers: for how many there are to be groups.
+        layers_name: Name of the list of decoder layers.
+        outside: Weights outside the layers, each with its group ``"embedding"`` or ``"lm_head"``.
+        kinds: The kind of every layer; further layers are of the last kind.
+        num_layers: Number of layers that get groups.
     """
     groups: dict[str, list[str]] = {"embedding": [], "lm_head": []}
     for name, group in outside.items():
@@ -27,8 +27,8 @@ def weight_groups(
     for i in range(num_layers):
         kind = kinds[min(i, len(kinds) - 1)]
         for subblock in ("ffn", "attention"):
-            own = _prefixes(kind.owners, subblock)
-            patterns[f"block_{i}_{subblock}"] = re.compile(rf"^{layers}\.{i}\.(?:{'|'.join(own)})$" if own else r"(?!)")
+            names = "|".join(_prefixes(kind.owners, subblock))
+            patterns[f"block_{i}_{subblock}"] = re.compile(rf"^{layers}\.{i}\.(?:{names})$" if names else r"(?!)")
     return patterns
 
 
@@ -37,7 +37,7 @@ def _any_of(names: Sequence[str]) -> re.Pattern[str]:
 
 
 def _prefixes(owners: dict[str, str], subblock: str) -> list[str]:
-    """Patterns for all names of one owner: whole modules where a module has one owner, single names elsewhere."""
+    """Patterns for all weights of a subblock: whole modules where all weights belong to it, else single names."""
     tree: dict[str, set[str]] = {}
     for name, owner in owners.items():
         parts = name.split(".")

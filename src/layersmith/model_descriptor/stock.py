@@ -1,4 +1,4 @@
-"""Models as Transformers itself builds them from a config."""
+"""Build models of stock Transformers classes from a config."""
 
 from __future__ import annotations
 
@@ -27,20 +27,18 @@ def stock_class(config: PretrainedConfig) -> type[PreTrainedModel]:
     """The causal language model class that Transformers has for a config.
 
     Raises:
-        UnsupportedModel: It has none.
+        UnsupportedModel: Transformers has no such class.
     """
-    found = remote_class(config) or model_class_for(
-        config, (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
-    )
-    if found is not None:
-        return found
+    mappings = (MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING)
+    if (model_class := remote_class(config) or model_class_for(config, mappings)) is not None:
+        return model_class
     raise UnsupportedModel(f"This version of Transformers has no causal language model for {type(config).__name__}.")
 
 
 def causal_lm_config(config: PretrainedConfig) -> PretrainedConfig:
     """The part of a config from which its causal language model is built.
 
-    For some multimodal types Transformers' causal model is the text model alone, which is built from ``text_config``.
+    For some multimodal types the causal model of Transformers is the text model, which is built from ``text_config``.
     """
     wanted = stock_class(config).config_class
     text = (getattr(config, "sub_configs", None) or {}).get("text_config")
@@ -66,7 +64,7 @@ def stock_model(config: PretrainedConfig, device: str = "meta", dtype: torch.dty
 
 
 def whole_number(config: PretrainedConfig, name: str) -> int | None:
-    """A config's attribute if it is a whole number and the same for all layers, else None."""
+    """An attribute of a config if it is an integer and the same for all layers, else None."""
     value = None
     with foreign_code(f"Is {name} the same for all layers?", refusal_is_answer=True) as attempt:
         value = attempt.call(getattr, config, name, None)
@@ -75,7 +73,7 @@ def whole_number(config: PretrainedConfig, name: str) -> int | None:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """While open, Transformers prints no notes and progress bars; layersmith checks what matters in them."""
+    """While open, Transformers prints no warnings and progress bars; layersmith does the checks itself."""
     from transformers.utils import logging as transformers_logging
 
     logger, accelerate = transformers_logging.get_logger("transformers"), logging.getLogger("accelerate")
@@ -94,7 +92,7 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def restore_buffers(model: nn.Module, runtime: Any) -> None:
-    """Give a model that was built on the meta device the buffers of a fresh one; a ``state_dict`` has none of them."""
+    """Set the unsaved buffers of a model that was built on the meta device, as in a freshly built model."""
     from accelerate import init_empty_weights
 
     config: Any = copy.deepcopy(model.config)

@@ -1,7 +1,7 @@
-"""Processes that a launcher such as ``torchrun`` started: what all do together, and what the first does for all.
+"""Run work in all processes that a launcher such as ``torchrun`` started, or in the first process for all.
 
-They talk to each other in a process group on the CPU, with a timeout longer than any stage: while one works, the others
-wait for it. An error in one of them is raised in all. With one process these functions only call what they are given.
+The processes communicate in a process group on the CPU, with a timeout longer than any stage, since some wait while
+another works. An error in one process is raised in all. With a single process these functions just call their argument.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from layersmith import errors
 from layersmith.errors import LayersmithError, first_line
 from layersmith.run.runtime import Runtime
 
-# The first process may score or evaluate for long, while the others wait for it.
+# The first process may score or evaluate for days while the others wait.
 _TIMEOUT = timedelta(days=7)
 
 T = TypeVar("T")
@@ -34,7 +34,7 @@ def start(runtime: Runtime) -> None:
 
 @cache
 def _group() -> Any:
-    """A group of all processes on the CPU: waiting takes no GPU, and a launcher's own time limit does not apply."""
+    """A group of all processes on the CPU: waiting needs no GPU, and the time limit of the launcher does not apply."""
     return dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
@@ -47,7 +47,7 @@ def is_first() -> bool:
 
 
 def together(work: Callable[[], T]) -> T:
-    """Let every process do its part; returns this one's result when all are done.
+    """Call ``work`` in every process, and return this process's result when all have finished.
 
     Raises:
         Exception: The error of this process, or an error of the same kind as the first that failed.
@@ -62,12 +62,12 @@ def together(work: Callable[[], T]) -> T:
 
 
 def on_first(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> None:
-    """Let the first process work, and the others do something else, or wait for it."""
+    """Call ``work`` in the first process and ``meanwhile`` in the others, and wait for all."""
     together(work if is_first() else meanwhile)
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What the first process makes, in all of them."""
+    """Call ``make`` in the first process and return its result in all."""
     made: list[Any] = [None]
 
     def work() -> None:
@@ -82,16 +82,16 @@ def from_first(make: Callable[[], T]) -> T:
 
 @contextmanager
 def first(opened: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """A context that the first process alone opens."""
+    """Open a context in the first process only."""
     with ExitStack() as stack:
         on_first(lambda: stack.enter_context(opened()))
         yield
 
 
 def _exchange(error: Exception | None) -> None:
-    """Tell all processes of an error; raises another process's error if there is none here.
+    """Send an error to all processes, and raise the error of another process if this one has none.
 
-    An error that was exchanged in an inner :func:`together` comes here once more in all processes, which is harmless.
+    An error from a nested :func:`together` is exchanged again by all processes, which is harmless.
     """
     if not are_several():
         return
@@ -108,7 +108,7 @@ def _exchange(error: Exception | None) -> None:
 
 
 def _as_data(error: Exception) -> tuple[str, str]:
-    """Name of the error's class, if it is one of ours, and its message."""
+    """The class name of a layersmith error, else an empty name; and the message."""
     if isinstance(error, LayersmithError):
         name = type(error).__name__
         return (name if hasattr(errors, name) else LayersmithError.__name__), str(error)

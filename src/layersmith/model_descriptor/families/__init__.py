@@ -1,1 +1,1 @@
-"""Descriptors for families that experiment cannot tell. There is none; each would say here why it exists."""
+"""Descriptors for families whose structure cannot be inferred by experiment. No family needs one at present."""

@@ -17,7 +17,7 @@ def block_of(findings: Findings, language: Any, index: int) -> BlockConfig:
     """The block config of one layer of the parent.
 
     Args:
-        findings: What experiments found out about the model.
+        findings: The results of the experiments on the model.
         language: The config from which its decoder layers are built.
         index: Index of the layer.
     """
@@ -44,7 +44,7 @@ def block_of(findings: Findings, language: Any, index: int) -> BlockConfig:
             num_local_experts=number(sizes.num_experts) or 1,
             num_experts_per_tok=number(sizes.experts_per_token or elsewhere) or 1,
             expert_intermediate_dim=width,
-            # A shared width that follows the width of the experts is no size of its own.
+            # A shared width that follows the width of the experts is not a separate size.
             shared_expert_intermediate_dim=shared if sizes.shared_width != sizes.expert_width else None,
         )
         ffn = FFNConfig(moe=moe)

@@ -106,7 +106,7 @@ class KeptTokens:
         numbers: Numbers for each token.
         itemsize: Bytes of a number where that does not follow the dtype of the weights; else 0.
         name: Name of the attribute of the cache slot.
-        once: Whether the first layer of its kind keeps it for all of them, with or without an attention of its own.
+        once: Whether the first layer of its kind keeps it for all of them, even if its attention was removed.
     """
 
     numbers: int
@@ -122,7 +122,7 @@ class InCache:
     Attributes:
         stateful: Whether it keeps a state of fixed size and no keys and values.
         numbers: Numbers for each number of a value head; 2 where keys are as long as values.
-        latent: Numbers for each token that all heads share, of keys and of values; empty if each KV head has its own.
+        latent: Numbers for each token that all heads share, of keys and of values; empty if heads share none.
         empty: Whether it keeps nothing, e.g. because it uses the keys and values of another layer.
         states: States of fixed size.
         slots: Number of slots of the cache that it uses, one for each of its attentions.
@@ -149,7 +149,7 @@ class _Caches:
     Attributes:
         cache: After the whole text.
         shorter: After a shorter text, which shows what grows with the tokens; None if the model keeps none then.
-        narrow: Of the model in bfloat16, which shows what has a dtype of its own; None if it does not run so.
+        narrow: Of the model in bfloat16, which shows tensors with a fixed dtype; None if it does not run so.
     """
 
     cache: Any

@@ -1,6 +1,6 @@
-"""The descriptor of a model that was examined by experiment.
+"""The descriptor of a model whose structure was inferred by experiment.
 
-``infer`` makes it: it takes the findings about a model from the disk, or runs the experiments of ``inference.py``.
+``infer`` returns it. It reads the findings about a model from the disk, or runs the experiments of ``inference.py``.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def infer(config: PretrainedConfig) -> type[InferredDescriptor]:
     """The descriptor of the model that a config describes. The experiments run once and are remembered on disk.
 
     Raises:
-        UnsupportedModel: What the experiments could not answer, and why.
+        UnsupportedModel: The experiments could not determine the structure, for the reason given.
     """
     key = findings_cache.key_of(config)
     if key not in _known:
@@ -45,13 +45,13 @@ def infer(config: PretrainedConfig) -> type[InferredDescriptor]:
 
 
 class InferredDescriptor(InferredCapabilities):
-    """The interface of the spec over findings; every model gets a subclass with its own."""
+    """The interface of the spec, implemented by findings. Each model has a subclass with its findings."""
 
     findings: Findings
 
     @classmethod
     def for_config(cls, config: PretrainedConfig) -> type[InferredDescriptor]:
-        """This descriptor for the config that it was made from; for another config the one that is made from it."""
+        """This descriptor if it was made from an equal config, else the descriptor of that config."""
         described = cls.findings.config
         if described is None or findings_cache.key_of(described) == findings_cache.key_of(config):
             return cls
@@ -102,10 +102,10 @@ class InferredDescriptor(InferredCapabilities):
 
     @classmethod
     def remove(cls, decoder_layer: nn.Module, subblock: str) -> None:
-        """Replace the modules of a subblock by what its proved no-op puts there.
+        """Apply the proved no-op of a subblock to a layer.
 
         Raises:
-            UnsupportedModel: No no-op holds in this kind of layer.
+            UnsupportedModel: Every no-op was refuted for this kind of layer.
         """
         kind = cls.findings.kind_of(decoder_layer)
         removed: Subblock | None = getattr(kind, subblock)
@@ -117,19 +117,19 @@ class InferredDescriptor(InferredCapabilities):
             put(decoder_layer, name, record)
         others = [n for s in (kind.attention, kind.ffn) if s is not None and s is not removed for n in s.modules]
         if others and not any(list(decoder_layer.get_submodule(name).parameters()) for name in others):
-            for name, record in kind.shared:  # the other subblock is gone already, so what both share goes too
+            for name, record in kind.shared:  # the other subblock was removed before, so modules that both use go too
                 put(decoder_layer, name, record)
 
 
 def descriptor_of(findings: Findings) -> type[InferredDescriptor]:
-    """A descriptor class for findings; it has a no-op for a subblock where that subblock can be removed."""
+    """A descriptor class for findings, with a no-op for each subblock that can be removed in some kind of layer."""
     config = findings.config
     family = re.sub(r"[^0-9A-Za-z]+", " ", str(getattr(config, "model_type", "") or type(config).__name__)).title()
     name = family.replace(" ", "") + "Inferred"
     made: type[InferredDescriptor] = type(name, (InferredDescriptor,), {"findings": findings, "__module__": __name__})
     for subblock, no_op in (("attention", "attn_no_op_post_init"), ("ffn", "mlp_no_op_post_init")):
         examined: list[Subblock | None] = [getattr(kind, subblock) for kind in findings.kinds]
-        # Where no layer has such a subblock, there is nothing to do and the no-op holds.
+        # If no layer has such a subblock, the no-op does nothing and is supported.
         if any(s is not None and s.removable for s in examined) or not any(examined):
             setattr(made, no_op, staticmethod(partial(made.remove, subblock=subblock)))
     return made

@@ -36,7 +36,7 @@ class FFNExperts:
 
 
 def before_digit(name: str) -> str:
-    """What precedes the first part of a name that is a number; empty if there is none."""
+    """The part of a name before its first number; empty if it has no number."""
     parts = name.split(".")
     at = next((i for i, part in enumerate(parts) if part.isdigit()), len(parts))
     return ".".join(parts[:at]) if at < len(parts) else ""

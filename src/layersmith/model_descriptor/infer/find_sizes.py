@@ -39,7 +39,7 @@ def find_sizes(
     """The attributes that set the sizes of every kind of layer.
 
     Args:
-        specimen: A small model of the family.
+        specimen: A small model of the same classes.
         layer_classes: Classes of its decoder layers.
         layers_name: Name of the list that holds them.
         kinds: The kinds of layers.

@@ -180,15 +180,15 @@ def _dead_modules(
     layer: ExaminedLayer, dead: set[str], around: Sequence[str], silent: Collection[str] = ()
 ) -> list[str]:
     """Outermost modules outside the subblocks whose every weight is dead, or that are silent."""
-    found: list[str] = []
+    outermost: list[str] = []
     for name in layer.calls:
         weights = layer.weights(name) if name else set()
         outside = not any(name == a or name.startswith(f"{a}.") or a.startswith(f"{name}.") for a in around)
-        if not weights or not outside or any(name.startswith(f"{outer}.") for outer in found):
+        if not weights or not outside or any(name.startswith(f"{outer}.") for outer in outermost):
             continue
         if (weights <= dead | layer.always_dead and weights & dead) or name in silent:
-            found.append(name)
-    return found
+            outermost.append(name)
+    return outermost
 
 
 def _form(call: Call) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from layersmith.model_descriptor.infer.subblocks import LayerKind, signature
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """Everything that experiments found out about a model.
+    """The results of all experiments on a model.
 
     Layers are of the same kind if they are built from the same classes and take their sizes from the same attributes.
 

@@ -1,7 +1,7 @@
-"""Findings on disk, so that a model is examined once on a machine and not once in every process.
+"""Findings on disk, so that the experiments on a model run once on each machine and not in every process.
 
-The key is a digest of the config, the code of the model, layersmith's own code, and the versions of PyTorch and
-Transformers. Findings are JSON, in which a class is its name.
+The key is a digest of the config, the code of the model, the code of layersmith, and the versions of PyTorch and
+Transformers. Findings are stored as JSON, with classes by name.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def key_of(config: PretrainedConfig) -> str:
 
 
 def read(key: str) -> Findings | None:
-    """The findings that were written under ``key``; None if there are none, or they name classes that are gone."""
+    """The findings under ``key``; None if nothing is stored or a class in it no longer exists."""
     stored = user_cache.read(_KIND, key)
     if stored is None:
         return None
@@ -68,11 +68,11 @@ def read(key: str) -> Findings | None:
 
 
 def write(key: str, findings: Findings) -> None:
-    """Keep findings under ``key``, unless they hold something that JSON does not."""
+    """Store findings under ``key``, unless JSON cannot represent them."""
     try:
         stored = json.loads(json.dumps(_to_data(findings)))
         whole = _from_data(Findings, stored) == findings
-    except (TypeError, ValueError, AttributeError, ImportError) as error:  # e.g. a class that no module has
+    except (TypeError, ValueError, AttributeError, ImportError) as error:  # e.g. a class defined inside a function
         logger.debug("findings %s cannot be kept: %s", key, error)
         return
     if whole:
@@ -90,7 +90,7 @@ def _code_of_layersmith() -> str:
 
 
 def _code_of(module_name: str) -> dict[str, str]:
-    """Digests of a model's code: its own file, and outside Transformers everything in the same package."""
+    """Digests of a model's code: its file, and outside Transformers all loaded modules of the same package."""
     digests = {}
     for name in (module_name, *_same_package(module_name)):
         file = getattr(sys.modules.get(name), "__file__", None)
@@ -112,7 +112,7 @@ def _same_package(module_name: str) -> Iterator[str]:
 
 
 def _to_data(value: Any) -> Any:
-    """JSON data of dataclasses; fields that do not count in comparisons are left out."""
+    """Convert dataclasses to JSON data, without fields that are not compared."""
     if isinstance(value, type):
         return f"{value.__module__}:{value.__qualname__}"
     if dataclasses.is_dataclass(value):
@@ -123,7 +123,7 @@ def _to_data(value: Any) -> Any:
 
 
 def _from_data(kind: Any, stored: Any) -> Any:
-    """The value of an annotated type whose JSON data are given."""
+    """Convert JSON data to a value of an annotated type."""
     origin, parts = typing.get_origin(kind), typing.get_args(kind)
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
@@ -141,10 +141,10 @@ def _from_data(kind: Any, stored: Any) -> Any:
 
 def _class_at(name: str) -> Any:
     module, _, qualname = name.partition(":")
-    found: Any = importlib.import_module(module)
+    value: Any = importlib.import_module(module)
     for part in qualname.split("."):
-        found = getattr(found, part)
-    return found
+        value = getattr(value, part)
+    return value
 
 
 def _tuples(value: Any) -> Any:

@@ -1,7 +1,7 @@
-"""The experiments that find out what the layers of a model are, in the order in which they build on one another.
+"""Infer the structure of a model by experiment. ``find`` runs the experiments in the order of their dependencies.
 
-A small random model of the same classes, the specimen, is run, changed and compared. What depends on size is then
-looked up in the model itself, on the meta device.
+The experiments change and run the specimen, a small random model of the same classes. Sizes are then read from the
+full model on the meta device.
 """
 
 from __future__ import annotations
@@ -38,34 +38,34 @@ from layersmith.model_descriptor.stock import causal_lm_config, stock_model
 
 @dataclass
 class _Kinds:
-    """The kinds of layers of the specimen, with one signature each, and the kind of every layer."""
+    """The kinds of layers of the specimen, the signature of each kind, and the kind of every layer."""
 
     signatures: list[Any]
     kinds: list[LayerKind]
     of_layer: list[int]
 
     def of_model(self, layers: Sequence[nn.Module]) -> list[int]:
-        """The kind of every layer of the model itself.
+        """The kind of every layer of the full model.
 
         Raises:
-            UnsupportedModel: A layer is of none of the specimen's kinds.
+            UnsupportedModel: The specimen has no layer of the same kind.
         """
         of_layer = []
         for layer in layers:
-            if (seen := signature(layer)) not in self.signatures:
+            if (classes := signature(layer)) not in self.signatures:
                 raise UnsupportedModel(f"{type(layer).__name__}: its layers change their modules when they run.")
-            of_layer.append(self.signatures.index(seen))
+            of_layer.append(self.signatures.index(classes))
         return of_layer
 
     def extend(self, splits: Sequence[Split], of_layer: list[int]) -> None:
         """Add a kind for every split, with the classes of the kind that is split."""
-        self.kinds += [self.kinds[own.kind] for own in splits]
-        self.signatures += [self.signatures[own.kind] for own in splits]
+        self.kinds += [self.kinds[part.kind] for part in splits]
+        self.signatures += [self.signatures[part.kind] for part in splits]
         self.of_layer = of_layer
 
 
 def find(config: PretrainedConfig) -> Findings:
-    """Run the experiments.
+    """Run the experiments on the model of a config.
 
     Raises:
         UnsupportedModel: What the experiments could not answer, and why.
@@ -86,15 +86,15 @@ def find(config: PretrainedConfig) -> Findings:
     sizes, of_layer = _find_sizes(specimen, config, classes, structure, kinds, layers)
     full = FullSize(specimen, config, is_whole=small is config)
     both = [_in_both(k, specimen, names, kinds, of_layer, layers) for k in range(len(kinds.kinds))]
-    sizes = [full.head_size(own, pair) for own, pair in zip(sizes, both, strict=True)]
-    kept = in_cache(specimen, names, kinds.of_layer, kinds.kinds, sizes)
+    sizes = [full.head_size(of_kind, pair) for of_kind, pair in zip(sizes, both, strict=True)]
+    caches = in_cache(specimen, names, kinds.of_layer, kinds.kinds, sizes)
     return Findings(
         structure=structure,
         classes=classes,
         signatures=tuple(kinds.signatures),
         kinds=tuple(kinds.kinds),
         sizes=tuple(sizes),
-        cache=tuple(full.in_cache(own, pair) for own, pair in zip(kept, both, strict=True)),
+        cache=tuple(full.in_cache(cache, pair) for cache, pair in zip(caches, both, strict=True)),
         of_layer=tuple(of_layer),
         groups=groups_outside(skeleton, structure),
         remote_code=not type(specimen.model).__module__.startswith("transformers."),
@@ -107,37 +107,37 @@ def find(config: PretrainedConfig) -> Findings:
 
 
 def _skeleton(config: PretrainedConfig) -> nn.Module:
-    """The model itself, on the meta device."""
+    """The full model on the meta device."""
     with foreign_code("Can the model be built from its config?", refusal_is_answer=True) as attempt:
         return stock_model(config)
     raise UnsupportedModel(f"its model cannot be built from this config ({attempt.reason}).") from attempt.error
 
 
 def _find_kinds(specimen: Specimen, structure: Structure, names: Sequence[str], notes: list[str]) -> _Kinds:
-    """The kinds of layers with the no-ops that hold.
+    """The kinds of layers with the no-ops that are proved.
 
     Args:
         specimen: The small model.
         structure: Names of its modules.
         names: Names of its layers.
-        notes: Gets a line for each no-op that does not hold.
+        notes: Gets a line for each no-op that is refuted.
     """
-    found = _Kinds([], [], [])
+    kinds = _Kinds([], [], [])
     for name in names:
-        seen = signature(specimen.model.get_submodule(name))
-        if seen not in found.signatures:
-            found.signatures.append(seen)
-            found.kinds.append(find_kind(specimen, name))
-        found.of_layer.append(found.signatures.index(seen))
-    if not any(kind.attention for kind in found.kinds):
+        classes = signature(specimen.model.get_submodule(name))
+        if classes not in kinds.signatures:
+            kinds.signatures.append(classes)
+            kinds.kinds.append(find_kind(specimen, name))
+        kinds.of_layer.append(kinds.signatures.index(classes))
+    if not any(kind.attention for kind in kinds.kinds):
         raise UnsupportedModel(why_no_attention(specimen, structure.layers))
-    of_layer = found.of_layer
-    # A no-op has to hold before a layer of each kind, and at the end: the next layer may use what a subblock gives.
+    of_layer = kinds.of_layer
+    # A no-op has to hold before each kind of layer and in the last layer: the next layer may use a subblock's output.
     pairs = list(zip(of_layer, [*of_layer[1:], None], strict=True))
     first_of_pair = sorted({pair: i for i, pair in reversed(list(enumerate(pairs)))}.values())
-    for k, kind in enumerate(found.kinds):
-        found.kinds[k] = proved(specimen, [names[i] for i in first_of_pair if of_layer[i] == k], kind, notes)
-    return found
+    for k, kind in enumerate(kinds.kinds):
+        kinds.kinds[k] = proved(specimen, [names[i] for i in first_of_pair if of_layer[i] == k], kind, notes)
+    return kinds
 
 
 def _find_sizes(
@@ -148,9 +148,9 @@ def _find_sizes(
     kinds: _Kinds,
     layers: Sequence[nn.Module],
 ) -> tuple[list[Sizes], list[int]]:
-    """The sizes of every kind, and the kind of every layer of the model itself.
+    """The sizes of every kind, and the kind of every layer of the full model.
 
-    Layers of a kind that take their sizes from other attributes than the rest of it become a kind of their own.
+    Layers that read their sizes from other attributes than the rest of their kind become a separate kind.
     """
     sizes = find_sizes(specimen, classes, structure.layers, kinds.kinds, kinds.of_layer)
     splits = splits_of(specimen.config, classes, structure.layers, kinds.of_layer, sizes)
@@ -171,7 +171,7 @@ def _in_both(
     of_layer: Sequence[int],
     layers: Sequence[nn.Module],
 ) -> KindInBoth | None:
-    """The first layer of a kind in the specimen and in the model itself; None if the model has none of it."""
+    """The first layer of a kind in the specimen and in the full model; None if the full model has no such layer."""
     if k not in of_layer:
         return None
     index = kinds.of_layer.index(k)

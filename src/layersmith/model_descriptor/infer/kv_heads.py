@@ -23,7 +23,7 @@ _MORE = "there are more of them than the config says, which says what other laye
 
 @dataclass(frozen=True)
 class KVHeads:
-    """The attribute that is the number of KV heads, or why there is none.
+    """The attribute that is the number of KV heads, or the reason why no attribute is.
 
     Attributes:
         path: The attribute; None if no attribute is that number.

@@ -1,4 +1,4 @@
-"""Where a model's layers, embedding, head and final norm are, observed in one forward pass."""
+"""Find a model's layers, embedding, head and final norm by observing one forward pass."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def find_structure(specimen: Specimen) -> Structure:
     """Observe one run of a specimen.
 
     Raises:
-        UnsupportedModel: A part is missing, and what is there instead.
+        UnsupportedModel: A part cannot be identified.
     """
     model = specimen.model
     calls = specimen.trace(specimen.ids)
@@ -82,7 +82,7 @@ def _find_embedding(specimen: Specimen, calls: Sequence[Call], last_end: int) ->
 
 
 def _find_head(specimen: Specimen, after: Sequence[Call]) -> str:
-    """The head: the one that the model names if it runs, else the last module that gives something for each word."""
+    """The head: the one that the model names if it runs, else the last module with an output for each token id."""
     name = _named(specimen.model, "get_output_embeddings")
     if name is not None and any(call.name == name for call in after):
         return name
@@ -94,35 +94,35 @@ def _find_head(specimen: Specimen, after: Sequence[Call]) -> str:
 
 
 def _find_layers(model: nn.Module, calls: list[Call]) -> tuple[str, int]:
-    """The outermost list of modules that all run once and one after another; of several the one with most weights."""
+    """The name and length of the outermost list whose modules each run once; of several the one with most weights."""
     counts: dict[str, int] = {}
     for call in calls:
         counts[call.name] = counts.get(call.name, 0) + 1
-    found: list[tuple[int, str, int]] = []
+    lists: list[tuple[int, str, int]] = []
     looped = idle = ""
     for name, module in model.named_modules():
         if not isinstance(module, nn.ModuleList) or not len(module):
             continue
-        if any(name.startswith(f"{outer}.") for _, outer, _ in found):
+        if any(name.startswith(f"{outer}.") for _, outer, _ in lists):
             continue
         runs = [counts.get(f"{name}.{i}", 0) for i in range(len(module))]
         size = sum(p.numel() for p in module.parameters())
         if runs and all(n == 1 for n in runs) and size:
-            found.append((size, name, len(module)))
+            lists.append((size, name, len(module)))
         elif runs and all(runs) and not looped:
             looped = name
         elif any(runs) and not all(runs) and len({type(layer) for layer in module}) > 1 and not idle:
             idle = f"{runs.count(0)} of the {len(runs)} layers in {name}"
-    if not found:
+    if not lists:
         if looped:
             raise UnsupportedModel(
                 f"layers in {looped} run more than once in a forward pass; a layer that is replaced would change "
                 "in all of them."
             )
         if idle:
-            raise UnsupportedModel(f"on text alone {idle} do not run, and what does not run cannot be examined.")
-        raise UnsupportedModel("no list of modules runs one after another, so its layers cannot be identified.")
-    _, name, length = max(found)
+            raise UnsupportedModel(f"on text alone {idle} do not run, so they cannot be examined.")
+        raise UnsupportedModel("no list of modules runs in sequence, so its layers cannot be identified.")
+    _, name, length = max(lists)
     return name, length
 
 
@@ -155,7 +155,7 @@ def _changes(call: Call) -> bool:
 
 
 def why_no_attention(specimen: Specimen, layers: str) -> str:
-    """Why no layer seems to have an attention."""
+    """The reason why no layer has an attention."""
     first = f"{layers}.0"
     base, other = (
         next(call for call in specimen.trace(ids, keep=[first]) if call.name == first).tensors().values()
@@ -163,7 +163,7 @@ def why_no_attention(specimen: Specimen, layers: str) -> str:
     )
     taken = [pair for pair in zip(base, other, strict=False) if pair[0].is_floating_point() and pair[0].ndim >= 2]
     if taken and torch.equal(*taken[0]):
-        return f"the layers in {layers} are not given the text itself: an encoder reads it, and they get its output."
+        return f"the layers in {layers} do not read the text itself: an encoder reads it, and they read its output."
     return f"in no layer in {layers} does one token of the text depend on another: its attention is somewhere else."
 
 
@@ -171,7 +171,7 @@ def check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Modul
     """Check that each layer is built from a config; otherwise layers cannot differ.
 
     Raises:
-        UnsupportedModel: A layer is built without one.
+        UnsupportedModel: A layer is built without a config.
     """
     with (
         foreign_code("Is every layer built from a config?", refusal_is_answer=True) as attempt,
@@ -185,9 +185,9 @@ def check_configurable(config: PretrainedConfig, classes: Sequence[type[nn.Modul
 
 
 def groups_outside(model: nn.Module, structure: Structure) -> dict[str, str]:
-    """Group of every weight outside the layers: the head's if it is used after the last layer, else the embedding's."""
+    """The group of every weight outside the layers: the head if it is used after the last layer, else the embedding."""
     inside = f"{structure.layers}."
     after = tuple(f"{name}." for name in structure.after)
-    # Saved buffers need a group too, so the state_dict counts and not the parameters.
+    # Saved buffers need a group too, so this goes through the state_dict rather than the parameters.
     names = [name for name in model.state_dict() if not name.startswith(inside)]
     return {name: "lm_head" if name.startswith(after) else "embedding" for name in names}

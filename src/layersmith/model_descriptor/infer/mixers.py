@@ -1,4 +1,4 @@
-"""Which config attributes set the sizes of a Mamba or linear-attention mixer, found by what they do to its state.
+"""Find the config attributes that set the sizes of a Mamba or linear-attention mixer, by their effect on its state.
 
 Such a mixer keeps a state of fixed size in the cache: ``[B, H, P, N]``, or ``[B, H, N, P]``, or ``[B, P, N]`` where
 there are no heads. The last projection of the mixer takes H * P numbers. So an attribute whose double makes H and that

@@ -50,7 +50,7 @@ def splits_of(
         classes: Classes of its decoder layers.
         layers: Name of the list that holds them.
         of_layer: Number of the kind of every layer.
-        sizes: Sizes of every kind, found in its first layer.
+        sizes: Sizes of every kind, from its first layer.
     """
     splits: list[Split] = []
     for k, of_first in enumerate(sizes):

@@ -18,16 +18,18 @@ from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import signature
 from layersmith.model_descriptor.stock import stock_model
 
-_WHOLE = 30_000_000  # parameters; up to here a model is its own specimen
-_SMALL = 8_000_000  # up to here a smaller model is small enough
-_LARGEST = _WHOLE  # up to here a smaller model may be, where none of _SMALL runs
+# Numbers of parameters. A model with at most _WHOLE is not shrunk. A shrunk model has at most _SMALL if one that runs
+# exists, else at most _LARGEST.
+_WHOLE = 30_000_000
+_SMALL = 8_000_000
+_LARGEST = _WHOLE
 _VOCABULARY = 997
 _DIVISORS = (2, 4, 8, 16, 32, 64)
-# Numbers below this stay.
+# Numbers below this are not divided.
 _LEAST = (2, 4, 8)
-# Head sizes that stay: where a state has heads, their number and their size cannot both be divided.
+# Head sizes that are not divided: where a state has heads, their number and their size cannot both be divided.
 _KEPT: tuple[tuple[int, ...], ...] = ((), (64,), (128,), (64, 128), (256,), (64, 128, 256))
-# Attributes that stay, one at a time, where nothing else helps.
+# The last resort: this many attributes are tried, each as the only one that is not divided.
 _MOST_FACTORS = 6
 
 
@@ -37,10 +39,10 @@ class _Division:
 
     Attributes:
         num_layers: The number of layers of the large model.
-        divisor: Every number is divided by it.
-        least: Smaller numbers stay.
-        kept: Numbers that stay.
-        fixed: Attributes that stay.
+        divisor: Every number is divided by it, except:
+        least: Numbers below it.
+        kept: These numbers.
+        fixed: These attributes.
         depth: The new value of each attribute that is the number of layers.
     """
 
@@ -52,7 +54,7 @@ class _Division:
     depth: dict[str, int] = field(default_factory=dict)
 
     def of(self, config: PretrainedConfig) -> PretrainedConfig:
-        """A smaller copy of a config, with the configs inside it."""
+        """A smaller copy of a config and of the configs nested in it."""
         small = copy.deepcopy(config)
         for part in _configs(small):
             for name, value in list(vars(part).items()):
@@ -70,8 +72,7 @@ class _Division:
                 return self.depth[name]
             if VOCABULARY in name and value > _VOCABULARY:
                 return _VOCABULARY
-            stays = value in self.kept or name in self.fixed
-            return value if stays else self._divided(value)
+            return value if value in self.kept or name in self.fixed else self._divided(value)
         if isinstance(value, list) and len(value) == self.num_layers:
             short = value[: max(self.depth.values(), default=self.num_layers)]
             return [self._divided(v) for v in short] if all(type(v) is int for v in short) else short
@@ -93,10 +94,10 @@ class _Division:
 
 
 def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
-    """``config`` itself if its model is small, else one with fewer and narrower layers of all the same kinds.
+    """``config`` itself if its model is small, else a config with fewer and narrower layers of all the same kinds.
 
-    Every number of the config is divided by the same power of two, so that multiples stay multiples. The result counts
-    only if its model runs and has every kind of layer of the large one.
+    Every number of the config is divided by the same power of two, so that multiples stay multiples. The small model
+    has to run and to have every kind of layer of the large one.
 
     Args:
         config: Config of the model.
@@ -109,7 +110,7 @@ def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
         return config
     search = _Search(config, [signature(layer) for layer in _longest_list(large).children()])
     whole = _Division(len(search.kinds))
-    # An odd number of heads stays, since the other sizes are multiples of it.
+    # An odd number of heads is not divided, since the other sizes are multiples of it.
     values = {v for part in _configs(config) for n, v in vars(part).items() if type(v) is int and TOKEN not in n}
     odd = tuple(sorted(v for v in values if v % 2 and v > max(_LEAST)))
     for attempt in ("everything", "all but patterns", "factors"):
@@ -137,14 +138,14 @@ class _Search:
         self.config, self.kinds = config, kinds
         self.problem = "no smaller model of the same kinds of layers runs"
         self._depths = self._depth_attributes()
-        # The next layer may use what a layer gives, or not; so each pair of kinds should be there too.
+        # A layer may use other outputs of the layer before it, so the small model should have each pair of kinds.
         pairs = list(itertools.pairwise(kinds))
         self._lengths = dict.fromkeys(max(2, n) for n in (_first_with_all(pairs) + 1, _first_with_all(kinds)))
 
     def first_that_runs(
         self, staying: Sequence[_Division], sizes: Sequence[tuple[int, ...]]
     ) -> PretrainedConfig | None:
-        """The first config whose model is small, has all kinds of layers and runs; else the first larger one."""
+        """The first config whose model is small and runs with all kinds of layers; else the first larger one."""
         larger = []
         for division, length, kept, divisor, least in itertools.product(
             staying, self._lengths, sizes, _DIVISORS, _LEAST
@@ -164,7 +165,7 @@ class _Search:
         return next(filter(self._runs, larger), None)
 
     def patterns(self) -> set[str]:
-        """Attributes that say which layers are of which kind: with another value, the kinds are in other places."""
+        """Attributes that determine the kind of each layer: with another value, the order of kinds differs."""
         names = set()
         for part in _configs(self.config):
             for name, value in vars(part).items():
@@ -181,17 +182,17 @@ class _Search:
         return names
 
     def _depth_attributes(self) -> list[str]:
-        """Attributes that are the number of layers: with one less, the model has one layer less."""
+        """Attributes that set the number of layers: if one is reduced by 1, the model has one layer less."""
         num_layers = len(self.kinds)
         names = {
             n for part in _configs(self.config) for n, v in vars(part).items() if v == num_layers and type(v) is int
         }
-        found = []
+        depths = []
         for name in sorted(names):
             model, _ = _built(_Division(num_layers, depth={name: num_layers - 1}).of(self.config))
             if model is not None and len(_longest_list(model)) == num_layers - 1:
-                found.append(name)
-        return found
+                depths.append(name)
+        return depths
 
     def _runs(self, config: PretrainedConfig) -> bool:
         try:
@@ -203,7 +204,7 @@ class _Search:
 
 
 def _built(config: PretrainedConfig) -> tuple[nn.Module | None, str]:
-    """A model on the meta device that has a list of layers, or why there is none."""
+    """A model on the meta device that has a list of layers; or None and the reason."""
     model = None
     with foreign_code("Can a smaller model be built?", refusal_is_answer=True) as attempt:
         model = stock_model(config)
@@ -217,17 +218,17 @@ def _elements(model: nn.Module) -> int:
 
 
 def _factors(config: PretrainedConfig) -> list[str]:
-    """Attributes whose product with another attribute is a third one, e.g. the size of heads, smallest first.
+    """Attributes whose product with another attribute is a third one, e.g. the head size; the smallest first.
 
-    Of three such attributes not all can be divided.
+    The three attributes cannot all be divided.
     """
-    found: dict[str, int] = {}
+    factors: dict[str, int] = {}
     for part in _configs(config):
         numbers = {n: v for n, v in vars(part).items() if type(v) is int and v > 1 and not n.endswith(TOKEN_ID)}
         for (name, value), (_, other) in itertools.permutations(numbers.items(), 2):
             if value <= other and value * other in numbers.values():
-                found[name] = value
-    return sorted(found, key=lambda name: found[name])[:_MOST_FACTORS]
+                factors[name] = value
+    return sorted(factors, key=lambda name: factors[name])[:_MOST_FACTORS]
 
 
 _NO_LIST = "it has no list of modules, so its layers cannot be identified."
@@ -245,7 +246,7 @@ def _longest_list(model: nn.Module) -> nn.ModuleList:
 
 
 def _first_with_all(kinds: list[Any]) -> int:
-    """The length of the shortest beginning that has all kinds."""
+    """The length of the shortest prefix that has all kinds."""
     seen: set[Any] = set()
     for i, kind in enumerate(kinds):
         seen.add(kind)
@@ -255,7 +256,7 @@ def _first_with_all(kinds: list[Any]) -> int:
 
 
 def _configs(config: PretrainedConfig) -> Iterator[PretrainedConfig]:
-    """A config and all configs inside it."""
+    """A config and all configs nested in it."""
     yield config
     for value in list(vars(config).values()):
         if isinstance(value, PretrainedConfig):

@@ -23,7 +23,7 @@ class MixerSizes:
         square: Whether the state is as large as a head because one attribute is both.
         groups: G where no attribute sets it: 1; 0 for one group for each head; None if it is unknown.
         is_alone: Whether the layer keeps only the state, and no keys and values.
-        problem: Why no attribute was found, if one that looks like it does not run.
+        problem: Why no attribute sets them, where the model does not run with another value of a likely one.
     """
 
     num_heads: tuple[AttributePath, ...] = ()
