@@ -1,4 +1,4 @@
-"""How each kind of alternative is cut from the parent: its weights, the units that go, the weight that reads them.
+"""How each kind of alternative is cut from the parent: its weights, the removed units, the weight that reads them.
 
 The functions take a layer of the parent with the ranking of its units, and the alternative; the table of kinds in
 :mod:`layersmith.library.alternative` names them.
@@ -32,7 +32,7 @@ Tensors = dict[str, torch.Tensor]
 
 
 class Change(Protocol):
-    """What a cut needs to know of an alternative; see its class."""
+    """The fields of an alternative that a cut uses."""
 
     @property
     def subblock(self) -> str: ...
@@ -49,11 +49,11 @@ class RankedLayer:
     """A layer of the parent, its axes, and the ranking of their units.
 
     Attributes:
-        parent: the model.
-        index: of the layer.
-        axes: what can be made smaller in it.
-        orders: of the library, see there.
-        maps: of the library, see there.
+        parent: The parent.
+        index: Index of the layer.
+        axes: The axes of the layer.
+        orders: The orders of the library.
+        maps: The maps of the library.
     """
 
     parent: Parent
@@ -98,7 +98,7 @@ def _width_of(layer: RankedLayer, part: str) -> WidthAxis:
 
 
 def width(part: str) -> Cut:
-    """The widest channels of an FFN, of experts (part ``ffn``), or of shared experts (part ``shared``)."""
+    """The most important channels of an FFN or of experts (part ``ffn``), or of shared experts (part ``shared``)."""
 
     def cut(layer: RankedLayer, change: Change) -> Tensors:
         axis = _width_of(layer, part)
@@ -136,7 +136,7 @@ def width_reader(part: str) -> Reader:
 
 
 def _attentions(layer: RankedLayer, change: Change) -> Iterator[tuple[int, HeadsAxis, int]]:
-    """Number and heads of each attention of the layer, and how many heads are left."""
+    """Number and axis of each attention of the layer, and the number of heads that stay."""
     assert layer.axes.kv is not None
     for number, heads in enumerate(layer.axes.kv.attentions):
         yield number, heads, change.size // heads.together
@@ -158,7 +158,7 @@ def head_groups(layer: RankedLayer, change: Change) -> Tensors:
 
 
 def kv_heads(layer: RankedLayer, change: Change) -> Tensors:
-    """The most important KV heads, or means of neighbouring ones by the method ``pool``."""
+    """The most important KV heads, or means of consecutive ones with the method ``pool``."""
     weights, result = layer.weights, Tensors()
     for number, heads, left in _attentions(layer, change):
         if change.method == "pool":
@@ -170,7 +170,7 @@ def kv_heads(layer: RankedLayer, change: Change) -> Tensors:
 
 
 def heads_gone(units: Callable[[RankedLayer, int, HeadsAxis, int], torch.Tensor]) -> Gone:
-    """The query heads of every attention that ``units`` says are gone."""
+    """The query heads of every attention that ``units`` returns."""
 
     def gone(layer: RankedLayer, change: Change) -> dict[str, torch.Tensor] | None:
         if change.method == "pool" or layer.axes.kv is None:
@@ -187,12 +187,12 @@ def heads_gone(units: Callable[[RankedLayer, int, HeadsAxis, int], torch.Tensor]
 
 
 def gone_queries(layer: RankedLayer, number: int, heads: HeadsAxis, left: int) -> torch.Tensor:
-    """Query heads that go by themselves."""
+    """Query heads that are removed while their KV heads stay."""
     return layer.order("queries", number)[:, left // heads.shares :].flatten()
 
 
 def queries_of_gone_heads(layer: RankedLayer, number: int, heads: HeadsAxis, left: int) -> torch.Tensor:
-    """Query heads that go with their KV head, or that lose it."""
+    """Query heads whose KV head is removed."""
     return query_heads_of(heads, layer.order("attention", number)[left:])
 
 

@@ -38,20 +38,19 @@ class Library:
     """All the alternatives of all the layers.
 
     Attributes:
-        parent: the model that they are made from.
-        axes: what can be narrowed in each layer.
-        alternatives: every one, the parent's own subblocks included.
-        orders: to units, most important first: ``"{layer}.ffn.{bundle}"`` and ``"{layer}.shared.{bundle}"`` to
-            channels (of each expert), ``"{layer}.attention"`` to KV heads, ``"{layer}.queries"`` to the query heads of
-            each KV head, ``"{layer}.experts"`` to experts, ``"{layer}.mixer"`` to groups of mixer heads,
-            ``"{layer}.mixer_heads"`` to the heads of each group, ``"{layer}.mixer_size"`` to the entries of each of
-            its heads, ``"{layer}.state"`` to the numbers of a state.
-        maps: ``"{layer}.{subblock}"`` to the weight ``[D, D]`` of its linear replacement.
-        notes: sentences about what is not offered, and why.
-        importance: by the names of ``orders``, where it is known: see :func:`layersmith.library.ranking.error_curve`.
-        kept: weights of alternatives that were refitted or trained.
-        pairs: weights of alternatives of one layer that were trained together, by :func:`pair_identity`; they take
-            precedence over ``kept``.
+        parent: The model that they are made from.
+        axes: The axes of each layer.
+        alternatives: All alternatives, the parent's subblocks included.
+        orders: Units by name, most important first. ``"{layer}.ffn.{bundle}"`` and ``"{layer}.shared.{bundle}"`` hold
+            channels (of each expert), ``"{layer}.attention"`` KV heads, ``"{layer}.queries"`` the query heads of each
+            KV head, ``"{layer}.experts"`` experts, ``"{layer}.mixer"`` groups of mixer heads, ``"{layer}.mixer_heads"``
+            the heads of each group, ``"{layer}.mixer_size"`` the entries of each head, ``"{layer}.state"`` the numbers
+            of a state.
+        maps: The weight ``[D, D]`` of each linear replacement, by ``"{layer}.{subblock}"``.
+        notes: Sentences about what is not offered, and why.
+        importance: Error curves of :func:`.ranking.error_curve`, by the names of ``orders``.
+        kept: Weights of alternatives that were refitted or trained.
+        pairs: Weights of alternatives trained together, by :func:`pair_identity`; they precede ``kept``.
     """
 
     parent: Parent
@@ -66,7 +65,6 @@ class Library:
     _skeletons: dict[tuple[str, int], nn.Module] = field(default_factory=dict)
 
     def __str__(self) -> str:
-        """A line per layer: how many alternatives of each kind it has."""
         lines = [f"{len(self.alternatives)} alternatives of {len(self.axes)} layers"]
         for i in range(len(self.axes)):
             kinds = Counter(a.kind for a in self.alternatives if a.layer == i)
@@ -109,14 +107,14 @@ class Library:
         return RankedLayer(parent=self.parent, index=i, axes=self.axes[i], orders=self.orders, maps=self.maps)
 
     def silenced(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
-        """Entries of the inputs of modules that become zero, where that is all an alternative does; else None.
+        """Entries of modules' inputs that become zero, if an alternative does nothing else; None otherwise.
 
-        Whether anything before these modules sees the units that are gone, e.g. a norm, remains to be tried.
+        The caller must try whether a module before them, e.g. a norm, depends on the removed units.
         """
         return None if self.kept.layer_of(alternative.identity) is not None else self.units_gone(alternative)
 
     def refitted(self, alternative: Alternative) -> dict[str, torch.Tensor] | None:
-        """As :meth:`silenced`, where the weight that reads the units was also refitted to those that are left."""
+        """:meth:`silenced`, if the weight that reads the units was also refitted to those that stay; else None."""
         reader, kept, gone = self.reader(alternative), self.kept.of(alternative.identity), self.units_gone(alternative)
         if reader is None or gone is None or len(gone) != 1 or kept.keys() != {reader[0]}:
             return None
@@ -129,7 +127,7 @@ class Library:
         return None if gone is None else gone(self._ranked(alternative.layer), alternative)
 
     def reader(self, alternative: Alternative) -> tuple[str, int] | None:
-        """Name and input dimension of the one projection that makes a changed subblock's output, if there is one."""
+        """Name and input dimension of the only projection that computes a changed subblock's output, else None."""
         layer, find = self._ranked(alternative.layer), alternative.traits.reader
         units = find(layer.axes) if find is not None else None
         if units is None or not units.reader or not layer.reads_its_input(units.reader):
@@ -188,7 +186,7 @@ class Library:
         return {i: self.layer(*alternatives) for i, alternatives in changed_by_layer(chosen).items()}
 
     def weights_together(self, changed: Sequence[Alternative]) -> dict[str, torch.Tensor]:
-        """:meth:`weights` of all alternatives of one layer; as they were trained together, where they were."""
+        """:meth:`weights` of all alternatives of one layer, jointly trained if they are in ``pairs``."""
         weights: dict[str, torch.Tensor] = {}
         for alternative in changed:
             weights |= self.weights(alternative)

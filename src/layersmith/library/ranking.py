@@ -1,10 +1,10 @@
-"""Which channels and heads stay.
+"""Ranks channels and heads by importance.
 
-With the error of :mod:`layersmith.library.statistics`, M_ij = (w_i . w_j) C_ij is the whole story: removing the set S
-costs the sum of M over S x S. Heads are blocks of channels, so their M is the same with blocks summed.
+With the error of :mod:`layersmith.library.statistics`, removing the set S of channels costs the sum over S x S of
+M_ij = (w_i . w_j) C_ij. Heads are blocks of channels, so their M is the same with blocks summed.
 
-Source: channel contribution is arXiv 2411.19146, appendix; we square it, and count what channels removed together do
-to each other.
+Source: channel contribution is arXiv 2411.19146, appendix; here it is squared and includes the interactions of
+channels that are removed together.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def channel_costs(weight: torch.Tensor, moment: torch.Tensor, unit: int = 1) -> 
     Args:
         weight: ``[D, F]``, outputs by inputs.
         moment: ``[F, F]``, E[a a^T]; or ``[F]``, its diagonal.
-        unit: neighbouring channels that form one head; 1 for channels of an FFN.
+        unit: Number of consecutive channels that form one head; 1 for channels of an FFN.
 
     Returns:
         ``[F / unit, F / unit]`` in float64, or ``[F]`` if only the diagonal is known.
@@ -53,7 +53,7 @@ def by_contribution(costs: torch.Tensor) -> torch.Tensor:
 
 
 def by_cost(costs: torch.Tensor) -> torch.Tensor:
-    """Along the last dimension, from what costs most to what costs least."""
+    """The indices along the last dimension, most expensive first."""
     return torch.sort(costs, dim=-1, descending=True, stable=True).indices
 
 
@@ -82,15 +82,15 @@ def by_method(costs: torch.Tensor, method: str) -> torch.Tensor:
 
 
 def error_curve(costs: torch.Tensor, order: torch.Tensor, points: int = 32) -> list[tuple[int, float]]:
-    """What removing the least important units costs, as a share of what removing all of them does.
+    """The cost of removing the least important units, as a share of the cost of removing all.
 
     Args:
         costs: M, ``[n, n]``; or ``[n]``, its diagonal, where units are counted one by one.
         order: ``[n]``, most important first.
-        points: of the curve, besides its two ends.
+        points: Number of points of the curve between its two ends.
 
     Returns:
-        Units left and the share, from all of them and 0.0 to none and 1.0.
+        Pairs of the number of units that stay and the share, from all units and 0.0 to no unit and 1.0.
     """
     removed = order.flip(0)
     if costs.ndim == 1:
@@ -107,7 +107,7 @@ def error_curve(costs: torch.Tensor, order: torch.Tensor, points: int = 32) -> l
 
 
 def within_groups(costs: torch.Tensor, groups: int) -> torch.Tensor:
-    """``[groups, units / groups]``: units of every group of neighbours, in the order of iterative removal in it."""
+    """``[groups, units / groups]``: the units of every group of consecutive units, most important first."""
     size = len(costs) // groups
     rows = []
     for g in range(groups):
@@ -119,15 +119,15 @@ def within_groups(costs: torch.Tensor, groups: int) -> torch.Tensor:
 def head_orders(
     weight: torch.Tensor, heads: HeadsAxis, moment: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """KV heads, and the query heads of each share of them: most important first; and the costs of KV heads.
+    """KV heads and the query heads of each group, both most important first, and the costs of KV heads.
 
     Args:
-        weight: ``[D, F]``, outputs by inputs of what reads the heads.
-        heads: the axis.
-        moment: ``[F, F]``, E[a a^T]; of a reader of several blocks ``[blocks * F, blocks * F]``.
+        weight: ``[D, F]``, outputs by inputs of the reader.
+        heads: The axis.
+        moment: ``[F, F]``, E[a a^T]; ``[blocks * F, blocks * F]`` for a block-diagonal reader.
     """
     width = weight.shape[1]
-    # What the blocks of a projection give does not add up, so heads of different ones do nothing to each other.
+    # The blocks compute different outputs, so heads of different blocks do not interact.
     costs = torch.block_diag(
         *(
             channel_costs(rows, moment[at : at + width, at : at + width], width * heads.blocks // heads.num_heads)
@@ -154,8 +154,7 @@ def least_squares(input_moment: torch.Tensor, output_moment: torch.Tensor, ridge
     Args:
         input_moment: ``[D, D]``, E[x x^T].
         output_moment: ``[D, D]``, E[x y^T].
-        ridge: lambda as a fraction of the mean of E[x_i^2]; it keeps directions that the data never
-            took from deciding anything.
+        ridge: lambda as a fraction of the mean of E[x_i^2]; it suppresses directions without data.
     """
     A, B = input_moment.double(), output_moment.double()
     strength = ridge * A.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)

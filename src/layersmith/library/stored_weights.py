@@ -1,7 +1,7 @@
-"""Weights of alternatives that were refitted or trained, and so are not slices of the parent's.
+"""Weights of alternatives that were refitted or trained, and are therefore not slices of the parent's.
 
-On disk there is one safetensors file a layer, read when a weight is asked for, and ``distilled.json`` with a record for
-each alternative: what it cost and gained, and the digest of its weights.
+On disk each layer has one safetensors file, read on demand. ``distilled.json`` has a record for each alternative, with
+the cost and gain of local distillation and the digest of the weights.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ class Kept:
     """Weights by the identity of an alternative, in memory or in a folder.
 
     Attributes:
-        records: one an alternative: ``of`` its key, ``identity``, ``layer``, ``subblock``, ``weights`` the digest of
-            what is kept or None, and what local distillation says of it.
-        in_memory: identity to weights by name in the layer.
-        folder: where the others are.
+        records: One per alternative: its key ``of``, ``identity``, ``layer``, ``subblock``, the digest ``weights`` or
+            None, and the results of local distillation.
+        in_memory: Weights by name in the layer, by identity.
+        folder: Folder of the other weights.
     """
 
     records: tuple[dict[str, Any], ...] = ()
@@ -60,7 +60,7 @@ class Kept:
         """Weights by name in the layer, in the checkpoint's dtype; nothing if none are kept.
 
         Raises:
-            InputError: the file of its layer is missing or damaged.
+            InputError: The file of its layer is missing or damaged.
         """
         layer = self.layer_of(identity)
         if layer is None:

@@ -366,5 +366,5 @@ def test_experts_that_tokens_have_by_a_table_stay() -> None:
     axes = survey(parent, LibraryRecipe()).axes
     tables = [i for i, layer in enumerate(parent.layers) if any("tid2eid" in name for name in layer.state_dict())]
     assert tables == [0, 3]
-    why = "no score chooses among its experts: mlp.gate.tid2eid says which ones a token has"
+    why = "no score chooses among its experts: mlp.gate.tid2eid assigns them to tokens"
     assert {i: own.reasons["experts"] for i, own in enumerate(axes) if "experts" in own.reasons} == {0: why, 3: why}
