@@ -122,7 +122,7 @@ def test_a_cache_that_is_not_understood_is_called_an_estimate() -> None:
         descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
         axes = find_axes(descriptor, config, blocks)
         found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
-        assert any("KV cache takes is estimated in any layer" in note for note in found.notes) == estimated
+        assert any("size of the KV cache is estimated in any layer" in note for note in found.notes) == estimated
 
 
 def test_what_is_kept_of_every_token_at_full_size() -> None:
