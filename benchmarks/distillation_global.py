@@ -50,7 +50,8 @@ from layersmith.run.artifacts import read_tensors, write_json
 from layersmith.run.folder import Run, versions
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.score import losses
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
+from layersmith.search.solution import Solution
 from layersmith.stages.costs import cost_table
 from layersmith.stages.distill import copied, find_rows
 from layersmith.stages.job import Job

@@ -18,7 +18,7 @@ from layersmith.report.collect import described
 from layersmith.report.data import Report
 from layersmith.report.words import cost_label, ordered_costs, ratio, workload_in_words
 from layersmith.run.artifacts import read_json
-from layersmith.search.problem import Solution
+from layersmith.search.solution import Solution
 from layersmith.stages.inspect import Inspection
 from layersmith.stages.verify import Verification
 from layersmith.units import format_cost, format_seconds

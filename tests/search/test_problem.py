@@ -149,7 +149,7 @@ def test_what_cannot_be_met_is_said() -> None:
     with pytest.raises(Infeasible, match="tensor_parallel 3"):  # a no-op would be divisible, but layer 0 stays
         problem(0, SearchRecipe(tensor_parallel=3, keep_layers=(0,)))
     for rules, match in (
-        (SearchRecipe(keep_layers=(9,)), "there is no layer 9"),
+        (SearchRecipe(keep_layers=(9,)), "layer 9 does not exist"),
         (SearchRecipe(uniform_groups=((0, 1), (1, 2))), "named twice"),
         (SearchRecipe(limits=(CombinedLimit({"parms": 1}, 0.5),)), "Did you mean 'params'"),
         (SearchRecipe(limits=(CombinedLimit({"params": 1}, "7 parsecs"),)), "not an amount"),

@@ -11,7 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
+from layersmith.search.solution import Solution
 
 # Default share of the subblocks in which two solutions differ: fewer try nearly the same child twice, more cost score.
 _LEAST_SHARE = 0.1

@@ -35,7 +35,7 @@ from layersmith.report.words import (
 )
 from layersmith.run.artifacts import read_json, write_json, write_text
 from layersmith.run.folder import Run
-from layersmith.search.problem import Solution
+from layersmith.search.solution import Solution
 from layersmith.units import format_cost
 
 CARD = "README.md"

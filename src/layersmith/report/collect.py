@@ -34,7 +34,7 @@ from layersmith.report.optional import Optional
 from layersmith.report.words import cost_unit, metric_unit
 from layersmith.scoring.metrics import METRICS
 from layersmith.scoring.score import Score, losses
-from layersmith.search.problem import Solution
+from layersmith.search.solution import Solution
 from layersmith.units import format_cost
 
 # Part of a curve's name after the layer: the subblock, and what is removed there.

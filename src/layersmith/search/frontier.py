@@ -1,4 +1,4 @@
-"""The frontier: the best solution for one budget after another along the axis of one cost."""
+"""The frontier: the best solutions for a series of budgets of one cost."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ from layersmith.costs.table import CostTable
 from layersmith.errors import Infeasible, UsageError, did_you_mean
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.regret import Axis
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
+from layersmith.search.solution import Solution
 
-# Of the parent's cost: the children that scores are for, whatever the budget of this run.
+# Child sizes for which scores are made, as shares of the parent's cost, whatever the budget of this run.
 _SIZES = (0.9, 0.8, 0.7, 0.6, 0.5)
 
 
 def axes_of(alternatives: Sequence[Alternative], costs: CostTable, limits: Limits) -> list[Axis]:
-    """The costs by which children will be chosen: parameters, and what is limited."""
-    found: list[Axis] = []
+    """The costs along which children will be chosen: parameters, and the limited costs."""
+    axes: list[Axis] = []
     for name in dict.fromkeys(["parameters", *(limit.cost for limit in limits)]):
         whole = costs.parent.get(name)
         if not whole or any(name not in costs.by_key[a.key] for a in alternatives):
-            continue  # made of several costs
+            continue  # a combination of several costs
         shares = {a.key: costs.by_key[a.key][name] / whole for a in alternatives}
-        if any(shares == axis.shares for axis in found):
-            continue  # bytes, if all are of one size
+        if any(shares == axis.shares for axis in axes):
+            continue  # equal shares, such as bytes where all weights have one precision
         places: dict[tuple[int, str], float] = {}
         for a in alternatives:
             place = a.layer, a.subblock
             places[place] = min(places.get(place, math.inf), shares[a.key])
         fixed = costs.fixed[name] / whole
         least = fixed + math.fsum(places.values())
-        found.append(Axis(name, shares, fixed, tuple(size for size in _SIZES if size > least)))
-    return found
+        axes.append(Axis(name, shares, fixed, tuple(size for size in _SIZES if size > least)))
+    return axes
 
 
 def frontier(
@@ -46,35 +47,35 @@ def frontier(
 ) -> list[Solution]:
     """Solutions from the smallest child to the parent, by rising cost; limits on other costs are kept.
 
-    Equal solutions are there once, so there may be fewer.
+    Equal solutions are listed once, so there may be fewer than ``points``.
 
     Args:
         problem: The search problem to solve.
-        cost: the axis.
-        points: budgets, at even distances.
-        advance: told of each.
+        cost: The cost along which budgets vary.
+        points: Number of evenly spaced budgets.
+        advance: Called with 1 after each budget.
 
     Raises:
-        UsageError: an unknown cost.
-        Infeasible: the other limits cannot be met.
+        UsageError: The cost is unknown.
+        Infeasible: The other limits cannot be met.
     """
     if cost not in problem.costs.parent:
         raise UsageError(f"frontier: unknown cost {cost!r}. {did_you_mean(cost, problem.costs.parent)}")
     others = {name: limit for name, limit in problem.limits.items() if name != cost}
     whole = problem.costs.parent[cost]
     least = problem.least(cost, others)
-    found: list[Solution] = []
+    solutions: list[Solution] = []
     for k in range(points):
         limit: Any = least + (whole - least) * k / (points - 1)
         limit = math.floor(limit) if isinstance(whole, int) else limit
         try:
             solution = problem.best({**others, cost: max(limit, least)})
-        except Infeasible:  # the smallest of a cost that is not a whole number, within rounding
+        except Infeasible:  # by rounding, at the lowest budget of a cost that is not a whole number
             solution = None
         advance(1)
-        if solution is not None and (not found or solution.alternatives != found[-1].alternatives):
-            found.append(_for(solution, {**others, cost: max(limit, least)}))
-    return found
+        if solution is not None and (not solutions or solution.alternatives != solutions[-1].alternatives):
+            solutions.append(_for(solution, {**others, cost: max(limit, least)}))
+    return solutions
 
 
 def _for(solution: Solution, limits: dict[str, Any]) -> Solution:
@@ -107,14 +108,14 @@ def to_dict(
     solutions: Sequence[tuple[Solution, dict[str, Any] | None]],
     baselines: dict[str, Sequence[tuple[Solution, dict[str, Any] | None]]],
 ) -> dict[str, Any]:
-    """``frontier.json``: points with their measurements, where they were run as whole models."""
+    """Content of ``frontier.json``: points, with metrics for those that were evaluated as whole models."""
     return {
         "cost": cost,
         "objective": objective,
         "points": [point(solution, cost, measured) for solution, measured in solutions],
         "baselines": [
-            {"name": name, "points": [point(solution, cost, measured, False) for solution, measured in own]}
-            for name, own in baselines.items()
+            {"name": name, "points": [point(solution, cost, measured, False) for solution, measured in of_baseline]}
+            for name, of_baseline in baselines.items()
         ],
         "budget": {"limit": problem.limits.get(cost), "limits": problem.limits, "parent": problem.costs.parent},
     }

@@ -1,7 +1,7 @@
-"""Children near a given one that are predicted to lose less, found by the integer program and by random exchanges.
+"""Children near a given one with lower predicted losses, from the integer program and from random exchanges.
 
 The prediction is second order around the child (:mod:`layersmith.scoring.exchanges`). It is quadratic in the exchanges,
-and the program is linear, so the program is solved repeatedly with the slopes at its own last answer.
+and the program is linear, so the program is solved repeatedly with the slopes at its last answer.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ import numpy as np
 from layersmith.library.alternative import Alternative
 from layersmith.run.artifacts import fingerprint
 from layersmith.scoring.exchanges import ExchangeEffects
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
+from layersmith.search.solution import Solution
 
 Chosen = tuple[Alternative, ...]
 Members = Sequence[Sequence[tuple[Alternative, ...]]]  # what can be chosen for each group of the program
@@ -41,18 +42,18 @@ def key_of_child(chosen: Sequence[Alternative]) -> str:
 
 def worth_a_look(problem: SearchProblem, plain: Solution, rng: random.Random) -> list[Alternative]:
     """Alternatives that the program takes, or would take if scores were somewhat different."""
-    found = dict.fromkeys(plain.alternatives)
+    wanted = dict.fromkeys(plain.alternatives)
     for _ in range(_DRAWS):
         factors = {(a.layer, a.subblock): math.exp(rng.gauss(0, _TEMPERATURE)) for a in plain.alternatives}
         losses = {a.key: problem.losses[a.key] * factors[a.layer, a.subblock] for a in problem.alternatives}
         other = problem.best_by(losses)
-        found |= dict.fromkeys(other.alternatives if other is not None else ())
-    return list(found)
+        wanted |= dict.fromkeys(other.alternatives if other is not None else ())
+    return list(wanted)
 
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Children near ``base``, and what they are predicted to lose more than it.
+    """Children near ``base``, and their predicted loss increases over it.
 
     Attributes:
         problem: The search problem.
@@ -78,7 +79,7 @@ class Neighbours:
         return sorted(predicted, key=lambda child: predicted[child])
 
     def predict(self, child: Chosen) -> float:
-        """What a child loses more than the base; infinite if an exchange was not measured."""
+        """Predicted loss increase of a child over the base; infinite if an exchange was not measured."""
         exchanged = [a for a, b in zip(child, self.base, strict=True) if a != b]
         if any(a.key not in self.effects.place for a in exchanged):
             return math.inf
@@ -96,13 +97,13 @@ class Neighbours:
                 slope |= {a.key: 0.0 for a in members if a in here}
                 least = min(slope.values())
                 losses |= {key: value - least for key, value in slope.items()}
-            found = self.problem.best_by(losses, [(self.base, 1, most)])
-            if found is None:
+            child = self.problem.best_by(losses, [(self.base, 1, most)])
+            if child is None:
                 break
-            if self.predict(found.alternatives) < self.predict(best):
-                best = found.alternatives
+            if self.predict(child.alternatives) < self.predict(best):
+                best = child.alternatives
             # Half way, or two answers may alternate.
-            slopes = (slopes + self._slopes(found.alternatives)) / 2
+            slopes = (slopes + self._slopes(child.alternatives)) / 2
         return best
 
     def _slopes(self, child: Chosen) -> np.ndarray:
@@ -141,12 +142,12 @@ def random_neighbours(
     problem: SearchProblem, base: Chosen, seen: Collection[Chosen], count: int, rng: random.Random
 ) -> list[Chosen]:
     """Children with random exchanges and the lowest sums of scores, for a parent at which nothing can be predicted."""
-    found: dict[Chosen, None] = {}
+    children: dict[Chosen, None] = {}
     for _ in range(_PROPOSALS):
         other = exchanged(base, problem.members, rng)
         if other not in seen and problem.fits(other):
-            found[other] = None
-    return sorted(found, key=lambda child: (problem.score(child), key_of_child(child)))[:count]
+            children[other] = None
+    return sorted(children, key=lambda child: (problem.score(child), key_of_child(child)))[:count]
 
 
 def exchanged(chosen: Chosen, members: Members, rng: random.Random) -> Chosen:

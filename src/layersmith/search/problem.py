@@ -1,24 +1,22 @@
-"""The search problem, and its solutions: one alternative for every subblock, within a budget and rules."""
+"""The search problem: one alternative for every subblock, with costs within limits, under rules."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from layersmith.block_config import BlockConfig
-from layersmith.costs.budget import Limits, Workload, is_time
+from layersmith.costs.budget import Limits, is_time
 from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
-from layersmith.records import parse, to_data
 from layersmith.search import rules as rules_of
+from layersmith.search.solution import Solution
 from layersmith.search.solve import Candidate, Group, ProgramSolution, Solver
-from layersmith.units import format_cost
 
 NO_RULES = SearchRecipe()
 _SHARED = rules_of.RULE + "like solution "
@@ -27,66 +25,33 @@ _SHARED = rules_of.RULE + "like solution "
 _TRIES = 4
 
 
-@dataclass(frozen=True)
-class Solution:
-    """One alternative for each subblock of each layer.
+class _Conversion:
+    """Converts between costs of whole children and sums over their parts, which differ for times alone."""
 
-    Attributes:
-        alternatives: The alternatives in the order of layers, attention before FFN.
-        score: Sum of their losses under the objective.
-        costs: Costs of the whole child.
-        parent_costs: Costs of the whole parent.
-        limits: Upper limits on costs.
-        asked: The limits as they were asked for.
-        workload: What the costs are for.
-        proven_optimal: Whether no other solution within the limits has a lower score.
-        bound: No solution within the limits has a lower score than this, if known.
-    """
+    def __init__(self, rules: SearchRecipe, costs: CostTable):
+        self.bend, self.sums = costs.bend, rules_of.extra_costs(rules, costs)
 
-    alternatives: tuple[Alternative, ...]
-    score: float
-    costs: dict[str, Any]
-    parent_costs: dict[str, Any]
-    limits: dict[str, Any]
-    asked: Limits
-    workload: Workload
-    proven_optimal: bool
-    bound: float | None = None
-
-    def __str__(self) -> str:
-        """A table of the layers, and the costs as ``old => new``."""
-        cells: dict[int, dict[str, str]] = {}
-        for a in self.alternatives:
-            cell = "unchanged" if a.is_parent else f"parent => {a.name}"
-            cells.setdefault(a.layer, {})[a.subblock] = cell
-        width = max(len(row.get("attention", "")) for row in cells.values())
-        rows = [("layer", "attention", "ffn")]
-        rows += [(str(i), row.get("attention", ""), row.get("ffn", "")) for i, row in sorted(cells.items())]
-        lines = [f"{i:>5}  {attention:<{max(width, 9)}}  {ffn}".rstrip() for i, attention, ffn in rows]
-        for name, after in self.costs.items():
-            before = self.parent_costs[name]
-            share = f" ({after / before:.2f}x)" if before else ""
-            lines.append(f"{name}: {format_cost(name, before)} => {format_cost(name, after)}{share}")
-        return "\n".join([*lines, f"sum of scores: {self.score:.4f}"])
-
-    def to_dict(self) -> dict[str, Any]:
+    def to_sums(self, limits: Mapping[str, float]) -> dict[str, float]:
+        """Limits on sums of parts that correspond to limits on whole children."""
+        bend = self.bend
+        if bend is None:
+            return dict(limits)
         return {
-            "alternatives": [to_data(a) for a in self.alternatives],
-            "score": self.score,
-            "costs": self.costs,
-            "parent_costs": self.parent_costs,
-            "limits": self.limits,
-            "asked": self.asked.to_data(),
-            "workload": dataclasses.asdict(self.workload),
-            "proven_optimal": self.proven_optimal,
-            "bound": self.bound,
+            name: bend.sum_for(cost, limit) if (cost := self._bent(name)) is not None else limit
+            for name, limit in limits.items()
         }
 
-    @staticmethod
-    def from_dict(data: dict[str, Any]) -> Solution:
-        alternatives = tuple(parse(Alternative, entry, "solution.json") for entry in data["alternatives"])
-        asked, workload = Limits.from_data(data["asked"]), Workload(**data["workload"])
-        return Solution(**{**data, "alternatives": alternatives, "asked": asked, "workload": workload})
+    def to_whole(self, name: str, total: float) -> float:
+        """Cost of the whole child from the sum over its parts."""
+        cost = self._bent(name)
+        return total if cost is None or self.bend is None else self.bend.whole_for(cost, total)
+
+    def _bent(self, name: str) -> Callable[[Mapping[str, Any]], float] | None:
+        """Computes a cost from all costs by name; None if the cost of a child is the sum over its parts."""
+        limit = self.sums.get(name)
+        if limit is not None:
+            return (lambda costs: rules_of.weighted(limit, costs)) if rules_of.timed(limit) else None
+        return (lambda costs: float(costs[name])) if is_time(name) else None
 
 
 class SearchProblem:
@@ -118,13 +83,14 @@ class SearchProblem:
         self.rules, self.blocks = rules, blocks
         self.limits = limits.resolve(costs.parent)
         self.rule_limits = rules_of.limits_of(rules, costs)
+        self.conversion = _Conversion(rules, costs)
         self.by_place = rules_of.allowed(alternatives, rules, blocks)
         self._costs_by_key = {
             a.key: rules_of.costs_of(a, rules, costs) for members in self.by_place.values() for a in members
         }
-        # For each group of subblocks that become the same, what can be chosen for it by the candidate's key.
+        # For each group of subblocks that must be identical, key of a candidate to its alternatives.
         self._members: list[dict[str, tuple[Alternative, ...]]] = [
-            self._alike(places) for places in rules_of.together(self.by_place, rules, blocks)
+            _candidates(self.by_place, places) for places in rules_of.identical_groups(self.by_place, rules, blocks)
         ]
         self._solver: Solver | None = None
 
@@ -133,22 +99,10 @@ class SearchProblem:
         costs = times.into(self.costs, self.alternatives)
         return SearchProblem(self.alternatives, self.losses, costs, self.asked, self.rules, self.blocks)
 
-    def _alike(self, places: Sequence[rules_of.Place]) -> dict[str, tuple[Alternative, ...]]:
-        """The alternatives that all of these subblocks have, by the key of the candidate."""
-        by_name = [{a.name: a for a in self.by_place[place]} for place in places]
-        common = [name for name in by_name[0] if all(name in names for names in by_name)]
-        if not common:
-            where = ", ".join(str(layer) for layer, _ in places)
-            raise Infeasible(f"Infeasible: layers {where} share no {places[0][1]}. Change search.uniform_groups.")
-        members = [tuple(names[name] for names in by_name) for name in common]
-        return {" ".join(a.key for a in group): group for group in members}
-
     @property
     def members(self) -> list[list[tuple[Alternative, ...]]]:
-        """For each group of the program, what can be chosen."""
+        """For each group of the program, the alternatives of its candidates."""
         return [list(members.values()) for members in self._members]
-
-    # ------------------------------------------------------------------------------------------ solutions
 
     def best(self, limits: Mapping[str, float] | None = None) -> Solution:
         """The solution with the lowest sum of losses.
@@ -162,7 +116,7 @@ class SearchProblem:
         if self._solver is None:
             self._solver = self.solver()
         wanted = {**(self.limits if limits is None else limits), **self.rule_limits}
-        inside = self.inside(wanted)
+        inside = self.conversion.to_sums(wanted)
         solution = self.solution_of(self._solver.solve(inside))
         for _ in range(_TRIES if self.costs.bend is not None else 0):
             # A limit on a sum of several times was translated as if each were the same share of the parent's.
@@ -194,21 +148,21 @@ class SearchProblem:
                 likes[name + " "] = keys, -1
                 limits[name + " "] = most - len(other)
         try:
-            found = self.solver(losses, likes).solve(self.inside(self.limits | self.rule_limits) | limits)
+            result = self.solver(losses, likes).solve(self.conversion.to_sums(self.limits | self.rule_limits) | limits)
         except Infeasible:
             return None
-        solution = self.solution_of(found)
+        solution = self.solution_of(result)
         return dataclasses.replace(solution, score=self.score(solution.alternatives))
 
     def several(self, count: int, places: int) -> list[Solution]:
         """The best solutions, each of which differs from all before it in at least ``places`` subblocks."""
-        found = [self.best()]
-        while len(found) < count:
-            following = self.best_by(self.losses, [(other.alternatives, places, 2**31) for other in found])
+        solutions = [self.best()]
+        while len(solutions) < count:
+            following = self.best_by(self.losses, [(other.alternatives, places, 2**31) for other in solutions])
             if following is None:
                 break
-            found.append(following)
-        return found
+            solutions.append(following)
+        return solutions
 
     def least(self, cost: str, limits: Mapping[str, float]) -> Any:
         """The least of a cost that a child can have within the rules and limits on other costs.
@@ -216,20 +170,22 @@ class SearchProblem:
         Raises:
             Infeasible: No solution is within the limits.
         """
-        return self._whole_of(cost, self.solver().least(cost, self.inside({**limits, **self.rule_limits})))
+        total = self.solver().least(cost, self.conversion.to_sums({**limits, **self.rule_limits}))
+        return self.conversion.to_whole(cost, total)
 
     def reachable(self) -> None:
         """Check that some solution is within the limits.
 
         Raises:
-            Infeasible: None is.
+            Infeasible: No solution is within the limits.
         """
-        self.solver().reachable(self.inside(self.limits | self.rule_limits))
+        self.solver().reachable(self.conversion.to_sums(self.limits | self.rule_limits))
 
-    def solution_of(self, found: ProgramSolution) -> Solution:
+    def solution_of(self, result: ProgramSolution) -> Solution:
+        """The solution with the program's candidates."""
         by_key = {key: group for members in self._members for key, group in members.items()}
-        chosen = sorted((a for key in found.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
-        return dataclasses.replace(self.of(chosen, found.proven_optimal), bound=found.bound)
+        chosen = sorted((a for key in result.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
+        return dataclasses.replace(self.of(chosen, result.proven_optimal), bound=result.bound)
 
     def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Solution:
         """A solution of these alternatives, with its score and costs."""
@@ -254,6 +210,7 @@ class SearchProblem:
         return self.costs.whole(sums)
 
     def score(self, chosen: Sequence[Alternative]) -> float:
+        """The sum of the losses of these alternatives."""
         return math.fsum(self.losses[a.key] for a in chosen)
 
     def fits(self, chosen: Sequence[Alternative]) -> bool:
@@ -271,32 +228,6 @@ class SearchProblem:
             else sum(self._costs_by_key[a.key][name] for a in chosen)
             for name in self.rule_limits
         }
-
-    # ------------------------------------------------------------------------------------------ sums and wholes
-
-    def inside(self, limits: Mapping[str, float]) -> dict[str, float]:
-        """Limits on sums of parts that correspond to limits on whole children."""
-        bend = self.costs.bend
-        if bend is None:
-            return dict(limits)
-        return {
-            name: bend.sum_for(cost, limit) if (cost := self._bent(name)) is not None else limit
-            for name, limit in limits.items()
-        }
-
-    def _whole_of(self, name: str, total: float) -> float:
-        """Cost of the whole child from the sum over its parts."""
-        cost = self._bent(name)
-        return total if cost is None or self.costs.bend is None else self.costs.bend.whole_for(cost, total)
-
-    def _bent(self, name: str) -> Callable[[Mapping[str, Any]], float] | None:
-        """Computes a cost from all costs by name; None if the cost of a child is the sum over its parts."""
-        limit = rules_of.extra_costs(self.rules, self.costs).get(name)
-        if limit is not None:
-            return (lambda costs: rules_of.weighted(limit, costs)) if rules_of.timed(limit) else None
-        return (lambda costs: float(costs[name])) if is_time(name) else None
-
-    # ------------------------------------------------------------------------------------------ the program
 
     def solver(
         self, losses: Mapping[str, float] | None = None, likes: Mapping[str, tuple[set[str], int]] | None = None
@@ -316,4 +247,19 @@ class SearchProblem:
                 candidates.append(Candidate(key=key, score=score, costs=costs, is_parent=changes == 0, changes=changes))
             first = next(iter(members.values()))
             groups.append(Group(f"layer {first[0].layer} {first[0].subblock}", tuple(candidates)))
-        return Solver(groups, rules_of.fixed_of(self.rules, self.costs), self.costs.parent, self._whole_of)
+        return Solver(groups, rules_of.fixed_of(self.rules, self.costs), self.costs.parent, self.conversion.to_whole)
+
+
+def _candidates(
+    by_place: Mapping[rules_of.Place, Sequence[Alternative]], places: Sequence[rules_of.Place]
+) -> dict[str, tuple[Alternative, ...]]:
+    """Key of a candidate to its alternatives, for the alternatives that all of these subblocks have."""
+    by_name = [{a.name: a for a in by_place[place]} for place in places]
+    common = [name for name in by_name[0] if all(name in names for names in by_name)]
+    if not common:
+        where = ", ".join(str(layer) for layer, _ in places)
+        raise Infeasible(
+            f"Infeasible: layers {where} have no {places[0][1]} alternative in common. Change search.uniform_groups."
+        )
+    members = [tuple(names[name] for names in by_name) for name in common]
+    return {" ".join(a.key for a in group): group for group in members}

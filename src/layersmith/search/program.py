@@ -1,6 +1,6 @@
-"""The integer program as arrays, its linear relaxation, and HiGHS's branch and cut.
+"""The integer program as arrays, its linear relaxation, and branch and cut by HiGHS.
 
-Shapes: G groups, N columns (candidates that no other of their group dominates), K limited costs.
+Shapes: G groups, N columns (candidates that no other candidate of their group dominates), K limited costs.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ Floats = npt.NDArray[np.float64]
 # Whole numbers up to here, and sums of them, are exact in float64.
 _EXACT = 2**53
 # HiGHS accepts rows that are violated by less than 1e-6. A solution that exceeds a limit by less is cut off and the
-# program is solved again. So many cuts are never needed in practice.
+# program is solved again, at most this many times, which is never reached in practice.
 _MOST_CUTS = 200
 # HiGHS stops when the absolute gap is under 1e-6, which SciPy cannot change. With the largest objective at this value,
 # the gap is 1e-11 of it.
 _OBJECTIVE_SCALE = 1e5
-# Nodes at which branching stops, so that a search ends in about a minute, and those of a first search for any good
-# solution: columns whose waste is more than that solution is above the bound are then left out.
+# Node limit of branching, so that a search ends in about a minute; and the node limit of a first search for any good
+# solution, which excludes columns whose waste exceeds the distance of that solution from the bound.
 MOST_NODES, FIRST_NODES = 10_000, 200
 
 
@@ -36,13 +36,13 @@ class Program:
     """The candidates of all groups as columns, without dominated ones.
 
     Attributes:
-        group: ``[N]``, ascending.
-        index: ``[N]``, of the candidate in its group.
-        score: ``[N]``, 0 or more.
-        changes: ``[N]``, how many subblocks differ from the parent's.
-        cost: ``[K, N]``, in units of their greatest common divisor where they are whole numbers.
-        room: ``[K]``, what the groups may take of each cost.
-        tolerance: ``[K]``, 0 where sums are exact.
+        group: Group of each column, ``[N]``, ascending.
+        index: Index of the candidate in its group, ``[N]``.
+        score: Scores of at least 0, ``[N]``.
+        changes: Numbers of subblocks that differ from the parent's, ``[N]``.
+        cost: Costs, ``[K, N]``; whole numbers are in units of their greatest common divisor.
+        room: Limit of the sum over groups of each cost, ``[K]``.
+        tolerance: Tolerance of each limit, ``[K]``; 0 where sums are exact.
     """
 
     group: np.ndarray
@@ -102,7 +102,7 @@ def without_idle_rows(cost: Floats, room: Floats, tolerance: Floats, most: Float
 def not_dominated(score: Floats, changes: Floats, cost: Floats, is_parent: np.ndarray) -> np.ndarray:
     """Indices of candidates ``[n]`` that no other dominates; of equal ones the first, and always the parent.
 
-    The parent stays because among equal scores the fewest changes are wanted.
+    The parent is kept because the fewest changes win among equal scores.
     """
     values = np.concatenate([score[None], changes[None], cost])
     at_least_as_good = (values[:, :, None] <= values[:, None, :]).all(0)
@@ -117,13 +117,13 @@ def not_dominated(score: Floats, changes: Floats, cost: Floats, is_parent: np.nd
 
 @dataclass(frozen=True, eq=False)
 class Relaxation:
-    """The optimum of the linear relaxation, and what it says of every column.
+    """The optimum of the linear relaxation, with bounds for every column.
 
     Attributes:
         bound: No solution has a lower score.
         multipliers: ``[K]``, the score that one unit of each limited cost is worth.
-        waste: ``[N]``, by how much any solution with this column is above the bound, at least. The score of a solution
-            is the bound, the wastes of its columns, and for each limit its multiplier times what is unused of it.
+        waste: ``[N]``, a lower bound on how far any solution with this column is above the bound. The score of a
+            solution is the bound, plus the wastes of its columns, plus for each limit its multiplier times its slack.
     """
 
     bound: float
@@ -170,11 +170,11 @@ def _one_each(program: Program) -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Branched:
-    """What branch and cut returned.
+    """The result of branch and cut.
 
     Attributes:
-        columns: ``[G]``; None if no solution was found.
-        bound: No solution has a lower sum; infinite where none is within the limits.
+        columns: The column of each group, ``[G]``; None without a solution.
+        bound: No solution has a lower sum; infinite if no solution is within the limits.
     """
 
     columns: np.ndarray | None
@@ -182,7 +182,7 @@ class Branched:
 
 
 def nearest(program: Program, relaxed: Relaxation) -> Branched:
-    """The solution with the lowest score that is found within the node limits, and the bound that was reached."""
+    """The solution with the lowest score within the node limits, and the bound that was reached."""
     first = branched(program, program.score, nodes=FIRST_NODES)
     if first.columns is None:
         return branched(program, program.score)
@@ -201,7 +201,7 @@ def branched(program: Program, objective: Floats, nodes: int | None = None) -> B
     Args:
         program: The program; its scores are not used.
         objective: ``[N]``, the values to sum.
-        nodes: Node limit; the best solution that was found until then is returned.
+        nodes: Node limit, at which the best solution so far is returned.
     """
     n = len(program.score)
     units = np.maximum(1.0, np.abs(program.room))

@@ -6,7 +6,7 @@ around the best child predicts the effect of every exchange, alone and with othe
 as scores, finds the best children that differ from it in a few subblocks (:mod:`layersmith.search.neighbours`). They
 are evaluated, and the best of all children is the start of the next round.
 
-The search ends when no better child is found, or when the allowed work is done. The best few children are evaluated on
+The search ends when no child is better, or when the allowed work is done. The best few children are evaluated on
 all rows, and the best of these is returned. The program's solution is always among them, so the result is never worse
 than it on these rows. Every result is kept in a journal, by child and row.
 """
@@ -27,11 +27,12 @@ from layersmith.scoring.metrics import loss_of
 from layersmith.scoring.score import standard_error
 from layersmith.scoring.task import row_order
 from layersmith.search.neighbours import Chosen, Neighbours, key_of_child, random_neighbours, worth_a_look
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
+from layersmith.search.solution import Solution
 
 # Children that are evaluated on all rows, besides the program's solution. Each costs a pass that rounds could use.
 _FINALISTS = 2
-# So few rows are used in the rounds that the work is enough for two rounds. More rows rank children more reliably.
+# The rounds use as many rows as the work allows for this number of rounds. More rows rank children more reliably.
 _ROUNDS = 2
 # The largest number of exchanges of the children of a round, as shares of all subblocks. The prediction is accurate for
 # few exchanges; many are needed to leave a local optimum. benchmarks/search.py measures what refinement gains.
@@ -202,7 +203,7 @@ class _Search:
         kept_back = self._end(start) * (1 - len(self.rows) / len(all_rows))
         self._rounds(start, others, self.recipe.refine_passes - kept_back)
         finalists = [start, *(c for c in sorted(self.seen, key=self._rank) if c != start)][: _FINALISTS + 1]
-        left = len(all_rows) - len(self.rows)  # results on the few rows are there
+        left = len(all_rows) - len(self.rows)  # the few rows already have results
         while len(finalists) > 1 and not self._is_affordable(finalists, left, self.recipe.refine_passes):
             finalists.pop()
         losses = self.evaluations.losses(finalists, all_rows, left)

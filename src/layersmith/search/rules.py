@@ -1,7 +1,7 @@
-"""What a solution must satisfy beside the budget, as groups, candidates and limits of the integer program.
+"""Rules for solutions besides the budget, as groups, candidates and limits of the integer program.
 
-Layers that stay, sizes that tensor parallelism can divide and layers that become the same decide which candidates there
-are; numbers of no-ops and sums of costs are further costs with limits of their own.
+Kept layers, tensor parallelism and groups of identical layers restrict the candidates. Limits on numbers of no-ops and
+on weighted sums of costs become additional costs with limits.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from layersmith.units import parse_amount
 Place = tuple[int, str]
 Costs = dict[str, float]
 
-# Before the name of a cost that only a rule counts.
+# Prefix of the names of costs that rules add.
 RULE = "rule:"
 _NO_OPS = {"attention": RULE + "no-op attentions", "ffn": RULE + "no-op FFNs"}
 
@@ -31,40 +31,41 @@ _NO_OPS = {"attention": RULE + "no-op attentions", "ffn": RULE + "no-op FFNs"}
 def allowed(
     alternatives: Sequence[Alternative], rules: SearchRecipe, blocks: Sequence[BlockConfig] | None
 ) -> dict[Place, list[Alternative]]:
-    """The alternatives of every subblock that layers that stay and tensor parallelism allow.
+    """The alternatives of every subblock that kept layers and tensor parallelism allow.
 
     Raises:
-        UsageError: a layer that is not there.
-        Infeasible: a subblock of which nothing is left.
+        UsageError: A rule names a layer that does not exist.
+        Infeasible: A subblock has no allowed alternative.
     """
     by_place: dict[Place, list[Alternative]] = {}
     for alternative in alternatives:
         by_place.setdefault((alternative.layer, alternative.subblock), []).append(alternative)
     num_layers = max(layer for layer, _ in by_place) + 1
     _check_layers("keep_layers", rules.keep_layers, num_layers)
-    left: dict[Place, list[Alternative]] = {}
-    for place, own in sorted(by_place.items()):
-        left[place] = [
+    kept: dict[Place, list[Alternative]] = {}
+    for place, members in sorted(by_place.items()):
+        kept[place] = [
             a
-            for a in own
+            for a in members
             if (a.is_parent or place[0] not in rules.keep_layers) and _divisible(a, rules.tensor_parallel, blocks)
         ]
-        if not left[place]:
+        if not kept[place]:
             raise Infeasible(
-                f"Infeasible: tensor_parallel {rules.tensor_parallel}. Layer {place[0]} has no {place[1]} whose heads "
-                "and widths are multiples of it. Choose a smaller one, or list other sizes in the recipe's library."
+                f"Infeasible: search.tensor_parallel {rules.tensor_parallel}. Layer {place[0]} has no {place[1]} "
+                "alternative whose heads and widths are multiples of it. Choose a smaller value, or list other sizes "
+                "in the recipe's library section."
             )
-    return left
+    return kept
 
 
 def _check_layers(name: str, layers: Sequence[int], num_layers: int) -> None:
     for layer in layers:
         if not 0 <= layer < num_layers:
-            raise UsageError(f"recipe search.{name}: there is no layer {layer}; the model has {num_layers}.")
+            raise UsageError(f"recipe search.{name}: layer {layer} does not exist; the model has {num_layers} layers.")
 
 
 def _divisible(alternative: Alternative, by: int, blocks: Sequence[BlockConfig] | None) -> bool:
-    """Whether all heads and widths can be split evenly; fewer KV heads than parts are repeated."""
+    """Whether all heads and widths can be split evenly over ``by`` ranks; fewer KV heads than ranks are repeated."""
     if by == 1 or blocks is None:
         return True
     config = alternative.subblock_config(blocks[alternative.layer])
@@ -83,13 +84,13 @@ def _divisible(alternative: Alternative, by: int, blocks: Sequence[BlockConfig] 
     return all(count is None or count % by == 0 for count in counts)
 
 
-def together(
+def identical_groups(
     by_place: Mapping[Place, Sequence[Alternative]], rules: SearchRecipe, blocks: Sequence[BlockConfig] | None
 ) -> list[list[Place]]:
-    """Which subblocks become the same: lists of places, most of one place.
+    """Groups of places whose subblocks must be identical; most have a single place.
 
     Raises:
-        UsageError: layers that are not there, or one that is named twice.
+        UsageError: A layer does not exist, or is in two groups.
     """
     num_layers = max(layer for layer, _ in by_place) + 1
     if rules.uniform_groups is None or rules.uniform_groups == 1:
@@ -99,89 +100,87 @@ def together(
         sets = [tuple(range(start, min(start + size, num_layers))) for start in range(0, num_layers, size)]
     else:
         sets = list(rules.uniform_groups)
-        named = [layer for own in sets for layer in own]
+        named = [layer for layers in sets for layer in layers]
         _check_layers("uniform_groups", named, num_layers)
         if len(set(named)) < len(named):
             raise UsageError("recipe search.uniform_groups: a layer is named twice.")
         sets += [(layer,) for layer in range(num_layers) if layer not in named]
-    found = []
+    groups = []
     for layers in sorted(sets):
         for subblock in ("attention", "ffn"):
             kinds: dict[object, list[Place]] = {}
             for layer in layers:
                 if (layer, subblock) in by_place:
                     config = repr(blocks[layer].subblock(subblock)) if blocks is not None else None
-                    kept = layer in rules.keep_layers
-                    kinds.setdefault((config, kept), []).append((layer, subblock))
-            found += list(kinds.values())
-    return sorted(found)
+                    is_kept = layer in rules.keep_layers
+                    kinds.setdefault((config, is_kept), []).append((layer, subblock))
+            groups += list(kinds.values())
+    return sorted(groups)
 
 
 def extra_costs(rules: SearchRecipe, costs: CostTable) -> dict[str, CombinedLimit]:
-    """Limits on sums by the name of the cost that stands for them."""
+    """Name of each additional cost to its limit on a weighted sum of costs."""
     return {
         RULE + " + ".join(f"{weight:g} {name}" for name, weight in limit.costs.items()): limit for limit in rules.limits
     }
 
 
 def costs_of(alternative: Alternative, rules: SearchRecipe, costs: CostTable) -> Costs:
-    """All costs of an alternative, those of rules included."""
-    own: Costs = {name: costs.by_key[alternative.key][name] for name in costs.parent}
+    """All costs of an alternative, with those of rules."""
+    totals: Costs = {name: costs.by_key[alternative.key][name] for name in costs.parent}
     for name, limit in extra_costs(rules, costs).items():
-        own[name] = weighted(limit, own)
+        totals[name] = weighted(limit, totals)
     if (name := _NO_OPS[alternative.subblock]) in limits_of(rules, costs):
-        own |= {name: int(alternative.is_no_op)}
+        totals |= {name: int(alternative.is_no_op)}
     for name in _NO_OPS.values():
         if name in limits_of(rules, costs):
-            own.setdefault(name, 0)
-    return own
+            totals.setdefault(name, 0)
+    return totals
 
 
 def limits_of(rules: SearchRecipe, costs: CostTable) -> Costs:
-    """Limits of rules by the names of their costs.
+    """Name of each cost of a rule to its limit.
 
     Raises:
-        UsageError: an unknown cost, or an amount that makes no sense.
+        UsageError: A cost is unknown, or an amount makes no sense.
     """
-    found: Costs = {}
+    limits: Costs = {}
     for subblock, most in (("attention", rules.max_removed_attentions), ("ffn", rules.max_removed_ffns)):
         if most is not None:
-            found[_NO_OPS[subblock]] = most
+            limits[_NO_OPS[subblock]] = most
     for name, limit in extra_costs(rules, costs).items():
-        scale = _scale(limit)
-        whole = weighted(limit, costs.parent)
-        found[name] = _amount(limit, whole, scale, costs.parent)
-    return found
+        limits[name] = _amount(limit, weighted(limit, costs.parent))
+    return limits
 
 
 def without_times(rules: SearchRecipe) -> SearchRecipe:
-    """Without limits on sums in which times are."""
+    """The rules without limits on sums with times."""
     return dataclasses.replace(rules, limits=tuple(x for x in rules.limits if not timed(x)))
 
 
 def timed(limit: CombinedLimit) -> bool:
-    """Whether a sum has times in it."""
+    """Whether a sum includes times."""
     return any(is_time(COST_OF.get(name, name)) for name in limit.costs)
 
 
 def fixed_of(rules: SearchRecipe, costs: CostTable) -> Costs:
-    """What is outside the layers, costs of rules included."""
+    """Costs outside the layers, with those of rules."""
     return {**costs.fixed, **{name: weighted(limit, costs.fixed) for name, limit in extra_costs(rules, costs).items()}}
 
 
-def weighted(limit: CombinedLimit, own: Mapping[str, float]) -> float:
-    """The sum of costs, in whole numbers where weights and costs are (decimal weights are scaled up)."""
+def weighted(limit: CombinedLimit, costs: Mapping[str, float]) -> float:
+    """The weighted sum of costs; whole numbers if the costs are, since decimal weights are scaled up."""
     scale = _scale(limit)
     total: Fraction | float = 0
     for name, weight in limit.costs.items():
-        value = own[_cost_name(name, own)]
+        value = costs[_cost_name(name, costs)]
         factor = Fraction(str(weight)) * scale
         total += int(factor) * value
     return total if isinstance(total, int) else float(total)
 
 
 def _scale(limit: CombinedLimit) -> int:
-    """What makes all weights whole."""
+    """The factor that makes all weights whole numbers."""
     return math.lcm(*(Fraction(str(weight)).denominator for weight in limit.costs.values()))
 
 
@@ -192,16 +191,16 @@ def _cost_name(name: str, known: Mapping[str, float]) -> str:
     return cost
 
 
-def _amount(limit: CombinedLimit, whole: float, scale: int, costs: Mapping[str, float]) -> float:
-    """The limit in the scaled unit of its sum."""
+def _amount(limit: CombinedLimit, whole: float) -> float:
+    """The limit in the scaled unit of its sum; ``whole`` is the parent's sum."""
     if not limit.costs:
-        raise UsageError("recipe search.limits: costs must name at least one.")
+        raise UsageError("recipe search.limits: costs must name at least one cost.")
     try:
         number = Decimal(str(limit.at_most))
     except InvalidOperation:
         number = parse_amount(str(limit.at_most), "recipe search.limits.at_most")
     if number < 0:
-        raise UsageError(f"recipe search.limits: at_most cannot be negative, got {limit.at_most}.")
-    unit = isinstance(limit.at_most, str) and limit.at_most.strip()[-1:].isalpha()
-    amount = Fraction(number) * (Fraction(whole) if 0 < number <= 1 and not unit else scale)
+        raise UsageError(f"recipe search.limits: at_most cannot be negative, but it is {limit.at_most}.")
+    has_unit = isinstance(limit.at_most, str) and limit.at_most.strip()[-1:].isalpha()
+    amount = Fraction(number) * (Fraction(whole) if 0 < number <= 1 and not has_unit else _scale(limit))
     return float(amount) if timed(limit) else math.floor(amount)

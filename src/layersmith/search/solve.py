@@ -7,8 +7,8 @@ subject to sum over c of x[g, c] = 1 for every group g,
 
 This is the multiple-choice knapsack problem with several limits. It is solved exactly by enumerating everything near
 the bound of the linear relaxation (:mod:`layersmith.search.core`). Where too much is near the bound, HiGHS branches and
-cuts. Either way the answer is recomputed in exact integers. With unrelated costs whose limits all bind, no solver may
-prove the optimum; then the best solution found within a node limit is returned, with the bound that was reached.
+cuts. Either way, the answer is recomputed in exact integers. With unrelated costs whose limits all bind, no solver may
+prove the optimum; then the best solution within a node limit is returned, with the bound that was reached.
 
 The parent scores 0 and nothing scores less, so it is the answer whenever it fits. Of solutions with equal scores, the
 enumeration takes the one with the fewest changes.
@@ -49,8 +49,11 @@ class Candidate:
     """One alternative for a group: its score (0 or more, lower is better) and its costs.
 
     Attributes:
-        key: names it.
-        changes: in how many subblocks it differs from the parent; of equal scores the fewest are wanted.
+        key: Its name.
+        score: Its score.
+        costs: Cost by name.
+        is_parent: Whether it is the parent's subblock.
+        changes: Number of subblocks that differ from the parent; among equal scores, the fewest changes win.
     """
 
     key: str
@@ -62,7 +65,7 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Group:
-    """The candidates of which one is chosen."""
+    """Candidates, exactly one of which is chosen."""
 
     name: str
     candidates: tuple[Candidate, ...]
@@ -70,13 +73,13 @@ class Group:
 
 @dataclass(frozen=True)
 class ProgramSolution:
-    """The solution.
+    """A solution of the program.
 
     Attributes:
-        chosen: key of the candidate of each group, in the order of the groups.
-        score: sum of its scores.
-        costs: sums of its costs, what is fixed included.
-        bound: no solution within the limits has a lower score.
+        chosen: Key of the chosen candidate of each group, in the order of the groups.
+        score: Sum of their scores.
+        costs: Sums of their costs, with the fixed costs.
+        bound: No solution within the limits has a lower score.
     """
 
     chosen: tuple[str, ...]
@@ -97,8 +100,8 @@ class Solver:
         groups: Groups of at least one candidate each.
         fixed: Costs outside the groups.
         parent_costs: Costs of the whole parent, for error messages.
-        whole_of: Maps a cost and its sum over parts to what the whole child takes, for error messages; default: the
-            sum itself.
+        whole_of: Maps a cost and its sum over parts to the cost of the whole child, for error messages; default: the
+            sum.
 
     Raises:
         ValueError: A score is negative or not finite.
@@ -137,14 +140,14 @@ class Solver:
             raise Infeasible(self._together(limits))
         chosen = [int(i) for i in program.index[columns]]
         if not self._fits(chosen, limits):
-            raise RuntimeError("the solution that was found is not within the limits")
+            raise RuntimeError("the solver returned a solution that is not within the limits")
         return self._solution(chosen, bound)
 
     def reachable(self, limits: Mapping[str, float]) -> None:
         """Check that some solution is within the limits.
 
         Raises:
-            Infeasible: None is.
+            Infeasible: No solution is within the limits.
         """
         if self._parent is not None and self._fits(self._parent, limits):
             return
@@ -154,7 +157,7 @@ class Solver:
             raise Infeasible(self._together(limits))
 
     def least(self, cost: str, limits: Mapping[str, float]) -> float:
-        """The least total of a cost within limits on others, as far as it is found within the node limit.
+        """The least total of a cost within limits on other costs; an upper bound of it if the node limit is reached.
 
         Raises:
             Infeasible: No solution is within the limits.
@@ -165,12 +168,12 @@ class Solver:
         program = self.program({**limits, cost: most})
         pairs = zip(program.group, program.index, strict=True)
         objective = np.array([float(self.groups[g].candidates[i].costs[cost]) for g, i in pairs])
-        found = branched(program, objective, nodes=MOST_NODES)
-        if found.columns is None and found.bound < math.inf:
-            found = branched(program, objective)
-        if found.columns is None:
+        result = branched(program, objective, nodes=MOST_NODES)
+        if result.columns is None and result.bound < math.inf:
+            result = branched(program, objective)
+        if result.columns is None:
             raise Infeasible(f"Infeasible: {', '.join(_words(name) for name in limits)} cannot be met together.")
-        return total_of(self.groups, [int(i) for i in program.index[found.columns]], self.fixed, cost)
+        return total_of(self.groups, [int(i) for i in program.index[result.columns]], self.fixed, cost)
 
     def program(self, limits: Mapping[str, float]) -> Program:
         """The candidates as columns, without dominated ones, and the limits that may bind as rows."""
@@ -223,33 +226,33 @@ class Solver:
                 if is_throughput(cost):  # whose parts do not add up
                     parts = ""
                 raise Infeasible(
-                    f"Infeasible: {_words(cost)} {self._amount(cost, limit)}. The {_extreme(cost)} child this library "
-                    f"can give is {self._amount(cost, least)}{parts}. Raise the budget, or allow more in the recipe's "
+                    f"Infeasible: {_words(cost)} {self._amount(cost, limit)}. The {_extreme(cost)} child of this "
+                    f"library has {self._amount(cost, least)}{parts}. Raise the budget, or allow more in the recipe's "
                     "library (narrower FFNs, no-ops)."
                 )
 
     def _together(self, limits: Mapping[str, float]) -> str:
-        said = []
+        possible = []
         for cost in limits:
             try:
                 least = self.least(cost, {name: limit for name, limit in limits.items() if name != cost})
             except Infeasible:
                 continue
-            said.append(f"{_words(cost)} can be {self._amount(cost, least)} at {_bound(cost)}")
-        possible = f" With the others kept, {', '.join(said)}." if said else ""
-        return f"Infeasible: each limit can be met, but not all together.{possible} Raise one of them."
+            possible.append(f"{_words(cost)} can be {self._amount(cost, least)} at {_bound(cost)}")
+        least_words = f" With the other limits kept, {', '.join(possible)}." if possible else ""
+        return f"Infeasible: each limit can be met, but not all together.{least_words} Raise one of them."
 
     def _amount(self, cost: str, value: float) -> str:
         whole = (self.parent_costs or {}).get(cost)
         value = self._whole_of(cost, value)
         text = f"{value:g}" if ":" in cost else format_cost(cost, value)
-        if is_throughput(cost):  # one over the cost is what people mean
+        if is_throughput(cost):  # the throughput is one over this cost
             value, whole = whole or 0.0, value
         return f"{value / whole:.2f}x ({text})" if whole else text
 
 
 def _without_loss(program: Program) -> np.ndarray | None:
-    """Of the solutions with score 0, the one with the fewest changes; None if none is within the limits."""
+    """The solution with score 0 and the fewest changes; None if no such solution is within the limits."""
     free = np.flatnonzero(program.score == 0)
     if len(np.unique(program.group[free])) < program.num_groups:
         return None
@@ -268,13 +271,13 @@ def _best(program: Program) -> tuple[np.ndarray | None, float]:
     try:
         return best_near_bound(program, relaxed), math.inf
     except GivesUp:
-        found = nearest(program, relaxed)
-    if found.columns is None:
+        result = nearest(program, relaxed)
+    if result.columns is None:
         return None, math.inf
-    score = math.fsum(program.score[found.columns])
+    score = math.fsum(program.score[result.columns])
     if score < relaxed.bound - 1e-6 * max(1e-300, score):
-        raise RuntimeError(f"the solver says the scores sum to {score!r}, which is below {relaxed.bound!r}")
-    return found.columns, found.bound if found.bound < score else math.inf
+        raise RuntimeError(f"the solver's sum of scores {score!r} is below the relaxation's bound {relaxed.bound!r}")
+    return result.columns, result.bound if result.bound < score else math.inf
 
 
 def _not_dominated(group: Group, names: Sequence[str]) -> np.ndarray:
@@ -291,11 +294,12 @@ def _not_dominated(group: Group, names: Sequence[str]) -> np.ndarray:
 
 
 def score_of(groups: Sequence[Group], chosen: Sequence[int]) -> float:
+    """Sum of the scores of the chosen candidates."""
     return math.fsum(g.candidates[i].score for g, i in zip(groups, chosen, strict=True))
 
 
 def total_of(groups: Sequence[Group], chosen: Sequence[int], fixed: Mapping[str, float], cost: str) -> float:
-    """Exact for whole numbers, rounded once for others."""
+    """Total of a cost: exact for whole numbers, rounded once for others."""
     values = [g.candidates[i].costs[cost] for g, i in zip(groups, chosen, strict=True)]
     if all(isinstance(value, int) for value in values):
         return fixed.get(cost, 0) + sum(values)
@@ -305,7 +309,7 @@ def total_of(groups: Sequence[Group], chosen: Sequence[int], fixed: Mapping[str,
 def within(
     groups: Sequence[Group], chosen: Sequence[int], limits: Mapping[str, float], fixed: Mapping[str, float]
 ) -> bool:
-    """Whether a solution is within all limits; costs that are whole numbers in exact integers."""
+    """Whether a solution is within all limits; whole-number costs are compared exactly."""
     return all(
         total <= limit + (0 if isinstance(total, int) else 1e-9 * abs(limit))
         for cost, limit in limits.items()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from layersmith.costs.stopwatch import Stopwatch, check
 from layersmith.costs.times import SOLUTION, Check, Times, costs_of
 from layersmith.errors import Infeasible
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
+from layersmith.search.solution import Solution
 
 # A child may exceed a limit by this share, since timings are noisy. A lower share would refuse children within limits.
 TOLERANCE = 0.01

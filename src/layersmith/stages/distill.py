@@ -42,7 +42,7 @@ from layersmith.run.journal import work_folder
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.run.stage import Making, Stage
-from layersmith.search.problem import Solution
+from layersmith.search.solution import Solution
 from layersmith.stages.costs import COSTS
 from layersmith.stages.data import DATA, digest_of
 from layersmith.stages.job import Job

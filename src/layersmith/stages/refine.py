@@ -16,8 +16,9 @@ from layersmith.run.journal import Journal
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.children import child_evaluator
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
 from layersmith.search.refine import Refined, read_refined, refine
+from layersmith.search.solution import Solution
 from layersmith.stages.data import DATA, digest_of_split
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY

@@ -23,7 +23,8 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
+from layersmith.search.solution import Solution
 from layersmith.stages.costs import COSTS, find_costs
 from layersmith.stages.data import DATA
 from layersmith.stages.describe import DESCRIBE

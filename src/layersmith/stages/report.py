@@ -14,7 +14,7 @@ from layersmith.report.html import render
 from layersmith.report.optional import read_optional
 from layersmith.run import ranks
 from layersmith.run.artifacts import fingerprint, write_json, write_text
-from layersmith.search.problem import Solution
+from layersmith.search.solution import Solution
 from layersmith.stages.distill import COMPARED, DISTILLED
 from layersmith.stages.evaluate import EVALUATION
 from layersmith.stages.job import Job

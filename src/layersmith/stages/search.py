@@ -21,7 +21,8 @@ from layersmith.run.stage import Making, Stage
 from layersmith.scoring.score import Score, losses
 from layersmith.search import baselines
 from layersmith.search.frontier import frontier, to_dict
-from layersmith.search.problem import SearchProblem, Solution
+from layersmith.search.problem import SearchProblem
+from layersmith.search.solution import Solution
 from layersmith.search.time_limits import TOLERANCE, TimedSolution, overrun_of, solve_within
 from layersmith.stages.costs import COSTS, read_times, write_times
 from layersmith.stages.describe import DESCRIBE

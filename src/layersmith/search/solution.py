@@ -1,0 +1,74 @@
+"""A solution of the search: one alternative for each subblock of each layer."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from layersmith.costs.budget import Limits, Workload
+from layersmith.library.alternative import Alternative
+from layersmith.records import parse, to_data
+from layersmith.units import format_cost
+
+
+@dataclass(frozen=True)
+class Solution:
+    """One alternative for each subblock of each layer.
+
+    Attributes:
+        alternatives: The alternatives in the order of layers, attention before FFN.
+        score: Sum of their losses under the objective.
+        costs: Costs of the whole child.
+        parent_costs: Costs of the whole parent.
+        limits: Upper limits on costs.
+        asked: The limits as they were asked for.
+        workload: What the costs are for.
+        proven_optimal: Whether no other solution within the limits has a lower score.
+        bound: No solution within the limits has a lower score than this, if known.
+    """
+
+    alternatives: tuple[Alternative, ...]
+    score: float
+    costs: dict[str, Any]
+    parent_costs: dict[str, Any]
+    limits: dict[str, Any]
+    asked: Limits
+    workload: Workload
+    proven_optimal: bool
+    bound: float | None = None
+
+    def __str__(self) -> str:
+        """A table of the layers, and the costs as ``old => new``."""
+        cells: dict[int, dict[str, str]] = {}
+        for a in self.alternatives:
+            cell = "unchanged" if a.is_parent else f"parent => {a.name}"
+            cells.setdefault(a.layer, {})[a.subblock] = cell
+        width = max(len(row.get("attention", "")) for row in cells.values())
+        rows = [("layer", "attention", "ffn")]
+        rows += [(str(i), row.get("attention", ""), row.get("ffn", "")) for i, row in sorted(cells.items())]
+        lines = [f"{i:>5}  {attention:<{max(width, 9)}}  {ffn}".rstrip() for i, attention, ffn in rows]
+        for name, after in self.costs.items():
+            before = self.parent_costs[name]
+            share = f" ({after / before:.2f}x)" if before else ""
+            lines.append(f"{name}: {format_cost(name, before)} => {format_cost(name, after)}{share}")
+        return "\n".join([*lines, f"sum of scores: {self.score:.4f}"])
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "alternatives": [to_data(a) for a in self.alternatives],
+            "score": self.score,
+            "costs": self.costs,
+            "parent_costs": self.parent_costs,
+            "limits": self.limits,
+            "asked": self.asked.to_data(),
+            "workload": dataclasses.asdict(self.workload),
+            "proven_optimal": self.proven_optimal,
+            "bound": self.bound,
+        }
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Solution:
+        alternatives = tuple(parse(Alternative, entry, "solution.json") for entry in data["alternatives"])
+        asked, workload = Limits.from_data(data["asked"]), Workload(**data["workload"])
+        return Solution(**{**data, "alternatives": alternatives, "asked": asked, "workload": workload})
