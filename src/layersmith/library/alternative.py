@@ -50,7 +50,7 @@ class Kind:
             record, _, name = path.rpartition(".")
             value = getattr(alternative, attribute)
             if not record:
-                # Where each query head has its own keys, the config counts query heads alone.
+                # Where each query head has separate keys, the config counts query heads alone.
                 if name == "num_key_value_heads" and len(self.sizes) > 1 and getattr(parent, name) is None:
                     continue
                 changes[name] = value

@@ -244,7 +244,7 @@ class HeadsAxis(_WithReader):
     together: int = 1
 
     def __str__(self) -> str:
-        ways = {"KV": self.fewer_kv, "query": self.fewer_queries, "groups of": self.fewer_groups}
+        ways = {"KV": self.fewer_kv, "query": self.fewer_queries, "KV with query": self.fewer_groups}
         fewer = ", ".join(way for way, holds in ways.items() if holds)
         return f"{self.num_heads} heads, {self.size} KV; fewer {fewer or 'none'}"
 

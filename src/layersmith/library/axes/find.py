@@ -41,9 +41,9 @@ def find_axes(
 def _layer_axes(model: ModelExperiments, i: int) -> LayerAxes:
     reasons: dict[str, str] = {}
 
-    def tried(name: str, find: Callable[..., Any], *more: Any) -> Any:
+    def tried(name: str, find: Callable[..., Any], *arguments: Any) -> Any:
         try:
-            return find(model, i, *more)
+            return find(model, i, *arguments)
         except NoAxis as reason:
             reasons[name] = str(reason)
             return None
