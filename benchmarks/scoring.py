@@ -1,9 +1,9 @@
-"""Scoring: what it costs beside puzzletron's and beside the arithmetic, and how near the estimates come.
+"""Scoring: its time compared with puzzletron's and with the arithmetic, and the accuracy of the estimates.
 
     python -m benchmarks.scoring PARENT --text FILE [--peer-python PYTHON --peer-driver FILE] --out FILE.md
 
 One thread, float32, in one run: the same checkpoint, the same text, as many tokens, the same alternatives for both.
-Puzzletron runs in an environment of its own through a driver that times its stages (``puzzletron_on_cpu.py``); without
+Puzzletron runs in a separate environment through a driver that times its stages (``puzzletron_on_cpu.py``); without
 both, its rows are left out. It scores pairs of an attention and an FFN; its list is cut down to those in which one of
 the two is the parent's, so that there are as many candidates as alternatives here. CPU seconds of its garbage
 collection are stated apart. Random parents can be timed too, but say nothing about quality.
@@ -88,7 +88,7 @@ def forward_seconds(library: Library, rows: torch.Tensor, batch: int) -> float:
 
 
 def matrix_seconds_per_flop(library: Library, tokens: int) -> float:
-    """CPU seconds an operation of the parent's own matrices, each on so many tokens; the median of five."""
+    """CPU seconds per operation of the parent's matrices on this number of tokens; the median of five runs."""
     seconds = flops = 0.0
     matrices = [m for m in library.parent.layers[0].modules() if isinstance(m, torch.nn.Linear)]
     output: Any = library.parent.model.get_output_embeddings()
@@ -105,14 +105,14 @@ def matrix_seconds_per_flop(library: Library, tokens: int) -> float:
     return seconds / flops
 
 
-def fidelity(exact: Sequence[Score], found: Sequence[Score]) -> dict[str, Any]:
+def fidelity(exact: Sequence[Score], scores: Sequence[Score]) -> dict[str, Any]:
     """Spearman's rank correlation with the exact KL, in all and by kind, and relative errors."""
     truth = {s.alternative.key: s.mean("kl_divergence") for s in exact}
-    own = [s for s in found if s.alternative.kind != "parent"]
-    pairs = [(truth[s.alternative.key], s.mean("kl_divergence"), s.alternative) for s in own]
+    changed = [s for s in scores if s.alternative.kind != "parent"]
+    pairs = [(truth[s.alternative.key], s.mean("kl_divergence"), s.alternative) for s in changed]
     kinds = sorted({f"{a.subblock} {a.kind}" for *_, a in pairs})
     errors = torch.tensor([abs(f - t) / max(t, 1e-9) for t, f, _ in pairs])
-    z = [(s.mean("kl_divergence") - t) / s.error for s, (t, _, _) in zip(own, pairs, strict=True) if s.error > 0]
+    z = [(s.mean("kl_divergence") - t) / s.error for s, (t, _, _) in zip(changed, pairs, strict=True) if s.error > 0]
     return {
         "spearman": float(spearmanr([t for t, *_ in pairs], [f for _, f, _ in pairs])[0]),
         "by_kind": {
@@ -148,10 +148,10 @@ def children(
     return table
 
 
-def noise_of_ratio(values: Sequence[float], beside: Sequence[float]) -> float:
+def noise_of_ratio(values: Sequence[float], reference: Sequence[float]) -> float:
     """Standard error of the ratio of two means over the same rows."""
-    differences = torch.tensor(values, dtype=torch.float64) - torch.tensor(beside, dtype=torch.float64)
-    return float(differences.std()) / len(beside) ** 0.5 / (sum(beside) / len(beside))
+    differences = torch.tensor(values, dtype=torch.float64) - torch.tensor(reference, dtype=torch.float64)
+    return float(differences.std()) / len(reference) ** 0.5 / (sum(reference) / len(reference))
 
 
 def peer(args: argparse.Namespace, work: Path) -> dict[str, Any]:
@@ -172,9 +172,9 @@ def peer(args: argparse.Namespace, work: Path) -> dict[str, Any]:
     kept = []
     for candidate in candidates:
         (block,) = candidate["single_sequence_replacement"]["child_block_configs"]
-        own = (block["attention"].get("num_key_value_heads"), block["ffn"].get("intermediate_size"))
+        sizes = (block["attention"].get("num_key_value_heads"), block["ffn"].get("intermediate_size"))
         (layer,) = candidate["single_sequence_replacement"]["parent_layer_indices"]
-        if sum(a != b for a, b in zip(own, whole, strict=True)) == 1 and layer % args.every == 0:
+        if sum(a != b for a, b in zip(sizes, whole, strict=True)) == 1 and layer % args.every == 0:
             kept.append(candidate)
     if args.peer_candidates:
         kept = kept[:: max(1, len(kept) // args.peer_candidates)][: args.peer_candidates]
@@ -270,9 +270,9 @@ def plot(points: Sequence[tuple[str, float, float]], title: str, out: Path) -> N
     import altair
 
     rows = [
-        {"exact KL": truth, "score": found, "kind": key.partition(": ")[2].split()[0], "alternative": key}
-        for key, truth, found in points
-        if truth > 0 and found > 0
+        {"exact KL": truth, "score": score, "kind": key.partition(": ")[2].split()[0], "alternative": key}
+        for key, truth, score in points
+        if truth > 0 and score > 0
     ]
     scale = altair.Scale(type="log")
     marks = altair.Chart(altair.Data(values=rows), title=title).mark_point(size=18)
@@ -299,26 +299,26 @@ def table(result: dict[str, Any]) -> str:
         "| --- | --- | --- | --- |",
     ]
     for name in ("second_order", "exact"):
-        if own := result.get(name):
-            passes = own["cpu_seconds"] / result["forward_seconds"]
+        if ours := result.get(name):
+            passes = ours["cpu_seconds"] / result["forward_seconds"]
             lines.append(
-                f"| layersmith, {name.replace('_', ' ')} | {own['cpu_seconds']:.1f} | {passes:.1f} | {own['said']} |"
+                f"| layersmith, {name.replace('_', ' ')} | {ours['cpu_seconds']:.1f} | {passes:.1f} | {ours['said']} |"
             )
-    if own := result.get("peer"):
-        scale, without = count / own["candidates"], own["cpu_seconds"] - own["gc_seconds"]
-        note = f"{own['candidates']} candidates run" + (f", scaled by {scale:.2f}" if scale != 1 else "")
-        for what, seconds in (("", own["cpu_seconds"]), (", garbage collection left out", without)):
+    if peers := result.get("peer"):
+        scale, without = count / peers["candidates"], peers["cpu_seconds"] - peers["gc_seconds"]
+        note = f"{peers['candidates']} candidates run" + (f", scaled by {scale:.2f}" if scale != 1 else "")
+        for what, seconds in (("", peers["cpu_seconds"]), (", garbage collection left out", without)):
             passes = scale * seconds / result["forward_seconds"]
             lines.append(f"| puzzletron{what} | {scale * seconds:.1f} | {passes:.1f} | {note} |")
         for name in ("second_order", "exact"):
             if name in result:
                 ratio = scale * without / result[name]["cpu_seconds"]
-                pairs = own["pairs"] / own["candidates"] * without / result[name]["cpu_seconds"]
+                pairs = peers["pairs"] / peers["candidates"] * without / result[name]["cpu_seconds"]
                 lines += [
                     "",
                     f"Puzzletron without garbage collection takes {ratio:.1f} times the CPU seconds of "
                     f"{name.replace('_', ' ')} scoring for the same alternatives, and {pairs:.0f} times for all its "
-                    f"{own['pairs']} pairs (scaled).",
+                    f"{peers['pairs']} pairs (scaled).",
                 ]
     if exact := result.get("exact"):
         f = exact["fidelity"]

@@ -67,12 +67,12 @@ def made_up(layers: int, count: int, seed: int) -> tuple[list[Group], dict[str, 
     for layer in range(layers):
         weight = math.exp(rng.gauss(0, 1)) * (1 + 4 * (layer < 2) + 3 * (layer == layers - 1))
         for name, alternatives, scale in (("attention", attention, 0.01), ("ffn", ffn, 0.02)):
-            own, power = weight * scale * math.exp(rng.gauss(0, 0.7)), rng.uniform(1.2, 2.5)
+            largest, power = weight * scale * math.exp(rng.gauss(0, 0.7)), rng.uniform(1.2, 2.5)
             candidates = []
             for i, (size, cache, prefill, decode) in enumerate(alternatives):
                 gone = 1 - size / alternatives[0][0]
                 lost_cache = 0.3 * (1 - cache / alternatives[0][1]) if alternatives[0][1] else 0.0
-                score = own * (gone**power * math.exp(rng.gauss(0, 0.15)) + lost_cache) if i else 0.0
+                score = largest * (gone**power * math.exp(rng.gauss(0, 0.15)) + lost_cache) if i else 0.0
                 costs = {"parameters": size, "kv": cache, "memory": 2 * size + cache, "prefill": prefill}
                 candidates.append(Candidate(f"{layer}.{name}.{i}", score, costs | {"decode": decode}, i == 0))
             groups.append(Group(f"{layer} {name}", tuple(candidates)))
@@ -125,8 +125,8 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
     costs = cost_table(library.parent, library, Workload())
 
     def truth(solutions: Sequence[Any]) -> list[list[float]]:
-        found = judge.run([c.alternatives for c in solutions], range(len(unseen)))
-        return [[row["kl_divergence"] for row in own] for own in found]
+        results = judge.run([c.alternatives for c in solutions], range(len(unseen)))
+        return [[row["kl_divergence"] for row in rows] for rows in results]
 
     rows = []
     problems = {f: search_problem(library, scores, recipe, costs, parse_budget(params=str(f)).limits) for f in budgets}
@@ -136,25 +136,25 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
         with Journal(None, "") as journal:
             refined = refine(problem, plain, models, recipe.search, "kl_divergence", journal, seed=recipe.seed)
         seconds, passes = time.process_time() - started, models.passes - before
-        own = truth([plain, refined.solution])
-        difference = [a - b for a, b in zip(own[1], own[0], strict=True)]
+        of_plain, of_refined = truth([plain, refined.solution])
+        difference = [a - b for a, b in zip(of_refined, of_plain, strict=True)]
         rows.append({
             "budget": budget, "parameters": refined.solution.costs["parameters"],
-            "plain": _mean(own[0]), "refined": _mean(own[1]),
-            "change": _mean(difference) / _mean(own[0]),
-            "error": (standard_error(difference) or 0.0) / _mean(own[0]),
+            "plain": _mean(of_plain), "refined": _mean(of_refined),
+            "change": _mean(difference) / _mean(of_plain),
+            "error": (standard_error(difference) or 0.0) / _mean(of_plain),
             "tried": refined.tried, "passes": passes, "seconds": seconds,
         })  # fmt: skip
     problem = next(iter(problems.values()))
     whole = costs.parent["parameters"]
     sizes = [min(1.0, f + step) * whole for f in budgets for step in (-0.04, 0.0, 0.04)]
     points: dict[str, list[tuple[float, float]]] = {}
-    for name, found in baselines.all_of(problem, "parameters", sorted(sizes)).items():
+    for name, solutions in baselines.all_of(problem, "parameters", sorted(sizes)).items():
         low, high = (min(budgets) - 0.12) * whole, (max(budgets) + 0.12) * whole
-        near = [c for c in found if low <= c.costs["parameters"] <= high]
+        near = [c for c in solutions if low <= c.costs["parameters"] <= high]
         points[name] = [(c.costs["parameters"], _mean(v)) for c, v in zip(near, truth(near), strict=True)]
     for row in rows:
-        row["baselines"] = {name: at_size(own, row["parameters"]) for name, own in points.items()}
+        row["baselines"] = {name: at_size(of_baseline, row["parameters"]) for name, of_baseline in points.items()}
     return {"run": Path(folder).name, "layers": len(library.parent.blocks), "rows": rows, "points": points}
 
 
@@ -190,16 +190,16 @@ def table(result: dict[str, Any]) -> str:
         lines.append(f"| {row['count']} | {row['seed']} | {row['seconds']:.2f} | {highs} | {differ} |")
     said = ", ".join(f"{seconds:.1f} s with {count} alternatives" for count, seconds in result["frontier"].items())
     lines += ["", f"Frontier of 50 points by parameters: {said}."]
-    for own in result["children"]:
-        names = list(own["rows"][0]["baselines"])
+    for run in result["children"]:
+        names = list(run["rows"][0]["baselines"])
         lines += [
             "",
-            f"## {own['run']}, {own['layers']} layers: KL of whole children on rows that nothing has seen",
+            f"## {run['run']}, {run['layers']} layers: KL of whole children on unseen rows",
             "",
             f"| parameters | program | refined | change | passes | {' | '.join(names)} | of the best |",
             "| --- " * (6 + len(names)) + "|",
         ]
-        for row in own["rows"]:
+        for row in run["rows"]:
             others = [row["baselines"][name] for name in names]
             best = min((value for value in others if value is not None), default=None)
             share = f"{row['refined'] / best:.2f}" if best else ""

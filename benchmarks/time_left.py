@@ -1,8 +1,8 @@
-"""How right scoring is about the time that it will still take: ``python -m benchmarks.time_left``.
+"""Accuracy of the remaining time that scoring shows: ``python -m benchmarks.time_left``.
 
-Scoring runs in both modes, by default on the demo model, and what it says of the time left is noted
-beside the clock. Afterwards the real time is known, and with it how wrong each was. The clock counts the CPU seconds of
-this process, one thread, so that a busy machine does not tell.
+Scoring runs in both modes, by default on the demo model. Every shown remaining time is recorded with the clock, and
+compared with the true one at the end. The clock counts the CPU seconds of this process on one thread, so that other
+load on the machine has no effect.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
 
 class Recorder(Progress):
-    """Notes when what time was said to be left."""
+    """Records the remaining times with the time at which each was shown."""
 
     clock = staticmethod(time.process_time)
 
     def __init__(self) -> None:
-        self.told: list[tuple[float, float]] = []
+        self.shown: list[tuple[float, float]] = []
         self.total = 0.0
 
     @contextmanager
@@ -53,22 +53,22 @@ class Recorder(Progress):
 
         def advance(steps: float, left: float | None = None, said: str = "") -> None:
             assert left is not None
-            self.told.append((self.clock() - started, left))
+            self.shown.append((self.clock() - started, left))
 
         yield advance
         self.total = self.clock() - started
 
     def errors(self) -> dict[str, Any]:
-        """Of the time left, relative to what it really was, once each share of the time has passed, and the worst."""
-        found: dict[str, Any] = {"seconds": self.total, "told": len(self.told)}
-        error = {at: (at + left - self.total) / (self.total - at) for at, left in self.told if at < self.total}
+        """Relative errors of the remaining time after each share of the whole time, and the worst ones."""
+        errors: dict[str, Any] = {"seconds": self.total, "shown": len(self.shown)}
+        error = {at: (at + left - self.total) / (self.total - at) for at, left in self.shown if at < self.total}
         for share in _SHARES:
             at = next(at for at in error if at >= share * self.total)
-            found[f"{share:.0%}"] = error[at]
+            errors[f"{share:.0%}"] = error[at]
         for end in (0.9, 0.95):
-            own = [error[at] for at in error if 0.1 * self.total <= at <= end * self.total]
-            found[f"worst from 10% to {end:.0%}"] = max(own, key=abs)
-        return found
+            late = [error[at] for at in error if 0.1 * self.total <= at <= end * self.total]
+            errors[f"worst from 10% to {end:.0%}"] = max(late, key=abs)
+        return errors
 
 
 def main() -> None:
@@ -116,7 +116,7 @@ def table(result: dict[str, Any]) -> str:
     ]
     lines.append("| CPU s | " + " | ".join(f"{result[mode]['seconds']:.1f}" for mode in modes) + " |")
     for key in result[modes[0]]:
-        if key not in ("seconds", "told"):
+        if key not in ("seconds", "shown"):
             lines.append(f"| {key} | " + " | ".join(f"{result[mode][key]:+.1%}" for mode in modes) + " |")
     return "\n".join(lines)
 

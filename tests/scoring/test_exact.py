@@ -101,8 +101,8 @@ def test_no_more_rows_than_the_asked_precision_needs(
     make_parent: Callable[..., Path], tmp_path: Path, objective: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = load_parent(make_parent("llama"), Runtime(torch.device("cpu"), torch.float32))
-    found = LibraryRecipe(ffn_fractions=(0.5,), kv_methods=("pool",), linear=(), query_heads=False)
-    library = build_library(parent, found, survey(parent, found), Calibration(TOKENS, 3))
+    recipe_of_library = LibraryRecipe(ffn_fractions=(0.5,), kv_methods=("pool",), linear=(), query_heads=False)
+    library = build_library(parent, recipe_of_library, survey(parent, recipe_of_library), Calibration(TOKENS, 3))
     tokens = torch.randint(0, 512, (24, 12), generator=torch.Generator().manual_seed(5))
     recipe = ScoringRecipe(mode="exact", objective=objective, batch_tokens=8 * 12)  # type: ignore[arg-type]
     whole = score_library(library, tokens, recipe)
@@ -122,25 +122,25 @@ def test_no_more_rows_than_the_asked_precision_needs(
     asked = dataclasses.replace(recipe, row_precision=(error + later) / 2)
     enough = score_library(library, tokens, asked, journal=tmp_path / "journal", inputs="a")
     rows = sorted(row_order(24)[:16])
-    for own, of_all in zip(enough, whole, strict=True):
-        assert own.exact_rows == 16
-        assert own.rows[objective] == pytest.approx([of_all.rows[objective][row] for row in rows])
+    for score, of_all in zip(enough, whole, strict=True):
+        assert score.exact_rows == 16
+        assert score.rows[objective] == pytest.approx([of_all.rows[objective][row] for row in rows])
     lines = (tmp_path / "journal").read_bytes().splitlines(keepends=True)
     (tmp_path / "journal").write_bytes(b"".join(lines[: len(lines) // 3]))
     again = score_library(library, tokens, asked, journal=tmp_path / "journal", inputs="a")
     assert [s.rows for s in again] == [s.rows for s in enough]
 
 
-def test_the_error_of_scores_beside_each_other() -> None:
-    """What it says is what comes out, and rows that are hard for all alike do not count."""
+def test_the_relative_error_of_scores() -> None:
+    """The predicted error is the true one, and rows that are hard for all alternatives do not count."""
     generator = torch.Generator().manual_seed(0)
     scores = 0.5 + torch.rand(300, 1, generator=generator, dtype=torch.float64)
     hard = 0.2 + 3 * torch.rand(1, 64, generator=generator, dtype=torch.float64)
     assert relative_error((scores * hard)[:, :16], 64) < 1e-6
     values = scores * hard * (1 + 0.3 * torch.randn(300, 64, generator=generator, dtype=torch.float64))
-    told = relative_error(values[:, :16], 64)
+    error = relative_error(values[:, :16], 64)
     ratio = values[:, :16].mean(1) / values.mean(1)
-    assert told == pytest.approx(float((ratio / ratio.mean() - 1).square().mean().sqrt()), rel=0.15)
+    assert error == pytest.approx(float((ratio / ratio.mean() - 1).square().mean().sqrt()), rel=0.15)
     assert relative_error(values[:, :1], 64) == float("inf")
     assert relative_error(-values, 64) == float("inf")
 
@@ -171,14 +171,14 @@ def test_metrics_by_their_definitions() -> None:
         spans = [
             measure(reference.span(i, i + 5), other[:, i : i + 5].clone(), changed[:, i : i + 5]) for i in (0, 5, 10)
         ]
-        found = row_means(spans)
+        means = row_means(spans)
         log_p, log_q = (z[..., :-3].double().log_softmax(-1) for z in (logits, other))
         kl = (log_p.exp() * (log_p - log_q)).sum(-1)
-        assert found["kl_divergence"].tolist() == pytest.approx(kl.mean(-1).tolist(), rel=1e-4, abs=1e-7)
+        assert means["kl_divergence"].tolist() == pytest.approx(kl.mean(-1).tolist(), rel=1e-4, abs=1e-7)
         loss = -log_q[:, :-1].gather(-1, ids[:, 1:, None])[..., 0].mean(-1)
-        assert found["lm_loss"].tolist() == pytest.approx(loss.tolist(), rel=1e-5)
+        assert means["lm_loss"].tolist() == pytest.approx(loss.tolist(), rel=1e-5)
         among = (log_q.topk(5).indices == log_p.argmax(-1)[..., None]).any(-1).double().mean(-1)
-        assert found["top_5_agreement"].tolist() == pytest.approx(among.tolist())
+        assert means["top_5_agreement"].tolist() == pytest.approx(among.tolist())
 
 
 def test_standard_error() -> None:

@@ -1,4 +1,4 @@
-"""What exchanges do to a child: against derivatives, against the sweep at the parent, and on a trained model."""
+"""Effects of exchanges on a child, compared with derivatives, with the sweep at the parent, and on a trained model."""
 
 import argparse
 import gzip
@@ -49,15 +49,15 @@ def test_around_the_parent_it_is_the_sweep(make_parent: Callable[..., Path], fam
     parent = [a for a in library.alternatives if a.kind == "parent"]
     others = [a for a in library.alternatives if a.kind != "parent"]
     batches = [TOKENS[:3], TOKENS[3:]]
-    found = exchange_effects(layerwise, parent, others, batches, 5, States())
-    assert np.abs(found.linear).max() < 1e-6  # the divergence is flat there
+    effects = exchange_effects(layerwise, parent, others, batches, 5, States())
+    assert np.abs(effects.linear).max() < 1e-6  # the divergence is flat there
     seeds = [[[5 * 1_000_003 + row for row in rows]] for rows in (range(3), range(3, 4))]
     survey_ = look(layerwise, others, TOKENS[:1])
     by_sweep = estimate(layerwise, others, survey_, batches, seeds, States())
     for a in others:
-        expected = float(torch.cat([own[a.identity] for own in by_sweep]).mean())
-        k = found.place[a.key]
-        assert 0.5 * found.mixed[k, k] == pytest.approx(expected, rel=2e-3, abs=1e-9)
+        expected = float(torch.cat([of_batch[a.identity] for of_batch in by_sweep]).mean())
+        k = effects.place[a.key]
+        assert 0.5 * effects.mixed[k, k] == pytest.approx(expected, rel=2e-3, abs=1e-9)
 
 
 @torch.no_grad()
@@ -69,8 +69,8 @@ def loss(
     hidden = batch.embedded
     for i in range(len(layerwise.layers)):
         for subblock in ("attention", "ffn"):
-            own = child[i, subblock]
-            made = layerwise.run(batch, i, hidden, layerwise.builder.layer(own, no_op_of_other(own)))
+            chosen = child[i, subblock]
+            made = layerwise.run(batch, i, hidden, layerwise.builder.layer(chosen, no_op_of_other(chosen)))
             if (i, subblock) == (mixed.layer, mixed.subblock):
                 other = layerwise.run(batch, i, hidden, layerwise.builder.layer(mixed, no_op_of_other(mixed)))
                 made = (1 - share) * made + share * other
@@ -83,13 +83,13 @@ def loss(
 def test_slopes_are_derivatives(make_parent: Callable[..., Path]) -> None:
     library = library_of(make_parent("llama"), TOKENS, LibraryRecipe(ffn_fractions=(0.5,)))
     layerwise, rng = split_layers(library.parent, library), random.Random(3)
-    child = {place: rng.choice(own) for place, own in of_places(library).items()}
+    child = {place: rng.choice(members) for place, members in of_places(library).items()}
     others = [a for a in library.alternatives if child[a.layer, a.subblock] != a]
-    found = exchange_effects(layerwise, list(child.values()), others, [TOKENS[:3], TOKENS[3:]], 0, States())
-    assert set(found.place) == {a.key for a in others}
+    effects = exchange_effects(layerwise, list(child.values()), others, [TOKENS[:3], TOKENS[3:]], 0, States())
+    assert set(effects.place) == {a.key for a in others}
     for a in rng.sample(others, 12):
         slope = (loss(layerwise, child, a, 0.01) - loss(layerwise, child, a, -0.01)) / 0.02
-        assert found.linear[found.place[a.key]] == pytest.approx(slope, rel=0.03, abs=2e-5)
+        assert effects.linear[effects.place[a.key]] == pytest.approx(slope, rel=0.03, abs=2e-5)
 
 
 def test_exchanges_are_foretold() -> None:
@@ -100,10 +100,13 @@ def test_exchanges_are_foretold() -> None:
     models, rng = child_evaluator(library, rows, ScoringRecipe(), SILENT), random.Random(0)
     assert models.layerwise is not None
     places = of_places(library)
-    child = {p: next((a for a in own if a.size == 256), own[0]) if p[0] else own[0] for p, own in places.items()}
-    near = {p: [a for a in own if a.size in (192, 320, 3)] for p, own in places.items() if p[0]}
-    others = [a for own in near.values() for a in own]
-    found = models.exchange_effects(list(child.values()), others, range(16), 1)
+    child = {
+        p: next((a for a in members if a.size == 256), members[0]) if p[0] else members[0]
+        for p, members in places.items()
+    }
+    near = {p: [a for a in members if a.size in (192, 320, 3)] for p, members in places.items() if p[0]}
+    others = [a for members in near.values() for a in members]
+    effects = models.exchange_effects(list(child.values()), others, range(16), 1)
     parent = [a for a in library.alternatives if a.kind == "parent"]
     at_parent = exchange_effects(models.layerwise, parent, library.alternatives[1:], [rows], 1, States())
     scores = {key: 0.5 * at_parent.mixed[k, k] for key, k in at_parent.place.items()}
@@ -111,14 +114,14 @@ def test_exchanges_are_foretold() -> None:
     for _ in range(24):
         changed = [rng.choice(near[place]) for place in rng.sample(list(near), 2)]
         tried.append(list({**child, **{(a.layer, a.subblock): a for a in changed}}.values()))
-        foretold.append(found.of(changed))
+        foretold.append(effects.of(changed))
         by_scores.append(sum(scores[a.key] - scores[child[a.layer, a.subblock].key] for a in changed))
-    before, *after = (np.mean([row["kl_divergence"] for row in own]) for own in
+    before, *after = (np.mean([row["kl_divergence"] for row in rows]) for rows in
                       models.run([list(child.values()), *tried], range(16)))  # fmt: skip
     truth = np.array(after) - before
-    off = [np.abs(np.array(told) - truth).mean() / np.abs(truth).mean() for told in (foretold, by_scores)]
+    off = [np.abs(np.array(predicted) - truth).mean() / np.abs(truth).mean() for predicted in (foretold, by_scores)]
     assert off[0] < 0.2, off
     assert off[0] < 0.7 * off[1], off
     one, other = changed
-    assert found.given(())[found.place[one.key]] == pytest.approx(found.of([one]))
-    assert found.given([other])[found.place[one.key]] == pytest.approx(found.of(changed) - found.of([other]))
+    assert effects.given(())[effects.place[one.key]] == pytest.approx(effects.of([one]))
+    assert effects.given([other])[effects.place[one.key]] == pytest.approx(effects.of(changed) - effects.of([other]))

@@ -35,9 +35,9 @@ def test_what_is_lost_is_told_by_the_multiplier_of_a_size() -> None:
     drawn = SCORES[:, None].repeat(1, 4)
     drawn[2, 1::2] = 0.5
     regret, part = model(0.8).regret(SCORES, drawn)
-    # Half as wide saves 0.2 x 5 = 1.0 and costs 0.5, in half of the draws; beside a score of 1.0.
+    # Half as wide saves 0.2 x 5 = 1.0 and costs 0.5, in half of the draws; the score is 1.0.
     assert regret == pytest.approx(0.25, rel=1e-6)
-    assert part.tolist() == pytest.approx([0, 0, 0.125, 0], abs=1e-9)  # the other half is the parent's own
+    assert part.tolist() == pytest.approx([0, 0, 0.125, 0], abs=1e-9)  # the other half is the parent's
 
 
 def test_only_what_is_taken_by_some_draw_is_worth_a_look() -> None:
@@ -46,7 +46,7 @@ def test_only_what_is_taken_by_some_draw_is_worth_a_look() -> None:
     regret, part = model(0.8, 0.6).regret(SCORES, drawn)
     assert 0 < regret < 0.3
     assert part[2] > 10 * part[3]  # layer 1's no-op is never near
-    assert float(part.sum()) < regret  # what the parent's own subblocks are taken instead of
+    assert float(part.sum()) < regret  # the rest is the share of the parent's subblocks
     assert model().regret(SCORES, drawn)[0] == 0
 
 
@@ -87,18 +87,18 @@ def test_rounds_end_when_the_search_is_settled_and_that_is_foreseen() -> None:
     def rounds(settled: float, expected_regret: ExpectedRegret | None = search) -> Rounds:
         return Rounds(known, estimates, [0.05] * 12, 16, 4.0, 0.0, settled, expected_regret)
 
-    def all_of(own: Rounds, r: float) -> list[dict[int, int]]:
-        """What there is after each round, if every exact run shows r times its standard deviation."""
-        found: list[dict[int, int]] = []
+    def all_of(plan: Rounds, r: float) -> list[dict[int, int]]:
+        """The runs after each round, if every exact run shows r times its standard deviation."""
+        by_round: list[dict[int, int]] = []
         before: dict[int, int] = {}
-        for k in range(own.count):
+        for k in range(plan.count):
             observed = {i: (r * float(known.covariance[i, i].sqrt()), n) for i, n in before.items()}
-            following = own.after(k, before, observed)
+            following = plan.after(k, before, observed)
             if following == before:
                 break
-            found.append(following)
+            by_round.append(following)
             before = following
-        return found
+        return by_round
 
     costs = [0.05 * sum(runs.values()) for runs in all_of(rounds(0.0), 0.0)]
     assert len(costs) == 7
@@ -107,24 +107,24 @@ def test_rounds_end_when_the_search_is_settled_and_that_is_foreseen() -> None:
     assert len(all_of(rounds(1.0, expected_regret=None), 0.0)) == 1
     assert 0.05 * sum(all_of(rounds(1.0, expected_regret=None), 0.0)[0].values()) > 3  # all of the work
     first = rounds(0.0).after(0, {}, {})
-    own = rounds(0.8 * rounds(0.0).worth({i: (0.0, n) for i, n in first.items()})[0])
-    count, foreseen = own.foresee(0, {}, {})
-    assert foreseen == all_of(own, 0.0)[-1]
-    assert 1 < count == len(all_of(own, 0.0)) < 7
+    plan = rounds(0.8 * rounds(0.0).worth({i: (0.0, n) for i, n in first.items()})[0])
+    count, foreseen = plan.foresee(0, {}, {})
+    assert foreseen == all_of(plan, 0.0)[-1]
+    assert 1 < count == len(all_of(plan, 0.0)) < 7
     # What was foreseen is done, and more only where the regret is much larger than it should be.
     nothing = dict.fromkeys(range(12), (0.0, 16))
-    assert own.after(1, first, nothing) == first
-    assert own.after(1, first, nothing, foreseen=2) != first
+    assert plan.after(1, first, nothing) == first
+    assert plan.after(1, first, nothing, foreseen=2) != first
     seen = {i: (0.0, n) for i, n in foreseen.items()}
-    assert own.after(count, foreseen, seen, count) == foreseen
+    assert plan.after(count, foreseen, seen, count) == foreseen
     assert (
-        own.after(
+        plan.after(
             count, foreseen, {i: (3 * float(known.covariance[i, i].sqrt()), n) for i, n in foreseen.items()}, count
         )
         != foreseen
     )
     # Where runs show three times what was expected, the search is settled later, if at all.
     regrets = [
-        own.worth({i: (r * float(known.covariance[i, i].sqrt()), n) for i, n in first.items()})[0] for r in (0, 3)
+        plan.worth({i: (r * float(known.covariance[i, i].sqrt()), n) for i, n in first.items()})[0] for r in (0, 3)
     ]
     assert regrets[1] > regrets[0] > 0

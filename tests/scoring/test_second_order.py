@@ -57,8 +57,8 @@ def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: st
     layerwise = of_stages(library)
     rows = TOKENS[:1, :6]
     alternatives = [a for a in library.alternatives if a.kind != "parent" and a.layer in (1, 3)]
-    found = look(layerwise, alternatives, rows)
-    (estimates,) = estimate(layerwise, alternatives, found, [rows], [[[7]]], States())
+    surveyed = look(layerwise, alternatives, rows)
+    (estimates,) = estimate(layerwise, alternatives, surveyed, [rows], [[[7]]], States())
     batch = layerwise.start(rows)
     hidden = [batch.embedded]
     for i in range(4):
@@ -85,7 +85,7 @@ def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: st
         (g,) = torch.autograd.grad((logits(y)[0] * v).sum(), y)
         expected = 0.5 * (g * change).sum(-1).square().mean()
         assert float(estimates[a.identity]) == pytest.approx(float(expected), rel=1e-3, abs=1e-9), a.key
-    assert any(a.identity in found.silencing for a in alternatives)
+    assert any(a.identity in surveyed.silencing for a in alternatives)
 
 
 def test_signs_have_the_fisher_information_as_their_second_moment() -> None:
@@ -110,16 +110,16 @@ def test_small_changes_are_estimated_right_in_every_layout(model_type: str, tmp_
     exact = score_library(library, tokens, ScoringRecipe(mode="exact", batch_tokens=80))
     layerwise = of_stages(library, tokens)
     alternatives = [a for a in library.alternatives if a.kind != "parent"]
-    found = look(layerwise, alternatives, tokens)
+    surveyed = look(layerwise, alternatives, tokens)
     seeds = [[100 * k + row for row in range(len(tokens))] for k in range(8)]
-    (estimates,) = estimate(layerwise, alternatives, found, [tokens], [seeds], States())
+    (estimates,) = estimate(layerwise, alternatives, surveyed, [tokens], [seeds], States())
     assert {tuple(values.shape) for values in estimates.values()} == {(len(tokens),)}
     ratios = []
     for s in exact:
         if (
             s.alternative.kind != "parent"
             and s.mean("kl_divergence") > 1e-7
-            and found.size[s.alternative.identity] < 0.1
+            and surveyed.size[s.alternative.identity] < 0.1
         ):
             ratios.append(float(estimates[s.alternative.identity].mean()) / s.mean("kl_divergence"))
     if ratios:
@@ -160,17 +160,17 @@ def test_scores_of_a_trained_model(trained: tuple[Library, torch.Tensor], truth:
         estimates = scores if passes else []
         scores = score_library(library, tokens, recipe)
         off.append(max(abs(s.mean("kl_divergence") - truth[s.alternative.key]) for s in scores))
-    found = [s for s in scores if s.alternative.kind != "parent"]
-    exact = [truth[s.alternative.key] for s in found]
-    assert spearmanr(exact, [s.mean("kl_divergence") for s in found])[0] > 0.985
+    estimated = [s for s in scores if s.alternative.kind != "parent"]
+    exact = [truth[s.alternative.key] for s in estimated]
+    assert spearmanr(exact, [s.mean("kl_divergence") for s in estimated])[0] > 0.985
     assert off[1] < off[0]
-    assert 0 < sum(s.exact_rows > 0 for s in found) < len(found)
-    z = [(s.mean("kl_divergence") - t) / s.error for s, t in zip(found, exact, strict=True) if s.error]
+    assert 0 < sum(s.exact_rows > 0 for s in estimated) < len(estimated)
+    z = [(s.mean("kl_divergence") - t) / s.error for s, t in zip(estimated, exact, strict=True) if s.error]
     for estimate_, s in zip(estimates, scores, strict=True):
         rows = row_order(len(tokens))[: s.exact_rows]
         assert (s.checked is not None) == bool(rows and s.alternative.kind != "parent")
         if s.checked is not None:
-            means = [sum(own.rows["kl_divergence"][r] for r in rows) / len(rows) for own in (estimate_, s)]
+            means = [sum(score.rows["kl_divergence"][r] for r in rows) / len(rows) for score in (estimate_, s)]
             assert s.checked == pytest.approx(means)
     assert 0.4 < float(torch.tensor(z).square().mean().sqrt()) < 2.5
 
@@ -199,11 +199,11 @@ def test_exact_runs_go_where_the_search_is_undecided_and_end_when_it_is_settled(
     axes = axes_for(library)
     assert [axis.cost for axis in axes] == ["parameters", "kv_cache_bytes"]
     assert axes[1].sizes == (0.9, 0.8, 0.7, 0.6, 0.5)
-    found, rows = {}, {}
+    scores_by_name, rows = {}, {}
     for name, recipe in (("early", ScoringRecipe(settled=1.0)), ("all", ScoringRecipe(settled=0.0))):
         notes = Notes()
-        found[name] = score_library(library, tokens, recipe, axes=axes, progress=notes)
-        rows[name] = {s.alternative.key: s.exact_rows for s in found[name] if s.alternative.kind != "parent"}
+        scores_by_name[name] = score_library(library, tokens, recipe, axes=axes, progress=notes)
+        rows[name] = {s.alternative.key: s.exact_rows for s in scores_by_name[name] if s.alternative.kind != "parent"}
         assert "estimated regret" in notes.notes[-1]
     assert all(rows["all"][key] >= n for key, n in rows["early"].items())
     assert 2 * sum(rows["early"].values()) < sum(rows["all"].values())
@@ -211,7 +211,7 @@ def test_exact_runs_go_where_the_search_is_undecided_and_end_when_it_is_settled(
     costs = axes[0].shares
     for size in (0.9, 0.7):
         taken = []
-        for scores in (truth, {s.alternative.key: s.mean("kl_divergence") for s in found["all"]}):
+        for scores in (truth, {s.alternative.key: s.mean("kl_divergence") for s in scores_by_name["all"]}):
             low, high = 0.0, 1e3
             for _ in range(60):
                 chosen = {}
@@ -240,15 +240,15 @@ def test_what_routers_do_to_small_changes_is_told_by_a_few_exact_runs() -> None:
     alternatives = [Alternative(i, "ffn", "no_op") for i in range(40)]
     estimates = torch.logspace(-7, -2, 40).double()
     r = (1 + 0.004 / estimates.sqrt()).log()
-    found = []
+    errors = []
     for before_routers in (True, False):
         known = prior(alternatives, estimates.tolist(), [0.05] * 40, [before_routers] * 40)
         mean, deviation = correct(known, {i: (float(r[i]), 8) for i in (2, 20, 37)}, 8)
-        found.append((mean - r).abs().max())
+        errors.append((mean - r).abs().max())
         if before_routers:
             assert 0.2 < float(((mean - r) / deviation)[3::9].square().mean().sqrt()) < 3
-    assert found[0] < 0.35
-    assert found[1] > 1
+    assert errors[0] < 0.35
+    assert errors[1] > 1
 
 
 def test_what_few_tokens_tell_of_experts_is_known_less_well() -> None:
@@ -276,10 +276,10 @@ def test_a_router_sees_what_changes_before_it(tmp_path: Path, monkeypatch: pytes
     library = library_of(tmp_path, recipe, TOKENS % 90)
     seen: dict[tuple[int, str], bool] = {}
 
-    def noted(own: list[Alternative], *rest: Any) -> Prior:
-        seen.update({(a.layer, a.subblock): bool(before) for a, before in zip(own, rest[2], strict=True)})
-        assert all((s is not None) == (a.subblock == "ffn") for a, s in zip(own, rest[3], strict=True))
-        return prior(own, *rest)
+    def noted(alternatives: list[Alternative], *rest: Any) -> Prior:
+        seen.update({(a.layer, a.subblock): bool(before) for a, before in zip(alternatives, rest[2], strict=True)})
+        assert all((s is not None) == (a.subblock == "ffn") for a, s in zip(alternatives, rest[3], strict=True))
+        return prior(alternatives, *rest)
 
     monkeypatch.setattr(estimated, "prior", noted)
     score_library(library, TOKENS % 90, ScoringRecipe(mode="second_order", exact_passes=1))

@@ -1,4 +1,4 @@
-"""Time left: told by the work that is done and to be done."""
+"""The remaining time, estimated from finished and planned work."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -164,16 +164,16 @@ RECIPES = {
 def test_time_left_is_right_after_the_first_tenth(
     mode: str, streamed: bool, path: Path, tmp_path: Path, listening: Callable[[], Listening]
 ) -> None:
-    library, own = library_of(path, tmp_path if streamed else None), listening()
-    score_library(library, TOKENS, RECIPES[mode], journal=tmp_path / "journal", progress=own)
-    end = own.clock()
-    late = [(at, left) for at, _, left, _ in own.said if 0.1 * end <= at <= 0.9 * end]
+    library, progress = library_of(path, tmp_path if streamed else None), listening()
+    score_library(library, TOKENS, RECIPES[mode], journal=tmp_path / "journal", progress=progress)
+    end = progress.clock()
+    late = [(at, left) for at, _, left, _ in progress.said if 0.1 * end <= at <= 0.9 * end]
     assert len(late) > 10
     # Guesses before a kind was timed are for times, where more counts than the products of this clock.
     assert max(abs(at + left - end) / (end - at) for at, left in late) < 0.25
-    assert own.steps == pytest.approx(own.total)
-    said = own.said[-1][3]
-    assert f"{own.total:.0f} scored" in said if mode == "exact" else "run exactly" in said
+    assert progress.steps == pytest.approx(progress.total)
+    said = progress.said[-1][3]
+    assert f"{progress.total:.0f} scored" in said if mode == "exact" else "run exactly" in said
     assert said.endswith("tokens/s")
 
 
@@ -181,12 +181,12 @@ def test_time_left_is_right_after_the_first_tenth(
 def test_an_interrupted_run_goes_on_where_it_was(
     mode: str, path: Path, tmp_path: Path, listening: Callable[[], Listening]
 ) -> None:
-    library, journal, own = library_of(path), tmp_path / "journal", listening()
-    score_library(library, TOKENS, RECIPES[mode], journal=journal, inputs="a", progress=own)
+    library, journal, progress = library_of(path), tmp_path / "journal", listening()
+    score_library(library, TOKENS, RECIPES[mode], journal=journal, inputs="a", progress=progress)
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[: len(lines) * 4 // 5]))  # estimates come first, exact runs take longer
-    own = listening()
-    score_library(library, TOKENS, RECIPES[mode], journal=journal, inputs="a", progress=own)
-    at, steps, left, _ = own.said[0]
-    assert steps > 0.4 * own.total
-    assert at + left == pytest.approx(own.clock(), rel=0.2)
+    progress = listening()
+    score_library(library, TOKENS, RECIPES[mode], journal=journal, inputs="a", progress=progress)
+    at, steps, left, _ = progress.said[0]
+    assert steps > 0.4 * progress.total
+    assert at + left == pytest.approx(progress.clock(), rel=0.2)

@@ -29,9 +29,9 @@ def problem(seed: int, rules: SearchRecipe, params: float = 0.6) -> SearchProble
     for layer in range(LAYERS):
         for subblock, kind, sizes in (("attention", "kv_heads", (2, 1)), ("ffn", "ffn_width", (48, 20))):
             full = rng.randint(50, 90)
-            own = [Alternative(layer, subblock, "parent"), Alternative(layer, subblock, "no_op")]
-            own += [Alternative(layer, subblock, kind, "contribution", size) for size in sizes]
-            for a, share in zip(own, (1.0, 0.0, 0.7, 0.3), strict=True):
+            members = [Alternative(layer, subblock, "parent"), Alternative(layer, subblock, "no_op")]
+            members += [Alternative(layer, subblock, kind, "contribution", size) for size in sizes]
+            for a, share in zip(members, (1.0, 0.0, 0.7, 0.3), strict=True):
                 parameters = round(full * share)
                 cache = parameters // 3 if subblock == "attention" else 0
                 by_key[a.key] = {
@@ -39,7 +39,7 @@ def problem(seed: int, rules: SearchRecipe, params: float = 0.6) -> SearchProble
                     "kv_cache_bytes": cache, "memory_bytes": 2 * parameters + cache,
                 }  # fmt: skip
                 losses[a.key] = 0.0 if a.kind == "parent" else rng.random() * (1.2 - share)
-            alternatives += own
+            alternatives += members
     fixed = dict.fromkeys(by_key[alternatives[0].key], 0) | {"parameters": 40, "memory_bytes": 80, "weight_bytes": 80}
     parent = {n: fixed[n] + sum(by_key[a.key][n] for a in alternatives if a.kind == "parent") for n in fixed}
     return SearchProblem(
@@ -77,25 +77,27 @@ RULES: dict[str, tuple[SearchRecipe, Any]] = {
 def test_equals_brute_force(name: str) -> None:
     rules, holds = RULES[name]
     for seed in range(4):
-        own = problem(seed, rules)
+        searched = problem(seed, rules)
         places: dict[Any, list[Alternative]] = {}
-        for a in own.alternatives:
+        for a in searched.alternatives:
             places.setdefault((a.layer, a.subblock), []).append(a)
         best = None
         for chosen in itertools.product(*(places[p] for p in sorted(places))):
-            costs = own.of(chosen).costs
-            whole = {f"whole {k}": v for k, v in own.costs.parent.items()}
-            if costs["parameters"] <= own.limits["parameters"] and holds(chosen, costs | whole):
-                score = own.score(chosen)
+            costs = searched.of(chosen).costs
+            whole = {f"whole {k}": v for k, v in searched.costs.parent.items()}
+            if costs["parameters"] <= searched.limits["parameters"] and holds(chosen, costs | whole):
+                score = searched.score(chosen)
                 best = score if best is None else min(best, score)
         if best is None:
             with pytest.raises(Infeasible):
-                own.best()
+                searched.best()
             continue
-        found = own.best()
-        assert found.score == pytest.approx(best, rel=1e-12)
-        assert holds(found.alternatives, found.costs | {f"whole {k}": v for k, v in own.costs.parent.items()})
-        assert found.costs["parameters"] <= own.limits["parameters"]
+        solution = searched.best()
+        assert solution.score == pytest.approx(best, rel=1e-12)
+        assert holds(
+            solution.alternatives, solution.costs | {f"whole {k}": v for k, v in searched.costs.parent.items()}
+        )
+        assert solution.costs["parameters"] <= searched.limits["parameters"]
 
 
 def test_a_solution_prints_as_a_table() -> None:
@@ -109,34 +111,39 @@ def test_a_solution_prints_as_a_table() -> None:
 
 
 def test_several_solutions_differ() -> None:
-    own = problem(1, SearchRecipe())
-    found = own.several(3, 3)
-    assert [c.score for c in found] == sorted(c.score for c in found)
-    for one, other in itertools.combinations(found, 2):
+    searched = problem(1, SearchRecipe())
+    solutions = searched.several(3, 3)
+    assert [c.score for c in solutions] == sorted(c.score for c in solutions)
+    for one, other in itertools.combinations(solutions, 2):
         assert sum(a != b for a, b in zip(one.alternatives, other.alternatives, strict=True)) >= 3
 
 
 def test_the_frontier_falls_from_the_smallest_child_to_the_parent() -> None:
-    own = problem(2, SearchRecipe())
-    found = frontier(own, "parameters", 12)
-    costs = [c.costs["parameters"] for c in found]
+    searched = problem(2, SearchRecipe())
+    points = frontier(searched, "parameters", 12)
+    costs = [c.costs["parameters"] for c in points]
     assert costs == sorted(costs)
-    assert [c.score for c in found] == sorted((c.score for c in found), reverse=True)
-    assert costs[0] == own.costs.fixed["parameters"]
-    assert found[-1].score == 0
-    for solution in found:
+    assert [c.score for c in points] == sorted((c.score for c in points), reverse=True)
+    assert costs[0] == searched.costs.fixed["parameters"]
+    assert points[-1].score == 0
+    for solution in points:
         assert SearchProblem(
-            own.alternatives, own.losses, own.costs, parse_budget(params="1.0").limits, own.rules, BLOCKS
+            searched.alternatives,
+            searched.losses,
+            searched.costs,
+            parse_budget(params="1.0").limits,
+            searched.rules,
+            BLOCKS,
         ).best(solution.limits).score == pytest.approx(solution.score)
-    others = baselines.all_of(own, "parameters", costs[1:-1], 0)
+    others = baselines.all_of(searched, "parameters", costs[1:-1], 0)
     for name, solutions in others.items():
         assert solutions, name
         for solution in solutions:
-            assert solution.score >= own.best({"parameters": solution.costs["parameters"]}).score - 1e-12
-    data = to_dict(own, "parameters", "kl_divergence", [(c, None) for c in found], {})
+            assert solution.score >= searched.best({"parameters": solution.costs["parameters"]}).score - 1e-12
+    data = to_dict(searched, "parameters", "kl_divergence", [(c, None) for c in points], {})
     assert data["points"][-1]["fraction"] == 1.0
     with pytest.raises(UsageError, match="unknown cost"):
-        frontier(own, "paramters")
+        frontier(searched, "paramters")
 
 
 def test_what_cannot_be_met_is_said() -> None:

@@ -55,10 +55,10 @@ def models(scored: Any, is_layerwise: bool = True) -> ChildEvaluator:
 def test_whole_children_lose_what_the_written_ones_do(scored: Any, is_layerwise: bool) -> None:
     library, problem, rows = scored
     solutions = [solution.alternatives for solution in problem.several(3, 2)]
-    found = models(scored, is_layerwise).run(solutions, range(len(rows)))
-    for chosen, own in zip(solutions, found, strict=True):
+    results = models(scored, is_layerwise).run(solutions, range(len(rows)))
+    for chosen, rows_of_child in zip(solutions, results, strict=True):
         expected = compare(library.parent.model, library.compose(chosen), rows, batch_sequences=2)
-        values = torch.tensor([row["kl_divergence"] for row in own])
+        values = torch.tensor([row["kl_divergence"] for row in rows_of_child])
         assert torch.allclose(values, torch.tensor(expected.metrics["kl_divergence"]), rtol=1e-3, atol=1e-6)
 
 
@@ -78,12 +78,12 @@ def test_scores_that_are_wrong_are_mended() -> None:
         library.alternatives, {a.key: losses[a.key] * factors[a.layer, a.subblock] for a in library.alternatives},
         costs, limits,
     )  # fmt: skip
-    found = child_evaluator(library, rows, ScoringRecipe(), SILENT)
+    evaluator = child_evaluator(library, rows, ScoringRecipe(), SILENT)
     with Journal(None, "") as journal:
-        best = refine(wrong, wrong.best(), found, SearchRecipe(), "kl_divergence", journal)
+        best = refine(wrong, wrong.best(), evaluator, SearchRecipe(), "kl_divergence", journal)
     assert best.passes <= SearchRecipe.refine_passes
     before, after = best.measured["plain"], best.measured["choice"]
-    of_right = math.fsum(row["kl_divergence"] for row in found.run([right.best().alternatives], range(16))[0]) / 16
+    of_right = math.fsum(row["kl_divergence"] for row in evaluator.run([right.best().alternatives], range(16))[0]) / 16
     assert before > 1.15 * of_right
     assert before - after > 0.5 * (before - of_right)
 

@@ -65,9 +65,9 @@ def test_equals_brute_force(scale: int) -> None:
 def check(groups: list[Group], limits: dict[str, int], fixed: dict[str, int], solution: ProgramSolution) -> None:
     by_key = {c.key: c for g in groups for c in g.candidates}
     for name in fixed:
-        own = fixed[name] + sum(by_key[key].costs[name] for key in solution.chosen)
-        assert own == solution.costs[name]
-        assert own <= limits.get(name, own)
+        total = fixed[name] + sum(by_key[key].costs[name] for key in solution.chosen)
+        assert total == solution.costs[name]
+        assert total <= limits.get(name, total)
 
 
 def test_limits_hold_to_the_last_unit() -> None:
@@ -133,14 +133,16 @@ def test_bad_scores_are_a_bug() -> None:
 
 
 def test_what_is_beyond_proof_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Costs that have nothing to do with each other: the best that was found, and what nothing is below."""
+    """Unrelated costs: the best solution within the node limit, and a lower bound."""
     rng = random.Random(3)
     names = ["parameters", "memory", "kv_cache_bytes", "active_parameters"]
     groups = []
     for g in range(30):
-        own = [Candidate(f"{g}.parent", 0.0, dict.fromkeys(names, 1000), True, 0)]
-        own += [Candidate(f"{g}.{c}", rng.expovariate(1), {n: rng.randint(0, 1000) for n in names}) for c in range(12)]
-        groups.append(Group(str(g), tuple(own)))
+        candidates = [Candidate(f"{g}.parent", 0.0, dict.fromkeys(names, 1000), True, 0)]
+        candidates += [
+            Candidate(f"{g}.{c}", rng.expovariate(1), {n: rng.randint(0, 1000) for n in names}) for c in range(12)
+        ]
+        groups.append(Group(str(g), tuple(candidates)))
     limits, fixed = dict.fromkeys(names, 9_200), dict.fromkeys(names, 0)
     proven = solve(groups, limits, fixed)
     assert proven.proven_optimal
@@ -148,7 +150,7 @@ def test_what_is_beyond_proof_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr("layersmith.search.core._MOST_STATES", 10)
     monkeypatch.setattr("layersmith.search.program.FIRST_NODES", 1)
     monkeypatch.setattr("layersmith.search.program.MOST_NODES", 2)
-    found = solve(groups, limits, fixed)
-    check(groups, limits, fixed, found)
-    assert not found.proven_optimal
-    assert found.bound < proven.score <= found.score
+    solution = solve(groups, limits, fixed)
+    check(groups, limits, fixed, solution)
+    assert not solution.proven_optimal
+    assert solution.bound < proven.score <= solution.score
