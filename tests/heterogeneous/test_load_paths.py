@@ -1,4 +1,4 @@
-"""Checkpoints as families really store them: weights renamed or merged when they are loaded, in shards, code beside."""
+"""Checkpoints as families store them: with renamed or merged weights, in shards, or with remote code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.conformance.tiny import tiny_config, tiny_model
 TOKENS = torch.randint(5, 90, (2, 12), generator=torch.Generator().manual_seed(1))
 # Families whose checkpoints have a tensor for each expert, or other names than the model.
 STORED_OTHERWISE = ("mixtral", "qwen3_moe", "deepseek_v3", "granitemoehybrid", "phimoe", "olmoe", "glm4_moe", "jamba")
-# Stored under the model's own names, in shards: fused experts, tied embeddings.
+# Stored under the names in the model, in shards: fused experts, tied embeddings.
 STORED_ALIKE = ("gpt_oss", "llama4_text", "gemma2", "gpt2")
 
 
@@ -88,7 +88,7 @@ class FarForCausalLM(LlamaForCausalLM):
 
 @pytest.fixture
 def remote(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A Llama whose folder brings a config class and a model class of its own."""
+    """A Llama checkpoint with a config class and a model class in its folder."""
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     folder = tmp_path / "far"
     tiny_model(tiny_config("llama")).save_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Two real processes, each with its own layers."""
+"""Two real processes, each with half of the layers."""
 
 import json
 import os
@@ -36,7 +36,7 @@ dist.destroy_process_group()
 """
 
 
-def test_layers_are_shared_out() -> None:
+def test_every_layer_has_one_rank() -> None:
     for num_layers in range(1, 9):
         for world_size in range(1, num_layers + 1):
             shares = [list(layers_of_rank(num_layers, rank, world_size)) for rank in range(world_size)]
@@ -71,9 +71,9 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
             assert torch.equal(plain, expected[0])
             assert torch.equal(masked[1], expected[1][1])
             torch.testing.assert_close(masked[0, 5:], expected[1][0, 5:])
-            told = json.loads((tmp_path / f"rank{rank}").read_text())
-            assert told["dummies"] == ([2, 3] if rank == 0 else [0, 1])
-            held.append(told["real"])
+            report = json.loads((tmp_path / f"rank{rank}").read_text())
+            assert report["dummies"] == ([2, 3] if rank == 0 else [0, 1])
+            held.append(report["real"])
         whole = sum(p.numel() for p in model.parameters())
         tied = model.get_output_embeddings().weight.numel() if name == "tied" else 0
         assert sum(held) == whole + tied

@@ -1,7 +1,7 @@
-"""Families altered so that names mislead: what is found must be what is found of the family itself, renamed.
+"""Families with misleading names: the findings must equal those of the original family, apart from the names.
 
-The source of a family's modelling file is renamed as text, modules and config attributes, and run as a module of its
-own. Names are exchanged on purpose: the attention is called ``mlp`` and the FFN ``attention``.
+The names of modules and config attributes are replaced in the source of a family's modelling file, and the result is
+imported as a separate module. Names are exchanged on purpose: the attention is called ``mlp``, the FFN ``attention``.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def altered_source(module: Any, names: dict[str, str]) -> str:
         source = re.sub(rf"^from {re.escape(dots)}(?=\w)", f"from {base}.", source, flags=re.MULTILINE)
         source = re.sub(rf"^from {re.escape(dots)} import", f"from {base} import", source, flags=re.MULTILINE)
     words = re.compile(r"\b(" + "|".join(sorted(map(re.escape, names), key=len, reverse=True)) + r")\b")
-    return words.sub(lambda found: names[found.group(0)], source)
+    return words.sub(lambda match: names[match.group(0)], source)
 
 
 def import_source(name: str, source: str, folder: Path) -> Any:
@@ -157,9 +157,9 @@ def test_groups_are_the_same_renamed(pair: tuple[Any, Any]) -> None:
 
 
 def test_sizes_are_the_same(pair: tuple[Any, Any]) -> None:
-    own, altered = (layersmith.block_configs(config) for config in pair)
-    assert own == altered
-    assert own[0].attention.num_key_value_heads == 2
+    original, altered = (layersmith.block_configs(config) for config in pair)
+    assert original == altered
+    assert original[0].attention.num_key_value_heads == 2
 
 
 def test_children_are_the_same_renamed(pair: tuple[Any, Any]) -> None:
@@ -227,16 +227,16 @@ def test_axes_are_the_same_where_numbers_have_each_others_names(family: str, tmp
     source = source.replace(f"from {configuration.__name__} import", f"from configuration_{new_type} import")
     made = import_source(f"modeling_{new_type}", odd.sub(f"Odd{prefix}", source), tmp_path)
     model_class = getattr(made, f"Odd{stock.__name__}")
-    said = {names.get(k, k): v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+    renamed = {names.get(k, k): v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
     AutoConfig.register(new_type, new_class)
     AutoModelForCausalLM.register(new_class, model_class)
     try:
-        own, altered = (parent_of_config(c, c.model_type) for c in (config, new_class(**said)))
-        assert own.blocks == altered.blocks
-        found = [survey(parent, LibraryRecipe()) for parent in (own, altered)]
-        offered = [{(a.layer, a.name) for a in one.alternatives} for one in found]
+        original, altered = (parent_of_config(c, c.model_type) for c in (config, new_class(**renamed)))
+        assert original.blocks == altered.blocks
+        surveys = [survey(parent, LibraryRecipe()) for parent in (original, altered)]
+        offered = [{(a.layer, a.name) for a in one.alternatives} for one in surveys]
         assert offered[0] == offered[1]
-        assert costs_of(own, found[0]) == costs_of(altered, found[1])
+        assert costs_of(original, surveys[0]) == costs_of(altered, surveys[1])
     finally:
         configuration_auto.CONFIG_MAPPING._extra_content.pop(new_type, None)
         modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING._extra_content.pop(new_class, None)

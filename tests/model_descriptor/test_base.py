@@ -55,8 +55,8 @@ def test_matches_the_shared_spec() -> None:
     spec = Path(__file__).parents[3] / "shared" / "spec" / "model_descriptor.txt"
     if not spec.is_file():
         pytest.skip("the shared specification is not beside this checkout")
-    found = re.findall(r"((?:abstract )?(?:static|classmethod)) (\w+)\(", spec.read_text())
-    kinds = {name: kind for kind, name in found}
+    methods = re.findall(r"((?:abstract )?(?:static|classmethod)) (\w+)\(", spec.read_text())
+    kinds = {name: kind for kind, name in methods}
     assert set(kinds) == set(INTERFACE)
     for name, (kind, abstract, _) in INTERFACE.items():
         word = "static" if kind is staticmethod else "classmethod"

@@ -1,6 +1,6 @@
 """Descriptors that somebody else wrote for the interface, for families that layersmith does not know, dropped in.
 
-They use static methods alone, patterns that name every weight, and no-ops of their own making.
+They use static methods alone, patterns that name every weight, and no-op modules that layersmith does not have.
 """
 
 import re
@@ -37,7 +37,7 @@ from tests.conftest import SIZES, TINY_RECIPE, randomize
 
 
 class _Zeros(nn.Module):
-    """A no-op of the third party's own."""
+    """A no-op module of the third party."""
 
     def forward(self, hidden_states: torch.Tensor, **kwargs: Any) -> tuple[torch.Tensor, None]:
         return hidden_states * 0, None
@@ -261,16 +261,16 @@ def test_it_says_the_same_as_what_is_found(parent: tuple[str, type[ModelDescript
     """The groups of the weights, and children of the same block configs, are those of the descriptor by experiment."""
     name, descriptor, folder = parent
     stock = AutoModelForCausalLM.from_pretrained(folder).eval()
-    found = layersmith.describe(stock.config)
+    inferred = layersmith.describe(stock.config)
     blocks = layersmith.block_configs(stock.config)
-    groups = [d.get_weight_groups(stock.state_dict(), len(blocks)) for d in (descriptor, found)]
-    assert {frozenset(own) for own in groups[0].values()} == {frozenset(own) for own in groups[1].values()}
+    groups = [d.get_weight_groups(stock.state_dict(), len(blocks)) for d in (descriptor, inferred)]
+    assert {frozenset(names) for names in groups[0].values()} == {frozenset(names) for names in groups[1].values()}
     changed = list(blocks)
     changed[0] = layersmith.BlockConfig.from_dict(blocks[0].to_dict() | {"attention": {"no_op": True}})
     changed[1] = layersmith.BlockConfig.from_dict(blocks[1].to_dict() | {"ffn": {"intermediate_size": 24}})
     if name != "olmo2":  # of which this one has no FFN no-op
         changed[2] = layersmith.BlockConfig.from_dict(blocks[2].to_dict() | {"ffn": {"no_op": True}})
-    children = [layersmith.build(stock.config, changed, descriptor=d).eval() for d in (descriptor, found)]
+    children = [layersmith.build(stock.config, changed, descriptor=d).eval() for d in (descriptor, inferred)]
     weights = randomize(children[0]).state_dict()
     children[1].load_state_dict(weights, strict=True)
     ids = torch.arange(24)[None] * 5 % 512

@@ -1,4 +1,4 @@
-"""Several processes of a launcher at one run: what they make is what one makes, and no failure leaves any waiting."""
+"""Several processes of a launcher work on one run: the result equals that of one, and no failure leaves any waiting."""
 
 import os
 import shutil
@@ -74,7 +74,7 @@ def test_compress_and_distil_give_what_one_process_does(
 def test_finalists_on_two_and_gone_on_with_one(
     make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
 ) -> None:
-    """Cut off within the winner's training on two processes, one process ends it as one alone would have."""
+    """A run that was interrupted in global distillation on two processes gives the same losses when one finishes it."""
     settings = RECIPE["distillation"] | {"save_seconds": 0.0, "log_every": 1}
     recipe = RECIPE | {"distillation": settings | {"tokens": 0, "finalist_distance": 1, "finalist_tokens": 256}}
     parent = make_parent("llama_tied", num_hidden_layers=2)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Workload
@@ -66,6 +67,7 @@ class Inspection:
 class Outline:
     """A search space from a config alone; its axes are not proved on weights yet."""
 
+    config: PretrainedConfig
     descriptor: type[ModelDescriptor]
     blocks: list[BlockConfig]
     alternatives: list[Alternative]
@@ -100,6 +102,7 @@ def outline(
     dtype = config_dtype(config)
     costs = count_costs(descriptor, config, blocks, survey.alternatives, axes, dtype, workload)
     return Outline(
+        config=config,
         descriptor=descriptor,
         blocks=blocks,
         alternatives=survey.alternatives,
@@ -124,7 +127,6 @@ def inspect(
         UnsupportedModel: The model family cannot be described.
     """
     space = outline(parent, LibraryRecipe(), Workload(batch, context), descriptor, trust_remote_code)
-    config = causal_lm_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
     blocks, costs = space.blocks, space.costs
     by_subblock = {
         s: [costs.by_key[a.key] for a in space.alternatives if a.is_parent and a.subblock == s] for s in SUBBLOCKS
@@ -135,9 +137,10 @@ def inspect(
         "FFN": total(by_subblock["ffn"]),
         "all": costs.parent,
     }
+    model_class, dtype = stock_class(space.config).__name__, str(space.dtype).removeprefix("torch.")
     return Inspection(
         name=str(parent),
-        architecture=f"{stock_class(config).__name__}, {len(blocks)} layers, {str(space.dtype).removeprefix('torch.')}",
+        architecture=f"{model_class}, {len(blocks)} layers, {dtype}",
         descriptor=space.descriptor.__name__,
         batch=batch,
         context=costs.workload.context,

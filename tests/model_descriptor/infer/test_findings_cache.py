@@ -1,4 +1,4 @@
-"""Findings on disk: the second process is told what the first one found; what is damaged is as if it were not there."""
+"""A second process reads the findings of the first from the disk, and ignores damaged files."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_what_is_read_is_what_was_found(folder: Path) -> None:
     config = FAMILIES["qwen2_windows"]()
     findings = find(config)
-    cache.write("own", findings)
-    assert cache.read("own") == findings
-    assert list(folder.iterdir()) == [folder / "own.json"]
+    cache.write("key", findings)
+    assert cache.read("key") == findings
+    assert list(folder.iterdir()) == [folder / "key.json"]
 
 
 def test_experiments_are_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -52,12 +52,12 @@ def test_experiments_are_made_once(folder: Path, monkeypatch: pytest.MonkeyPatch
 def test_a_damaged_file_is_made_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch, damage: Callable[[str], str]
 ) -> None:
-    found = infer(FAMILIES["llama"]())
+    inferred = infer(FAMILIES["llama"]())
     (file,) = folder.iterdir()
     whole = file.read_text()
     file.write_text(damage(whole))
     monkeypatch.setattr(inferred, "_known", {})
-    assert infer(FAMILIES["llama"]()).findings == found.findings
+    assert infer(FAMILIES["llama"]()).findings == inferred.findings
     assert file.read_text() == whole
 
 

@@ -20,16 +20,16 @@ def found_of(family: str) -> type[InferredDescriptor]:
 @pytest.mark.parametrize("family", ["cohere2", "lfm2", "qwen3"])
 def test_heads(family: str) -> None:
     """With logits that are small, a size that goes along, and a norm of each head."""
-    found = {sizes.query_heads for sizes in found_of(family).findings.sizes}
-    assert (("num_attention_heads",),) in found
-    assert found <= {(("num_attention_heads",),), ()}
+    paths = {sizes.query_heads for sizes in found_of(family).findings.sizes}
+    assert (("num_attention_heads",),) in paths
+    assert paths <= {(("num_attention_heads",),), ()}
 
 
 def test_heads_that_do_without_their_number_of_keys_only_where_attention_is_fused() -> None:
     """In latent attention the number of KV heads that the config says sets no shape; plain attention divides by it."""
     config = tiny_config("deepseek_v3")
-    found = {sizes.query_heads for sizes in found_of("deepseek_v3").findings.sizes}
-    assert found == {(("num_attention_heads",), ("num_key_value_heads",))}
+    paths = {sizes.query_heads for sizes in found_of("deepseek_v3").findings.sizes}
+    assert paths == {(("num_attention_heads",), ("num_key_value_heads",))}
     blocks = layersmith.block_configs(config)
     blocks[1] = Alternative(1, "attention", "head_groups", size=3, query_heads=3).block_config(blocks[1])
     model = layersmith.build(config, blocks).eval()
@@ -61,7 +61,7 @@ def test_heads_of_odd_numbers_and_of_any_size(heads: int, kv_heads: int, size: i
 
 
 def test_layers_that_are_built_alike_may_be_sized_by_other_attributes() -> None:
-    """Those with a window have numbers of heads of their own; which layers these are is seen in the model itself."""
+    """Layers with a window read other attributes for their heads; the full model shows which layers these are."""
     config = tiny_config("inkling_text")
     small = found_of("inkling_text").findings
     names = [(sizes.kv_heads, sizes.query_heads) for sizes in small.sizes]
@@ -69,7 +69,7 @@ def test_layers_that_are_built_alike_may_be_sized_by_other_attributes() -> None:
     full = (("num_key_value_heads",), (("num_attention_heads",),))
     assert sorted(set(names)) == [full, windowed]
     types = config.layer_types
-    assert [names[k] == windowed for k in small.of_layer] == ["sliding" in own for own in types]
+    assert [names[k] == windowed for k in small.of_layer] == ["sliding" in layer_type for layer_type in types]
     for name, by_layer in vars(config).items():
         if isinstance(by_layer, list) and len(by_layer) == len(types):
             setattr(config, name, [*by_layer[::-1], *by_layer, *by_layer])
@@ -78,10 +78,10 @@ def test_layers_that_are_built_alike_may_be_sized_by_other_attributes() -> None:
     descriptor = layersmith.describe(config)
     assert issubclass(descriptor, InferredDescriptor)
     large = descriptor.findings
-    for k, own in zip(large.of_layer, config.layer_types, strict=True):
-        assert (large.sizes[k].kv_heads, large.sizes[k].query_heads) == (windowed if "sliding" in own else full)
+    for k, layer_type in zip(large.of_layer, config.layer_types, strict=True):
+        assert (large.sizes[k].kv_heads, large.sizes[k].query_heads) == (windowed if "sliding" in layer_type else full)
     counts = [block.attention.num_key_value_heads for block in layersmith.block_configs(config)]
-    assert counts == [2 if "sliding" in own else 4 for own in config.layer_types]
+    assert counts == [2 if "sliding" in layer_type else 4 for layer_type in config.layer_types]
 
 
 def test_the_experiment_that_refuted_a_number_is_kept() -> None:

@@ -1,4 +1,4 @@
-"""No-ops of layers whose attention other layers depend on: it chooses tokens, and those after it pass the choice on."""
+"""No-ops of layers whose attention selects the tokens that later layers attend to."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ CHOOSES, PASSES = "full", "shared"
 
 @pytest.fixture
 def config(monkeypatch: pytest.MonkeyPatch) -> PretrainedConfig:
-    """Not its own specimen; the heads together are wider than the hidden states."""
+    """A config that is shrunk for the experiments; its heads together are wider than the hidden states."""
     monkeypatch.setattr(shrink, "_WHOLE", 0)
     return CONFIG_MAPPING["glm_moe_dsa"](
         vocab_size=512,
@@ -49,7 +49,7 @@ def config(monkeypatch: pytest.MonkeyPatch) -> PretrainedConfig:
     )
 
 
-def test_a_layer_without_attention_still_hands_the_choice_of_tokens_on(config: PretrainedConfig) -> None:
+def test_a_layer_without_attention_still_passes_the_selected_tokens(config: PretrainedConfig) -> None:
     parent = stock_model(config, "cpu", torch.float32).eval()
     randomize(parent)
     generator = torch.Generator().manual_seed(1)
