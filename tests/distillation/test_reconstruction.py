@@ -20,7 +20,8 @@ from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
-from layersmith.scoring.second_order import Survey, estimate, look
+from layersmith.scoring.second_order import estimate
+from layersmith.scoring.silencing import Survey, look
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 

@@ -25,7 +25,8 @@ from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.exchanges import exchange_effects
-from layersmith.scoring.second_order import estimate, look
+from layersmith.scoring.second_order import estimate
+from layersmith.scoring.silencing import look
 
 TOKENS = torch.randint(0, 512, (4, 24), generator=torch.Generator().manual_seed(4))
 CPU = Runtime(torch.device("cpu"), torch.float32)

@@ -24,7 +24,8 @@ from layersmith.scoring import estimated
 from layersmith.scoring.correction import Prior, choose_runs, correct, prior
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.regret import Axis
-from layersmith.scoring.second_order import _signs, estimate, look
+from layersmith.scoring.second_order import _signs, estimate
+from layersmith.scoring.silencing import look
 from layersmith.scoring.task import row_order
 from layersmith.search.frontier import axes_of
 from layersmith.stages.costs import cost_table

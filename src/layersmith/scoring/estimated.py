@@ -20,7 +20,8 @@ from layersmith.scoring.forward import most_seconds
 from layersmith.scoring.regret import Axis, ExpectedRegret
 from layersmith.scoring.rounds import Observed, Rounds, Runs, relative_log
 from layersmith.scoring.score import Score, standard_error
-from layersmith.scoring.second_order import Survey, estimate, look, plan_estimate
+from layersmith.scoring.second_order import estimate, plan_estimate
+from layersmith.scoring.silencing import Survey, look
 from layersmith.scoring.task import KL, ScoringTask, exact_passes, row_order
 
 _ESTIMATE = "second order "  # before the identity of an alternative, in the journal

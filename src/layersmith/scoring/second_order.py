@@ -28,254 +28,23 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, F units of a reader's input, n
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
-from torch import nn
 
 from layersmith.execution.hidden_states import States
-from layersmith.execution.layerwise import Batch, LayerwiseParent, key_of
+from layersmith.execution.layerwise import LayerwiseParent, key_of
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.exact import spans
 from layersmith.scoring.forward import plan_start, read, start_all
+from layersmith.scoring.silencing import ParentLayer, Survey, bias_of, refitted_reader, watched
 from layersmith.scoring.work import Plan, Work, share_of_layer
 
-# Tokens on which sizes of changes are measured: more make the first run longer, fewer make the sizes noisier.
-_PROBE_TOKENS = 32
-# Relative tolerance at which silencing units counts as equal to running the alternative, by precision.
-_ALIKE, _ALIKE_IN_HALF = 1e-3, 5e-2
 # Amounts of work for the estimate of the remaining time; scores do not depend on them. A softmax of the head as a share
 # of a head with metrics; a backward pass of a layer in forward passes; and the refitted readers as a share of a layer.
 # benchmarks/time_left.py shows how accurate the remaining time is.
 _SOFTMAX, _BACKWARD, _REFITTED = 0.6, 1.5, 0.2
-
-
-# Name of a module of a layer to the entries of its input that an alternative sets to zero.
-Silencing = dict[str, torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Survey:
-    """Properties of alternatives, measured on a few tokens.
-
-    Attributes:
-        size: Identity of an alternative to the norm of its change relative to the hidden states after its subblock, as
-            root mean square over tokens.
-        silencing: Identity of an alternative that only silences units to these units.
-        refitted: The same for alternatives that also have the weight of their only reader refitted.
-    """
-
-    size: dict[str, float] = field(default_factory=dict)
-    silencing: dict[str, Silencing] = field(default_factory=dict)
-    refitted: dict[str, Silencing] = field(default_factory=dict)
-
-    def of(self, a: Alternative) -> Silencing:
-        """The units that an alternative silences; empty if it has to be run."""
-        return self.silencing.get(a.identity) or self.refitted.get(a.identity) or {}
-
-
-class _Layer:
-    """The subblocks of a layer, which run on one batch with or without an alternative."""
-
-    def __init__(self, layerwise: LayerwiseParent, i: int, batch: Batch, hidden: torch.Tensor, work: Work):
-        self.layerwise, self.i, self.batch, self.work = layerwise, i, batch, work
-        self.stages = layerwise.split(i, batch, hidden)
-
-    def module(self, subblock: str) -> nn.Module:
-        """The parent's module for a subblock."""
-        module: nn.Module = self.layerwise.layers[self.i]
-        return module if self.stages.layout == "whole" else getattr(self.stages, subblock)
-
-    def run(self, subblock: str, hidden: torch.Tensor) -> torch.Tensor:
-        return self.layerwise.run(self.batch, self.i, hidden, self.module(subblock))
-
-    def changed(self, alternative: Alternative, hidden: torch.Tensor) -> torch.Tensor:
-        with self.work.doing("build", 1.0):
-            module = self.layerwise.module_of(alternative, self.stages)
-        return self.layerwise.run(self.batch, self.i, hidden, module)
-
-
-@torch.no_grad()
-def look(
-    layerwise: LayerwiseParent, alternatives: Sequence[Alternative], rows: torch.Tensor, work: Work | None = None
-) -> Survey:
-    """Measure the size of every change, and which alternatives only silence units, on the first tokens of a row.
-
-    Args:
-        layerwise: The parent, run layer by layer.
-        alternatives: The alternatives, without the parent's subblocks.
-        rows: Token ids ``[B, T]``.
-        work: Counts and times the work.
-    """
-    work = work or Work()
-    batch = layerwise.start(rows[:1, :_PROBE_TOKENS])
-    hidden, survey = batch.embedded, Survey()
-    tried: dict[Hashable, bool] = {}
-    for i in range(len(layerwise.layers)):
-        read(layerwise, i, work)
-        of_layer = [a for a in alternatives if a.layer == i]
-        with work.doing("look", len(of_layer)):
-            layer = _Layer(layerwise, i, batch, hidden, work)
-            whole = layerwise.run(batch, i, hidden)
-            middle = layer.run("attention", hidden) if layer.stages.layout == "sequence" else hidden
-            for subblock, given in (("attention", hidden), ("ffn", middle)):
-                of_subblock = [a for a in of_layer if a.subblock == subblock]
-                if of_subblock:
-                    _look_at(layerwise, layer, of_subblock, given, survey, tried)
-            hidden = whole
-            del layer  # frees its weights
-    return survey
-
-
-def _look_at(
-    layerwise: LayerwiseParent,
-    layer: _Layer,
-    alternatives: Sequence[Alternative],
-    given: torch.Tensor,
-    survey: Survey,
-    tried: dict[Hashable, bool],
-) -> None:
-    """Add the alternatives of one subblock to the survey."""
-    subblock = alternatives[0].subblock
-    before = layer.run(subblock, given)
-    silent = _silencing(layerwise, layer, alternatives, given, before, tried)
-    for a in alternatives:
-        if a.identity in silent:
-            refitted, silencing = silent[a.identity]
-            (survey.refitted if refitted else survey.silencing)[a.identity] = silencing
-            after = _silenced(layer, a, given, silencing, refitted)
-        else:
-            after = layer.changed(a, given)
-        survey.size[a.identity] = _relative(after - before, before)
-
-
-def _relative(change: torch.Tensor, reference: torch.Tensor) -> float:
-    ratio = change.float().norm(dim=-1) / reference.float().norm(dim=-1).clamp_min(1e-12)
-    return float(ratio.square().mean().sqrt())
-
-
-def _silencing(
-    layerwise: LayerwiseParent,
-    layer: _Layer,
-    alternatives: Sequence[Alternative],
-    given: torch.Tensor,
-    before: torch.Tensor,
-    tried: dict[Hashable, bool],
-) -> dict[str, tuple[bool, Silencing]]:
-    """Those alternatives of a subblock that only silence units, and whether their reader was refitted.
-
-    The smallest alternative of each kind is tested in one layer of every distinct shape; ``tried`` keeps the results.
-    """
-    if layer.stages.layout == "whole":
-        return {}
-    library = layerwise.builder
-    kinds: dict[tuple[str, str, bool], list[Alternative]] = {}
-    for a in alternatives:
-        kinds.setdefault((a.kind, a.method, library.refitted(a) is not None), []).append(a)
-    result: dict[str, tuple[bool, Silencing]] = {}
-    for kind, members in kinds.items():
-        refitted = kind[2]
-        entries = {a.identity: library.refitted(a) if refitted else library.silenced(a) for a in members}
-        known = {identity: e for identity, e in entries.items() if e is not None}
-        if len(known) < len(members):
-            continue
-        smallest = min(members, key=lambda a: a.size)
-        key = (kind, smallest.size, key_of(layerwise.layers[layer.i], given))
-        if key not in tried:
-            expected = layer.changed(smallest, given)
-            silencing = known[smallest.identity]
-            with _watched(layer.module(smallest.subblock), list(silencing)) as (inputs, _):
-                made = _silenced(layer, smallest, given, silencing, refitted)
-            tolerance = _ALIKE if given.dtype == torch.float32 else _ALIKE_IN_HALF
-            most = (expected - before).float().abs().max()
-            is_alike = bool((made - expected).float().abs().max() <= tolerance * most)
-            # Inputs of a reader that gets only some tokens, or some twice, cannot be assigned to tokens.
-            tried[key] = is_alike and all(x[..., 0].numel() == given[..., 0].numel() for x in inputs.values())
-        if tried[key]:
-            result.update({identity: (refitted, e) for identity, e in known.items()})
-    return result
-
-
-def _silenced(layer: _Layer, a: Alternative, given: torch.Tensor, silencing: Silencing, refitted: bool) -> torch.Tensor:
-    """The output of a subblock with silenced units, and with a refitted reader if ``refitted``."""
-
-    def silence(name: str, x: torch.Tensor) -> torch.Tensor:
-        return x.index_fill(-1, silencing[name].to(x.device), 0)
-
-    def refit(name: str, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
-        left, weight = _refitted(layer.layerwise, a, silencing[name], x)
-        return x[..., left] @ weight.T + _bias(layer.module(a.subblock).get_submodule(name))
-
-    with _changed(layer.module(a.subblock), list(silencing), silence, refit if refitted else None):
-        return layer.run(a.subblock, given)
-
-
-def _bias(reader: nn.Module) -> torch.Tensor | float:
-    bias = getattr(reader, "bias", None)
-    return bias if isinstance(bias, torch.Tensor) else 0.0
-
-
-def _refitted(
-    layerwise: LayerwiseParent, a: Alternative, gone: torch.Tensor, x: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Entries ``[K]`` of the parent's input that a refitted reader keeps, and its weight ``[D, K]``."""
-    reader = layerwise.builder.reader(a)
-    assert reader is not None
-    is_left = torch.ones(x.shape[-1], dtype=torch.bool)
-    is_left[gone.cpu()] = False
-    weight = layerwise.builder.kept.of(a.identity)[reader[0]].to(x.device, x.dtype)
-    return is_left.nonzero()[:, 0].to(x.device), weight.movedim(reader[1], 1)
-
-
-@contextmanager
-def _watched(
-    module: nn.Module, names: Sequence[str]
-) -> Iterator[tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]]:
-    """Record the inputs and outputs of some modules of a subblock while the context is open."""
-    inputs: dict[str, torch.Tensor] = {}
-    outputs: dict[str, torch.Tensor] = {}
-
-    def note(name: str, given: torch.Tensor) -> torch.Tensor:
-        inputs[name] = given
-        return given
-
-    def note_output(name: str, given: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        outputs[name] = output
-        return output
-
-    with _changed(module, names, note, note_output):
-        yield inputs, outputs
-
-
-@contextmanager
-def _changed(
-    module: nn.Module,
-    names: Sequence[str],
-    change_input: Callable[[str, torch.Tensor], torch.Tensor],
-    change_output: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor] | None,
-) -> Iterator[None]:
-    """Replace the inputs, and perhaps the outputs, of some modules of a subblock while the context is open."""
-
-    def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-        return lambda reader, args: (change_input(name, args[0]), *args[1:])
-
-    def output_hook(name: str, change: Callable[[str, torch.Tensor, torch.Tensor], torch.Tensor]) -> Any:
-        return lambda reader, args, output: change(name, args[0], output)
-
-    handles = [module.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
-    if change_output is not None:
-        handles += [module.get_submodule(n).register_forward_hook(output_hook(n, change_output)) for n in names]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-# ---------------------------------------------------------------------------------------------- the sweep
 
 
 @dataclass
@@ -337,7 +106,7 @@ def estimate(
             )
             with work.doing("back", amount):
                 hidden = states.pop(("parent", i, n))
-                layer = _Layer(layerwise, i, started[n], hidden, work)
+                layer = ParentLayer(layerwise, i, started[n], hidden, work)
                 cotangents = [states.pop(("gradient", k, n)) for k in range(len(seeds[n]))]
                 for k, g in enumerate(_through(layer, by_subblock, survey, hidden, cotangents, sums[n])):
                     states.put(("gradient", k, n), g)
@@ -398,7 +167,7 @@ def _amount_back(
 
 
 def _through(
-    layer: _Layer,
+    layer: ParentLayer,
     by_subblock: dict[str, list[Alternative]],
     survey: Survey,
     hidden: torch.Tensor,
@@ -425,12 +194,17 @@ class _Pass:
     """A forward pass of one subblock of the parent that gradients can be taken of."""
 
     def __init__(
-        self, layer: _Layer, subblock: str, alternatives: Sequence[Alternative], survey: Survey, given: torch.Tensor
+        self,
+        layer: ParentLayer,
+        subblock: str,
+        alternatives: Sequence[Alternative],
+        survey: Survey,
+        given: torch.Tensor,
     ) -> None:
         self.layer, self.subblock, self.alternatives, self.survey = layer, subblock, alternatives, survey
         readers = sorted({name for a in alternatives for name in survey.of(a)})
         self.given = given.detach().requires_grad_()
-        with torch.enable_grad(), _watched(layer.module(subblock), readers) as (self.inputs, self.outputs):
+        with torch.enable_grad(), watched(layer.module(subblock), readers) as (self.inputs, self.outputs):
             self.output = layer.run(subblock, self.given)
 
     def back(self, cotangents: list[torch.Tensor], sums: _Sums) -> list[torch.Tensor]:
@@ -473,8 +247,8 @@ class _Pass:
         for a in refitted:
             ((name, gone),) = self.survey.of(a).items()
             x, y = self.inputs[name], self.outputs[name]
-            left, weight = _refitted(layerwise, a, gone, x)
-            change = x[..., left] @ weight.T - (y - _bias(module.get_submodule(name)))
+            left, weight = refitted_reader(layerwise, a, gone, x)
+            change = x[..., left] @ weight.T - (y - bias_of(module.get_submodule(name)))
             with layerwise.arithmetic.needs():
                 layerwise.arithmetic.add(2.0 * x[..., 0].numel() * weight.numel())
             for grad_by_reader in grads:
