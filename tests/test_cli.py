@@ -142,7 +142,8 @@ def test_version() -> None:
 
 
 def test_shell_completion() -> None:
-    done = layersmith_command("--show-completion", "bash")
+    command = f"{sys.executable} -m layersmith --show-completion; exit $?"  # it looks at the shell that calls it
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "complete" in done.stdout
 
@@ -202,6 +203,9 @@ def test_a_failed_verification_fails(make_parent: Callable[..., Path], tmp_path:
         "    @staticmethod\n"
         "    def mlp_no_op_post_init(decoder_layer):\n"
         "        pass\n"
+        "    @classmethod\n"
+        "    def for_config(cls, config):\n"
+        "        return cls\n"
     )
     done = layersmith_command("inspect", "--verify", make_parent("llama"), "--descriptor", "wrong:Wrong", cwd=tmp_path)
     assert done.returncode == 1, done.stdout + done.stderr

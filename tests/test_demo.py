@@ -75,7 +75,14 @@ def test_the_demo(tmp_path: Path) -> None:
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=900,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    for expected in ("parent completes", "child completes", "with open(path", "solution", "=>", "report.html"):
+    for expected in (
+        "completion by the parent",
+        "completion by the child",
+        "with open(path",
+        "solution",
+        "=>",
+        "report.html",
+    ):
         assert expected in done.stdout
     result = json.loads((tmp_path / "demo" / "report.json").read_text())
     rows = {row["metric"]: row for row in result["evaluation"]["rows"]}

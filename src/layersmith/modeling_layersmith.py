@@ -3,8 +3,10 @@
 Load the folder that holds this file with ``AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)``; this
 needs torch and Transformers, and no layersmith. The entry ``layersmith`` of ``config.json`` is the plan of the model:
 for each decoder layer its config overrides, its replaced modules, and its slot in the KV cache. This file builds the
-stock Transformers class of the config's ``model_type`` with the layers of the plan, for any model family. It is one
-long file, with some private names of Transformers, because it must work alone in every folder that layersmith writes.
+stock Transformers class of the config's ``model_type`` with the layers of the plan, for any model family.
+
+It is longer than a module should be because it must work alone in every folder that layersmith writes. For the same
+reason it uses some private names of Transformers itself.
 """
 
 from __future__ import annotations

@@ -446,7 +446,7 @@ def test_what_is_wrong_is_said_before_work_starts(own: Path, run: Path, tmp_path
     monkeypatch.setattr(arguments, "get_available_reporting_integrations", list)
     for change, match in (
         ({"kl": 0, "hidden": 0}, "nothing to learn"),
-        ({"learning_rate": -1.0}, "must be positive"),
+        ({"learning_rate": -1.0}, "must be greater than 0"),
         ({"cache_top": 5}, "no hidden states"),
         ({"trainer": {"max_grad_nrom": 1.0}}, "Did you mean 'max_grad_norm'"),
         ({"trainer": {"max_steps": 5}}, r"distillation\.tokens"),

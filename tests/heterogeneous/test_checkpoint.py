@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForCausalLM, DbrxForCausalLM, LlamaForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
 import layersmith
 from layersmith.errors import InputError
@@ -199,10 +199,15 @@ def test_subblock_files(family: str, tmp_path: Path) -> None:
         read_subblocks(tmp_path / "child", ["block_9_ffn"])
 
 
-def test_loading_by_class_refuses_or_is_right(tmp_path: Path) -> None:
-    layersmith.save(child_model(FAMILIES["llama"](), BLOCKS), tmp_path / "child")
-    with pytest.raises(Exception, match="per-layer"):
-        LlamaForCausalLM.from_pretrained(tmp_path / "child")
+def test_loading_by_class_is_right_and_refused_without_layersmith(tmp_path: Path, run_python: Callable) -> None:
+    model = child_model(FAMILIES["llama"](), BLOCKS)
+    layersmith.save(model, tmp_path / "child")
+    loaded = LlamaForCausalLM.from_pretrained(tmp_path / "child").eval()
+    assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    stock = "import sys\nfrom transformers import LlamaForCausalLM\nLlamaForCausalLM.from_pretrained(sys.argv[1])"
+    done = run_python(stock, str(tmp_path / "child"))
+    assert done.returncode != 0
+    assert "per-layer" in done.stderr
 
 
 def test_import_is_cheap(run_python: Callable) -> None:
@@ -219,13 +224,17 @@ def test_auto_classes_know_children_whichever_is_imported_first(run_python: Call
     shutil.rmtree(tmp_path / "child")
 
 
-def test_stock_code_stops_at_a_size_in_a_nested_config_that_changes_no_shape(tmp_path: Path) -> None:
+def test_stock_code_stops_at_a_size_in_a_nested_config_that_changes_no_shape(
+    tmp_path: Path, run_python: Callable
+) -> None:
     config = tiny_config("dbrx")
     blocks = layersmith.block_configs(config)
     blocks[1] = Alternative(1, "ffn", "experts_per_token", size=1).block_config(blocks[1])
     child = child_model(config, blocks)
     layersmith.save(child, tmp_path / "child")
-    with pytest.raises(Exception, match="d_model"):
-        DbrxForCausalLM.from_pretrained(tmp_path / "child")
+    stock = "import sys\nfrom transformers import DbrxForCausalLM\nDbrxForCausalLM.from_pretrained(sys.argv[1])"
+    done = run_python(stock, str(tmp_path / "child"))
+    assert done.returncode != 0
+    assert "d_model" in done.stderr
     again = layersmith.load(tmp_path / "child").eval()
     assert torch.equal(again(IDS % 90, use_cache=False).logits, child(IDS % 90, use_cache=False).logits)

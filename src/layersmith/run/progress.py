@@ -22,6 +22,8 @@ from layersmith.units import format_seconds
 
 # Seconds between two lines about the same stage where there is no live bar.
 _SECONDS_BETWEEN_LINES = 15.0
+# Exit code of a process whose reader has gone: 128 and the number of SIGPIPE.
+BROKEN_PIPE = 141
 # A table in a pipe is not wrapped to the 80 columns that a console without a terminal is assumed to have.
 _COLUMNS_OF_A_PIPE = 200
 
@@ -60,17 +62,27 @@ class Progress:
 SILENT = Progress()
 
 
+class CommandConsole(Console):
+    """A console whose process ends as a shell expects when the reader of a pipe has gone."""
+
+    def on_broken_pipe(self) -> None:
+        try:
+            super().on_broken_pipe()
+        except SystemExit:
+            raise SystemExit(BROKEN_PIPE) from None
+
+
 def open_console(*, stderr: bool = False) -> Console:
     """The console of the command line; only the first of several processes that a launcher started writes.
 
     ``NO_COLOR`` (https://no-color.org) takes colours away, and a terminal that calls itself dumb gets plain text.
     """
     if int(os.environ.get("RANK") or 0) > 0:
-        return Console(quiet=True, stderr=stderr)
+        return CommandConsole(quiet=True, stderr=stderr)
     dumb = os.environ.get("TERM", "").lower() in ("dumb", "unknown")
-    console = Console(stderr=stderr, force_terminal=False if dumb else None)
+    console = CommandConsole(stderr=stderr, force_terminal=False if dumb else None)
     if not console.is_terminal and "COLUMNS" not in os.environ:
-        console = Console(stderr=stderr, force_terminal=False, width=_COLUMNS_OF_A_PIPE)
+        console = CommandConsole(stderr=stderr, force_terminal=False, width=_COLUMNS_OF_A_PIPE)
     return console
 
 
