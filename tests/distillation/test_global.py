@@ -475,7 +475,7 @@ def test_what_is_wrong_is_said_before_work_starts(own: Path, run: Path, tmp_path
         distill(own, tokens=128)
     assert not (own / "distilled").exists()
     shutil.rmtree(own / "child")
-    with pytest.raises(InputError, match="not there yet"):
+    with pytest.raises(InputError, match="not finished"):
         distill(own, tokens=128)
 
 
