@@ -45,7 +45,7 @@ def is_time(cost: str) -> bool:
 
 
 def is_throughput(cost: str) -> bool:
-    """Whether people are told one over it: tokens a second instead of the time that each takes of the machine."""
+    """Whether a cost is shown as a rate: tokens a second instead of machine time per token."""
     return COSTS.get(cost, ("", ""))[1] == "tokens/s"
 
 

@@ -151,7 +151,7 @@ def load_streamed(
     Args:
         path: a checkpoint folder or hub id.
         runtime: device and dtype of the computation.
-        descriptor: of the family.
+        descriptor: Descriptor of the model family.
         scratch: a folder, there or not, on the disk that has room for what must be converted.
         trust_remote_code: let Transformers run code from the checkpoint.
 
