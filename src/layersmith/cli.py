@@ -37,7 +37,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-Parent = Annotated[str, typer.Argument(help="Model to compress: a checkpoint folder or a hub id.")]
+Parent = Annotated[str, typer.Argument(help="Model to compress: a checkpoint folder, a hub id, or a GGUF file.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a finished `compress` run.")]
 Params = Annotated[
     str | None,
@@ -380,7 +380,7 @@ def distill(
 
 @app.command()
 def evaluate(
-    model: Annotated[str, typer.Argument(help="Model to evaluate: a checkpoint folder or a hub id.")],
+    model: Annotated[str, typer.Argument(help="Model to evaluate: a checkpoint folder, a hub id, or a GGUF file.")],
     data: Annotated[str, typer.Option(help="Text to evaluate it on; see `compress --data`.")],
     parent: Annotated[str | None, typer.Option(help="Model to compare with, e.g. the parent of a child.")] = None,
     sequences: Annotated[int, typer.Option(help="Number of rows of text.")] = DataRecipe.evaluation_sequences,

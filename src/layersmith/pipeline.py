@@ -68,7 +68,7 @@ def compress(
     """Make a smaller model of a parent for a budget. Call it again with the same arguments to resume it.
 
     Args:
-        parent: Checkpoint folder or hub id.
+        parent: Checkpoint folder, hub id or GGUF file. Quantized weights are dequantized first.
         out: Folder of the run; the child is ``out/child``. Runs next to each other share what they have in common.
         data: Text, JSONL or Parquet file, a folder of them, or the name of a hub dataset.
         budget: A fraction of the parent's parameters, or a mapping such as ``{"memory": "10GiB", "batch": 8}``.
@@ -100,7 +100,7 @@ def stages(
     folder, asked = Path(out), Budget.parse(budget)
     job = Job(
         run=Run(folder, Store.near(folder)),
-        path=str(parent),
+        source=str(parent),
         data=str(data),
         limits=asked.limits,
         workload=asked.workload,
@@ -111,6 +111,7 @@ def stages(
     seed_everything(job.recipe.seed)
     ranks.start(job.runtime)
     ranks.on_first(lambda: Run.check(folder))
+    _ = job.path  # a parent in another format is converted by all processes together
     header = ranks.from_first(lambda: job.header(digest_of_source(job)))
     with ranks.first(lambda: job.run.open(header, job.recipe)):
         with job.run.removed_if_refused():

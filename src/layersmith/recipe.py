@@ -341,6 +341,9 @@ class Recipe:
     dtype: str = "auto"
     """Data type of the computation; `auto` is float32 on a CPU and bfloat16 on a GPU. The child is written in the
     parent's data type."""
+    checkpoint_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Data type in which the weights of parent and child are stored. `auto` is the parent's, and bfloat16 for a parent
+    whose weights are quantized (GGUF, FP8, ...). With another value the parent is converted first."""
     completion_tokens: NonNegativeInt = 48
     """Length of the sample that parent and child write for the report; 0 for none."""
     prompts: tuple[str, ...] = ()

@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.errors import InputError, LayersmithError, first_line
 from layersmith.heterogeneous.build import class_for
+from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.conventions import ATTENTION
@@ -46,8 +47,8 @@ def load(
     """Load any causal language model, heterogeneous or not.
 
     Args:
-        path: Checkpoint folder or hub id.
-        dtype: dtype of the weights. Default: the one in the checkpoint.
+        path: Checkpoint folder, hub id or GGUF file.
+        dtype: dtype of the weights. Default: the one in the checkpoint; bfloat16 if its weights are quantized.
         device: Device of the model. Default: the CPU.
         descriptor: Descriptor of the model family, for a heterogeneous checkpoint without a plan.
         trust_remote_code: Let Transformers run code from the checkpoint; layersmith's checkpoints do not need it.
@@ -55,6 +56,7 @@ def load(
     Raises:
         InputError: Files are missing or damaged, or weights and config do not match. No weights are made up.
     """
+    path = ordinary_checkpoint(path, trust_remote_code=trust_remote_code)
     cls, config = class_of(path, descriptor, trust_remote_code)
     model = read_weights(cls, path, config, dtype=dtype or "auto")
     return model if device is None else model.to(device)
@@ -83,7 +85,9 @@ def read_weights(cls: Any, path: str | os.PathLike[str], config: PretrainedConfi
 
 
 def check_files(path: str | os.PathLike[str]) -> None:
-    """Check by file sizes and headers that no weights of a checkpoint folder are missing. A hub id passes.
+    """Check by file sizes and headers that no weights of a checkpoint folder are missing.
+
+    A hub id or GGUF file passes.
 
     Raises:
         InputError: A file is missing, or shorter than its header says.

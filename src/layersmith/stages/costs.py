@@ -17,6 +17,7 @@ from layersmith.costs.table import CostTable, count_costs
 from layersmith.costs.times import PREFILL, Times, from_csv, to_csv
 from layersmith.errors import Infeasible
 from layersmith.execution.parent import Parent, load_parent
+from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.library.survey import Survey, survey
@@ -121,6 +122,7 @@ def times_of(
 ) -> tuple[Times, list[Alternative]]:
     """Times of all alternatives of a parent, without a run."""
     runtime = Runtime.detect(recipe.device, recipe.dtype)
+    path = ordinary_checkpoint(path, recipe.checkpoint_dtype, recipe.trust_remote_code, progress)
     near = Path.cwd() if is_streamed(path, recipe, runtime) else None
     with progress.stage(DESCRIBE.name, 1, "parent") as advance:
         parent = load_parent(path, runtime, descriptor, recipe.trust_remote_code, stream_near=near)

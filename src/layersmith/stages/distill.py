@@ -67,7 +67,7 @@ def check(job: Job) -> Steps:
     """
     if job.is_streamed:
         raise UsageError(
-            f"{job.path}: larger than the memory, so it cannot be distilled here. Set distillation.tokens to 0, or "
+            f"{job.source}: larger than the memory, so it cannot be distilled here. Set distillation.tokens to 0, or "
             "stream to never in the recipe."
         )
     settings, parent = job.recipe.distillation, job.parent

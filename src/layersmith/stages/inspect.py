@@ -83,6 +83,7 @@ def outline(
     workload: Workload,
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
+    dtype: str = "auto",
 ) -> Outline:
     """Build the search space of a model with all costs, on the meta device.
 
@@ -92,6 +93,7 @@ def outline(
         workload: Batch and context for the costs.
         descriptor: Descriptor of the parent's model family. Default: from ``describe``.
         trust_remote_code: Let Transformers run code in the folder.
+        dtype: Data type in which weights are stored; default: the one in the checkpoint.
     """
     config = causal_lm_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
     descriptor = descriptor or describe(config)
@@ -99,8 +101,8 @@ def outline(
     axes = find_axes(descriptor, config, blocks)
     layers = meta_layers(descriptor, config, blocks)
     survey = survey_of(descriptor, blocks, axes, layers, recipe)
-    dtype = config_dtype(config)
-    costs = count_costs(descriptor, config, blocks, survey.alternatives, axes, dtype, workload)
+    stored = config_dtype(config) if dtype == "auto" else getattr(torch, dtype)
+    costs = count_costs(descriptor, config, blocks, survey.alternatives, axes, stored, workload)
     return Outline(
         config=config,
         descriptor=descriptor,
@@ -109,7 +111,7 @@ def outline(
         axes=axes,
         costs=costs,
         notes=[*survey.notes, *context_note(workload.context, costs.workload)],
-        dtype=dtype,
+        dtype=stored,
     )
 
 

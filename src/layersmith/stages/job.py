@@ -21,6 +21,7 @@ from layersmith.errors import InputError
 from layersmith.execution.parent import Parent, identity_of, load_parent
 from layersmith.execution.streaming import is_too_large
 from layersmith.heterogeneous.checkpoint import check_files
+from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import read_config
 from layersmith.recipe import Recipe
@@ -39,7 +40,7 @@ class Job:
 
     Attributes:
         run: The run folder.
-        path: Parent: checkpoint folder or hub id.
+        source: Parent as it was given: checkpoint folder, hub id or GGUF file.
         data: Source of documents.
         limits: Upper limits on costs of the child.
         workload: What its costs are for.
@@ -50,7 +51,7 @@ class Job:
     """
 
     run: Run
-    path: str
+    source: str
     data: str
     limits: Limits
     workload: Workload
@@ -70,6 +71,16 @@ class Job:
     def dtype(self) -> str:
         """Dtype and device of the computation, which results depend on."""
         return f"{self.runtime.dtype} on {self.runtime.device.type}"
+
+    @cached_property
+    def path(self) -> str:
+        """The parent as an ordinary checkpoint: the source itself, or what it was converted to."""
+        recipe = self.recipe
+        return ranks.from_first(
+            lambda: ordinary_checkpoint(
+                self.source, recipe.checkpoint_dtype, recipe.trust_remote_code, progress=self.progress
+            )
+        )
 
     @cached_property
     def is_streamed(self) -> bool:
@@ -114,7 +125,7 @@ class Job:
     def header(self, data_digest: str) -> dict[str, Any]:
         """``run.json`` of a new run."""
         return {
-            "parent": {"path": self.path, "identity": self.identity},
+            "parent": {"path": self.source, "identity": self.identity},
             "data": {"source": self.data, "digest": data_digest},
             "budget": Budget(self.limits, self.workload).to_dict(),
             "recipe": self.recipe.to_dict(),
@@ -149,7 +160,7 @@ class Job:
         run.require(*(stage.name for stage in needed))
         job = Job(
             run=run,
-            path=run.path_as_meant(header["parent"]["path"]),
+            source=run.path_as_meant(header["parent"]["path"]),
             data=run.path_as_meant(header["data"]["source"]),
             limits=budget.limits,
             workload=budget.workload,
@@ -158,7 +169,7 @@ class Job:
             progress=progress,
         )
         if job.identity != header["parent"]["identity"]:
-            raise InputError(f"{job.path}: not the parent of {run.folder} any more; its weights or config changed.")
+            raise InputError(f"{job.source}: not the parent of {run.folder} any more; its weights or config changed.")
         return job
 
     # ------------------------------------------------------------------------------------------ stages

@@ -13,6 +13,7 @@ from layersmith.data.splits import evaluation_rows, load_tokenizer
 from layersmith.errors import InputError, UnsupportedModel, UsageError, did_you_mean
 from layersmith.evaluation.compare import compare
 from layersmith.heterogeneous.checkpoint import load, save
+from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe, SearchRecipe
@@ -216,8 +217,9 @@ def evaluate_model(
     if sequences < 1 or sequence_length < 2:
         raise UsageError("--sequences must be at least 1 and --sequence-length at least 2.")
     runtime = Runtime.detect(device, "auto")
+    model, *others = (ordinary_checkpoint(path) for path in (model, parent) if path is not None)
     loaded = load(model, dtype=runtime.dtype, device=runtime.device).eval()
-    reference = load(parent, dtype=runtime.dtype, device=runtime.device).eval() if parent is not None else loaded
+    reference = load(others[0], dtype=runtime.dtype, device=runtime.device).eval() if others else loaded
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
     length = min(sequence_length, longest)
     wanted = DataRecipe(sequence_length=length, evaluation_sequences=sequences)

@@ -1,0 +1,197 @@
+"""Parents in other formats: a GGUF file or a quantized checkpoint becomes an ordinary checkpoint in the user's cache.
+
+Everything else reads ordinary checkpoints only: safetensors with weights in one floating-point dtype. Transformers
+dequantizes; a format that it cannot dequantize is refused. The conversion is done once for equal files.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from functools import cache
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
+
+from layersmith.errors import InputError, UnsupportedModel
+from layersmith.foreign import foreign_code
+from layersmith.model_descriptor.describe import gguf_location, read_config
+from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers, stock_class, stock_model
+from layersmith.modeling_layersmith import refuse_incomplete
+from layersmith.run.artifacts import content_digest, fingerprint, whole_folder
+from layersmith.run.progress import SILENT, Progress
+from layersmith.run.user_cache import cache_folder
+
+# In which weights are stored that were quantized; the dtype of nearly all published models.
+DTYPE = "bfloat16"
+# Data types of weights that are not quantized.
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Files that a converted checkpoint takes over as they are, if there are any.
+_COPIED = ("*token*", "vocab*", "merges*", "*.jinja", "special_tokens_map.json", "generation_config.json", "LICENSE*")
+# Packages that Transformers needs to read a format, where their names are not the format's own.
+_PACKAGES = {"gguf": "gguf", "bitsandbytes": "bitsandbytes", "compressed-tensors": "compressed-tensors"}
+
+
+def ordinary_checkpoint(
+    path: str | os.PathLike[str], dtype: str = "auto", trust_remote_code: bool = False, progress: Progress = SILENT
+) -> str:
+    """The path of a checkpoint with the same weights that all of layersmith can read.
+
+    Args:
+        path: Checkpoint folder, hub id, or GGUF file.
+        dtype: Data type of its weights. ``auto``: as they are; bfloat16 if they are quantized.
+        trust_remote_code: Let Transformers run code from the checkpoint.
+        progress: Is told when weights are converted.
+
+    Returns:
+        ``path`` itself if there is nothing to convert, else a folder in the user's cache.
+
+    Raises:
+        InputError: The file or config cannot be read, or a package that reads it is missing.
+        UnsupportedModel: Transformers cannot dequantize this format.
+    """
+    method = quantization_of(path, trust_remote_code)
+    if method is None and (dtype == "auto" or not _differs(path, dtype, trust_remote_code)):
+        return str(path)
+    wanted = DTYPE if dtype == "auto" else dtype
+    place = Path(path)
+    if method is not None and not place.exists():
+        place = Path(snapshot_download(str(path)))
+    digest = fingerprint([content_digest(place), wanted])
+    folder = (cache_folder("parents") or _until_exit()) / digest
+    if not (folder / "config.json").is_file():
+        what = f"converted from {method} to" if method else "converted to"
+        progress.note(f"{path}: {what} {wanted}, and kept in {folder}.")
+        model = _dequantized(place, getattr(torch, wanted), method, trust_remote_code)
+        with whole_folder(folder) as made:
+            _save(model, place, made, trust_remote_code)
+    return str(folder)
+
+
+def quantization_of(path: str | os.PathLike[str], trust_remote_code: bool = False) -> str | None:
+    """The format of a checkpoint's quantized weights, e.g. ``gguf`` or ``gptq``; None if they are not quantized."""
+    if gguf_location(path):
+        return "gguf"
+    folder = Path(path)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        return None  # refused where the checkpoint is read
+    settings = _settings(read_config(path, trust_remote_code=trust_remote_code))
+    return None if settings is None else str(settings.get("quant_method", "an unnamed format"))
+
+
+def _settings(config: PretrainedConfig) -> dict[str, Any] | None:
+    """The quantization settings in a config."""
+    for part in (config, config.get_text_config()):
+        settings = getattr(part, "quantization_config", None)
+        if settings is not None:
+            return dict(settings) if isinstance(settings, dict) else settings.to_dict()
+    return None
+
+
+def _differs(path: str | os.PathLike[str], dtype: str, trust_remote_code: bool) -> bool:
+    stored = getattr(read_config(path, trust_remote_code=trust_remote_code).get_text_config(), "dtype", None)
+    return str(stored).removeprefix("torch.") != dtype
+
+
+@cache
+def _until_exit() -> Path:
+    """A folder for this process, where there is no user cache."""
+    folder = Path(tempfile.mkdtemp(prefix="layersmith-parents-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
+
+
+def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remote_code: bool) -> PreTrainedModel:
+    """A model whose weights are all of this dtype."""
+    if method is not None and method not in {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}:
+        raise UnsupportedModel(f"{path}: this version of Transformers does not know the weights' format {method!r}.")
+    package = _PACKAGES.get(method or "")
+    if package is not None and find_spec(package.replace("-", "_")) is None:
+        raise InputError(f"{path}: to read {method} weights, install the package {package}: pip install {package}")
+    config = causal_lm_config(read_config(path, trust_remote_code=trust_remote_code))
+    cls: Any = stock_class(config)
+    how: dict[str, str] = {}
+    if location := gguf_location(path):
+        folder, how["gguf_file"] = location
+        settings: dict[str, Any] | None = {"quant_method": "gguf", "gguf_file": location[1]}
+    else:
+        folder, settings = path, _settings(config)
+    if settings is not None:  # formats without this key ignore it, and are dequantized below
+        config.quantization_config = {**settings, "dequantize": True}
+    with foreign_code(f"can Transformers dequantize {method}?", refusal_is_answer=True) as attempt, _silence():
+        model, info = cls.from_pretrained(folder, config=config, dtype=dtype, output_loading_info=True, **how)
+        if getattr(model, "hf_quantizer", None) is not None and _is_packed(model):
+            model = model.dequantize(dtype)
+    if attempt.failed:
+        raise UnsupportedModel(
+            f"{path}: Transformers cannot dequantize its {method} weights here ({attempt.reason}). "
+            "Give the checkpoint before its quantization."
+        ) from attempt.error
+    try:
+        refuse_incomplete(info, str(path))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+    return _without_quantization(model, dtype, path, method)
+
+
+def _is_packed(model: PreTrainedModel) -> bool:
+    """Whether some weights are still in the quantized format."""
+    return any(t.dtype not in FLOATS for t in model.state_dict().values())
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """Keep progress bars and warnings of Transformers off the screen; some do not ask whether they are wanted."""
+    with quiet_transformers(), warnings.catch_warnings(), redirect_stderr(StringIO()):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _without_quantization(model: Any, dtype: torch.dtype, path: Path, method: str | None) -> PreTrainedModel:
+    """A stock model with the same weights, which knows nothing of their former format."""
+    config = model.config
+    for part in (config, config.get_text_config()):
+        for name in ("quantization_config", "_name_or_path"):
+            if name in vars(part):
+                delattr(part, name)
+    plain = stock_model(config, dtype=dtype)
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
+    expected = plain.state_dict()
+    wrong = [name for name, t in expected.items() if name not in tensors or tensors[name].shape != t.shape]
+    if wrong:
+        raise UnsupportedModel(
+            f"{path}: after Transformers dequantized its {method} weights, {wrong[0]} is missing or of another shape. "
+            "Give the checkpoint before its quantization."
+        )
+    plain.load_state_dict({name: tensors[name] for name in expected}, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain
+
+
+def _save(model: PreTrainedModel, path: Path, folder: Path, trust_remote_code: bool) -> None:
+    with _silence():
+        model.save_pretrained(folder)
+        if location := gguf_location(path):
+            with foreign_code("does the GGUF file hold a tokenizer?", refusal_is_answer=True) as attempt:
+                tokenizer = AutoTokenizer.from_pretrained(location[0], gguf_file=location[1])
+                tokenizer.save_pretrained(folder)
+            if attempt.failed:
+                raise InputError(f"{path}: its tokenizer cannot be read ({attempt.reason}).") from attempt.error
+            return
+    for file in sorted({file for pattern in _COPIED for file in path.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, folder / file.name)
+    if trust_remote_code:
+        for file in path.glob("*.py"):
+            shutil.copyfile(file, folder / file.name)
