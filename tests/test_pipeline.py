@@ -77,7 +77,7 @@ def test_the_run_folder_tells_everything(finished: layersmith.Result) -> None:
     names = {path.name for path in finished.run.iterdir() if not path.name.startswith(".")}
     assert names == {
         "recipe.yaml", "run.json", "describe", "data", "costs", "statistics", "library", "scores", "search", "frontier",
-        "refine", "solution", "pairs", "child", "evaluation", "cards.json", "report.html", "report.json", "log.jsonl",
+        "refine", "solution", "pairs", "child", "evaluation", "report.html", "report.json", "log.jsonl",
     }  # fmt: skip
     header = read_json(finished.run / "run.json")
     assert header["versions"]["torch"] == torch.__version__

@@ -100,6 +100,12 @@ TrustRemoteCode = Annotated[
         "--trust-remote-code", help="Run Python code from the parent's folder or hub page.", rich_help_panel=SETTINGS
     ),
 ]
+Verify = Annotated[
+    bool,
+    typer.Option(
+        "--verify", help="Hash all files of the run, also large ones whose size and time of change are as before."
+    ),
+]
 Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, help="Show more of what happens; -vv also shows tracebacks.")
 ]
@@ -183,6 +189,7 @@ def compress(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the run will do and take and whether the budget can be met.")
     ] = False,
+    verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -206,7 +213,7 @@ def compress(
 
     if until is not None and until not in NAMES:
         raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, NAMES)}")
-    for reached in stages(parent, out, data, budget, chosen, family, screen.progress):
+    for reached in stages(parent, out, data, budget, chosen, family, screen.progress, verify):
         if isinstance(reached, Result):
             print_result(screen.results, reached)
         elif reached == until:
@@ -276,6 +283,7 @@ def search(
         bool, typer.Option("--measure", help="With --frontier: also evaluate some solutions and baselines whole.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Also write the child into this folder.")] = None,
+    verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -293,12 +301,14 @@ def search(
     )  # fmt: skip
     screen, family, rules = _screen(verbose, quiet), _descriptor(descriptor), _search_rules(run, settings)
     if frontier:
-        path = frontier_again(run, budget, objective, screen.progress, family, rules=rules, measure=measure)
+        path = frontier_again(
+            run, budget, objective, screen.progress, family, rules=rules, measure=measure, verify=verify
+        )
         print_frontier(screen.results, path)
         return
     library, best = search_several(
         run, budget, objective, out, screen.progress, family, rules=rules, refine=refine, solutions=solutions,
-        min_distance=min_distance,
+        min_distance=min_distance, verify=verify,
     )  # fmt: skip
     for solution in best:
         print_solution(screen.results, library, solution)
@@ -363,6 +373,7 @@ def distill(
     ] = None,
     device: Device = None,
     descriptor: Descriptor = None,
+    verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -373,7 +384,7 @@ def distill(
     screen = _screen(verbose, quiet)
     made = distill_run(
         run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device, report_to=report_to,
-        descriptor=_descriptor(descriptor), progress=screen.progress,
+        descriptor=_descriptor(descriptor), progress=screen.progress, verify=verify,
     )  # fmt: skip
     print_distilled(screen.results, made)
 
@@ -400,11 +411,12 @@ def evaluate(
 
 
 @app.command()
-def report(run: Run, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+def report(run: Run, verify: Verify = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
     """Write the report of a finished run again and print its path."""
     from layersmith.stages.reopen import report_again
 
-    _screen(verbose, quiet).line(str(report_again(run)))
+    screen = _screen(verbose, quiet)
+    screen.line(str(report_again(run, screen.progress, verify)))
 
 
 @app.command()

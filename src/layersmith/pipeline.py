@@ -64,6 +64,7 @@ def compress(
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
+    verify: bool = False,
 ) -> Result:
     """Make a smaller model of a parent for a budget. Call it again with the same arguments to resume it.
 
@@ -75,11 +76,12 @@ def compress(
         recipe: A :class:`~layersmith.recipe.Recipe`, a mapping, or a YAML file; default: the defaults.
         descriptor: Descriptor of the parent's model family; default: ``layersmith.describe(parent)``.
         progress: Receives steps and notes.
+        verify: Hash all files of the run, also large ones whose size and time of change are as before.
 
     Raises:
         LayersmithError: What the user can mend, before work starts where that is possible.
     """
-    *_, result = stages(parent, out, data, budget, recipe, descriptor, progress)
+    *_, result = stages(parent, out, data, budget, recipe, descriptor, progress, verify)
     assert isinstance(result, Result)
     return result
 
@@ -92,6 +94,7 @@ def stages(
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
+    verify: bool = False,
 ) -> Iterator[str | Result]:
     """:func:`compress` as a generator: yields the name of each stage when it is done, and the result last.
 
@@ -99,7 +102,7 @@ def stages(
     """
     folder, asked = Path(out), Budget.parse(budget)
     job = Job(
-        run=Run(folder, Store.near(folder)),
+        run=Run(folder, Store.near(folder), verify),
         source=str(parent),
         data=str(data),
         limits=asked.limits,

@@ -36,6 +36,7 @@ from layersmith.evaluation.compare import closed
 from layersmith.execution.parent import Parent
 from layersmith.recipe import DistillationRecipe, SearchRecipe
 from layersmith.run.artifacts import read_json, read_tensors
+from layersmith.run.header import read_header, write_header
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
 from layersmith.stages.distill import distill
@@ -468,9 +469,9 @@ def test_what_is_wrong_is_said_before_work_starts(own: Path, run: Path, tmp_path
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(InputError, match="GB"):
             distill(own, tokens=128)
-    header = read_json(own / "run.json")
+    header = read_header(own)
     header["parent"]["identity"] = "another"
-    (own / "run.json").write_text(json.dumps(header))
+    write_header(own, header)
     with pytest.raises(InputError, match="not the parent"):
         distill(own, tokens=128)
     assert not (own / "distilled").exists()

@@ -88,7 +88,6 @@ def test_a_run_of_another_format_is_refused_in_one_sentence(tmp_path: Path) -> N
     with run.open(HEADER, Recipe()):
         pass
     header = read_json(run.folder / "run.json")
-    del header["format"]
-    write_json(run.folder / "run.json", header)
+    write_json(run.folder / "run.json", header | {"format": 2})
     with pytest.raises(InputError, match="another version of layersmith"):
         Run.check(run.folder)

@@ -5,7 +5,6 @@ It states only what is known: a license if the parent's card or config names one
 
 from __future__ import annotations
 
-import hashlib
 import math
 import re
 from dataclasses import dataclass
@@ -33,14 +32,12 @@ from layersmith.report.words import (
     with_noise,
     workload_in_words,
 )
-from layersmith.run.artifacts import read_json, write_json, write_text
+from layersmith.run.artifacts import read_json
+from layersmith.run.cards import CARD, is_edited, write_card_of
 from layersmith.run.folder import Run
 from layersmith.search.solution import Solution
 from layersmith.units import format_cost
 
-CARD = "README.md"
-# In the run's folder: digests of all cards that layersmith wrote, to tell them from cards that someone edited.
-_DIGESTS = "cards.json"
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
 
@@ -75,26 +72,14 @@ class Child:
 
 
 def write_card(folder: Path, child: Child, evaluation: Evaluation | None = None) -> None:
-    """Write the card of a child into its folder, and remember its digest."""
-    text = model_card(folder, child, evaluation)
-    path = child.run.folder / _DIGESTS
-    write_json(path, sorted({*_digests(path), _digest(text)}))
-    write_text(folder / CARD, text)
+    """Write the card of a run's child into its folder."""
+    write_card_of(child.run.folder, folder / CARD, model_card(folder, child, evaluation), evaluation is not None)
 
 
 def complete_card(folder: Path, child: Child, evaluation: Evaluation) -> None:
-    """Add the evaluation to a child's card, unless someone has edited the card."""
-    card = folder / CARD
-    if folder.is_dir() and (not card.is_file() or _digest(card.read_bytes()) in _digests(child.run.folder / _DIGESTS)):
+    """Add the evaluation to the card of a run's child, unless someone has edited the card."""
+    if not is_edited(child.run.folder, folder / CARD):
         write_card(folder, child, evaluation)
-
-
-def _digest(text: str | bytes) -> str:
-    return hashlib.sha256(text.encode("utf-8") if isinstance(text, str) else text).hexdigest()
-
-
-def _digests(path: Path) -> list[str]:
-    return list(read_json(path)) if path.is_file() else []
 
 
 def model_card(folder: Path, child: Child, evaluation: Evaluation | None = None) -> str:

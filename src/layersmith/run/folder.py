@@ -3,23 +3,21 @@
 Each stage has a folder by its name; :data:`layersmith.stages.HOLDS` says what they hold. Besides:
 
 recipe.yaml       every setting, defaults included
-run.json          format, parent, budget, versions, seed; the digests of the inputs of finished stages
+run.json          format, parent, budget, versions, seed; of each finished stage the digest of its inputs and the sizes
+                  and digests of its files; digests of the model cards that layersmith wrote; a digest of all this
 distillation/     curve of global distillation; while it trains, checkpoints
 report.html, report.json
-cards.json        digests of the model cards that layersmith wrote; a card that someone edited is not overwritten
-log.jsonl         when stages began and ended; it and the times that the report takes from it differ between equal runs
+log.jsonl         when stages began and ended, and what those wrote whose files hold times; it and these files differ
+                  between equal runs
 STAGE.partial, STAGE.work      results of an unfinished stage
 """
 
 from __future__ import annotations
 
-import platform
 import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -31,38 +29,35 @@ from layersmith.run import ranks
 from layersmith.run.artifacts import (
     TEMPORARY,
     fingerprint,
-    read_json,
     saying_disk_full,
     whole_folder,
-    write_json,
     write_text,
 )
+from layersmith.run.cards import CARD, is_edited
+from layersmith.run.digests import Record, difference, record_of
+from layersmith.run.header import FORMAT, HEADER, read_header, versions, write_header
 from layersmith.run.log import Log
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, StageProgress
 from layersmith.run.store import Store
 
-# Of the folder's layout. A run of another format is refused.
-FORMAT = 2
-HEADER = "run.json"
-
-
-def versions() -> dict[str, str]:
-    """Versions of everything that numbers depend on."""
-    packages = ("layersmith", "torch", "transformers", "scipy", "safetensors")
-    return {
-        **{name: version(name) for name in packages},
-        "python": platform.python_version(),
-        "platform": f"{sys.platform} {platform.machine()}",
-    }
+# Their files hold times, so they differ between equal runs. They are recorded in the log, so that run.json is equal.
+MEASURED = ("clock", "report")
 
 
 class Run:
-    """A run folder. Only one process of a machine works in it at a time."""
+    """A run folder. Only one process of a machine works in it at a time.
 
-    def __init__(self, folder: Path, store: Store | None = None):
-        self.folder, self.log = folder, Log(folder)
+    Args:
+        folder: The folder.
+        store: Results of other runs; default: none.
+        verify: Whether also large files whose size and time of change are as before are hashed.
+    """
+
+    def __init__(self, folder: Path, store: Store | None = None, verify: bool = False):
+        self.folder, self.log, self.verify = folder, Log(folder), verify
         self.store = Store(None) if store is None else store
+        self._intact: set[str] = set()
 
     # ------------------------------------------------------------------------------------------ opening
 
@@ -80,9 +75,9 @@ class Run:
             raise InputError(f"{folder}: already there and not a run of layersmith. Choose another folder.")
 
     @staticmethod
-    def existing(folder: str | Path) -> Run:
+    def existing(folder: str | Path, verify: bool = False) -> Run:
         """Raises: UsageError: Not a run folder."""
-        run = Run(Path(folder))
+        run = Run(Path(folder), verify=verify)
         if not (run.folder / HEADER).is_file():
             raise UsageError(f"{folder}: not a run folder (no {HEADER}). Give the folder that `compress` wrote.")
         return run
@@ -101,7 +96,7 @@ class Run:
             if (self.folder / HEADER).is_file():
                 self._check_header(header)
             else:
-                write_json(self.folder / HEADER, {"format": FORMAT, **header, "stages": {}})
+                write_header(self.folder, {"format": FORMAT, **header, "stages": {}, "cards": {}})
             write_text(self.folder / "recipe.yaml", recipe.to_yaml())
             yield
 
@@ -158,17 +153,8 @@ class Run:
                 raise InputError(f"{self.folder}: holds a run with another {name}. {mend}.")
 
     def header(self) -> dict[str, Any]:
-        """``run.json``.
-
-        Raises:
-            InputError: It is missing, damaged, or of another format.
-        """
-        header: dict[str, Any] = read_json(self.folder / HEADER)
-        if header.get("format") != FORMAT:
-            raise InputError(
-                f"{self.folder}: made by another version of layersmith. Choose another folder, or use that version."
-            )
-        return header
+        """``run.json``; see :func:`layersmith.run.header.read_header`."""
+        return read_header(self.folder)
 
     def path_as_meant(self, path: str) -> str:
         """A local path, relative to where the command that made the run was called; anything else unchanged."""
@@ -177,16 +163,58 @@ class Run:
 
     # ------------------------------------------------------------------------------------------ stages
 
+    def made(self) -> dict[str, dict[str, Any]]:
+        """Of every finished stage the digest of its inputs, and the sizes and digests of its files."""
+        return self.header()["stages"] | self.log.made()
+
     def made_from(self, stage: str) -> str | None:
-        """Digest of the inputs of a finished stage; None if it is not finished."""
-        digest: str | None = self.header()["stages"].get(stage)
-        return digest
+        """Digest of the inputs and files of a finished stage; None if it is not finished."""
+        made = self.made().get(stage)
+        return None if made is None else fingerprint(made)
 
     def require(self, *stages: str) -> None:
-        """Raises: InputError: One of these stages is not finished."""
+        """Raises: InputError: One of these stages is not finished, or a file of it is not as it was written."""
+        made = self.made()
         for stage in stages:
-            if self.made_from(stage) is None or not (self.folder / stage).is_dir():
+            if stage in self._intact:
+                continue
+            if stage not in made:
                 raise InputError(f"{self.folder}: its {stage} is not finished. Run the same compress command again.")
+            if damage := self.damage(stage):
+                again = "distill" if stage.startswith("distill") else "compress"
+                raise InputError(
+                    f"{self.folder}: {damage}. Run the same {again} command again, which makes {stage} again."
+                )
+
+    def damage(self, stage: str) -> str | None:
+        """What is wrong with the files of a finished stage, in words; None if they are as they were written."""
+        record = self.made()[stage]["files"]
+        if not record and not (self.folder / stage).is_dir():
+            return f"{stage} is missing"
+        found = difference(self.folder, record, whole=self.verify)
+        if found is None:
+            self._intact.add(stage)
+        return found
+
+    def finished(self, stage: str, inputs: str, files: Record, **more: Any) -> None:
+        """Note that a stage is complete: in the header, or in the log if its bytes differ between equal runs."""
+        record = {"inputs": inputs, "files": files}
+        if stage in MEASURED:
+            more |= record
+        else:
+            header = self.header()
+            header["stages"][stage] = record
+            write_header(self.folder, header)
+        self.log.add(stage, "done", **more)
+        self._intact.add(stage)
+
+    def record_of(self, stage: str, elsewhere: Sequence[Path] = ()) -> Record:
+        """Sizes and digests of a stage's files but the model card, and of its files elsewhere in the run."""
+        folder = self.folder / stage
+        files = [file for file in folder.rglob("*") if file.is_file() and file != folder / CARD]
+        return record_of(self.folder, [*files, *elsewhere])
+
+    # ------------------------------------------------------------------------------------------ work
 
     def do(
         self,
@@ -198,9 +226,9 @@ class Run:
         is_shared: bool = False,
         progress: Progress | None = None,
     ) -> bool:
-        """Make a stage's folder unless it was made from the same inputs. Returns whether it had to be made.
+        """Make a stage's folder unless it was made from the same inputs and is as it was written.
 
-        All processes of a launcher call this, and the first alone writes.
+        All processes of a launcher call this, and the first alone writes. Returns whether the stage had to be made.
 
         Args:
             stage: Name of the stage and of its folder.
@@ -219,26 +247,39 @@ class Run:
             scratch=self.folder / f"{stage}.work",
             progress=StageProgress(progress or Progress(), stage),
         )
-        is_done = ranks.from_first(lambda: self.made_from(stage) == digest and folder.is_dir())
+        is_done = ranks.from_first(lambda: self._is_done(making, stage))
         if is_done:
             ranks.on_first(lambda: self.log.add(stage, "kept"))
-            return False
-        key = fingerprint([digest, versions()])
-        if not (is_shared and ranks.from_first(lambda: self._take(stage, digest, key))):
-            ranks.on_first(lambda: self._make(making, stage, make), lambda: meanwhile and meanwhile(making))
-            if is_shared:
-                ranks.on_first(lambda: self.store.give(stage, key, folder))
+        else:
+            key = fingerprint([digest, versions()])
+            if not (is_shared and ranks.from_first(lambda: self._take(stage, digest, key))):
+                ranks.on_first(lambda: self._make(making, stage, make), lambda: meanwhile and meanwhile(making))
+                if is_shared:
+                    ranks.on_first(lambda: self.store.give(stage, key, folder, self.made()[stage]["files"]))
         if ranks.is_first():
+            making.unfinished.unlink(missing_ok=True)
             shutil.rmtree(making.scratch, ignore_errors=True)
+        return not is_done
+
+    def _is_done(self, making: Making, stage: str) -> bool:
+        made = self.made().get(stage)
+        if made is None:
+            return False
+        if made["inputs"] != making.inputs:
+            making.progress.note(f"{stage} is made again: what it depends on has changed.")
+            return False
+        if damage := self.damage(stage):
+            making.progress.note(f"{damage}; {stage} is made again.")
+            return False
         return True
 
     def _take(self, stage: str, digest: str, key: str) -> bool:
         started = time.monotonic()
-        is_there = self.store.take(stage, key, self.folder / stage)
-        if is_there:
-            self.finished(stage, digest)
-            self.log.add(stage, "done", seconds=round(time.monotonic() - started, 2), shared=True)
-        return is_there
+        files = self.store.take(stage, key, self.folder / stage)
+        if files is None:
+            return False
+        self.finished(stage, digest, files, seconds=round(time.monotonic() - started, 2), shared=True)
+        return True
 
     def _make(self, making: Making, stage: str, make: Callable[[Making], None]) -> None:
         self.log.add_killed(stage, making.unfinished)
@@ -247,19 +288,19 @@ class Run:
         try:
             with whole_folder(making.folder) as folder:
                 make(Making(**{**vars(making), "folder": folder}))
+                self._keep_card(making, folder)
         except BaseException:
             with suppress(InputError):  # a full disk was reported already
                 self.log.add(stage, "stopped", seconds=round(time.monotonic() - started, 2))
             raise
-        self.finished(stage, making.inputs)
-        making.unfinished.unlink(missing_ok=True)
-        self.log.add(stage, "done", seconds=round(time.monotonic() - started, 2))
+        files = self.record_of(stage, making.elsewhere)
+        self.finished(stage, making.inputs, files, seconds=round(time.monotonic() - started, 2))
 
-    def finished(self, stage: str, digest: str) -> None:
-        """Note in the header that a stage is complete."""
-        header = self.header()
-        header["stages"][stage] = digest
-        write_json(self.folder / HEADER, header)
+    def _keep_card(self, making: Making, folder: Path) -> None:
+        """Take an edited model card over from the folder that is replaced."""
+        before = making.folder / CARD
+        if (folder / CARD).is_file() and is_edited(self.folder, before):
+            shutil.copyfile(before, folder / CARD)
 
     def partial(self, stage: str) -> Path:
         """File for the results of an unfinished stage."""

@@ -57,9 +57,15 @@ class Log:
                 stage["interruptions"] += record["event"] != "done"
         return list(stages.values())
 
+    def made(self) -> dict[str, dict[str, Any]]:
+        """Of the stages whose bytes differ between equal runs: the digest of their inputs, and their files."""
+        return {r["stage"]: {name: r[name] for name in ("inputs", "files")} for r in self._records() if "inputs" in r}
+
     def _records(self) -> list[dict[str, Any]]:
         records = []
-        for line in self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else ():
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
             with suppress(ValueError):  # a line that was cut off
-                records.append(json.loads(line))
+                record = json.loads(line)
+                if isinstance(record, dict) and record.keys() >= {"stage", "event", "time"}:
+                    records.append(record)
         return records

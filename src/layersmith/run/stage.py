@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -40,6 +40,7 @@ class Making:
         unfinished: File that keeps results as they come.
         scratch: Folder for the same purpose, removed when the stage is complete.
         progress: Receives steps and notes.
+        elsewhere: The stage adds files that it wrote elsewhere in the run.
     """
 
     folder: Path
@@ -47,6 +48,7 @@ class Making:
     unfinished: Path
     scratch: Path
     progress: Progress
+    elsewhere: list[Path] = field(default_factory=list)
 
 
 def _always(job: Any) -> bool:

@@ -1,18 +1,21 @@
 """Results that runs share: a folder next to the runs with one folder for each finished stage, named by its inputs.
 
-Files are hard links, so they take no room twice; where links are impossible they are copies. Nothing in a run refers to
-the store, so it can be removed at any time: later runs then do their own work.
+Files are hard links, so they take no room twice; where links are impossible they are copies. Each entry has a record of
+sizes and digests beside it, by which it is checked when it is taken. Nothing in a run refers to the store, so it can be
+removed at any time: later runs then do their own work.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
 from pathlib import Path
 
 from layersmith.errors import LayersmithError
-from layersmith.run.artifacts import whole_folder
+from layersmith.run.artifacts import fingerprint, whole_folder, write_json
+from layersmith.run.digests import Record, difference
 
 logger = logging.getLogger(__name__)
 
@@ -35,21 +38,39 @@ class Store:
             return Store(None)
         return Store(Path(named) if named else run.absolute().parent / ".store")
 
-    def take(self, stage: str, inputs: str, folder: Path) -> bool:
-        """Put a stage's files into a run's folder; returns whether the store has them."""
+    def take(self, stage: str, inputs: str, folder: Path) -> Record | None:
+        """Put a stage's files into a run's folder; returns their record, or None if the store does not have them.
+
+        A link in another run may have been written through, so all files are hashed; a damaged entry is removed.
+        """
         place = self._place(stage, inputs)
         if place is None or not place.is_dir():
-            return False
+            return None
+        files = _read_record(place)
+        names = {file.relative_to(place).as_posix() for file in place.rglob("*") if file.is_file()}
+        if files is None or names != set(files) or difference(place, files, whole=True) is not None:
+            logger.info("%s: differs from what was written and is removed", place)
+            shutil.rmtree(place, ignore_errors=True)
+            return None
         with whole_folder(folder) as made:
             _link(place, made)
-        return True
+        return {f"{stage}/{name}": record for name, record in files.items()}
 
-    def give(self, stage: str, inputs: str, folder: Path) -> None:
-        """Keep a finished stage. A store that cannot be written is only logged: the run has its files."""
+    def give(self, stage: str, inputs: str, folder: Path, files: Record) -> None:
+        """Keep a finished stage. A store that cannot be written is only logged: the run has its files.
+
+        Args:
+            stage: Name of the stage.
+            inputs: Digest of its inputs.
+            folder: The stage's folder in a run.
+            files: Sizes and digests of its files, by their paths in the run.
+        """
         place = self._place(stage, inputs)
-        if place is None or place.is_dir():
+        if place is None:
             return
+        inside = {name.removeprefix(f"{stage}/"): record for name, record in files.items()}
         try:
+            write_json(_record_file(place), {"files": inside, "digest": fingerprint(inside)})
             with whole_folder(place) as made:
                 _link(folder, made)
         except (OSError, LayersmithError) as error:
@@ -57,6 +78,20 @@ class Store:
 
     def _place(self, stage: str, inputs: str) -> Path | None:
         return None if self.folder is None else self.folder / f"{stage.replace('/', '-')}-{inputs}"
+
+
+def _record_file(place: Path) -> Path:
+    return place.with_name(f"{place.name}.json")
+
+
+def _read_record(place: Path) -> Record | None:
+    """Sizes and digests of the files of an entry; None if they are missing or not those that were written."""
+    try:
+        stored = json.loads(_record_file(place).read_bytes())
+        files: Record = stored["files"]
+        return files if stored["digest"] == fingerprint(files) else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _link(source: Path, target: Path) -> None:

@@ -69,6 +69,7 @@ def _read(job: Job, folder: Path) -> TokenSplits:
 
 def digest_of_split(job: Job, split: str) -> str:
     """Digest of the rows of a split."""
+    job.run.require(DATA.name)
     digests: dict[str, str] = read_json(job.run.folder / DATA.name / "data.json")["sha256"]
     return digests[split]
 

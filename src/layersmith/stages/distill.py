@@ -38,6 +38,7 @@ from layersmith.report.card import Child, complete_card, write_card
 from layersmith.report.data import Evaluation
 from layersmith.run import ranks
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
+from layersmith.run.cards import CARD, keep_card
 from layersmith.run.journal import work_folder
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
@@ -311,7 +312,7 @@ FINALISTS: Stage[Job, list[dict[str, Any]]] = Stage(
 def _start(job: Job) -> tuple[Path, Solution]:
     """The child that is trained on, and its solution."""
     if not _has_finalists(job):
-        return job.run.folder / CHILD.name, job.read(SOLUTION)
+        return job.read(CHILD), job.read(SOLUTION)
     folder = job.run.folder / FINALISTS.name
     return folder / str(next(t["number"] for t in job.read(FINALISTS) if t["won"])), read_solution(folder)
 
@@ -345,6 +346,7 @@ def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dt
     )
     with making.progress.stage(DISTILLED.name, settings.tokens, "tokens") as advance:
         trained = train(job.parent, child, TrainingRows(rows, job.read(DATA).scoring, cache), setup, advance)
+    making.elsewhere.append(setup.curve)
     return child, trained, dtype
 
 
@@ -386,14 +388,26 @@ def _evaluate(job: Job, making: Making) -> None:
     runtime, tokens, found = job.parent.runtime, job.read(DATA).evaluation, {}
     batch = job.recipe.scoring.rows_at_once(tokens.shape[1])
     for when, stage in (("before", CHILD), ("after", DISTILLED)):
-        folder, trusts = job.run.folder / stage.name, job.recipe.trust_remote_code
-        child = load(folder, dtype=runtime.dtype, device=runtime.device, trust_remote_code=trusts).eval()
+        trusts = job.recipe.trust_remote_code
+        child = load(job.read(stage), dtype=runtime.dtype, device=runtime.device, trust_remote_code=trusts).eval()
         comparison = compare(job.parent.model, child, tokens, batch_sequences=batch, progress=making.progress)
         found[when] = comparison.to_dict()
         del child
     write_json(making.folder / "evaluation.json", found)
-    after = parse(Evaluation, found["after"], "evaluation.json: ")
-    complete_card(job.run.folder / DISTILLED.name, _described(job), after)
+    complete_card_of_distilled(job, found["after"])
+
+
+def complete_card_of_distilled(job: Job, evaluation: dict[str, Any]) -> None:
+    """Write the card of the distilled child with its evaluation, unless someone has edited the card."""
+    parsed = parse(Evaluation, evaluation, "evaluation.json: ")
+    complete_card(job.run.folder / DISTILLED.name, _described(job), parsed)
+
+
+def keep_card_of_distilled(job: Job) -> None:
+    """Write the card of the distilled child again if it is missing and this job can."""
+    run, evaluation = job.run.folder, job.read(COMPARED)["after"]
+    write = (lambda: complete_card_of_distilled(job, evaluation)) if is_wanted(job) else None
+    keep_card(run, run / DISTILLED.name / CARD, job.progress, write)
 
 
 COMPARED: Stage[Job, dict[str, Any]] = Stage(
@@ -437,6 +451,7 @@ def distill(
     device: str | None = None,
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
+    verify: bool = False,
 ) -> Distilled:
     """Distil the parent of a finished run into its child. Call it again to resume an interrupted distillation.
 
@@ -450,6 +465,7 @@ def distill(
         device: Device; default: the run's.
         descriptor: Descriptor of the parent's model family; default: inferred.
         progress: Receives steps and notes.
+        verify: Hash all files of the run, also large ones whose size and time of change are as before.
 
     Raises:
         InputError: The run has no child yet, its parent or data are gone or have changed, or the disk is too small.
@@ -468,12 +484,13 @@ def distill(
         section = dataclasses.replace(section, **changes)
         return dataclasses.replace(settings, distillation=section, device=device or settings.device)
 
-    job = Job.of_run(run_folder, (LIBRARY, COSTS, CHILD), descriptor, progress, change)
+    job = Job.of_run(run_folder, (LIBRARY, COSTS, CHILD), descriptor, progress, change, verify)
     job.training_data = None if data is None else str(data)
     ranks.start(Runtime.detect(job.recipe.device, job.recipe.dtype))
     with ranks.first(job.run.locked):
         for stage in DISTILLATION:
             job.do(stage)
+        ranks.on_first(lambda: keep_card_of_distilled(job))
     compared = job.read(COMPARED)
     tried = job.read(FINALISTS) if _has_finalists(job) else []
     return Distilled(job.read(DISTILLED), compared["before"], compared["after"], tried)

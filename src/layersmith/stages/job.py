@@ -141,6 +141,7 @@ class Job:
         family: type[ModelDescriptor] | None = None,
         progress: Progress = SILENT,
         change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+        verify: bool = False,
     ) -> Job:
         """The job of a run that was made before.
 
@@ -150,11 +151,12 @@ class Job:
             family: Descriptor of the parent's model family; default: inferred.
             progress: Receives steps and notes.
             change: Returns the recipe with other settings for what is made now.
+            verify: Hash large files of the run whose size and time of change are as before, too.
 
         Raises:
             InputError: A stage is not finished, or the parent is gone or has changed.
         """
-        run = Run.existing(folder)
+        run = Run.existing(folder, verify)
         header = run.header()
         budget = Budget.from_dict(header["budget"])
         run.require(*(stage.name for stage in needed))
@@ -190,11 +192,20 @@ class Job:
         )
 
     def read(self, stage: Stage[Job, T]) -> T:
-        """What a finished stage made."""
-        return self.once(stage.name, lambda: stage.read(self, self.run.folder / stage.name))
+        """What a finished stage made.
+
+        Raises:
+            InputError: A file of the stage is not as it was written.
+        """
+
+        def read() -> T:
+            self.run.require(stage.name)
+            return stage.read(self, self.run.folder / stage.name)
+
+        return self.once(stage.name, read)
 
     def made_from(self, stage: Stage[Job, Any]) -> str | None:
-        """Digest of a finished stage's inputs; stages that depend on the stage have it among their own."""
+        """Digest of a finished stage's inputs and files; stages that depend on the stage have it among their inputs."""
         return self.run.made_from(stage.name)
 
     def put(self, stage: Stage[Job, T], result: T) -> None:

@@ -87,7 +87,8 @@ REFINE = Stage(
 
 
 def _chosen(job: Job) -> Solution:
-    return job.read(REFINE) or job.read(SEARCH).solution
+    refined = job.read(REFINE) if _is_wanted(job) else None
+    return refined or job.read(SEARCH).solution
 
 
 def _write_solution(job: Job, making: Making) -> None:

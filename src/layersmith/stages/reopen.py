@@ -17,8 +17,9 @@ from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe, SearchRecipe
-from layersmith.report.card import Child, write_card
-from layersmith.run.artifacts import whole_folder
+from layersmith.report.card import Child, model_card
+from layersmith.run.artifacts import whole_folder, write_text
+from layersmith.run.cards import CARD
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
@@ -54,6 +55,7 @@ def _job(
     descriptor: type[ModelDescriptor] | None,
     rules: SearchRecipe | None,
     progress: Progress,
+    verify: bool,
 ) -> tuple[Job, SearchProblem]:
     """A finished run with another budget, objective and rules, and the search problem under these."""
     if objective is not None and objective not in METRICS:
@@ -64,7 +66,7 @@ def _job(
         scoring = dataclasses.replace(recipe.scoring, objective=chosen, mode="auto")
         return dataclasses.replace(recipe, scoring=scoring, search=rules or recipe.search)
 
-    job = Job.of_run(run_folder, (DESCRIBE, COSTS, LIBRARY, SCORES), descriptor, progress, change)
+    job = Job.of_run(run_folder, (DESCRIBE, COSTS, LIBRARY, SCORES), descriptor, progress, change, verify)
     job.limits, job.workload = budget.limits, budget.workload
     job.put(COSTS, find_costs(job, progress, job.read(COSTS).times))
     return job, problem_as_measured(job)
@@ -81,6 +83,7 @@ def search_several(
     refine: bool | None = None,
     solutions: int = 1,
     min_distance: int = 1,
+    verify: bool = False,
 ) -> tuple[Library, list[Solution]]:
     """The best solutions of a finished run for another budget; the first is written to ``out`` if that is given.
 
@@ -99,6 +102,7 @@ def search_several(
             written and the recipe has passes for it.
         solutions: Number of solutions, best first; the first is the child.
         min_distance: Number of subblocks in which each differs from those before, at least.
+        verify: Hash all files of the run that are read, also large ones whose size and time of change are as before.
 
     Raises:
         Infeasible: No child of the run's library fits.
@@ -108,7 +112,7 @@ def search_several(
         raise InputError(f"{out}: already there. Choose another folder.")
     if solutions < 1 or min_distance < 1:
         raise UsageError("--solutions and --min-distance must be at least 1.")
-    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress)
+    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify)
     library, recipe, times = job.read(LIBRARY), job.recipe, job.read(COSTS).times
     stopwatch = stopwatch_for(times, job.parent, recipe.costs) if out is not None else None
     timed = None
@@ -137,13 +141,13 @@ def search_several(
 
 
 def _write_child(job: Job, solution: Solution, out: Path, progress: Progress) -> None:
-    job.run.require("pairs")
+    child = Child(job.run, job.read(LIBRARY), solution, job.recipe)
     with progress.stage(CHILD.name, 1, "child") as advance:
         save(
             library_with_pairs(job).with_parent(job.stored_parent).compose(solution.alternatives),
             out,
             tokenizer=job.tokenizer,
-            write_extra=lambda folder: write_card(folder, Child(job.run, job.read(LIBRARY), solution, job.recipe)),
+            write_extra=lambda folder: write_text(folder / CARD, model_card(folder, child)),
         )
         advance(1)
 
@@ -156,17 +160,18 @@ def frontier_again(
     descriptor: type[ModelDescriptor] | None = None,
     rules: SearchRecipe | None = None,
     measure: bool = False,
+    verify: bool = False,
 ) -> Path:
     """The whole frontier of a finished run along the first cost of a budget, as ``frontier/frontier.json`` in it.
 
     Args:
         measure: Also evaluate some of its children, and of the baselines', as whole models on the run's scoring rows.
-        run_folder, budget, objective, progress, descriptor, rules: See :func:`search_several`.
+        run_folder, budget, objective, progress, descriptor, rules, verify: See :func:`search_several`.
 
     Raises:
         Infeasible: The other limits of the budget cannot be met.
     """
-    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress)
+    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify)
     recipe, library, objective = job.recipe, job.read(LIBRARY), job.recipe.scoring.objective
 
     def measured(solutions: Sequence[Solution]) -> list[dict[str, Any]]:
@@ -192,9 +197,10 @@ def frontier_again(
     return place / "frontier.json"
 
 
-def report_again(run_folder: str | Path) -> Path:
+def report_again(run_folder: str | Path, progress: Progress = SILENT, verify: bool = False) -> Path:
     """Write a finished run's report anew."""
-    job = Job.of_run(run_folder, (DESCRIBE, DATA, LIBRARY, SCORES, SOLUTION, EVALUATION))
+    needed = (DESCRIBE, DATA, LIBRARY, SCORES, SOLUTION, EVALUATION)
+    job = Job.of_run(run_folder, needed, progress=progress, verify=verify)
     is_distilled = is_wanted(job) and job.made_from(COMPARED) is not None
     return write_report(job, is_distilled=is_distilled, again=True).report
 

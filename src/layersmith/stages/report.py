@@ -14,8 +14,9 @@ from layersmith.report.html import render
 from layersmith.report.optional import read_optional
 from layersmith.run import ranks
 from layersmith.run.artifacts import fingerprint, write_json, write_text
+from layersmith.run.cards import CARD, keep_card
 from layersmith.search.solution import Solution
-from layersmith.stages.distill import COMPARED, DISTILLED
+from layersmith.stages.distill import COMPARED, DISTILLED, FINALISTS, keep_card_of_distilled
 from layersmith.stages.evaluate import EVALUATION
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
@@ -78,32 +79,57 @@ def write_report(job: Job, *, is_distilled: bool, again: bool = False) -> Result
         job: A job whose stages are finished.
         is_distilled: Whether it is about the child after global distillation.
         again: Write them even if the stages have not changed since.
+
+    Raises:
+        InputError: A file of a stage is not as it was written.
     """
     run = job.run
     result = result_of(job, is_distilled)
-    made = {name: digest for name, digest in run.header()["stages"].items() if name != NAME}
+    made = {name: stage for name, stage in run.made().items() if name not in (NAME, FINALISTS.name)}
+    run.require(*made)
     inputs = fingerprint([made, is_distilled])
-
-    def write() -> None:
-        if not again and run.made_from(NAME) == inputs and (run.folder / PAGE).is_file():
-            return
-        library, costs = job.read(LIBRARY), read_costs(run.folder / SOLUTION.name)
-        child = Child(run, library, result.solution, job.recipe)
-        complete_card(run.folder / CHILD.name, child, parse(Evaluation, job.read(EVALUATION), "evaluation.json: "))
-        results = Results(
-            header=child.header(),
-            library=library,
-            scores=job.read(SCORES),
-            solution=result.solution,
-            costs=costs,
-            evaluation=parse(Evaluation, result.evaluation, "evaluation.json: "),
-            recipe=job.recipe,
-            optional=read_optional(run),
-        )
-        report = collect(results).to_json()
-        write_json(run.folder / "report.json", report)
-        write_text(run.folder / PAGE, render(report))
-        run.finished(NAME, inputs)
-
-    ranks.on_first(write)
+    ranks.on_first(lambda: _keep_cards(job))
+    if again or ranks.from_first(lambda: not _is_written(job, inputs)):
+        ranks.on_first(lambda: _write(job, result, inputs))
     return result
+
+
+def _is_written(job: Job, inputs: str) -> bool:
+    made = job.run.made().get(NAME)
+    if made is None or made["inputs"] != inputs:
+        return False
+    if damage := job.run.damage(NAME):
+        job.progress.note(f"{damage}; the report is made again.")
+    return damage is None
+
+
+def _write(job: Job, result: Result, inputs: str) -> None:
+    run, library = job.run, job.read(LIBRARY)
+    _complete_card(job)
+    results = Results(
+        header=Child(run, library, result.solution, job.recipe).header(),
+        library=library,
+        scores=job.read(SCORES),
+        solution=result.solution,
+        costs=read_costs(run.folder / SOLUTION.name),
+        evaluation=parse(Evaluation, result.evaluation, "evaluation.json: "),
+        recipe=job.recipe,
+        optional=read_optional(run),
+    )
+    report = collect(results).to_json()
+    files = [run.folder / "report.json", run.folder / PAGE]
+    write_json(files[0], report)
+    write_text(files[1], render(report))
+    run.finished(NAME, inputs, run.record_of(NAME, files))
+
+
+def _keep_cards(job: Job) -> None:
+    run = job.run.folder
+    keep_card(run, run / CHILD.name / CARD, job.progress, lambda: _complete_card(job))
+    if job.made_from(COMPARED) is not None:
+        keep_card_of_distilled(job)
+
+
+def _complete_card(job: Job) -> None:
+    child = Child(job.run, job.read(LIBRARY), job.read(SOLUTION), job.recipe)
+    complete_card(job.run.folder / CHILD.name, child, parse(Evaluation, job.read(EVALUATION), "evaluation.json: "))
