@@ -277,7 +277,7 @@ def search(
     solutions: Annotated[int, typer.Option(help="Number of solutions to print, best first.")] = 1,
     min_distance: Annotated[int, typer.Option(help="Least number of subblocks in which solutions differ.")] = 1,
     frontier: Annotated[
-        bool, typer.Option("--frontier", help="Write the best solution for every budget to RUN/frontier.")
+        bool, typer.Option("--frontier", help="Write the best solution for every budget to RUN/asked-frontier.")
     ] = False,
     measure: Annotated[
         bool, typer.Option("--measure", help="With --frontier: also evaluate some solutions and baselines whole.")
@@ -339,7 +339,8 @@ def costs(
     """Measure the time to first token and the time per token of every alternative of PARENT on this machine."""
     from layersmith.costs.budget import Workload
     from layersmith.costs.times import to_csv
-    from layersmith.run.artifacts import write_text
+    from layersmith.run.artifacts import remove_leftovers, write_text
+    from layersmith.run.folder import Run as RunFolder
     from layersmith.stages.costs import times_of
     from layersmith.terminal import print_times
 
@@ -351,7 +352,9 @@ def costs(
     )
     print_times(screen.results, times, alternatives)
     if csv is not None:
-        write_text(csv, to_csv(times, alternatives))
+        with RunFolder.locked_around(csv):
+            remove_leftovers(csv.parent, csv.name)
+            write_text(csv, to_csv(times, alternatives))
         screen.line(f"times: {csv}")
 
 

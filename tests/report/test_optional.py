@@ -13,17 +13,19 @@ import layersmith
 from layersmith.errors import InputError
 from layersmith.report.optional import read_distillation, read_frontier
 from layersmith.run.artifacts import write_json
+from layersmith.run.folder import Run
 from layersmith.stages.reopen import report_again
 from tests.conftest import TINY_RECIPE
 from tests.report.sample import frontier
 
 
 def test_what_is_not_there_is_left_out(tmp_path: Path) -> None:
-    assert read_frontier(tmp_path / "frontier.json") is None
+    assert read_frontier(tmp_path) is None
     assert read_distillation(tmp_path) is None
-    (tmp_path / "frontier.json").write_text("{")
+    (tmp_path / "frontier").mkdir()
+    (tmp_path / "frontier" / "frontier.json").write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
-        read_frontier(tmp_path / "frontier.json")
+        read_frontier(tmp_path)
 
 
 def test_distillation(tmp_path: Path) -> None:
@@ -62,6 +64,8 @@ def test_a_run_with_all_of_it(make_parent: Callable[..., Path], text_folder: Pat
     made = frontier()
     made["points"] = [p | {"solution": {"alternatives": []}} for p in made["points"]]
     write_json(result.run / "frontier" / "frontier.json", made)
+    run = Run.existing(result.run)
+    run.finished("frontier", "other inputs", run.record_of("frontier"))
     points = [{"tokens": 512 * i, "loss": 2.0 - i} for i in range(2)]
     write_json(result.run / "distillation" / "log.json", {"name": "global", "x": "tokens", "points": points})
     report_again(result.run)

@@ -91,3 +91,54 @@ def test_a_run_of_another_format_is_refused_in_one_sentence(tmp_path: Path) -> N
     write_json(run.folder / "run.json", header | {"format": 2})
     with pytest.raises(InputError, match="another version of layersmith"):
         Run.check(run.folder)
+
+
+def test_a_file_that_differs_is_made_again_and_never_taken_from_the_store(tmp_path: Path) -> None:
+    def make(name: str) -> tuple[Run, bool]:
+        run = Run(tmp_path / name, Store.near(tmp_path / name))
+        with run.open(HEADER, Recipe()):
+            return run, run.do("scores", "a", write, is_shared=True)
+
+    run, _ = make("one")
+    assert not make("one")[1]
+    (run.folder / "scores" / "result").write_text("y")  # and so, through its link, the file in the store
+    with pytest.raises(InputError, match=r"scores/result differs .* Run the same compress command again"):
+        Run.existing(run.folder).require("scores")
+    for name in ("two", "one"):
+        again, is_made = make(name)
+        assert is_made
+        assert (again.folder / "scores" / "result").read_text() == "x"
+    (run.folder / "scores" / "result").unlink()
+    assert make("one")[1]
+    assert (run.folder / "scores" / "result").read_text() == "x"
+
+
+def test_large_files_are_hashed_again_when_they_changed_or_when_asked(tmp_path: Path) -> None:
+    def large(making: Making) -> None:
+        (making.folder / "result").write_bytes(bytes(2 * 1024**2))
+
+    run = Run(tmp_path)
+    with run.open(HEADER, Recipe()):
+        run.do("scores", "a", large)
+    file = tmp_path / "scores" / "result"
+    Run(tmp_path).require("scores")  # hashed, and remembered
+    before = file.stat()
+    file.write_bytes(bytes(2 * 1024**2 - 1) + b"x")
+    assert Run(tmp_path).damage("scores") == "scores/result differs from what was written"
+    file.write_bytes(bytes(2 * 1024**2))
+    Run(tmp_path).require("scores")
+    before = file.stat()
+    file.write_bytes(bytes(2 * 1024**2 - 1) + b"x")
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert Run(tmp_path).damage("scores") is None
+    assert Run(tmp_path, verify=True).damage("scores") is not None
+
+
+def test_a_header_that_was_changed_is_refused(tmp_path: Path) -> None:
+    run = Run(tmp_path / "run")
+    with run.open(HEADER, Recipe()):
+        pass
+    path = run.folder / "run.json"
+    path.write_text(path.read_text().replace('"identity": "x"', '"identity": "y"'))
+    with pytest.raises(InputError, match="differs from what was written"):
+        run.header()

@@ -15,8 +15,6 @@ from __future__ import annotations
 import copy
 import math
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,7 +31,7 @@ from layersmith.heterogeneous.build import decoder_layers, num_layers_of
 from layersmith.heterogeneous.checkpoint import class_of, read_header, read_weights, weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.run.artifacts import saying_disk_full
+from layersmith.run.artifacts import saying_disk_full, temporary_folder
 from layersmith.run.runtime import Runtime
 
 # Units smaller than this share of the largest are read once and stay in memory; dropping them would save little.
@@ -162,14 +160,12 @@ def load_streamed(
     with torch.device("meta"), quiet_transformers():
         skeleton = upstream.model_from_config(cls, copy.deepcopy(config))
     stays = descriptor.final_norm_name().removesuffix(".weight")
-    folder = _folder_near(scratch)
-    try:
-        with saying_disk_full(folder):
-            how = {"device_map": _all_on_disk_but(skeleton, stays), "offload_folder": str(folder)}
-            model = read_weights(cls, path, copy.deepcopy(config), dtype="auto", **how)
+    while not scratch.is_dir():
+        scratch = scratch.parent
+    with saying_disk_full(scratch), temporary_folder(scratch, "weights") as folder:
+        how = {"device_map": _all_on_disk_but(skeleton, stays), "offload_folder": str(folder)}
+        model = read_weights(cls, path, copy.deepcopy(config), dtype="auto", **how)
         dtype, files = model.dtype, Files(upstream.take_disk_offload(model), runtime.dtype)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
     missing = [name for name, p in model.named_parameters() if p.is_meta and name not in files]
     if missing:
         raise InputError(f"{path}: weights cannot be read from the disk one by one: {', '.join(missing[:3])}.")
@@ -207,11 +203,3 @@ def _all_on_disk_but(model: nn.Module, stays: str) -> dict[str, str]:
         result |= {f"{before}{name}": "disk" for name, _ in inner.named_children() if name != part}
         inner, before = inner.get_submodule(part), f"{before}{part}."
     return {**result, stays: "cpu"}
-
-
-def _folder_near(folder: Path) -> Path:
-    """A new folder in this one, or in the first above it that is there."""
-    while not folder.is_dir():
-        folder = folder.parent
-    with saying_disk_full(folder):
-        return Path(tempfile.mkdtemp(prefix=".layersmith.", dir=folder))

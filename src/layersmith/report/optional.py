@@ -5,7 +5,7 @@ Each is read from the file that its stage writes. Where the file is missing, the
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +13,7 @@ from layersmith.costs.times import Check, Timing, kept_in
 from layersmith.records import parse
 from layersmith.report.data import Clock, Curve, Distillation, Evaluation, Frontier, Refined, StageTime, Trained
 from layersmith.run.artifacts import read_json
-from layersmith.run.folder import Run
+from layersmith.run.folder import ASKED_FRONTIER, Run
 
 T = TypeVar("T")
 
@@ -49,7 +49,7 @@ def read_optional(run: Run) -> Optional:
         as_cut=_read(Evaluation, run.folder / "evaluation" / "evaluation.json"),
         time_checks=read_time_checks(run.folder),
         clock=read_clock(run.folder),
-        frontier=read_frontier(run.folder / "frontier" / "frontier.json"),
+        frontier=read_frontier(run.folder),
         distillation=read_distillation(run.folder),
         refined=read_refined(run.folder / "refine" / "refine.json"),
         timings=tuple(parse(StageTime, timing, "log.jsonl: ") for timing in run.log.times()),
@@ -68,9 +68,16 @@ def read_refined(path: Path) -> Refined | None:
     return parse(Refined, {"tried": data["tried"], "passes": data["passes"], **data["measured"]}, f"{path}: ")
 
 
-def read_frontier(path: Path) -> Frontier | None:
-    """The frontier without its solutions."""
-    return _read(Frontier, path)
+def read_frontier(folder: Path) -> Frontier | None:
+    """The run's frontier without its solutions, with the losses that ``search --frontier --measure`` measured of it."""
+    of_run, asked = (_read(Frontier, folder / stage / "frontier.json") for stage in ("frontier", ASKED_FRONTIER))
+    if of_run and asked and asked.objective == of_run.objective and _sums(asked) == _sums(of_run):
+        return replace(of_run, points=asked.points, baselines=asked.baselines)
+    return of_run
+
+
+def _sums(frontier: Frontier) -> list[tuple[Any, Any]]:
+    return [(point.cost, point.score) for point in frontier.points]
 
 
 def read_time_checks(folder: Path) -> TimeChecks | None:

@@ -1,21 +1,23 @@
 """Files that are either whole or not there: written under another name, synced, renamed.
 
-A stage's folder has a ``manifest.json`` that holds the fingerprint of everything the stage depends on. A stage whose
-fingerprint matches is done; one whose fingerprint differs was made from other inputs.
+Temporary names begin with :data:`TEMPORARY`. The process that writes holds a lock on such a file or folder, so that
+another one knows which were left by a killed process.
 """
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 from layersmith.errors import InputError
 
@@ -42,6 +44,10 @@ def saying_disk_full(path: Path) -> Iterator[None]:
             raise InputError(f"{path}: no space left on the disk. Free some and run the same command again.") from error
         if error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
             raise InputError(f"{path}: cannot be written ({error.strerror}). Choose another folder.") from error
+        if error.errno == errno.ELOOP:
+            raise InputError(
+                f"{path}: is a link, which is not followed. Remove it and run the same command again."
+            ) from error
         raise
     except Exception as error:  # safetensors reports a full disk as an exception of its own
         if "No space left" in str(error) or "os error 28" in str(error):
@@ -56,11 +62,12 @@ def write_bytes(path: Path, data: bytes) -> None:
         handle, name = tempfile.mkstemp(prefix=f"{TEMPORARY}{path.name}.", dir=path.parent)
         try:
             with os.fdopen(handle, "wb") as file:
+                _claim(handle)
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o666 & ~_UMASK)
-            os.replace(name, path)
+                os.fsync(handle)
+                os.chmod(name, 0o666 & ~_UMASK)
+                os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)
             raise
@@ -111,8 +118,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
     """A new folder that appears at ``path`` only when the block ends well; an old one there is replaced."""
     with saying_disk_full(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}.", dir=path.parent))
-        try:
+        remove_leftovers(path.parent, path.name)
+        with temporary_folder(path.parent, path.name) as temporary:
             os.chmod(temporary, 0o777 & ~_UMASK)
             yield temporary
             for file in sorted(temporary.rglob("*")):
@@ -121,15 +128,68 @@ def whole_folder(path: Path) -> Iterator[Path]:
                     with open(file, "rb") as opened:
                         os.fsync(opened.fileno())
             if path.exists():
-                old = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}.old.", dir=path.parent))
-                os.replace(path, old / path.name)
-                os.replace(temporary, path)
-                shutil.rmtree(old)
+                with temporary_folder(path.parent, f"{path.name}.old") as old:
+                    os.replace(path, old / path.name)
+                    os.replace(temporary, path)
             else:
                 os.replace(temporary, path)
-        except BaseException:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise
+
+
+# ---------------------------------------------------------------------------------------------- temporary names
+
+
+@contextmanager
+def temporary_folder(near: Path, name: str) -> Iterator[Path]:
+    """A folder that is removed when the block ends; if the process is killed, the next one removes it."""
+    folder = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{name}.", dir=near))
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        _claim(handle)
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(handle)
+
+
+def remove_leftovers(folder: Path, name: str = "", *, deeply: bool = False) -> None:
+    """Remove what killed processes were writing. What a living process writes is locked by it and stays.
+
+    Args:
+        folder: Where to look.
+        name: Only what was to become a file or folder of this name; default: everything.
+        deeply: Whether to look in folders in the folder, too.
+    """
+    pattern = f"{TEMPORARY}{glob.escape(name)}{'.' if name else ''}*"
+    for leftover in list((folder.rglob if deeply else folder.glob)(pattern)):
+        with suppress(OSError):  # gone by now
+            handle = os.open(leftover, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                remove(leftover)
+            finally:
+                os.close(handle)
+
+
+def remove(path: Path) -> None:
+    """Remove a file, a folder or a link, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def open_without_links(path: Path, mode: str) -> IO[bytes]:
+    """Open a file to write it in place, unless it is a link, which someone may have laid to another file."""
+    return open(path, mode, opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
+
+
+def _claim(handle: int) -> None:
+    """Lock a temporary file or folder as long as this process has it open."""
+    with suppress(OSError):  # a file system without locks
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+# ---------------------------------------------------------------------------------------------- digests
 
 
 def plain(value: Any, without: Sequence[str] = ()) -> Any:

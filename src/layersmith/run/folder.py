@@ -17,7 +17,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ from layersmith.run import ranks
 from layersmith.run.artifacts import (
     TEMPORARY,
     fingerprint,
+    remove,
+    remove_leftovers,
     saying_disk_full,
     whole_folder,
     write_text,
@@ -43,6 +45,9 @@ from layersmith.run.store import Store
 
 # Their files hold times, so they differ between equal runs. They are recorded in the log, so that run.json is equal.
 MEASURED = ("clock", "report")
+
+# What `search --frontier` wrote last; the run's frontier is not touched.
+ASKED_FRONTIER = "asked-frontier"
 
 
 class Run:
@@ -107,22 +112,28 @@ class Run:
         Raises:
             InputError: Another process works in it.
         """
-        with saying_disk_full(self.folder):
-            lock = FileLock(self.folder / ".lock")
+        place = self.folder / ".lock"
         try:
-            with saying_disk_full(self.folder):
+            with saying_disk_full(place):
+                lock = FileLock(place)
                 lock.acquire(timeout=0)
         except Timeout as error:
             raise InputError(f"{self.folder}: another process is at work in this run. Wait for it.") from error
         try:
-            for leftover in list(self.folder.rglob(f"{TEMPORARY}*")):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover, ignore_errors=True)
-                else:
-                    leftover.unlink(missing_ok=True)
+            remove_leftovers(self.folder, deeply=True)
+            if self.store.folder is not None:
+                remove_leftovers(self.store.folder)
             yield
         finally:
             lock.release()
+
+    @staticmethod
+    @contextmanager
+    def locked_around(path: Path) -> Iterator[None]:
+        """Lock the run that a file is written into, if it is in one."""
+        run = next((folder for folder in path.absolute().parents if (folder / HEADER).is_file()), None)
+        with nullcontext() if run is None else Run(run).locked():
+            yield
 
     @contextmanager
     def removed_if_refused(self) -> Iterator[None]:
@@ -181,7 +192,8 @@ class Run:
             if stage not in made:
                 raise InputError(f"{self.folder}: its {stage} is not finished. Run the same compress command again.")
             if damage := self.damage(stage):
-                again = "distill" if stage.startswith("distill") else "compress"
+                again = "search --frontier" if stage == ASKED_FRONTIER else "compress"
+                again = "distill" if stage.startswith("distill") else again
                 raise InputError(
                     f"{self.folder}: {damage}. Run the same {again} command again, which makes {stage} again."
                 )
@@ -257,8 +269,7 @@ class Run:
                 if is_shared:
                     ranks.on_first(lambda: self.store.give(stage, key, folder, self.made()[stage]["files"]))
         if ranks.is_first():
-            making.unfinished.unlink(missing_ok=True)
-            shutil.rmtree(making.scratch, ignore_errors=True)
+            self.remove_unfinished(stage)
         return not is_done
 
     def _is_done(self, making: Making, stage: str) -> bool:
@@ -305,3 +316,16 @@ class Run:
     def partial(self, stage: str) -> Path:
         """File for the results of an unfinished stage."""
         return self.folder / f"{stage}.partial"
+
+    def remove_unfinished(self, stage: str) -> None:
+        """Remove results of a stage that were kept while it was made."""
+        remove(self.partial(stage))
+        remove(self.folder / f"{stage}.work")
+
+    def forget(self, stage: str) -> None:
+        """Remove a stage that this run no longer has, with its record."""
+        self.remove_unfinished(stage)
+        header = self.header()
+        if header["stages"].pop(stage, None) is not None:
+            write_header(self.folder, header)
+            remove(self.folder / stage)

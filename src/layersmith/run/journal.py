@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -18,7 +17,15 @@ import torch
 from safetensors import safe_open
 
 from layersmith.run import ranks
-from layersmith.run.artifacts import read_json, read_tensors, saying_disk_full, write_json, write_tensors
+from layersmith.run.artifacts import (
+    open_without_links,
+    read_json,
+    read_tensors,
+    remove,
+    saying_disk_full,
+    write_json,
+    write_tensors,
+)
 
 _SYNC_EVERY_SECONDS = 5.0
 
@@ -49,7 +56,7 @@ class Journal:
             size = self._read(self.path)
             with saying_disk_full(self.path):
                 self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = open(self.path, "ab")
+                self._file = open_without_links(self.path, "ab")
                 self._file.truncate(size)
                 if not size:
                     self._append({"inputs": self.inputs})
@@ -131,7 +138,7 @@ def work_folder(folder: Path, inputs: str) -> Path:
     def make() -> None:
         file = folder / "inputs.json"
         if folder.exists() and (not file.is_file() or read_json(file) != inputs):
-            shutil.rmtree(folder)
+            remove(folder)
         write_json(file, inputs)
 
     ranks.on_first(make)

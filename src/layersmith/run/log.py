@@ -10,7 +10,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from layersmith.run.artifacts import saying_disk_full
+from layersmith.run.artifacts import open_without_links, saying_disk_full
 
 
 class Log:
@@ -21,7 +21,7 @@ class Log:
 
     def add(self, stage: str, event: str, **more: Any) -> None:
         record = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "stage": stage, "event": event, **more}
-        with saying_disk_full(self.path), open(self.path, "ab+") as file:
+        with saying_disk_full(self.path), open_without_links(self.path, "ab+") as file:
             if file.tell():
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # a process was killed in the middle of a line

@@ -10,11 +10,12 @@ import json
 import logging
 import os
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from layersmith.errors import LayersmithError
-from layersmith.run.artifacts import fingerprint, write_json
+from layersmith.run.artifacts import fingerprint, remove_leftovers, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -57,6 +58,13 @@ def write(kind: str, key: str, payload: Any) -> None:
     if folder is None:
         return
     try:
+        _clean(folder)
         write_json(folder / f"{key}.json", {"digest": fingerprint(payload), "payload": payload})
     except (OSError, LayersmithError) as error:
         logger.debug("%s: cannot be written (%s)", folder, error)
+
+
+@cache
+def _clean(folder: Path) -> None:
+    """Remove what killed processes were writing; once in a process."""
+    remove_leftovers(folder)

@@ -179,6 +179,7 @@ class Job:
     def do(self, stage: Stage[Job, Any]) -> bool:
         """Make a stage if this job has it and it is not finished; returns whether it had to be made."""
         if not ranks.from_first(lambda: stage.is_wanted(self)):
+            ranks.on_first(lambda: self.run.forget(stage.name))
             return False
         self._results.pop(stage.name, None)
         meanwhile = stage.meanwhile

@@ -18,8 +18,9 @@ from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe, SearchRecipe
 from layersmith.report.card import Child, model_card
-from layersmith.run.artifacts import whole_folder, write_text
+from layersmith.run.artifacts import fingerprint, whole_folder, write_text
 from layersmith.run.cards import CARD
+from layersmith.run.folder import ASKED_FRONTIER
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
@@ -39,7 +40,6 @@ from layersmith.stages.refine import SOLUTION, refined_solution
 from layersmith.stages.report import write_report
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import (
-    FRONTIER,
     problem_as_measured,
     solve_in_time,
     stopwatch_for,
@@ -136,7 +136,8 @@ def search_several(
             corrected = None if timed is None else timed.times
             best[0] = within_time(best[0], refined.solution, corrected, job.parent, recipe.costs, progress)
     if out is not None:
-        _write_child(job, best[0], Path(out), progress)
+        with job.run.locked():
+            _write_child(job, best[0], Path(out), progress)
     return library, best
 
 
@@ -162,7 +163,7 @@ def frontier_again(
     measure: bool = False,
     verify: bool = False,
 ) -> Path:
-    """The whole frontier of a finished run along the first cost of a budget, as ``frontier/frontier.json`` in it.
+    """The whole frontier of a finished run along the first cost of a budget, as ``asked-frontier/frontier.json`` in it.
 
     Args:
         measure: Also evaluate some of its children, and of the baselines', as whole models on the run's scoring rows.
@@ -191,10 +192,13 @@ def frontier_again(
             for values in by_child
         ]
 
-    place = job.run.folder / FRONTIER.name
-    with whole_folder(place) as folder:
-        write_frontier(folder, problem, recipe.search, objective, recipe.seed, progress, measured if measure else None)
-    return place / "frontier.json"
+    run = job.run
+    with run.locked():
+        with whole_folder(run.folder / ASKED_FRONTIER) as folder:
+            evaluate = measured if measure else None
+            write_frontier(folder, problem, recipe.search, objective, recipe.seed, progress, evaluate)
+        run.finished(ASKED_FRONTIER, fingerprint([budget.to_dict(), recipe.to_dict()]), run.record_of(ASKED_FRONTIER))
+    return run.folder / ASKED_FRONTIER / "frontier.json"
 
 
 def report_again(run_folder: str | Path, progress: Progress = SILENT, verify: bool = False) -> Path:
@@ -202,7 +206,8 @@ def report_again(run_folder: str | Path, progress: Progress = SILENT, verify: bo
     needed = (DESCRIBE, DATA, LIBRARY, SCORES, SOLUTION, EVALUATION)
     job = Job.of_run(run_folder, needed, progress=progress, verify=verify)
     is_distilled = is_wanted(job) and job.made_from(COMPARED) is not None
-    return write_report(job, is_distilled=is_distilled, again=True).report
+    with job.run.locked():
+        return write_report(job, is_distilled=is_distilled, again=True).report
 
 
 def evaluate_model(
