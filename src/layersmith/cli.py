@@ -7,6 +7,7 @@ import, such as torch, are imported inside the commands, so that ``--help`` answ
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import signal
@@ -87,6 +88,12 @@ Settings = Annotated[
         "--set",
         help="Change one setting of the recipe: section.key=value. May be repeated.",
         rich_help_panel=SETTINGS,
+    ),
+]
+Tasks = Annotated[
+    str | None,
+    typer.Option(
+        help="Tasks to measure accuracy on, separated by commas: names of tasks in lm-eval, or JSONL or YAML files.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.", rich_help_panel=SETTINGS)]
@@ -185,6 +192,7 @@ def compress(
     device: Device = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
+    tasks: Tasks = None,
     until: Annotated[str | None, typer.Option(help=f"Stop after this stage: {', '.join(NAMES)}.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the run will do and take and whether the budget can be met.")
@@ -196,7 +204,7 @@ def compress(
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
     from layersmith.costs.budget import parse_budget
 
-    chosen = _recipe(recipe, settings, device, trust_remote_code)
+    chosen = _recipe(recipe, [*(settings or ()), *_task_settings(tasks)], device, trust_remote_code)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
@@ -395,7 +403,10 @@ def distill(
 @app.command()
 def evaluate(
     model: Annotated[str, typer.Argument(help="Model to evaluate: a checkpoint folder, a hub id, or a GGUF file.")],
-    data: Annotated[str, typer.Option(help="Text to evaluate it on; see `compress --data`.")],
+    data: Annotated[str | None, typer.Option(help="Text to evaluate it on; see `compress --data`.")] = None,
+    tasks: Tasks = None,
+    items: Annotated[int | None, typer.Option(help="Number of items of each task. Default: all.")] = None,
+    shots: Annotated[int, typer.Option(help="Number of solved examples shown before each item of a task.")] = 0,
     parent: Annotated[str | None, typer.Option(help="Model to compare with, e.g. the parent of a child.")] = None,
     sequences: Annotated[int, typer.Option(help="Number of rows of text.")] = DataRecipe.evaluation_sequences,
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = DataRecipe.sequence_length,
@@ -404,12 +415,17 @@ def evaluate(
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Measure loss, perplexity and agreement with a parent, each with its standard error."""
+    """Measure loss, perplexity, agreement with a parent and accuracy on tasks, each with its standard error."""
     from layersmith.stages.reopen import evaluate_model
     from layersmith.terminal import print_evaluation
 
     screen = _screen(verbose, quiet)
-    table = evaluate_model(model, data, parent, sequences, sequence_length, seed, device or "auto", screen.progress)
+    chosen = Recipe().with_settings(
+        [*_task_settings(tasks), f"evaluation.task_items={items or 'null'}", f"evaluation.task_shots={shots}"]
+    )
+    table = evaluate_model(
+        model, data, parent, sequences, sequence_length, seed, device or "auto", screen.progress, chosen.evaluation
+    )
     print_evaluation(screen.results, table)
 
 
@@ -446,6 +462,13 @@ def _recipe(recipe: Path | None, settings: list[str] | None, device: str | None,
     if trust_remote_code:
         extra.append("trust_remote_code=true")
     return Recipe.read(recipe).with_settings([*(settings or ()), *extra])
+
+
+def _task_settings(tasks: str | None) -> list[str]:
+    """``--tasks`` as a setting of the recipe; files by their absolute paths, so that the run can be moved."""
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    paths = [str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_file() else name for name in names]
+    return [f"evaluation.tasks={json.dumps(paths)}"] if paths else []
 
 
 def _search_rules(run: Path, settings: list[str] | None) -> Any:

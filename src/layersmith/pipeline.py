@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
+from layersmith.evaluation.tasks import require_tasks
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run import ranks
@@ -114,6 +115,7 @@ def stages(
     seed_everything(job.recipe.seed)
     ranks.start(job.runtime)
     ranks.on_first(lambda: Run.check(folder))
+    require_tasks(job.recipe.evaluation.tasks)
     _ = job.path  # a parent in another format is converted by all processes together
     header = ranks.from_first(lambda: job.header(digest_of_source(job)))
     with ranks.first(lambda: job.run.open(header, job.recipe)):

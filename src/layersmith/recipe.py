@@ -323,6 +323,19 @@ class CostsRecipe:
             raise ValueError("times and device both say where times come from. Leave one out.")
 
 
+@record("recipe: evaluation.")
+class EvaluationRecipe:
+    """What is measured on parent and child besides loss and agreement on held-out text."""
+
+    tasks: tuple[str, ...] = ()
+    """Tasks whose accuracy is measured: names of tasks in lm-eval, YAML files in its format, or JSONL files with the
+    fields `query`, `choices`, `gold` or `context`, `continuation`. Needs `pip install 'layersmith[tasks]'`."""
+    task_items: PositiveInt | None = None
+    """Number of items of each task, from its first on. Default: all."""
+    task_shots: NonNegativeInt = 0
+    """Number of solved examples shown before each item."""
+
+
 @record("recipe: ")
 class Recipe:
     """The complete recipe of a run."""
@@ -334,6 +347,7 @@ class Recipe:
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     search: SearchRecipe = field(default_factory=SearchRecipe)
     costs: CostsRecipe = field(default_factory=CostsRecipe)
+    evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     seed: int = 0
     """Random seed. The same seed gives the same child."""
     device: str = "auto"

@@ -47,8 +47,10 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
         table.add_row(cost_label(name), format_cost(name, before[name]), format_cost(name, after[name]), change)
     table.add_section()
     table.add_row("", "", "", "child - parent", style="bold")
-    for metric in ("loss", "perplexity", "kl_divergence", "top_1_agreement"):
-        row = result.metric(metric)
+    shown = ("loss", "perplexity", "kl_divergence", "top_1_agreement")
+    for row in result.evaluation["rows"]:
+        if row["metric"] not in shown and row.get("task") is None:
+            continue
         parent = "" if row["parent"] is None else f"{row['parent']:.4f}"
         change = (
             "" if row["difference"] is None else with_noise(row["difference"], row["difference_standard_error"], "+")
@@ -192,7 +194,8 @@ def spans(layers: Sequence[int]) -> str:
 
 def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
     """Print the metrics of an evaluation."""
-    table = Table(title=f"evaluated on {evaluation['tokens']:,} tokens", title_justify="left")
+    text = f"evaluated on {evaluation['tokens']:,} tokens" if evaluation["tokens"] else "evaluated on tasks"
+    table = Table(title=text, title_justify="left")
     for heading in ("", "parent", "model", "difference"):
         table.add_column(heading, justify="left" if not heading else "right")
     for row in evaluation["rows"]:

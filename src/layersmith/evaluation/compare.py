@@ -34,6 +34,7 @@ class Comparison:
 
     Attributes:
         sequences, sequence_length: Number of rows, and tokens in each.
+        sizes: Bytes and words of the text in all rows; None if the rows were not decoded.
         parent_loss, child_loss: LM loss of every row, in nats a token.
         metrics: Metrics of the child against the parent, for every row.
     """
@@ -43,10 +44,11 @@ class Comparison:
     parent_loss: list[float]
     child_loss: list[float]
     metrics: dict[str, list[float]]
+    sizes: tuple[int, int] | None = None
 
     def table(self) -> list[dict[str, Any]]:
         """One row for each metric: label, parent, child, difference, and standard errors."""
-        rows = [self._loss_row(), self._perplexity_row()]
+        rows = [self._loss_row(), self._perplexity_row(), *self._rows_by_text()]
         for name, label in _LABELS.items():
             values = self.metrics[name]
             rows.append(
@@ -92,6 +94,30 @@ class Comparison:
             "lower_is_better": True,
         }
 
+    def _rows_by_text(self) -> list[dict[str, Any]]:
+        """The loss in bits a byte, and the perplexity by words: they do not depend on the tokenizer."""
+        if self.sizes is None:
+            return []
+        loss, tokens = self._loss_row(), self.sequences * (self.sequence_length - 1)
+        size, words = self.sizes
+        bits, by_word = tokens / size / math.log(2), tokens / words
+        numbers = {name: value for name, value in loss.items() if isinstance(value, float)}
+        perplexity = {name: math.exp(min(loss[name] * by_word, 700.0)) for name in ("parent", "child")}
+        return [
+            loss
+            | {name: value * bits for name, value in numbers.items()}
+            | {"metric": "bits_per_byte", "label": "LM loss (bits a byte)"},
+            {
+                **self._perplexity_row(),
+                "metric": "word_perplexity",
+                "label": "Perplexity by words",
+                **perplexity,
+                "child_standard_error": _times(perplexity["child"] * by_word, loss["child_standard_error"]),
+                "difference": perplexity["child"] - perplexity["parent"],
+                "difference_standard_error": _times(perplexity["child"] * by_word, loss["difference_standard_error"]),
+            },
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "sequences": self.sequences,
@@ -134,9 +160,13 @@ def compare(
     tokens: torch.Tensor,
     *,
     batch_sequences: int,
+    tokenizer: Any = None,
     progress: Progress = SILENT,
 ) -> Comparison:
-    """Evaluate a child against its parent on ``tokens`` ``[N, T]``. Both are on one device and in evaluation mode."""
+    """Evaluate a child against its parent on ``tokens`` ``[N, T]``. Both are on one device and in evaluation mode.
+
+    With the tokenizer, the loss is also given for each byte and word of the text.
+    """
     parent_loss: list[float] = []
     child_rows: list[dict[str, float]] = []
     device = next(
@@ -159,7 +189,14 @@ def compare(
         parent_loss=parent_loss,
         child_loss=[row["lm_loss"] for row in child_rows],
         metrics={name: [row[name] for row in child_rows] for name in _LABELS},
+        sizes=None if tokenizer is None else _text_sizes(tokenizer, tokens),
     )
+
+
+def _text_sizes(tokenizer: Any, tokens: torch.Tensor) -> tuple[int, int]:
+    """Bytes and words of the predicted text: all tokens but the first of every row."""
+    texts = [tokenizer.decode(row[1:]) for row in tokens]
+    return max(1, sum(len(text.encode()) for text in texts)), max(1, sum(len(text.split()) for text in texts))
 
 
 def _run(model: PreTrainedModel, batch: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -133,22 +133,26 @@ def _front_matter(child: Child, header: dict[str, Any], title: str, evaluation: 
     if datasets:
         front["datasets"] = sorted(set(datasets))
     if evaluation is not None:
-        front["model-index"] = [{"name": title, "results": [_model_index(child, header, evaluation)]}]
+        front["model-index"] = [{"name": title, "results": _model_index(child, header, evaluation)}]
     return front
 
 
-def _model_index(child: Child, header: dict[str, Any], evaluation: Evaluation) -> dict[str, Any]:
-    """The evaluation's figures in the form that the Hub shows."""
+def _model_index(child: Child, header: dict[str, Any], evaluation: Evaluation) -> list[dict[str, Any]]:
+    """The evaluation's figures in the form that the Hub shows: one entry for the text and one for each task."""
     source = str(child.recipe.data.evaluation_source or header["data"]["source"])
-    return {
-        "task": {"type": "text-generation"},
-        "dataset": {"name": f"{data_name(source)}, held-out rows", "type": _hub_data_set(source) or "text"},
-        "metrics": [
-            {"type": row.metric, "name": row.label, "value": float(f"{row.child:.6g}")}
-            for row in evaluation.rows
-            if math.isfinite(row.child)
-        ],
-    }
+    text = {"name": f"{data_name(source)}, held-out rows", "type": _hub_data_set(source) or "text"}
+    return [
+        {
+            "task": {"type": "text-generation"},
+            "dataset": text if task is None else {"name": task, "type": task},
+            "metrics": [
+                {"type": row.metric.split("/")[-1], "name": row.label, "value": float(f"{row.child:.6g}")}
+                for row in evaluation.rows
+                if row.task == task and math.isfinite(row.child)
+            ],
+        }
+        for task in dict.fromkeys(row.task for row in evaluation.rows)
+    ]
 
 
 def _hub_data_set(source: Any) -> str | None:
@@ -239,7 +243,12 @@ def _quality(evaluation: Evaluation | None, copies: str) -> str:
         table(["", "parent", "child", "difference"], rows)
         + f"\n\nMeasured on {evaluation.tokens:,} tokens in {evaluation.sequences} rows of documents that were used "
         f"for nothing else{copies}. ± is one standard error over rows; differences are paired by row."
+        + (" Tasks were measured with lm-eval; their noise is that over items." if _has_tasks(evaluation) else "")
     )
+
+
+def _has_tasks(evaluation: Evaluation) -> bool:
+    return any(row.task is not None for row in evaluation.rows)
 
 
 def _copies(recipe: Recipe, header: dict[str, Any]) -> str:

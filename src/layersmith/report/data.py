@@ -20,7 +20,7 @@ Costs = dict[str, Number]
 
 @dataclass(frozen=True)
 class MetricRow:
-    """One metric of parent and child on the evaluation rows; ``difference`` is paired by row."""
+    """One metric of parent and child; ``difference`` is paired by row, or by item for a metric of a ``task``."""
 
     metric: str
     label: str
@@ -31,6 +31,7 @@ class MetricRow:
     difference_standard_error: float | None
     lower_is_better: bool
     parent_standard_error: float | None = None
+    task: str | None = None
 
 
 @dataclass(frozen=True)

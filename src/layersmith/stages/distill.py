@@ -46,6 +46,7 @@ from layersmith.run.stage import Making, Stage
 from layersmith.search.solution import Solution
 from layersmith.stages.costs import COSTS
 from layersmith.stages.data import DATA, digest_of
+from layersmith.stages.evaluate import rows_of_tasks, task_inputs
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD, library_with_pairs
@@ -390,8 +391,10 @@ def _evaluate(job: Job, making: Making) -> None:
     for when, stage in (("before", CHILD), ("after", DISTILLED)):
         trusts = job.recipe.trust_remote_code
         child = load(job.read(stage), dtype=runtime.dtype, device=runtime.device, trust_remote_code=trusts).eval()
-        comparison = compare(job.parent.model, child, tokens, batch_sequences=batch, progress=making.progress)
-        found[when] = comparison.to_dict()
+        found[when] = compare(
+            job.parent.model, child, tokens, batch_sequences=batch, tokenizer=job.tokenizer, progress=making.progress
+        ).to_dict()
+        found[when]["rows"] += rows_of_tasks(job, child, job.made_from(stage), making.progress)
         del child
     write_json(making.folder / "evaluation.json", found)
     complete_card_of_distilled(job, found["after"])
@@ -412,7 +415,7 @@ def keep_card_of_distilled(job: Job) -> None:
 
 COMPARED: Stage[Job, dict[str, Any]] = Stage(
     name="distillation/evaluation",
-    inputs=lambda job: job.made_from(DISTILLED),
+    inputs=lambda job: [job.made_from(DISTILLED), *task_inputs(job)],
     make=_evaluate,
     read=lambda job, folder: dict(read_json(folder / "evaluation.json")),
     is_wanted=is_wanted,

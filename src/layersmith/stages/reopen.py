@@ -12,11 +12,12 @@ from layersmith.costs.budget import Budget
 from layersmith.data.splits import evaluation_rows, load_tokenizer
 from layersmith.errors import InputError, UnsupportedModel, UsageError, did_you_mean
 from layersmith.evaluation.compare import compare
+from layersmith.evaluation.tasks import require_tasks, run_tasks, task_rows
 from layersmith.heterogeneous.checkpoint import load, save
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.recipe import DataRecipe, Recipe, ScoringRecipe, SearchRecipe
+from layersmith.recipe import DataRecipe, EvaluationRecipe, Recipe, ScoringRecipe, SearchRecipe
 from layersmith.report.card import Child, model_card
 from layersmith.run.artifacts import fingerprint, whole_folder, write_text
 from layersmith.run.cards import CARD
@@ -212,19 +213,24 @@ def report_again(run_folder: str | Path, progress: Progress = SILENT, verify: bo
 
 def evaluate_model(
     model: str | Path,
-    data: str | Path,
+    data: str | Path | None = None,
     parent: str | Path | None = None,
     sequences: int = DataRecipe.evaluation_sequences,
     sequence_length: int = DataRecipe.sequence_length,
     seed: int = 0,
     device: str = "auto",
     progress: Progress = SILENT,
+    tasks: EvaluationRecipe | None = None,
 ) -> dict[str, Any]:
-    """Loss and perplexity of a model on text, and its agreement with a parent.
+    """Loss and perplexity of a model on text, its agreement with a parent, and its accuracy on tasks.
 
     Raises:
-        UsageError: Sizes that are not positive.
+        UsageError: Sizes that are not positive, or neither text nor tasks are given.
     """
+    tasks = tasks or EvaluationRecipe()
+    if data is None and not tasks.tasks:
+        raise UsageError("give text to evaluate on (--data), tasks (--tasks), or both.")
+    require_tasks(tasks.tasks)
     if sequences < 1 or sequence_length < 2:
         raise UsageError("--sequences must be at least 1 and --sequence-length at least 2.")
     runtime = Runtime.detect(device, "auto")
@@ -233,7 +239,17 @@ def evaluate_model(
     reference = load(others[0], dtype=runtime.dtype, device=runtime.device).eval() if others else loaded
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
     length = min(sequence_length, longest)
-    wanted = DataRecipe(sequence_length=length, evaluation_sequences=sequences)
-    rows = evaluation_rows(data, load_tokenizer(model), wanted, seed)
-    batch = max(1, ScoringRecipe.batch_tokens // rows.shape[1])
-    return compare(reference, loaded, rows, batch_sequences=batch, progress=progress).to_dict()
+    tokenizer = load_tokenizer(model)
+    table: dict[str, Any] = {"sequences": 0, "tokens": 0, "rows": []}
+    if data is not None:
+        wanted = DataRecipe(sequence_length=length, evaluation_sequences=sequences)
+        rows = evaluation_rows(data, tokenizer, wanted, seed)
+        batch = max(1, ScoringRecipe.batch_tokens // rows.shape[1])
+        table = compare(
+            reference, loaded, rows, batch_sequences=batch, tokenizer=tokenizer, progress=progress
+        ).to_dict()
+    if tasks.tasks:
+        results = run_tasks(loaded, tokenizer, tasks, progress)
+        before = results if reference is loaded else run_tasks(reference, tokenizer, tasks, progress)
+        table["rows"] += task_rows(before, results)
+    return table

@@ -1,0 +1,238 @@
+"""Accuracy on tasks, measured with lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
+
+A task is given by its name in lm-eval, by a YAML file in lm-eval's format, or by a JSONL file in one of the formats of
+``task_formats``. Results are kept item by item, so that differences between two models are paired.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.resources import files
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import datasets
+import yaml
+from transformers import PreTrainedModel
+
+from layersmith.errors import InputError, UsageError
+from layersmith.foreign import foreign_code
+from layersmith.model_descriptor.stock import quiet_transformers
+from layersmith.recipe import EvaluationRecipe
+from layersmith.run.progress import SILENT, Progress
+from layersmith.scoring.score import standard_error
+
+# Format of a JSONL file => fields by which it is recognized.
+_FORMATS = {"multiple_choice": {"query", "choices", "gold"}, "continuation": {"context", "continuation"}}
+_LABELS = {"acc": "accuracy", "acc_norm": "accuracy by length-normalized likelihood", "exact_match": "exact match"}
+# Sequences in one forward pass; longer ones come first, so this bounds the memory for logits.
+_BATCH = 16
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """One metric of a model on one task.
+
+    Attributes:
+        task: Name of the task.
+        metric: Name of the metric in lm-eval, e.g. ``acc``; ``perplexity`` is that of the right continuation.
+        values: One for each item. For ``perplexity`` the log-likelihood in nats, else what the metric averages.
+        chance: What guessing would give; None if the task is not multiple choice.
+    """
+
+    task: str
+    metric: str
+    values: list[float]
+    chance: float | None
+
+    @property
+    def mean(self) -> float:
+        """The metric over all items."""
+        mean = math.fsum(self.values) / len(self.values)
+        return math.exp(min(-mean, 700.0)) if self.metric == "perplexity" else mean
+
+    @property
+    def error(self) -> float | None:
+        """Its standard error over items, for perplexity to first order."""
+        error = standard_error(self.values)
+        return error if error is None or self.metric != "perplexity" else self.mean * error
+
+
+def require_tasks(tasks: Sequence[str]) -> None:
+    """Check before any work that lm-eval is there and that files of tasks can be read.
+
+    Raises:
+        UsageError: lm-eval is not installed.
+        InputError: A file of a task is missing or in another format.
+    """
+    if tasks and find_spec("lm_eval") is None:
+        raise UsageError("tasks are evaluated with lm-eval, which is not installed: pip install 'layersmith[tasks]'")
+    for task in tasks:
+        _definition(task)
+
+
+def run_tasks(
+    model: PreTrainedModel, tokenizer: Any, recipe: EvaluationRecipe, progress: Progress = SILENT
+) -> list[TaskResult]:
+    """Evaluate a model on the recipe's tasks.
+
+    Raises:
+        InputError: lm-eval does not know a task, or cannot get its data.
+    """
+    require_tasks(recipe.tasks)
+    from lm_eval import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    with _quiet_lm_eval():
+        definitions = [_definition(task) for task in recipe.tasks]
+        by_name = any(isinstance(definition, str) for definition in definitions)
+        with foreign_code("can lm-eval evaluate these tasks?", refusal_is_answer=True) as attempt:
+            found = simple_evaluate(
+                model=_counted(model, tokenizer, progress),
+                tasks=definitions,
+                task_manager=TaskManager(include_defaults=by_name),
+                num_fewshot=recipe.task_shots or None,
+                limit=recipe.task_items,
+                bootstrap_iters=0,
+                log_samples=True,
+                verbosity=None,
+            )
+    if attempt.failed:
+        raise InputError(f"tasks {', '.join(recipe.tasks)}: lm-eval cannot run them ({attempt.reason}).") from (
+            attempt.error
+        )
+    results = []
+    for definition in definitions:
+        name = definition if isinstance(definition, str) else definition["task"]
+        results += list(_results(name, found))
+    return results
+
+
+def _results(name: str, found: dict[str, Any]) -> Iterator[TaskResult]:
+    """Results of a task, or of all tasks of a group together."""
+    leaves = [name] if name in found["samples"] else _leaves(name, found["group_subtasks"])
+    samples = [sample for leaf in leaves for sample in found["samples"][leaf]]
+    for metric in dict.fromkeys(name for sample in samples for name in sample["metrics"]):
+        values = [sample[metric] for sample in samples if metric in sample]
+        if not all(isinstance(value, int | float) for value in values):
+            continue  # an aggregate of more than one number an item
+        choices = [len(sample["arguments"]) for sample in samples]
+        chance = sum(1 / n for n in choices) / len(choices) if metric.startswith("acc") and min(choices) > 1 else None
+        yield TaskResult(name, metric, [float(value) for value in values], chance)
+
+
+def _leaves(group: str, children: dict[str, list[str]]) -> list[str]:
+    return [
+        leaf for child in children[group] for leaf in (_leaves(child, children) if children.get(child) else [child])
+    ]
+
+
+def task_rows(parent: Sequence[TaskResult], child: Sequence[TaskResult]) -> list[dict[str, Any]]:
+    """Rows for the evaluation's table; ``parent`` may be the same results as ``child``, for a model on its own."""
+    return [_row(before, after) for before, after in zip(parent, child, strict=True)]
+
+
+def _row(before: TaskResult, after: TaskResult) -> dict[str, Any]:
+    differences = [a - b for a, b in zip(after.values, before.values, strict=True)]
+    error = standard_error(differences)
+    if after.metric == "perplexity" and error is not None:
+        error *= after.mean  # d exp(x) = exp(x) dx
+    chance = "" if after.chance is None else f", chance {after.chance:.2f}"
+    return {
+        "metric": f"{after.task}/{after.metric}",
+        "label": f"{after.task}: {_LABELS.get(after.metric, after.metric)} ({len(after.values):,} items{chance})",
+        "task": after.task,
+        "parent": before.mean,
+        "parent_standard_error": before.error,
+        "child": after.mean,
+        "child_standard_error": after.error,
+        "difference": after.mean - before.mean,
+        "difference_standard_error": error,
+        "lower_is_better": after.metric == "perplexity",
+    }
+
+
+# ---------------------------------------------------------------------------------------------- definitions
+
+
+def _definition(task: str) -> str | dict[str, Any]:
+    """A task as lm-eval takes it: a name, or the content of its YAML file."""
+    path = Path(task).expanduser()
+    if path.suffix not in (".jsonl", ".json", ".yaml", ".yml"):
+        return task
+    if not path.is_file():
+        raise InputError(f"{task}: no such file. Give a task of lm-eval by name, or a JSONL or YAML file.")
+    if path.suffix in (".yaml", ".yml"):
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise InputError(f"{task}: not a YAML file ({' '.join(str(error).split())}).") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{task}: not a task of lm-eval; it has no keys.")
+        return {"task": path.stem, **content}
+    name = _format_of(path)
+    text = files("layersmith.evaluation").joinpath("task_formats", f"{name}.yaml").read_text(encoding="utf-8")
+    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path.resolve())}}}
+    return {"task": path.stem, **data, "test_split": "test", **yaml.safe_load(text)}
+
+
+def _format_of(path: Path) -> str:
+    """The format of a JSONL file, by the fields of its first line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(file.readline())
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: its first line is not JSON ({error}).") from error
+    fields = set(first) if isinstance(first, dict) else set()
+    for name, wanted in _FORMATS.items():
+        if wanted <= fields:
+            return name
+    known = " or ".join(", ".join(sorted(wanted)) for wanted in _FORMATS.values())
+    raise InputError(f"{path}: a task file needs the fields {known} in each line.")
+
+
+# ---------------------------------------------------------------------------------------------- lm-eval
+
+
+def _counted(model: PreTrainedModel, tokenizer: Any, progress: Progress) -> Any:
+    """The model for lm-eval, which shows progress as ours."""
+    from lm_eval.models.huggingface import HFLM
+
+    class Counted(HFLM):
+        advance: Callable[[float], object]
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            with progress.stage("tasks", len(requests), "requests") as self.advance:
+                return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
+            self.advance(len(inps))
+            return super()._model_call(inps, *args, **kwargs)
+
+    with quiet_transformers():
+        return Counted(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+
+
+@contextmanager
+def _quiet_lm_eval() -> Iterator[None]:
+    """Keep what lm-eval and its data sets print off the screen; errors are raised."""
+    from lm_eval.api import task
+
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, not datasets.are_progress_bars_disabled()
+    logger.setLevel(logging.ERROR)
+    try:
+        datasets.disable_progress_bars()
+        with quiet_transformers(), patch.object(task, "tqdm", lambda items, **how: items):
+            yield
+    finally:
+        logger.setLevel(level)
+        if bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,118 @@
+"""Tasks: formats of files, paired noise, and agreement with likelihoods that are computed here."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import layersmith
+from layersmith.errors import InputError, UsageError
+from layersmith.evaluation.tasks import TaskResult, require_tasks, run_tasks, task_rows
+from layersmith.recipe import EvaluationRecipe
+from tests.conftest import TINY_RECIPE
+
+ITEMS = [
+    {"query": "import os", "choices": ["def read(path):", "class Tree:", "return"], "gold": 2},
+    {"query": "Question: what does len return?", "choices": ["a number", "a list of strings"], "gold": 0},
+    {"query": "for name in", "choices": ["names:", "0x"], "gold": 0},
+]
+
+
+@pytest.fixture
+def choices(tmp_path: Path) -> Path:
+    file = tmp_path / "choices.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in ITEMS))
+    return file
+
+
+def test_differences_are_paired_by_item() -> None:
+    before = TaskResult("quiz", "acc", [1.0, 1.0, 0.0, 1.0], 0.25)
+    after = TaskResult("quiz", "acc", [1.0, 0.0, 0.0, 1.0], 0.25)
+    (row,) = task_rows([before], [after])
+    assert (row["parent"], row["child"], row["difference"]) == (0.75, 0.5, -0.25)
+    assert row["difference_standard_error"] == pytest.approx(0.25)  # of 0, -1, 0, 0
+    assert "4 items, chance 0.25" in row["label"]
+
+
+def test_perplexity_is_of_the_mean_log_likelihood() -> None:
+    result = TaskResult("story", "perplexity", [-1.0, -3.0], None)
+    assert result.mean == pytest.approx(math.exp(2))
+    assert result.error == pytest.approx(math.exp(2))  # the standard error of the mean is 1
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("missing.jsonl", None, "no such file"),
+        ("empty.jsonl", "", "not JSON"),
+        ("other.jsonl", '{"question": "?"}\n', "needs the fields"),
+        ("list.yaml", "- a\n", "not a task"),
+        ("broken.yaml", "a: [\n", "not a YAML file"),
+    ],
+)
+def test_files_in_other_formats_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, text: str | None, words: str
+) -> None:
+    monkeypatch.setattr("layersmith.evaluation.tasks.find_spec", lambda package: object())
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match=words):
+        require_tasks([str(tmp_path / name)])
+
+
+def test_without_lm_eval_the_message_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("layersmith.evaluation.tasks.find_spec", lambda package: None)
+    with pytest.raises(UsageError, match=r"pip install 'layersmith\[tasks\]'"):
+        require_tasks(["arc_easy"])
+    require_tasks([])
+
+
+# ---------------------------------------------------------------------------------------------- with lm-eval
+
+
+def log_likelihood(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
+    prompt, whole = (tokenizer(text)["input_ids"] for text in (context, context + continuation))
+    with torch.inference_mode():
+        scores = model(torch.tensor([whole])).logits[0].float().log_softmax(-1)
+    return sum(float(scores[i - 1, whole[i]]) for i in range(len(prompt), len(whole)))
+
+
+def test_accuracy_is_that_of_likelihoods(choices: Path, make_parent: Callable[..., Path], tokenizer: Any) -> None:
+    pytest.importorskip("lm_eval")
+    model = layersmith.load(make_parent("llama"))
+    results = run_tasks(model, tokenizer, EvaluationRecipe(tasks=(str(choices),)))
+    accuracy = next(result for result in results if result.metric == "acc")
+    expected = []
+    for item in ITEMS:
+        context = item["query"] + ("\nAnswer:" if str(item["query"]).startswith("Question:") else "")
+        scores = [log_likelihood(model, tokenizer, str(context), f" {choice}") for choice in item["choices"]]
+        expected.append(float(scores.index(max(scores)) == item["gold"]))
+    assert accuracy.values == expected
+    assert accuracy.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+
+
+def test_a_run_reports_tasks(
+    choices: Path, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("lm_eval")
+    recipe = TINY_RECIPE | {"evaluation": {"tasks": [str(choices)], "task_items": 2}}
+    out = tmp_path / "run"
+    result = layersmith.compress(make_parent("llama"), out, data=text_folder, budget=0.8, recipe=recipe)
+    assert result.metric("choices/acc")["task"] == "choices"
+    card = (result.child / "README.md").read_text()
+    assert "choices: accuracy (2 items" in card
+    assert "name: choices" in card
+    assert "choices: accuracy (2 items" in result.report.read_text()
+
+
+def test_names_that_lm_eval_does_not_know_are_refused(make_parent: Callable[..., Path], tokenizer: Any) -> None:
+    pytest.importorskip("lm_eval")
+    model = layersmith.load(make_parent("llama"))
+    with pytest.raises(InputError, match="cannot run them"):
+        run_tasks(model, tokenizer, EvaluationRecipe(tasks=("no such task",)))
