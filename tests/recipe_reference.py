@@ -89,7 +89,7 @@ def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
     bounds = [
         f"{sign} {field[key]:g}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
-        if key in field
+        if key in field and field[key] < 2**32  # what only keeps sums from overflowing is not said
     ]
     return " ".join([words.get(field.get("type", ""), "mapping"), ", ".join(bounds)]).strip()
 

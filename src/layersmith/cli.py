@@ -347,13 +347,15 @@ def costs(
     """Measure the time to first token and the time per token of every alternative of PARENT on this machine."""
     from layersmith.costs.budget import Workload
     from layersmith.costs.times import to_csv
-    from layersmith.run.artifacts import remove_leftovers, write_text
+    from layersmith.run.artifacts import check_writable, remove_leftovers, write_text
     from layersmith.run.folder import Run as RunFolder
     from layersmith.stages.costs import times_of
     from layersmith.terminal import print_times
 
     settings = [*(settings or ()), *([f"costs.device={on}", "costs.times=null"] if on is not None else ())]
     chosen = _recipe(recipe, settings, device, trust_remote_code)
+    if csv is not None:
+        check_writable(csv)
     screen = _screen(verbose, quiet)
     times, alternatives = times_of(
         parent, chosen, Workload(batch, context, generate), _descriptor(descriptor), screen.progress
@@ -490,6 +492,8 @@ def _descriptor(path: str | None) -> Any:
     return import_descriptor(path)
 
 
+# Characters of a file's name that an error message shows.
+_SHOWN_OF_A_NAME = 300
 # Options of earlier versions, and what to give instead.
 _FORMER_OPTIONS = {
     "--alike": "--set search.uniform_groups=N (0: all layers alike)",
@@ -553,6 +557,8 @@ def main() -> None:
             _fail("no space left on the disk. Free some and run the same command again.", 2)
         if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             _fail("out of memory. Lower scoring.batch_tokens or set stream=always, and run the same command again.", 1)
+        if isinstance(error, OSError) and error.errno is not None:  # a name that is too long, a link to itself, ...
+            _fail(f"{str(error.filename or '')[:_SHOWN_OF_A_NAME]}: {error.strerror}.", 2)
         raise
     if status == 130:  # typer returns it for Ctrl-C
         _fail("interrupted. To resume, run the same command again.", 130)

@@ -34,14 +34,31 @@ class Infeasible(LayersmithError):
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """A sentence that names the nearest known word, or all of them.
+    """A sentence that names the nearest known word, or some of them.
 
     >>> did_you_mean("dtpye", ["dtype", "seed"])
     "Did you mean 'dtype'?"
     """
     known = sorted(known)
     near = get_close_matches(word, known, n=1)
-    return f"Did you mean {near[0]!r}?" if near else f"Known: {', '.join(known)}."
+    return f"Did you mean {near[0]!r}?" if near else f"Known: {some_of(known)}."
+
+
+def some_of(names: Iterable[object], at_most: int = 20) -> str:
+    """Names in a sentence: the first of them, and how many more there are.
+
+    >>> some_of("abcd", 2)
+    'a, b and 2 more'
+    """
+    words = list(map(str, names))
+    more = f" and {len(words) - at_most:,} more" if len(words) > at_most else ""
+    return ", ".join(words[:at_most]) + more
+
+
+def whole_reason(error: BaseException | None, at_most: int = 400) -> str:
+    """The message of an error of other code on one line, for use in a message of ours, without a closing full stop."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= at_most else f"{text[:at_most]} ...").rstrip(".")
 
 
 def first_line(error: BaseException) -> str:

@@ -660,7 +660,10 @@ def refuse_incomplete(info: dict[str, Any], where: str) -> None:
         ("mismatched_keys", "has weights of another shape for"),
         ("unexpected_keys", "has weights that the model of its config.json does not have:"),
     ):
-        names = sorted(name if isinstance(name, str) else name[0] for name in info.get(key) or ())
+        names = sorted(
+            name if isinstance(name, str) else f"{name[0]} ({list(name[1])} instead of {list(name[2])})"
+            for name in info.get(key) or ()
+        )
         names = [name for name in names if not name.endswith(("inv_freq", "masked_bias"))]
         if names:
             rest = f" and {len(names) - 3} more" if len(names) > 3 else ""

@@ -6,6 +6,7 @@ field is its description in docs/recipe.md and in docs/recipe.schema.json, which
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import field
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from layersmith.errors import InputError, UsageError
 from layersmith.records import parse, record, to_data
@@ -41,6 +42,10 @@ Trainable = Literal[
     "state_size", "ffn_width", "experts", "expert_width", "shared_width", "experts_per_token",
 ]  # fmt: skip
 Subblock = Literal["attention", "ffn"]
+# Whole numbers. Larger ones would overflow products of a few of them in 64 bits.
+_LARGEST = 2**40
+PositiveInt = Annotated[int, Field(gt=0, le=_LARGEST)]
+NonNegativeInt = Annotated[int, Field(ge=0, le=_LARGEST)]
 # A share strictly between 0 and 1.
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -49,7 +54,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class DataRecipe:
     """Which text is read, and how much of it. All splits come from different documents."""
 
-    sequence_length: Annotated[int, Field(ge=2)] = 512
+    sequence_length: Annotated[int, Field(ge=2, le=_LARGEST)] = 512
     """Tokens per row; at most the parent's maximum context length."""
     calibration_sequences: PositiveInt = 64
     """Rows for importance statistics and least-squares refits."""
@@ -239,6 +244,10 @@ class DistillationRecipe:
     def __post_init__(self) -> None:
         if not self.kl + self.hidden + self.lm:
             raise ValueError("kl, hidden and lm are all 0, so there is nothing to learn.")
+        try:
+            json.dumps(self.trainer, allow_nan=False)
+        except ValueError as error:
+            raise ValueError("trainer: every number must be finite.") from error
         if self.cache_top and self.hidden:
             raise ValueError("cache_top keeps no hidden states of the parent. Set distillation.hidden to 0 too.")
 
@@ -286,7 +295,7 @@ class SearchRecipe:
     scoring rows; 0 for none."""
     refine_rows: PositiveInt | None = None
     """Scoring rows on which most candidates are evaluated. Default: as many as `refine_passes` allows."""
-    frontier_points: Annotated[int, Field(ge=2)] = 50
+    frontier_points: Annotated[int, Field(ge=2, le=100_000)] = 50
     """Number of budgets for which the frontier is computed."""
 
     RENAMED: ClassVar = {
@@ -348,7 +357,7 @@ class Recipe:
     search: SearchRecipe = field(default_factory=SearchRecipe)
     costs: CostsRecipe = field(default_factory=CostsRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed. The same seed gives the same child."""
     device: str = "auto"
     """`auto`, `cpu`, `cuda` or `cuda:N`."""
@@ -400,6 +409,8 @@ class Recipe:
             return value
         if isinstance(value, dict):
             return Recipe.from_dict(value)
+        if Path(value).exists() and not Path(value).is_file():
+            raise InputError(f"{value}: not a YAML recipe, because it is not a file.")
         try:
             data = yaml.load(Path(value).read_text(encoding="utf-8"), _Loader)
         except FileNotFoundError as error:

@@ -20,7 +20,7 @@ from layersmith.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
 
-_CONFIG = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+_CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 # Pydantic speaks Python; those who write YAML know these types by other names.
 _PLAIN_WORDS = {
     "valid tuple": "list",

@@ -18,13 +18,15 @@ TOKENS_A_SECOND = ("TOKENS/S", "TOK/S", "TOKEN/S", "T/S", "/S", "TPS")
 
 
 def split_amount(text: str) -> tuple[Decimal, str] | None:
-    """A number and its unit as typed, ``"3_500 MB"`` as ``(3500, "MB")``; None if it is no number with a unit."""
+    """A number and its unit as typed, ``"3_500 MB"`` as ``(3500, "MB")``; None if it is no number with a unit, or
+    so large or small that no amount of anything is."""
     typed = text.strip().replace("_", "").replace(",", "")
     match = re.fullmatch(r"([+-]?[0-9.]+(?:[eE][+-]?[0-9]+)?)\s*(%|[A-Za-z\u00b5/ ]*)", typed)
     try:
-        return (Decimal(match[1]), match[2].strip()) if match else None
+        number = Decimal(match[1]) if match else None
     except InvalidOperation:
         return None
+    return (number, match[2].strip()) if match and number is not None and abs(number.adjusted()) <= 30 else None
 
 
 def parse_amount(text: str, where: str) -> Decimal:

@@ -54,6 +54,15 @@ def compile_on_any_device() -> Any:
     return config
 
 
+def tied_weights(cls: type[PreTrainedModel]) -> dict[str, str]:
+    """The names of weights that a model class shares if its config says so, and of those that they are shared with.
+
+    Replaces the public ``all_tied_weights_keys``, which only a model that was built has.
+    """
+    tied = getattr(cls, "_tied_weights_keys", None)
+    return dict(tied) if isinstance(tied, dict) else {}
+
+
 # ---------------------------------------------------------------------------------------------- Transformers: Trainer
 
 

@@ -111,8 +111,8 @@ class Workload:
     def __post_init__(self) -> None:
         for name in ("batch", "context"):
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise UsageError(f"budget {name}: must be a positive whole number, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value < 2**31:
+                raise UsageError(f"budget {name}: must be a positive whole number below 2**31, got {value!r:.40}.")
         if self.generate is not None:
             if isinstance(self.generate, bool) or not isinstance(self.generate, int) or self.generate < 1:
                 raise UsageError(f"budget generate: must be a positive whole number, got {self.generate!r}.")

@@ -17,7 +17,7 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
-from layersmith.errors import InputError, UsageError
+from layersmith.errors import InputError, UsageError, first_line, some_of
 from layersmith.foreign import foreign_code
 
 Document = str | list[dict[str, str]]
@@ -189,7 +189,7 @@ def _read_json(path: Path) -> Iterator[Any]:
         if path.suffix.lower() == ".json" and path.stat().st_size <= _WHOLE_JSON_BYTES:
             try:
                 whole = json.load(file)
-            except json.JSONDecodeError:
+            except (ValueError, RecursionError):
                 file.seek(0)  # JSON lines under another name
             else:
                 yield from whole if isinstance(whole, list) else [whole]
@@ -198,8 +198,8 @@ def _read_json(path: Path) -> Iterator[Any]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError as error:
-                    raise InputError(f"{path}, line {number}: not JSON ({error}).") from error
+                except (ValueError, RecursionError) as error:
+                    raise InputError(f"{path}, line {number}: not JSON ({first_line(error)}).") from error
 
 
 def _read_parquet(path: Path) -> Iterator[dict[str, Any]]:
@@ -259,7 +259,7 @@ def _documents(records: Iterable[Any], field: str | None, where: str) -> Iterato
 def _document(record: Mapping[str, Any], field: str | None, where: str) -> Document:
     if field is not None:
         if field not in record:
-            raise UsageError(f"{where}: no field {field!r}. There are {', '.join(map(str, record))}.")
+            raise UsageError(f"{where}: no field {field!r}. There are {some_of(record)}.")
         value = record[field]
         return _messages(value, where) if isinstance(value, list | tuple) else str(value or "")
     for name in _CHAT_FIELDS:
@@ -274,7 +274,7 @@ def _document(record: Mapping[str, Any], field: str | None, where: str) -> Docum
         if isinstance(record.get("input"), str) and record["input"]:
             prompt = f"{prompt}\n\n{record['input']}"
         return [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    raise UsageError(f"{where}: no field with text or messages. There are {', '.join(map(str, record))}; name one.")
+    raise UsageError(f"{where}: no field with text or messages. There are {some_of(record)}; name one.")
 
 
 def _messages(turns: Sequence[Any], where: str) -> list[dict[str, str]]:

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from layersmith.data.mixture import interleave, read_mixture
 from layersmith.data.overlap import without_copies
 from layersmith.data.read import Document, read_documents, text_of
-from layersmith.errors import InputError, UsageError
+from layersmith.errors import InputError, UsageError, first_line
 from layersmith.foreign import foreign_code
 from layersmith.recipe import DataRecipe
 from layersmith.run.artifacts import read_tensors
@@ -142,8 +142,11 @@ def evaluation_rows(source: str | Path, tokenizer: Any, recipe: DataRecipe, seed
         UsageError: It has no such field, or holds chats and the tokenizer has no chat template.
     """
     count, length = recipe.evaluation_sequences, recipe.sequence_length
-    documents = _ordered(source, tokenizer, recipe, seed, count * length, [])
-    rows, _ = _fill(_Text(documents, tokenizer, str(source)).encoded(), count, length)
+    if holds_tokens(source):
+        rows = _read_tokens(Path(source), length)[:count]
+    else:
+        documents = _ordered(source, tokenizer, recipe, seed, count * length, [])
+        rows, _ = _fill(_Text(documents, tokenizer, str(source)).encoded(), count, length)
     if not len(rows):
         raise InputError(f"{source}: too little text for one row of {length} tokens. Give more text.")
     return rows
@@ -177,7 +180,11 @@ def _ordered_part(source: str | Path, field: str | None, split: str, seed: int, 
     for document in read_documents(source, field=field, split=split, limit=limit, seed=seed):
         text = text_of(document)
         if text.strip():
-            documents.setdefault(hashlib.sha256(text.encode()).digest(), document)
+            try:
+                digest = hashlib.sha256(text.encode()).digest()
+            except UnicodeEncodeError as error:
+                raise InputError(f"{source}: a text has half of a surrogate pair, which is not Unicode.") from error
+            documents.setdefault(digest, document)
     if not documents:
         raise InputError(f"{source}: no text in it. Give a file or folder with text.")
     digests = sorted(documents)
@@ -295,13 +302,21 @@ def _read_tokens(path: Path, length: int) -> torch.Tensor:
     """Rows ``[N, length]`` of token ids from a file that holds nothing else."""
     if path.suffix == ".npy":
         try:
-            ids = torch.from_numpy(np.load(path, allow_pickle=False).astype(np.int64))
-        except (ValueError, OSError, TypeError) as error:
-            raise InputError(f"{path}: not an array of token ids ({error}).") from error
+            array = np.load(path, allow_pickle=False)
+        except (ValueError, OSError, TypeError, EOFError) as error:
+            raise InputError(f"{path}: not an array of token ids ({first_line(error)}).") from error
+        array = array.reshape(-1)
+        if array.dtype.kind not in "iu":
+            raise InputError(f"{path}: not an array of token ids, which are whole numbers, but of {array.dtype}.")
+        if array.size and array.max() >= 2**31:
+            raise InputError(f"{path}: has the token id {array.max()}, which no vocabulary has.")
+        ids = torch.from_numpy(array.astype(np.int64))
     else:
         tensors = read_tensors(path)
         if "tokens" not in tensors:
             raise InputError(f"{path}: no tensor named 'tokens'.")
+        if tensors["tokens"].dtype not in (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64):
+            raise InputError(f"{path}: tokens are {tensors['tokens'].dtype}, not whole numbers.")
         ids = tensors["tokens"].long()
     ids = ids.flatten()
     if len(ids) and int(ids.min()) < 0:

@@ -6,9 +6,11 @@ import json
 import sysconfig
 from pathlib import Path
 
+from layersmith.costs.budget import Budget
 from layersmith.errors import InputError
 from layersmith.pipeline import Result, compress
 from layersmith.recipe import DataRecipe, LocalDistillationRecipe, Recipe
+from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 
 MODEL = Path(__file__).parent / "demo-model"
@@ -61,5 +63,7 @@ def split_library(folder: Path) -> tuple[Path, Path]:
 
 def run_demo(out: str | Path, params: str = "0.7", progress: Progress = SILENT) -> Result:
     """Compress the demo model; :func:`layersmith.compress` with everything filled in."""
+    budget = Budget.parse(params)
+    Run.check(Path(out))
     seen, held_out = split_library(Path(out).with_name(f"{Path(out).name}-text"))
-    return compress(MODEL, out, data=seen, budget=params, recipe=recipe(held_out), progress=progress)
+    return compress(MODEL, out, data=seen, budget=budget, recipe=recipe(held_out), progress=progress)

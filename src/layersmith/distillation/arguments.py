@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import math
-from collections.abc import Sequence
+import random
+import tempfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from transformers import TrainingArguments
+from torch import nn
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from layersmith import upstream
 from layersmith.distillation.steps import Steps
-from layersmith.errors import UsageError, did_you_mean, first_line
+from layersmith.errors import UsageError, did_you_mean
+from layersmith.foreign import foreign_code
 from layersmith.recipe import DistillationRecipe
 from layersmith.run.runtime import Runtime
 
@@ -36,6 +42,8 @@ _SET_ELSEWHERE = {
     "dataloader_drop_last": "nothing",
     "save_strategy": "distillation.save_seconds",
     "save_total_limit": "nothing",
+    "load_best_model_at_end": "nothing",
+    "report_to": "distillation.report_to",
 }
 # Loggers whose package has another name than the logger.
 _PACKAGES = {"azure_ml": "azureml-mlflow", "comet_ml": "comet-ml"}
@@ -53,6 +61,8 @@ def training_arguments(
     check_loggers(recipe.report_to)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     for name in recipe.trainer:
+        if name.startswith(("hub_", "push_to_hub")):
+            raise UsageError(f"recipe distillation.trainer: {name} is not set there; nothing is uploaded.")
         if name in _SET_ELSEWHERE:
             raise UsageError(
                 f"recipe distillation.trainer: {name} is not set there; it follows from {_SET_ELSEWHERE[name]}."
@@ -61,6 +71,8 @@ def training_arguments(
             raise UsageError(
                 f"recipe distillation.trainer: TrainingArguments has no {name!r}. {did_you_mean(name, known)}"
             )
+    if recipe.trainer.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise UsageError("recipe distillation.trainer: deepspeed is not installed here.")
     on_cpu = runtime.device.type == "cpu"
     precision: str = recipe.precision
     if precision == "auto":
@@ -100,13 +112,80 @@ def training_arguments(
         "save_strategy": "no",
         "save_total_limit": 2,
     }
-    try:
-        made = TrainingArguments(**chosen)
-    except (ValueError, TypeError, ImportError) as error:
-        raise UsageError(f"recipe distillation: {first_line(error)}") from error
+    with foreign_code("Are these arguments valid?", refusal_is_answer=True) as attempt:
+        made = attempt.call(TrainingArguments, **chosen)
+    if attempt.failed:
+        where = (
+            f"recipe distillation.trainer ({', '.join(recipe.trainer)})" if recipe.trainer else "recipe distillation"
+        )
+        raise UsageError(f"{where}: {attempt.reason}") from attempt.error
     if runtime.world_size == 1:
         upstream.use_one_gpu(made)  # several GPUs need a launcher such as torchrun
     return made
+
+
+def _where(given: Iterable[str]) -> str:
+    """The settings that Transformers refuses, for a message: those that the recipe passes on, if there are any."""
+    names = ", ".join(given)
+    return f"recipe distillation.trainer ({names})" if names else "recipe distillation"
+
+
+# Settings that need a language model, take long, or start processes.
+_NOT_REHEARSED = {
+    "activation_checkpointing": False,
+    "gradient_checkpointing": False,
+    "neftune_noise_alpha": None,
+    "use_liger_kernel": False,
+    "torch_compile": False,
+    "torch_compile_backend": None,
+    "torch_compile_mode": None,
+    "report_to": "none",
+    "eval_strategy": "no",
+    "load_best_model_at_end": False,
+    "max_steps": 1,
+    "gradient_accumulation_steps": 1,
+}
+
+
+class _OneWeight(nn.Linear):
+    """A model of one weight, with the loss that Trainer expects."""
+
+    def forward(self, input_ids: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"loss": super().forward(input_ids).square().mean()}
+
+
+def rehearse(arguments: TrainingArguments, given: Iterable[str]) -> None:
+    """Train a single weight for one step, so that arguments that do not work are refused before work starts.
+
+    Args:
+        arguments: What a child will be trained with.
+        given: The fields of ``distillation.trainer``, for the message.
+
+    Raises:
+        UsageError: Transformers' Trainer fails with these arguments, or its step is not finite.
+    """
+    model = _OneWeight(1, 1, bias=False)
+    rows = [{"input_ids": torch.ones(1)}] * arguments.train_batch_size
+    state = random.getstate(), np.random.get_state()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        torch.random.fork_rng(devices=[]),
+        foreign_code("Does one step of training work?", refusal_is_answer=True) as attempt,
+    ):
+        known = {f.name: getattr(arguments, f.name) for f in dataclasses.fields(arguments) if f.init}
+        workers = min(0, known["dataloader_num_workers"])
+        changed = {n: value for n, value in _NOT_REHEARSED.items() if n in known}
+        changed |= {"output_dir": folder, "dataloader_num_workers": workers}
+        trainer = attempt.call(Trainer, model, TrainingArguments(**known | changed), train_dataset=rows)
+        trainer.remove_callback(PrinterCallback)
+        attempt.call(trainer.train)
+    random.setstate(state[0])
+    np.random.set_state(state[1])
+    where = _where(given)
+    if attempt.failed:
+        raise UsageError(f"{where}: training fails ({attempt.reason}).") from attempt.error
+    if not torch.isfinite(model.weight).all():
+        raise UsageError(f"{where}: one step of training with these settings gives NaN.")
 
 
 def check_loggers(names: Sequence[str]) -> None:

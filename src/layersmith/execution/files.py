@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from layersmith.errors import InputError
-from layersmith.heterogeneous.checkpoint import read_header
+from layersmith.heterogeneous.checkpoint import check_finite, read_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -111,6 +111,7 @@ class Files:
         step = flat.numel() if result.dtype == tensor.dtype else _CHUNK_BYTES // tensor.dtype.itemsize
         for first in range(0, flat.numel(), max(1, step)):
             _fill(flat[first : first + step], tensor, first)
+        check_finite([(name, result)], "the parent")
         return result.to(device)
 
     def rows(self, name: str, indices: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -120,6 +121,7 @@ class Files:
         width = result[0].numel() if len(indices) else 0
         for row, index in zip(result.view(len(indices), -1), indices.tolist(), strict=True):
             _fill(row, tensor, index * width)
+        check_finite([(name, result)], "the parent")
         return result.to(device)
 
     def view(self, name: str) -> torch.Tensor:

@@ -28,7 +28,14 @@ from layersmith.errors import InputError
 from layersmith.execution.files import Files
 from layersmith.execution.memory import free_memory, give_back
 from layersmith.heterogeneous.build import decoder_layers, num_layers_of
-from layersmith.heterogeneous.checkpoint import class_of, read_header, read_weights, weight_files
+from layersmith.heterogeneous.checkpoint import (
+    check_files,
+    check_finite,
+    class_of,
+    read_header,
+    read_weights,
+    weight_files,
+)
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.run.artifacts import saying_disk_full, temporary_folder
@@ -173,6 +180,7 @@ def load_streamed(
         for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
             wanted = runtime.dtype if buffer.is_floating_point() else buffer.dtype
             setattr(module, name, buffer.to(runtime.device, wanted))
+        check_finite(module.named_parameters(recurse=False), str(path))
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             # A copy, or it would keep a map of its file, with what was read around it.
             _set(module, name, parameter.to("meta" if parameter.is_meta else runtime.device, runtime.dtype, copy=True))
@@ -186,10 +194,9 @@ def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:
     folder = Path(path)
     if not folder.is_dir():
         return False  # not here yet
+    check_files(folder)
     count = 0
     for file in weight_files(folder):
-        if not file.is_file():
-            return False  # which loading will say
         entries, _ = read_header(file)
         count += sum(math.prod(entry["shape"]) for name, entry in entries.items() if name != "__metadata__")
     return count * runtime.dtype.itemsize > 0.75 * free_memory(runtime.device)

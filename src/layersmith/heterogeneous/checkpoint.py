@@ -17,7 +17,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
-from layersmith.errors import InputError, LayersmithError, first_line
+from layersmith import upstream
+from layersmith.errors import InputError, whole_reason
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import class_for
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.heterogeneous.plan import SUBBLOCKS
@@ -59,6 +61,7 @@ def load(
     path = ordinary_checkpoint(path, trust_remote_code=trust_remote_code)
     cls, config = class_of(path, descriptor, trust_remote_code)
     model = read_weights(cls, path, config, dtype=dtype or "auto")
+    check_finite(model.named_parameters(), str(path))
     return model if device is None else model.to(device)
 
 
@@ -68,19 +71,58 @@ def class_of(
     """The class that loads a checkpoint and the config for it, after a check that no file is missing."""
     check_files(path)
     config = causal_lm_config(read_config(path, trust_remote_code=trust_remote_code))
+    _untie_if_stored_apart(path, config)
     return class_for(stock_class(config), config, descriptor), without_guard(config)
+
+
+def _untie_if_stored_apart(path: str | os.PathLike[str], config: PretrainedConfig) -> None:
+    """Let a config say what Transformers does: weights that the checkpoint has twice, with other values, are not tied.
+
+    Otherwise a child, which is built from the config, would lose one of them.
+    """
+    tied = upstream.tied_weights(stock_class(config))
+    if not getattr(config, "tie_word_embeddings", False) or not tied or not Path(path).is_dir():
+        return
+    places = weight_map(Path(path))
+
+    def read(name: str) -> torch.Tensor:
+        with safe_open(places[name], framework="pt") as tensors:
+            return tensors.get_tensor(name)
+
+    for name, source in tied.items():
+        if name in places and source in places and not torch.equal(read(name), read(source)):
+            config.tie_word_embeddings = False
+
+
+def check_finite(weights: Iterable[tuple[str, torch.Tensor]], where: str) -> None:
+    """Raises: InputError: A weight holds NaN or infinity. The message names the tensor and its first such row."""
+    for name, tensor in weights:
+        if tensor.is_meta or tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+            continue
+        # A sum is not finite if a term is not, and is quick; it may also overflow.
+        if torch.isfinite(tensor.detach().sum(dtype=torch.float32)):
+            continue
+        wrong = ~torch.isfinite(tensor.detach())
+        if wrong.any():
+            row = int(wrong.nonzero()[0, 0]) if tensor.ndim else 0
+            raise InputError(
+                f"{where}: {name} has {int(wrong.sum()):,} values that are NaN or infinite in "
+                f"{str(tensor.dtype).removeprefix('torch.')}, the first in row {row:,}. Download the checkpoint again, "
+                "or repair it."
+            )
 
 
 def read_weights(cls: Any, path: str | os.PathLike[str], config: PretrainedConfig, **how: Any) -> Any:
     """``cls.from_pretrained``, which raises ``InputError`` unless every weight fits."""
-    try:
-        with quiet_transformers():
-            model, info = cls.from_pretrained(path, config=config, output_loading_info=True, **how)
+    with foreign_code(f"Do the weights of {path} load?", refusal_is_answer=True) as attempt, quiet_transformers():
+        model, info = attempt.call(
+            cls.from_pretrained, path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **how
+        )
         refuse_incomplete(info, str(path))
-    except LayersmithError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        raise InputError(f"{path}: the weights do not match config.json: {first_line(error)}") from error
+    if attempt.failed:
+        raise InputError(
+            f"{path}: the weights do not match config.json: {whole_reason(attempt.error)}."
+        ) from attempt.error
     return model
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from layersmith.block_config import BlockConfig
-from layersmith.errors import LayersmithError, UsageError
+from layersmith.errors import LayersmithError, UsageError, some_of
 from layersmith.heterogeneous.plan import NO_LINEAR, SUBBLOCKS, linear_records
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import HeadsAxis, LayerAxes
@@ -50,7 +50,27 @@ def search_space(
                 alternatives.append(Alternative(i, subblock, "linear", "least_squares"))
             if subblock in recipe.no_op and removable[subblock]:
                 alternatives.append(Alternative(i, subblock, "no_op"))
+    _check_sizes(alternatives, axes, recipe)
     return alternatives
+
+
+def _check_sizes(alternatives: Sequence[Alternative], axes: Sequence[LayerAxes], recipe: LibraryRecipe) -> None:
+    """Raises: UsageError: The recipe names a size that no layer can have."""
+    if len(set(recipe.keep_layers)) == len(axes):
+        return
+    offered = {
+        kind: {a.size for a in alternatives if a.kind == kind} for kind in ("ffn_width", "kv_heads", "head_groups")
+    }
+    asked = {
+        "ffn_sizes": set(recipe.ffn_sizes or ()) - offered["ffn_width"],
+        "kv_heads": set(recipe.kv_heads or ()) - offered["kv_heads"] - offered["head_groups"],
+    }
+    for name, sizes in asked.items():
+        if sizes:
+            raise UsageError(f"recipe library.{name}: no layer can be cut to {some_of(sorted(sizes))}.")
+    has_widths = any(layer.ffn is not None for layer in axes) and (recipe.ffn_sizes or recipe.ffn_fractions)
+    if recipe.ffn_multiple is not None and has_widths and not offered["ffn_width"]:
+        raise UsageError(f"recipe library.ffn_multiple: no FFN is wider than {recipe.ffn_multiple}.")
 
 
 def _of_heads(i: int, axis: HeadsAxis, recipe: LibraryRecipe) -> Iterator[Alternative]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,17 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from layersmith.errors import InputError, UnsupportedModel
+from layersmith.errors import InputError, UnsupportedModel, whole_reason
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
+from layersmith.model_descriptor.stock import language_config, stock_model
+from layersmith.modeling_layersmith import as_parent
+
+# A config that asks for more is wrong, and building so many would take hours.
+_MOST_LAYERS = 10_000
+# Configs that were checked in this process.
+_buildable: set[str] = set()
 
 
 def describe(model: Any, *, trust_remote_code: bool = False) -> type[ModelDescriptor]:
@@ -60,15 +68,48 @@ def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False
         raise InputError(
             f"{path}: no such folder. Give the folder of a Hugging Face checkpoint, a GGUF file, or a hub name."
         )
-    try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if "trust_remote_code" in str(error):
+    with foreign_code(f"Can the config of {path} be read?", refusal_is_answer=True) as attempt:
+        config = attempt.call(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
+    if attempt.failed:
+        if "trust_remote_code" in str(attempt.error):
             raise InputError(
                 f"{path}: its family runs code from the checkpoint. Read it, then allow it with trust_remote_code."
-            ) from error
-        first_line = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: its config cannot be read ({first_line})") from error
+            ) from attempt.error
+        raise InputError(f"{path}: its config cannot be read ({whole_reason(attempt.error)})") from attempt.error
+    _check_buildable(path, config)
+    return config
+
+
+def _check_buildable(path: str | os.PathLike[str], config: Any) -> None:
+    """Build the model on the meta device, where it takes no memory.
+
+    Raises:
+        InputError: It cannot be built, or what it would be is no language model.
+    """
+    text, key = language_config(config), repr(config.to_dict())
+    if key in _buildable:
+        return
+    for name, value in vars(text).items():
+        if "layers" in name and type(value) is int and value > _MOST_LAYERS:
+            raise InputError(f"{path}: its config.json asks for {value:,} layers ({name}).")
+    model = None
+    with (
+        foreign_code(f"Does the config of {path} build a model?", refusal_is_answer=True) as attempt,
+        warnings.catch_warnings(action="ignore"),  # about empty weights, which are refused below
+    ):
+        model = stock_model(as_parent(config))
+    if attempt.failed:
+        raise InputError(
+            f"{path}: its config.json describes no model ({whole_reason(attempt.error)})."
+        ) from attempt.error
+    for name, weight in model.named_parameters() if model is not None else ():
+        if not weight.numel():
+            raise InputError(f"{path}: its config.json gives {name} the shape {list(weight.shape)}.")
+    for name in ("vocab_size", "max_position_embeddings"):
+        value = getattr(text, name, None)
+        if value is not None and (type(value) is not int or value < 1):
+            raise InputError(f"{path}: {name} in its config.json must be a positive whole number, got {value!r}.")
+    _buildable.add(key)
 
 
 def gguf_location(path: str | os.PathLike[str]) -> tuple[Path, str] | None:

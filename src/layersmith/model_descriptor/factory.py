@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layersmith.errors import UnsupportedModel, UsageError, did_you_mean
+from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.infer.descriptor import infer
 from layersmith.modeling_layersmith import as_parent
@@ -99,10 +100,16 @@ def import_descriptor(path: str) -> type[ModelDescriptor]:
     if ":" not in path:
         return ModelDescriptorFactory.get(path)
     module, _, attribute = path.partition(":")
+    descriptor = None
     try:
-        descriptor = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
-        raise UsageError(f"--descriptor {path}: {error}. Give it as package.module:ClassName.") from error
+        with foreign_code(f"does {module} import?", refusal_is_answer=True) as attempt:
+            descriptor = attempt.call(getattr, attempt.call(import_module, module), attribute)
+    except SystemExit as error:
+        raise UsageError(f"--descriptor {path}: {module} ends the process when it is imported.") from error
+    if attempt.failed:
+        raise UsageError(
+            f"--descriptor {path}: {attempt.reason.rstrip('.')}. Give it as package.module:ClassName."
+        ) from attempt.error
     if not (isinstance(descriptor, type) and issubclass(descriptor, ModelDescriptor)):
         raise UsageError(f"--descriptor {path}: {attribute} is not a subclass of layersmith.ModelDescriptor.")
     return descriptor

@@ -55,6 +55,20 @@ def saying_disk_full(path: Path) -> Iterator[None]:
         raise
 
 
+def check_writable(path: Path) -> None:
+    """Try, before long work, whether a file can be written.
+
+    Raises:
+        InputError: It is a folder, or its folder cannot be written.
+        OSError: Its name is too long, or part of the path is a file.
+    """
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder. Give the name of a file.")
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    with saying_disk_full(path), tempfile.NamedTemporaryFile(prefix=f"{TEMPORARY}{path.name}.", dir=folder):
+        pass
+
+
 def write_bytes(path: Path, data: bytes) -> None:
     """Write a file so that it is either as before or complete."""
     with saying_disk_full(path):

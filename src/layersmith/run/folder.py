@@ -71,6 +71,8 @@ class Run:
         """Raises: InputError: The folder holds something that is not a run, or a run of another format."""
         if folder.exists() and not folder.is_dir():
             raise InputError(f"{folder}: is a file. Choose another folder for the run.")
+        if folder.is_symlink() and not folder.is_dir():
+            raise InputError(f"{folder}: a link that leads nowhere. Choose another folder for the run.")
         if not folder.is_dir():
             return
         if (folder / HEADER).is_file():

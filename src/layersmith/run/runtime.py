@@ -42,8 +42,12 @@ class Runtime:
             chosen = torch.device(device)
         except RuntimeError as error:
             raise UsageError(f"device {device!r}: unknown. Use cpu, cuda or cuda:N.") from error
+        if chosen.type not in ("cpu", "cuda"):
+            raise UsageError(f"device {device!r}: not supported. Use cpu, cuda or cuda:N.")
         if chosen.type == "cuda" and not torch.cuda.is_available():
             raise UsageError(f"device {device!r}: PyTorch sees no CUDA device here. Use --device cpu.")
+        if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"device {device!r}: PyTorch sees {torch.cuda.device_count()} CUDA devices here.")
         if dtype == "auto":
             dtype = "bfloat16" if chosen.type == "cuda" else "float32"
         if dtype not in DTYPES:

@@ -12,10 +12,10 @@ from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Limit, Limits, Workload
 from layersmith.costs.counted import context_note
 from layersmith.costs.measured import measure
-from layersmith.costs.roofline import predict
+from layersmith.costs.roofline import device_of, predict
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.costs.times import PREFILL, Times, from_csv, to_csv
-from layersmith.errors import Infeasible
+from layersmith.errors import Infeasible, InputError
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.library.alternative import Alternative
@@ -145,7 +145,11 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
     Raises:
         Infeasible: They cannot.
     """
-    parent, found, rules = job.parent, job.read(DESCRIBE), job.recipe.search
+    parent, found, rules, source = job.parent, job.read(DESCRIBE), job.recipe.search, job.recipe.costs
+    if source.device is not None:
+        device_of(source.device)  # raises
+    if source.times is not None and not Path(source.times).is_file():
+        raise InputError(f"recipe costs.times: {source.times}: no such file.")
     counted = cost_table(parent, found, job.workload)
     for note in context_note(job.workload.context, counted.workload):
         progress.note(note)

@@ -8,6 +8,7 @@ from typing import Any
 
 from layersmith.data.mixture import read_mixture
 from layersmith.data.splits import TokenSplits, check_vocabulary, prepare
+from layersmith.errors import InputError
 from layersmith.run.artifacts import content_digest, fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.job import Job
@@ -20,6 +21,8 @@ def digest_of(source: str | Path | None) -> Any:
     """Digest of what a source holds, wherever it is; of a hub dataset its name."""
     if source is None:
         return None
+    if not str(source):
+        raise InputError("the name of the data is empty. Give a file, a folder or a hub dataset.")
     path = Path(source).expanduser()
     if not path.exists():
         return str(source)

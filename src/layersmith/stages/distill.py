@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from layersmith.data.overlap import without_copies
 from layersmith.data.splits import check_vocabulary, evaluation_rows, holds_tokens, prepare
-from layersmith.distillation.arguments import training_arguments
+from layersmith.distillation.arguments import rehearse, training_arguments
 from layersmith.distillation.finalists import Finalist, diverse_solutions
 from layersmith.distillation.parent_logits import ParentLogits, cache_folder, remember
 from layersmith.distillation.steps import Steps
@@ -75,7 +75,9 @@ def check(job: Job) -> Steps:
     settings, parent = job.recipe.distillation, job.parent
     steps = Steps.of(settings, settings.tokens, job.read(DATA).evaluation.shape[1], parent.runtime.world_size)
     size = hidden_size_of(parent)
-    training_arguments(settings, steps, parent.runtime, size, job.recipe.seed, job.run.folder)  # raises
+    arguments = training_arguments(settings, steps, parent.runtime, size, job.recipe.seed, job.run.folder)  # raises
+    if parent.runtime.world_size == 1:
+        job.once("rehearsal of training", lambda: rehearse(arguments, settings.trainer))
     return steps
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
-from layersmith.data.splits import evaluation_rows, load_tokenizer
+from layersmith.data.splits import check_vocabulary, evaluation_rows, load_tokenizer
 from layersmith.errors import InputError, UnsupportedModel, UsageError, did_you_mean
 from layersmith.evaluation.compare import compare
 from layersmith.evaluation.tasks import require_tasks, run_tasks, task_rows
@@ -47,6 +47,9 @@ from layersmith.stages.search import (
     within_time,
     write_frontier,
 )
+
+# Each solution takes a solver run, and rules out those before it.
+_MOST_SOLUTIONS = 100
 
 
 def _job(
@@ -111,8 +114,8 @@ def search_several(
     """
     if out is not None and Path(out).exists():
         raise InputError(f"{out}: already there. Choose another folder.")
-    if solutions < 1 or min_distance < 1:
-        raise UsageError("--solutions and --min-distance must be at least 1.")
+    if not 1 <= solutions <= _MOST_SOLUTIONS or min_distance < 1:
+        raise UsageError(f"--solutions must be 1 to {_MOST_SOLUTIONS}, and --min-distance at least 1.")
     job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify)
     library, recipe, times = job.read(LIBRARY), job.recipe, job.read(COSTS).times
     stopwatch = stopwatch_for(times, job.parent, recipe.costs) if out is not None else None
@@ -239,11 +242,15 @@ def evaluate_model(
     reference = load(others[0], dtype=runtime.dtype, device=runtime.device).eval() if others else loaded
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
     length = min(sequence_length, longest)
+    sizes = [each.config.get_text_config().vocab_size for each in (loaded, reference)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{parent}: has a vocabulary of {sizes[1]:,}, and {model} of {sizes[0]:,}; give one parent's.")
     tokenizer = load_tokenizer(model)
     table: dict[str, Any] = {"sequences": 0, "tokens": 0, "rows": []}
     if data is not None:
         wanted = DataRecipe(sequence_length=length, evaluation_sequences=sequences)
         rows = evaluation_rows(data, tokenizer, wanted, seed)
+        check_vocabulary(int(rows.max()) + 1, sizes[0])
         batch = max(1, ScoringRecipe.batch_tokens // rows.shape[1])
         table = compare(
             reference, loaded, rows, batch_sequences=batch, tokenizer=tokenizer, progress=progress
