@@ -134,4 +134,5 @@ def stages(
             for stage in distill.DISTILLATION:
                 job.do(stage)
                 yield stage.name
+            ranks.on_first(lambda: distill.remove_checkpoints(job))
         yield write_report(job, is_distilled=distill.is_wanted(job))

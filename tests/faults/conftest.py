@@ -122,10 +122,10 @@ def contents(folder: Path) -> dict[str, str]:
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
-        if not path.is_file() or name in ("log.jsonl", ".lock", "report.html"):
+        if not path.is_file() or path.name in ("log.jsonl", ".lock", "report.html"):
             continue
         data = path.read_bytes()
-        if name == "report.json":
+        if path.name == "report.json":
             report = json.loads(data) | {"timings": []}
             data = (json.dumps(report) + render(report)).encode()
         found[name] = hashlib.sha256(data).hexdigest()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +21,11 @@ from layersmith.heterogeneous.build import block_configs_of, decoder_layers, hea
 from layersmith.heterogeneous.checkpoint import load, read_header, weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
-from layersmith.run.artifacts import file_digest, fingerprint, plain
+from layersmith.run.artifacts import fingerprint, plain
+from layersmith.run.digests import digest, remembered
 from layersmith.run.runtime import Runtime
 
-# Weights up to this size are hashed whole. Of larger ones only size, header and both ends of each file are, because
-# hashing hundreds of GiB would take longer than reading the model.
-_WHOLE_HASH_BYTES = 2 * 1024**3
+_READ_BYTES = 4 * 1024**2
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,21 +153,31 @@ def load_parent(
 
 
 def identity_of(path: str | Path, config: PretrainedConfig) -> str:
-    """A digest of a checkpoint: equal for equal contents, whatever the folder."""
+    """A digest of a checkpoint: equal for equal contents, whatever the folder and the division into files.
+
+    All weights count, and code that the config names. Of a model of the hub the commit counts.
+    """
     data: dict[str, Any] = config.to_dict()
     data.pop("_name_or_path", None)
     folder = Path(path)
     files = weight_files(folder) if folder.is_dir() else []
-    total = sum(file.stat().st_size for file in files)
-    digests = {file.name: file_digest(file) if total <= _WHOLE_HASH_BYTES else _ends_digest(file) for file in files}
-    return fingerprint({"config": plain(data), "files": digests, "hub": None if files else str(path)})
+    tensors = {k: v for file in files for k, v in remembered("tensors", file, _tensor_digests).items()}
+    code = [digest(file) for file in sorted(folder.glob("*.py"))] if files and hasattr(config, "auto_map") else []
+    hub = None if files else [str(path), getattr(config, "_commit_hash", None)]
+    return fingerprint({"config": plain(data), "tensors": tensors, "code": code, "hub": hub})
 
 
-def _ends_digest(file: Path) -> str:
-    """Digest of a large file's header, size, and the first and last MiB of its data."""
-    _, data_start = read_header(file)
-    with open(file, "rb") as opened:
-        opened.seek(8)
-        start = opened.read(data_start - 8 + 1024**2)
-        opened.seek(max(0, file.stat().st_size - 1024**2))
-        return fingerprint([file.stat().st_size, start.hex(), opened.read().hex()])
+def _tensor_digests(file: Path) -> dict[str, str]:
+    """SHA-256 of each tensor of a safetensors file, with dtype and shape; several are read at once."""
+    entries, start = read_header(file)
+    entries.pop("__metadata__", None)
+    with open(file, "rb") as opened, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+
+        def of(entry: dict[str, Any]) -> str:
+            begin, end = (start + offset for offset in entry["data_offsets"])
+            found = hashlib.sha256(fingerprint([entry["dtype"], entry["shape"]]).encode())
+            for offset in range(begin, end, _READ_BYTES):
+                found.update(os.pread(opened.fileno(), min(_READ_BYTES, end - offset), offset))
+            return found.hexdigest()
+
+        return dict(zip(entries, pool.map(of, entries.values()), strict=True))

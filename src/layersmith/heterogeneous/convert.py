@@ -29,7 +29,8 @@ from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.describe import gguf_location, read_config
 from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers, stock_class, stock_model
 from layersmith.modeling_layersmith import refuse_incomplete
-from layersmith.run.artifacts import content_digest, fingerprint, whole_folder
+from layersmith.run.artifacts import fingerprint, whole_folder
+from layersmith.run.digests import content_digest
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.user_cache import cache_folder
 

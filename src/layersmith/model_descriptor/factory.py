@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 from typing import Any, TypeVar
 
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -13,6 +15,7 @@ from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.infer.descriptor import infer
 from layersmith.modeling_layersmith import as_parent
+from layersmith.run.artifacts import file_digest
 
 D = TypeVar("D", bound=type[ModelDescriptor])
 
@@ -113,3 +116,10 @@ def import_descriptor(path: str) -> type[ModelDescriptor]:
     if not (isinstance(descriptor, type) and issubclass(descriptor, ModelDescriptor)):
         raise UsageError(f"--descriptor {path}: {attribute} is not a subclass of layersmith.ModelDescriptor.")
     return descriptor
+
+
+def source_of(descriptor: type[ModelDescriptor]) -> list[str | None]:
+    """Digests of the modules that a descriptor and the classes that it extends are written in."""
+    classes = [c for c in descriptor.__mro__ if issubclass(c, ModelDescriptor) and c is not ModelDescriptor]
+    files = [getattr(sys.modules.get(c.__module__), "__file__", None) for c in classes]
+    return [None if file is None else file_digest(Path(file)) for file in files]

@@ -62,6 +62,11 @@ class Child:
     learned_from: str | None = None
 
     @property
+    def stage(self) -> str:
+        """The stage that writes it."""
+        return "distilled" if self.learned_tokens else "child"
+
+    @property
     def changed(self) -> int:
         """Number of subblocks that differ from the parent's."""
         return sum(not a.is_parent for a in self.solution.alternatives)
@@ -73,12 +78,13 @@ class Child:
 
 def write_card(folder: Path, child: Child, evaluation: Evaluation | None = None) -> None:
     """Write the card of a run's child into its folder."""
-    write_card_of(child.run.folder, folder / CARD, model_card(folder, child, evaluation), evaluation is not None)
+    text = model_card(folder, child, evaluation)
+    write_card_of(child.run.folder, child.stage, folder / CARD, text, is_complete=evaluation is not None)
 
 
 def complete_card(folder: Path, child: Child, evaluation: Evaluation) -> None:
     """Add the evaluation to the card of a run's child, unless someone has edited the card."""
-    if not is_edited(child.run.folder, folder / CARD):
+    if not is_edited(child.run.folder, child.stage):
         write_card(folder, child, evaluation)
 
 

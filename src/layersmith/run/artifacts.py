@@ -26,9 +26,6 @@ if TYPE_CHECKING:
 
 # How the names of files and folders begin while they are written; what a killed process left has such a name.
 TEMPORARY = ".layersmith-"
-# Up to this size files are hashed whole; above, their sizes and ends are.
-_WHOLE_HASH_BYTES = 2 * 1024**3
-_END_BYTES = 1024**2
 # Permissions of new files and folders: the user's umask, which can only be read by setting it.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -223,27 +220,3 @@ def fingerprint(data: Any) -> str:
 def file_digest(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def content_digest(path: Path) -> str:
-    """Digest of a file or of all files in a folder, wherever it is; of very large ones sizes and ends count.
-
-    Raises:
-        InputError: It cannot be read.
-    """
-    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    try:
-        whole = sum(file.stat().st_size for file in files) <= _WHOLE_HASH_BYTES
-        digests = [file_digest(file) if whole else _ends_digest(file) for file in files]
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    names = [path.suffix if file == path else file.relative_to(path).as_posix() for file in files]
-    return fingerprint(list(zip(names, digests, strict=True)))
-
-
-def _ends_digest(file: Path) -> str:
-    size = file.stat().st_size
-    with open(file, "rb") as opened:
-        start = opened.read(_END_BYTES)
-        opened.seek(max(0, size - _END_BYTES))
-        return fingerprint([size, start.hex(), opened.read().hex()])

@@ -1,6 +1,7 @@
 """Model cards: the one file of a stage that people edit. A card that someone edited is kept.
 
-The header of a run has the digest of every card that layersmith wrote, and whether the card has an evaluation.
+For each child the header of a run has the digests of the cards that layersmith wrote, and whether these have an
+evaluation.
 """
 
 from __future__ import annotations
@@ -16,32 +17,41 @@ from layersmith.run.progress import Progress
 CARD = "README.md"
 
 
-def write_card_of(run: Path, card: Path, text: str, is_complete: bool) -> None:
-    """Write a model card, after its digest."""
+def write_card_of(run: Path, stage: str, card: Path, text: str, is_complete: bool) -> None:
+    """Write the model card of a stage's child, after its digest."""
     header = read_header(run)
-    header["cards"][_digest(text.encode())] = is_complete
+    header["cards"].setdefault(stage, {})[_digest(text.encode())] = is_complete
     write_header(run, header)
     write_text(card, text)
 
 
-def is_edited(run: Path, card: Path) -> bool:
-    """Whether someone edited a model card. One that is missing or empty is not an edited one."""
+def only_current(run: Path, stage: str, cards: dict[str, dict[str, bool]]) -> None:
+    """Of a stage that was made again, forget the cards of the child that it had before."""
+    card = run / stage / CARD
+    current = _digest(card.read_bytes()) if card.is_file() else ""
+    if current in cards.get(stage, {}):
+        cards[stage] = {current: cards[stage][current]}
+
+
+def is_edited(run: Path, stage: str) -> bool:
+    """Whether someone edited the model card of a stage's child. One that is missing or empty is not an edited one."""
+    card = run / stage / CARD
     text = card.read_bytes() if card.is_file() else b""
-    return bool(text) and _digest(text) not in read_header(run)["cards"]
+    return bool(text) and _digest(text) not in read_header(run)["cards"].get(stage, {})
 
 
-def keep_card(run: Path, card: Path, progress: Progress, write: Callable[[], None] | None) -> None:
+def keep_card(run: Path, stage: str, progress: Progress, write: Callable[[], None] | None) -> None:
     """Write a card that is missing or lacks the evaluation; say of an edited one that it is kept.
 
     Args:
         run: Folder of the run.
-        card: The card of a child that was evaluated.
+        stage: The stage of a child that was evaluated.
         progress: Receives notes.
         write: Writes it; None if only the command ``distill`` can.
     """
-    name = card.relative_to(run)
+    card, name = run / stage / CARD, f"{stage}/{CARD}"
     text = card.read_bytes() if card.is_file() else b""
-    is_complete = read_header(run)["cards"].get(_digest(text))
+    is_complete = read_header(run)["cards"].get(stage, {}).get(_digest(text))
     if text and is_complete is None:
         progress.note(f"{name} was edited; it is kept.")
     elif not is_complete:

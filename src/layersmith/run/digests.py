@@ -7,10 +7,10 @@ cache remembers that. Small files, which decide things, are hashed whenever they
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from layersmith.errors import InputError
 from layersmith.run import user_cache
@@ -18,18 +18,21 @@ from layersmith.run.artifacts import file_digest, fingerprint
 
 # Hashing as much takes about a millisecond, which is less than reading what is remembered saves.
 _SMALL_BYTES = 1024**2
-_KIND = "digests"
+
+T = TypeVar("T")
 
 # A file's path in its folder => its size and SHA-256.
 Record = dict[str, dict[str, Any]]
 
 
-def digest(file: Path, *, whole: bool = False) -> str:
-    """SHA-256 of a file.
+def remembered(kind: str, file: Path, compute: Callable[[Path], T], *, whole: bool = False) -> T:
+    """A value that depends on a file's contents alone, from the user's cache if size and time are those from then.
 
     Args:
+        kind: Kind of the value, JSON data.
         file: The file.
-        whole: Read the file even if its size and time of change are those of when it was hashed last.
+        compute: Reads the file.
+        whole: Read it in any case.
 
     Raises:
         InputError: It cannot be read.
@@ -37,16 +40,22 @@ def digest(file: Path, *, whole: bool = False) -> str:
     try:
         stat = file.stat()
         if stat.st_size <= _SMALL_BYTES:
-            return file_digest(file)
+            return compute(file)
         key, now = fingerprint(str(file.resolve())), [stat.st_size, stat.st_mtime_ns]
-        known = None if whole else user_cache.read(_KIND, key)
+        known = None if whole else user_cache.read(kind, key)
         if isinstance(known, list) and known[:2] == now:
-            return str(known[2])
-        found = file_digest(file)
+            value: T = known[2]
+            return value
+        value = compute(file)
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}).") from error
-    user_cache.write(_KIND, key, [*now, found])
-    return found
+    user_cache.write(kind, key, [*now, value])
+    return value
+
+
+def digest(file: Path, *, whole: bool = False) -> str:
+    """SHA-256 of a file, see :func:`remembered`."""
+    return remembered("digests", file, file_digest, whole=whole)
 
 
 def digests(files: Iterable[Path], *, whole: bool = False) -> list[str]:
@@ -77,3 +86,14 @@ def difference(root: Path, record: Mapping[str, Mapping[str, Any]], *, whole: bo
         if found != record[name]["sha256"]:
             return f"{name} differs from what was written"
     return None
+
+
+def content_digest(path: Path) -> str:
+    """Digest of a file or of all files in a folder, wherever it is.
+
+    Raises:
+        InputError: It cannot be read.
+    """
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    names = [path.suffix if file == path else file.relative_to(path).as_posix() for file in files]
+    return fingerprint(list(zip(names, digests(files), strict=True)))

@@ -35,9 +35,9 @@ from layersmith.run.artifacts import (
     whole_folder,
     write_text,
 )
-from layersmith.run.cards import CARD, is_edited
+from layersmith.run.cards import CARD, is_edited, only_current
 from layersmith.run.digests import Record, difference, record_of
-from layersmith.run.header import FORMAT, HEADER, read_header, versions, write_header
+from layersmith.run.header import FORMAT, HEADER, changes, read_header, versions, write_header
 from layersmith.run.log import Log
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, StageProgress
@@ -149,21 +149,23 @@ class Run:
             raise
 
     def _check_header(self, header: dict[str, Any]) -> None:
+        """Raises: InputError: The run was made from something else, with what differs."""
         before = self.header()
         another = "Choose another folder"
-        shares = "Choose another folder: next to this one it shares the work that both have in common"
-        for name, field, mend in (  # contents count, not where they are
-            ("parent", "identity", another),
-            ("data", "digest", another),
-            ("recipe", None, f"{shares}. Or restore the recipe"),
-            ("budget", None, f"{shares}. Or ask this run for another budget with `layersmith search`"),
-            ("versions", None, "Choose another folder, or run with the versions that run.json names"),
+        shares = f"{another}: next to this one it shares the work that both have in common"
+        for name, mend in (
+            ("recipe", f"{shares}. Or restore the recipe"),
+            ("parent", another),
+            ("descriptor", f"{shares}. Or give the same descriptor"),
+            ("data", another),
+            ("budget", f"{shares}. Or ask this run for another budget with `layersmith search`"),
+            ("versions", f"{another}, or run with the versions that run.json names"),
         ):
-            old, new = before.get(name), header.get(name)
-            if field is not None and old and new:
-                old, new = old[field], new[field]
+            contents = {"parent": "identity", "data": "digest"}.get(name)  # not where they are
+            old, new = ((h.get(name) or {}) if contents is None else h[name][contents] for h in (before, header))
             if old != new:
-                raise InputError(f"{self.folder}: holds a run with another {name}. {mend}.")
+                what = f" ({'; '.join(changes(old, new)[:3])})" if contents is None else ""
+                raise InputError(f"{self.folder}: holds a run with another {name}{what}. {mend}.")
 
     def header(self) -> dict[str, Any]:
         """``run.json``; see :func:`layersmith.run.header.read_header`."""
@@ -218,6 +220,7 @@ class Run:
         else:
             header = self.header()
             header["stages"][stage] = record
+            only_current(self.folder, stage, header["cards"])
             write_header(self.folder, header)
         self.log.add(stage, "done", **more)
         self._intact.add(stage)
@@ -298,22 +301,18 @@ class Run:
         self.log.add_killed(stage, making.unfinished)
         started = time.monotonic()
         self.log.add(stage, "begun")
+        edited = is_edited(self.folder, stage)
         try:
             with whole_folder(making.folder) as folder:
                 make(Making(**{**vars(making), "folder": folder}))
-                self._keep_card(making, folder)
+                if edited:
+                    shutil.copyfile(making.folder / CARD, folder / CARD)
         except BaseException:
             with suppress(InputError):  # a full disk was reported already
                 self.log.add(stage, "stopped", seconds=round(time.monotonic() - started, 2))
             raise
         files = self.record_of(stage, making.elsewhere)
         self.finished(stage, making.inputs, files, seconds=round(time.monotonic() - started, 2))
-
-    def _keep_card(self, making: Making, folder: Path) -> None:
-        """Take an edited model card over from the folder that is replaced."""
-        before = making.folder / CARD
-        if (folder / CARD).is_file() and is_edited(self.folder, before):
-            shutil.copyfile(before, folder / CARD)
 
     def partial(self, stage: str) -> Path:
         """File for the results of an unfinished stage."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import platform
+import reprlib
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -57,3 +58,16 @@ def read_header(folder: Path) -> dict[str, Any]:
 def write_header(folder: Path, header: dict[str, Any]) -> None:
     """Write the header of a run with its digest."""
     write_json(folder / HEADER, header | {"digest": fingerprint(header)})
+
+
+def changes(old: Any, new: Any, where: str = "") -> list[str]:
+    """What differs between two pieces of JSON data, each as the path of a value, its old and its new value.
+
+    >>> changes({"a": {"b": 1}, "c": 2}, {"a": {"b": 3}, "c": 2})
+    ['a.b: 1 => 3']
+    """
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = [*old, *(key for key in new if key not in old)]
+        return [c for k in keys for c in changes(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
+    before, after = (reprlib.repr(value) for value in (old, new))
+    return [] if old == new else [f"{where}: {before} => {after}"]

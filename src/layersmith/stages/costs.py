@@ -23,7 +23,8 @@ from layersmith.library.library import Library
 from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import CostsRecipe, Recipe, SearchRecipe
-from layersmith.run.artifacts import content_digest, read_json, write_json, write_text
+from layersmith.run.artifacts import read_json, write_json, write_text
+from layersmith.run.digests import content_digest
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.run.stage import Making, Stage

@@ -9,12 +9,13 @@ from typing import Any
 from layersmith.data.mixture import read_mixture
 from layersmith.data.splits import TokenSplits, check_vocabulary, prepare
 from layersmith.errors import InputError
-from layersmith.run.artifacts import content_digest, fingerprint, read_json, read_tensors, write_json, write_tensors
+from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
+from layersmith.run.digests import content_digest
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.job import Job
 
 _SPLITS = ("calibration", "scoring", "evaluation", "training")
-_TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")
+TOKENIZER_FILES = ("*token*", "vocab*", "merges*", "*.model", "*.jinja")
 
 
 def digest_of(source: str | Path | None) -> Any:
@@ -36,11 +37,9 @@ def digest_of_source(job: Job) -> str:
 
 
 def _inputs(job: Job) -> Any:
-    folder = Path(job.path)
-    files = sorted({file for pattern in _TOKENIZER_FILES for file in folder.glob(pattern)}) if folder.is_dir() else []
     settings = {name: value for name, value in job.settings("data").items() if name != "evaluation_source"}
     source = job.run.header()["data"]["digest"]
-    return [job.identity, [content_digest(file) for file in files], settings, job.recipe.seed, source]
+    return [job.identity, job.files_besides_weights(*TOKENIZER_FILES), settings, job.recipe.seed, source]
 
 
 def _make(job: Job, making: Making) -> None:

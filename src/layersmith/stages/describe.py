@@ -17,8 +17,7 @@ _FILE = "survey.json"
 
 
 def _inputs(job: Job) -> Any:
-    family = job.family and f"{job.family.__module__}.{job.family.__qualname__}"
-    return [job.identity, family, job.settings("library"), job.dtype]
+    return [job.identity, job.descriptor, job.settings("library"), job.dtype]
 
 
 def _make(job: Job, making: Making) -> None:

@@ -37,8 +37,8 @@ from layersmith.records import parse, to_data
 from layersmith.report.card import Child, complete_card, write_card
 from layersmith.report.data import Evaluation
 from layersmith.run import ranks
-from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
-from layersmith.run.cards import CARD, keep_card
+from layersmith.run.artifacts import read_json, read_tensors, remove, write_json, write_tensors
+from layersmith.run.cards import keep_card
 from layersmith.run.journal import work_folder
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
@@ -387,7 +387,7 @@ DISTILLED: Stage[Job, Path] = Stage(
 
 def _evaluate(job: Job, making: Making) -> None:
     """Parent against child, before and after, on rows that neither search nor training has seen."""
-    shutil.rmtree(job.run.folder / "distillation" / "global" / "checkpoints", ignore_errors=True)
+    remove_checkpoints(job)
     runtime, tokens, found = job.parent.runtime, job.read(DATA).evaluation, {}
     batch = job.recipe.scoring.rows_at_once(tokens.shape[1])
     for when, stage in (("before", CHILD), ("after", DISTILLED)):
@@ -408,11 +408,16 @@ def complete_card_of_distilled(job: Job, evaluation: dict[str, Any]) -> None:
     complete_card(job.run.folder / DISTILLED.name, _described(job), parsed)
 
 
+def remove_checkpoints(job: Job) -> None:
+    """Remove the checkpoints of a training that is finished."""
+    remove(job.run.folder / "distillation" / "global" / "checkpoints")
+
+
 def keep_card_of_distilled(job: Job) -> None:
     """Write the card of the distilled child again if it is missing and this job can."""
     run, evaluation = job.run.folder, job.read(COMPARED)["after"]
     write = (lambda: complete_card_of_distilled(job, evaluation)) if is_wanted(job) else None
-    keep_card(run, run / DISTILLED.name / CARD, job.progress, write)
+    keep_card(run, DISTILLED.name, job.progress, write)
 
 
 COMPARED: Stage[Job, dict[str, Any]] = Stage(
@@ -495,6 +500,7 @@ def distill(
     with ranks.first(job.run.locked):
         for stage in DISTILLATION:
             job.do(stage)
+        ranks.on_first(lambda: remove_checkpoints(job))
         ranks.on_first(lambda: keep_card_of_distilled(job))
     compared = job.read(COMPARED)
     tried = job.read(FINALISTS) if _has_finalists(job) else []

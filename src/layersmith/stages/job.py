@@ -24,8 +24,10 @@ from layersmith.heterogeneous.checkpoint import check_files
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import read_config
+from layersmith.model_descriptor.factory import ModelDescriptorFactory, source_of
 from layersmith.recipe import Recipe
 from layersmith.run import ranks
+from layersmith.run.digests import digest
 from layersmith.run.folder import Run, versions
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
@@ -91,7 +93,27 @@ class Job:
     def identity(self) -> str:
         """Digest of the parent's config and weights; the weights are read, but no model is made."""
         check_files(self.path)
-        return identity_of(self.path, read_config(self.path, trust_remote_code=self.recipe.trust_remote_code))
+        return identity_of(self.path, self._config)
+
+    @cached_property
+    def _config(self) -> Any:
+        return read_config(self.path, trust_remote_code=self.recipe.trust_remote_code)
+
+    @cached_property
+    def descriptor(self) -> dict[str, Any] | None:
+        """Name and digest of the source of a descriptor that was given or registered; None if it is inferred."""
+        family = self.family or ModelDescriptorFactory.registered(self._config.model_type)
+        return (
+            None
+            if family is None
+            else {"name": f"{family.__module__}:{family.__qualname__}", "source": source_of(family)}
+        )
+
+    def files_besides_weights(self, *patterns: str) -> dict[str, str]:
+        """Digests of files of the parent's folder; of a model of the hub its identity says all."""
+        folder = Path(self.path)
+        files = {file for pattern in patterns for file in folder.glob(pattern)} if folder.is_dir() else set()
+        return {file.name: digest(file) for file in sorted(files) if file.is_file()}
 
     @cached_property
     def parent(self) -> Parent:
@@ -126,6 +148,7 @@ class Job:
         """``run.json`` of a new run."""
         return {
             "parent": {"path": self.source, "identity": self.identity},
+            "descriptor": self.descriptor,
             "data": {"source": self.data, "digest": data_digest},
             "budget": Budget(self.limits, self.workload).to_dict(),
             "recipe": self.recipe.to_dict(),
@@ -171,7 +194,15 @@ class Job:
             progress=progress,
         )
         if job.identity != header["parent"]["identity"]:
-            raise InputError(f"{job.source}: not the parent of {run.folder} any more; its weights or config changed.")
+            raise InputError(
+                f"{job.source}: not the parent of {run.folder} any more: its weights or config changed. Restore them."
+            )
+        if job.descriptor != header["descriptor"]:
+            names = ["an inferred one" if d is None else d["name"] for d in (header["descriptor"], job.descriptor)]
+            raise InputError(
+                f"{run.folder}: was made with another descriptor ({names[0]}, now {names[1]}"
+                f"{'' if names[0] != names[1] else ', whose source changed'}). Give the same --descriptor."
+            )
         return job
 
     # ------------------------------------------------------------------------------------------ stages

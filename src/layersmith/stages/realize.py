@@ -13,7 +13,7 @@ from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.report.card import Child, write_card
 from layersmith.run.stage import Making, Stage
-from layersmith.stages.data import DATA, digest_of_split
+from layersmith.stages.data import DATA, TOKENIZER_FILES, digest_of_split
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.refine import SOLUTION
@@ -72,7 +72,9 @@ def _make(job: Job, making: Making) -> None:
 
 
 def _inputs(job: Job) -> Any:
-    return [job.made_from(stage) for stage in (SOLUTION, PAIRS)]
+    """Tokenizer, chat template and generation config are the parent's."""
+    made = [job.made_from(stage) for stage in (SOLUTION, PAIRS)]
+    return [*made, job.files_besides_weights(*TOKENIZER_FILES, "generation_config.json")]
 
 
 CHILD: Stage[Job, Path] = Stage(

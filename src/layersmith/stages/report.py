@@ -14,7 +14,7 @@ from layersmith.report.html import render
 from layersmith.report.optional import read_optional
 from layersmith.run import ranks
 from layersmith.run.artifacts import fingerprint, write_json, write_text
-from layersmith.run.cards import CARD, keep_card
+from layersmith.run.cards import keep_card
 from layersmith.search.solution import Solution
 from layersmith.stages.distill import COMPARED, DISTILLED, FINALISTS, keep_card_of_distilled
 from layersmith.stages.evaluate import EVALUATION
@@ -125,7 +125,7 @@ def _write(job: Job, result: Result, inputs: str) -> None:
 
 def _keep_cards(job: Job) -> None:
     run = job.run.folder
-    keep_card(run, run / CHILD.name / CARD, job.progress, lambda: _complete_card(job))
+    keep_card(run, CHILD.name, job.progress, lambda: _complete_card(job))
     if job.made_from(COMPARED) is not None:
         keep_card_of_distilled(job)
 
