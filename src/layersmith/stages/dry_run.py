@@ -16,7 +16,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
 from layersmith.run.runtime import Runtime
-from layersmith.scoring.library_scores import SWEEP_PASSES, exact_passes
+from layersmith.stages.arithmetic import stage_flops
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.inspect import outline
 from layersmith.units import format_cost, format_seconds
@@ -45,13 +45,12 @@ def plan(
     check_reachable(found.alternatives, found.costs, budget.limits, recipe.search, found.blocks)
     whole = found.costs.parent
     smallest = {name: _smallest(found, name) for name in COSTS}
-    flops = count_flops(found, recipe)
+    flops = stage_flops(found, recipe)
     kinds: dict[str, int] = {}
     for alternative in found.alternatives:
         if not alternative.is_parent:
             kinds[alternative.kind] = kinds.get(alternative.kind, 0) + 1
-    seconds = sum(flops.values()) / matrix_rate(runtime)
-    shortest, longest = (format_seconds(max(1, round(times * seconds))) for times in (2, 4))
+    rate = matrix_rate(runtime)
     lines = [
         f"parent: {parent}, {format_cost('parameters', whole['parameters'])} parameters",
         f"budget: {budget.limits}",
@@ -67,9 +66,10 @@ def plan(
         + ")",
         f"data: {data}, rows of {recipe.data.sequence_length} tokens: {recipe.data.calibration_sequences} calibration, "
         f"{recipe.data.scoring_sequences} scoring, {recipe.data.evaluation_sequences} evaluation",
-        "arithmetic: " + ", ".join(f"{name} {value / 1e12:.2f} TFLOP" for name, value in flops.items()),
-        f"estimated time: {shortest} to {longest} on this {runtime.device.type}, two to four times the time of the "
-        "matrix products alone",
+        f"estimated time: {_between(sum(flops.values()) / rate)} on this {runtime.device.type}, two to four times that "
+        f"of matrix products alone at {rate / 1e9:,.0f} GFLOP/s",
+        *(f"  {name}: {value / 1e12:.2f} TFLOP, {_between(value / rate)}" for name, value in flops.items()),
+        *(["  tasks: not estimated"] if recipe.evaluation.tasks else ()),
         f"memory: {format_cost('weight_bytes', whole['parameters'] * runtime.dtype.itemsize)} for the parent's weights "
         f"in {str(runtime.dtype).removeprefix('torch.')}, up to {recipe.library.statistics_gib:g} GiB for statistics",
         f"disk: at most {format_cost('weight_bytes', whole['weight_bytes'])} for the child in {out}",
@@ -84,6 +84,11 @@ def plan(
     return "\n".join(lines)
 
 
+def _between(seconds: float) -> str:
+    shortest, longest = (format_seconds(max(1, round(times * seconds))) for times in (2, 4))
+    return f"{shortest} to {longest}"
+
+
 def _smallest(found: Any, name: str) -> int:
     by_place: dict[tuple[int, str], int] = {}
     for alternative in found.alternatives:
@@ -91,33 +96,6 @@ def _smallest(found: Any, name: str) -> int:
         cost = found.costs.by_key[alternative.key][name]
         by_place[place] = min(cost, by_place.get(place, cost))
     return sum(by_place.values()) + found.costs.fixed[name]
-
-
-def count_flops(found: Any, recipe: Recipe) -> dict[str, float]:
-    """Arithmetic operations by stage: two for each weight and token.
-
-    An exact score runs the alternative's layer and those after it; estimates of all scores cost a few passes.
-    """
-    data, layers = recipe.data, len(found.axes)
-    inside = [0] * layers
-    for alternative in found.alternatives:
-        if alternative.is_parent:
-            inside[alternative.layer] += found.costs.by_key[alternative.key]["active_parameters"]
-    head = found.costs.fixed["active_parameters"]
-    whole = sum(inside) + head
-    suffix = [sum(inside[i:]) + head for i in range(layers)]
-    scored = sum(suffix[a.layer] for a in found.alternatives if not a.is_parent) + whole
-    if recipe.scoring.mode != "exact" and recipe.scoring.objective == "kl_divergence":
-        estimated = (SWEEP_PASSES + exact_passes(recipe.scoring, found.blocks)) * whole
-        scored = estimated if recipe.scoring.mode == "second_order" else min(scored, estimated)
-    length = data.sequence_length
-    refined = recipe.search.refine_passes * whole
-    return {
-        "statistics": 2.0 * whole * data.calibration_sequences * length,
-        "scores": 2.0 * scored * data.scoring_sequences * length,
-        "refine": 2.0 * refined * data.scoring_sequences * length,
-        "evaluation": 4.0 * whole * data.evaluation_sequences * length,
-    }
 
 
 def matrix_rate(runtime: Runtime, size: int = 1024) -> float:
