@@ -104,7 +104,9 @@ Descriptor = Annotated[
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="Run Python code from the parent's folder or hub page.", rich_help_panel=SETTINGS
+        "--trust-remote-code",
+        help="Run Python code that comes with the model. No recipe or run can allow it.",
+        rich_help_panel=SETTINGS,
     ),
 ]
 Verify = Annotated[
@@ -204,7 +206,7 @@ def compress(
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
     from layersmith.costs.budget import parse_budget
 
-    chosen = _recipe(recipe, [*(settings or ()), *_task_settings(tasks)], device, trust_remote_code)
+    chosen = _recipe(recipe, [*(settings or ()), *_task_settings(tasks)], device)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
@@ -214,14 +216,14 @@ def compress(
     if dry_run:
         from layersmith.stages.dry_run import plan
 
-        screen.line(plan(parent, out, data, chosen, budget, family))
+        screen.line(plan(parent, out, data, chosen, budget, family, trust_remote_code))
         return
     from layersmith.pipeline import Result, stages
     from layersmith.terminal import print_result
 
     if until is not None and until not in NAMES:
         raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, NAMES)}")
-    for reached in stages(parent, out, data, budget, chosen, family, screen.progress, verify):
+    for reached in stages(parent, out, data, budget, chosen, family, screen.progress, verify, trust_remote_code):
         if isinstance(reached, Result):
             print_result(screen.results, reached)
         elif reached == until:
@@ -274,6 +276,7 @@ def search(
     generate: Generate = None,
     settings: Settings = None,
     descriptor: Descriptor = None,
+    trust_remote_code: TrustRemoteCode = False,
     objective: Annotated[str | None, typer.Option(help="Metric to minimise. Default: the recipe's.")] = None,
     refine: Annotated[
         bool | None,
@@ -310,13 +313,14 @@ def search(
     screen, family, rules = _screen(verbose, quiet), _descriptor(descriptor), _search_rules(run, settings)
     if frontier:
         path = frontier_again(
-            run, budget, objective, screen.progress, family, rules=rules, measure=measure, verify=verify
-        )
+            run, budget, objective, screen.progress, family, rules=rules, measure=measure, verify=verify,
+            trust_remote_code=trust_remote_code,
+        )  # fmt: skip
         print_frontier(screen.results, path)
         return
     library, best = search_several(
         run, budget, objective, out, screen.progress, family, rules=rules, refine=refine, solutions=solutions,
-        min_distance=min_distance, verify=verify,
+        min_distance=min_distance, verify=verify, trust_remote_code=trust_remote_code,
     )  # fmt: skip
     for solution in best:
         print_solution(screen.results, library, solution)
@@ -353,12 +357,12 @@ def costs(
     from layersmith.terminal import print_times
 
     settings = [*(settings or ()), *([f"costs.device={on}", "costs.times=null"] if on is not None else ())]
-    chosen = _recipe(recipe, settings, device, trust_remote_code)
+    chosen = _recipe(recipe, settings, device)
     if csv is not None:
         check_writable(csv)
     screen = _screen(verbose, quiet)
     times, alternatives = times_of(
-        parent, chosen, Workload(batch, context, generate), _descriptor(descriptor), screen.progress
+        parent, chosen, Workload(batch, context, generate), _descriptor(descriptor), screen.progress, trust_remote_code
     )
     print_times(screen.results, times, alternatives)
     if csv is not None:
@@ -386,6 +390,7 @@ def distill(
     ] = None,
     device: Device = None,
     descriptor: Descriptor = None,
+    trust_remote_code: TrustRemoteCode = False,
     verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -397,7 +402,8 @@ def distill(
     screen = _screen(verbose, quiet)
     made = distill_run(
         run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device, report_to=report_to,
-        descriptor=_descriptor(descriptor), progress=screen.progress, verify=verify,
+        descriptor=_descriptor(descriptor), trust_remote_code=trust_remote_code, progress=screen.progress,
+        verify=verify,
     )  # fmt: skip
     print_distilled(screen.results, made)
 
@@ -414,6 +420,7 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = DataRecipe.sequence_length,
     seed: Annotated[int, typer.Option(help="Seed of the order in which documents are drawn.")] = 0,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -426,18 +433,33 @@ def evaluate(
         [*_task_settings(tasks), f"evaluation.task_items={items or 'null'}", f"evaluation.task_shots={shots}"]
     )
     table = evaluate_model(
-        model, data, parent, sequences, sequence_length, seed, device or "auto", screen.progress, chosen.evaluation
+        model,
+        data,
+        parent,
+        sequences,
+        sequence_length,
+        seed,
+        device or "auto",
+        screen.progress,
+        chosen.evaluation,
+        trust_remote_code,
     )
     print_evaluation(screen.results, table)
 
 
 @app.command()
-def report(run: Run, verify: Verify = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+def report(
+    run: Run,
+    trust_remote_code: TrustRemoteCode = False,
+    verify: Verify = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
     """Write the report of a finished run again and print its path."""
     from layersmith.stages.reopen import report_again
 
     screen = _screen(verbose, quiet)
-    screen.line(str(report_again(run, screen.progress, verify)))
+    screen.line(str(report_again(run, screen.progress, verify, trust_remote_code)))
 
 
 @app.command()
@@ -471,11 +493,9 @@ def demo(
 # ---------------------------------------------------------------------------------------------- arguments
 
 
-def _recipe(recipe: Path | None, settings: list[str] | None, device: str | None, trust_remote_code: bool) -> Recipe:
+def _recipe(recipe: Path | None, settings: list[str] | None, device: str | None) -> Recipe:
     """The recipe of a file, changed by ``--set`` and by options of its own settings."""
     extra = [] if device is None else [f"device={device}"]
-    if trust_remote_code:
-        extra.append("trust_remote_code=true")
     return Recipe.read(recipe).with_settings([*(settings or ()), *extra])
 
 

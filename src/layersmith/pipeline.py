@@ -66,6 +66,7 @@ def compress(
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
     verify: bool = False,
+    trust_remote_code: bool = False,
 ) -> Result:
     """Make a smaller model of a parent for a budget. Call it again with the same arguments to resume it.
 
@@ -78,11 +79,12 @@ def compress(
         descriptor: Descriptor of the parent's model family; default: ``layersmith.describe(parent)``.
         progress: Receives steps and notes.
         verify: Hash all files of the run, also large ones whose size and time of change are as before.
+        trust_remote_code: Let Transformers run code from the parent's folder or hub page. No recipe can allow it.
 
     Raises:
         LayersmithError: What the user can mend, before work starts where that is possible.
     """
-    *_, result = stages(parent, out, data, budget, recipe, descriptor, progress, verify)
+    *_, result = stages(parent, out, data, budget, recipe, descriptor, progress, verify, trust_remote_code)
     assert isinstance(result, Result)
     return result
 
@@ -96,6 +98,7 @@ def stages(
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
     verify: bool = False,
+    trust_remote_code: bool = False,
 ) -> Iterator[str | Result]:
     """:func:`compress` as a generator: yields the name of each stage when it is done, and the result last.
 
@@ -111,6 +114,7 @@ def stages(
         recipe=Recipe.read(recipe),
         family=descriptor,
         progress=progress,
+        trust_remote_code=trust_remote_code,
     )
     seed_everything(job.recipe.seed)
     ranks.start(job.runtime)

@@ -192,9 +192,10 @@ def test_the_whole_way(
     config.vocab_size = len(tokenizer)
     randomize(stock_model(config, "cpu", torch.float32)).save_pretrained(tmp_path / "parent")
     tokenizer.save_pretrained(tmp_path / "parent")
-    recipe = TINY_RECIPE | {"trust_remote_code": True}
-    layersmith.compress(tmp_path / "parent", tmp_path / "run", data=text_folder, budget=0.75, recipe=recipe)
-    distill(tmp_path / "run", tokens=1000)
+    layersmith.compress(
+        tmp_path / "parent", tmp_path / "run", data=text_folder, budget=0.75, recipe=TINY_RECIPE, trust_remote_code=True
+    )
+    distill(tmp_path / "run", tokens=1000, trust_remote_code=True)
     assert (tmp_path / "run" / "distilled" / "config.json").is_file()
 
 

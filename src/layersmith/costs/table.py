@@ -7,7 +7,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+from pydantic import NonNegativeInt
 from transformers import PretrainedConfig
+from typing_extensions import TypedDict
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Workload
@@ -16,6 +18,24 @@ from layersmith.costs.curve import Bend
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.records import check, parse
+
+
+class _Costs(TypedDict):
+    parameters: NonNegativeInt
+    active_parameters: NonNegativeInt
+    weight_bytes: NonNegativeInt
+    kv_cache_bytes: NonNegativeInt
+    memory_bytes: NonNegativeInt
+
+
+class _Counted(TypedDict):
+    """A table's JSON data."""
+
+    alternatives: dict[str, _Costs]
+    fixed: _Costs
+    parent: _Costs
+    workload: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,11 +67,12 @@ class CostTable:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> CostTable:
+        check(data, _Counted, "costs")
         return CostTable(
             by_key=data["alternatives"],
             fixed=data["fixed"],
             parent=data["parent"],
-            workload=Workload(**data["workload"]),
+            workload=parse(Workload, data["workload"], "workload: "),
         )
 
 

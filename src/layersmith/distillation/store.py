@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from typing_extensions import TypedDict
+
 from layersmith.distillation.replacement import ReplacementTraining
-from layersmith.library.stored_weights import Kept, Tensors, layer_file, read_layer, write_layer
+from layersmith.library.stored_weights import Kept, Record, Tensors, layer_file, read_layer, write_layer
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.journal import Checkpoint
 
@@ -18,6 +20,13 @@ _SAVE_EVERY_SECONDS = 30.0
 def layer_name(i: int, group: int | None = None) -> str:
     """Name of the results of a layer, or of a group of its alternatives."""
     return f"layer-{i:03d}" if group is None else f"layer-{i:03d}-{group}"
+
+
+class _Stored(TypedDict):
+    """What the file of a finished group or layer holds."""
+
+    inputs: str
+    records: list[Record]
 
 
 class Store:
@@ -40,7 +49,7 @@ class Store:
             return self._in_memory[name][0] if name in self._in_memory else None
         if not self._file(name, ".json").is_file():
             return None
-        data = read_json(self._file(name, ".json"))
+        data = read_json(self._file(name, ".json"), _Stored)
         return data["records"] if data["inputs"] == self.inputs else None
 
     def write(self, name: str, records: list[dict[str, Any]], weights: dict[str, Tensors]) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from layersmith.errors import InputError
+from layersmith.records import check
+from layersmith.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -92,14 +94,17 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises: InputError: missing or not JSON."""
+def read_json(path: Path, shape: Any = Any) -> Any:
+    """JSON data of a shape; see :func:`layersmith.records.check`.
+
+    Raises:
+        InputError: It is missing, too long, not JSON, or of another shape.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        data = parse_json(read_bytes(path, MAX_JSON_BYTES))
+    except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error}). Remove it and run the same command again.") from error
+    return check(data, shape, path)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:

@@ -15,7 +15,10 @@ from typing import IO, Any
 
 import torch
 from safetensors import safe_open
+from typing_extensions import TypedDict
 
+from layersmith.errors import InputError
+from layersmith.records import check
 from layersmith.run import ranks
 from layersmith.run.artifacts import (
     open_without_links,
@@ -26,10 +29,25 @@ from layersmith.run.artifacts import (
     write_json,
     write_tensors,
 )
+from layersmith.untrusted import parse_json
 
 _SYNC_EVERY_SECONDS = 5.0
 
 Values = dict[str, float]
+
+
+class _Start(TypedDict):
+    """The first line of a journal."""
+
+    inputs: str
+
+
+class _Entry(TypedDict):
+    """Any other line."""
+
+    of: str
+    row: int
+    values: Values
 
 
 class Journal:
@@ -90,10 +108,10 @@ class Journal:
         size = 0
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else ()):
             try:
-                record = json.loads(line)
-            except ValueError:
+                record: Any = check(parse_json(line), _Entry if number else _Start, path)
+            except (ValueError, InputError):
                 break
-            if not line.endswith(b"\n") or (number == 0 and record.get("inputs") != self.inputs):
+            if not line.endswith(b"\n") or (number == 0 and record["inputs"] != self.inputs):
                 break
             size += len(line)
             if number:
@@ -127,9 +145,13 @@ class Checkpoint:
         """What was saved last; None if there is nothing for these inputs."""
         if self.path is None or not self.path.is_file():
             return None
-        with safe_open(self.path, framework="pt") as file:
-            record = json.loads((file.metadata() or {}).get("state", "{}"))
-        return (read_tensors(self.path), record["state"]) if record.get("inputs") == self.inputs else None
+        tensors = read_tensors(self.path)
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                record = check(parse_json((file.metadata() or {}).get("state", "{}")), dict[str, Any], self.path)
+        except ValueError as error:
+            raise InputError(f"{self.path}: damaged ({error}). Remove it and run the same command again.") from error
+        return (tensors, record.get("state")) if record.get("inputs") == self.inputs else None
 
 
 def work_folder(folder: Path, inputs: str) -> Path:

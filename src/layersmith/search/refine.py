@@ -19,8 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
+
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
+from layersmith.records import check
 from layersmith.run.journal import Journal
 from layersmith.scoring.children import ChildEvaluator
 from layersmith.scoring.metrics import loss_of
@@ -266,8 +270,19 @@ class _Search:
         return Neighbours(self.problem, base, effects, self.rng).best(numbers, self.seen)
 
 
+class RefinedData(TypedDict):
+    """What ``refine.json`` holds."""
+
+    choice: dict[str, Any]
+    plain: dict[str, Any]
+    tried: NonNegativeInt
+    passes: float
+    measured: dict[str, Any]
+
+
 def read_refined(data: dict[str, Any]) -> Refined:
     """From what :meth:`Refined.to_dict` gave."""
+    check(data, RefinedData, "refine.json")
     return Refined(
         solution=Solution.from_dict(data["choice"]),
         plain=Solution.from_dict(data["plain"]),

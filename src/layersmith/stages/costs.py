@@ -120,13 +120,14 @@ def times_of(
     workload: Workload,
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
+    trust_remote_code: bool = False,
 ) -> tuple[Times, list[Alternative]]:
     """Times of all alternatives of a parent, without a run."""
     runtime = Runtime.detect(recipe.device, recipe.dtype)
-    path = ordinary_checkpoint(path, recipe.checkpoint_dtype, recipe.trust_remote_code, progress)
+    path = ordinary_checkpoint(path, recipe.checkpoint_dtype, trust_remote_code, progress)
     near = Path.cwd() if is_streamed(path, recipe, runtime) else None
     with progress.stage(DESCRIBE.name, 1, "parent") as advance:
-        parent = load_parent(path, runtime, descriptor, recipe.trust_remote_code, stream_near=near)
+        parent = load_parent(path, runtime, descriptor, trust_remote_code, stream_near=near)
         found = survey(parent, recipe.library)
         advance(1)
     times = find_times(parent, found, recipe.costs, workload, progress)

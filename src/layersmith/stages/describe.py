@@ -7,8 +7,9 @@ from typing import Any
 
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes
+from layersmith.library.library import LibraryData
 from layersmith.library.survey import Survey, survey
-from layersmith.records import parse, to_data
+from layersmith.records import check, parse, to_data
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.job import Job
@@ -38,11 +39,11 @@ def _make(job: Job, making: Making) -> None:
 
 
 def _read(job: Job, folder: Path) -> Survey:
-    data = read_json(folder / _FILE)
+    data = read_json(folder / _FILE, LibraryData)
     return Survey(
-        axes=[parse(LayerAxes, entry, _FILE) for entry in data["axes"]],
-        alternatives=[parse(Alternative, entry, _FILE) for entry in data["alternatives"]],
-        ffn_ranking=data["ffn_ranking"],
+        axes=[parse(LayerAxes, entry, f"{_FILE}: ") for entry in data["axes"]],
+        alternatives=[parse(Alternative, entry, f"{_FILE}: ") for entry in data["alternatives"]],
+        ffn_ranking=check(data.get("ffn_ranking"), str, f"{folder / _FILE}: ffn_ranking"),
         notes=data["notes"],
     )
 

@@ -37,7 +37,7 @@ from layersmith.records import parse, to_data
 from layersmith.report.card import Child, complete_card, write_card
 from layersmith.report.data import Evaluation
 from layersmith.run import ranks
-from layersmith.run.artifacts import read_json, read_tensors, remove, write_json, write_tensors
+from layersmith.run.artifacts import read_json, remove, write_json, write_tensors
 from layersmith.run.cards import keep_card
 from layersmith.run.journal import work_folder
 from layersmith.run.progress import SILENT, Progress
@@ -45,7 +45,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.run.stage import Making, Stage
 from layersmith.search.solution import Solution
 from layersmith.stages.costs import COSTS
-from layersmith.stages.data import DATA, digest_of
+from layersmith.stages.data import DATA, digest_of, read_rows
 from layersmith.stages.evaluate import rows_of_tasks, task_inputs
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
@@ -131,7 +131,7 @@ ROWS: Stage[Job, torch.Tensor] = Stage(
     name="distillation/data",
     inputs=_rows_inputs,
     make=_make_rows,
-    read=lambda job, folder: read_tensors(folder / "tokens.safetensors")["training"],
+    read=lambda job, folder: read_rows(folder / "tokens.safetensors", "training")["training"],
     is_wanted=is_wanted,
 )
 
@@ -264,7 +264,7 @@ def _try(
     """Train a solution's child for a short while, unless an interrupted run did."""
     if (folder / "finalist.json").is_file():
         advance(tokens)
-        return Finalist(**read_json(folder / "finalist.json"))
+        return parse(Finalist, read_json(folder / "finalist.json"), "finalist.json: ")
     settings = dataclasses.replace(job.recipe.distillation, eval_every=0, report_to=())
     child = copied(library.compose(solution.alternatives))
     setup = GlobalSetup(
@@ -303,7 +303,7 @@ FINALISTS: Stage[Job, list[dict[str, Any]]] = Stage(
     name="distillation/finalists",
     inputs=lambda job: ["finalists", *_training_inputs(job)],
     make=_make_finalists,
-    read=lambda job, folder: list(read_json(folder / "finalists.json")),
+    read=lambda job, folder: list(read_json(folder / "finalists.json", list[dict[str, Any]])),
     is_wanted=_has_finalists,
     meanwhile=_try_all,
 )
@@ -335,7 +335,7 @@ def _described(job: Job) -> Child:
 
 def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dtype]:
     settings, rows, folder = job.recipe.distillation, job.read(ROWS), job.run.folder / "distillation" / "global"
-    child = load(_start(job)[0], trust_remote_code=job.recipe.trust_remote_code)
+    child = load(_start(job)[0], trust_remote_code=job.trust_remote_code)
     dtype = child.dtype
     child.float()
     cache = _remembered(job, settings, rows, making.progress)
@@ -391,7 +391,7 @@ def _evaluate(job: Job, making: Making) -> None:
     runtime, tokens, found = job.parent.runtime, job.read(DATA).evaluation, {}
     batch = job.recipe.scoring.rows_at_once(tokens.shape[1])
     for when, stage in (("before", CHILD), ("after", DISTILLED)):
-        trusts = job.recipe.trust_remote_code
+        trusts = job.trust_remote_code
         child = load(job.read(stage), dtype=runtime.dtype, device=runtime.device, trust_remote_code=trusts).eval()
         found[when] = compare(
             job.parent.model, child, tokens, batch_sequences=batch, tokenizer=job.tokenizer, progress=making.progress
@@ -424,7 +424,7 @@ COMPARED: Stage[Job, dict[str, Any]] = Stage(
     name="distillation/evaluation",
     inputs=lambda job: [job.made_from(DISTILLED), *task_inputs(job)],
     make=_evaluate,
-    read=lambda job, folder: dict(read_json(folder / "evaluation.json")),
+    read=lambda job, folder: dict(read_json(folder / "evaluation.json", dict[str, dict[str, Any]])),
     is_wanted=is_wanted,
 )
 
@@ -460,6 +460,7 @@ def distill(
     report_to: Sequence[str] | None = None,
     device: str | None = None,
     descriptor: type[ModelDescriptor] | None = None,
+    trust_remote_code: bool = False,
     progress: Progress = SILENT,
     verify: bool = False,
 ) -> Distilled:
@@ -474,6 +475,7 @@ def distill(
         report_to: Loggers, by the names that Transformers has for them; default: the recipe's.
         device: Device; default: the run's.
         descriptor: Descriptor of the parent's model family; default: inferred.
+        trust_remote_code: Let Transformers run code from the folders of parent and child.
         progress: Receives steps and notes.
         verify: Hash all files of the run, also large ones whose size and time of change are as before.
 
@@ -494,7 +496,8 @@ def distill(
         section = dataclasses.replace(section, **changes)
         return dataclasses.replace(settings, distillation=section, device=device or settings.device)
 
-    job = Job.of_run(run_folder, (LIBRARY, COSTS, CHILD), descriptor, progress, change, verify)
+    needed = (LIBRARY, COSTS, CHILD)
+    job = Job.of_run(run_folder, needed, descriptor, progress, change, verify, trust_remote_code)
     job.training_data = None if data is None else str(data)
     ranks.start(Runtime.detect(job.recipe.device, job.recipe.dtype))
     with ranks.first(job.run.locked):

@@ -29,6 +29,7 @@ def plan(
     recipe: Recipe,
     budget: Budget,
     descriptor: type[ModelDescriptor] | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """The text that ``--dry-run`` prints.
 
@@ -39,9 +40,7 @@ def plan(
     check_files(parent)
     next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
     runtime = Runtime.detect(recipe.device, recipe.dtype)
-    found = outline(
-        parent, recipe.library, budget.workload, descriptor, recipe.trust_remote_code, recipe.checkpoint_dtype
-    )
+    found = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
     check_reachable(found.alternatives, found.costs, budget.limits, recipe.search, found.blocks)
     whole = found.costs.parent
     smallest = {name: _smallest(found, name) for name in COSTS}

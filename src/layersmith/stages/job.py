@@ -50,6 +50,7 @@ class Job:
         family: Descriptor of the parent's model family; default: inferred.
         progress: Receives steps and notes.
         training_data: Source of global distillation; default: that of the run's data.
+        trust_remote_code: Whether code from the folders of parent and child may run. No file can allow it.
     """
 
     run: Run
@@ -61,6 +62,7 @@ class Job:
     family: type[ModelDescriptor] | None = None
     progress: Progress = SILENT
     training_data: str | None = None
+    trust_remote_code: bool = False
     _results: dict[str, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------ the parent
@@ -80,7 +82,7 @@ class Job:
         recipe = self.recipe
         return ranks.from_first(
             lambda: ordinary_checkpoint(
-                self.source, recipe.checkpoint_dtype, recipe.trust_remote_code, progress=self.progress
+                self.source, recipe.checkpoint_dtype, self.trust_remote_code, progress=self.progress
             )
         )
 
@@ -97,7 +99,7 @@ class Job:
 
     @cached_property
     def _config(self) -> Any:
-        return read_config(self.path, trust_remote_code=self.recipe.trust_remote_code)
+        return read_config(self.path, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def descriptor(self) -> dict[str, Any] | None:
@@ -131,12 +133,12 @@ class Job:
         return self._load(Runtime(torch.device("cpu"), self.parent.dtype), self.parent.descriptor)
 
     def _load(self, runtime: Runtime, family: type[ModelDescriptor] | None = None) -> Parent:
-        trusts, near = self.recipe.trust_remote_code, self.run.folder if self.is_streamed else None
-        return load_parent(self.path, runtime, family or self.family, trusts, stream_near=near)
+        near = self.run.folder if self.is_streamed else None
+        return load_parent(self.path, runtime, family or self.family, self.trust_remote_code, stream_near=near)
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.path, trust_remote_code=self.recipe.trust_remote_code)
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
     # ------------------------------------------------------------------------------------------ the request
 
@@ -165,6 +167,7 @@ class Job:
         progress: Progress = SILENT,
         change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
         verify: bool = False,
+        trust_remote_code: bool = False,
     ) -> Job:
         """The job of a run that was made before.
 
@@ -175,6 +178,7 @@ class Job:
             progress: Receives steps and notes.
             change: Returns the recipe with other settings for what is made now.
             verify: Hash large files of the run whose size and time of change are as before, too.
+            trust_remote_code: Whether code from the folders of parent and child may run.
 
         Raises:
             InputError: A stage is not finished, or the parent is gone or has changed.
@@ -192,7 +196,9 @@ class Job:
             recipe=change(Recipe.from_dict(header["recipe"], str(run.folder / "run.json"))),
             family=family,
             progress=progress,
+            trust_remote_code=trust_remote_code,
         )
+        progress.note(f"parent: {job.source}")
         if job.identity != header["parent"]["identity"]:
             raise InputError(
                 f"{job.source}: not the parent of {run.folder} any more: its weights or config changed. Restore them."

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from layersmith.costs.table import CostTable
 from layersmith.errors import UnsupportedModel
 from layersmith.library.library import Library
 from layersmith.recipe import Recipe
@@ -98,7 +99,7 @@ def _write_solution(job: Job, making: Making) -> None:
 
 def read_costs(folder: Path) -> dict[str, dict[str, int]]:
     """Costs by key of the alternative, as the solution was found with them."""
-    costs: dict[str, dict[str, int]] = read_json(folder / "costs.json")["alternatives"]
+    costs: dict[str, dict[str, int]] = CostTable.from_dict(read_json(folder / "costs.json")).by_key
     return costs
 
 

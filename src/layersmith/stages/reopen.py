@@ -60,6 +60,7 @@ def _job(
     rules: SearchRecipe | None,
     progress: Progress,
     verify: bool,
+    trust_remote_code: bool,
 ) -> tuple[Job, SearchProblem]:
     """A finished run with another budget, objective and rules, and the search problem under these."""
     if objective is not None and objective not in METRICS:
@@ -70,7 +71,8 @@ def _job(
         scoring = dataclasses.replace(recipe.scoring, objective=chosen, mode="auto")
         return dataclasses.replace(recipe, scoring=scoring, search=rules or recipe.search)
 
-    job = Job.of_run(run_folder, (DESCRIBE, COSTS, LIBRARY, SCORES), descriptor, progress, change, verify)
+    needed = (DESCRIBE, COSTS, LIBRARY, SCORES)
+    job = Job.of_run(run_folder, needed, descriptor, progress, change, verify, trust_remote_code)
     job.limits, job.workload = budget.limits, budget.workload
     job.put(COSTS, find_costs(job, progress, job.read(COSTS).times))
     return job, problem_as_measured(job)
@@ -88,6 +90,7 @@ def search_several(
     solutions: int = 1,
     min_distance: int = 1,
     verify: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[Library, list[Solution]]:
     """The best solutions of a finished run for another budget; the first is written to ``out`` if that is given.
 
@@ -107,6 +110,7 @@ def search_several(
         solutions: Number of solutions, best first; the first is the child.
         min_distance: Number of subblocks in which each differs from those before, at least.
         verify: Hash all files of the run that are read, also large ones whose size and time of change are as before.
+        trust_remote_code: Let Transformers run code from the parent's folder or hub page.
 
     Raises:
         Infeasible: No child of the run's library fits.
@@ -116,7 +120,7 @@ def search_several(
         raise InputError(f"{out}: already there. Choose another folder.")
     if not 1 <= solutions <= _MOST_SOLUTIONS or min_distance < 1:
         raise UsageError(f"--solutions must be 1 to {_MOST_SOLUTIONS}, and --min-distance at least 1.")
-    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify)
+    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify, trust_remote_code)
     library, recipe, times = job.read(LIBRARY), job.recipe, job.read(COSTS).times
     stopwatch = stopwatch_for(times, job.parent, recipe.costs) if out is not None else None
     timed = None
@@ -166,17 +170,19 @@ def frontier_again(
     rules: SearchRecipe | None = None,
     measure: bool = False,
     verify: bool = False,
+    trust_remote_code: bool = False,
 ) -> Path:
     """The whole frontier of a finished run along the first cost of a budget, as ``asked-frontier/frontier.json`` in it.
 
     Args:
         measure: Also evaluate some of its children, and of the baselines', as whole models on the run's scoring rows.
-        run_folder, budget, objective, progress, descriptor, rules, verify: See :func:`search_several`.
+        run_folder, budget, objective, progress, descriptor, rules, verify, trust_remote_code: See
+            :func:`search_several`.
 
     Raises:
         Infeasible: The other limits of the budget cannot be met.
     """
-    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify)
+    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify, trust_remote_code)
     recipe, library, objective = job.recipe, job.read(LIBRARY), job.recipe.scoring.objective
 
     def measured(solutions: Sequence[Solution]) -> list[dict[str, Any]]:
@@ -205,10 +211,12 @@ def frontier_again(
     return run.folder / ASKED_FRONTIER / "frontier.json"
 
 
-def report_again(run_folder: str | Path, progress: Progress = SILENT, verify: bool = False) -> Path:
+def report_again(
+    run_folder: str | Path, progress: Progress = SILENT, verify: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Write a finished run's report anew."""
     needed = (DESCRIBE, DATA, LIBRARY, SCORES, SOLUTION, EVALUATION)
-    job = Job.of_run(run_folder, needed, progress=progress, verify=verify)
+    job = Job.of_run(run_folder, needed, progress=progress, verify=verify, trust_remote_code=trust_remote_code)
     is_distilled = is_wanted(job) and job.made_from(COMPARED) is not None
     with job.run.locked():
         return write_report(job, is_distilled=is_distilled, again=True).report
@@ -224,6 +232,7 @@ def evaluate_model(
     device: str = "auto",
     progress: Progress = SILENT,
     tasks: EvaluationRecipe | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Loss and perplexity of a model on text, its agreement with a parent, and its accuracy on tasks.
 
@@ -237,15 +246,17 @@ def evaluate_model(
     if sequences < 1 or sequence_length < 2:
         raise UsageError("--sequences must be at least 1 and --sequence-length at least 2.")
     runtime = Runtime.detect(device, "auto")
-    model, *others = (ordinary_checkpoint(path) for path in (model, parent) if path is not None)
-    loaded = load(model, dtype=runtime.dtype, device=runtime.device).eval()
-    reference = load(others[0], dtype=runtime.dtype, device=runtime.device).eval() if others else loaded
+    given = [path for path in (model, parent) if path is not None]
+    model, *others = (ordinary_checkpoint(path, trust_remote_code=trust_remote_code) for path in given)
+    how: Any = {"dtype": runtime.dtype, "device": runtime.device, "trust_remote_code": trust_remote_code}
+    loaded = load(model, **how).eval()
+    reference = load(others[0], **how).eval() if others else loaded
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
     length = min(sequence_length, longest)
     sizes = [each.config.get_text_config().vocab_size for each in (loaded, reference)]
     if sizes[0] != sizes[1]:
         raise InputError(f"{parent}: has a vocabulary of {sizes[1]:,}, and {model} of {sizes[0]:,}; give one parent's.")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     table: dict[str, Any] = {"sequences": 0, "tokens": 0, "rows": []}
     if data is not None:
         wanted = DataRecipe(sequence_length=length, evaluation_sequences=sequences)
