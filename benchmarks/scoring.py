@@ -39,6 +39,7 @@ from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.folder import versions
+from layersmith.run.journal import Recording
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
@@ -72,7 +73,7 @@ def timed(
     logger = logging.getLogger(score_library.__module__)
     logger.setLevel(logging.INFO)
     logger.addHandler(notes)
-    scores = score_library(library, rows, recipe, axes=axes, progress=notes)
+    scores = score_library(library, rows, recipe, axes=axes, recording=Recording(progress=notes))
     logger.removeHandler(notes)
     return scores, time.process_time() - started, "; ".join(notes.notes)
 

@@ -300,7 +300,7 @@ def search(
 ) -> None:
     """Find the best child for another budget from the scores of a finished run, in seconds."""
     from layersmith.costs.budget import parse_budget
-    from layersmith.stages.reopen import frontier_again, search_several
+    from layersmith.stages.reopen import SearchRequest, frontier_again, search_several
     from layersmith.terminal import print_frontier, print_solution
 
     limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
@@ -310,18 +310,17 @@ def search(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
     )  # fmt: skip
-    screen, family, rules = _screen(verbose, quiet), _descriptor(descriptor), _search_rules(run, settings)
+    screen = _screen(verbose, quiet)
+    request = SearchRequest(
+        run, budget, objective, _search_rules(run, settings), _descriptor(descriptor), verify, trust_remote_code
+    )
     if frontier:
-        path = frontier_again(
-            run, budget, objective, screen.progress, family, rules=rules, measure=measure, verify=verify,
-            trust_remote_code=trust_remote_code,
-        )  # fmt: skip
+        path = frontier_again(request, measure=measure, progress=screen.progress)
         print_frontier(screen.results, path)
         return
     library, best = search_several(
-        run, budget, objective, out, screen.progress, family, rules=rules, refine=refine, solutions=solutions,
-        min_distance=min_distance, verify=verify, trust_remote_code=trust_remote_code,
-    )  # fmt: skip
+        request, out=out, refine=refine, solutions=solutions, min_distance=min_distance, progress=screen.progress
+    )
     for solution in best:
         print_solution(screen.results, library, solution)
     if out is not None:
@@ -396,7 +395,7 @@ def distill(
     quiet: Quiet = False,
 ) -> None:
     """Train the child of a run to match its parent (global distillation). The result is written to RUN/distilled."""
-    from layersmith.stages.distill import distill as distill_run
+    from layersmith.stages.distill_finished import distill as distill_run
     from layersmith.terminal import print_distilled
 
     screen = _screen(verbose, quiet)

@@ -324,9 +324,11 @@ def test_a_parent_that_stays_on_the_disk_teaches_the_same(tmp_path: Path) -> Non
     parent = load_parent(tmp_path, Runtime(torch.device("cpu"), torch.float32), stream_near=tmp_path)
     assert parent.stream is not None
     streamed = build_library(parent, LIBRARY, survey(parent, LIBRARY), Calibration(CALIBRATION, 4))
-    learned = [distill_locally(own, CALIBRATION, TRAINING, TrainingSetup(RECIPE)) for own in (library, streamed)]
+    learned = [distill_locally(pruned, CALIBRATION, TRAINING, TrainingSetup(RECIPE)) for pruned in (library, streamed)]
     assert learned[0].kept.identity == learned[1].kept.identity
-    together = [distill_jointly(own, chosen_of(own), TRAINING, TrainingSetup(RECIPE)).pairs.identity for own in learned]
+    together = [
+        distill_jointly(pruned, chosen_of(pruned), TRAINING, TrainingSetup(RECIPE)).pairs.identity for pruned in learned
+    ]
     assert together[0] == together[1] != ""
 
 

@@ -26,7 +26,7 @@ from layersmith.block_config import AttentionConfig
 from layersmith.library.survey import survey
 from layersmith.model_descriptor.stock import causal_lm_config, stock_class, stock_model
 from layersmith.recipe import LibraryRecipe
-from layersmith.stages.distill import distill
+from layersmith.stages.distill_finished import distill
 from tests.conformance.tiny import tiny_config
 from tests.conftest import TINY_RECIPE, randomize
 from tests.library.axes.test_families import costs_of, parent_of_config

@@ -25,9 +25,9 @@ from tests.conftest import TINY_RECIPE, search_again
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], str]:
-    found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return yaml.safe_load(found[1]), found[2]
+    match = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert match is not None
+    return yaml.safe_load(match[1]), match[2]
 
 
 def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
@@ -59,10 +59,10 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
     assert str(tmp_path) not in text
     assert str(text_folder) not in text
 
-    own = (result.child / "README.md").read_text() + "\nEdited by hand.\n"
-    (result.child / "README.md").write_text(own)
+    edited = (result.child / "README.md").read_text() + "\nEdited by hand.\n"
+    (result.child / "README.md").write_text(edited)
     layersmith.compress(parent, run, data=text_folder, budget=0.9, recipe=recipe)
-    assert (result.child / "README.md").read_text() == own
+    assert (result.child / "README.md").read_text() == edited
 
     search_again(run, parse_budget(params="0.8"), out=tmp_path / "smaller")
     assert "Not evaluated." in parts(tmp_path / "smaller")[1]

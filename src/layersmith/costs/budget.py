@@ -98,8 +98,8 @@ class Limit:
         if self.fraction is not None:
             return f"{what} {float(self.fraction):.4g}x"
         assert self.amount is not None
-        own = 1 / self.amount if is_throughput(self.cost) else self.amount
-        return f"{what} {format_cost(self.cost, own)}"
+        amount = 1 / self.amount if is_throughput(self.cost) else self.amount
+        return f"{what} {format_cost(self.cost, amount)}"
 
 
 @dataclass(frozen=True)

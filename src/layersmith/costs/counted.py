@@ -133,15 +133,17 @@ def _active(
 ) -> int:
     """Parameters that a token uses: of the routed experts only those it is routed to."""
     prefix = f"{descriptor.layer_block_name(index)}."
-    own = {name.removeprefix(prefix): n for name, n in sizes.items() if axes.is_of_experts(name.removeprefix(prefix))}
-    of_experts, moe = sum(own.values()), block.ffn.moe
+    expert_sizes = {
+        name.removeprefix(prefix): n for name, n in sizes.items() if axes.is_of_experts(name.removeprefix(prefix))
+    }
+    of_experts, moe = sum(expert_sizes.values()), block.ffn.moe
     if moe is None:
         return sum(sizes.values())
     idle = 0
     for w in axes.experts.weights if axes.experts is not None else ():
         # Some families have slots for experts that do nothing; a child keeps as many as the parent.
-        places = sum(s.unit for s in w.segments if s.part == REST) if w.name in own else 0
-        idle += own[w.name] // (moe.num_local_experts + places) * places if places else 0
+        places = sum(s.unit for s in w.segments if s.part == REST) if w.name in expert_sizes else 0
+        idle += expert_sizes[w.name] // (moe.num_local_experts + places) * places if places else 0
     share = (of_experts - idle) * moe.num_experts_per_tok // moe.num_local_experts
     return sum(sizes.values()) - of_experts + share
 

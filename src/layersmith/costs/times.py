@@ -211,8 +211,8 @@ def kept_in(run: Path) -> dict[str, Any] | None:
     """The times of a run as they were known last, as data; None where its budget has no limit of time."""
     for stage in ("search", "costs"):
         if (path := run / stage / "times.json").is_file():
-            found: dict[str, Any] = read_json(path, TimesData)
-            return found
+            record: dict[str, Any] = read_json(path, TimesData)
+            return record
     return None
 
 

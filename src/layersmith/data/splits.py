@@ -24,7 +24,7 @@ from transformers import AutoTokenizer
 from typing_extensions import TypedDict
 
 from layersmith.data.mixture import interleave, read_mixture
-from layersmith.data.overlap import without_copies
+from layersmith.data.overlap import OverlapRule, without_copies
 from layersmith.data.read import Document, read_documents, text_of
 from layersmith.errors import ALLOW_CODE, InputError, UsageError
 from layersmith.foreign import foreign_code
@@ -138,7 +138,8 @@ def prepare(source: str | Path, tokenizer: Any, recipe: DataRecipe, seed: int) -
         rows = _deal(_Text(documents, tokenizer, str(source)), held_out, wanted, recipe.sequence_length, warnings)
     others = {name: rows[name] for name in SPLITS if name != "evaluation"}
     spelling = None if is_tokens else tokenizer
-    kept, copied = without_copies(others, rows["evaluation"], spelling, recipe.overlap, str(source), warnings)
+    rule = OverlapRule(recipe.overlap, str(source))
+    kept, copied = without_copies(others, rows["evaluation"], spelling, rule, warnings)
     rows |= kept
     mixture = read_mixture(source)
     description = {

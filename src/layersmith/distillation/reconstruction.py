@@ -133,7 +133,7 @@ def refits(
     return result
 
 
-def _left(library: Library, a: Alternative, of_parent: torch.Tensor, own: torch.Tensor) -> torch.Tensor | None:
+def _left(library: Library, a: Alternative, of_parent: torch.Tensor, trained: torch.Tensor) -> torch.Tensor | None:
     """Indices of the entries that remain of the projection's input, if the alternative changes nothing else."""
     gone = library.units_gone(a)
     if gone is None or len(gone) != 1:
@@ -141,11 +141,11 @@ def _left(library: Library, a: Alternative, of_parent: torch.Tensor, own: torch.
     is_left = torch.ones(of_parent.shape[-1], dtype=torch.bool)
     is_left[next(iter(gone.values()))] = False
     left = is_left.nonzero()[:, 0].to(of_parent.device)
-    if len(left) != own.shape[-1]:
+    if len(left) != trained.shape[-1]:
         return None
     expected = of_parent[:, left]
     most = expected.float().abs().max().clamp_min(1e-12)
-    is_alike = bool((expected - own).float().abs().max() <= tolerance(own.dtype) * most)
+    is_alike = bool((expected - trained).float().abs().max() <= tolerance(trained.dtype) * most)
     return left if is_alike else None
 
 

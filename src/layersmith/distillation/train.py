@@ -23,6 +23,7 @@ from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Disti
 from layersmith.errors import InputError, LayersmithError, first_line
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import block_configs_of
+from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import DistillationRecipe
 from layersmith.run import ranks
 from layersmith.run.artifacts import saying_disk_full, write_json
@@ -137,6 +138,29 @@ def train(
     if arguments.process_index == 0:
         write_json(setup.curve, curve)
     return Trained(curve=curve, validation=validation, steps=steps, seconds=time.monotonic() - started, state=state)
+
+
+def save_trained(child: PreTrainedModel, trained: Trained, dtype: torch.dtype, tokenizer: Any, folder: Path) -> None:
+    """Write a trained child in a dtype, usually the one that it had before training."""
+    with quiet_transformers():
+        if trained.state is not None:
+            state = {name: tensor.to(dtype) for name, tensor in trained.state.items()}
+            child.config.dtype = dtype
+            child.save_pretrained(folder, state_dict=state)
+        else:
+            child.eval().to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def in_float32(child: PreTrainedModel) -> PreTrainedModel:
+    """The child with float32 copies of its parameters, so that training leaves the parent's weights as they are."""
+    tied: dict[int, torch.nn.Parameter] = {}
+    for module in child.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in tied:
+                tied[id(parameter)] = torch.nn.Parameter(parameter.detach().float().clone())
+            module.register_parameter(name, tied[id(parameter)])
+    return child
 
 
 def _as_parent(child: PreTrainedModel, parent: Parent) -> Parent:

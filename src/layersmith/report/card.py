@@ -180,9 +180,9 @@ def base_model(parent: str) -> str:
 def license_of(parent: str, config: dict[str, Any]) -> dict[str, str]:
     """The license that the parent's card names, else its config; empty if neither does."""
     card = _parent_front_matter(parent)
-    found = {key: str(card[key]) for key in _LICENSE_KEYS if isinstance(card.get(key), str)}
-    if "license" in found:
-        return found
+    license_fields = {key: str(card[key]) for key in _LICENSE_KEYS if isinstance(card.get(key), str)}
+    if "license" in license_fields:
+        return license_fields
     return {"license": config["license"]} if isinstance(config.get("license"), str) else {}
 
 

@@ -122,12 +122,12 @@ def read_distillation(folder: Path) -> Distillation | None:
 
 def trained_alternatives(folder: Path) -> tuple[Trained, ...]:
     """Alternatives, and layers trained jointly, with their error as they were cut, after training and during it."""
-    found: list[Trained] = []
+    trained: list[Trained] = []
     for stage in ("library", "pairs"):
         path = folder / stage / "distilled.json"
         records: list[dict[str, Any]] = read_json(path, list[Record]) if path.is_file() else []
         for record in records:
             cut = record["before"] if record.get("pruned") is None else record["pruned"]
             if record["tokens"] and cut is not None and record["after"] is not None:
-                found.append(parse(Trained, record | {"before": cut}, f"{path}: "))
-    return tuple(found)
+                trained.append(parse(Trained, record | {"before": cut}, f"{path}: "))
+    return tuple(trained)

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import time
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,6 +31,7 @@ from layersmith.run.artifacts import (
     write_json,
     write_tensors,
 )
+from layersmith.run.progress import SILENT, Progress
 from layersmith.untrusted import parse_json
 
 _SYNC_EVERY_SECONDS = 5.0
@@ -117,6 +120,29 @@ class Journal:
             if number:
                 self.known[record["of"], record["row"]] = record["values"]
         return size
+
+
+@dataclass(frozen=True)
+class Recording:
+    """Where a long computation keeps its results as they come, and where it shows its progress.
+
+    Attributes:
+        path: File of the journal; None for no file.
+        inputs: Digest of everything that results depend on; a journal of other inputs is started anew.
+        progress: Receives steps and notes.
+    """
+
+    path: Path | None = None
+    inputs: str = ""
+    progress: Progress = SILENT
+
+    def journal(self) -> Journal:
+        return Journal(self.path, self.inputs)
+
+    @property
+    def folder(self) -> Path:
+        """Folder for temporary files."""
+        return Path(tempfile.gettempdir()) if self.path is None else self.path.parent
 
 
 class Checkpoint:

@@ -150,8 +150,7 @@ class ChildEvaluator:
         assert self.layerwise is not None
         batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
         self.passes += self.cost_of_effects(solution, others, len(rows))
-        most = self.spill_bytes if self.streamed else math.inf
-        return exchange_effects(self.layerwise, solution, others, batches, seed, self._states(), most)
+        return exchange_effects(self.layerwise, solution, others, batches, seed, self._states())
 
     def cost_of_effects(self, solution: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
         """Work of :meth:`exchange_effects`: a forward pass of the parent, two of the child, and two backward passes."""
@@ -238,7 +237,7 @@ class ChildEvaluator:
             yield list(batches[start : start + size])
 
     def _states(self) -> States:
-        return StatesOnDisk(self.folder) if self.streamed else States()
+        return StatesOnDisk(self.folder, self.spill_bytes) if self.streamed else States()
 
     def _by_exchange(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
         """Run the whole model with exchanged layers."""

@@ -23,17 +23,17 @@ def _inputs(job: Job) -> Any:
 
 def _make(job: Job, making: Making) -> None:
     with making.progress.stage("describe", 1, "parent") as advance:
-        found = survey(job.parent, job.recipe.library)
+        surveyed = survey(job.parent, job.recipe.library)
         advance(1)
     if job.is_streamed:
         making.progress.note("the parent's weights stay on the disk; a layer at a time is read.")
-    for note in found.notes:
+    for note in surveyed.notes:
         making.progress.note(note)
     data = {
-        "axes": [to_data(axis) for axis in found.axes],
-        "alternatives": [to_data(alternative) for alternative in found.alternatives],
-        "ffn_ranking": found.ffn_ranking,
-        "notes": found.notes,
+        "axes": [to_data(axis) for axis in surveyed.axes],
+        "alternatives": [to_data(alternative) for alternative in surveyed.alternatives],
+        "ffn_ranking": surveyed.ffn_ranking,
+        "notes": surveyed.notes,
     }
     write_json(making.folder / _FILE, data)
 

@@ -41,9 +41,7 @@ def _make(job: Job, making: Making) -> None:
         job.recipe.scoring,
         axes=_axes(job),
         seed=job.recipe.seed,
-        journal=making.unfinished,
-        inputs=making.inputs,
-        progress=making.progress,
+        recording=making.recording,
     )
     write_json(making.folder / _FILE, [score.to_dict() for score in scores])
 

@@ -182,7 +182,7 @@ def _verdict(check: Callable[[], str]) -> str:
     """The result of a check; an error of the family's code is the reason why it fails."""
     verdict = ""
     try:
-        with foreign_code("Does the family's code run in this check?", refusal_is_answer=True) as attempt:
+        with foreign_code("Does the family's code run in this check?") as attempt:
             verdict = check()
     except LayersmithError as error:
         return str(error)
