@@ -163,16 +163,17 @@ def kv_cache_bytes(
     instead of heads. Whatever else is kept per token, e.g. the keys of an indexer, is included; states of fixed size
     are not. Keys and values that other layers use stay when the attention is removed.
     """
-    kept = has_attention(block) or descriptor.attention_stays(index)
+    facts = descriptor.layer_facts(index)
+    kept = has_attention(block) or facts.attention_stays
     other_bytes = descriptor.token_bytes(index, dtype, kept) * workload.context
     numbers, tokens = 0, workload.context
-    if kept and not descriptor.keeps_state(index) and not descriptor.caches_nothing(index):
+    if kept and not facts.keeps_state and not facts.caches_nothing:
         language = descriptor.get_language_model_config(config)
         if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
             tokens = min(tokens, window)
-        latent = descriptor.latent_cache(index)
+        latent = facts.latent_cache
         numbers = _of_heads(descriptor, language, block, index, head_dim) if latent is None else latent
-    return descriptor.cache_slots(index) * workload.batch * (numbers * tokens * dtype.itemsize + other_bytes)
+    return facts.cache_slots * workload.batch * (numbers * tokens * dtype.itemsize + other_bytes)
 
 
 def _of_heads(
@@ -184,15 +185,16 @@ def _of_heads(
 ) -> int:
     """Numbers that are kept of a token where each KV head has its own."""
     usual_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
-    query_heads = descriptor.num_query_heads(index)
+    facts = descriptor.layer_facts(index)
+    query_heads = facts.num_query_heads
     query_heads = usual_heads if query_heads is None else query_heads
     # Where the number of KV heads cannot differ alone it is in no block config, and is not that of the query heads.
-    shared = descriptor.shared_kv_heads(index)
+    shared = facts.shared_kv_heads
     heads = block.attention.num_key_value_heads or (shared if shared != query_heads else None)
-    heads = None if descriptor.caches_each_query(index) else heads
+    heads = None if facts.caches_each_query else heads
     heads = heads or block.attention.num_attention_heads or query_heads
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (usual_heads or 1)
-    return round(descriptor.cached_numbers(index) * heads * head_dim) if heads and head_dim else 0
+    return round(facts.cached_numbers * heads * head_dim) if heads and head_dim else 0
 
 
 def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:

@@ -263,7 +263,7 @@ def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[Block
 
     An attention whose keys and values other layers read still writes them when it is removed.
     """
-    return [has_attention(block) or descriptor.attention_stays(i) for i, block in enumerate(block_configs)]
+    return [has_attention(block) or descriptor.layer_facts(i).attention_stays for i, block in enumerate(block_configs)]
 
 
 def slots_of_layers(

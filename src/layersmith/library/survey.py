@@ -117,5 +117,5 @@ def _notes_on(
         by_layer = {i: layer.reasons[subblock] for i, layer in enumerate(axes) if subblock in layer.reasons}
         notes += by_reason(by_layer, len(axes), what)
     why = "the layer caches more than keys and values of every token"
-    estimated = {i: why for i in range(len(blocks)) if descriptor.estimates_cache(i)}
+    estimated = {i: why for i in range(len(blocks)) if descriptor.layer_facts(i).estimates_cache}
     return [*notes, *by_reason(estimated, len(blocks), "The size of the KV cache is estimated")]

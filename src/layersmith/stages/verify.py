@@ -96,7 +96,7 @@ def verify(
         verdicts = layer_verdicts(specimen, i, axes[i])
         kinds.setdefault(f"{type(specimen.layers[i]).__name__}{verdicts}", ([], verdicts))[0].append(i)
     parameters = sum(p.numel() for p in specimen.model.parameters())
-    refuted = [question for i in range(len(specimen.blocks)) for question in specimen.descriptor.refuted(i)]
+    refuted = [question for i in range(len(specimen.blocks)) for question in specimen.descriptor.layer_facts(i).refuted]
     whole = whole_verdicts(specimen)
     return Verification(
         name=str(parent),
