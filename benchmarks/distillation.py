@@ -54,6 +54,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import losses
 from layersmith.search.problem import SearchProblem
+from layersmith.stages.costs import shape_of
 
 METRICS = {"loss": "validation loss", "kl_divergence": "KL", "top_1_agreement": "top-1 agreement"}
 
@@ -98,8 +99,7 @@ def splits_of(text: Path, parent: Parent, args: argparse.Namespace, seed: int) -
 
 
 def cost_table(parent: Parent, library: Library) -> CostTable:
-    arguments = (parent.descriptor, parent.config, parent.blocks, library.alternatives, library.axes, parent.dtype)
-    return count_costs(*arguments, Workload(1, 1))
+    return count_costs(shape_of(parent, library), library.alternatives, Workload(1, 1))
 
 
 def kl_of(library: Library, rows: torch.Tensor, mode: str = "auto") -> dict[str, float]:

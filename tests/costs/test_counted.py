@@ -11,7 +11,7 @@ import layersmith
 from layersmith import BlockConfig
 from layersmith.costs import table as library_costs
 from layersmith.costs.budget import Workload
-from layersmith.costs.counted import context_note, subblock_costs, total
+from layersmith.costs.counted import ModelShape, context_note, subblock_costs, total
 from layersmith.costs.table import count_costs
 from layersmith.library.axes.find import find_axes
 from layersmith.library.axes.layers import meta_layers
@@ -35,7 +35,7 @@ VARIANTS = {
 def costs_of(config: PretrainedConfig, blocks: list[BlockConfig], workload: Workload, dtype: torch.dtype) -> Any:
     descriptor = layersmith.describe(config)
     axes = find_axes(descriptor, config, layersmith.block_configs(config))
-    layers, fixed = subblock_costs(descriptor, config, blocks, dtype, workload, axes)
+    layers, fixed = subblock_costs(ModelShape(descriptor, config, blocks, axes, dtype), workload)
     return layers, fixed, total([*(part for layer in layers for part in layer.values()), fixed])
 
 
@@ -179,12 +179,12 @@ def test_every_alternative_costs_what_it_costs_alone(model_type: str, monkeypatc
         return subblock_costs(*args)
 
     monkeypatch.setattr(library_costs, "subblock_costs", counting)
-    costs = count_costs(descriptor, config, blocks, space.alternatives, axes, torch.float32, workload)
+    costs = count_costs(ModelShape(descriptor, config, blocks, axes, torch.float32), space.alternatives, workload)
     assert list(costs.by_key) == [a.key for a in space.alternatives]
     assert len(built) < len({(a.kind, a.size) for a in space.alternatives})
     for a in space.alternatives:
         changed = [a.block_config(b) if i == a.layer else b for i, b in enumerate(blocks)]
-        layers, fixed = subblock_costs(descriptor, config, changed, torch.float32, workload, axes)
+        layers, fixed = subblock_costs(ModelShape(descriptor, config, changed, axes, torch.float32), workload)
         assert costs.by_key[a.key] == layers[a.layer][a.subblock], a.key
         assert costs.fixed == fixed
 
@@ -197,7 +197,7 @@ def test_a_context_is_capped_at_the_models_positions() -> None:
     space = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
 
     def count(workload: Workload) -> library_costs.CostTable:
-        return count_costs(descriptor, config, blocks, space.alternatives, axes, torch.float32, workload)
+        return count_costs(ModelShape(descriptor, config, blocks, axes, torch.float32), space.alternatives, workload)
 
     longest = config.max_position_embeddings
     capped, allowed = count(Workload(1, 4096)), count(Workload(1, longest))

@@ -31,7 +31,7 @@ from layersmith.run.artifacts import read_json
 from layersmith.run.runtime import Runtime
 from layersmith.search.problem import SearchProblem
 from layersmith.search.time_limits import solve_within
-from layersmith.stages.costs import cost_table, times_of
+from layersmith.stages.costs import cost_table, shape_of, times_of
 from tests.conftest import TINY_RECIPE
 
 LOAD = Workload(batch=2, context=48, generate=16)
@@ -255,7 +255,7 @@ def test_the_solution_holds_against_a_clock_that_disagrees(
 def test_a_table_is_read_as_it_was_written(parent: Parent, space: Survey, tmp_path: Path) -> None:
     costs = cost_table(parent, space, LOAD)
     times = predict(
-        "H100", parent.language_config, parent.blocks, space.axes, space.alternatives, costs, torch.bfloat16, LOAD
+        "H100", dataclasses.replace(shape_of(parent, space), dtype=torch.bfloat16), space.alternatives, costs, LOAD
     )
     path = tmp_path / "times.csv"
     path.write_text(to_csv(times, space.alternatives))
@@ -282,7 +282,7 @@ def test_tables_that_are_no_tables(
 ) -> None:
     costs = cost_table(parent, space, LOAD)
     times = predict(
-        "T4", parent.language_config, parent.blocks, space.axes, space.alternatives, costs, torch.float32, LOAD
+        "T4", dataclasses.replace(shape_of(parent, space), dtype=torch.float32), space.alternatives, costs, LOAD
     )
     path = tmp_path / "times.csv"
     path.write_text(harm(to_csv(times, space.alternatives)))
@@ -295,7 +295,7 @@ def test_tables_that_are_no_tables(
 def test_a_prediction_is_arithmetic_or_traffic(parent: Parent, space: Survey) -> None:
     costs = cost_table(parent, space, LOAD)
     times = predict(
-        "H100", parent.language_config, parent.blocks, space.axes, space.alternatives, costs, torch.bfloat16, LOAD
+        "H100", dataclasses.replace(shape_of(parent, space), dtype=torch.bfloat16), space.alternatives, costs, LOAD
     )
     ffn = next(a for a in space.alternatives if (a.layer, a.subblock, a.kind) == (0, "ffn", "parent"))
     cost, device = costs.by_key[ffn.key], DEVICES["H100"]
@@ -308,7 +308,7 @@ def test_a_prediction_is_arithmetic_or_traffic(parent: Parent, space: Survey) ->
     assert costs_of(whole, LOAD)["token_seconds"] == pytest.approx((whole.prefill + 16 * whole.decode) / 32)
     with pytest.raises(UsageError, match="H100"):
         predict(
-            "H1000", parent.language_config, parent.blocks, space.axes, space.alternatives, costs, torch.bfloat16, LOAD
+            "H1000", dataclasses.replace(shape_of(parent, space), dtype=torch.bfloat16), space.alternatives, costs, LOAD
         )
 
 

@@ -7,6 +7,7 @@ the size of a head is read from the weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,6 +22,31 @@ from layersmith.model_descriptor.stock import causal_lm_config, stock_model, who
 from layersmith.modeling_layersmith import as_parent
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelShape:
+    """What the costs of a model are counted from.
+
+    Attributes:
+        descriptor: Descriptor of the parent's model family.
+        config: Config of the parent.
+        blocks: Block configs of the model, one a layer.
+        axes: Axes of the parent's layers, with the size of a KV head and the weights of experts.
+        dtype: Data type of the weights and the KV cache.
+    """
+
+    descriptor: type[ModelDescriptor]
+    config: PretrainedConfig
+    blocks: Sequence[BlockConfig]
+    axes: Sequence[LayerAxes]
+    dtype: torch.dtype
+
+    @property
+    def language(self) -> PretrainedConfig:
+        """Config of the language model."""
+        language: PretrainedConfig = self.descriptor.get_language_model_config(self.config)
+        return language
 
 
 def max_positions(language: PretrainedConfig) -> int | None:
@@ -39,35 +65,20 @@ def context_note(asked: int, workload: Workload) -> list[str]:
     ]
 
 
-def subblock_costs(
-    descriptor: type[ModelDescriptor],
-    config: PretrainedConfig,
-    blocks: Sequence[BlockConfig],
-    dtype: torch.dtype,
-    workload: Workload,
-    axes: Sequence[LayerAxes],
-) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
-    """Costs of every subblock of a model with these blocks, and of what is outside the layers.
-
-    Args:
-        descriptor: Descriptor of the parent's model family.
-        config: Config of the parent.
-        blocks: Block configs of the model, one a layer.
-        dtype: Data type of the weights and the KV cache.
-        workload: Workload to count for.
-        axes: Axes of the parent's layers, with the size of a KV head and the weights of experts.
+def subblock_costs(shape: ModelShape, workload: Workload) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
+    """Costs of every subblock of a model, and of what is outside the layers.
 
     Returns:
         For every layer ``{"attention": costs, "ffn": costs}``, and the costs of embeddings, head and final norm.
     """
+    descriptor, blocks, axes, dtype = shape.descriptor, shape.blocks, shape.axes, shape.dtype
     with deci_x_patcher(descriptor, list(blocks)):
-        model = stock_model(as_parent(causal_lm_config(config)), dtype=dtype)
+        model = stock_model(as_parent(causal_lm_config(shape.config)), dtype=dtype)
     sizes = unique_sizes(model)
     groups = weight_groups(descriptor, sizes, len(blocks))
     layers = []
     for i, block in enumerate(blocks):
-        heads = axes[i].kv
-        kv_bytes = kv_cache_bytes(descriptor, config, block, i, dtype, workload, heads.head_dim if heads else None)
+        kv_bytes = kv_cache_bytes(shape, i, workload)
         if has_attention(block):
             layer = model.get_submodule(descriptor.layer_block_name(i))
             shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
@@ -148,51 +159,39 @@ def _active(
     return sum(sizes.values()) - of_experts + share
 
 
-def kv_cache_bytes(
-    descriptor: type[ModelDescriptor],
-    config: PretrainedConfig,
-    block: BlockConfig,
-    index: int,
-    dtype: torch.dtype,
-    workload: Workload,
-    head_dim: int | None,
-) -> int:
+def kv_cache_bytes(shape: ModelShape, index: int, workload: Workload) -> int:
     """Bytes of the keys and values of one layer: heads x (value size + key size) x tokens x bytes.
 
     A layer with sliding-window attention keeps at most its window. Latent attention keeps one latent vector per token
     instead of heads. Whatever else is kept per token, e.g. the keys of an indexer, is included; states of fixed size
     are not. Keys and values that other layers use stay when the attention is removed.
     """
+    descriptor, block, itemsize = shape.descriptor, shape.blocks[index], shape.dtype.itemsize
     facts = descriptor.layer_facts(index)
     kept = has_attention(block) or facts.attention_stays
-    other_bytes = descriptor.token_bytes(index, dtype, kept) * workload.context
+    other_bytes = descriptor.token_bytes(index, shape.dtype, kept) * workload.context
     numbers, tokens = 0, workload.context
     if kept and not facts.keeps_state and not facts.caches_nothing:
-        language = descriptor.get_language_model_config(config)
-        if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
+        if (window := sliding_window(shape.language, index, block.attention.layer_type)) is not None:
             tokens = min(tokens, window)
         latent = facts.latent_cache
-        numbers = _of_heads(descriptor, language, block, index, head_dim) if latent is None else latent
-    return facts.cache_slots * workload.batch * (numbers * tokens * dtype.itemsize + other_bytes)
+        numbers = _of_heads(shape, index) if latent is None else latent
+    return facts.cache_slots * workload.batch * (numbers * tokens * itemsize + other_bytes)
 
 
-def _of_heads(
-    descriptor: type[ModelDescriptor],
-    language: PretrainedConfig,
-    block: BlockConfig,
-    index: int,
-    head_dim: int | None,
-) -> int:
+def _of_heads(shape: ModelShape, index: int) -> int:
     """Numbers that are kept of a token where each KV head has its own."""
+    language, attention, axis = shape.language, shape.blocks[index].attention, shape.axes[index].kv
     usual_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
-    facts = descriptor.layer_facts(index)
+    facts = shape.descriptor.layer_facts(index)
     query_heads = facts.num_query_heads
     query_heads = usual_heads if query_heads is None else query_heads
     # Where the number of KV heads cannot differ alone it is in no block config, and is not that of the query heads.
     shared = facts.shared_kv_heads
-    heads = block.attention.num_key_value_heads or (shared if shared != query_heads else None)
+    heads = attention.num_key_value_heads or (shared if shared != query_heads else None)
     heads = None if facts.caches_each_query else heads
-    heads = heads or block.attention.num_attention_heads or query_heads
+    heads = heads or attention.num_attention_heads or query_heads
+    head_dim = axis.head_dim if axis else None
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (usual_heads or 1)
     return round(facts.cached_numbers * heads * head_dim) if heads and head_dim else 0
 

@@ -345,12 +345,12 @@ def stock_guard(
             entry[read] = 0
         if entry:
             guard[str(i)] = entry
-    if guard and not can_differ.all_of(guard):
-        # Some configs require equal layers of a type; then all layers get a size with which no model can be built.
-        known = [canonical.get(name, name) for names in sizes.values() for name in names]
-        alike = ({str(i): {n: 0} for i in range(len(block_configs))} for n in (*known, *read_by_models))
-        guard = next(filter(can_differ.all_of, alike), {})
-    return guard
+    if not guard or can_differ.all_of(guard):
+        return guard
+    # Some configs require equal layers of a type; then all layers get a size with which no model can be built.
+    known = [canonical.get(name, name) for names in sizes.values() for name in names]
+    alike = ({str(i): {n: 0} for i in range(len(block_configs))} for n in (*known, *read_by_models))
+    return next(filter(can_differ.all_of, alike), {})
 
 
 def _differs(config: Any, overrides: dict[str, Any]) -> bool:

@@ -28,6 +28,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -160,45 +161,11 @@ def add_batch(
         position: Number of the batch, which seeds its random signs.
         run: Runs the batch; default: the whole model.
     """
-    again = False  # a module runs a second time for its gradient; its parts are not observed then
-
-    def add(name: str, value: torch.Tensor) -> None:
-        if name in sums:
-            sums[name] += value.double().cpu()
-        else:
-            sums[name] = value.double().cpu()
-
-    def hook(probe: Probe) -> Callable[..., None]:
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            nonlocal again
-            if again:
-                return
-            if probe.kind in _FROM_GRADIENTS:
-                again = True
-                try:
-                    call = _Call(probe, parent.layer(probe.layer), module, args, kwargs, position)
-                    sums_of_batch = _FROM_GRADIENTS[probe.kind](call)
-                finally:
-                    again = False
-                for name, value in sums_of_batch.items():
-                    add(name, value)
-                return
-            x = first_argument(args, kwargs).float()
-            x = x.reshape(-1, probe.blocks * x.shape[-1])
-            if probe.kind == "energy":
-                add(probe.name, x.square().sum(0))
-            elif probe.kind == "moment":
-                add(probe.name, x.T @ x)
-            else:
-                y = first_tensor(output).flatten(0, -2).float()
-                add(f"{probe.name}.input", x.T @ x)
-                add(f"{probe.name}.output", x.T @ y)
-
-        return watch
-
-    layers = parent.layers
+    observer = _Observer(parent, sums, position)
     handles = [
-        layers[probe.layer].get_submodule(probe.module).register_forward_hook(hook(probe), with_kwargs=True)
+        parent.layers[probe.layer]
+        .get_submodule(probe.module)
+        .register_forward_hook(partial(observer.observe, probe), with_kwargs=True)
         for probe in probes
     ]
     try:
@@ -209,6 +176,56 @@ def add_batch(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class _Observer:
+    """Adds what modules compute on a batch to sums.
+
+    Attributes:
+        parent: The parent.
+        sums: Sums by name, in float64.
+        position: Number of the batch.
+        is_repeated: Whether a module runs a second time for its gradient; its parts are not observed then.
+    """
+
+    parent: Parent
+    sums: dict[str, torch.Tensor]
+    position: int
+    is_repeated: bool = False
+
+    def observe(
+        self, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The forward hook of a probe's module."""
+        if self.is_repeated:
+            return
+        if probe.kind in _FROM_GRADIENTS:
+            self.is_repeated = True
+            try:
+                call = _Call(probe, self.parent.layer(probe.layer), module, args, kwargs, self.position)
+                sums_of_batch = _FROM_GRADIENTS[probe.kind](call)
+            finally:
+                self.is_repeated = False
+            for name, value in sums_of_batch.items():
+                self._add(name, value)
+            return
+        x = first_argument(args, kwargs).float()
+        x = x.reshape(-1, probe.blocks * x.shape[-1])
+        if probe.kind == "energy":
+            self._add(probe.name, x.square().sum(0))
+        elif probe.kind == "moment":
+            self._add(probe.name, x.T @ x)
+        else:
+            y = first_tensor(output).flatten(0, -2).float()
+            self._add(f"{probe.name}.input", x.T @ x)
+            self._add(f"{probe.name}.output", x.T @ y)
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value.double().cpu()
+        else:
+            self.sums[name] = value.double().cpu()
 
 
 @dataclass(frozen=True)

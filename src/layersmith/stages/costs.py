@@ -10,7 +10,7 @@ from typing import Any
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Limit, Limits, Workload
-from layersmith.costs.counted import context_note
+from layersmith.costs.counted import ModelShape, context_note
 from layersmith.costs.measured import measure
 from layersmith.costs.roofline import device_of, predict
 from layersmith.costs.stopwatch import Stopwatch
@@ -55,11 +55,13 @@ class Costs:
         return self.counted if times is None else times.into(self.counted, alternatives)
 
 
+def shape_of(parent: Parent, survey: Survey | Library) -> ModelShape:
+    return ModelShape(parent.descriptor, parent.config, parent.blocks, survey.axes, parent.dtype)
+
+
 def cost_table(parent: Parent, survey: Survey | Library, workload: Workload) -> CostTable:
     """Count the costs of all alternatives of a parent."""
-    return count_costs(
-        parent.descriptor, parent.config, parent.blocks, survey.alternatives, survey.axes, parent.dtype, workload
-    )
+    return count_costs(shape_of(parent, survey), survey.alternatives, workload)
 
 
 def check_reachable(
@@ -108,10 +110,7 @@ def find_times(
         return from_csv(recipe.times, survey.alternatives, within)
     costs = cost_table(parent, survey, within)
     if recipe.device is not None:
-        return predict(
-            recipe.device, parent.language_config, parent.blocks, survey.axes, survey.alternatives, costs,
-            parent.dtype, within,
-        )  # fmt: skip
+        return predict(recipe.device, shape_of(parent, survey), survey.alternatives, costs, within)
     return measure(Stopwatch(parent, within, recipe), survey.alternatives, costs, progress, check)
 
 

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import layersmith
 from layersmith import BlockConfig, FFNConfig
 from layersmith.costs.budget import Workload
-from layersmith.costs.counted import subblock_costs
+from layersmith.costs.counted import ModelShape, subblock_costs
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
@@ -256,7 +256,7 @@ def test_keys_head_after_head_that_are_cached_for_each_query() -> None:
     keys = child(TOKENS, use_cache=True).past_key_values.layers[0].keys
     _, parts = costs_of(parent, space)
     blocks = [fewer.block_config(parent.blocks[0]), *parent.blocks[1:]]
-    cut, _ = subblock_costs(parent.descriptor, parent.config, blocks, torch.float32, Workload(), space.axes)
+    cut, _ = subblock_costs(ModelShape(parent.descriptor, parent.config, blocks, space.axes, torch.float32), Workload())
     assert cut[0]["attention"]["kv_cache_bytes"] == parts[0]["attention"]["kv_cache_bytes"]
     assert parts[0]["attention"]["kv_cache_bytes"] == Workload().context * 2 * keys.shape[1] * keys.shape[-1] * 4
 
@@ -284,9 +284,8 @@ def test_numbers_that_the_attention_and_the_ffn_share_differ_in_the_ffn_alone(tm
 
 
 def costs_of(parent: Parent, space: Survey) -> tuple[dict[str, int], list[dict[str, dict[str, int]]]]:
-    layers, fixed = subblock_costs(
-        parent.descriptor, parent.config, parent.blocks, torch.float32, Workload(), space.axes
-    )
+    shape = ModelShape(parent.descriptor, parent.config, parent.blocks, space.axes, torch.float32)
+    layers, fixed = subblock_costs(shape, Workload())
     return fixed, layers
 
 
