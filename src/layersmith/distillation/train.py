@@ -108,6 +108,9 @@ def train(
     mixture = Mixture(kl=recipe.kl, hidden=recipe.hidden, lm=recipe.lm, temperature=recipe.temperature)
     steps = Steps.of(recipe, setup.tokens, data.rows.shape[1], runtime.world_size)
     arguments = training_arguments(recipe, steps, runtime, hidden_size_of(parent), setup.seed, setup.folder)
+    if data.validation is not None:  # incomplete batches are left out, so there has to be a complete one
+        most = max(1, len(data.validation) // runtime.world_size)
+        arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, most)
     child.eval().requires_grad_(True).to(runtime.device)  # checked without dropout; Trainer turns it on
     losses = ChildLosses(_as_parent(child, parent), mixture)
     targets = ParentTargets(parent, mixture, data.cache)
