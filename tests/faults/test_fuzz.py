@@ -42,7 +42,7 @@ from layersmith.run.header import read_header, write_header
 from layersmith.run.journal import Checkpoint, Journal
 from layersmith.run.log import Log
 from layersmith.stages.job import Job
-from layersmith.stages.reopen import report_again, search_several
+from layersmith.stages.reopen import SearchRequest, report_again, search_several
 from layersmith.untrusted import read_safetensors_header
 from tests.conftest import TINY_RECIPE
 from tests.faults.mutate import as_json, mutated, mutated_bytes
@@ -208,7 +208,7 @@ def run_files(place: Place, random: Random) -> None:
     path = random.choice(paths)
     with place.changed(path, as_json(mutated(json.loads(path.read_bytes()), random), random)):
         if path.parent.name in ("library", "scores", "describe", "costs") and random.random() < 0.5:
-            search_several(place.run, Budget.parse(0.95))
+            search_several(SearchRequest(place.run, Budget.parse(0.95)))
         else:
             report_again(place.run)
 
@@ -216,7 +216,7 @@ def run_files(place: Place, random: Random) -> None:
 def tensors_of_run(place: Place, random: Random) -> None:
     path = random.choice([p for p in sorted(place.run.rglob("*.safetensors")) if p.parent.name != "child"])
     with place.changed(path, mutated_bytes(path.read_bytes(), random)):
-        search_several(place.run, Budget.parse(0.95))
+        search_several(SearchRequest(place.run, Budget.parse(0.95)))
 
 
 def journal(place: Place, random: Random) -> None:

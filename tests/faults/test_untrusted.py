@@ -20,8 +20,8 @@ from layersmith.errors import InputError, LayersmithError, UsageError, brief, pr
 from layersmith.heterogeneous.checkpoint import check_files, weight_files
 from layersmith.recipe import Recipe
 from layersmith.run.header import read_header, write_header
-from layersmith.stages.distill import distill
-from layersmith.stages.reopen import evaluate_model, report_again, search_several
+from layersmith.stages.distill_finished import distill
+from layersmith.stages.reopen import SearchRequest, evaluate_model, report_again, search_several
 from layersmith.untrusted import MAX_DEPTH, parse_json, parse_yaml, read_safetensors_header
 from tests.conftest import TINY_RECIPE
 
@@ -63,7 +63,7 @@ def trap(given_run: Path, tmp_path: Path) -> Path:
     [
         report_again,
         distill,
-        lambda run: search_several(run, Budget.parse(0.95)),
+        lambda run: search_several(SearchRequest(run, Budget.parse(0.95))),
         lambda run: evaluate_model(run.parent / "parent", run / "recipe.yaml"),
         lambda run: layersmith.compress(run.parent / "parent", run.parent / "new", data=run, budget=0.9),
         lambda run: layersmith.load(run.parent / "parent"),
