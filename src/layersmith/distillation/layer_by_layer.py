@@ -171,8 +171,11 @@ def _summary(records: Sequence[Mapping[str, Any]]) -> str:
     if not trained:
         return f"{sum(r['weights'] is not None for r in records)} alternatives refitted"
     tokens = sum(r["tokens"] for r in trained)
+    text = f"{len(trained)} alternatives trained on {tokens:,} tokens in all"
     ratios = sorted(r["after"] / r["pruned"] for r in trained if r["pruned"])
+    if not ratios:  # they replace what adds nothing
+        return f"{text}; all pruned alternatives were exact"
     return (
-        f"{len(trained)} alternatives trained on {tokens:,} tokens in all; the median error on held-out rows is "
-        f"{ratios[len(ratios) // 2]:.2f} times that of the pruned alternative"
+        f"{text}; the median error on held-out rows is {ratios[len(ratios) // 2]:.2f} times that of the pruned "
+        "alternative"
     )

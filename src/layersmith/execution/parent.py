@@ -106,7 +106,13 @@ class Parent:
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """A computed weight as the checkpoint will hold it, in the dtype of the computation."""
-        return tensor.to(self.dtype).to(self.runtime.dtype)
+        return as_stored(tensor, self.dtype).to(self.runtime.dtype)
+
+
+def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A computed weight in the dtype of a checkpoint; what that cannot hold becomes its largest number."""
+    most = torch.finfo(dtype).max
+    return tensor.clamp(-most, most).to(dtype)
 
 
 def load_parent(

@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.errors import UnsupportedModel
+from layersmith.errors import InputError, UnsupportedModel
 from layersmith.execution.exchange import first_tensor
 from layersmith.execution.parent import Parent
 from layersmith.library.axes.axis import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
@@ -161,7 +161,7 @@ def add_batch(
         position: Number of the batch, which seeds its random signs.
         run: Runs the batch; default: the whole model.
     """
-    observer = _Observer(parent, sums, position)
+    observer = _Observer(parent, sums, position, len(batch))
     handles = [
         parent.layers[probe.layer]
         .get_submodule(probe.module)
@@ -186,12 +186,14 @@ class _Observer:
         parent: The parent.
         sums: Sums by name, in float64.
         position: Number of the batch.
+        num_rows: Number of its rows.
         is_repeated: Whether a module runs a second time for its gradient; its parts are not observed then.
     """
 
     parent: Parent
     sums: dict[str, torch.Tensor]
     position: int
+    num_rows: int
     is_repeated: bool = False
 
     def observe(
@@ -212,13 +214,14 @@ class _Observer:
             return
         x = first_argument(args, kwargs).float()
         x = x.reshape(-1, probe.blocks * x.shape[-1])
-        if probe.kind == "energy":
-            self._add(probe.name, x.square().sum(0))
-        elif probe.kind == "moment":
-            self._add(probe.name, x.T @ x)
+        moment = x.square().sum(0) if probe.kind == "energy" else x.T @ x
+        if not torch.isfinite(moment).all():
+            raise _not_finite(self.parent, probe, x.view(self.num_rows, -1), self.position * self.num_rows)
+        if probe.kind in ("energy", "moment"):
+            self._add(probe.name, moment)
         else:
             y = first_tensor(output).flatten(0, -2).float()
-            self._add(f"{probe.name}.input", x.T @ x)
+            self._add(f"{probe.name}.input", moment)
             self._add(f"{probe.name}.output", x.T @ y)
 
     def _add(self, name: str, value: torch.Tensor) -> None:
@@ -226,6 +229,19 @@ class _Observer:
             self.sums[name] += value.double().cpu()
         else:
             self.sums[name] = value.double().cpu()
+
+
+def _not_finite(parent: Parent, probe: Probe, by_row: torch.Tensor, rows_before: int) -> InputError:
+    """The error for activations ``[B, ...]`` of a batch, some of which are NaN, infinite, or too large to square."""
+    dtype = str(parent.runtime.dtype).removeprefix("torch.")
+    wrong = (~torch.isfinite(by_row)).any(1).nonzero()
+    what = f"NaN or infinite in {dtype}" if len(wrong) else "so large that their squares overflow float32"
+    row = int(wrong[0, 0]) if len(wrong) else int(by_row.abs().amax(1).argmax())
+    mend = "Set dtype to float32 in the recipe" if dtype == "float16" else "Check the parent's weights"
+    return InputError(
+        f"{parent.path}: the inputs of {probe.module} in layer {probe.layer} are {what}, first in row "
+        f"{rows_before + row} of the calibration text. {mend}."
+    )
 
 
 @dataclass(frozen=True)

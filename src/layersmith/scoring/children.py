@@ -32,7 +32,7 @@ from layersmith.recipe import ScoringRecipe
 from layersmith.run.progress import Progress
 from layersmith.scoring.exact import by_spans, spans
 from layersmith.scoring.exchanges import ExchangeEffects, exchange_effects
-from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
+from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, measure, row_means
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
 
@@ -125,6 +125,7 @@ class ChildEvaluator:
             method, parts = self._layer_by_layer, self._within_limit(batches, len(solutions))
         for part in parts:
             for index, result in method(sorted_places, part).items():
+                check_rows(result, "a candidate child")
                 results[order[index]] += result
             advance(sum(map(len, part)))
         return results

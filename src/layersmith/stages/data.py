@@ -47,6 +47,8 @@ def _inputs(job: Job) -> Any:
 def _make(job: Job, making: Making) -> None:
     recipe, parent = job.recipe.data, job.parent
     length = min(recipe.sequence_length, parent.positions or recipe.sequence_length)
+    if length < 2:
+        raise InputError(f"{job.path}: made for {length} position, but predicting a token takes a context of two.")
     with making.progress.stage("data", 1, "source") as advance:
         recipe = dataclasses.replace(recipe, sequence_length=length)
         tokens = prepare(job.data, job.tokenizer, recipe, job.recipe.seed)

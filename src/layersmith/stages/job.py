@@ -6,6 +6,7 @@ the workload. Nothing is loaded before a stage needs it, so a finished run is op
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -69,7 +70,18 @@ class Job:
 
     @cached_property
     def runtime(self) -> Runtime:
-        return Runtime.detect(self.recipe.device, self.recipe.dtype)
+        """Device and dtype of the computation; a wider dtype than float16 if the parent's activations overflow it."""
+        runtime = Runtime.detect(self.recipe.device, self.recipe.dtype)
+        if runtime.dtype != torch.float16 or runtime.world_size > 1:
+            return runtime
+        near = self.run.folder if is_streamed(self.path, self.recipe, runtime) else None
+        parent = load_parent(self.path, runtime, self.family, self.recipe.trust_remote_code, stream_near=near)
+        if not overflows(parent):
+            self.__dict__["parent"] = parent
+            return runtime
+        wider = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
+        self.progress.note(f"the parent's activations overflow float16; it is run in {str(wider)[6:]}.")
+        return dataclasses.replace(runtime, dtype=wider)
 
     @property
     def dtype(self) -> str:
@@ -256,6 +268,15 @@ class Job:
             self._results[name] = make()
         result: T = self._results[name]
         return result
+
+
+@torch.inference_mode()
+def overflows(parent: Parent) -> bool:
+    """Whether logits of random tokens are not finite."""
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, min(64, parent.positions or 64)
+    ids = torch.randint(parent.language_config.vocab_size, shape, generator=generator).to(parent.runtime.device)
+    return not bool(torch.isfinite(parent.model(input_ids=ids, use_cache=False).logits).all())
 
 
 def is_streamed(path: str | Path, recipe: Recipe, runtime: Runtime) -> bool:
