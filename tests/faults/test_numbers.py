@@ -120,7 +120,7 @@ TRAINED = {"local_distillation": {"tokens": 64, "coupled_tokens": 64}}
 
 # What is unusual: the harm, more of the recipe and the parent's sizes, and the largest KL divergence of its child.
 RIGHT: dict[str, tuple[Harm, dict[str, Any], float]] = {
-    "a dead FFN": (zero("layers.0.mlp"), {"settings": TRAINED}, 1e-6),
+    "a dead FFN": (zero("layers.0.mlp"), {"settings": TRAINED, "budget": 0.92}, 1e-6),
     "an untied head under a tied config": (config_says(tie_word_embeddings=True), {}, 0.5),
     "float16 with weights near its limit": (as_float16(scaled(30.0, "down_proj")), {"settings": TRAINED}, 5.0),
     "embeddings times 1e4": (scaled(1e4, "embed_tokens", "lm_head"), {"budget": 0.97}, 1e9),
@@ -134,10 +134,17 @@ RIGHT: dict[str, tuple[Harm, dict[str, Any], float]] = {
     "a dead attention": (zero("layers.0.self_attn"), {"settings": TRAINED, "budget": 0.92}, 1e-6),
     "all layers zero": (zero("layers."), {"settings": TRAINED, "budget": 0.87}, 1e-6),
     "all weights zero": (zero(""), {"settings": TRAINED, "budget": 0.87}, 1e-6),
-    "a dead FFN unit": (zero("nothing"), {}, 0.5),
+    "a dead FFN unit": (
+        lambda tensors, config: [tensors[f"model.layers.0.mlp.{n}_proj.weight"][:32].zero_() for n in ("up", "gate")],
+        {"settings": TRAINED, "budget": 0.96},
+        1e-6,
+    ),
     "float16": (as_float16(), {}, 0.5),
-    "positions 2": (config_says(max_position_embeddings=2), {}, 0.5),
-    "positions null": (config_says(max_position_embeddings=None), {}, 0.5),
+    "positions 2": (
+        config_says(max_position_embeddings=2),
+        {"settings": {"data": yaml.safe_load(RECIPE)["data"] | {"overlap": "allow"}}},
+        0.5,
+    ),
     "one KV head": (nothing, {"num_key_value_heads": 1, "budget": 0.93}, 0.5),
     "no end token": (config_says(eos_token_id=None, pad_token_id=None), {}, 0.5),
     "the whole budget": (nothing, {"budget": 1.0}, 1e-9),
@@ -167,7 +174,7 @@ REFUSED: dict[str, tuple[Harm, dict[str, Any], str]] = {
         {},
         "model.embed_tokens.weight has 32 values that are NaN or infinite in float32, the first in row 511",
     ),
-    "activations that overflow float32": (scaled(1e20, "gate_proj", "up_proj"), {}, "layer 0"),
+    "activations that overflow float32": (scaled(1e20, "gate_proj", "up_proj"), {}, "output of layer 0"),
 }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,14 +20,16 @@ from layersmith.distillation.objective import ChildLosses, ParentTargets, check_
 from layersmith.distillation.optimizer import matrices_of
 from layersmith.distillation.parent_logits import ParentLogits
 from layersmith.distillation.steps import RowOrder, Steps, collate
-from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Distiller, curve_of
+from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Distiller, curve_of, digests_of
 from layersmith.errors import InputError, LayersmithError, first_line
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import block_configs_of
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import DistillationRecipe
 from layersmith.run import ranks
-from layersmith.run.artifacts import saying_disk_full, write_json
+from layersmith.run.artifacts import read_json, saying_disk_full, write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -182,14 +185,25 @@ def hidden_size_of(model: Parent) -> int:
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written to its end; incomplete ones, of a killed process, are removed."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
-    complete = [path for path in checkpoints if (path / COMPLETE).is_file()]
-    if ranks.is_first():
-        for path in checkpoints:
-            if path not in complete:
-                shutil.rmtree(path)
-    return str(complete[-1]) if complete else None
+    """The last checkpoint whose files are as they were written; later ones, of a killed process or damaged, go."""
+    return ranks.from_first(lambda: _last_intact(folder))
+
+
+def _last_intact(folder: Path) -> str | None:
+    numbered = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    checkpoints = sorted((p for p, number in numbered.items() if number.isdigit()), key=lambda p: int(numbered[p]))
+    while checkpoints:
+        path = checkpoints.pop()
+        try:
+            is_intact = read_json(path / COMPLETE) == digests_of(path)
+        except (InputError, OSError):
+            is_intact = False
+        if is_intact:
+            return str(path)
+        if (path / COMPLETE).exists():
+            logger.warning("%s: a file of it is damaged; training goes on from the checkpoint before it.", path)
+        shutil.rmtree(path, ignore_errors=True)
+    return None
 
 
 @contextmanager

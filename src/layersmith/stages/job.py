@@ -19,6 +19,7 @@ import torch
 from layersmith.costs.budget import Budget, Limits, Workload
 from layersmith.data.splits import load_tokenizer
 from layersmith.errors import InputError
+from layersmith.execution.exchange import first_overflow
 from layersmith.execution.parent import Parent, identity_of, load_parent
 from layersmith.execution.streaming import is_too_large
 from layersmith.heterogeneous.checkpoint import check_files
@@ -75,8 +76,8 @@ class Job:
         if runtime.dtype != torch.float16 or runtime.world_size > 1:
             return runtime
         near = self.run.folder if is_streamed(self.path, self.recipe, runtime) else None
-        parent = load_parent(self.path, runtime, self.family, self.recipe.trust_remote_code, stream_near=near)
-        if not overflows(parent):
+        parent = load_parent(self.path, runtime, self.family, self.trust_remote_code, stream_near=near)
+        if first_overflow(parent) is None:
             self.__dict__["parent"] = parent
             return runtime
         wider = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
@@ -268,15 +269,6 @@ class Job:
             self._results[name] = make()
         result: T = self._results[name]
         return result
-
-
-@torch.inference_mode()
-def overflows(parent: Parent) -> bool:
-    """Whether logits of random tokens are not finite."""
-    generator = torch.Generator().manual_seed(0)
-    shape = 2, min(64, parent.positions or 64)
-    ids = torch.randint(parent.language_config.vocab_size, shape, generator=generator).to(parent.runtime.device)
-    return not bool(torch.isfinite(parent.model(input_ids=ids, use_cache=False).logits).all())
 
 
 def is_streamed(path: str | Path, recipe: Recipe, runtime: Runtime) -> bool:
