@@ -205,7 +205,9 @@ def children(
         )
         if row.startswith("(c)"):
             recipe = LocalDistillationRecipe(coupled_tokens=args.tokens, batch_tokens=args.batch_tokens)
-            library = distill_jointly(library, chosen, tokens.training, TrainingSetup(recipe, seed=seed))
+            library = distill_jointly(
+                library, chosen, tokens.calibration, tokens.training, TrainingSetup(recipe, seed=seed)
+            )
         yield Child(row, library, chosen)
 
 

@@ -203,9 +203,8 @@ def models(of: Seed, budget: float, args: argparse.Namespace) -> Iterator[tuple[
         chosen = chosen_for(of, OURS, budget, args.refine_passes, place / f"refined-{budget}")
         inputs = fingerprint([library.identity, [a.key for a in chosen], repr(recipe), versions()])
         work = place / f"pairs-{inputs[:16]}"
-        both = distill_jointly(
-            library, chosen, of.tokens.training, TrainingSetup(recipe, seed=of.seed, folder=work, inputs=inputs)
-        )
+        setup = TrainingSetup(recipe, seed=of.seed, folder=work, inputs=inputs)
+        both = distill_jointly(library, chosen, of.tokens.calibration, of.tokens.training, setup)
         return in_float32(both.compose(chosen))
 
     def narrow() -> PreTrainedModel | None:

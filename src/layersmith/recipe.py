@@ -133,6 +133,9 @@ class LocalDistillationRecipe:
     coupled_tokens: NonNegativeInt = 131_072
     """Training tokens for joint distillation after the search: the chosen attention and FFN of a layer are trained
     together; 0 for none."""
+    child_refit: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """After the search, refit the last projections of the changed layers by least squares on the child's inputs, so
+    that each layer corrects this part of the errors of those before it; 0 for none. Needs `coupled_on: child`."""
     coupled_on: Literal["child", "parent"] = "child"
     """Inputs of a layer in joint distillation. `child` uses the output of the child's already trained layers below, so
     each layer corrects the errors of those before it, but layers train one after the other in a single process.

@@ -147,6 +147,11 @@ class Library:
             return None
         return units.reader, units.reader_dim
 
+    def last_projection(self, i: int, subblock: str) -> tuple[str, int] | None:
+        """:meth:`reader` of a subblock, also where it is the parent's; None if no alternative has one."""
+        members = (a for a in self.alternatives if a.layer == i and a.subblock == subblock)
+        return next((reader for a in members if (reader := self.reader(a)) is not None), None)
+
     def layer(self, *alternatives: Alternative) -> nn.Module:
         """The decoder layer with these alternatives, all of one layer; other weights are shared with the parent."""
         i = alternatives[0].layer
