@@ -14,10 +14,7 @@ from layersmith.run.folder import Run
 from layersmith.run.stage import Making
 from layersmith.run.store import Store
 
-HEADER = {
-    "parent": {"path": "p", "identity": "x"}, "data": {"source": "d", "digest": "y"}, "budget": {}, "recipe": {},
-    "versions": {}, "seed": 0, "working_directory": "", "descriptor": None,
-}  # fmt: skip
+HEADER = {"parent": {"identity": "x"}, "data": {"digest": "y"}, "budget": {}, "recipe": {}, "versions": {}}
 
 
 def seconds(run: Run) -> dict[str, float]:

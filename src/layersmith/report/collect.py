@@ -235,37 +235,37 @@ def _checked_scores(scores: list[Score]) -> tuple[CheckedScore, ...]:
 def _checked_sums(results: Results, optional: Optional) -> tuple[CheckedSum, ...]:
     """Sums of scores against measured losses: of this child, and of models on the frontier that were evaluated."""
     objective, frontier = results.recipe.scoring.objective, optional.frontier
-    checked = []
+    found = []
     measured = measured_loss(optional.as_cut or results.evaluation, objective)
     if measured is not None:
-        checked.append(CheckedSum(THIS_CHILD, results.solution.score, *measured))
+        found.append(CheckedSum(THIS_CHILD, results.solution.score, *measured))
     if frontier is not None and frontier.objective == objective:
-        checked += [
+        found += [
             CheckedSum("frontier" if series.name == "search" else series.name, p.score, p.measured.mean,
                        p.measured.error)
             for series in frontier.series()
             for p in series.points
             if p.measured and p.score is not None
         ]  # fmt: skip
-    return tuple(checked)
+    return tuple(found)
 
 
 def _checked_times(solution: Solution, optional: Optional) -> tuple[CheckedTime, ...]:
     """Times of whole children relative to the parent's: by the sum of their parts, and measured."""
-    checked, known, clock = [], optional.time_checks, optional.clock
+    found, known, clock = [], optional.time_checks, optional.clock
     phases = ("prefill", "decode")
     for check in known.checks if known is not None else ():
         for phase in phases:
             predicted = getattr(check.parts, phase) / getattr(known.parent, phase) if known else 0.0
             measured = getattr(check.whole, phase) / getattr(check.parent, phase)
-            checked.append(CheckedTime(check.what, phase, check.fraction, predicted, measured))
+            found.append(CheckedTime(check.what, phase, check.fraction, predicted, measured))
     if clock is not None and "prefill_seconds" in solution.costs:
         fraction = solution.costs["parameters"] / solution.parent_costs["parameters"]
         for phase in phases:
             cost = f"{phase}_seconds"
             predicted = solution.costs[cost] / solution.parent_costs[cost]
-            checked.append(CheckedTime(THIS_CHILD, phase, fraction, predicted, clock.child[cost] / clock.parent[cost]))
-    return tuple(checked)
+            found.append(CheckedTime(THIS_CHILD, phase, fraction, predicted, clock.child[cost] / clock.parent[cost]))
+    return tuple(found)
 
 
 def measured_loss(evaluation: Evaluation, objective: str) -> tuple[float | None, float | None] | None:

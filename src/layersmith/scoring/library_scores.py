@@ -7,14 +7,17 @@ selection depends only on results, so a resumed run gives the same scores.
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 
 from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers
 from layersmith.library.library import Library
 from layersmith.recipe import ScoringRecipe
-from layersmith.run.journal import Recording
+from layersmith.run.journal import Journal
+from layersmith.run.progress import SILENT, Progress
 from layersmith.scoring.estimated import estimated_scores
 from layersmith.scoring.exact_runs import exact_scores
 from layersmith.scoring.regret import Axis
@@ -35,7 +38,9 @@ def score_library(
     *,
     axes: Sequence[Axis] = (),
     seed: int = 0,
-    recording: Recording = Recording(),
+    journal: Path | None = None,
+    inputs: str = "",
+    progress: Progress = SILENT,
 ) -> list[Score]:
     """Score every alternative of a library; the parent's subblocks score as the parent.
 
@@ -46,12 +51,14 @@ def score_library(
         axes: Costs by which the search will choose; what decides there is run exactly first. Default: the errors of
             all scores count alike.
         seed: Seed of the random signs.
-        recording: Keeps results as they come and shows the work.
+        journal: File that keeps results as they come.
+        inputs: Digest of everything that scores depend on; a journal of other inputs is overwritten.
+        progress: Shows the work.
 
     Returns:
         Scores in the order of the library's alternatives.
     """
-    parent, progress = library.parent, recording.progress
+    parent = library.parent
     steps = sum(a.kind != PARENT for a in library.alternatives)
     with progress.stage("score", steps, "alternatives") as advance:
         layerwise: LayerwiseParent[Library] | None = None
@@ -60,13 +67,14 @@ def score_library(
         except NotLayerwise as reason:
             progress.note(f"each alternative is scored by running the whole model, because {reason}.")
         shown = ScoringProgress(advance, steps, tokens.shape[1], clock_of(progress, parent.runtime.device))
-        with recording.journal() as results:
+        folder = journal.parent if journal else Path(tempfile.gettempdir())
+        with Journal(journal, inputs) as results:
             task = ScoringTask(
                 library=library,
                 layerwise=layerwise,
                 tokens=tokens,
                 recipe=recipe,
-                folder=recording.folder,
+                folder=folder,
                 progress=shown,
                 results=results,
             )
