@@ -35,6 +35,7 @@ from layersmith.costs.budget import Budget, Workload
 from layersmith.costs.clock import median_polish
 from layersmith.costs.curve import Curve
 from layersmith.costs.measured import measure
+from layersmith.costs.stopwatch import Stopwatch
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import CostsRecipe
 from layersmith.run.folder import versions
@@ -60,12 +61,12 @@ def main() -> None:
     options.add_argument("--seconds", type=float, default=CostsRecipe.seconds)
     chosen = options.parse_args()
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    found = [examined(run, chosen) for run in chosen.runs]
-    text = rendered(found, chosen)
+    results = [examined(run, chosen) for run in chosen.runs]
+    text = rendered(results, chosen)
     print(text)
     if chosen.out is not None:
         chosen.out.write_text(text)
-        chosen.out.with_suffix(".json").write_text(json.dumps(found, indent=1) + "\n")
+        chosen.out.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
 
 
 def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -80,7 +81,7 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     scores = job.read(SCORES)
     started = time.process_time()
     timing = CostsRecipe(seconds=options.seconds, rounds=options.rounds)
-    times = measure(parent, library.alternatives, costs, workload, timing)
+    times = measure(Stopwatch(parent, workload, timing), library.alternatives, costs)
     seconds = time.process_time() - started
     problem = search_problem(library, scores, recipe, times.into(costs, library.alternatives), limits)
     solutions = [c for c in frontier(problem, "decode_seconds") if any(a.kind != "parent" for a in c.alternatives)]
@@ -91,7 +92,7 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     clock = {phase: sum(one[phase] for one in seen[:3]) / 3 for phase in _PHASES}
     noise = {phase: math.hypot(*(one[phase] for one in errors[:3])) / 3 / clock[phase] for phase in _PHASES}
     rows = []
-    for solution, own, error in zip(some, seen[3:], errors[3:], strict=True):
+    for solution, measured, error in zip(some, seen[3:], errors[3:], strict=True):
         row: dict[str, Any] = {"parameters": solution.costs["parameters"] / solution.parent_costs["parameters"]}
         parts = times.whole(a.key for a in solution.alternatives)
         whole = times.parent(library.alternatives)
@@ -100,8 +101,8 @@ def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
             row[phase] = {
                 "sum": getattr(parts, phase) / getattr(whole, phase),
                 "predicted": solution.costs[name] / solution.parent_costs[name],
-                "measured": own[phase] / clock[phase],
-                "error": math.hypot(error[phase] / own[phase], noise[phase]),
+                "measured": measured[phase] / clock[phase],
+                "error": math.hypot(error[phase] / measured[phase], noise[phase]),
             }
         rows.append(row)
     return {
@@ -157,23 +158,23 @@ def stopwatch(
                 row[k] = took(models[k])
             if round_:  # the first warms up
                 seen.append(row)
-    own, errors = {}, {}
+    seconds, errors = {}, {}
     for phase in _PHASES:
-        own[phase], errors[phase] = median_polish([[one[phase] for one in row] for row in seen])
-    by_model = [[{phase: of[phase][k] for phase in _PHASES} for k in range(len(models))] for of in (own, errors)]
+        seconds[phase], errors[phase] = median_polish([[one[phase] for one in row] for row in seen])
+    by_model = [[{phase: of[phase][k] for phase in _PHASES} for k in range(len(models))] for of in (seconds, errors)]
     return by_model[0], by_model[1]
 
 
-def rendered(found: list[dict[str, Any]], options: argparse.Namespace) -> str:
-    own = ", ".join(f"{name} {version}" for name, version in versions().items())
+def rendered(results: list[dict[str, Any]], options: argparse.Namespace) -> str:
+    packages = ", ".join(f"{name} {version}" for name, version in versions().items())
     prompt = options.context - options.generate
     lines = [
         "# Times of whole children, predicted and measured",
         "",
-        f"Batch {options.batch}, prompt of {prompt} tokens, {options.generate} written. {own}.",
+        f"Batch {options.batch}, prompt of {prompt} tokens, {options.generate} written. {packages}.",
     ]
-    for one in found:
-        said = ", ".join(f"{_PHASES[p]} {Curve(**own)(0.5):.3f}" for p, own in one["curves"].items())
+    for one in results:
+        said = ", ".join(f"{_PHASES[p]} {Curve(**packages)(0.5):.3f}" for p, packages in one["curves"].items())
         lines += [
             "",
             f"## {one['name']}, {one['parameters'] / 1e6:.1f}M parameters",

@@ -54,6 +54,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.score import losses
 from layersmith.search.problem import SearchProblem
+from layersmith.stages.costs import shape_of
 
 METRICS = {"loss": "validation loss", "kl_divergence": "KL", "top_1_agreement": "top-1 agreement"}
 
@@ -98,8 +99,7 @@ def splits_of(text: Path, parent: Parent, args: argparse.Namespace, seed: int) -
 
 
 def cost_table(parent: Parent, library: Library) -> CostTable:
-    own = (parent.descriptor, parent.config, parent.blocks, library.alternatives, library.axes, parent.dtype)
-    return count_costs(*own, Workload(1, 1))
+    return count_costs(shape_of(parent, library), library.alternatives, Workload(1, 1))
 
 
 def kl_of(library: Library, rows: torch.Tensor, mode: str = "auto") -> dict[str, float]:
@@ -114,15 +114,15 @@ def uniform(library: Library, costs: CostTable, scores: dict[str, float], budget
     for a in library.alternatives:
         if a.kind not in ("no_op", "linear"):
             by_name.setdefault((a.subblock, a.name), []).append(a)
-    found = []
+    solutions = []
     for (subblock, _), attentions in by_name.items():
         for (other, _), ffns in by_name.items():
             if (subblock, other) == ("attention", "ffn") and len(attentions) == len(ffns) == depth:
-                own = attentions + ffns
-                parameters = costs.fixed["parameters"] + sum(costs.by_key[a.key]["parameters"] for a in own)
+                chosen = attentions + ffns
+                parameters = costs.fixed["parameters"] + sum(costs.by_key[a.key]["parameters"] for a in chosen)
                 if parameters <= budget * costs.parent["parameters"]:
-                    found.append((sum(scores[a.key] for a in own), own))
-    return min(found, key=lambda pair: pair[0])[1] if found else []
+                    solutions.append((sum(scores[a.key] for a in chosen), chosen))
+    return min(solutions, key=lambda pair: pair[0])[1] if solutions else []
 
 
 def dropped(library: Library, costs: CostTable, scores: dict[str, float], budget: float) -> list[Alternative]:
@@ -205,7 +205,9 @@ def children(
         )
         if row.startswith("(c)"):
             recipe = LocalDistillationRecipe(coupled_tokens=args.tokens, batch_tokens=args.batch_tokens)
-            library = distill_jointly(library, chosen, tokens.training, TrainingSetup(recipe, seed=seed))
+            library = distill_jointly(
+                library, chosen, tokens.calibration, tokens.training, TrainingSetup(recipe, seed=seed)
+            )
         yield Child(row, library, chosen)
 
 
@@ -213,11 +215,11 @@ def evaluated(child: Child, rows: torch.Tensor) -> dict[str, Any]:
     """Metrics of a child on evaluation rows, and its parameters."""
     model = child.library.compose(list(child.alternatives))
     table = compare(child.library.parent.model, model, rows, batch_sequences=8).table()
-    found = {row["metric"]: row for row in table}
-    values = {name: found[name]["child"] for name in METRICS}
-    errors = {f"{name} error": found[name]["child_standard_error"] for name in METRICS}
+    by_metric = {row["metric"]: row for row in table}
+    values = {name: by_metric[name]["child"] for name in METRICS}
+    errors = {f"{name} error": by_metric[name]["child_standard_error"] for name in METRICS}
     parameters = sum(p.numel() for p in model.parameters())
-    return values | errors | {"parent loss": found["loss"]["parent"], "parameters": parameters}
+    return values | errors | {"parent loss": by_metric["loss"]["parent"], "parameters": parameters}
 
 
 def of_the_library(made: Libraries, rows: torch.Tensor, every: int) -> list[dict[str, Any]]:
@@ -225,17 +227,17 @@ def of_the_library(made: Libraries, rows: torch.Tensor, every: int) -> list[dict
     table: dict[str, dict[str, Any]] = {}
     for name in ("pruned", "reconstructed", "taught"):
         library: Library = getattr(made, name)
-        own = [
+        alternatives = [
             a
             for a in library.alternatives
             if a.kind == "parent" or (a.kind != "no_op" and a.layer % every == 1 % every)
         ]
-        few = dataclasses.replace(library, alternatives=own)
-        found = kl_of(few, rows, "exact")
-        for a in own:
+        few = dataclasses.replace(library, alternatives=alternatives)
+        kl = kl_of(few, rows, "exact")
+        for a in alternatives:
             if a.kind != "parent":
                 kind = f"{a.subblock} {a.kind}" + (f" ({a.method})" if a.kind == "kv_heads" else "")
-                table.setdefault(a.key, {"of": a.key, "kind": kind})[name] = found[a.key]
+                table.setdefault(a.key, {"of": a.key, "kind": kind})[name] = kl[a.key]
     return list(table.values())
 
 
@@ -297,30 +299,30 @@ def table(result: dict[str, Any]) -> str:
         "| --- | --- | --- |" + " --- |" * len(METRICS),
     ]
     for budget, name in dict.fromkeys((r["budget"], r["row"]) for r in rows):
-        own = [r for r in rows if (r["budget"], r["row"]) == (budget, name)]
+        records = [r for r in rows if (r["budget"], r["row"]) == (budget, name)]
         base = {r["seed"]: r for r in rows if r["budget"] == budget and r["row"].startswith("(a)")}
         cells = []
         for metric in METRICS:
-            if len(own) < 2:
-                noise = own[0][f"{metric} error"]
+            if len(records) < 2:
+                noise = records[0][f"{metric} error"]
             elif name.startswith("(a)"):
-                noise = stdev(r[metric] for r in own)
+                noise = stdev(r[metric] for r in records)
             else:
-                noise = stdev(r[metric] - base[r["seed"]][metric] for r in own)
-            cells.append(f"{mean(r[metric] for r in own):.4f} ± {noise:.4f}")
-        parameters = mean(r["parameters"] for r in own)
+                noise = stdev(r[metric] - base[r["seed"]][metric] for r in records)
+            cells.append(f"{mean(r[metric] for r in records):.4f} ± {noise:.4f}")
+        parameters = mean(r["parameters"] for r in records)
         lines.append(f"| {budget} | {name} | {parameters / 1e6:.2f}M | {' | '.join(cells)} |")
-    if found := result["library"]:
+    if library := result["library"]:
         lines += [
             "", "## The library: median replace-one-block KL", "",
             "| kind | alternatives | pruned | reconstructed | locally distilled | taught / pruned |",
             "| --- | --- | --- | --- | --- | --- |",
         ]  # fmt: skip
-        for kind in ["all", *sorted({f["kind"] for f in found})]:
-            own = [f for f in found if kind in ("all", f["kind"])]
-            middle = {name: median(f[name] for f in own) for name in ("pruned", "reconstructed", "taught")}
+        for kind in ["all", *sorted({f["kind"] for f in library})]:
+            records = [f for f in library if kind in ("all", f["kind"])]
+            middle = {name: median(f[name] for f in records) for name in ("pruned", "reconstructed", "taught")}
             values = " | ".join(f"{v:.5f}" for v in middle.values())
-            lines.append(f"| {kind} | {len(own)} | {values} | {middle['taught'] / middle['pruned']:.2f} |")
+            lines.append(f"| {kind} | {len(records)} | {values} | {middle['taught'] / middle['pruned']:.2f} |")
     lines += ["", f"The parent's matrices run at {result.get('gflops', float('nan')):.0f} GFLOP/s.", ""]
     lines += [f"* {note}" for note in result["notes"][0]]
     seconds = ", ".join(f"{name} {value:.0f}" for name, value in result["cpu_seconds"][0].items())

@@ -35,9 +35,10 @@ from transformers import PreTrainedModel, Trainer
 import layersmith
 from layersmith.costs.budget import Budget, Limits, Workload
 from layersmith.data.splits import evaluation_rows, load_tokenizer
+from layersmith.data.training import TrainingSource, training_rows
 from layersmith.distillation.arguments import training_arguments
 from layersmith.distillation.steps import RowOrder, Steps, collate
-from layersmith.distillation.train import GlobalSetup, TrainingRows, train
+from layersmith.distillation.train import GlobalSetup, TrainingRows, in_float32, train
 from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
@@ -53,7 +54,6 @@ from layersmith.scoring.score import losses
 from layersmith.search.problem import SearchProblem
 from layersmith.search.solution import Solution
 from layersmith.stages.costs import cost_table
-from layersmith.stages.distill import copied, find_rows
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.scores import SCORES
@@ -74,12 +74,12 @@ class PlainTrainer(Trainer):
         more = {"use_cache": False, "output_hidden_states": bool(self.hidden)}
         with torch.no_grad():
             said = self.parent(input_ids=inputs["input_ids"], **more)
-        own = model(input_ids=inputs["input_ids"], **more)
-        log_q = own.logits.float().log_softmax(-1).flatten(0, 1)
+        output = model(input_ids=inputs["input_ids"], **more)
+        log_q = output.logits.float().log_softmax(-1).flatten(0, 1)
         log_p = said.logits.float().log_softmax(-1).flatten(0, 1)
         loss = torch.nn.functional.kl_div(log_q, log_p, log_target=True, reduction="batchmean")
         if self.hidden:
-            pairs = list(zip(own.hidden_states[1:], said.hidden_states[1:], strict=True))
+            pairs = list(zip(output.hidden_states[1:], said.hidden_states[1:], strict=True))
             distances = [
                 1 - torch.nn.functional.cosine_similarity(a.float(), b.float(), dim=-1).mean() for a, b in pairs
             ]
@@ -107,8 +107,8 @@ def measure(which: str, parent_path: str, child_path: str, text: str, recipe: Di
                 )
                 train(parent, child, TrainingRows(some), setup)
                 return
-            own = Steps.of(recipe, some.numel(), rows.shape[1])
-            arguments = training_arguments(recipe, own, parent.runtime, 1024, 0, place)
+            few_steps = Steps.of(recipe, some.numel(), rows.shape[1])
+            arguments = training_arguments(recipe, few_steps, parent.runtime, 1024, 0, place)
             order = RowOrder(some, len(some), 0)
             child.train().requires_grad_(True)
             PlainTrainer(
@@ -161,12 +161,12 @@ def models(
 ) -> Iterator[tuple[str, PreTrainedModel]]:
     """Every row's name and model, before distillation, in float32 with weights of its own."""
     parent = library.parent
-    yield "ours", copied(library.compose(solution.alternatives))
+    yield "ours", in_float32(library.compose(solution.alternatives))
     limit = budget.resolve(solution.parent_costs)["parameters"]
     narrow = uniform(parent, recipe, limit, rows)
     if narrow is not None:
         yield "uniform", narrow
-    yield "layers dropped", copied(library.compose(without_layers(library, scores, solution, limit)))
+    yield "layers dropped", in_float32(library.compose(without_layers(library, scores, solution, limit)))
     torch.manual_seed(seed)
     yield "from scratch", layersmith.build(parent.config, library.blocks(solution.alternatives), dtype=torch.float32)
     if peer is not None:
@@ -179,17 +179,17 @@ def uniform(parent: Parent, recipe: Recipe, limit: int, rows: torch.Tensor) -> P
     assert width is not None
     outside = sum(p.numel() for p in parent.model.parameters())
     of_ffn = sum(p.numel() for layer in parent.layers for p in layer.mlp.parameters())
-    own = int(width * (1 - (outside - limit) / of_ffn))
-    if own < 1:
+    kept_width = int(width * (1 - (outside - limit) / of_ffn))
+    if kept_width < 1:
         return None
     only = dataclasses.replace(
-        recipe.library, ffn_sizes=(own,), ffn_multiple=1, kv_heads=(), linear=(), no_op=(), query_heads=False,
+        recipe.library, ffn_sizes=(kept_width,), ffn_multiple=1, kv_heads=(), linear=(), no_op=(), query_heads=False,
         windows=False, mixers=False, keep_layers=(),
     )  # fmt: skip
     library = build_library(parent, only, survey(parent, only), Calibration(rows, 8))
     chosen = [a for a in library.alternatives if a.kind == "ffn_width"]
     kept = [a for a in library.alternatives if a.kind == "parent" and a.subblock == "attention"]
-    return copied(library.compose([*chosen, *kept]))
+    return in_float32(library.compose([*chosen, *kept]))
 
 
 def without_layers(library: Library, scores: Mapping[str, float], solution: Solution, limit: int) -> list[Alternative]:
@@ -220,7 +220,9 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     settings = DistillationRecipe(tokens=args.tokens)
     tokenizer = load_tokenizer(parent.path)
     steps = Steps.of(settings, args.tokens, held["evaluation"].shape[1])
-    found, _ = find_rows(recipe, header["data"]["source"], True, tokenizer, held, steps.count * steps.rows)
+    overlap = recipe.distillation.overlap or recipe.data.overlap
+    source = TrainingSource(header["data"]["source"], True, steps.count * steps.rows, overlap)
+    rows, _ = training_rows(source, recipe.data, tokenizer, held, recipe.seed)
     made: list[dict[str, Any]] = []
     print("| parameters | seed | model | | loss - parent's | KL | top-1 agreement |")
     print("|---|---|---|---|---|---|---|")
@@ -246,7 +248,7 @@ def table(args: argparse.Namespace) -> list[dict[str, Any]]:
                         curve=place / "log.json",
                         name=name,
                     )
-                    train(parent, child, TrainingRows(found), setup)
+                    train(parent, child, TrainingRows(rows), setup)
                 record["cpu_seconds"] = time.process_time() - started
                 record["after"] = judged(parent, child, judges, share, seed, name, "distilled")
                 made.append(record)
@@ -271,24 +273,24 @@ def judged(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True)
-    own = commands.add_parser("speed")
-    own.add_argument("parent")
-    own.add_argument("--child")
-    own.add_argument("--text", required=True)
-    own.add_argument("--tokens", type=int, default=16384)
-    own.add_argument("--device-tokens", type=int, default=4096)
-    own.add_argument("--hidden", type=float, default=1.0)
-    own.add_argument("--turns", type=int, default=2)
-    own.set_defaults(run=speed)
-    own = commands.add_parser("table")
-    own.add_argument("run_folder")
-    own.add_argument("--tokens", type=int, default=400_000)
-    own.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.7, 0.5])
-    own.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    own.add_argument("--rows", type=int, help="evaluation rows; default: all of the run's")
-    own.add_argument("--only", nargs="+", help="only these models")
-    own.add_argument("--peer", help="a checkpoint for the first budget")
-    own.set_defaults(run=table)
+    parser_of = commands.add_parser("speed")
+    parser_of.add_argument("parent")
+    parser_of.add_argument("--child")
+    parser_of.add_argument("--text", required=True)
+    parser_of.add_argument("--tokens", type=int, default=16384)
+    parser_of.add_argument("--device-tokens", type=int, default=4096)
+    parser_of.add_argument("--hidden", type=float, default=1.0)
+    parser_of.add_argument("--turns", type=int, default=2)
+    parser_of.set_defaults(run=speed)
+    parser_of = commands.add_parser("table")
+    parser_of.add_argument("run_folder")
+    parser_of.add_argument("--tokens", type=int, default=400_000)
+    parser_of.add_argument("--budgets", type=float, nargs="+", default=[0.8, 0.7, 0.5])
+    parser_of.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser_of.add_argument("--rows", type=int, help="evaluation rows; default: all of the run's")
+    parser_of.add_argument("--only", nargs="+", help="only these models")
+    parser_of.add_argument("--peer", help="a checkpoint for the first budget")
+    parser_of.set_defaults(run=table)
     for command in commands.choices.values():
         command.add_argument("--out", type=Path, help="JSON file for the numbers")
     args = parser.parse_args()

@@ -46,8 +46,8 @@ def peak_mib(code: str, *arguments: str) -> tuple[float, float]:
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise SystemExit(done.stderr)
-    found = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("peak ", "seconds ")))
-    return float(found["peak"]) / 1024, float(found.get("seconds", 0))
+    values = dict(line.split() for line in done.stdout.splitlines() if line.startswith(("peak ", "seconds ")))
+    return float(values["peak"]) / 1024, float(values.get("seconds", 0))
 
 
 def main() -> None:
@@ -80,9 +80,9 @@ def main() -> None:
         "stream": args.stream,
     }
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:
-        own = [args.parent, f"{folder}/run", args.text]
-        before, _ = peak_mib(_RUN, *own, "library", json.dumps(recipe), args.params)
-        peak, seconds = peak_mib(_RUN, *own, args.until, json.dumps(recipe), args.params)
+        arguments = [args.parent, f"{folder}/run", args.text]
+        before, _ = peak_mib(_RUN, *arguments, "library", json.dumps(recipe), args.params)
+        peak, seconds = peak_mib(_RUN, *arguments, args.until, json.dumps(recipe), args.params)
     imports, _ = peak_mib(_IMPORTS)
     stored = sum(file.stat().st_size for file in weight_files(Path(args.parent))) / 1024**2
     result = {

@@ -105,8 +105,8 @@ def _docstrings() -> Iterator[tuple[str, str]]:
             except (SyntaxError, ValueError):
                 continue
             kinds = (ast.Module, ast.ClassDef, ast.FunctionDef)
-            found = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
-            text = "\n\n".join(t for t in found if len(t) > 100)
+            docstrings = [ast.get_docstring(node) or "" for node in ast.walk(tree) if isinstance(node, kinds)]
+            text = "\n\n".join(t for t in docstrings if len(t) > 100)
             if len(text) > 500:
                 yield f"{package}/{path.relative_to(root).as_posix()}", text
 

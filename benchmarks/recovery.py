@@ -52,7 +52,7 @@ from layersmith.data.splits import TokenSplits, load_tokenizer, prepare
 from layersmith.demo.job import MODEL, split_library
 from layersmith.distillation.joint import distill_jointly
 from layersmith.distillation.layer_by_layer import TrainingSetup
-from layersmith.distillation.train import GlobalSetup, TrainingRows, train
+from layersmith.distillation.train import GlobalSetup, TrainingRows, in_float32, train
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -66,11 +66,10 @@ from layersmith.recipe import (
 )
 from layersmith.run.artifacts import fingerprint, read_json, write_json
 from layersmith.run.folder import versions
-from layersmith.run.progress import SILENT
+from layersmith.run.journal import Recording
 from layersmith.run.runtime import Runtime
 from layersmith.search.problem import SearchProblem
-from layersmith.stages.distill import copied
-from layersmith.stages.refine import refined_solution
+from layersmith.stages.refine import RefineSetup, refined_solution
 
 METRICS = {"loss": "loss above the parent's", "kl": "KL", "top_1": "top-1"}
 STEPS = ("(a) pruned", "(b) closed form", "(c) local")
@@ -88,7 +87,7 @@ class Judge:
     def __init__(self, parent: PreTrainedModel, rows: torch.Tensor):
         self.rows = rows
         self.said = [_log_probabilities(parent, batch) for batch in rows.split(8)]
-        self.parent_loss = torch.cat([_losses(own, b) for own, b in zip(self.said, rows.split(8), strict=True)])
+        self.parent_loss = torch.cat([_losses(logits, b) for logits, b in zip(self.said, rows.split(8), strict=True)])
 
     @torch.inference_mode()
     def __call__(self, model: PreTrainedModel) -> dict[str, float]:
@@ -100,9 +99,11 @@ class Judge:
             loss.append(_losses(log_q, batch))
             kl.append((log_p.exp() * (log_p - log_q)).sum(-1).mean(-1))
             top.append((log_p.argmax(-1) == log_q.argmax(-1)).float().mean(-1))
-        found = {"loss": torch.cat(loss) - self.parent_loss, "kl": torch.cat(kl), "top_1": torch.cat(top)}
-        values = {name: float(own.double().mean()) for name, own in found.items()}
-        return values | {f"{name}_error": float(own.double().std() / len(own) ** 0.5) for name, own in found.items()}
+        by_metric = {"loss": torch.cat(loss) - self.parent_loss, "kl": torch.cat(kl), "top_1": torch.cat(top)}
+        values = {name: float(metric.double().mean()) for name, metric in by_metric.items()}
+        return values | {
+            f"{name}_error": float(metric.double().std() / len(metric) ** 0.5) for name, metric in by_metric.items()
+        }
 
 
 @torch.inference_mode()
@@ -156,8 +157,8 @@ def prepared(parent: Parent, args: argparse.Namespace, seed: int) -> Seed:
     names = ("pruned", "reconstructed", "taught")
     if said.is_file() and read_json(said)["inputs"] == inputs:
         kept = read_json(said)
-        own = {name: Library.read(place / name, parent) for name in names}
-        made = Libraries(**own, scores=kept["scores"], notes=kept["notes"], cpu_seconds=kept["cpu_seconds"])
+        saved = {name: Library.read(place / name, parent) for name in names}
+        made = Libraries(**saved, scores=kept["scores"], notes=kept["notes"], cpu_seconds=kept["cpu_seconds"])
     else:
         local = argparse.Namespace(batch_tokens=args.batch_tokens, tokens=args.local_tokens)
         made = libraries(parent, tokens, local, seed, space)
@@ -183,7 +184,8 @@ def chosen_for(
     solution = problem.best()
     if refine_passes:
         inputs = fingerprint([library.identity, of.made.scores[name], solution.to_dict(), refine_passes])
-        refined = refined_solution(problem, solution, library, recipe, of.tokens.scoring, journal, inputs, SILENT)
+        setup = RefineSetup(library, of.tokens.scoring, recipe.search, recipe.scoring, recipe.seed)
+        refined = refined_solution(problem, solution, setup, Recording(journal, inputs))
         print(json.dumps({"seed": of.seed, "budget": budget, "row": row, "refined": refined.measured}), flush=True)
         solution = refined.solution
     return solution.alternatives
@@ -201,10 +203,9 @@ def models(of: Seed, budget: float, args: argparse.Namespace) -> Iterator[tuple[
         chosen = chosen_for(of, OURS, budget, args.refine_passes, place / f"refined-{budget}")
         inputs = fingerprint([library.identity, [a.key for a in chosen], repr(recipe), versions()])
         work = place / f"pairs-{inputs[:16]}"
-        both = distill_jointly(
-            library, chosen, of.tokens.training, TrainingSetup(recipe, seed=of.seed, folder=work, inputs=inputs)
-        )
-        return copied(both.compose(chosen))
+        setup = TrainingSetup(recipe, seed=of.seed, folder=work, inputs=inputs)
+        both = distill_jointly(library, chosen, of.tokens.calibration, of.tokens.training, setup)
+        return in_float32(both.compose(chosen))
 
     def narrow() -> PreTrainedModel | None:
         return uniform(of.parent, Recipe(), limit.resolve(of.costs.parent)["parameters"], of.tokens.calibration)
@@ -215,11 +216,11 @@ def models(of: Seed, budget: float, args: argparse.Namespace) -> Iterator[tuple[
         return layersmith.build(of.parent.config, blocks, dtype=torch.float32)
 
     yield OURS, taught
-    yield STEPS[0], lambda: copied(of.made.pruned.compose(chosen_for(of, STEPS[0], budget)))
-    yield STEPS[1], lambda: copied(of.made.reconstructed.compose(chosen_for(of, STEPS[1], budget)))
+    yield STEPS[0], lambda: in_float32(of.made.pruned.compose(chosen_for(of, STEPS[0], budget)))
+    yield STEPS[1], lambda: in_float32(of.made.reconstructed.compose(chosen_for(of, STEPS[1], budget)))
     yield "uniform", narrow
     gone = dropped(of.made.pruned, of.costs, of.made.scores["pruned"], budget)
-    yield "layers dropped", lambda: copied(of.made.pruned.compose(gone))
+    yield "layers dropped", lambda: in_float32(of.made.pruned.compose(gone))
     yield SCRATCH, scratch
     yield "puzzletron", lambda: peer(of, budget, args)
 
@@ -269,13 +270,13 @@ def peer(of: Seed, budget: float, args: argparse.Namespace) -> PreTrainedModel |
 
 def done_before(out: Path) -> list[dict[str, Any]]:
     """The lines of a file; one that was cut off is none."""
-    found = []
+    records = []
     for line in out.read_text(encoding="utf-8").splitlines() if out.is_file() else ():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return records
 
 
 def main() -> None:
@@ -427,12 +428,12 @@ def _part(lines: list[dict[str, Any]]) -> Iterator[str]:
     order = [*STEPS, "uniform", "layers dropped", SCRATCH, "puzzletron"]
     for budget in sorted({line["budget"] for line in lines}, reverse=True):
         for row in order:
-            own = [line for line in lines if (line["budget"], line["row"]) == (budget, row)]
-            if own:
+            of_row = [line for line in lines if (line["budget"], line["row"]) == (budget, row)]
+            if of_row:
                 name = f"{row}; distilled: (d)" if row == OURS else row
-                cells = [_cell(own, when, metric) for when in ("before", "after") for metric in METRICS]
-                size = mean(line["parameters"] for line in own) / 1e6
-                yield f"| {budget} | {name} | {len(_last(own))} | {size:.2f}M | {' | '.join(cells)} |"
+                cells = [_cell(of_row, when, metric) for when in ("before", "after") for metric in METRICS]
+                size = mean(line["parameters"] for line in of_row) / 1e6
+                yield f"| {budget} | {name} | {len(_last(of_row))} | {size:.2f}M | {' | '.join(cells)} |"
     yield ""
     for budget in sorted({line["budget"] for line in lines}, reverse=True):
         yield from _verdicts([line for line in lines if line["budget"] == budget], budget)
@@ -457,11 +458,11 @@ def _last(lines: list[dict[str, Any]]) -> dict[int, dict[str, Any]]:
 
 
 def _cell(lines: list[dict[str, Any]], when: str, metric: str) -> str:
-    own = [line[when] for line in _last(lines).values() if when in line]
-    if not own:
+    values = [line[when] for line in _last(lines).values() if when in line]
+    if not values:
         return ""
-    noise = stdev(x[metric] for x in own) if len(own) > 1 else own[0][f"{metric}_error"]
-    return f"{mean(x[metric] for x in own):.4f} ± {noise:.4f}"
+    noise = stdev(x[metric] for x in values) if len(values) > 1 else values[0][f"{metric}_error"]
+    return f"{mean(x[metric] for x in values):.4f} ± {noise:.4f}"
 
 
 def _verdicts(lines: list[dict[str, Any]], budget: float) -> Iterator[str]:

@@ -5,7 +5,7 @@
 Each commit is checked out into a folder of its own and runs in processes of its own, with this environment's packages
 and one thread. Parents and text are made once and given to both. For each run the table says whether the child's
 tensors and block configs are equal, whether ``report.json`` holds the same numbers (scores, importance, solution,
-evaluation; without times, versions and paths), and how many files of the run folder are equal to the byte.
+evaluation; without times, versions and paths), and which files of the run folder differ in a byte.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -95,6 +96,16 @@ def differences(before: Any, after: Any, where: str = "") -> Iterator[str]:
         yield f"{where}: {str(before)[:60]} => {str(after)[:60]}"
 
 
+def _by_name(changed: list[str]) -> Iterator[str]:
+    """Differences by the last part of their path: how many there are, and the first."""
+    by_name: dict[str, list[str]] = {}
+    for difference in changed:
+        where, _, values = difference.partition(": ")
+        by_name.setdefault(re.sub(r"\[\d+\]", "", where).split(".")[-1], []).append(values)
+    for name, values in by_name.items():
+        yield f"{len(values)} {name} ({values[0]})"
+
+
 def compare(before: Path, after: Path) -> dict[str, str]:
     """One row of the table for two run folders."""
     children = [load_file(folder / "child" / "model.safetensors") for folder in (before, after)]
@@ -109,13 +120,13 @@ def compare(before: Path, after: Path) -> dict[str, str]:
         {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()} for folder in (before, after)
     ]
     common = files[0].keys() & files[1].keys()
-    equal = sum(files[0][name].read_bytes() == files[1][name].read_bytes() for name in common)
+    differ = sorted(str(name) for name in common if files[0][name].read_bytes() != files[1][name].read_bytes())
     return {
         "child's tensors": "equal" if same else "**differ**",
-        "block configs": "equal" if configs[0]["block_configs"] == configs[1]["block_configs"] else "**differ**",
-        "report.json": "equal" if not changed else f"{len(changed)} numbers differ: {'; '.join(changed[:3])}",
-        "files": f"{equal} of {len(common)} equal; {len(files[0]) - len(common)} only before, "
-        f"{len(files[1]) - len(common)} only after",
+        "block configs": "equal" if configs[0] == configs[1] else "**differ**",
+        "report.json": "; ".join(_by_name(changed)) or "equal",
+        "files": f"{len(common) - len(differ)} of {len(common)} equal, not {', '.join(differ)}; "
+        f"{len(files[0]) - len(common)} only before, {len(files[1]) - len(common)} only after",
     }
 
 

@@ -29,7 +29,7 @@ import torch
 from scipy.stats import spearmanr
 
 from layersmith.costs.budget import Workload, parse_budget
-from layersmith.costs.table import CostTable, count_costs
+from layersmith.costs.table import CostTable
 from layersmith.data.splits import load_tokenizer
 from layersmith.evaluation.compare import compare
 from layersmith.execution.parent import load_parent
@@ -39,6 +39,7 @@ from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.folder import versions
+from layersmith.run.journal import Recording
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
@@ -46,6 +47,7 @@ from layersmith.scoring.regret import Axis
 from layersmith.scoring.score import Score, losses
 from layersmith.search.frontier import axes_of
 from layersmith.search.problem import SearchProblem
+from layersmith.stages.costs import cost_table
 
 _BUDGETS = (0.9, 0.8, 0.7, 0.6, 0.5)
 
@@ -72,7 +74,7 @@ def timed(
     logger = logging.getLogger(score_library.__module__)
     logger.setLevel(logging.INFO)
     logger.addHandler(notes)
-    scores = score_library(library, rows, recipe, axes=axes, progress=notes)
+    scores = score_library(library, rows, recipe, axes=axes, recording=Recording(progress=notes))
     logger.removeHandler(notes)
     return scores, time.process_time() - started, "; ".join(notes.notes)
 
@@ -227,15 +229,7 @@ def main() -> None:
     )  # fmt: skip
     library = build_library(parent, recipe, survey(parent, recipe), Calibration(calibration, 4))
     count = sum(a.kind != "parent" for a in library.alternatives)
-    costs = count_costs(
-        parent.descriptor,
-        parent.config,
-        parent.blocks,
-        library.alternatives,
-        library.axes,
-        parent.dtype,
-        Workload(1, 1),
-    )
+    costs = cost_table(parent, library, Workload(1, 1))
     batch = max(1, args.batch_tokens // args.length)
     forward = forward_seconds(library, rows, batch)
     per_flop = matrix_seconds_per_flop(library, min(args.batch_tokens, rows.numel()))

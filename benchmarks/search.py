@@ -35,7 +35,7 @@ from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.score import standard_error
 from layersmith.search import baselines
 from layersmith.search.program import branched
-from layersmith.search.refine import refine
+from layersmith.search.refine import Evaluations, refine
 from layersmith.search.solve import Candidate, Group, Solver
 from layersmith.stages.costs import cost_table
 from layersmith.stages.data import DATA
@@ -134,7 +134,8 @@ def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str,
         plain = problem.best()
         before, started = models.passes, time.process_time()
         with Journal(None, "") as journal:
-            refined = refine(problem, plain, models, recipe.search, "kl_divergence", journal, seed=recipe.seed)
+            evaluations = Evaluations(models, "kl_divergence", journal)
+            refined = refine(problem, plain, evaluations, recipe.search, recipe.seed)
         seconds, passes = time.process_time() - started, models.passes - before
         of_plain, of_refined = truth([plain, refined.solution])
         difference = [a - b for a, b in zip(of_refined, of_plain, strict=True)]

@@ -29,6 +29,7 @@ from layersmith.library.build import build_library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.run.journal import Recording
 from layersmith.run.progress import Advance, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
@@ -99,7 +100,9 @@ def main() -> None:
         for mode in args.modes.split(","):
             recorder = Recorder()
             journal = Path(folder) / f"{mode}.journal"
-            score_library(library, rows, ScoringRecipe(mode=mode), axes=axes, journal=journal, progress=recorder)
+            score_library(
+                library, rows, ScoringRecipe(mode=mode), axes=axes, recording=Recording(journal, progress=recorder)
+            )
             result[mode] = recorder.errors()
     print(table(result))
     if args.out:

@@ -6,6 +6,7 @@ import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ["LAYERSMITH_STRICT"] = "1"  # an error of foreign code that is not expected fails the test
 
 import ast
 import json
@@ -30,9 +31,10 @@ from transformers import (
 
 import layersmith
 from layersmith import AttentionConfig, BlockConfig, FFNConfig
+from layersmith.costs.budget import Budget
 from layersmith.heterogeneous.build import stock_class
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
-from layersmith.stages.reopen import search_several
+from layersmith.stages.reopen import SearchRequest, search_several
 
 torch.set_num_threads(1)
 # Nothing is read from or written to the user's own cache; removed when the process ends.
@@ -93,9 +95,9 @@ def child_model(config: PretrainedConfig, blocks: list[BlockConfig], seed: int =
     return randomize(layersmith.build(config, blocks), seed).eval()
 
 
-def search_again(*arguments: Any, **more: Any) -> tuple[Any, Any]:
+def search_again(run: str | Path, budget: Budget, objective: str | None = None, **more: Any) -> tuple[Any, Any]:
     """The library and the best solution of a finished run for another budget."""
-    library, (solution, *_) = search_several(*arguments, **more)
+    library, (solution, *_) = search_several(SearchRequest(run, budget, objective), **more)
     return library, solution
 
 

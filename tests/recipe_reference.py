@@ -87,7 +87,7 @@ def _type(field: dict[str, Any], schema: dict[str, Any]) -> str:
         return "list of " + re.sub(r"^(list|whole number|number|mapping)", r"\1s", items)
     words = {"integer": "whole number", "number": "number", "boolean": "`true` or `false`", "string": "text"}
     bounds = [
-        f"{sign} {field[key]:g}"
+        f"{sign} {field[key]:,}" if field[key] >= 1000 else f"{sign} {field[key]:g}"
         for key, sign in (("minimum", "≥"), ("exclusiveMinimum", ">"), ("maximum", "≤"), ("exclusiveMaximum", "<"))
         if key in field and field[key] < 2**32  # what only keeps sums from overflowing is not said
     ]

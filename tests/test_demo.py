@@ -49,8 +49,8 @@ def test_it_does_on_held_out_modules_what_its_card_says(tmp_path: Path) -> None:
 def test_it_has_learned_something_in_every_layer(tmp_path: Path) -> None:
     """Removing any FFN or attention hurts, and removing the wrong one hurts much."""
     parent = load_parent(job.MODEL, Runtime(torch.device("cpu"), torch.float32))
-    found = survey(parent, LibraryRecipe())
-    library = Library(parent, found.axes, found.alternatives, {}, {}, [])
+    space = survey(parent, LibraryRecipe())
+    library = Library(parent, space.axes, space.alternatives, {}, {}, [])
     tokenizer = layersmith.data.splits.load_tokenizer(job.MODEL)
     ids = torch.tensor([tokenizer(Path(str(json.__file__)).read_text())["input_ids"][:512]])
 

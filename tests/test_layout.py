@@ -10,7 +10,7 @@ SOURCE = Path(__file__).parents[1] / "src" / "layersmith"
 
 # From the ground up. A layer may import those before it and itself.
 LAYERS = (
-    "errors", "units", "foreign", "records", "block_config", "recipe", "modeling_layersmith", "upstream",
+    "errors", "units", "untrusted", "foreign", "records", "block_config", "recipe", "modeling_layersmith", "upstream",
     "run", "data", "model_descriptor", "heterogeneous", "execution", "library", "costs", "scoring", "search",
     "distillation", "evaluation", "export", "report", "stages", "pipeline", "demo", "terminal", "cli", "__main__",
 )  # fmt: skip

@@ -38,18 +38,18 @@ from tests.conftest import TINY_RECIPE, search_again
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Every file of a run but the log, which has times in it, and the report without what it takes from there."""
-    found = {
+    files = {
         str(path.relative_to(folder)): path.read_bytes()
         for path in sorted(folder.rglob("*"))
         if path.is_file() and path.name not in ("log.jsonl", ".lock", "report.html")
     }
-    if "report.json" in found:
-        report = json.loads(found["report.json"])
+    if "report.json" in files:
+        report = json.loads(files["report.json"])
         made = [stage.name for stage in STAGES if (folder / stage.name).is_dir()]
         assert [t["stage"] for t in report["timings"]][-len(made) :] == made
-        found["report.json"] = json.dumps(report | {"timings": []}).encode()
-        found["report.html"] = render(report | {"timings": []}).encode()
-    return found
+        files["report.json"] = json.dumps(report | {"timings": []}).encode()
+        files["report.html"] = render(report | {"timings": []}).encode()
+    return files
 
 
 @pytest.fixture(scope="session")
@@ -325,9 +325,9 @@ def test_what_was_trained_together_is_used_again(
     trained = {record["layer"] for record in records if record["weights"]}
     used = set()
     for i in range(len(library.parent.blocks)):
-        own, theirs = ([a for a in c.alternatives if a.layer == i] for c in (other, finished.solution))
+        ours, theirs = ([a for a in c.alternatives if a.layer == i] for c in (other, finished.solution))
         names = [name for name in made if name.startswith(f"{library.parent.descriptor.layer_block_name(i)}.")]
-        if own == theirs:
+        if ours == theirs:
             assert all(torch.equal(made[name], child[name]) for name in names)
             used.add(i)
         else:

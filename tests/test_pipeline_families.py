@@ -52,11 +52,11 @@ def test_mixers_alone_can_meet_a_budget(text_folder: Path, tokenizer: PreTrained
     )
     child = layersmith.load(result.child, dtype=torch.float32)
     assert sum(p.numel() for p in child.parameters()) == result.solution.costs["parameters"]
-    parents, own = (layersmith.block_configs(c)[0].attention.mamba for c in (config, child.config))
+    parents, of_child = (layersmith.block_configs(c)[0].attention.mamba for c in (config, child.config))
     assert parents is not None
-    assert own is not None
-    assert own != parents
-    assert (own.num_heads, own.state_dim) <= (parents.num_heads, parents.state_dim)
+    assert of_child is not None
+    assert of_child != parents
+    assert (of_child.num_heads, of_child.state_dim) <= (parents.num_heads, parents.state_dim)
     prompt = torch.arange(5, 17)[None]
     text = child.generate(prompt, max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
     assert torch.equal(text[:, 12:], child(text, use_cache=False).logits.argmax(-1)[:, 11:-1])

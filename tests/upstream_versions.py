@@ -3,7 +3,8 @@
     python tests/upstream_versions.py 5.15.0 5.24.0
 
 Each version gets an environment of its own, ``.venv-transformers-VERSION``, with the packages that do not depend on
-it as constraints.txt pins them. The result is written to docs/upstream.md.
+it as constraints.txt pins them. Tests run in two processes, or in as many as the variable ``PROCESSES`` says. The
+result is written to docs/upstream.md.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # Packages whose version follows from that of Transformers.
 FOLLOWERS = ("transformers", "tokenizers", "huggingface_hub", "datasets", "accelerate", "hf-xet", "fsspec")
+PROCESSES = os.environ.get("PROCESSES", "2")
 TESTS = ("tests/test_upstream.py", "tests/heterogeneous", "tests/model_descriptor")
 
 
@@ -41,7 +43,7 @@ def environment(version: str) -> Path:
 
 def run(version: str) -> str:
     """One row of the table: what pytest's last line says, and the failed tests."""
-    command = [str(environment(version)), "-m", "pytest", "-n", "2", "--dist", "worksteal", "-rf", *TESTS]
+    command = [str(environment(version)), "-m", "pytest", "-n", PROCESSES, "--dist", "worksteal", "-rf", *TESTS]
     started = time.monotonic()
     env = os.environ | {"PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=env)

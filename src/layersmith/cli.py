@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from layersmith.errors import LayersmithError, UsageError, did_you_mean
-from layersmith.foreign import is_out_of_memory
 from layersmith.recipe import BATCH, CONTEXT, DataRecipe, Recipe
 from layersmith.stages import NAMES
 
@@ -105,7 +104,9 @@ Descriptor = Annotated[
 TrustRemoteCode = Annotated[
     bool,
     typer.Option(
-        "--trust-remote-code", help="Run Python code from the parent's folder or hub page.", rich_help_panel=SETTINGS
+        "--trust-remote-code",
+        help="Run Python code that comes with the model. No recipe or run can allow it.",
+        rich_help_panel=SETTINGS,
     ),
 ]
 Verify = Annotated[
@@ -205,7 +206,7 @@ def compress(
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
     from layersmith.costs.budget import parse_budget
 
-    chosen = _recipe(recipe, [*(settings or ()), *_task_settings(tasks)], device, trust_remote_code)
+    chosen = _recipe(recipe, [*(settings or ()), *_task_settings(tasks)], device)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
@@ -215,14 +216,14 @@ def compress(
     if dry_run:
         from layersmith.stages.dry_run import plan
 
-        screen.line(plan(parent, out, data, chosen, budget, family))
+        screen.line(plan(parent, out, data, chosen, budget, family, trust_remote_code))
         return
     from layersmith.pipeline import Result, stages
     from layersmith.terminal import print_result
 
     if until is not None and until not in NAMES:
         raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, NAMES)}")
-    for reached in stages(parent, out, data, budget, chosen, family, screen.progress, verify):
+    for reached in stages(parent, out, data, budget, chosen, family, screen.progress, verify, trust_remote_code):
         if isinstance(reached, Result):
             print_result(screen.results, reached)
         elif reached == until:
@@ -275,6 +276,7 @@ def search(
     generate: Generate = None,
     settings: Settings = None,
     descriptor: Descriptor = None,
+    trust_remote_code: TrustRemoteCode = False,
     objective: Annotated[str | None, typer.Option(help="Metric to minimise. Default: the recipe's.")] = None,
     refine: Annotated[
         bool | None,
@@ -298,7 +300,7 @@ def search(
 ) -> None:
     """Find the best child for another budget from the scores of a finished run, in seconds."""
     from layersmith.costs.budget import parse_budget
-    from layersmith.stages.reopen import frontier_again, search_several
+    from layersmith.stages.reopen import SearchRequest, frontier_again, search_several
     from layersmith.terminal import print_frontier, print_solution
 
     limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
@@ -308,17 +310,17 @@ def search(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
     )  # fmt: skip
-    screen, family, rules = _screen(verbose, quiet), _descriptor(descriptor), _search_rules(run, settings)
+    screen = _screen(verbose, quiet)
+    request = SearchRequest(
+        run, budget, objective, _search_rules(run, settings), _descriptor(descriptor), verify, trust_remote_code
+    )
     if frontier:
-        path = frontier_again(
-            run, budget, objective, screen.progress, family, rules=rules, measure=measure, verify=verify
-        )
+        path = frontier_again(request, measure=measure, progress=screen.progress)
         print_frontier(screen.results, path)
         return
     library, best = search_several(
-        run, budget, objective, out, screen.progress, family, rules=rules, refine=refine, solutions=solutions,
-        min_distance=min_distance, verify=verify,
-    )  # fmt: skip
+        request, out=out, refine=refine, solutions=solutions, min_distance=min_distance, progress=screen.progress
+    )
     for solution in best:
         print_solution(screen.results, library, solution)
     if out is not None:
@@ -354,12 +356,12 @@ def costs(
     from layersmith.terminal import print_times
 
     settings = [*(settings or ()), *([f"costs.device={on}", "costs.times=null"] if on is not None else ())]
-    chosen = _recipe(recipe, settings, device, trust_remote_code)
+    chosen = _recipe(recipe, settings, device)
     if csv is not None:
         check_writable(csv)
     screen = _screen(verbose, quiet)
     times, alternatives = times_of(
-        parent, chosen, Workload(batch, context, generate), _descriptor(descriptor), screen.progress
+        parent, chosen, Workload(batch, context, generate), _descriptor(descriptor), screen.progress, trust_remote_code
     )
     print_times(screen.results, times, alternatives)
     if csv is not None:
@@ -387,18 +389,20 @@ def distill(
     ] = None,
     device: Device = None,
     descriptor: Descriptor = None,
+    trust_remote_code: TrustRemoteCode = False,
     verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
     """Train the child of a run to match its parent (global distillation). The result is written to RUN/distilled."""
-    from layersmith.stages.distill import distill as distill_run
+    from layersmith.stages.distill_finished import distill as distill_run
     from layersmith.terminal import print_distilled
 
     screen = _screen(verbose, quiet)
     made = distill_run(
         run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device, report_to=report_to,
-        descriptor=_descriptor(descriptor), progress=screen.progress, verify=verify,
+        descriptor=_descriptor(descriptor), trust_remote_code=trust_remote_code, progress=screen.progress,
+        verify=verify,
     )  # fmt: skip
     print_distilled(screen.results, made)
 
@@ -415,6 +419,7 @@ def evaluate(
     sequence_length: Annotated[int, typer.Option(help="Tokens in a row.")] = DataRecipe.sequence_length,
     seed: Annotated[int, typer.Option(help="Seed of the order in which documents are drawn.")] = 0,
     device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
 ) -> None:
@@ -427,18 +432,33 @@ def evaluate(
         [*_task_settings(tasks), f"evaluation.task_items={items or 'null'}", f"evaluation.task_shots={shots}"]
     )
     table = evaluate_model(
-        model, data, parent, sequences, sequence_length, seed, device or "auto", screen.progress, chosen.evaluation
+        model,
+        data,
+        parent,
+        sequences,
+        sequence_length,
+        seed,
+        device or "auto",
+        screen.progress,
+        chosen.evaluation,
+        trust_remote_code,
     )
     print_evaluation(screen.results, table)
 
 
 @app.command()
-def report(run: Run, verify: Verify = False, verbose: Verbose = 0, quiet: Quiet = False) -> None:
+def report(
+    run: Run,
+    trust_remote_code: TrustRemoteCode = False,
+    verify: Verify = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
     """Write the report of a finished run again and print its path."""
     from layersmith.stages.reopen import report_again
 
     screen = _screen(verbose, quiet)
-    screen.line(str(report_again(run, screen.progress, verify)))
+    screen.line(str(report_again(run, screen.progress, verify, trust_remote_code)))
 
 
 @app.command()
@@ -472,11 +492,9 @@ def demo(
 # ---------------------------------------------------------------------------------------------- arguments
 
 
-def _recipe(recipe: Path | None, settings: list[str] | None, device: str | None, trust_remote_code: bool) -> Recipe:
+def _recipe(recipe: Path | None, settings: list[str] | None, device: str | None) -> Recipe:
     """The recipe of a file, changed by ``--set`` and by options of its own settings."""
     extra = [] if device is None else [f"device={device}"]
-    if trust_remote_code:
-        extra.append("trust_remote_code=true")
     return Recipe.read(recipe).with_settings([*(settings or ()), *extra])
 
 
@@ -569,7 +587,7 @@ def main() -> None:
             sys.exit(error.exit_code)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _fail("no space left on the disk. Free some and run the same command again.", 2)
-        if is_out_of_memory(error):
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
             _fail("out of memory. Lower scoring.batch_tokens or set stream=always, and run the same command again.", 1)
         if isinstance(error, OSError) and error.errno is not None:  # a name that is too long, a link to itself, ...
             _fail(f"{str(error.filename or '')[:_SHOWN_OF_A_NAME]}: {error.strerror}.", 2)

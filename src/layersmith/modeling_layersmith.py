@@ -524,9 +524,12 @@ def built_layer_types(config: PretrainedConfig) -> Iterator[None]:
 
 def _import(name: str) -> type[nn.Module]:
     module, _, attribute = name.rpartition(".")
-    if not module.startswith("transformers."):
-        raise ValueError(f"decoder layer class {name}: only classes of Transformers itself can be named in a plan")
-    return getattr(importlib.import_module(module), attribute)
+    cls: Any = None
+    if module.startswith("transformers.models."):
+        cls = getattr(importlib.import_module(module), attribute, None)
+    if not isinstance(cls, type) or not issubclass(cls, nn.Module) or issubclass(cls, PreTrainedModel):
+        raise ValueError(f"decoder layer class {name}: only layers of Transformers' models can be named in a plan")
+    return cls
 
 
 def without_guard(config: PretrainedConfig) -> PretrainedConfig:

@@ -20,10 +20,10 @@ from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.stage import Stage
 from layersmith.run.store import Store
-from layersmith.stages import distill
 from layersmith.stages.costs import COSTS
 from layersmith.stages.data import DATA, digest_of_source
 from layersmith.stages.describe import DESCRIBE
+from layersmith.stages.distill import COMPARED, DISTILLATION, remove_checkpoints
 from layersmith.stages.evaluate import CLOCK, EVALUATION
 from layersmith.stages.job import Job, seed_everything
 from layersmith.stages.library import LIBRARY
@@ -33,6 +33,7 @@ from layersmith.stages.report import Result, write_report
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import FRONTIER, SEARCH
 from layersmith.stages.statistics import STATISTICS
+from layersmith.stages.training_rows import check, is_wanted
 
 # Stages that find out whether the request can be met. A new run that is refused here leaves no folder behind.
 PREPARATION: tuple[Stage[Job, Any], ...] = (
@@ -53,7 +54,7 @@ WORK: tuple[Stage[Job, Any], ...] = (
     EVALUATION,  # its quality
     CLOCK,       # its speed
 )  # fmt: skip
-STAGES = (*PREPARATION, *WORK, *distill.DISTILLATION)
+STAGES = (*PREPARATION, *WORK, *DISTILLATION)
 
 
 def compress(
@@ -66,6 +67,7 @@ def compress(
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
     verify: bool = False,
+    trust_remote_code: bool = False,
 ) -> Result:
     """Make a smaller model of a parent for a budget. Call it again with the same arguments to resume it.
 
@@ -78,11 +80,12 @@ def compress(
         descriptor: Descriptor of the parent's model family; default: ``layersmith.describe(parent)``.
         progress: Receives steps and notes.
         verify: Hash all files of the run, also large ones whose size and time of change are as before.
+        trust_remote_code: Let Transformers run code from the parent's folder or hub page. No recipe can allow it.
 
     Raises:
         LayersmithError: What the user can mend, before work starts where that is possible.
     """
-    *_, result = stages(parent, out, data, budget, recipe, descriptor, progress, verify)
+    *_, result = stages(parent, out, data, budget, recipe, descriptor, progress, verify, trust_remote_code)
     assert isinstance(result, Result)
     return result
 
@@ -96,6 +99,7 @@ def stages(
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
     verify: bool = False,
+    trust_remote_code: bool = False,
 ) -> Iterator[str | Result]:
     """:func:`compress` as a generator: yields the name of each stage when it is done, and the result last.
 
@@ -111,6 +115,7 @@ def stages(
         recipe=Recipe.read(recipe),
         family=descriptor,
         progress=progress,
+        trust_remote_code=trust_remote_code,
     )
     seed_everything(job.recipe.seed)
     ranks.start(job.runtime)
@@ -123,16 +128,16 @@ def stages(
             for stage in PREPARATION:
                 job.do(stage)
                 yield stage.name
-            if distill.is_wanted(job):
-                distill.check(job)
+            if is_wanted(job):
+                check(job)
         for stage in WORK:
             job.do(stage)
             yield stage.name
-        if distill.is_wanted(job):
-            if job.made_from(distill.COMPARED) is None:  # to be read while the child is distilled
+        if is_wanted(job):
+            if job.made_from(COMPARED) is None:  # to be read while the child is distilled
                 write_report(job, is_distilled=False)
-            for stage in distill.DISTILLATION:
+            for stage in DISTILLATION:
                 job.do(stage)
                 yield stage.name
-            ranks.on_first(lambda: distill.remove_checkpoints(job))
-        yield write_report(job, is_distilled=distill.is_wanted(job))
+            ranks.on_first(lambda: remove_checkpoints(job))
+        yield write_report(job, is_distilled=is_wanted(job))

@@ -7,17 +7,18 @@ field is its description in docs/recipe.md and in docs/recipe.schema.json, which
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
 import yaml
+from annotated_types import Len
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from layersmith.errors import InputError, UsageError
 from layersmith.records import parse, record, to_data
+from layersmith.untrusted import parse_yaml, read_yaml
 
 # The workload for which the KV cache and times are counted unless another is given.
 BATCH = 1
@@ -46,6 +47,11 @@ Subblock = Literal["attention", "ffn"]
 _LARGEST = 2**40
 PositiveInt = Annotated[int, Field(gt=0, le=_LARGEST)]
 NonNegativeInt = Annotated[int, Field(ge=0, le=_LARGEST)]
+# Numbers of rows, steps or tokens at once beyond these are mistakes, which would take memory before they are noticed.
+Count = Annotated[int, Field(gt=0, le=100_000_000)]
+CountOrNone = Annotated[int, Field(ge=0, le=100_000_000)]
+# Lists of sizes are as long as that at most.
+_MOST = Len(0, 1000)
 # A share strictly between 0 and 1.
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -54,15 +60,15 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 class DataRecipe:
     """Which text is read, and how much of it. All splits come from different documents."""
 
-    sequence_length: Annotated[int, Field(ge=2, le=_LARGEST)] = 512
+    sequence_length: Annotated[int, Field(ge=2, le=100_000_000)] = 512
     """Tokens per row; at most the parent's maximum context length."""
-    calibration_sequences: PositiveInt = 64
+    calibration_sequences: Count = 64
     """Rows for importance statistics and least-squares refits."""
-    scoring_sequences: PositiveInt = 32
+    scoring_sequences: Count = 32
     """Rows on which alternatives are scored."""
-    evaluation_sequences: PositiveInt = 64
+    evaluation_sequences: Count = 64
     """Rows on which parent and child are compared. They are used for nothing else."""
-    training_sequences: NonNegativeInt = 256
+    training_sequences: CountOrNone = 256
     """Rows for local and global distillation; 0 for none."""
     evaluation_source: str | None = None
     """Text to evaluate on, given like `--data`. Default: documents held out from the run's data."""
@@ -79,9 +85,9 @@ class DataRecipe:
 class LibraryRecipe:
     """Which alternatives are offered for each attention and FFN."""
 
-    ffn_fractions: tuple[Fraction, ...] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
+    ffn_fractions: Annotated[tuple[Fraction, ...], _MOST] = (0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125)
     """FFN widths to offer, as fractions of the parent's width, rounded to `ffn_multiple`."""
-    ffn_sizes: tuple[PositiveInt, ...] | None = None
+    ffn_sizes: Annotated[tuple[Count, ...], _MOST] | None = None
     """FFN widths to offer, in channels. Overrides `ffn_fractions`."""
     ffn_multiple: PositiveInt | None = None
     """FFN widths are rounded to multiples of this. Default: 256 for parents of width 2048 or more, else 64, 16 or 1."""
@@ -89,7 +95,7 @@ class LibraryRecipe:
     """Which FFN channels are kept. `contribution` keeps those that add most to the output, judged one by one.
     `iterative` removes channels one at a time and accounts for those already removed. `auto` is `iterative` where its
     statistics fit in `statistics_gib`."""
-    kv_heads: tuple[PositiveInt, ...] | None = None
+    kv_heads: Annotated[tuple[Count, ...], _MOST] | None = None
     """Numbers of KV heads to offer. Default: the parent's number halved repeatedly down to one."""
     kv_methods: tuple[Literal["contribution", "pool"], ...] = ("contribution", "pool")
     """How KV heads are reduced. `contribution` keeps the heads that add most to the output; `pool` averages
@@ -100,11 +106,11 @@ class LibraryRecipe:
     """Whether full-attention layers may get the sliding window that other layers of the same model use."""
     mixers: bool = True
     """Whether Mamba and linear-attention mixers may get fewer or smaller heads and a smaller state."""
-    head_fractions: tuple[Fraction, ...] = (0.75, 0.5, 0.25)
+    head_fractions: Annotated[tuple[Fraction, ...], _MOST] = (0.75, 0.5, 0.25)
     """Head counts to offer, as fractions of the parent's: query heads per KV head, KV heads together with their query
     heads (in addition to the default of `kv_heads`), and all heads in multi-head attention. For mixers, the fractions
     apply to heads per group, groups, head size and state size."""
-    expert_fractions: tuple[Fraction, ...] = (0.875, 0.75, 0.5, 0.25)
+    expert_fractions: Annotated[tuple[Fraction, ...], _MOST] = (0.875, 0.75, 0.5, 0.25)
     """Fractions of the parent's to offer for the number of experts, the experts per token and the expert width."""
     linear: tuple[Subblock, ...] = ("attention", "ffn")
     """Subblocks that may be replaced by one linear map."""
@@ -127,6 +133,9 @@ class LocalDistillationRecipe:
     coupled_tokens: NonNegativeInt = 131_072
     """Training tokens for joint distillation after the search: the chosen attention and FFN of a layer are trained
     together; 0 for none."""
+    child_refit: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """After the search, refit the last projections of the changed layers by least squares on the child's inputs, so
+    that each layer corrects this part of the errors of those before it; 0 for none. Needs `coupled_on: child`."""
     coupled_on: Literal["child", "parent"] = "child"
     """Inputs of a layer in joint distillation. `child` uses the output of the child's already trained layers below, so
     each layer corrects the errors of those before it, but layers train one after the other in a single process.
@@ -137,7 +146,7 @@ class LocalDistillationRecipe:
     """Learning rate of AdamW relative to the root mean square of each weight tensor, with linear decay to 0."""
     coupled_learning_rate: PositiveFloat = 0.06
     """The same for joint distillation, multiplied by the square root of the layer's initial error (at most 1)."""
-    batch_tokens: PositiveInt = 1024
+    batch_tokens: Count = 1024
     """Tokens per optimizer step."""
     stop_below: NonNegativeFloat = 0.005
     """Stop training an alternative early, after half of its tokens, when its error on held-out rows improves by less
@@ -156,7 +165,7 @@ class ScoringRecipe:
     """`exact` runs the model once with every alternative on every row. `second_order` estimates the KL divergence from
     a few backward passes and corrects the estimates with exact runs where these matter most. `auto` is `second_order`
     where it is possible and saves work. Objectives other than `kl_divergence` need `exact`."""
-    samples: PositiveInt = 1
+    samples: Count = 1
     """Backward passes of `second_order` over the scoring rows."""
     exact_passes: NonNegativeFloat = 4.0
     """Work allowed for the exact runs of `second_order`, in forward passes of the parent over the scoring rows; three
@@ -169,7 +178,7 @@ class ScoringRecipe:
     row_precision: NonNegativeFloat = 0.0
     """Stop `exact` before all rows are used, once the root mean square of the relative standard errors between scores
     is below this; 0 uses all rows."""
-    batch_tokens: PositiveInt = 4096
+    batch_tokens: Count = 4096
     """Tokens per forward pass. Fewer are used where activations would need much memory compared with the weights."""
     spill_gib: float = 16.0
     """Disk space for hidden states between layers, in GiB, where the parent's weights are streamed from the disk."""
@@ -209,9 +218,9 @@ class DistillationRecipe:
     """Share of the steps in which the learning rate rises to its peak."""
     weight_decay: NonNegativeFloat = 0.0
     """Weight decay of the optimizer."""
-    batch_tokens: PositiveInt | None = None
+    batch_tokens: Count | None = None
     """Tokens per optimizer step over all processes. Default: 1/200 of `tokens`, at least 2,048, at most 524,288."""
-    device_tokens: PositiveInt = 4096
+    device_tokens: Count = 4096
     """Tokens per forward pass of one process. Gradients are accumulated until `batch_tokens` is reached."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Precision of the forward and backward passes; `auto` is the run's `dtype`. Weights and optimizer states stay in
@@ -231,7 +240,7 @@ class DistillationRecipe:
     """What to do with training rows that share long runs of text with evaluation rows. Default: `data.overlap`."""
     report_to: tuple[str, ...] = ()
     """Loggers of Transformers to report to: `tensorboard`, `wandb`, ..."""
-    finalists: PositiveInt = 1
+    finalists: Count = 1
     """Number of different solutions to distil for a short while first. The one with the lowest KL divergence is then
     distilled to the end."""
     finalist_tokens: PositiveInt | None = None
@@ -288,14 +297,14 @@ class SearchRecipe:
     tensor_parallel: PositiveInt = 1
     """Tensor-parallel size to support: remaining head counts and widths are multiples of it. KV heads may also
     divide it."""
-    limits: tuple[CombinedLimit, ...] = ()
+    limits: Annotated[tuple[CombinedLimit, ...], _MOST] = ()
     """Limits on weighted sums of costs."""
     refine_passes: NonNegativeFloat = 8.0
     """Work allowed for refinement, which evaluates whole candidate children, in forward passes of the parent over the
     scoring rows; 0 for none."""
     refine_rows: PositiveInt | None = None
     """Scoring rows on which most candidates are evaluated. Default: as many as `refine_passes` allows."""
-    frontier_points: Annotated[int, Field(ge=2, le=100_000)] = 50
+    frontier_points: Annotated[int, Field(ge=2, le=10_000)] = 50
     """Number of budgets for which the frontier is computed."""
 
     RENAMED: ClassVar = {
@@ -317,12 +326,12 @@ class CostsRecipe:
     """`compile` times models with a static KV cache under `torch.compile`, on a GPU with CUDA graphs."""
     seconds: PositiveFloat = 120.0
     """Approximate time budget for measuring. If it does not suffice, fewer layers, then fewer rounds are timed."""
-    rounds: PositiveInt = 9
+    rounds: Count = 9
     """Maximum number of times each shape is timed. Every round times all shapes in turn, so that a slow spell of the
     machine affects all of them equally."""
-    decode_steps: PositiveInt = 16
+    decode_steps: Count = 16
     """Tokens generated to measure the time of one."""
-    checks: NonNegativeInt = 6
+    checks: CountOrNone = 6
     """Number of whole children, similar to what a search chooses, that are timed to correct sums of parts."""
     time_child: bool = True
     """Time parent and child for the report even if the budget has no latency limit."""
@@ -367,15 +376,15 @@ class Recipe:
     checkpoint_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type in which the weights of parent and child are stored. `auto` is the parent's, and bfloat16 for a parent
     whose weights are quantized (GGUF, FP8, ...). With another value the parent is converted first."""
-    completion_tokens: NonNegativeInt = 48
+    completion_tokens: CountOrNone = 48
     """Length of the sample that parent and child write for the report; 0 for none."""
-    prompts: tuple[str, ...] = ()
+    prompts: Annotated[tuple[str, ...], _MOST] = ()
     """Prompts of these samples. Default: the start of an evaluation row."""
-    trust_remote_code: bool = False
-    """Let Transformers run code from the parent's folder."""
     stream: Literal["auto", "never", "always"] = "auto"
     """Whether to keep the parent's weights on the disk and read them layer by layer. `auto` does so where they need
     more than three quarters of the free memory."""
+
+    RENAMED: ClassVar = {"trust_remote_code": "--trust-remote-code, an option of the command line only"}
 
     def to_dict(self) -> dict[str, Any]:
         """The recipe as JSON data."""
@@ -411,13 +420,7 @@ class Recipe:
             return Recipe.from_dict(value)
         if Path(value).exists() and not Path(value).is_file():
             raise InputError(f"{value}: not a YAML recipe, because it is not a file.")
-        try:
-            data = yaml.load(Path(value).read_text(encoding="utf-8"), _Loader)
-        except FileNotFoundError as error:
-            raise InputError(f"{value}: no such recipe.") from error
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{value}: not a YAML recipe ({' '.join(str(error).split())}).") from error
-        return Recipe.from_dict(data or {}, str(value))
+        return Recipe.from_dict(read_yaml(Path(value), "recipe") or {}, str(value))
 
     def with_settings(self, settings: Sequence[str]) -> Recipe:
         """A copy with other values, given as on the command line.
@@ -439,18 +442,9 @@ class Recipe:
             try:
                 for name in sections:
                     section = section.setdefault(name, {})
-                section[key] = yaml.load(text, _Loader)
-            except (AttributeError, TypeError, yaml.YAMLError) as error:
+                section[key] = parse_yaml(text)
+            except (AttributeError, TypeError, ValueError) as error:
                 raise UsageError(f"--set {setting}: {path} has no keys, or the value is not YAML.") from error
             if not equals:
                 raise UsageError(f"--set {setting}: expected section.key=value, e.g. scoring.samples=2.")
         return Recipe.from_dict(data, "--set")
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which ``1e-4`` is a number, as in YAML 1.2; YAML 1.1 takes it for text."""
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+"), list("-+.0123456789")
-)

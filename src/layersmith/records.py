@@ -10,15 +10,17 @@ import dataclasses
 import functools
 import json
 from collections.abc import Callable
-from typing import Any, TypeVar, cast, dataclass_transform, get_args, get_origin
+from typing import Any, TypeVar, cast, dataclass_transform, get_args, get_origin, get_type_hints
 
 import pydantic.dataclasses
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic_core import ErrorDetails, to_jsonable_python
 
-from layersmith.errors import UsageError, did_you_mean
+from layersmith.errors import InputError, UsageError, brief, did_you_mean
 
 T = TypeVar("T")
+
+_MOST_PROBLEMS = 10
 
 _CONFIG = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 # Pydantic speaks Python; those who write YAML know these types by other names.
@@ -73,6 +75,30 @@ def parse(cls: type[T], data: object, where: str) -> T:
         return cast(T, _adapter(cast(Any, cls)).validate_json(json.dumps(data, default=str)))
     except ValidationError as error:
         raise UsageError(_explain(error, cls, where)) from error
+    except (TypeError, ValueError, RecursionError) as error:  # keys or numbers that JSON does not have
+        raise UsageError(f"{where.rstrip('.: ')}: not plain data ({error}).") from error
+
+
+def check(data: T, shape: Any, where: object) -> T:
+    """Return JSON data that someone else may have written, if it has a shape.
+
+    Args:
+        data: The data.
+        shape: A type that pydantic knows, e.g. ``dict[str, float]`` or a ``TypedDict``. Other keys than those of a
+            ``TypedDict`` are allowed.
+        where: The file.
+
+    Raises:
+        InputError: It has not.
+    """
+    try:
+        _adapter(shape).validate_python(data, strict=True)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        place = "".join(f"[{step}]" if isinstance(step, int) else f".{brief(step)}" for step in detail["loc"])
+        text, end = _problem(detail, None)
+        raise InputError(f"{where}: {place.lstrip('.') or 'the data'} {text}{end}") from error
+    return data
 
 
 def to_data(record: Any) -> Any:
@@ -97,10 +123,12 @@ def _explain(error: ValidationError, cls: type, where: str) -> str:
         path, record = _place(cls, detail["loc"])
         text, end = _problem(detail, record)
         problems.setdefault((where + path if path else where.rstrip(".: "), end), []).append(text)
-    return "\n".join(
+    more = [f"and {len(problems) - _MOST_PROBLEMS} more problems."] if len(problems) > _MOST_PROBLEMS else []
+    lines = [
         f"{place}: {' or '.join(texts).replace(' or must be ', ' or ')}{end}"
-        for (place, end), texts in problems.items()
-    )
+        for (place, end), texts in list(problems.items())[:_MOST_PROBLEMS]
+    ]
+    return "\n".join(lines + more)
 
 
 def _place(cls: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
@@ -114,11 +142,17 @@ def _place(cls: Any, location: tuple[int | str, ...]) -> tuple[str, Any]:
             path += f"[{step}]"
         elif annotation is cls or get_origin(annotation) is dict:
             path += f".{step}" if path else step
-            annotation = cls.__pydantic_fields__[step].annotation if step in field_names(cls) else None
+            annotation = _annotation(cls, step) if step in field_names(cls) else None
             for inner in (annotation, *get_args(annotation)):
                 if dataclasses.is_dataclass(inner):
                     cls = annotation = inner
     return path, cls
+
+
+def _annotation(cls: Any, name: str) -> Any:
+    """The type of a field of a record or of a plain dataclass."""
+    fields = getattr(cls, "__pydantic_fields__", None)
+    return get_type_hints(cls)[name] if fields is None else fields[name].annotation
 
 
 def _problem(detail: ErrorDetails, record: Any) -> tuple[str, str]:
@@ -127,14 +161,14 @@ def _problem(detail: ErrorDetails, record: Any) -> tuple[str, str]:
         name = str(detail["loc"][-1])
         renamed = getattr(record, "RENAMED", {})
         hint = f"It is now called {renamed[name]!r}." if name in renamed else did_you_mean(name, field_names(record))
-        return f"unknown field {name!r}. {hint}", ""
+        return f"unknown field {brief(name)!r}. {hint}", ""
     if detail["type"] == "value_error":
         return str(detail["ctx"]["error"]), ""
     if detail["type"] == "missing":
         return "is missing", "."
     if detail["type"] == "literal_error":
-        return f"{detail['input']!r} is not one of {detail['ctx']['expected']}", "."
+        return f"{brief(repr(detail['input']))} is not one of {detail['ctx']['expected']}", "."
     text = detail["msg"].removeprefix("Input ").replace("should be", "must be")
     for pydantic_words, plain in _PLAIN_WORDS.items():
         text = text.replace(pydantic_words, plain)
-    return text, f", got {detail['input']!r}."
+    return text, f", got {brief(repr(detail['input']))}."

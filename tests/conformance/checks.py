@@ -267,17 +267,17 @@ class _Examination:
         for name in names:
             taken = [group for group, pattern in predicates.items() if pattern.match(name)]
             assert len(taken) == 1, f"{name} is in {len(taken)} weight groups"
-        found = self.descriptor.get_weight_groups(names, len(self.blocks))
-        assert sorted(n for own in found.values() for n in own) == sorted(names)
+        group_names = self.descriptor.get_weight_groups(names, len(self.blocks))
+        assert sorted(n for group in group_names.values() for n in group) == sorted(names)
         embedding = f"{self.descriptor.input_embedding_name()}.weight"
-        assert embedding in found["embedding"]
+        assert embedding in group_names["embedding"]
         layers = decoder_layers(self.model, self.descriptor, len(self.blocks))
         assert all(type(layer) in _classes(self.descriptor) for layer in layers)
         idle = self._dead(())
         without = {what: self._dead([what] * len(self.blocks)) - idle for what in ("attention", "ffn")}
         for what, other in (("attention", "ffn"), ("ffn", "attention")):
             for i in range(len(self.blocks)):
-                wrong = [n for n in found.get(f"block_{i}_{what}", ()) if n in without[other] - without[what]]
+                wrong = [n for n in group_names.get(f"block_{i}_{what}", ()) if n in without[other] - without[what]]
                 assert not wrong, f"{wrong[0]} is in the {what} group, and matters only where there is {other}"
 
     def _dead(self, pattern: Sequence[str]) -> set[str]:
@@ -289,7 +289,7 @@ class _Examination:
             try:
                 grads = torch.autograd.grad((logits * weights).sum(), list(parameters.values()), allow_unused=True)
             except Exception:  # a model whose layers have a backward pass of their own, for training only
-                return {name for name, own in parameters.items() if not self._matters(own, logits)}
+                return {name for name, parameter in parameters.items() if not self._matters(parameter, logits)}
         return {name for name, grad in zip(parameters, grads, strict=True) if grad is None or not grad.any()}
 
     def _matters(self, parameter: torch.Tensor, logits: torch.Tensor) -> bool:
@@ -356,8 +356,8 @@ class _Examination:
         """The child gives what the parent gives with the outputs of those subblocks zeroed, and has no such weights."""
         child = self.child_of(self.changed(pattern))
         for prefix, subblock in self.removed(pattern):
-            own = tuple(f"{prefix}.{module}." for module in subblock.modules)
-            left = [] if subblock.stays else [n for n in child.state_dict() if n.startswith(own)]
+            prefixes = tuple(f"{prefix}.{module}." for module in subblock.modules)
+            left = [] if subblock.stays else [n for n in child.state_dict() if n.startswith(prefixes)]
             assert not left, f"{left[0]} is left of a removed subblock"
         with torch.no_grad(), self.silenced(pattern):
             wanted = self.model(input_ids=self.ids, use_cache=False).logits
@@ -382,7 +382,7 @@ class _Examination:
             mixed = _stretched(["ffn", "", "attention", ""], length)
         types = getattr(self.descriptor.get_language_model_config(self.config), "layer_types", None) or [""] * length
         ofs = [(self.descriptor.findings.of_layer[i], types[i]) for i in range(length)]
-        firsts = ["attention" if own not in ofs[:i] else "" for i, own in enumerate(ofs)]
+        firsts = ["attention" if kind not in ofs[:i] else "" for i, kind in enumerate(ofs)]
         while not self._remembers(firsts) and any(firsts):
             firsts[max(i for i, what in enumerate(firsts) if what)] = ""
         return [mixed, firsts] if any(firsts) else [mixed]
@@ -403,10 +403,10 @@ class _Examination:
         name = cache_argument(model)
         start, seen = 0, []
         for piece in pieces:
-            told: dict[str, Any] = {} if cache is None else {name: cache}
+            cache_kwargs: dict[str, Any] = {} if cache is None else {name: cache}
             if self.tell_positions:
-                told["position_ids"] = torch.arange(start, start + piece)[None]
-            output = model(input_ids=ids[:, start : start + piece], use_cache=True, **told)
+                cache_kwargs["position_ids"] = torch.arange(start, start + piece)[None]
+            output = model(input_ids=ids[:, start : start + piece], use_cache=True, **cache_kwargs)
             cache = output.get(name, cache)
             seen.append(output.logits[:, -1])
             start += piece
@@ -453,9 +453,9 @@ class _Examination:
         prompt, more = self.ids[:, :8], 6
         # Some families force tokens at the beginning or end.
         model.generation_config.forced_bos_token_id = model.generation_config.forced_eos_token_id = None
-        told = {"max_new_tokens": more, "min_new_tokens": more, "do_sample": False, "pad_token_id": 0}
-        told |= {"output_logits": True, "return_dict_in_generate": True}
-        given = model.generate(prompt, attention_mask=torch.ones_like(prompt), **told)  # type: ignore[operator]
+        settings = {"max_new_tokens": more, "min_new_tokens": more, "do_sample": False, "pad_token_id": 0}
+        settings |= {"output_logits": True, "return_dict_in_generate": True}
+        given = model.generate(prompt, attention_mask=torch.ones_like(prompt), **settings)  # type: ignore[operator]
         full = model(input_ids=given.sequences, use_cache=False).logits[:, 7:-1]
         _close(torch.stack(given.logits, 1), full)
         ends = model.generation_config.eos_token_id
@@ -468,14 +468,14 @@ class _Examination:
 
     def heterogeneous_build(self) -> None:
         """One size differs in one layer: only weights of that subblock have another shape; and all such at once."""
-        own = _shapes(self.model)
-        groups = self.descriptor.get_weight_groups(own, len(self.blocks))
+        stock_shapes = _shapes(self.model)
+        groups = self.descriptor.get_weight_groups(stock_shapes, len(self.blocks))
         together = list(self.blocks)
         for what, i, change in resizings(self.blocks, self.descriptor.findings):
             blocks = [change(block) if j == i else block for j, block in enumerate(self.blocks)]
             subblock = "attention" if blocks[i].attention != self.blocks[i].attention else "ffn"
             seen = _shapes(layersmith.build(self.config, blocks, dtype=torch.float32, device="meta"))
-            other = {name for name in own.keys() | seen.keys() if own.get(name) != seen.get(name)}
+            other = {name for name in stock_shapes.keys() | seen.keys() if stock_shapes.get(name) != seen.get(name)}
             strange = sorted(other - set(groups.get(f"block_{i}_{subblock}", ())))
             assert not strange, f"another {what} in layer {i}: {strange[0]} changes too"
             assert other or what == "experts per token", f"another {what} in layer {i} changes no weight"
@@ -516,10 +516,10 @@ class _Examination:
         self._same(self.model, again)
 
     def _same(self, model: nn.Module, again: nn.Module) -> None:
-        own, read = model.state_dict(), again.state_dict()
-        assert read.keys() == own.keys(), "the names of the weights differ"
+        saved, read = model.state_dict(), again.state_dict()
+        assert read.keys() == saved.keys(), "the names of the weights differ"
         for name, tensor in read.items():
-            assert torch.equal(tensor, own[name]), f"{name} is another tensor"
+            assert torch.equal(tensor, saved[name]), f"{name} is another tensor"
         # Weights lie in a file as it comes. Some kernels round differently where they are not at multiples of 64 bytes.
         for parameter in again.parameters():
             parameter.data = parameter.data.clone()

@@ -78,7 +78,7 @@ def is_language_model_only(model: nn.Module) -> bool:
         model.zero_grad(set_to_none=True)
 
     def runs(name: str) -> bool:
-        return any(own == name or own.startswith(f"{name}.") for own in called | used)
+        return any(module_name == name or module_name.startswith(f"{name}.") for module_name in called | used)
 
     idle = [n for n, m in model.named_modules() if n and any(p.ndim >= 2 for p in m.parameters()) and not runs(n)]
     return all(any(runs(twin) for twin in _twins(model, name)) for name in idle if name.rpartition(".")[0] not in idle)
@@ -86,11 +86,11 @@ def is_language_model_only(model: nn.Module) -> bool:
 
 def _twins(model: nn.Module, name: str) -> list[str]:
     """Modules of the same class in the same list, e.g. the other experts."""
-    outer, _, own = name.rpartition(".")
+    outer, _, last = name.rpartition(".")
     around = model.get_submodule(outer)
     if not isinstance(around, nn.ModuleList):
         return []
-    cls = type(around.get_submodule(own))
+    cls = type(around.get_submodule(last))
     return [f"{outer}.{n}" for n, module in around.named_children() if type(module) is cls]
 
 
@@ -110,9 +110,9 @@ def _memory(model: nn.Module) -> tuple[bool, bool] | None:
         return None
     grows = state = False
     for before, after in zip(short, long, strict=True):
-        own = [a != b for a, b in zip(_shapes(before), _shapes(after), strict=False)]
-        grows |= any(own)
-        state |= bool(own) and not any(own)
+        changed = [a != b for a, b in zip(_shapes(before), _shapes(after), strict=False)]
+        grows |= any(changed)
+        state |= bool(changed) and not any(changed)
         # A matrix beside keys and values is a state; a few last values, as a short convolution keeps them, are not.
         recurrent = _shapes(getattr(before, "recurrent_states", None))
         state |= any(len(shape) > 2 for shape in recurrent)
@@ -124,8 +124,8 @@ def _layers_of_cache(model: nn.Module, length: int) -> list[Any]:
     layers = getattr(cache, "layers", None)
     if layers is None:
         return [cache]
-    beside = [value for name, value in vars(cache).items() if name != "layers" and _shapes(value)]
-    return [*layers, *(part for value in beside for part in (value if isinstance(value, list) else [value]))]
+    others = [value for name, value in vars(cache).items() if name != "layers" and _shapes(value)]
+    return [*layers, *(part for value in others for part in (value if isinstance(value, list) else [value]))]
 
 
 def _cache_of(model: nn.Module, length: int) -> Any:

@@ -19,7 +19,7 @@ from layersmith.library.survey import Survey
 from layersmith.recipe import LibraryRecipe
 
 
-def child_of_library(parent: Parent, found: Survey, tokens: torch.Tensor) -> tuple[PreTrainedModel, bool]:
+def child_of_library(parent: Parent, space: Survey, tokens: torch.Tensor) -> tuple[PreTrainedModel, bool]:
     """A child of some of the alternatives that the default recipe asks for, and whether it remembers tokens.
 
     Args:
@@ -30,7 +30,7 @@ def child_of_library(parent: Parent, found: Survey, tokens: torch.Tensor) -> tup
     Raises:
         AssertionError: an alternative does not run, or the child gives something else than its layers in the parent.
     """
-    library = build_library(parent, LibraryRecipe(), found, Calibration(tokens, len(tokens)))
+    library = build_library(parent, LibraryRecipe(), space, Calibration(tokens, len(tokens)))
     check_alternatives(library, tokens)
     chosen = some_of_each_kind(library)
     with exchanged(parent, library.layers(chosen)):
@@ -75,8 +75,8 @@ def some_of_each_kind(library: Library) -> list[Alternative]:
         if alternative.kind != "parent":
             places.setdefault((alternative.layer, alternative.subblock), []).append(alternative)
     # Those that can be least go first, so that what only they can be is there.
-    for _, own in sorted(places.items(), key=lambda place: (len({a.kind for a in place[1]}), place[0])):
-        best = min(own, key=lambda a: used[a.kind, a.method])
+    for _, members in sorted(places.items(), key=lambda place: (len({a.kind for a in place[1]}), place[0])):
+        best = min(members, key=lambda a: used[a.kind, a.method])
         used[best.kind, best.method] += 1
         chosen.append(best)
     return chosen

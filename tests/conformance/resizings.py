@@ -40,19 +40,19 @@ def resizings(blocks: Sequence[BlockConfig], findings: Findings) -> Iterator[Res
             yield "width of the shared experts", i, _with_moe(shared_expert_intermediate_dim=half)
 
 
-def _of_mixer(i: int, block: BlockConfig, own: MixerSizes | None) -> Iterator[Resizing]:
+def _of_mixer(i: int, block: BlockConfig, sizes: MixerSizes | None) -> Iterator[Resizing]:
     """Half the heads of a mixer, of each group or with it, half of each head, and half the state."""
     mamba = block.attention.mamba
-    if mamba is None or own is None:
+    if mamba is None or sizes is None:
         return
-    if own.num_heads and mamba.num_heads % 2 == 0:
+    if sizes.num_heads and mamba.num_heads % 2 == 0:
         groups = mamba.num_groups
         if (mamba.num_heads // groups) % 2:
             groups //= 2
         yield "number of mixer heads", i, _with_mamba(num_heads=mamba.num_heads // 2, num_groups=groups)
-    if own.head_dim and mamba.head_dim % 2 == 0:
+    if sizes.head_dim and mamba.head_dim % 2 == 0:
         yield "size of mixer heads", i, _with_mamba(head_dim=mamba.head_dim // 2)
-    if own.state_dim and mamba.state_dim > 1:
+    if sizes.state_dim and mamba.state_dim > 1:
         yield "size of the state", i, _with_mamba(state_dim=mamba.state_dim // 2)
 
 

@@ -375,7 +375,7 @@ def tiny_config(model_type: str) -> PretrainedConfig:
 
 
 def _shrunk(
-    cls: type[PretrainedConfig], special: dict[str, Any], parts: dict[str, Any], own: Sequence[str] = ()
+    cls: type[PretrainedConfig], special: dict[str, Any], parts: dict[str, Any], own_fields: Sequence[str] = ()
 ) -> PretrainedConfig:
     """A config of ``cls`` with few, small and narrow layers.
 
@@ -388,14 +388,14 @@ def _shrunk(
     default = cls(**PARTS_OF_DEFAULTS.get(cls.model_type, {}))
     subs = getattr(cls, "sub_configs", {})
     values = {name: getattr(default, name) if name in subs else value for name, value in default.to_dict().items()}
-    tower = bool(own) and not _is_text(own[-1])
+    tower = bool(own_fields) and not _is_text(own_fields[-1])
     sizes = SIZES | TOWER if tower else SIZES
     depth = next((values[n] for n in DEPTHS if type(values.get(n)) is int), None)
     kwargs: dict[str, Any] = {}
     for name, value in values.items():
         if isinstance(value, PretrainedConfig):
             inner = parts.get(name, {})
-            kwargs[name] = _shrunk(type(value), special if _is_text(name) else {}, {"": inner}, [*own, name])
+            kwargs[name] = _shrunk(type(value), special if _is_text(name) else {}, {"": inner}, [*own_fields, name])
         elif name in sizes and (type(value) is int or (value is None and name == "num_key_value_heads")):
             kwargs[name] = sizes[name]
     kwargs |= _patterns(values, depth, kwargs.get("num_hidden_layers", LAYERS) if tower else LAYERS)
@@ -422,8 +422,8 @@ def _patterns(values: dict[str, Any], depth: int | None, length: int) -> dict[st
             seen |= set(enumerate(combination))
     chosen = [*chosen, *(c for c in combinations if c not in chosen)][:length]
     chosen = sorted(chosen, key=combinations.index)
-    found = {name: [chosen[k % len(chosen)][i] for k in range(length)] for i, name in enumerate(few)}
-    return {name: found.get(name, value[:length]) for name, value in lists.items()}
+    patterns = {name: [chosen[k % len(chosen)][i] for k in range(length)] for i, name in enumerate(few)}
+    return {name: patterns.get(name, value[:length]) for name, value in lists.items()}
 
 
 def tiny_model(config: PretrainedConfig, seed: int = 0, std: float = 0.08) -> PreTrainedModel:

@@ -11,7 +11,7 @@ import layersmith
 from layersmith import BlockConfig
 from layersmith.costs import table as library_costs
 from layersmith.costs.budget import Workload
-from layersmith.costs.counted import context_note, subblock_costs, total
+from layersmith.costs.counted import ModelShape, context_note, subblock_costs, total
 from layersmith.costs.table import count_costs
 from layersmith.library.axes.find import find_axes
 from layersmith.library.axes.layers import meta_layers
@@ -35,7 +35,7 @@ VARIANTS = {
 def costs_of(config: PretrainedConfig, blocks: list[BlockConfig], workload: Workload, dtype: torch.dtype) -> Any:
     descriptor = layersmith.describe(config)
     axes = find_axes(descriptor, config, layersmith.block_configs(config))
-    layers, fixed = subblock_costs(descriptor, config, blocks, dtype, workload, axes)
+    layers, fixed = subblock_costs(ModelShape(descriptor, config, blocks, axes, dtype), workload)
     return layers, fixed, total([*(part for layer in layers for part in layer.values()), fixed])
 
 
@@ -121,8 +121,8 @@ def test_a_cache_that_is_not_understood_is_called_an_estimate() -> None:
         config = tiny_config(model_type)
         descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
         axes = find_axes(descriptor, config, blocks)
-        found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
-        assert any("size of the KV cache is estimated in any layer" in note for note in found.notes) == estimated
+        space = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
+        assert any("size of the KV cache is estimated in any layer" in note for note in space.notes) == estimated
 
 
 def test_what_is_kept_of_every_token_at_full_size() -> None:
@@ -131,7 +131,7 @@ def test_what_is_kept_of_every_token_at_full_size() -> None:
     small, large = (copy.deepcopy(config) for _ in range(2))
     language = large.get_text_config()
     language.index_head_dim, language.index_n_heads, language.vocab_size = 128, 64, 500_000
-    of_tokens = [layersmith.describe(own).token_bytes(1, torch.float32, True) for own in (small, large)]
+    of_tokens = [layersmith.describe(config).token_bytes(1, torch.float32, True) for config in (small, large)]
     assert of_tokens == [4 * (2 * 16 + 1), 4 * (2 * 128 + 1)]
 
 
@@ -142,16 +142,16 @@ def test_states_and_shared_keys_are_counted_as_the_cache_holds_them(model_type: 
     config = tiny_config(model_type)
     descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
     axes = find_axes(descriptor, config, blocks)
-    found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
-    by_kind = {a.kind: a for a in found.alternatives if a.subblock == "attention" and a.kind != "window"}
+    space = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
+    by_kind = {a.kind: a for a in space.alternatives if a.subblock == "attention" and a.kind != "window"}
     assert len(by_kind) > 2
-    for own in by_kind.values():
-        changed = [own.block_config(b) if i == own.layer else b for i, b in enumerate(blocks)]
+    for alternatives in by_kind.values():
+        changed = [alternatives.block_config(b) if i == alternatives.layer else b for i, b in enumerate(blocks)]
         model = layersmith.build(config, changed, dtype=torch.float32).eval().to(dtype)
         with torch.no_grad():
             output = model(input_ids=torch.arange(3, 12).repeat(3, 1), use_cache=True)
         _, _, costs = costs_of(config, changed, Workload(3, 9), dtype)
-        assert costs["kv_cache_bytes"] == _bytes_in(output.past_key_values), own.key
+        assert costs["kv_cache_bytes"] == _bytes_in(output.past_key_values), alternatives.key
 
 
 def _bytes_in(value: Any) -> int:
@@ -159,7 +159,7 @@ def _bytes_in(value: Any) -> int:
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size() if value.ndim > 1 else 0
     if isinstance(value, dict | list | tuple):
-        return sum(_bytes_in(own) for own in (value.values() if isinstance(value, dict) else value))
+        return sum(_bytes_in(part) for part in (value.values() if isinstance(value, dict) else value))
     is_part = type(value).__module__ == "transformers.cache_utils" or hasattr(value, "layers")
     return _bytes_in(vars(value)) if is_part and not isinstance(value, type) else 0
 
@@ -170,7 +170,7 @@ def test_every_alternative_costs_what_it_costs_alone(model_type: str, monkeypatc
     config = tiny_config(model_type)
     descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
     axes = find_axes(descriptor, config, blocks)
-    found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
+    space = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
     built = []
     workload = Workload(2, 100)
 
@@ -179,13 +179,13 @@ def test_every_alternative_costs_what_it_costs_alone(model_type: str, monkeypatc
         return subblock_costs(*args)
 
     monkeypatch.setattr(library_costs, "subblock_costs", counting)
-    costs = count_costs(descriptor, config, blocks, found.alternatives, axes, torch.float32, workload)
-    assert list(costs.by_key) == [own.key for own in found.alternatives]
-    assert len(built) < len({(own.kind, own.size) for own in found.alternatives})
-    for own in found.alternatives:
-        changed = [own.block_config(b) if i == own.layer else b for i, b in enumerate(blocks)]
-        layers, fixed = subblock_costs(descriptor, config, changed, torch.float32, workload, axes)
-        assert costs.by_key[own.key] == layers[own.layer][own.subblock], own.key
+    costs = count_costs(ModelShape(descriptor, config, blocks, axes, torch.float32), space.alternatives, workload)
+    assert list(costs.by_key) == [a.key for a in space.alternatives]
+    assert len(built) < len({(a.kind, a.size) for a in space.alternatives})
+    for a in space.alternatives:
+        changed = [a.block_config(b) if i == a.layer else b for i, b in enumerate(blocks)]
+        layers, fixed = subblock_costs(ModelShape(descriptor, config, changed, axes, torch.float32), workload)
+        assert costs.by_key[a.key] == layers[a.layer][a.subblock], a.key
         assert costs.fixed == fixed
 
 
@@ -194,10 +194,10 @@ def test_a_context_is_capped_at_the_models_positions() -> None:
     config = FAMILIES["llama"]()
     descriptor, blocks = layersmith.describe(config), layersmith.block_configs(config)
     axes = find_axes(descriptor, config, blocks)
-    found = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
+    space = survey_of(descriptor, blocks, axes, meta_layers(descriptor, config, blocks), LibraryRecipe())
 
     def count(workload: Workload) -> library_costs.CostTable:
-        return count_costs(descriptor, config, blocks, found.alternatives, axes, torch.float32, workload)
+        return count_costs(ModelShape(descriptor, config, blocks, axes, torch.float32), space.alternatives, workload)
 
     longest = config.max_position_embeddings
     capped, allowed = count(Workload(1, 4096)), count(Workload(1, longest))

@@ -59,10 +59,10 @@ def table(bent: bool) -> CostTable:
     by_key = {}
     for a in ALTERNATIVES:
         prefill, decode = (0.05, 0.1) if a.subblock == "attention" else (0.1, 0.05)
-        own = (share[a.kind] * prefill, share[a.kind] * decode)
+        seconds = (share[a.kind] * prefill, share[a.kind] * decode)
         by_key[a.key] = {
-            "parameters": int(share[a.kind] * 1000), "prefill_seconds": own[0], "decode_seconds": own[1],
-            "token_seconds": own[0] / 8 + own[1],
+            "parameters": int(share[a.kind] * 1000), "prefill_seconds": seconds[0], "decode_seconds": seconds[1],
+            "token_seconds": seconds[0] / 8 + seconds[1],
         }  # fmt: skip
     fixed = {"parameters": 100, "prefill_seconds": 0.1, "decode_seconds": 0.1, "token_seconds": 0.1 / 8 + 0.1}
     parent = {
@@ -86,15 +86,15 @@ def problem(budget: Budget, rules: SearchRecipe | None = None) -> SearchProblem:
 def test_limits_are_on_whole_children(key: str, fraction: float) -> None:
     limit = f"{1 / fraction}x" if key == "throughput" else fraction
     cost = {"ttft": "prefill_seconds", "time_per_token": "decode_seconds", "throughput": "token_seconds"}[key]
-    own = problem(Budget.parse({key: limit}))
-    solution = own.best()
+    limited = problem(Budget.parse({key: limit}))
+    solution = limited.best()
     whole = fraction * solution.parent_costs[cost]
     assert 0.85 * whole < solution.costs[cost] <= whole * (1 + 1e-9)
-    assert own.fits(solution.alternatives)
+    assert limited.fits(solution.alternatives)
     # No other solution within the limit is better where one time is limited: tried by brute force over counts of kinds.
     if key != "throughput":
-        plain = SearchProblem(ALTERNATIVES, own.losses, table(False), own.asked)
-        bend = own.costs.bend
+        plain = SearchProblem(ALTERNATIVES, limited.losses, table(False), limited.asked)
+        bend = limited.costs.bend
         assert bend is not None
         total = bend.curves[cost].inverse(fraction) * solution.parent_costs[cost]
         assert solution.score == pytest.approx(plain.best({cost: total * (1 + 1e-12)}).score)
@@ -109,17 +109,17 @@ def test_limits_on_sums_of_costs_are_on_whole_children() -> None:
 
 
 def test_the_frontier_is_of_whole_children() -> None:
-    found = frontier(problem(Budget.parse({"time_per_token": 1.0})), "decode_seconds", 20)
+    solutions = frontier(problem(Budget.parse({"time_per_token": 1.0})), "decode_seconds", 20)
     bend = table(True).bend
     assert bend is not None
-    for solution in found:
+    for solution in solutions:
         sums = table(False).fixed["decode_seconds"] + sum(
             table(False).by_key[a.key]["decode_seconds"] for a in solution.alternatives
         )
         whole = solution.parent_costs["decode_seconds"]
         assert solution.costs["decode_seconds"] / whole == pytest.approx(bend.curves["decode_seconds"](sums / whole))
         assert solution.costs["decode_seconds"] <= solution.limits["decode_seconds"] * (1 + 1e-9)
-    assert found[0].costs["decode_seconds"] == pytest.approx(0.1)
+    assert solutions[0].costs["decode_seconds"] == pytest.approx(0.1)
 
 
 def test_what_cannot_be_is_told_of_whole_children() -> None:

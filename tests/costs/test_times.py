@@ -31,7 +31,7 @@ from layersmith.run.artifacts import read_json
 from layersmith.run.runtime import Runtime
 from layersmith.search.problem import SearchProblem
 from layersmith.search.time_limits import solve_within
-from layersmith.stages.costs import cost_table, times_of
+from layersmith.stages.costs import cost_table, shape_of, times_of
 from tests.conftest import TINY_RECIPE
 
 LOAD = Workload(batch=2, context=48, generate=16)
@@ -44,7 +44,7 @@ def parent(make_parent: Callable[..., Path]) -> Parent:
 
 
 @pytest.fixture(scope="module")
-def found(parent: Parent) -> Survey:
+def space(parent: Parent) -> Survey:
     return survey(parent, LibraryRecipe(ffn_fractions=(0.5, 0.25)))
 
 
@@ -72,13 +72,13 @@ def steady(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def test_a_slow_round_slows_all_alike() -> None:
     rng = random.Random(0)
-    own = [0.01, 0.02, 0.05, 0.011]
+    seconds = [0.01, 0.02, 0.05, 0.011]
     slow = [1.0, 3.0, 1.0, 1.2, 1.0, 7.0, 1.0, 1.0, 2.0]
-    rounds = [[t * s * rng.uniform(0.99, 1.01) for t in own] for s in slow]
+    rounds = [[t * s * rng.uniform(0.99, 1.01) for t in seconds] for s in slow]
     rounds[3][1] *= 9  # and one model alone, once
     times, errors = median_polish(rounds)
-    assert times == pytest.approx(own, rel=0.02)
-    assert all(0 < error < 0.01 * time for error, time in zip(errors, own, strict=True))
+    assert times == pytest.approx(seconds, rel=0.02)
+    assert all(0 < error < 0.01 * time for error, time in zip(errors, seconds, strict=True))
 
 
 def test_the_clock_runs(parent: Parent) -> None:
@@ -107,16 +107,16 @@ def test_a_busy_machine_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert busy.spread.prefill > 1
 
 
-def test_what_is_timed_has_the_shapes_of_the_child_and_the_memory_of_the_parent(parent: Parent, found: Survey) -> None:
+def test_what_is_timed_has_the_shapes_of_the_child_and_the_memory_of_the_parent(parent: Parent, space: Survey) -> None:
     library = Library(
-        parent, found.axes, found.alternatives, any_orders(found.axes),
-        no_maps(parent.descriptor, parent.layers, found.alternatives), [],
+        parent, space.axes, space.alternatives, any_orders(space.axes),
+        no_maps(parent.descriptor, parent.layers, space.alternatives), [],
     )  # fmt: skip
-    own = {t.untyped_storage().data_ptr() for t in parent.model.state_dict().values()}
+    storages = {t.untyped_storage().data_ptr() for t in parent.model.state_dict().values()}
     watch = Stopwatch(parent, LOAD, CostsRecipe())
     rng = random.Random(1)
     by_place: dict[Any, list[Any]] = {}
-    for a in found.alternatives:
+    for a in space.alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
     for _ in range(3):
         chosen = [rng.choice(members) for members in by_place.values()]
@@ -124,7 +124,7 @@ def test_what_is_timed_has_the_shapes_of_the_child_and_the_memory_of_the_parent(
         shapes = {name: tuple(p.shape) for name, p in real.named_parameters()}
         assert shapes == {name: tuple(p.shape) for name, p in timed.named_parameters()}
         assert type(real).forward is type(timed).forward
-        more = [n for n, p in timed.named_parameters() if p.untyped_storage().data_ptr() not in own]
+        more = [n for n, p in timed.named_parameters() if p.untyped_storage().data_ptr() not in storages]
         linear = {a.layer for a in chosen if a.kind == "linear"}
         assert all(any(f"layers.{i}." in name for i in linear) for name in more)
         with torch.no_grad():
@@ -142,9 +142,9 @@ def test_noise_is_taken_from_what_lies_on_a_line() -> None:
     true = {shape: 1e-6 * size for shape, (_, size) in removed.items()}
 
     def off(noise: float, said: float) -> tuple[float, float]:
-        seen = {shape: Timing(own + noise * rng.gauss(0, 1), own) for shape, own in true.items()}
-        found = shrink(seen, dict.fromkeys(shapes, Timing(said, said)), removed)
-        return tuple(sum((t[s].prefill - true[s]) ** 2 for s in shapes) for t in (seen, found))  # type: ignore[return-value]
+        seen = {shape: Timing(saving + noise * rng.gauss(0, 1), saving) for shape, saving in true.items()}
+        shrunk = shrink(seen, dict.fromkeys(shapes, Timing(said, said)), removed)
+        return tuple(sum((t[s].prefill - true[s]) ** 2 for s in shapes) for t in (seen, shrunk))  # type: ignore[return-value]
 
     pairs = [off(5e-5, 5e-5) for _ in range(50)]
     assert sum(after for _, after in pairs) < 0.6 * sum(before for before, _ in pairs)
@@ -155,92 +155,92 @@ def test_noise_is_taken_from_what_lies_on_a_line() -> None:
 # ---------------------------------------------------------------------------------------------- measured
 
 
-def test_sums_of_parts_are_the_whole(parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any) -> None:
+def test_sums_of_parts_are_the_whole(parent: Parent, space: Survey, steady: list[Any], monkeypatch: Any) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    costs = cost_table(parent, found, LOAD)
-    times = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=5))
-    assert times.whole(a.key for a in found.alternatives if a.kind == "parent").prefill == pytest.approx(
+    costs = cost_table(parent, space, LOAD)
+    times = measure(Stopwatch(parent, LOAD, CostsRecipe(rounds=3, checks=5)), space.alternatives, costs)
+    assert times.whole(a.key for a in space.alternatives if a.kind == "parent").prefill == pytest.approx(
         takes(parent.model).prefill
     )
     assert len(times.checks) == 5
     for check in times.checks:
         assert check.parts.prefill == pytest.approx(check.whole.prefill)
         assert check.parts.decode == pytest.approx(check.whole.decode)
-    for curve in times.curves(found.alternatives).values():
+    for curve in times.curves(space.alternatives).values():
         assert [curve(x) for x in (0.3, 0.6, 1.0)] == pytest.approx([0.3, 0.6, 1.0])
-    assert Times.from_dict(times.to_dict(found.alternatives)) == times
+    assert Times.from_dict(times.to_dict(space.alternatives)) == times
 
 
 def test_where_there_is_little_time_some_layers_are_timed(
-    parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any
+    parent: Parent, space: Survey, steady: list[Any], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    costs = cost_table(parent, found, LOAD)
-    whole = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0))
-    few = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0, seconds=1e-6))
-    for key, own in whole.by_key.items():
-        assert few.by_key[key].prefill == pytest.approx(own.prefill, abs=1e-9)
+    costs = cost_table(parent, space, LOAD)
+    whole = measure(Stopwatch(parent, LOAD, CostsRecipe(rounds=3, checks=0)), space.alternatives, costs)
+    few = measure(Stopwatch(parent, LOAD, CostsRecipe(rounds=3, checks=0, seconds=1e-6)), space.alternatives, costs)
+    for key, timing in whole.by_key.items():
+        assert few.by_key[key].prefill == pytest.approx(timing.prefill, abs=1e-9)
     assert few.fixed.decode == pytest.approx(whole.fixed.decode)
 
 
 def test_a_parent_on_the_disk_takes_what_it_takes_in_memory(
-    parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
+    parent: Parent, space: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    costs = cost_table(parent, found, LOAD)
-    whole = measure(parent, found.alternatives, costs, LOAD, CostsRecipe(rounds=3, checks=0))
+    costs = cost_table(parent, space, LOAD)
+    whole = measure(Stopwatch(parent, LOAD, CostsRecipe(rounds=3, checks=0)), space.alternatives, costs)
     streamed = load_parent(parent.path, parent.runtime, stream_near=tmp_path)
     assert streamed.stream is not None
-    times = measure(streamed, found.alternatives, costs, LOAD, CostsRecipe(rounds=3))
-    for key, own in whole.by_key.items():
-        assert times.by_key[key].prefill == pytest.approx(own.prefill, abs=1e-9)
-    assert times.parent(found.alternatives).decode == pytest.approx(takes(parent.model).decode)
+    times = measure(Stopwatch(streamed, LOAD, CostsRecipe(rounds=3)), space.alternatives, costs)
+    for key, timing in whole.by_key.items():
+        assert times.by_key[key].prefill == pytest.approx(timing.prefill, abs=1e-9)
+    assert times.parent(space.alternatives).decode == pytest.approx(takes(parent.model).decode)
     assert not times.checks
 
 
 def test_a_shape_is_timed_once(
-    parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
+    parent: Parent, space: Survey, steady: list[Any], monkeypatch: Any, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", str(tmp_path))
-    costs = cost_table(parent, found, LOAD)
+    costs = cost_table(parent, space, LOAD)
     recipe = CostsRecipe(rounds=3, checks=2)
-    some = [a for a in found.alternatives if a.kind != "linear"]
-    measure(parent, some, costs, LOAD, recipe)
+    some = [a for a in space.alternatives if a.kind != "linear"]
+    measure(Stopwatch(parent, LOAD, recipe), some, costs)
     steady.clear()
-    first = measure(parent, some, costs, LOAD, recipe)
+    first = measure(Stopwatch(parent, LOAD, recipe), some, costs)
     assert not steady
-    more = measure(parent, found.alternatives, costs, LOAD, recipe)
+    more = measure(Stopwatch(parent, LOAD, recipe), space.alternatives, costs)
     assert 0 < len({id(model) for model in steady}) < 13
     assert {key: more.by_key[key].prefill for key in first.by_key} == pytest.approx(
-        {key: own.prefill for key, own in first.by_key.items()}
+        {key: timing.prefill for key, timing in first.by_key.items()}
     )
     (kept,) = (tmp_path / "times").iterdir()
     kept.write_text("{")
-    assert measure(parent, some, costs, LOAD, recipe).by_key.keys() == first.by_key.keys()
+    assert measure(Stopwatch(parent, LOAD, recipe), some, costs).by_key.keys() == first.by_key.keys()
 
 
 def test_the_solution_holds_against_a_clock_that_disagrees(
-    parent: Parent, found: Survey, steady: list[Any], monkeypatch: Any
+    parent: Parent, space: Survey, steady: list[Any], monkeypatch: Any
 ) -> None:
     monkeypatch.setenv("LAYERSMITH_CACHE", "")
-    costs = cost_table(parent, found, LOAD)
+    costs = cost_table(parent, space, LOAD)
     recipe = CostsRecipe(rounds=3, checks=0)
-    times = measure(parent, found.alternatives, costs, LOAD, recipe)
+    times = measure(Stopwatch(parent, LOAD, recipe), space.alternatives, costs)
     whole = takes(parent.model)
     limits = Budget.parse({"time_per_token": 0.8, "batch": 2, "context": 48, "generate": 16}).limits
 
     def slower(self: clock.Served, model: Any, known: Timing | None = None) -> Timing:
         # The machine is half as fast now, and children save a third less than their parts do.
-        own = takes(model)
-        return Timing(2 * own.prefill, 2 * (whole.decode - (whole.decode - own.decode) / 1.5))
+        timing = takes(model)
+        return Timing(2 * timing.prefill, 2 * (whole.decode - (whole.decode - timing.decode) / 1.5))
 
     monkeypatch.setattr(clock.Served, "once", slower)
     losses = {
-        a.key: costs.parent["parameters"] / 1e6 - costs.by_key[a.key]["parameters"] / 1e6 for a in found.alternatives
+        a.key: costs.parent["parameters"] / 1e6 - costs.by_key[a.key]["parameters"] / 1e6 for a in space.alternatives
     }
-    losses |= {a.key: 0.0 for a in found.alternatives if a.kind == "parent"}
+    losses |= {a.key: 0.0 for a in space.alternatives if a.kind == "parent"}
 
-    problem = SearchProblem(found.alternatives, losses, times.into(costs, found.alternatives), limits)
+    problem = SearchProblem(space.alternatives, losses, times.into(costs, space.alternatives), limits)
     watch = Stopwatch(parent, LOAD, recipe)
     timed = solve_within(problem, times, watch)
     assert timed.overrun <= 0.01
@@ -252,14 +252,14 @@ def test_the_solution_holds_against_a_clock_that_disagrees(
 # ---------------------------------------------------------------------------------------------- from elsewhere
 
 
-def test_a_table_is_read_as_it_was_written(parent: Parent, found: Survey, tmp_path: Path) -> None:
-    costs = cost_table(parent, found, LOAD)
+def test_a_table_is_read_as_it_was_written(parent: Parent, space: Survey, tmp_path: Path) -> None:
+    costs = cost_table(parent, space, LOAD)
     times = predict(
-        "H100", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.bfloat16, LOAD
+        "H100", dataclasses.replace(shape_of(parent, space), dtype=torch.bfloat16), space.alternatives, costs, LOAD
     )
     path = tmp_path / "times.csv"
-    path.write_text(to_csv(times, found.alternatives))
-    again = from_csv(path, found.alternatives, LOAD)
+    path.write_text(to_csv(times, space.alternatives))
+    again = from_csv(path, space.alternatives, LOAD)
     assert {k: t.decode for k, t in again.by_key.items()} == pytest.approx(
         {k: t.decode for k, t in times.by_key.items()}, rel=1e-5
     )
@@ -278,37 +278,37 @@ def test_a_table_is_read_as_it_was_written(parent: Parent, found: Survey, tmp_pa
     ],
 )
 def test_tables_that_are_no_tables(
-    harm: Callable[[str], str], says: str, parent: Parent, found: Survey, tmp_path: Path
+    harm: Callable[[str], str], says: str, parent: Parent, space: Survey, tmp_path: Path
 ) -> None:
-    costs = cost_table(parent, found, LOAD)
+    costs = cost_table(parent, space, LOAD)
     times = predict(
-        "T4", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.float32, LOAD
+        "T4", dataclasses.replace(shape_of(parent, space), dtype=torch.float32), space.alternatives, costs, LOAD
     )
     path = tmp_path / "times.csv"
-    path.write_text(harm(to_csv(times, found.alternatives)))
+    path.write_text(harm(to_csv(times, space.alternatives)))
     with pytest.raises(InputError, match=says):
-        from_csv(path, found.alternatives, LOAD)
+        from_csv(path, space.alternatives, LOAD)
     with pytest.raises(InputError, match="cannot be read"):
-        from_csv(tmp_path / "nowhere.csv", found.alternatives, LOAD)
+        from_csv(tmp_path / "nowhere.csv", space.alternatives, LOAD)
 
 
-def test_a_prediction_is_arithmetic_or_traffic(parent: Parent, found: Survey) -> None:
-    costs = cost_table(parent, found, LOAD)
+def test_a_prediction_is_arithmetic_or_traffic(parent: Parent, space: Survey) -> None:
+    costs = cost_table(parent, space, LOAD)
     times = predict(
-        "H100", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.bfloat16, LOAD
+        "H100", dataclasses.replace(shape_of(parent, space), dtype=torch.bfloat16), space.alternatives, costs, LOAD
     )
-    ffn = next(a for a in found.alternatives if (a.layer, a.subblock, a.kind) == (0, "ffn", "parent"))
-    own, device = costs.by_key[ffn.key], DEVICES["H100"]
+    ffn = next(a for a in space.alternatives if (a.layer, a.subblock, a.kind) == (0, "ffn", "parent"))
+    cost, device = costs.by_key[ffn.key], DEVICES["H100"]
     tokens = LOAD.batch * LOAD.prompt
-    wanted = max(2 * own["parameters"] * tokens / device.operations, own["weight_bytes"] / device.bandwidth)
+    wanted = max(2 * cost["parameters"] * tokens / device.operations, cost["weight_bytes"] / device.bandwidth)
     assert times.by_key[ffn.key].prefill == pytest.approx(wanted)
-    assert times.by_key[ffn.key].decode == pytest.approx(own["weight_bytes"] / device.bandwidth)
-    assert all(times.by_key[a.key] == Timing(0, 0) for a in found.alternatives if a.kind == "no_op")
-    whole = times.parent(found.alternatives)
+    assert times.by_key[ffn.key].decode == pytest.approx(cost["weight_bytes"] / device.bandwidth)
+    assert all(times.by_key[a.key] == Timing(0, 0) for a in space.alternatives if a.kind == "no_op")
+    whole = times.parent(space.alternatives)
     assert costs_of(whole, LOAD)["token_seconds"] == pytest.approx((whole.prefill + 16 * whole.decode) / 32)
     with pytest.raises(UsageError, match="H100"):
         predict(
-            "H1000", parent.language_config, parent.blocks, found.axes, found.alternatives, costs, torch.bfloat16, LOAD
+            "H1000", dataclasses.replace(shape_of(parent, space), dtype=torch.bfloat16), space.alternatives, costs, LOAD
         )
 
 
@@ -397,7 +397,7 @@ def test_what_no_child_can_reach_is_refused_before_all_is_timed(
 def test_a_run_against_the_clock(
     make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path, steady: list[Any]
 ) -> None:
-    from layersmith.stages.reopen import search_several
+    from layersmith.stages.reopen import SearchRequest, search_several
 
     recipe = TINY_RECIPE | {"costs": {"rounds": 3, "checks": 2}}
     path = make_parent("llama")
@@ -413,7 +413,7 @@ def test_a_run_against_the_clock(
     assert [c["phase"] for c in mine] == ["prefill", "decode"]
     assert all(c["predicted"] == pytest.approx(c["measured"], rel=0.01) for c in mine)
     budget = Budget.parse({"ttft": "0.6", "context": 64})
-    search_several(tmp_path / "run", budget, out=tmp_path / "smaller")
+    search_several(SearchRequest(tmp_path / "run", budget), out=tmp_path / "smaller")
     smaller = layersmith.load(tmp_path / "smaller")
     assert takes(smaller).prefill <= 0.6 * takes(whole.model).prefill * 1.01
     times, alternatives = times_of(path, Recipe.from_dict(recipe), Workload(1, 64))

@@ -33,8 +33,8 @@ def test_any_stretch_has_the_shares() -> None:
     order = list(documents)
     for start in range(0, len(order) - 20, 5):
         stretch = [name[0] for name in order[start : start + 20]]
-        own, other = 10 * stretch.count("a"), 5 * stretch.count("b")
-        assert own / (own + other) == pytest.approx(0.75, abs=0.05)
+        first, other = 10 * stretch.count("a"), 5 * stretch.count("b")
+        assert first / (first + other) == pytest.approx(0.75, abs=0.05)
     again, ended = interleave([parts[0], {**parts[1], **parts[0]}], [1.0, 1.0], [tokens[0], tokens[0] | tokens[1]])
     assert len(again) == len(set(again.values())) == 91
     assert ended == 1
@@ -88,9 +88,9 @@ def test_copies_are_found_whatever_stands_between_the_letters(text_folder: Path,
     assert not runs.within(others).any()
     densest = max(held, key=lambda row: len(tokenizer.decode(row).replace(" ", "")))
     copied = "x = 1\n" + tokenizer.decode(densest).replace("\n", " \n# ").title() + " and so on " * 300
-    found = runs.within(rows(copied))
-    assert found[:2].any()
-    assert not found[-1]
+    is_copied = runs.within(rows(copied))
+    assert is_copied[:2].any()
+    assert not is_copied[-1]
     ids = Runs(torch.arange(400).view(4, 100), None)
     assert ids.length == 50
     assert ids.within(torch.cat([torch.arange(900, 940), torch.arange(130, 190)])[None]).tolist() == [True]

@@ -146,10 +146,10 @@ def test_deterministic(text_folder: Path, run_python: Callable, tmp_path: Path, 
         "print(json.dumps(prepare(sys.argv[2], t, wanted, seed).description['sha256'], sort_keys=True))"
     )
     done = run_python(script, str(tmp_path / "tokenizer"), str(text_folder))
-    own = prepare(text_folder, tokenizer, **SIZES).description["sha256"]
-    assert json.loads(done.stdout) == own, done.stderr
+    digests = prepare(text_folder, tokenizer, **SIZES).description["sha256"]
+    assert json.loads(done.stdout) == digests, done.stderr
     other = prepare(text_folder, tokenizer, **SIZES | {"seed": 1}).description["sha256"]
-    assert other != own
+    assert other != digests
 
 
 def test_too_little_text_is_shared_out(tmp_path: Path, tokenizer: Any) -> None:

@@ -28,7 +28,7 @@ from layersmith.distillation import arguments
 from layersmith.distillation.finalists import diverse_solutions
 from layersmith.distillation.losses import FromHidden, FromTop, Mixture, cosine_distance, head_losses
 from layersmith.distillation.objective import ChildLosses, ParentTargets
-from layersmith.distillation.parent_logits import ParentLogits, remember
+from layersmith.distillation.parent_logits import ParentLogits, TopTokens, remember
 from layersmith.distillation.steps import RowOrder, Steps
 from layersmith.distillation.train import GlobalSetup, TrainingRows, train
 from layersmith.errors import InputError, UsageError
@@ -39,7 +39,7 @@ from layersmith.run.artifacts import read_json, read_tensors
 from layersmith.run.header import read_header, write_header
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
-from layersmith.stages.distill import distill
+from layersmith.stages.distill_finished import distill
 from layersmith.stages.job import Job
 from layersmith.stages.search import problem_as_measured
 from tests.conformance.tiny import tiny_config, tiny_model
@@ -77,7 +77,7 @@ def test_losses_and_gradients_are_the_plain_formulas(temperature: float, span: i
         span,
     )
     (3 * made).backward()
-    found = [t.grad for t in (hidden, weight, bias)]
+    grads = [t.grad for t in (hidden, weight, bias)]
     for tensor in (hidden, weight, bias):
         tensor.grad = None
     logits = linear(hidden, weight, bias)
@@ -88,7 +88,7 @@ def test_losses_and_gradients_are_the_plain_formulas(temperature: float, span: i
     expected_lm = cross_entropy(logits, labels, ignore_index=-1)
     (3 * (0.7 * expected_kl + 0.3 * expected_lm)).backward()
     torch.testing.assert_close([kl, lm], [expected_kl.detach(), expected_lm.detach()])
-    torch.testing.assert_close(found, [t.grad for t in (hidden, weight, bias)], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(grads, [t.grad for t in (hidden, weight, bias)], atol=1e-6, rtol=1e-5)
 
 
 def test_what_is_kept_of_the_parent_is_compared_exactly() -> None:
@@ -105,24 +105,24 @@ def test_what_is_kept_of_the_parent_is_compared_exactly() -> None:
 
     whole = loss(FromHidden(parents, lambda h: h))
     torch.testing.assert_close(loss(FromTop.of(parents, 50, 1.0)), whole, atol=1e-5, rtol=1e-5)
-    found = loss(FromTop.of(parents, 7, 1.0))
+    value = loss(FromTop.of(parents, 7, 1.0))
     hidden.grad = None
     log_p, log_q = parents.log_softmax(-1), linear(hidden, weight).log_softmax(-1)
     others = torch.ones(9, 50, dtype=torch.bool).scatter(1, log_p.topk(7).indices, False)
     rest_p, rest_q = ((x.exp() * others).sum(-1) for x in (log_p, log_q))
     expected = ((log_p.exp() * (log_p - log_q)) * ~others).sum(-1) + rest_p * (rest_p / rest_q).log()
     expected.mean().backward()
-    torch.testing.assert_close(found, (expected.mean().detach(), hidden.grad), atol=1e-6, rtol=1e-5)
-    assert found[0] < whole[0]
+    torch.testing.assert_close(value, (expected.mean().detach(), hidden.grad), atol=1e-6, rtol=1e-5)
+    assert value[0] < whole[0]
 
 
 def test_cosine_distance() -> None:
     torch.manual_seed(0)
-    own, other = torch.randn(3, 7, 16, requires_grad=True), torch.randn(3, 7, 16)
-    made = cosine_distance(own, other)
-    expected = 1 - cosine_similarity(own, other, dim=-1).mean()
-    found, wanted = torch.autograd.grad(2 * made, own)[0], torch.autograd.grad(2 * expected, own)[0]
-    torch.testing.assert_close([made.detach(), found], [expected.detach(), wanted])
+    hidden, other = torch.randn(3, 7, 16, requires_grad=True), torch.randn(3, 7, 16)
+    made = cosine_distance(hidden, other)
+    expected = 1 - cosine_similarity(hidden, other, dim=-1).mean()
+    grad, wanted = torch.autograd.grad(2 * made, hidden)[0], torch.autograd.grad(2 * expected, hidden)[0]
+    torch.testing.assert_close([made.detach(), grad], [expected.detach(), wanted])
 
 
 SPECIAL: dict[str, Callable[..., Any]] = {
@@ -148,7 +148,7 @@ def test_a_models_own_losses_and_gradients(kind: str) -> None:
     losses.span = 4
     loss, parts = losses.losses(ids, targets.outputs({"input_ids": ids}, from_cache=False))
     loss.backward()
-    found = {name: p.grad.clone() for name, p in child.named_parameters() if p.grad is not None}
+    grads = {name: p.grad.clone() for name, p in child.named_parameters() if p.grad is not None}
     child.zero_grad()
     losses.tap.close()
     targets.tap.close()
@@ -174,10 +174,10 @@ def test_a_models_own_losses_and_gradients(kind: str) -> None:
     expected.backward()
     torch.testing.assert_close(parts, torch.stack([kl, hidden, lm]).detach(), atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(loss.detach(), expected.detach(), atol=1e-5, rtol=1e-4)
-    assert found.keys() == dict(child.named_parameters()).keys()
+    assert grads.keys() == dict(child.named_parameters()).keys()
     for name, parameter in child.named_parameters():
         torch.testing.assert_close(
-            found[name], parameter.grad, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
+            grads[name], parameter.grad, atol=2e-5, rtol=1e-3, msg=lambda m, name=name: f"{name}: {m}"
         )
 
 
@@ -248,17 +248,17 @@ def test_steps_are_the_same_for_any_number_of_processes() -> None:
 def test_remembered_logits_are_the_parents(tmp_path: Path) -> None:
     parent = as_parent(stock_model(FAMILIES["qwen3"]()))
     rows = torch.randint(3, 500, (5, 12))
-    told: list[float] = []
-    kept = remember(parent, rows, 6, 1.0, tmp_path / "kept", 2, told.append)
-    assert sum(told) == 5
+    advanced: list[float] = []
+    kept = remember(parent, rows, TopTokens(6, 1.0), tmp_path / "kept", 2, advanced.append)
+    assert sum(advanced) == 5
     expected = FromTop.of(parent.model(input_ids=rows[[3, 1]]).logits.flatten(0, 1), 6, 1.0)
-    found = kept.target(torch.tensor([3, 1]), torch.device("cpu"))
-    torch.testing.assert_close([found.log_p, found.log_rest], [expected.log_p, expected.log_rest])
-    assert torch.equal(found.ids, expected.ids)
-    torch.testing.assert_close(found.log_p.exp().sum(-1) + found.log_rest.exp(), torch.ones(24))
-    file = next((tmp_path / "kept").glob("*.safetensors"))
+    target = kept.target(torch.tensor([3, 1]), torch.device("cpu"))
+    torch.testing.assert_close([target.log_p, target.log_rest], [expected.log_p, expected.log_rest])
+    assert torch.equal(target.ids, expected.ids)
+    torch.testing.assert_close(target.log_p.exp().sum(-1) + target.log_rest.exp(), torch.ones(24))
+    file = next((tmp_path / "kept").iterdir())
     written = file.stat().st_mtime_ns
-    remember(parent, rows, 6, 1.0, tmp_path / "kept", 2, told.append)
+    remember(parent, rows, TopTokens(6, 1.0), tmp_path / "kept", 2, advanced.append)
     assert file.stat().st_mtime_ns == written
     assert ParentLogits.bytes_for(60, 6) == sum(part.numel() * 4 for part in (kept.ids, kept.log_p, kept.log_rest))
 
@@ -277,99 +277,99 @@ def run(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory: p
 
 
 @pytest.fixture
-def own(run: Path, tmp_path: Path) -> Path:
+def own_run(run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(run, tmp_path / "run"))
 
 
-def test_a_run_is_distilled(own: Path) -> None:
-    made = distill(own, tokens=4096)
+def test_a_run_is_distilled(own_run: Path) -> None:
+    made = distill(own_run, tokens=4096)
     before, after = ({r["metric"]: r["child"] for r in e["rows"]} for e in (made.before, made.after))
     assert after["kl_divergence"] < before["kl_divergence"]
-    told = read_json(own / "evaluation" / "evaluation.json")["rows"]
-    assert before == {r["metric"]: r["child"] for r in told}
-    assert layersmith.load(made.child).config.block_configs == layersmith.load(own / "child").config.block_configs
+    rows = read_json(own_run / "evaluation" / "evaluation.json")["rows"]
+    assert before == {r["metric"]: r["child"] for r in rows}
+    assert layersmith.load(made.child).config.block_configs == layersmith.load(own_run / "child").config.block_configs
     assert (made.child / "tokenizer.json").is_file()
-    curve = read_json(own / "distillation" / "global" / "log.json")
+    curve = read_json(own_run / "distillation" / "global" / "log.json")
     assert curve["x"] == "tokens"
     assert curve["points"][-1]["tokens"] == 4096
-    assert not list((own / "distillation").rglob("checkpoint*"))
+    assert not list((own_run / "distillation").rglob("checkpoint*"))
     card = (made.child / "README.md").read_text()
     kl = next(r for r in made.after["rows"] if r["metric"] == "kl_divergence")
     assert f"{kl['child']:.4f} ± {kl['child_standard_error']:.4f}" in card
     assert "trained against the parent on 4,096 tokens of text" in card
     assert "Not evaluated." not in card
     written = (made.child / "model.safetensors").stat().st_mtime_ns
-    assert distill(own, tokens=4096) == made
+    assert distill(own_run, tokens=4096) == made
     assert (made.child / "model.safetensors").stat().st_mtime_ns == written
 
 
-def test_training_never_shows_what_evaluation_does(own: Path, tmp_path: Path) -> None:
+def test_training_never_shows_what_evaluation_does(own_run: Path, tmp_path: Path) -> None:
     """Not from the run's own data, and not from other text that holds the evaluation's in other spacing."""
     from layersmith.data.overlap import Runs
     from layersmith.data.splits import load_tokenizer
 
-    tokenizer = load_tokenizer(own / "child")
-    evaluation = read_tensors(own / "data" / "tokens.safetensors")["evaluation"]
+    tokenizer = load_tokenizer(own_run / "child")
+    evaluation = read_tensors(own_run / "data" / "tokens.safetensors")["evaluation"]
     text = " ".join(tokenizer.batch_decode(evaluation)).replace(" ", "  ")
     (tmp_path / "other.txt").write_text("def other(name):\n    return name\n" * 40 + text)
     for data in (None, tmp_path / "other.txt"):
-        distill(own, tokens=128 if data is None else 4096, data=data)
-        rows = read_tensors(own / "distillation" / "data" / "tokens.safetensors")["training"]
+        distill(own_run, tokens=128 if data is None else 4096, data=data)
+        rows = read_tensors(own_run / "distillation" / "data" / "tokens.safetensors")["training"]
         assert len(rows)
         assert not Runs(evaluation, tokenizer).within(rows).any()
-        said = read_json(own / "distillation" / "data" / "data.json")["warnings"]
-        assert not any("no longer deals" in warning for warning in said)
-    assert read_json(own / "distillation" / "data" / "data.json")["overlapping"] > 0
+        said = read_json(own_run / "distillation" / "data" / "data.json")["warnings"]
+        assert not any("has changed since" in warning for warning in said)
+    assert read_json(own_run / "distillation" / "data" / "data.json")["overlapping"] > 0
     with pytest.raises(InputError, match=r"set distillation\.overlap to leave_out or warn"):
         distill(
-            own, data=tmp_path / "other.txt", recipe={"distillation": QUICK | {"tokens": 4096, "overlap": "refuse"}}
+            own_run, data=tmp_path / "other.txt", recipe={"distillation": QUICK | {"tokens": 4096, "overlap": "refuse"}}
         )
 
 
-def test_kept_logits_in_a_run(own: Path, tmp_path: Path) -> None:
+def test_kept_logits_in_a_run(own_run: Path, tmp_path: Path) -> None:
     """With all of the vocabulary kept, the child is the one that is taught by the parent itself."""
     children = []
     for kept in (0, 512):
         settings = QUICK | {"tokens": 2048, "hidden": 0, "cache_top": kept}
-        made = distill(own, recipe={"distillation": settings})
+        made = distill(own_run, recipe={"distillation": settings})
         children.append(layersmith.load(made.child).state_dict())
     for name, tensor in children[0].items():
         torch.testing.assert_close(tensor, children[1][name], atol=1e-4, rtol=1e-3)
-    assert list((own / "distillation" / "parent-logits").rglob("*.safetensors"))
+    assert list((own_run / "distillation" / "parent-logits").rglob("*.safetensors"))
 
 
-def test_finalists(own: Path) -> None:
-    made = distill(own, tokens=1024, finalists=3)
+def test_finalists(own_run: Path) -> None:
+    made = distill(own_run, tokens=1024, finalists=3)
     assert [row["number"] for row in made.finalists] == [0, 1, 2]
     others = [row["score"] for row in made.finalists[1:]]
     assert others == sorted(others)
     best = min(made.finalists, key=lambda row: row["kl"])
     assert [row["won"] for row in made.finalists] == [row is best for row in made.finalists]
-    solution = read_json(own / "distillation" / "finalists" / "solution.json")
+    solution = read_json(own_run / "distillation" / "finalists" / "solution.json")
     assert solution["score"] == best["score"]
     assert solution["costs"]["parameters"] == sum(p.numel() for p in layersmith.load(made.child).parameters())
     assert "on 1,024 tokens" in (made.child / "README.md").read_text()
-    assert distill(own, tokens=1024, finalists=3) == made
+    assert distill(own_run, tokens=1024, finalists=3) == made
 
 
-def test_finalists_keep_the_searchs_rules(own: Path) -> None:
+def test_finalists_keep_the_searchs_rules(own_run: Path) -> None:
     """The first is the run's own; all are apart from each other, within the budget, and as the rules say."""
     rules = SearchRecipe(keep_layers=(2,), max_removed_attentions=1, uniform_groups=2)
-    job = Job.of_run(own, change=lambda recipe: dataclasses.replace(recipe, search=rules))
+    job = Job.of_run(own_run, change=lambda recipe: dataclasses.replace(recipe, search=rules))
     job.limits = parse_budget(params="0.8").limits
     problem = problem_as_measured(job)
     first = problem.best()
-    found = diverse_solutions(problem, first, 4, distance=3)
-    assert found[0] == first
-    assert len(found) == 4
-    for solution in found:
+    solutions = diverse_solutions(problem, first, 4, distance=3)
+    assert solutions[0] == first
+    assert len(solutions) == 4
+    for solution in solutions:
         assert problem.fits(solution.alternatives)
         kinds = {(a.layer, a.subblock): a.kind for a in solution.alternatives}
         assert kinds[2, "attention"] == kinds[2, "ffn"] == "parent"
         names = {(a.layer, a.subblock): a.name for a in solution.alternatives}
         assert all(names[0, subblock] == names[1, subblock] for subblock in ("attention", "ffn"))
         assert sum(a.kind == "no_op" and a.subblock == "attention" for a in solution.alternatives) <= 1
-        for other in found:
+        for other in solutions:
             apart = sum(a != b for a, b in zip(solution.alternatives, other.alternatives, strict=True))
             assert other is solution or apart >= 3
     assert len(diverse_solutions(problem, first, 3, distance=len(problem.by_place) + 1)) == 1
@@ -377,7 +377,7 @@ def test_finalists_keep_the_searchs_rules(own: Path) -> None:
 
 SCRIPT = """
 import sys, json
-from layersmith.stages.distill import distill
+from layersmith.stages.distill_finished import distill
 distill(sys.argv[1], recipe={"distillation": json.loads(sys.argv[2])})
 """
 
@@ -408,42 +408,44 @@ class Interrupting(Progress):
         yield advance
 
 
-def test_interrupted_and_killed_it_ends_with_the_same_bits(own: Path, run: Path, tmp_path: Path) -> None:
+def test_interrupted_and_killed_it_ends_with_the_same_bits(own_run: Path, run: Path, tmp_path: Path) -> None:
     settings = QUICK | {"tokens": 5120, "log_every": 1, "save_seconds": 0.0, "finalists": 2, "finalist_distance": 2}
     whole = Path(shutil.copytree(run, tmp_path / "whole"))
     distill(whole, recipe={"distillation": settings})
     with pytest.raises(Interrupted):  # within the second finalist
-        distill(own, recipe={"distillation": settings}, progress=Interrupting("distillation/finalists", 700))
-    assert (own / "distillation" / "finalists.work" / "0" / "finalist.json").is_file()
-    process = start(own, settings)
-    while process.poll() is None and not list((own / "distillation").glob("global/checkpoints/checkpoint-1?/whole")):
+        distill(own_run, recipe={"distillation": settings}, progress=Interrupting("distillation/finalists", 700))
+    assert (own_run / "distillation" / "finalists.work" / "0" / "finalist.json").is_file()
+    process = start(own_run, settings)
+    while process.poll() is None and not list(
+        (own_run / "distillation").glob("global/checkpoints/checkpoint-1?/whole")
+    ):
         time.sleep(0.002)
     assert process.poll() is None, process.communicate()
     process.send_signal(signal.SIGKILL)
     process.communicate()
     steps = [
-        int(path.name.partition("-")[2]) for path in (own / "distillation" / "global" / "checkpoints").glob("c*-*")
+        int(path.name.partition("-")[2]) for path in (own_run / "distillation" / "global" / "checkpoints").glob("c*-*")
     ]
-    told: list[float] = []
+    advanced: list[float] = []
 
     class Listening(Progress):
         @contextmanager
         def stage(self, name: str, total: float, unit: str) -> Iterator[Callable[[float], None]]:
-            yield told.append if name == "distilled" else lambda done: None
+            yield advanced.append if name == "distilled" else lambda done: None
 
-    distill(own, recipe={"distillation": settings}, progress=Listening())
-    assert told[0] / 128 in steps  # it went on where it was
-    assert told[0] >= 128 * 9
+    distill(own_run, recipe={"distillation": settings}, progress=Listening())
+    assert advanced[0] / 128 in steps  # it went on where it was
+    assert advanced[0] >= 128 * 9
     for file in (
         "distilled/model.safetensors",
         "distillation/global/log.json",
         "distillation/finalists/finalists.json",
     ):
-        assert (own / file).read_bytes() == (whole / file).read_bytes(), file
-    assert not list((own / "distillation").rglob(".*"))
+        assert (own_run / file).read_bytes() == (whole / file).read_bytes(), file
+    assert not list((own_run / "distillation").rglob(".*"))
 
 
-def test_what_is_wrong_is_said_before_work_starts(own: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
+def test_what_is_wrong_is_said_before_work_starts(own_run: Path, run: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setattr(arguments, "get_available_reporting_integrations", list)
     for change, match in (
         ({"kl": 0, "hidden": 0}, "nothing to learn"),
@@ -458,26 +460,26 @@ def test_what_is_wrong_is_said_before_work_starts(own: Path, run: Path, tmp_path
         ({"tokenz": 2}, "Did you mean 'tokens'"),
     ):
         with pytest.raises(UsageError, match=match) as refused:
-            distill(own, recipe={"distillation": QUICK | change})
+            distill(own_run, recipe={"distillation": QUICK | change})
         assert "\n" not in str(refused.value)
     with pytest.raises(UsageError, match="not a run folder"):
         distill(tmp_path / "nowhere")
     with pytest.raises(InputError, match="no such file"):
-        distill(own, tokens=128, data=tmp_path / "nowhere.txt")
-    usage = shutil.disk_usage(own)
+        distill(own_run, tokens=128, data=tmp_path / "nowhere.txt")
+    usage = shutil.disk_usage(own_run)
     with monkeypatch.context() as patched:
         patched.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
         with pytest.raises(InputError, match="GB"):
-            distill(own, tokens=128)
-    header = read_header(own)
+            distill(own_run, tokens=128)
+    header = read_header(own_run)
     header["parent"]["identity"] = "another"
-    write_header(own, header)
+    write_header(own_run, header)
     with pytest.raises(InputError, match="not the parent"):
-        distill(own, tokens=128)
-    assert not (own / "distilled").exists()
-    shutil.rmtree(own / "child")
+        distill(own_run, tokens=128)
+    assert not (own_run / "distilled").exists()
+    shutil.rmtree(own_run / "child")
     with pytest.raises(InputError, match="not finished"):
-        distill(own, tokens=128)
+        distill(own_run, tokens=128)
 
 
 def test_a_loss_that_is_not_a_number_stops_it(tmp_path: Path) -> None:

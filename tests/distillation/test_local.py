@@ -28,7 +28,6 @@ from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, Recipe
-from layersmith.run.digests import read_sealed
 from layersmith.run.runtime import Runtime
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
@@ -136,7 +135,7 @@ def test_interrupted_at_any_step_it_ends_with_the_same_bytes(tmp_path: Path, mon
     other = distill_locally(library, CALIBRATION, TRAINING[:14], TrainingSetup(RECIPE, folder=pieces, inputs="others"))
     assert (
         other.kept.records[0]["tokens"]
-        < read_sealed(tmp_path / "whole" / "layers" / "layer-001.json")["records"][0]["tokens"]
+        < json.loads((tmp_path / "whole" / "layers" / "layer-001.json").read_text())["records"][0]["tokens"]
     )
 
 
@@ -239,7 +238,9 @@ def chosen_of(library: Library) -> list[Alternative]:
 def test_what_is_chosen_for_a_layer_learns_together(on: str, tmp_path: Path) -> None:
     library = library_of("llama", tmp_path / "parent")
     chosen = chosen_of(library)
-    made = distill_jointly(library, chosen, TRAINING, TrainingSetup(dataclasses.replace(RECIPE, coupled_on=on)))
+    made = distill_jointly(
+        library, chosen, TRAINING[:0], TRAINING, TrainingSetup(dataclasses.replace(RECIPE, coupled_on=on))
+    )
     assert [r["layer"] for r in made.pairs.records] == [0, 1, 2, 3]
     assert all(r["after"] < r["before"] for r in made.pairs.records)
 
@@ -288,17 +289,17 @@ def run_layer(
 def test_pairs_interrupted_at_any_step_end_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = library_of("llama", tmp_path / "parent")
     chosen, given = chosen_of(library), {"inputs": "these"}
-    distill_jointly(library, chosen, TRAINING, TrainingSetup(RECIPE, folder=tmp_path / "whole", **given))
+    distill_jointly(library, chosen, TRAINING[:0], TRAINING, TrainingSetup(RECIPE, folder=tmp_path / "whole", **given))
     monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
     pieces = tmp_path / "pieces"
     made, stops = in_pieces(
-        lambda: distill_jointly(library, chosen, TRAINING, TrainingSetup(RECIPE, folder=pieces, **given)),
+        lambda: distill_jointly(library, chosen, TRAINING[:0], TRAINING, TrainingSetup(RECIPE, folder=pieces, **given)),
         7,
         monkeypatch,
     )
     assert stops > 5
     assert contents(pieces) == contents(tmp_path / "whole")
-    in_memory = distill_jointly(library, chosen, TRAINING, TrainingSetup(RECIPE))
+    in_memory = distill_jointly(library, chosen, TRAINING[:0], TRAINING, TrainingSetup(RECIPE))
     assert in_memory.pairs.identity == made.pairs.identity
 
 
@@ -306,7 +307,9 @@ def test_arithmetic_of_pairs_is_what_is_needed(tmp_path: Path, taken_apart: list
     """Needed: parent and child once on every token, and three times the products of the child's layers that learn."""
     library = library_of("llama", tmp_path / "parent")
     chosen = [a for a in library.alternatives if a.kind == "ffn_width" and a.layer in (1, 2)]
-    made = distill_jointly(library, chosen, TRAINING, TrainingSetup(dataclasses.replace(RECIPE, stop_below=0.0)))
+    made = distill_jointly(
+        library, chosen, TRAINING[:0], TRAINING, TrainingSetup(dataclasses.replace(RECIPE, stop_below=0.0))
+    )
     config = library.parent.config
     size = sum(p.numel() for p in library.parent.layers[0].parameters() if p.ndim == 2)
     size_of_child = size - 3 * config.hidden_size * config.intermediate_size // 2
@@ -325,9 +328,12 @@ def test_a_parent_that_stays_on_the_disk_teaches_the_same(tmp_path: Path) -> Non
     parent = load_parent(tmp_path, Runtime(torch.device("cpu"), torch.float32), stream_near=tmp_path)
     assert parent.stream is not None
     streamed = build_library(parent, LIBRARY, survey(parent, LIBRARY), Calibration(CALIBRATION, 4))
-    learned = [distill_locally(own, CALIBRATION, TRAINING, TrainingSetup(RECIPE)) for own in (library, streamed)]
+    learned = [distill_locally(pruned, CALIBRATION, TRAINING, TrainingSetup(RECIPE)) for pruned in (library, streamed)]
     assert learned[0].kept.identity == learned[1].kept.identity
-    together = [distill_jointly(own, chosen_of(own), TRAINING, TrainingSetup(RECIPE)).pairs.identity for own in learned]
+    together = [
+        distill_jointly(pruned, chosen_of(pruned), TRAINING[:0], TRAINING, TrainingSetup(RECIPE)).pairs.identity
+        for pruned in learned
+    ]
     assert together[0] == together[1] != ""
 
 
@@ -354,3 +360,50 @@ def test_recipes() -> None:
     ):
         with pytest.raises(UsageError, match="local_distillation"):
             Recipe.from_dict({"local_distillation": bad})
+
+
+def block_errors(library: Library, chosen: list[Alternative], rows: torch.Tensor) -> list[float]:
+    """Squared distance of the hidden states after every layer to the parent's."""
+    with torch.no_grad():
+        of_parent, of_child = (hidden_states(m, rows) for m in (library.parent.model, library.compose(chosen)))
+    return [float((a - b).square().sum()) for a, b in zip(of_child[1:], of_parent[1:], strict=True)]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi"])
+def test_a_refit_on_the_childs_inputs_brings_every_layer_nearer_to_the_parents(family: str, tmp_path: Path) -> None:
+    library = library_of(family, tmp_path)
+    chosen = chosen_of(library)
+    setup = TrainingSetup(dataclasses.replace(RECIPE, child_refit=1.0))
+    made = distill_jointly(library, chosen, CALIBRATION, TRAINING[:0], setup)
+    assert {r["layer"] for r in made.pairs.records if r["weights"]} == {0, 1, 2, 3}
+    for i in range(4):
+        # The layers before it are refitted; the layer itself is not, or is.
+        before = library.with_kept(library.kept, kept_of(made.pairs, range(i)))
+        after = library.with_kept(library.kept, kept_of(made.pairs, range(i + 1)))
+        assert block_errors(after, chosen, CALIBRATION)[i] < block_errors(before, chosen, CALIBRATION)[i]
+
+
+def kept_of(pairs: Any, layers: range) -> Any:
+    """The jointly refitted weights of some layers."""
+    return dataclasses.replace(pairs, records=tuple(r for r in pairs.records if r["layer"] in layers))
+
+
+@pytest.mark.parametrize(("family", "share"), [("llama", 0.0), ("olmo2", 0.5)])
+def test_without_a_share_or_behind_a_norm_nothing_is_refitted(family: str, share: float, tmp_path: Path) -> None:
+    library = library_of(family, tmp_path)
+    chosen = [a for a in library.alternatives if a.kind == "ffn_width" and a.layer in (1, 2)]
+    setup = TrainingSetup(dataclasses.replace(RECIPE, child_refit=share))
+    assert distill_jointly(library, chosen, CALIBRATION, TRAINING[:0], setup).pairs.identity == ""
+
+
+def test_refitted_layers_resume_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = library_of("llama", tmp_path / "parent")
+    chosen, given = chosen_of(library), {"inputs": "these"}
+    recipe = dataclasses.replace(RECIPE, child_refit=0.5)
+    whole = TrainingSetup(recipe, folder=tmp_path / "whole", **given)
+    pieces = TrainingSetup(recipe, folder=tmp_path / "pieces", **given)
+    distill_jointly(library, chosen, CALIBRATION, TRAINING, whole)
+    monkeypatch.setattr(store, "_SAVE_EVERY_SECONDS", 0.0)
+    _, stops = in_pieces(lambda: distill_jointly(library, chosen, CALIBRATION, TRAINING, pieces), 7, monkeypatch)
+    assert stops > 5
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")

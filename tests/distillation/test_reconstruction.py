@@ -20,7 +20,7 @@ from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.library_scores import score_library
-from layersmith.scoring.second_order import estimate
+from layersmith.scoring.second_order import SeededBatch, estimate
 from layersmith.scoring.silencing import Survey, look
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
@@ -53,14 +53,14 @@ def test_it_is_least_squares(model_type: str, tmp_path: Path) -> None:
         if a.layer != 1 or not made.kept.of(a.identity):
             continue
         ((name, refitted),) = made.kept.of(a.identity).items()
-        found = library.reader(a)
-        assert found is not None
-        _, dim = found
+        reader = library.reader(a)
+        assert reader is not None
+        _, dim = reader
         stage, module = getattr(stages, a.subblock), layerwise.module_of(a, stages)
         seen = []
-        for own in (stage, module):
-            with watched(own, name.removesuffix(".weight")) as pairs:
-                layerwise.run(batch, 1, places[a.subblock].given, own)
+        for part in (stage, module):
+            with watched(part, name.removesuffix(".weight")) as pairs:
+                layerwise.run(batch, 1, places[a.subblock].given, part)
             seen.append(pairs[0])
         y, b = seen[0][1].double(), seen[1][0].double()
         pruned = module.get_parameter(name).detach().movedim(dim, 1).double()
@@ -92,8 +92,8 @@ def test_it_helps_in_every_layout(model_type: str, tmp_path: Path) -> None:
         for a in library.alternatives:
             if a.layer == i and a.key in refitted:
                 errors = []
-                for own in (library, made):
-                    layerwise.builder = own
+                for version in (library, made):
+                    layerwise.builder = version
                     changed = layerwise.run(
                         batch, i, places[a.subblock].given, layerwise.module_of(a, layerwise.split(i, batch, hidden))
                     )
@@ -103,8 +103,8 @@ def test_it_helps_in_every_layout(model_type: str, tmp_path: Path) -> None:
         hidden = output
     for a in library.alternatives:
         if a.key not in refitted:
-            own, other = library.weights(a), made.weights(a)
-            assert all(torch.equal(own[name], other[name]) for name in own)
+            weights, other = library.weights(a), made.weights(a)
+            assert all(torch.equal(weights[name], other[name]) for name in weights)
         else:
             assert made.silenced(a) is None
 
@@ -116,8 +116,8 @@ def test_second_order_scores_see_what_was_refitted(tmp_path: Path) -> None:
     made = distill_locally(library, TOKENS, TOKENS[:0], TrainingSetup(ONLY_LEAST_SQUARES))
     recipe = ScoringRecipe(mode="second_order", samples=8, exact_passes=0)
     before, after = (
-        {s.alternative.key: s.mean("kl_divergence") for s in score_library(own, TOKENS, recipe)}
-        for own in (library, made)
+        {s.alternative.key: s.mean("kl_divergence") for s in score_library(version, TOKENS, recipe)}
+        for version in (library, made)
     )
     exact = {
         s.alternative.key: s.mean("kl_divergence") for s in score_library(made, TOKENS, ScoringRecipe(mode="exact"))
@@ -133,14 +133,16 @@ def test_what_was_only_refitted_is_estimated_without_a_run_of_its_own(model_type
     made = distill_locally(library_of(model_type, tmp_path), TOKENS, TOKENS[:0], TrainingSetup(ONLY_LEAST_SQUARES))
     layerwise = split_layers(made.parent, made)
     alternatives = [a for a in made.alternatives if a.kind != "parent"]
-    found = look(layerwise, alternatives, TOKENS[:1])
-    kinds = {(a.kind, a.method) for a in alternatives if a.identity in found.refitted}
+    survey_ = look(layerwise, alternatives, TOKENS[:1])
+    kinds = {(a.kind, a.method) for a in alternatives if a.identity in survey_.refitted}
     assert ("ffn_width", "contribution") in kinds or ("ffn_width", "iterative") in kinds
-    assert not any(a.identity in found.silencing for a in alternatives if made.kept.of(a.identity))
-    rows, seeds = [TOKENS[:3], TOKENS[3:5]], [[[1, 2, 3], [4, 5, 6]], [[7, 8], [9, 10]]]
+    assert not any(a.identity in survey_.silencing for a in alternatives if made.kept.of(a.identity))
+    batches = [SeededBatch(TOKENS[:3], [[1, 2, 3], [4, 5, 6]]), SeededBatch(TOKENS[3:5], [[7, 8], [9, 10]])]
     short, run = (
-        estimate(layerwise, alternatives, survey_, rows, seeds, States()) for survey_ in (found, Survey(found.size))
+        estimate(layerwise, alternatives, survey_, batches, States()) for survey_ in (survey_, Survey(survey_.size))
     )
-    for own, other in zip(short, run, strict=True):
+    for estimates, other in zip(short, run, strict=True):
         for a in alternatives:
-            assert own[a.identity].tolist() == pytest.approx(other[a.identity].tolist(), rel=2e-3, abs=1e-12), a.key
+            assert estimates[a.identity].tolist() == pytest.approx(other[a.identity].tolist(), rel=2e-3, abs=1e-12), (
+                a.key
+            )

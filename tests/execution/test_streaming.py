@@ -22,6 +22,7 @@ from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.run.journal import Recording
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
@@ -67,8 +68,8 @@ def test_scores_and_children_are_those_of_a_parent_in_memory(checkpoint: Path, t
     assert streamed.parent.dtype == at_once.parent.dtype
     assert streamed.identity == at_once.identity
     for recipe in (ScoringRecipe(mode="exact"), ScoringRecipe(mode="second_order", exact_passes=3)):
-        expected, found = (score_library(own, TOKENS, recipe) for own in (at_once, streamed))
-        for a, b in zip(expected, found, strict=True):
+        expected, scores = (score_library(library, TOKENS, recipe) for library in (at_once, streamed))
+        for a, b in zip(expected, scores, strict=True):
             assert b.exact_rows == a.exact_rows
             for metric, values in a.rows.items():
                 assert b.rows[metric] == pytest.approx(values, rel=1e-3, abs=1e-5)
@@ -86,18 +87,18 @@ def test_whole_children_lose_what_they_do_in_memory(checkpoint: Path, tmp_path: 
         places: dict[tuple[int, str], list[Alternative]] = {}
         for a in at_once.alternatives:
             places.setdefault((a.layer, a.subblock), []).append(a)
-        solutions.append([rng.choice(own) for own in places.values()])
+        solutions.append([rng.choice(members) for members in places.values()])
     solutions.append([a for a in at_once.alternatives if a.kind == "parent"])
     solutions.append([*solutions[0][:-1], solutions[-1][-1]])  # begins as the first does
     little = ScoringRecipe(batch_tokens=48, spill_gib=5 * 2 * 48 * 32 * 4 / 1024**3)
-    expected, found, in_parts = (
+    expected, streamed_losses, in_parts = (
         child_evaluator(library, TOKENS, recipe, SILENT, tmp_path)
         for library, recipe in ((at_once, ScoringRecipe()), (streamed, ScoringRecipe()), (streamed, little))
     )
     for chosen, rows in ((solutions, range(6)), (solutions[:2], range(1, 5)), (solutions[2:], range(1, 5))):
         losses = [
-            [[row["kl_divergence"] for row in own] for own in models.run(chosen, rows)]
-            for models in (expected, found, in_parts)
+            [[row["kl_divergence"] for row in members] for members in models.run(chosen, rows)]
+            for models in (expected, streamed_losses, in_parts)
         ]
         for one, other in zip(losses[0], losses[1], strict=True):
             assert other == pytest.approx(one, rel=1e-3, abs=1e-5)
@@ -171,8 +172,8 @@ def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path
     models = child_evaluator(library, TOKENS, ScoringRecipe(), SILENT, tmp_path)
     changed = [a for a in library.alternatives if a.kind == "ffn_width"]
     models.run([changed, changed[1:]], range(6))
-    own = [a for a in library.alternatives if a.kind == "parent"]
-    models.exchange_effects(own, changed, range(6), 0)
+    unchanged = [a for a in library.alternatives if a.kind == "parent"]
+    models.exchange_effects(unchanged, changed, range(6), 0)
     assert len(alive) == 3 * layers
     assert set(alive) == {0}
 
@@ -188,11 +189,11 @@ def test_statistics_read_a_layer_once_however_many_batches_there_are(
         counts[-1] += name.endswith("q_proj.weight")
         return read(name, device)
 
-    found = survey(parent, recipe)
-    build_library(parent, recipe, found, Calibration(TOKENS, 6))  # checks once that the layers run one at a time
+    space = survey(parent, recipe)
+    build_library(parent, recipe, space, Calibration(TOKENS, 6))  # checks once that the layers run one at a time
     parent.stream.files.read = counted  # type: ignore[method-assign]
     for batch_sequences in (6, 1):
-        build_library(parent, recipe, found, Calibration(TOKENS, batch_sequences))
+        build_library(parent, recipe, space, Calibration(TOKENS, batch_sequences))
         counts.append(0)
     assert counts[0] == counts[1] > 0
 
@@ -204,11 +205,11 @@ def test_interrupted_it_goes_on_to_the_same_scores(make_parent: Callable[..., Pa
         ScoringRecipe(mode="second_order", spill_gib=2 * 30 * 24 * 32 * 4 / 1024**3, batch_tokens=48),
     ):
         journal = tmp_path / f"{recipe.mode}.journal"
-        whole = score_library(library, TOKENS, recipe, journal=journal, inputs="a")
+        whole = score_library(library, TOKENS, recipe, recording=Recording(journal, "a"))
         lines = journal.read_bytes().splitlines(keepends=True)
         for kept in (1, len(lines) // 3, len(lines) - 1):
             journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:17])
-            again = score_library(library, TOKENS, recipe, journal=journal, inputs="a")
+            again = score_library(library, TOKENS, recipe, recording=Recording(journal, "a"))
             assert [s.rows for s in again] == [s.rows for s in whole]
 
 
@@ -234,13 +235,15 @@ def test_work_that_takes_long_gives_its_results_by_the_way(
     library = library_of(load_parent(make_parent("llama"), CPU, stream_near=tmp_path))
     tokens, recipe = TOKENS.repeat(4, 1), ScoringRecipe(mode=mode, batch_tokens=48, exact_passes=0)  # type: ignore[arg-type]
     whole, slow, journal = score_library(library, tokens, recipe), Slow(10**9), tmp_path / "journal"
-    assert [s.rows for s in score_library(library, tokens, recipe, progress=slow)] == [s.rows for s in whole]
+    assert [s.rows for s in score_library(library, tokens, recipe, recording=Recording(progress=slow))] == [
+        s.rows for s in whole
+    ]
     with pytest.raises(KeyboardInterrupt):
-        score_library(library, tokens, recipe, journal=journal, inputs="a", progress=Slow(slow.looks * 2 // 3))
+        score_library(library, tokens, recipe, recording=Recording(journal, "a", progress=Slow(slow.looks * 2 // 3)))
     known = [json.loads(line)["of"] for line in journal.read_bytes().splitlines()[1:]]
     done = sum(of != "parent" for of in known)
     assert 0.2 < done / (len(whole) * len(tokens)) < 0.8
-    again = score_library(library, tokens, recipe, journal=journal, inputs="a")
+    again = score_library(library, tokens, recipe, recording=Recording(journal, "a"))
     assert [s.rows for s in again] == [s.rows for s in whole]
 
 

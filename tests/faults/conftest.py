@@ -132,21 +132,14 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-def keep(*row: str) -> None:
-    """Keep a case and its outcome for ``docs/reliability.md``: command, fault, place, outcome."""
-    kept = os.environ.get("LAYERSMITH_FAULTS_FIGURES")
-    if kept:
-        with open(kept, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-
 @pytest.fixture(scope="session")
-def figures() -> Callable[..., None]:
-    """Keep a case and its outcome for ``docs/reliability.md``: command, fault, place, outcome."""
-    return keep
+def figures(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
+    """Keep a case and its outcome for ``docs/reliability.md``: command, kind, place, outcome."""
+    kept = os.environ.get("LAYERSMITH_FAULTS_FIGURES")
 
+    def add(*row: str) -> None:
+        if kept:
+            with open(kept, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    """Keep the outcome of every test here."""
-    if report.when == "call" and report.outcome != "skipped":
-        keep("test", report.location[0], report.nodeid, report.outcome)
+    return add

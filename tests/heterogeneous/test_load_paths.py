@@ -57,8 +57,8 @@ def test_a_parent_in_shards_and_its_child(family: str, tmp_path: Path) -> None:
     layersmith.save(child, tmp_path / "child")
     again = layersmith.load(tmp_path / "child", dtype=torch.float32).eval()
     assert torch.equal(again(TOKENS, use_cache=False).logits, wanted)
-    beside = AutoModelForCausalLM.from_pretrained(tmp_path / "child", dtype=torch.float32).eval()
-    assert torch.equal(beside(TOKENS, use_cache=False).logits, wanted)
+    child_again = AutoModelForCausalLM.from_pretrained(tmp_path / "child", dtype=torch.float32).eval()
+    assert torch.equal(child_again(TOKENS, use_cache=False).logits, wanted)
 
 
 def test_a_concrete_class_loads_a_child(tmp_path: Path) -> None:

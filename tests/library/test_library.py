@@ -33,8 +33,8 @@ def open_parent(make_parent: Callable[..., Path], family: str, **more: Any) -> P
 
 
 def library_of(parent: Parent, **recipe: Any) -> Library:
-    own = LibraryRecipe(**recipe)
-    return build_library(parent, own, survey(parent, own), Calibration(TOKENS, 4))
+    settings = LibraryRecipe(**recipe)
+    return build_library(parent, settings, survey(parent, settings), Calibration(TOKENS, 4))
 
 
 @pytest.fixture
@@ -203,9 +203,9 @@ def test_interrupted_statistics_go_on_to_the_same_sums(
     make_parent: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     parent = open_parent(make_parent, "qwen2")
-    found = survey(parent, LibraryRecipe())
+    space = survey(parent, LibraryRecipe())
     memory = 60_000.0
-    probes = probes_for(parent, found.axes, found.alternatives, "iterative")
+    probes = probes_for(parent, space.axes, space.alternatives, "iterative")
     whole = statistics.gather(parent, probes, Calibration(TOKENS, 2), memory)
     monkeypatch.setattr(statistics, "_SAVE_EVERY_SECONDS", 0.0)
     add, calls = statistics.add_batch, 0
@@ -291,10 +291,10 @@ def test_search_space_leaves_out_what_a_descriptor_lacks(make_parent: Callable[.
         attn_no_op_post_init = staticmethod(ModelDescriptor.attn_no_op_post_init)
 
     parent = load_parent(make_parent("llama"), CPU, NoAttentionNoOp)
-    found = survey(parent, LibraryRecipe())
-    assert not [a for a in found.alternatives if a.subblock == "attention" and a.kind in ("no_op", "linear")]
-    assert [a for a in found.alternatives if a.subblock == "ffn" and a.kind == "no_op"]
-    assert any("no attention no-op" in note for note in found.notes)
+    space = survey(parent, LibraryRecipe())
+    assert not [a for a in space.alternatives if a.subblock == "attention" and a.kind in ("no_op", "linear")]
+    assert [a for a in space.alternatives if a.subblock == "ffn" and a.kind == "no_op"]
+    assert any("no attention no-op" in note for note in space.notes)
 
 
 def test_grids_follow_the_hardware() -> None:
@@ -315,5 +315,5 @@ def test_kv_heads_that_go_with_their_query_heads_need_not_divide_anything() -> N
 
 
 def test_kept_layers_stay(make_parent: Callable[..., Path]) -> None:
-    found = survey(open_parent(make_parent, "llama"), LibraryRecipe(keep_layers=(0, 3)))
-    assert {a.layer for a in found.alternatives if a.kind != "parent"} == {1, 2}
+    space = survey(open_parent(make_parent, "llama"), LibraryRecipe(keep_layers=(0, 3)))
+    assert {a.layer for a in space.alternatives if a.kind != "parent"} == {1, 2}

@@ -26,7 +26,7 @@ from layersmith.block_config import AttentionConfig
 from layersmith.library.survey import survey
 from layersmith.model_descriptor.stock import causal_lm_config, stock_class, stock_model
 from layersmith.recipe import LibraryRecipe
-from layersmith.stages.distill import distill
+from layersmith.stages.distill_finished import distill
 from tests.conformance.tiny import tiny_config
 from tests.conftest import TINY_RECIPE, randomize
 from tests.library.axes.test_families import costs_of, parent_of_config
@@ -192,9 +192,10 @@ def test_the_whole_way(
     config.vocab_size = len(tokenizer)
     randomize(stock_model(config, "cpu", torch.float32)).save_pretrained(tmp_path / "parent")
     tokenizer.save_pretrained(tmp_path / "parent")
-    recipe = TINY_RECIPE | {"trust_remote_code": True}
-    layersmith.compress(tmp_path / "parent", tmp_path / "run", data=text_folder, budget=0.75, recipe=recipe)
-    distill(tmp_path / "run", tokens=1000)
+    layersmith.compress(
+        tmp_path / "parent", tmp_path / "run", data=text_folder, budget=0.75, recipe=TINY_RECIPE, trust_remote_code=True
+    )
+    distill(tmp_path / "run", tokens=1000, trust_remote_code=True)
     assert (tmp_path / "run" / "distilled" / "config.json").is_file()
 
 

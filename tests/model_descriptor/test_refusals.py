@@ -41,7 +41,7 @@ def test_a_state_that_the_model_collects_stays() -> None:
     descriptor = layersmith.describe(tiny_config("xlstm"))
     assert issubclass(descriptor, InferredDescriptor)
     assert descriptor.attn_no_op_supported()
-    assert descriptor.attention_stays(0)
+    assert descriptor.layer_facts(0).attention_stays
 
 
 def test_all_of_an_attention_moves_to_another_slot_of_the_cache() -> None:

@@ -323,7 +323,7 @@ def test_what_the_spec_does_not_ask_has_defaults() -> None:
     assert blocks[0].ffn.intermediate_size == model.config.intermediate_size
     assert descriptor.for_config(model.config) is descriptor
     assert descriptor.kinds_of_layers(model.config) == [0] * len(blocks)
-    assert descriptor.cached_numbers(0) == 2
-    assert descriptor.cache_slots(0) == 1
-    assert not descriptor.attention_stays(0)
+    assert descriptor.layer_facts(0).cached_numbers == 2
+    assert descriptor.layer_facts(0).cache_slots == 1
+    assert not descriptor.layer_facts(0).attention_stays
     assert descriptor.resized_weights(model.model.layers[0], blocks[0]) == {}

@@ -16,11 +16,11 @@ KINDS = ("parent", "kv_heads", "window", "linear", "no_op")
 
 
 def _subblock(before: str, after: str, kind: str, kept: float) -> dict[str, Any]:
-    own = {name: int(value / 100 * kept) for name, value in COSTS.items()}
+    costs = {name: int(value / 100 * kept) for name, value in COSTS.items()}
     whole = {name: value // 100 for name, value in COSTS.items()}
     return {
         "parent": before, "child": after, "kind": kind, "method": "pool" if kind == "kv_heads" else "", "kept": kept,
-        "parameters": own["parameters"], "parent_parameters": whole["parameters"], "costs": own,
+        "parameters": costs["parameters"], "parent_parameters": whole["parameters"], "costs": costs,
         "parent_costs": whole, "score": 0.0 if kind == "parent" else 0.25,
     }  # fmt: skip
 

@@ -105,9 +105,9 @@ def test_hovering_over_a_layer_tells_what_it_became(page: Page, report: Path) ->
     page.open(report, width=1280)
     page.hover(*page.js(MIDDLE))
     page.wait_for("document.querySelector('#vg-tooltip-element.visible')", 5)
-    told = page.js("document.querySelector('#vg-tooltip-element').innerText")
+    tooltip = page.js("document.querySelector('#vg-tooltip-element').innerText")
     for expected in ("layer", "attention", "parameters", "memory", "score", "0.2500", "<img src=x onerror=alert(1)>"):
-        assert expected in told, told
+        assert expected in tooltip, tooltip
     assert page.js("document.querySelectorAll('#vg-tooltip-element img').length") == 0
     assert page.complaints == []
 

@@ -14,14 +14,20 @@ import yaml
 import layersmith
 from layersmith.costs.budget import parse_budget
 from layersmith.pipeline import stages
-from layersmith.report.card import base_model, data_name, license_of, table
+from layersmith.report.card import Child, base_model, data_name, license_of, model_card, table
+from layersmith.run.artifacts import file_digest
+from layersmith.run.folder import Run
+from layersmith.run.header import read_header, write_header
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.refine import SOLUTION
 from tests.conftest import TINY_RECIPE, search_again
 
 
 def parts(folder: Path) -> tuple[dict[str, Any], str]:
-    found = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
-    assert found is not None
-    return yaml.safe_load(found[1]), found[2]
+    match = re.fullmatch(r"---\n(.*?)\n---\n(.*)", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert match is not None
+    return yaml.safe_load(match[1]), match[2]
 
 
 def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
@@ -53,10 +59,10 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
     assert str(tmp_path) not in text
     assert str(text_folder) not in text
 
-    own = (result.child / "README.md").read_text() + "\nEdited by hand.\n"
-    (result.child / "README.md").write_text(own)
+    edited = (result.child / "README.md").read_text() + "\nEdited by hand.\n"
+    (result.child / "README.md").write_text(edited)
     layersmith.compress(parent, run, data=text_folder, budget=0.9, recipe=recipe)
-    assert (result.child / "README.md").read_text() == own
+    assert (result.child / "README.md").read_text() == edited
 
     search_again(run, parse_budget(params="0.8"), out=tmp_path / "smaller")
     assert "Not evaluated." in parts(tmp_path / "smaller")[1]
@@ -112,3 +118,28 @@ def test_hostile_names_in_the_front_matter(make_parent: Callable[..., Path], tex
     page = result.report.read_text(encoding="utf-8")
     assert "<script>alert(1)" not in page
     assert json.loads((result.run / "report.json").read_text())["parent"]["name"] == parent.name
+
+
+def test_what_a_received_run_says_is_escaped_in_the_card(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    """Names, versions and the device come from files of the run."""
+    hostile = "</td>|`x` <img src=x onerror=alert(1)> [a](javascript:alert(1)) {{ 7 * 7 }}\n# heading"
+    result = layersmith.compress(
+        make_parent("llama"), tmp_path / "run", data=text_folder, budget=0.9, recipe=TINY_RECIPE
+    )
+    header = read_header(result.run)
+    header["versions"] = dict.fromkeys(header["versions"], hostile)
+    data = result.run / "data" / "data.json"
+    text = json.dumps(json.loads(data.read_text()) | {"source": hostile}).encode()
+    data.unlink()  # the store has it too
+    data.write_bytes(text)
+    header["stages"]["data"]["files"]["data/data.json"] = {"size": len(text), "sha256": file_digest(data)}
+    write_header(result.run, header)
+    job = Job.of_run(result.run)
+    card = model_card(result.child, Child(Run(result.run), job.read(LIBRARY), job.read(SOLUTION), job.recipe))
+    front, body = card.removeprefix("---\n").split("---\n", 1)
+    assert yaml.safe_load(front)["base_model"]
+    plain = re.sub(r"\\[\\`*_{}\[\]<>|#~$&]", "", body)
+    assert not re.search(r"<img|<script|`x`|\[a\]\(|^# heading", plain, re.MULTILINE)
+    assert body.count("\n# ") == 1

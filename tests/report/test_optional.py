@@ -39,10 +39,10 @@ def test_distillation(tmp_path: Path) -> None:
     records = [record | {"before": 0.3}, record | {"before": 0.2, "pruned": 0.4}, record | {"before": 0.2, "tokens": 0},
                record | {"before": None, "after": None}]  # fmt: skip
     write_json(tmp_path / "library" / "distilled.json", records)
-    found = read_distillation(tmp_path)
-    assert found is not None
-    assert [(c.name, len(c.points)) for c in found.curves] == [("global", 2), ("global, held out", 1)]
-    assert [(r.before, r.after) for r in found.alternatives] == [(0.3, 0.1), (0.4, 0.1)]
+    distillation = read_distillation(tmp_path)
+    assert distillation is not None
+    assert [(c.name, len(c.points)) for c in distillation.curves] == [("global", 2), ("global, held out", 1)]
+    assert [(r.before, r.after) for r in distillation.alternatives] == [(0.3, 0.1), (0.4, 0.1)]
 
 
 def test_a_run_with_all_of_it(make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path) -> None:
@@ -57,9 +57,9 @@ def test_a_run_with_all_of_it(make_parent: Callable[..., Path], text_folder: Pat
     assert all(r["curve"][0] == [0, r["curve"][0][1]] and len(r["curve"]) > 1 for r in trained)
     assert without["importance"]
     assert {t["stage"] for t in without["timings"]} >= {"describe", "library", "scores", "evaluation"}
-    (own,) = without["checks"]["sums"]
-    assert own["predicted"] == result.solution.score
-    assert own["measured"] == result.metric("kl_divergence")["child"]
+    (checked,) = without["checks"]["sums"]
+    assert checked["predicted"] == result.solution.score
+    assert checked["measured"] == result.metric("kl_divergence")["child"]
 
     made = frontier()
     made["points"] = [p | {"solution": {"alternatives": []}} for p in made["points"]]

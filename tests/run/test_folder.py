@@ -14,7 +14,10 @@ from layersmith.run.folder import Run
 from layersmith.run.stage import Making
 from layersmith.run.store import Store
 
-HEADER = {"parent": {"identity": "x"}, "data": {"digest": "y"}, "budget": {}, "recipe": {}, "versions": {}}
+HEADER = {
+    "parent": {"path": "p", "identity": "x"}, "data": {"source": "d", "digest": "y"}, "budget": {}, "recipe": {},
+    "versions": {}, "seed": 0, "working_directory": "", "descriptor": None,
+}  # fmt: skip
 
 
 def seconds(run: Run) -> dict[str, float]:

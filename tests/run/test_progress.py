@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import io
+import re
 import time
 
 import pytest
 from rich.console import Console
+from rich.table import Table
+from rich.text import Text
 
-from layersmith.run.progress import SILENT, Bars, Lines, open_console, progress_on
+from layersmith.run.progress import SILENT, Bars, CommandConsole, Lines, open_console, progress_on
 from layersmith.terminal import print_layers
 
 
@@ -129,3 +132,17 @@ def test_a_solution_fits_the_terminal(width: int) -> None:
     assert words.count("=>") == 25
     assert words.count("unchanged") == 1
     assert "no-op" in words
+
+
+def test_foreign_text_cannot_control_the_terminal() -> None:
+    """Names of models and alternatives, also in tables and in styled text."""
+    hostile = "a\x1b]0;title\x07\x1b[2J\u202eb"
+    table = Table(hostile)
+    table.add_row(Text(hostile, style="bold"))
+    for terminal in (False, True):
+        out = io.StringIO()
+        console = CommandConsole(file=out, force_terminal=terminal, width=100)
+        console.print(hostile, markup=False)
+        console.print(table)
+        assert not set(re.sub("\x1b\\[[0-9;]*m", "", out.getvalue())) & set("\x1b\x07\u202e")
+        assert "b" in out.getvalue()

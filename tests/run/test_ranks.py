@@ -15,7 +15,7 @@ import yaml
 
 import layersmith
 from layersmith.run.artifacts import read_json
-from layersmith.stages.distill import distill
+from layersmith.stages.distill_finished import distill
 from tests.conftest import TINY_RECIPE
 
 RECIPE = TINY_RECIPE | {

@@ -12,6 +12,7 @@ from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.run.journal import Recording
 from layersmith.run.runtime import Runtime
 from layersmith.scoring import exact_runs
 from layersmith.scoring.library_scores import score_library
@@ -79,20 +80,20 @@ def test_the_parent_is_the_best_answer(library: Library, objective: str) -> None
 def test_interrupted_scoring_goes_on_to_the_same_scores(library: Library, tmp_path: Path) -> None:
     whole = score_library(library, TOKENS, exact(3))
     journal = tmp_path / "journal"
-    score_library(library, TOKENS, exact(3), journal=journal, inputs="a")
+    score_library(library, TOKENS, exact(3), recording=Recording(journal, "a"))
     lines = journal.read_bytes().splitlines(keepends=True)
     for kept in (0, 1, 2, len(lines) // 3, len(lines) // 2 + 1, len(lines) - 1):
         # Cut in the middle of a line, as a kill does.
         journal.write_bytes(b"".join(lines[:kept]) + lines[min(kept, len(lines) - 1)][:17])
-        again = score_library(library, TOKENS, exact(3), journal=journal, inputs="a")
+        again = score_library(library, TOKENS, exact(3), recording=Recording(journal, "a"))
         assert [s.rows for s in again] == [s.rows for s in whole]
         assert sorted(journal.read_bytes().splitlines()) == sorted(line.rstrip(b"\n") for line in lines)
 
 
 def test_a_journal_of_other_inputs_is_not_believed(library: Library, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
-    score_library(library, TOKENS[:3], exact(3), journal=journal, inputs="other data")
-    again = score_library(library, TOKENS, exact(3), journal=journal, inputs="this data")
+    score_library(library, TOKENS[:3], exact(3), recording=Recording(journal, "other data"))
+    again = score_library(library, TOKENS, exact(3), recording=Recording(journal, "this data"))
     assert [s.rows for s in again] == [s.rows for s in score_library(library, TOKENS, exact(3))]
 
 
@@ -120,14 +121,14 @@ def test_no_more_rows_than_the_asked_precision_needs(
     assert (first, second) == (8, 16)
     assert error > later > 0
     asked = dataclasses.replace(recipe, row_precision=(error + later) / 2)
-    enough = score_library(library, tokens, asked, journal=tmp_path / "journal", inputs="a")
+    enough = score_library(library, tokens, asked, recording=Recording(tmp_path / "journal", "a"))
     rows = sorted(row_order(24)[:16])
     for score, of_all in zip(enough, whole, strict=True):
         assert score.exact_rows == 16
         assert score.rows[objective] == pytest.approx([of_all.rows[objective][row] for row in rows])
     lines = (tmp_path / "journal").read_bytes().splitlines(keepends=True)
     (tmp_path / "journal").write_bytes(b"".join(lines[: len(lines) // 3]))
-    again = score_library(library, tokens, asked, journal=tmp_path / "journal", inputs="a")
+    again = score_library(library, tokens, asked, recording=Recording(tmp_path / "journal", "a"))
     assert [s.rows for s in again] == [s.rows for s in enough]
 
 

@@ -25,7 +25,7 @@ from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.exchanges import exchange_effects
-from layersmith.scoring.second_order import estimate
+from layersmith.scoring.second_order import SeededBatch, estimate
 from layersmith.scoring.silencing import look
 
 TOKENS = torch.randint(0, 512, (4, 24), generator=torch.Generator().manual_seed(4))
@@ -53,8 +53,9 @@ def test_around_the_parent_it_is_the_sweep(make_parent: Callable[..., Path], fam
     effects = exchange_effects(layerwise, parent, others, batches, 5, States())
     assert np.abs(effects.linear).max() < 1e-6  # the divergence is flat there
     seeds = [[[5 * 1_000_003 + row for row in rows]] for rows in (range(3), range(3, 4))]
+    seeded = [SeededBatch(rows, of_batch) for rows, of_batch in zip(batches, seeds, strict=True)]
     survey_ = look(layerwise, others, TOKENS[:1])
-    by_sweep = estimate(layerwise, others, survey_, batches, seeds, States())
+    by_sweep = estimate(layerwise, others, survey_, seeded, States())
     for a in others:
         expected = float(torch.cat([of_batch[a.identity] for of_batch in by_sweep]).mean())
         k = effects.place[a.key]

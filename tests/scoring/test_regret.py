@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from layersmith.library.alternative import Alternative
-from layersmith.scoring.correction import choose_runs, correct, draw, prior
+from layersmith.scoring.correction import RunLimits, choose_runs, correct, draw, prior
 from layersmith.scoring.regret import Axis, ExpectedRegret
 from layersmith.scoring.rounds import Rounds
 
@@ -67,10 +67,10 @@ def test_draws_are_as_far_apart_as_is_said() -> None:
 def test_runs_go_on_from_those_of_before_and_to_what_is_worth_most() -> None:
     alternatives = [Alternative(i, "ffn", "no_op") for i in range(12)]
     known = prior(alternatives, torch.logspace(-4, -1, 12).tolist(), [0.3] * 12)
-    first = choose_runs(known, [1.0] * 12, 16, 10, 0.0)
+    first = choose_runs(known, [1.0] * 12, RunLimits(16, 10, 0.0))
     worth = torch.zeros(12, dtype=torch.float64)
     worth[5] = 1
-    more = choose_runs(known, [1.0] * 12, 16, 15, 0.0, first, worth)
+    more = choose_runs(known, [1.0] * 12, RunLimits(16, 15, 0.0), first, worth)
     assert all(more[i] >= rows for i, rows in first.items())
     assert 0 < sum(more.values()) - sum(first.values()) <= 15
     assert more[5] == max(more.values()) > first.get(5, 0)

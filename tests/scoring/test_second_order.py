@@ -18,13 +18,14 @@ from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.run.journal import Recording
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring import estimated
-from layersmith.scoring.correction import Prior, choose_runs, correct, prior
+from layersmith.scoring.correction import Prior, RunLimits, choose_runs, correct, prior
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.regret import Axis
-from layersmith.scoring.second_order import _signs, estimate
+from layersmith.scoring.second_order import SeededBatch, _signs, estimate
 from layersmith.scoring.silencing import look
 from layersmith.scoring.task import row_order
 from layersmith.search.frontier import axes_of
@@ -59,7 +60,7 @@ def test_an_estimate_is_its_formula(make_parent: Callable[..., Path], family: st
     rows = TOKENS[:1, :6]
     alternatives = [a for a in library.alternatives if a.kind != "parent" and a.layer in (1, 3)]
     surveyed = look(layerwise, alternatives, rows)
-    (estimates,) = estimate(layerwise, alternatives, surveyed, [rows], [[[7]]], States())
+    (estimates,) = estimate(layerwise, alternatives, surveyed, [SeededBatch(rows, [[7]])], States())
     batch = layerwise.start(rows)
     hidden = [batch.embedded]
     for i in range(4):
@@ -113,7 +114,7 @@ def test_small_changes_are_estimated_right_in_every_layout(model_type: str, tmp_
     alternatives = [a for a in library.alternatives if a.kind != "parent"]
     surveyed = look(layerwise, alternatives, tokens)
     seeds = [[100 * k + row for row in range(len(tokens))] for k in range(8)]
-    (estimates,) = estimate(layerwise, alternatives, surveyed, [tokens], [seeds], States())
+    (estimates,) = estimate(layerwise, alternatives, surveyed, [SeededBatch(tokens, seeds)], States())
     assert {tuple(values.shape) for values in estimates.values()} == {(len(tokens),)}
     ratios = []
     for s in exact:
@@ -185,11 +186,11 @@ def test_interrupted_at_any_line_the_scores_are_the_same(trained: tuple[Library,
     library, tokens = trained
     recipe = ScoringRecipe(batch_tokens=256, exact_passes=2.0, settled=0.0)
     journal, axes = tmp_path / "journal", axes_for(library)
-    whole = score_library(library, tokens[:4], recipe, axes=axes, journal=journal, inputs="a")
+    whole = score_library(library, tokens[:4], recipe, axes=axes, recording=Recording(journal, "a"))
     lines = journal.read_bytes().splitlines(keepends=True)
     for kept in (1, len(lines) // 5, len(lines) // 2, len(lines) - 3):
         journal.write_bytes(b"".join(lines[:kept]) + lines[kept][:9])
-        again = score_library(library, tokens[:4], recipe, axes=axes, journal=journal, inputs="a")
+        again = score_library(library, tokens[:4], recipe, axes=axes, recording=Recording(journal, "a"))
         assert [s.rows for s in again] == [s.rows for s in whole]
 
 
@@ -203,7 +204,7 @@ def test_exact_runs_go_where_the_search_is_undecided_and_end_when_it_is_settled(
     scores_by_name, rows = {}, {}
     for name, recipe in (("early", ScoringRecipe(settled=1.0)), ("all", ScoringRecipe(settled=0.0))):
         notes = Notes()
-        scores_by_name[name] = score_library(library, tokens, recipe, axes=axes, progress=notes)
+        scores_by_name[name] = score_library(library, tokens, recipe, axes=axes, recording=Recording(progress=notes))
         rows[name] = {s.alternative.key: s.exact_rows for s in scores_by_name[name] if s.alternative.kind != "parent"}
         assert "estimated regret" in notes.notes[-1]
     assert all(rows["all"][key] >= n for key, n in rows["early"].items())
@@ -264,7 +265,7 @@ def test_what_few_tokens_tell_of_experts_is_known_less_well() -> None:
     assert (known.weight[:5] == 1).all()
     assert deviation[5] > deviation[1]
     for weighed, runs_it in ((known, False), (dataclasses.replace(known, weight=torch.ones(6).double()), True)):
-        assert (5 in choose_runs(weighed, [1.0] * 6, rows, budget=64, precision=0.2)) == runs_it
+        assert (5 in choose_runs(weighed, [1.0] * 6, RunLimits(rows, budget=64, precision=0.2))) == runs_it
     assert (prior(alternatives, estimates, sizes).weight == 1).all()  # without routers nothing changes
     _, left = correct(known, {0: (0.1, 16), 1: (0.1, 16)}, rows)
     assert left[1] < 0.01 < left[2]

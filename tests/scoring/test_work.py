@@ -15,6 +15,7 @@ from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
+from layersmith.run.journal import Recording
 from layersmith.run.progress import Advance, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring import library_scores
@@ -165,7 +166,7 @@ def test_time_left_is_right_after_the_first_tenth(
     mode: str, streamed: bool, path: Path, tmp_path: Path, listening: Callable[[], Listening]
 ) -> None:
     library, progress = library_of(path, tmp_path if streamed else None), listening()
-    score_library(library, TOKENS, RECIPES[mode], journal=tmp_path / "journal", progress=progress)
+    score_library(library, TOKENS, RECIPES[mode], recording=Recording(tmp_path / "journal", progress=progress))
     end = progress.clock()
     late = [(at, left) for at, _, left, _ in progress.said if 0.1 * end <= at <= 0.9 * end]
     assert len(late) > 10
@@ -182,11 +183,11 @@ def test_an_interrupted_run_goes_on_where_it_was(
     mode: str, path: Path, tmp_path: Path, listening: Callable[[], Listening]
 ) -> None:
     library, journal, progress = library_of(path), tmp_path / "journal", listening()
-    score_library(library, TOKENS, RECIPES[mode], journal=journal, inputs="a", progress=progress)
+    score_library(library, TOKENS, RECIPES[mode], recording=Recording(journal, "a", progress=progress))
     lines = journal.read_bytes().splitlines(keepends=True)
     journal.write_bytes(b"".join(lines[: len(lines) * 4 // 5]))  # estimates come first, exact runs take longer
     progress = listening()
-    score_library(library, TOKENS, RECIPES[mode], journal=journal, inputs="a", progress=progress)
+    score_library(library, TOKENS, RECIPES[mode], recording=Recording(journal, "a", progress=progress))
     at, steps, left, _ = progress.said[0]
     assert steps > 0.4 * progress.total
     assert at + left == pytest.approx(progress.clock(), rel=0.2)

@@ -27,7 +27,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import ChildEvaluator, child_evaluator
 from layersmith.scoring.library_scores import score_library
 from layersmith.search.problem import SearchProblem
-from layersmith.search.refine import read_refined, refine
+from layersmith.search.refine import Evaluations, read_refined, refine
 from layersmith.stages.costs import cost_table
 from layersmith.stages.data import DATA
 from layersmith.stages.job import Job
@@ -80,7 +80,7 @@ def test_scores_that_are_wrong_are_mended() -> None:
     )  # fmt: skip
     evaluator = child_evaluator(library, rows, ScoringRecipe(), SILENT)
     with Journal(None, "") as journal:
-        best = refine(wrong, wrong.best(), evaluator, SearchRecipe(), "kl_divergence", journal)
+        best = refine(wrong, wrong.best(), Evaluations(evaluator, "kl_divergence", journal), SearchRecipe())
     assert best.passes <= SearchRecipe.refine_passes
     before, after = best.measured["plain"], best.measured["choice"]
     of_right = math.fsum(row["kl_divergence"] for row in evaluator.run([right.best().alternatives], range(16))[0]) / 16
@@ -107,7 +107,7 @@ def test_refinement(scored: Any, tmp_path: Path, objective: str) -> None:
                 raise _Stop
 
         with Journal(path, "x") as journal:
-            return refine(problem, plain, models(scored), recipe, objective, journal, advance=advance)
+            return refine(problem, plain, Evaluations(models(scored), objective, journal, advance), recipe)
 
     whole = run(tmp_path / "whole")
     assert whole.tried > 1

@@ -6,13 +6,15 @@ A throughput is a lower limit on tokens written a second, so an upper one on the
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from layersmith.errors import UsageError, did_you_mean
+from layersmith.errors import UsageError, brief, did_you_mean
 from layersmith.recipe import BATCH, CONTEXT, GENERATE
+from layersmith.records import check, parse
 from layersmith.units import BYTES, COUNTS, SECONDS, TOKENS_A_SECOND, format_cost, split_amount
 
 # Cost -> (the option and key that limits it, what it counts).
@@ -69,6 +71,12 @@ class Limit:
             raise UsageError(f"budget: unknown cost {self.cost!r}. {did_you_mean(self.cost, COSTS)}")
         if (self.fraction is None) == (self.amount is None):
             raise UsageError(f"budget {self.cost}: give a fraction or an amount, one of the two.")
+        try:
+            value = float(self.amount or 0 if self.fraction is None else self.fraction)
+        except (ValueError, OverflowError):
+            value = math.nan
+        if not 0 < value < math.inf:
+            raise UsageError(f"budget {self.cost}: {brief(repr(self.fraction or self.amount))} is no positive number.")
 
     @staticmethod
     def of(cost: str, limit: float) -> Limit:
@@ -90,8 +98,8 @@ class Limit:
         if self.fraction is not None:
             return f"{what} {float(self.fraction):.4g}x"
         assert self.amount is not None
-        own = 1 / self.amount if is_throughput(self.cost) else self.amount
-        return f"{what} {format_cost(self.cost, own)}"
+        amount = 1 / self.amount if is_throughput(self.cost) else self.amount
+        return f"{what} {format_cost(self.cost, amount)}"
 
 
 @dataclass(frozen=True)
@@ -182,8 +190,9 @@ class Limits:
         return [{"cost": x.cost, "fraction": x.fraction, "amount": x.amount} for x in self.each]
 
     @staticmethod
-    def from_data(data: Iterable[Mapping[str, Any]]) -> Limits:
-        return Limits(tuple(Limit(**entry) for entry in data))
+    def from_data(data: Any) -> Limits:
+        """Raises: UsageError: not what :meth:`to_data` gives."""
+        return Limits(tuple(parse(Limit, entry, "budget limits.") for entry in check(data, list[Any], "budget limits")))
 
 
 @dataclass(frozen=True)
@@ -203,8 +212,8 @@ class Budget:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Budget:
-        workload = Workload(data["batch"], data["context"], data.get("generate"))
-        return Budget(Limits.from_data(data["limits"]), workload)
+        workload = {name: data.get(name) for name in ("batch", "context", "generate")}
+        return Budget(Limits.from_data(data.get("limits")), parse(Workload, workload, "budget "))
 
     @staticmethod
     def parse(value: Any) -> Budget:

@@ -233,7 +233,7 @@ def median_polish(seconds: Any) -> tuple[list[float], list[float]]:
     With logs, ``log seconds[r, m] = time[m] + state[r] + noise``: both effects are estimated by taking out medians of
     rows and columns in turn. A round counts as the machine usually was: the median round has state 0.
 
-    Source: Tukey, "Exploratory Data Analysis" (1977), chapter 11.
+    Source: Tukey, "Exploratory Data Analysis" (1977).
     """
     logs = np.log(np.array(seconds))
     models, states = np.median(logs, 0), np.zeros(len(logs))

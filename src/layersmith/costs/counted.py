@@ -7,6 +7,7 @@ the size of a head is read from the weights.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -21,6 +22,31 @@ from layersmith.model_descriptor.stock import causal_lm_config, stock_model, who
 from layersmith.modeling_layersmith import as_parent
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
+
+
+@dataclass(frozen=True, eq=False)
+class ModelShape:
+    """What the costs of a model are counted from.
+
+    Attributes:
+        descriptor: Descriptor of the parent's model family.
+        config: Config of the parent.
+        blocks: Block configs of the model, one a layer.
+        axes: Axes of the parent's layers, with the size of a KV head and the weights of experts.
+        dtype: Data type of the weights and the KV cache.
+    """
+
+    descriptor: type[ModelDescriptor]
+    config: PretrainedConfig
+    blocks: Sequence[BlockConfig]
+    axes: Sequence[LayerAxes]
+    dtype: torch.dtype
+
+    @property
+    def language(self) -> PretrainedConfig:
+        """Config of the language model."""
+        language: PretrainedConfig = self.descriptor.get_language_model_config(self.config)
+        return language
 
 
 def max_positions(language: PretrainedConfig) -> int | None:
@@ -39,35 +65,20 @@ def context_note(asked: int, workload: Workload) -> list[str]:
     ]
 
 
-def subblock_costs(
-    descriptor: type[ModelDescriptor],
-    config: PretrainedConfig,
-    blocks: Sequence[BlockConfig],
-    dtype: torch.dtype,
-    workload: Workload,
-    axes: Sequence[LayerAxes],
-) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
-    """Costs of every subblock of a model with these blocks, and of what is outside the layers.
-
-    Args:
-        descriptor: Descriptor of the parent's model family.
-        config: Config of the parent.
-        blocks: Block configs of the model, one a layer.
-        dtype: Data type of the weights and the KV cache.
-        workload: Workload to count for.
-        axes: Axes of the parent's layers, with the size of a KV head and the weights of experts.
+def subblock_costs(shape: ModelShape, workload: Workload) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
+    """Costs of every subblock of a model, and of what is outside the layers.
 
     Returns:
         For every layer ``{"attention": costs, "ffn": costs}``, and the costs of embeddings, head and final norm.
     """
+    descriptor, blocks, axes, dtype = shape.descriptor, shape.blocks, shape.axes, shape.dtype
     with deci_x_patcher(descriptor, list(blocks)):
-        model = stock_model(as_parent(causal_lm_config(config)), dtype=dtype)
+        model = stock_model(as_parent(causal_lm_config(shape.config)), dtype=dtype)
     sizes = unique_sizes(model)
     groups = weight_groups(descriptor, sizes, len(blocks))
     layers = []
     for i, block in enumerate(blocks):
-        heads = axes[i].kv
-        kv_bytes = kv_cache_bytes(descriptor, config, block, i, dtype, workload, heads.head_dim if heads else None)
+        kv_bytes = kv_cache_bytes(shape, i, workload)
         if has_attention(block):
             layer = model.get_submodule(descriptor.layer_block_name(i))
             shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
@@ -133,64 +144,56 @@ def _active(
 ) -> int:
     """Parameters that a token uses: of the routed experts only those it is routed to."""
     prefix = f"{descriptor.layer_block_name(index)}."
-    own = {name.removeprefix(prefix): n for name, n in sizes.items() if axes.is_of_experts(name.removeprefix(prefix))}
-    of_experts, moe = sum(own.values()), block.ffn.moe
+    expert_sizes = {
+        name.removeprefix(prefix): n for name, n in sizes.items() if axes.is_of_experts(name.removeprefix(prefix))
+    }
+    of_experts, moe = sum(expert_sizes.values()), block.ffn.moe
     if moe is None:
         return sum(sizes.values())
     idle = 0
     for w in axes.experts.weights if axes.experts is not None else ():
         # Some families have slots for experts that do nothing; a child keeps as many as the parent.
-        places = sum(s.unit for s in w.segments if s.part == REST) if w.name in own else 0
-        idle += own[w.name] // (moe.num_local_experts + places) * places if places else 0
+        places = sum(s.unit for s in w.segments if s.part == REST) if w.name in expert_sizes else 0
+        idle += expert_sizes[w.name] // (moe.num_local_experts + places) * places if places else 0
     share = (of_experts - idle) * moe.num_experts_per_tok // moe.num_local_experts
     return sum(sizes.values()) - of_experts + share
 
 
-def kv_cache_bytes(
-    descriptor: type[ModelDescriptor],
-    config: PretrainedConfig,
-    block: BlockConfig,
-    index: int,
-    dtype: torch.dtype,
-    workload: Workload,
-    head_dim: int | None,
-) -> int:
+def kv_cache_bytes(shape: ModelShape, index: int, workload: Workload) -> int:
     """Bytes of the keys and values of one layer: heads x (value size + key size) x tokens x bytes.
 
     A layer with sliding-window attention keeps at most its window. Latent attention keeps one latent vector per token
     instead of heads. Whatever else is kept per token, e.g. the keys of an indexer, is included; states of fixed size
     are not. Keys and values that other layers use stay when the attention is removed.
     """
-    kept = has_attention(block) or descriptor.attention_stays(index)
-    other_bytes = descriptor.token_bytes(index, dtype, kept) * workload.context
+    descriptor, block, itemsize = shape.descriptor, shape.blocks[index], shape.dtype.itemsize
+    facts = descriptor.layer_facts(index)
+    kept = has_attention(block) or facts.attention_stays
+    other_bytes = descriptor.token_bytes(index, shape.dtype, kept) * workload.context
     numbers, tokens = 0, workload.context
-    if kept and not descriptor.keeps_state(index) and not descriptor.caches_nothing(index):
-        language = descriptor.get_language_model_config(config)
-        if (window := sliding_window(language, index, block.attention.layer_type)) is not None:
+    if kept and not facts.keeps_state and not facts.caches_nothing:
+        if (window := sliding_window(shape.language, index, block.attention.layer_type)) is not None:
             tokens = min(tokens, window)
-        latent = descriptor.latent_cache(index)
-        numbers = _of_heads(descriptor, language, block, index, head_dim) if latent is None else latent
-    return descriptor.cache_slots(index) * workload.batch * (numbers * tokens * dtype.itemsize + other_bytes)
+        latent = facts.latent_cache
+        numbers = _of_heads(shape, index) if latent is None else latent
+    return facts.cache_slots * workload.batch * (numbers * tokens * itemsize + other_bytes)
 
 
-def _of_heads(
-    descriptor: type[ModelDescriptor],
-    language: PretrainedConfig,
-    block: BlockConfig,
-    index: int,
-    head_dim: int | None,
-) -> int:
+def _of_heads(shape: ModelShape, index: int) -> int:
     """Numbers that are kept of a token where each KV head has its own."""
+    language, attention, axis = shape.language, shape.blocks[index].attention, shape.axes[index].kv
     usual_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
-    query_heads = descriptor.num_query_heads(index)
+    facts = shape.descriptor.layer_facts(index)
+    query_heads = facts.num_query_heads
     query_heads = usual_heads if query_heads is None else query_heads
     # Where the number of KV heads cannot differ alone it is in no block config, and is not that of the query heads.
-    shared = descriptor.shared_kv_heads(index)
-    heads = block.attention.num_key_value_heads or (shared if shared != query_heads else None)
-    heads = None if descriptor.caches_each_query(index) else heads
-    heads = heads or block.attention.num_attention_heads or query_heads
+    shared = facts.shared_kv_heads
+    heads = attention.num_key_value_heads or (shared if shared != query_heads else None)
+    heads = None if facts.caches_each_query else heads
+    heads = heads or attention.num_attention_heads or query_heads
+    head_dim = axis.head_dim if axis else None
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (usual_heads or 1)
-    return round(descriptor.cached_numbers(index) * heads * head_dim) if heads and head_dim else 0
+    return round(facts.cached_numbers * heads * head_dim) if heads and head_dim else 0
 
 
 def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:

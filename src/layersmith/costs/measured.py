@@ -15,7 +15,6 @@ from typing import Any
 import numpy as np
 
 from layersmith.block_config import BlockConfig
-from layersmith.costs.budget import Workload
 from layersmith.costs.clock import LEAST_ROUNDS, Measurement, device_name, quietly, time_in_turns
 from layersmith.costs.counted import layers_alike
 from layersmith.costs.measurement_cache import MeasurementCache
@@ -28,7 +27,6 @@ from layersmith.errors import LayersmithError, UnsupportedModel, first_line
 from layersmith.execution.parent import Parent
 from layersmith.foreign import foreign_code
 from layersmith.library.alternative import Alternative
-from layersmith.recipe import CostsRecipe
 from layersmith.run.artifacts import fingerprint
 from layersmith.run.progress import SILENT, Progress
 
@@ -39,22 +37,18 @@ _LONG_SECONDS = 10.0
 
 
 def measure(
-    parent: Parent,
+    watch: Stopwatch,
     alternatives: Sequence[Alternative],
     costs: CostTable,
-    workload: Workload,
-    recipe: CostsRecipe,
     progress: Progress = SILENT,
     check_reachable: Callable[[Times], None] = lambda fastest: None,
 ) -> Times:
     """Time every shape of a search space on this device, except those in the user's cache.
 
     Args:
-        parent: Parent model.
+        watch: Stopwatch of the parent.
         alternatives: All alternatives of the search space.
         costs: Their counted costs.
-        workload: Workload to run.
-        recipe: The recipe's section ``costs``.
         progress: Receives the rounds done, and notes.
         check_reachable: Called with :func:`fastest_times` before the long work, to refuse a budget that no child can
             meet.
@@ -62,12 +56,12 @@ def measure(
     Raises:
         UnsupportedModel: The family cannot generate.
     """
+    parent, recipe = watch.parent, watch.recipe
     kinds = kinds_of(parent, alternatives, costs)
     shapes: dict[Shape, list[Alternative]] = {}
     for a in alternatives:
         if not a.is_parent:
             shapes.setdefault(Shape(kinds[a.layer], a.subblock, a.block_config(parent.blocks[a.layer])), []).append(a)
-    watch = Stopwatch(parent, workload, recipe)
     cached = MeasurementCache(parent, watch.workload, recipe)
     missing = [shape for shape in shapes if shape.name not in cached.savings]
     if missing or cached.parent is None:
@@ -100,7 +94,7 @@ def fastest_times(watch: Stopwatch, alternatives: Sequence[Alternative]) -> Time
         return None
     models = [watch.carve(empty)] * LEAST_ROUNDS + [parent.model]
     question = "does a model without subblocks generate?"
-    with foreign_code(question, refusal_is_answer=True) as attempt, quietly(watch.served.backend):
+    with foreign_code(question) as attempt, quietly(watch.served.backend):
         *empty_runs, whole = [watch.served.once(model) for model in models]
     if attempt.failed:
         return None
@@ -181,7 +175,7 @@ class _Session:
         question = f"does a model generate in which all layers like {shape.kind} have this {shape.subblock}?"
         model: Any = None
         try:
-            with foreign_code(question, refusal_is_answer=True) as attempt, quietly(self.watch.served.backend):
+            with foreign_code(question) as attempt, quietly(self.watch.served.backend):
                 model = self.watch.carve(self._blocks(active, shape))
                 self.watch.served.once(model)
             reason = attempt.reason
@@ -219,7 +213,7 @@ class _Session:
             return None
         model: Any = parent.model
         question = "does the parent generate?"
-        with foreign_code(question, refusal_is_answer=True) as attempt, quietly(watch.served.backend):
+        with foreign_code(question) as attempt, quietly(watch.served.backend):
             runs = [watch.served.once(model)]
             if runs[0].prefill <= _LONG_SECONDS:
                 runs = [watch.served.once(model) for _ in range(LEAST_ROUNDS)]

@@ -16,6 +16,7 @@ from layersmith.execution.parent import Parent
 from layersmith.model_descriptor.infer.findings_cache import key_of
 from layersmith.model_descriptor.stock import causal_lm_config
 from layersmith.recipe import CostsRecipe
+from layersmith.records import parse
 from layersmith.run.artifacts import fingerprint, read_json, write_json
 from layersmith.run.user_cache import cache_folder
 
@@ -49,7 +50,7 @@ class MeasurementCache:
     def _read(self, path: Path) -> None:
         data = read_json(path)
         self.savings = {name: Timing(*timing) for name, timing in data["savings"].items()}
-        self.checks = {name: [Check.from_dict(c) for c in checks] for name, checks in data["checks"].items()}
+        self.checks = {name: [parse(Check, c, "checks") for c in checks] for name, checks in data["checks"].items()}
         self.parent = Timing(*data["parent"])
 
     def saving(self, name: str) -> Timing:

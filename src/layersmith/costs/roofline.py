@@ -17,11 +17,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.costs.budget import Workload
-from layersmith.costs.counted import sliding_window
+from layersmith.costs.counted import ModelShape, sliding_window
 from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times, Timing
 from layersmith.errors import UsageError, did_you_mean
@@ -72,31 +70,22 @@ def device_of(name: str) -> Device:
 
 
 def predict(
-    name: str,
-    language: Any,
-    blocks: Sequence[BlockConfig],
-    axes: Sequence[LayerAxes],
-    alternatives: Sequence[Alternative],
-    costs: CostTable,
-    dtype: torch.dtype,
-    workload: Workload,
+    name: str, parent: ModelShape, alternatives: Sequence[Alternative], costs: CostTable, workload: Workload
 ) -> Times:
     """Predicted times of every alternative on a device.
 
     Args:
         name: Name of the device, a key of :data:`DEVICES`.
-        language: Config of the language model.
-        blocks, axes: Block configs and axes of the parent, one a layer.
+        parent: Shape of the parent.
         alternatives: All alternatives of the search space.
         costs: Their counted costs for this workload.
-        dtype: Data type of weights and KV cache.
         workload: Workload to predict for.
 
     Raises:
         UsageError: The device is unknown.
     """
-    device = device_of(name)
-    rate = device.operations if dtype.itemsize <= 2 else device.operations_fp32
+    device, language = device_of(name), parent.language
+    rate = device.operations if parent.dtype.itemsize <= 2 else device.operations_fp32
 
     def seconds_for(operations: float, moved: float) -> float:
         return max(operations / rate, moved / device.bandwidth)
@@ -114,17 +103,17 @@ def predict(
 
     by_key = {}
     for a in alternatives:
-        block = a.block_config(blocks[a.layer])
+        block = a.block_config(parent.blocks[a.layer])
         pairs = (0.0, 0.0)
         if a.subblock == "attention" and has_attention(block) and a.traits.runs_subblock:
-            pairs = _pairs(language, block, a.layer, axes[a.layer], workload)
+            pairs = _pairs(language, block, a.layer, parent.axes[a.layer], workload)
         by_key[a.key] = timing(costs.by_key[a.key], workload.prompt, pairs)
     # One row of the embeddings is read for each token, and the whole head once for each sequence.
     vocab, hidden = (getattr(language, key, 0) or 0 for key in ("vocab_size", "hidden_size"))
     head = {
         "parameters": vocab * hidden,
         "active_parameters": vocab * hidden,
-        "weight_bytes": vocab * hidden * dtype.itemsize,
+        "weight_bytes": vocab * hidden * parent.dtype.itemsize,
         "kv_cache_bytes": 0,
     }
     return Times("predicted", name, workload, by_key, timing(head, 1))

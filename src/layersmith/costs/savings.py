@@ -56,7 +56,7 @@ def shrink(
     residual from that line and v the mean squared standard error, a share v / s^2 of each residual is removed. On a
     quiet machine nothing changes.
 
-    Source: James and Stein, "Estimation with Quadratic Loss" (1961), section 2.
+    Source: James and Stein, "Estimation with Quadratic Loss" (1961).
 
     Args:
         savings: Measured saving of each shape.

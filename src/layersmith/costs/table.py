@@ -2,20 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
-from transformers import PretrainedConfig
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Workload
-from layersmith.costs.counted import layers_alike, max_positions, subblock_costs, total
+from layersmith.costs.counted import ModelShape, layers_alike, max_positions, subblock_costs, total
 from layersmith.costs.curve import Bend
 from layersmith.library.alternative import Alternative
-from layersmith.library.axes.axis import LayerAxes
-from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.records import check, parse
+
+
+class _Costs(TypedDict):
+    parameters: NonNegativeInt
+    active_parameters: NonNegativeInt
+    weight_bytes: NonNegativeInt
+    kv_cache_bytes: NonNegativeInt
+    memory_bytes: NonNegativeInt
+
+
+class _Counted(TypedDict):
+    """A table's JSON data."""
+
+    alternatives: dict[str, _Costs]
+    fixed: _Costs
+    parent: _Costs
+    workload: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -47,41 +64,31 @@ class CostTable:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> CostTable:
+        check(data, _Counted, "costs")
         return CostTable(
             by_key=data["alternatives"],
             fixed=data["fixed"],
             parent=data["parent"],
-            workload=Workload(**data["workload"]),
+            workload=parse(Workload, data["workload"], "workload: "),
         )
 
 
-def count_costs(
-    descriptor: type[ModelDescriptor],
-    config: PretrainedConfig,
-    blocks: Sequence[BlockConfig],
-    alternatives: Sequence[Alternative],
-    axes: Sequence[LayerAxes],
-    dtype: torch.dtype,
-    workload: Workload,
-) -> CostTable:
+def count_costs(parent: ModelShape, alternatives: Sequence[Alternative], workload: Workload) -> CostTable:
     """Count the costs of every alternative.
 
     Alternatives are counted on models built on the meta device. Each model has a different alternative in every layer,
     and of equal layers only one is built, so few models are needed.
 
     Args:
-        descriptor: Descriptor of the parent's model family.
-        config: Config of the parent.
-        blocks: Block configs of the parent, one a layer.
+        parent: Shape of the parent.
         alternatives: All alternatives of the search space.
-        axes: Axes of the parent's layers.
-        dtype: Data type of the weights and the KV cache.
         workload: Workload to count for. A context beyond the model's positions is capped to them, since the model
             cannot fill it; the table's ``workload`` is the capped one.
     """
-    workload = workload.within(max_positions(descriptor.get_language_model_config(config)))
-    parent_layers, fixed = subblock_costs(descriptor, config, blocks, dtype, workload, axes)
-    kinds = layers_alike(descriptor, config, blocks, parent_layers)
+    blocks = parent.blocks
+    workload = workload.within(max_positions(parent.language))
+    parent_layers, fixed = subblock_costs(parent, workload)
+    kinds = layers_alike(parent.descriptor, parent.config, blocks, parent_layers)
     by_key = {a.key: parent_layers[a.layer][a.subblock] for a in alternatives}
     # For every kind of layer the blocks that it can become, each with the alternatives that make it so.
     waiting: dict[int, dict[tuple[str, BlockConfig], list[Alternative]]] = {kind: {} for kind in kinds}
@@ -95,8 +102,8 @@ def count_costs(
             if waiting[kind]:
                 (subblock, block), members = waiting[kind].popitem()
                 changed[i], counted[i] = block, (subblock, members)
-        layers, _ = subblock_costs(descriptor, config, changed, dtype, workload, axes)
+        layers, _ = subblock_costs(dataclasses.replace(parent, blocks=changed), workload)
         for i, (subblock, members) in counted.items():
             by_key |= {a.key: layers[i][subblock] for a in members}
-    parent = total([*(by_key[a.key] for a in alternatives if a.is_parent), fixed])
-    return CostTable(by_key, fixed, parent, workload=workload)
+    whole = total([*(by_key[a.key] for a in alternatives if a.is_parent), fixed])
+    return CostTable(by_key, fixed, whole, workload=workload)

@@ -17,13 +17,18 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from annotated_types import Len
+from pydantic import NonNegativeFloat
+from typing_extensions import TypedDict
 
 from layersmith.costs.budget import Workload
 from layersmith.costs.curve import Bend, Curve
 from layersmith.costs.table import CostTable
 from layersmith.errors import InputError
 from layersmith.library.alternative import Alternative
+from layersmith.records import check, parse
 from layersmith.run.artifacts import read_json
 
 # Costs that times add to the counted costs, in seconds.
@@ -82,10 +87,19 @@ class Check:
     parent: Timing
     error: Timing = ZERO
 
-    @staticmethod
-    def from_dict(data: Mapping[str, Any]) -> Check:
-        names = ("parts", "whole", "parent", "error")
-        return Check(data["what"], data["fraction"], *(Timing(**data[name]) for name in names))
+
+class TimesData(TypedDict):
+    """What ``times.json`` holds."""
+
+    source: str
+    device: str
+    batch: int
+    context: int
+    generate: int | None
+    fixed: dict[str, Any]
+    parent: dict[str, Any]
+    alternatives: dict[str, Annotated[list[NonNegativeFloat], Len(2, 2)]]
+    checks: list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -180,13 +194,16 @@ class Times:
 
     @staticmethod
     def from_dict(data: Mapping[str, Any]) -> Times:
+        """Raises: InputError, UsageError: not what :meth:`to_dict` gives."""
+        check(data, TimesData, "times.json")
+        workload = {name: data[name] for name in ("batch", "context", "generate")}
         return Times(
             source=data["source"],
             device=data["device"],
-            workload=Workload(data["batch"], data["context"], data["generate"]),
+            workload=parse(Workload, workload, "times.json: "),
             by_key={key: Timing(*timing) for key, timing in data["alternatives"].items()},
-            fixed=Timing(**data["fixed"]),
-            checks=tuple(Check.from_dict(check) for check in data["checks"]),
+            fixed=parse(Timing, data["fixed"], "times.json: fixed."),
+            checks=tuple(parse(Check, entry, "times.json: checks.") for entry in data["checks"]),
         )
 
 
@@ -194,8 +211,8 @@ def kept_in(run: Path) -> dict[str, Any] | None:
     """The times of a run as they were known last, as data; None where its budget has no limit of time."""
     for stage in ("search", "costs"):
         if (path := run / stage / "times.json").is_file():
-            found: dict[str, Any] = read_json(path)
-            return found
+            record: dict[str, Any] = read_json(path, TimesData)
+            return record
     return None
 
 

@@ -15,11 +15,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import PositiveFloat
 
-from layersmith.errors import InputError, UsageError
+from layersmith.errors import UsageError
 from layersmith.records import parse, record
+from layersmith.untrusted import read_yaml
 
 Document = TypeVar("Document")
 
@@ -51,10 +51,7 @@ def read_mixture(source: str | Path) -> tuple[Part, ...] | None:
     path = Path(source).expanduser()
     if path.suffix not in (".yaml", ".yml") or not path.is_file():
         return None
-    try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise InputError(f"{path}: not a YAML mixture ({' '.join(str(error).split())}).") from error
+    data = read_yaml(path, "mixture")
     if not isinstance(data, dict) or "mixture" not in data:
         return None
     if list(data) != ["mixture"] or not isinstance(data["mixture"], list) or not data["mixture"]:

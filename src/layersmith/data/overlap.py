@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,14 +29,27 @@ _ROWS_AT_ONCE = 256
 _FORM_ROWS = 3
 
 
+@dataclass(frozen=True)
+class OverlapRule:
+    """What to do with rows that share long runs of text with evaluation.
+
+    Attributes:
+        action: Leave them out, use them and warn, refuse, or do not look.
+        source: Name of the source, for messages.
+        field: Key of the recipe that has the action, for messages.
+    """
+
+    action: Overlap
+    source: str
+    field: str = "data.overlap"
+
+
 def without_copies(
     splits: Mapping[str, torch.Tensor],
     evaluation: torch.Tensor,
     tokenizer: Any | None,
-    what: Overlap,
-    where: str,
+    rule: OverlapRule,
     warnings: list[str],
-    field: str = "data.overlap",
 ) -> tuple[dict[str, torch.Tensor], dict[str, int] | None]:
     """Look for rows that share long runs of text with evaluation, and treat them as the recipe says.
 
@@ -43,18 +57,16 @@ def without_copies(
         splits: Rows ``[N, T]`` of each split, by its name.
         evaluation: Rows ``[M, T]``.
         tokenizer: Tokenizer that made the rows; None if they were token ids from the start.
-        what: What to do with such rows: leave them out, use them and warn, refuse, or do not look.
-        where: Name of the source, for messages.
+        rule: What to do with such rows.
         warnings: List to which warnings are added.
-        field: Key of the recipe that decides this, for messages.
 
     Returns:
-        The rows to use, and how many of each split overlap; None instead of the numbers if ``what`` is ``allow``.
+        The rows to use, and how many of each split overlap; None instead of the numbers if the action is ``allow``.
 
     Raises:
         InputError: Some rows overlap and are refused, or none are left.
     """
-    if what == "allow":
+    if rule.action == "allow":
         return dict(splits), None
     runs, kept = Runs(evaluation, tokenizer), {}
     counts: dict[str, int] = {}
@@ -63,15 +75,19 @@ def without_copies(
         counts[name], kept[name] = int(copied.sum()), rows
         if not counts[name]:
             continue
-        overlap = f"{where}: {counts[name]} of {len(rows)} {name} rows share long runs of text with evaluation"
-        if what == "refuse":
-            raise InputError(f"{overlap}. Give other text, or set {field} to leave_out or warn in the recipe.")
-        if what == "leave_out":
+        overlap = f"{rule.source}: {counts[name]} of {len(rows)} {name} rows share long runs of text with evaluation"
+        if rule.action == "refuse":
+            raise InputError(f"{overlap}. Give other text, or set {rule.field} to leave_out or warn in the recipe.")
+        if rule.action == "leave_out":
             kept[name] = rows[~copied]
             if not len(kept[name]):
-                raise InputError(f"{overlap}, so none is left. Give other text, or set {field} to warn in the recipe.")
-        outcome = "were left out" if what == "leave_out" else "are used"
-        warnings.append(f"{where}: {counts[name]} {name} rows that share long runs of text with evaluation {outcome}.")
+                raise InputError(
+                    f"{overlap}, so none is left. Give other text, or set {rule.field} to warn in the recipe."
+                )
+        outcome = "were left out" if rule.action == "leave_out" else "are used"
+        warnings.append(
+            f"{rule.source}: {counts[name]} {name} rows that share long runs of text with evaluation {outcome}."
+        )
     return kept, counts
 
 

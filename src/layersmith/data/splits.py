@@ -15,19 +15,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt
 from transformers import AutoTokenizer
+from typing_extensions import TypedDict
 
 from layersmith.data.mixture import interleave, read_mixture
-from layersmith.data.overlap import without_copies
+from layersmith.data.overlap import OverlapRule, without_copies
 from layersmith.data.read import Document, read_documents, text_of
-from layersmith.errors import InputError, UsageError, first_line
+from layersmith.errors import ALLOW_CODE, InputError, UsageError
 from layersmith.foreign import foreign_code
 from layersmith.recipe import DataRecipe
-from layersmith.run.artifacts import read_tensors
+from layersmith.run.artifacts import read_json, read_tensors
+from layersmith.untrusted import inside
 
 SPLITS = ("evaluation", "calibration", "scoring", "training")
 _TOKEN_SUFFIXES = (".npy", ".safetensors")
@@ -35,6 +38,17 @@ _TOKEN_SUFFIXES = (".npy", ".safetensors")
 _CHARACTERS_PER_TOKEN = 48
 # Local files are read up to this many characters at least: a larger sample of a large source, in 256 MiB of memory.
 _READ_AT_LEAST = 1 << 28
+
+
+class Description(TypedDict):
+    """What ``data.json`` holds, as far as others read it."""
+
+    source: str
+    sequences: dict[str, NonNegativeInt]
+    sequence_length: NonNegativeInt
+    sha256: dict[str, str]
+    overlap: NotRequired[dict[str, NonNegativeInt] | None]
+    warnings: NotRequired[list[str]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,8 +76,15 @@ def load_tokenizer(path: str | Path, *, trust_remote_code: bool = False) -> Any:
     Raises:
         InputError: The checkpoint has no tokenizer, or it cannot be read.
     """
+    settings = Path(path) / "tokenizer_config.json"
+    if settings.is_file():
+        for name, value in read_json(settings, dict[str, Any]).items():
+            if name.endswith("_file") and value is not None:  # which Transformers would open wherever it is
+                inside(Path(path), str(value), f"{settings}: {name}")
     with foreign_code("does the tokenizer load?", refusal_is_answer=True) as attempt:
         tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    if "trust_remote_code" in attempt.reason:
+        raise InputError(f"{path}: its tokenizer runs code from the checkpoint. {ALLOW_CODE}") from attempt.error
     if attempt.failed:
         raise InputError(
             f"{path}: its tokenizer cannot be loaded. Put tokenizer.json and tokenizer_config.json beside the weights."
@@ -117,7 +138,8 @@ def prepare(source: str | Path, tokenizer: Any, recipe: DataRecipe, seed: int) -
         rows = _deal(_Text(documents, tokenizer, str(source)), held_out, wanted, recipe.sequence_length, warnings)
     others = {name: rows[name] for name in SPLITS if name != "evaluation"}
     spelling = None if is_tokens else tokenizer
-    kept, copied = without_copies(others, rows["evaluation"], spelling, recipe.overlap, str(source), warnings)
+    rule = OverlapRule(recipe.overlap, str(source))
+    kept, copied = without_copies(others, rows["evaluation"], spelling, rule, warnings)
     rows |= kept
     mixture = read_mixture(source)
     description = {
@@ -301,11 +323,11 @@ def holds_tokens(source: str | Path) -> bool:
 def _read_tokens(path: Path, length: int) -> torch.Tensor:
     """Rows ``[N, length]`` of token ids from a file that holds nothing else."""
     if path.suffix == ".npy":
-        try:
-            array = np.load(path, allow_pickle=False)
-        except (ValueError, OSError, TypeError, EOFError) as error:
-            raise InputError(f"{path}: not an array of token ids ({first_line(error)}).") from error
-        array = array.reshape(-1)
+        with foreign_code("is it a NumPy array?", refusal_is_answer=True) as attempt:
+            # Mapped, because its header may claim any size.
+            array = attempt.call(np.load, path, mmap_mode="r", allow_pickle=False).reshape(-1)
+        if attempt.failed:
+            raise InputError(f"{path}: not an array of token ids ({attempt.reason}).") from attempt.error
         if array.dtype.kind not in "iu":
             raise InputError(f"{path}: not an array of token ids, which are whole numbers, but of {array.dtype}.")
         if array.size and array.max() >= 2**31:

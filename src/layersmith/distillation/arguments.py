@@ -7,7 +7,7 @@ import importlib.util
 import math
 import random
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,17 +60,7 @@ def training_arguments(
     """
     check_loggers(recipe.report_to)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
-    for name in recipe.trainer:
-        if name.startswith(("hub_", "push_to_hub")):
-            raise UsageError(f"recipe distillation.trainer: {name} is not set there; nothing is uploaded.")
-        if name in _SET_ELSEWHERE:
-            raise UsageError(
-                f"recipe distillation.trainer: {name} is not set there; it follows from {_SET_ELSEWHERE[name]}."
-            )
-        if name not in known:
-            raise UsageError(
-                f"recipe distillation.trainer: TrainingArguments has no {name!r}. {did_you_mean(name, known)}"
-            )
+    _check_fields(recipe.trainer, known)
     if recipe.trainer.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
         raise UsageError("recipe distillation.trainer: deepspeed is not installed here.")
     on_cpu = runtime.device.type == "cpu"
@@ -122,6 +112,18 @@ def training_arguments(
     if runtime.world_size == 1:
         upstream.use_one_gpu(made)  # several GPUs need a launcher such as torchrun
     return made
+
+
+def _check_fields(names: Iterable[str], known: Collection[str]) -> None:
+    """Raises: UsageError: Some name is no field of TrainingArguments, or one that the recipe sets elsewhere."""
+    where = "recipe distillation.trainer"
+    for name in names:
+        if name.startswith(("hub_", "push_to_hub")):
+            raise UsageError(f"{where}: {name} is not set there; nothing is uploaded.")
+        if name in _SET_ELSEWHERE:
+            raise UsageError(f"{where}: {name} is not set there; it follows from {_SET_ELSEWHERE[name]}.")
+        if name not in known:
+            raise UsageError(f"{where}: TrainingArguments has no {name!r}. {did_you_mean(name, known)}")
 
 
 def _where(given: Iterable[str]) -> str:

@@ -20,17 +20,23 @@ from layersmith.library.library import Library
 
 
 def distill_jointly(
-    library: Library, solution: Sequence[Alternative], training: torch.Tensor, setup: TrainingSetup
+    library: Library,
+    solution: Sequence[Alternative],
+    calibration: torch.Tensor,
+    training: torch.Tensor,
+    setup: TrainingSetup,
 ) -> Library:
     """Train the alternatives of each layer of a solution as one block.
 
+    First their last projections are refitted on the child's inputs (:mod:`.child_refit`), then all weights are trained.
     Where one of the two subblocks is the parent's, it is trained too. Layers that are wholly the parent's stay as they
     are.
 
     Args:
         library: Library with the locally distilled weights.
         solution: One alternative for each subblock of each layer.
-        training: ``[N, T]`` rows to train on.
+        calibration: ``[N, T]`` rows for the refit.
+        training: ``[N, T]`` rows to train on; with fewer than two nothing is trained.
         setup: How to train; its recipe's ``coupled_on`` says whose hidden states layers are given.
 
     Returns:
@@ -48,5 +54,7 @@ def distill_jointly(
         stage="distill pairs",
         child=changed if setup.recipe.coupled_on == "child" else None,
     )
-    pairs = layers.run(training[:0], rows_for(training, setup.recipe.coupled_tokens))
+    refits = setup.recipe.coupled_on == "child" and setup.recipe.child_refit
+    rows = calibration if refits else calibration[:0]
+    pairs = layers.run(rows, rows_for(training, setup.recipe.coupled_tokens))
     return library if pairs is None else library.with_kept(library.kept, pairs)

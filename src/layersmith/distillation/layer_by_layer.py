@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.distillation.activations import Rows
+from layersmith.distillation.activations import BLOCK, Rows
 from layersmith.distillation.one_layer import LayerDistillation
 from layersmith.distillation.replacement import Replacement
 from layersmith.distillation.store import Store, layer_name
@@ -169,10 +169,18 @@ class LayerByLayer:
 def _summary(records: Sequence[Mapping[str, Any]]) -> str:
     trained = [r for r in records if r["tokens"]]
     if not trained:
-        return f"{sum(r['weights'] is not None for r in records)} alternatives refitted"
+        what = (
+            "layers refitted on the child's inputs"
+            if any(r["subblock"] == BLOCK for r in records)
+            else ("alternatives refitted")
+        )
+        return f"{sum(r['weights'] is not None for r in records)} {what}"
     tokens = sum(r["tokens"] for r in trained)
+    text = f"{len(trained)} alternatives trained on {tokens:,} tokens in all"
     ratios = sorted(r["after"] / r["pruned"] for r in trained if r["pruned"])
+    if not ratios:  # they replace what adds nothing
+        return f"{text}; all pruned alternatives were exact"
     return (
-        f"{len(trained)} alternatives trained on {tokens:,} tokens in all; the median error on held-out rows is "
-        f"{ratios[len(ratios) // 2]:.2f} times that of the pruned alternative"
+        f"{text}; the median error on held-out rows is {ratios[len(ratios) // 2]:.2f} times that of the pruned "
+        "alternative"
     )

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from layersmith.distillation.activations import BLOCK, Rows, Target, run_parent_layer
+from layersmith.distillation.child_refit import ChildRefit
 from layersmith.distillation.reconstruction import Moments, refits
 from layersmith.distillation.replacement import Replacement, ReplacementTraining
 from layersmith.distillation.store import Store, layer_name
@@ -67,7 +68,9 @@ class LayerDistillation:
 
     def distill(self, advance: Callable[[float], None]) -> None:
         """Refit and train the replacements, and store their weights and records."""
-        refitted = self._refit(advance) if "calibration" in self.splits else {}
+        refitted: dict[str, Tensors] = {}
+        if "calibration" in self.splits:
+            refitted = self._refit_on_child(advance) if self.on_child else self._refit(advance)
         if "training" not in self.splits:
             records = [r.record(refitted.get(r.identity, {}), {}) for r in self.replacements]
             self.store.write(layer_name(self.index), records, refitted)
@@ -120,6 +123,13 @@ class LayerDistillation:
             for m in moments.values()
             for identity, weights in m.refitted_weights(self.library).items()
         }
+
+    def _refit_on_child(self, advance: Callable[[float], None]) -> dict[str, Tensors]:
+        """The same for the layer of a child, on the child's inputs."""
+        refit = ChildRefit(self.library, self.layerwise, self.index, self.split, self.recipe.child_refit)
+        rows = self.splits["calibration"]
+        weights = {r.identity: refit.refit(r.alternatives, rows, advance) for r in self.replacements}
+        return {identity: tensors for identity, tensors in weights.items() if tensors}
 
     def _parent_module(self, subblock: str) -> nn.Module:
         whole = self.split.layout == "whole"

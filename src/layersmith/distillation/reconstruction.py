@@ -26,6 +26,7 @@ import torch
 from torch import nn
 
 from layersmith.execution.exchange import first_tensor, tolerance
+from layersmith.execution.parent import as_stored
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.modeling_layersmith import first_tensor as first_argument
@@ -133,7 +134,7 @@ def refits(
     return result
 
 
-def _left(library: Library, a: Alternative, of_parent: torch.Tensor, own: torch.Tensor) -> torch.Tensor | None:
+def _left(library: Library, a: Alternative, of_parent: torch.Tensor, trained: torch.Tensor) -> torch.Tensor | None:
     """Indices of the entries that remain of the projection's input, if the alternative changes nothing else."""
     gone = library.units_gone(a)
     if gone is None or len(gone) != 1:
@@ -141,11 +142,11 @@ def _left(library: Library, a: Alternative, of_parent: torch.Tensor, own: torch.
     is_left = torch.ones(of_parent.shape[-1], dtype=torch.bool)
     is_left[next(iter(gone.values()))] = False
     left = is_left.nonzero()[:, 0].to(of_parent.device)
-    if len(left) != own.shape[-1]:
+    if len(left) != trained.shape[-1]:
         return None
     expected = of_parent[:, left]
     most = expected.float().abs().max().clamp_min(1e-12)
-    is_alike = bool((expected - own).float().abs().max() <= tolerance(own.dtype) * most)
+    is_alike = bool((expected - trained).float().abs().max() <= tolerance(trained.dtype) * most)
     return left if is_alike else None
 
 
@@ -190,6 +191,8 @@ class Moments:
 
     def _add(self, name: str, x: torch.Tensor, y: torch.Tensor) -> None:
         product = (x.float().T @ y.float()).double()
+        if not torch.isfinite(product).all():  # squares of large activations overflow float32
+            product = x.double().T @ y.double()
         self._count(2.0 * x.shape[0] * x.shape[1] * y.shape[1])
         self._sums[name] = self._sums[name] + product if name in self._sums else product
 
@@ -210,5 +213,5 @@ class Moments:
             outputs, size = sliced.shape
             self._count(size**3 / 3 + 4.0 * outputs * size**2)
             weight = refitted.movedim(1, r.dim).contiguous()
-            result[r.alternative.identity] = {r.weight: weight.to(library.parent.dtype)}
+            result[r.alternative.identity] = {r.weight: as_stored(weight, library.parent.dtype)}
         return result

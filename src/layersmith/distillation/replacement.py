@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from layersmith.distillation.activations import BLOCK
+from layersmith.execution.parent import as_stored
 from layersmith.library.alternative import Alternative, pair_identity
 from layersmith.library.stored_weights import Tensors, digest_of
 
@@ -158,7 +159,7 @@ class ReplacementTraining:
         if not self._trained or not self.best < self.before:
             return {}
         changed = {name: weight.detach() for name, weight in self._parameters.items() if name not in self._best}
-        return {name: weight.to(dtype).cpu() for name, weight in (changed | self._best).items()}
+        return {name: as_stored(weight, dtype).cpu() for name, weight in (changed | self._best).items()}
 
     def result(self) -> dict[str, Any]:
         """Errors, tokens and curve, as in the records of :class:`Replacement`."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,14 +20,16 @@ from layersmith.distillation.objective import ChildLosses, ParentTargets, check_
 from layersmith.distillation.optimizer import matrices_of
 from layersmith.distillation.parent_logits import ParentLogits
 from layersmith.distillation.steps import RowOrder, Steps, collate
-from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Distiller, curve_of
-from layersmith.errors import InputError, LayersmithError, OutOfMemory, first_line
+from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Distiller, curve_of, digests_of
+from layersmith.errors import InputError, LayersmithError, first_line
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import block_configs_of
+from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import DistillationRecipe
 from layersmith.run import ranks
-from layersmith.run.artifacts import remove, saying_disk_full, write_json
-from layersmith.run.digests import read_sealed
+from layersmith.run.artifacts import read_json, saying_disk_full, write_json
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,9 @@ def train(
     mixture = Mixture(kl=recipe.kl, hidden=recipe.hidden, lm=recipe.lm, temperature=recipe.temperature)
     steps = Steps.of(recipe, setup.tokens, data.rows.shape[1], runtime.world_size)
     arguments = training_arguments(recipe, steps, runtime, hidden_size_of(parent), setup.seed, setup.folder)
+    if data.validation is not None:  # incomplete batches are left out, so there has to be a complete one
+        most = max(1, len(data.validation) // runtime.world_size)
+        arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, most)
     child.eval().requires_grad_(True).to(runtime.device)  # checked without dropout; Trainer turns it on
     losses = ChildLosses(_as_parent(child, parent), mixture)
     targets = ParentTargets(parent, mixture, data.cache)
@@ -139,6 +146,29 @@ def train(
     return Trained(curve=curve, validation=validation, steps=steps, seconds=time.monotonic() - started, state=state)
 
 
+def save_trained(child: PreTrainedModel, trained: Trained, dtype: torch.dtype, tokenizer: Any, folder: Path) -> None:
+    """Write a trained child in a dtype, usually the one that it had before training."""
+    with quiet_transformers():
+        if trained.state is not None:
+            state = {name: tensor.to(dtype) for name, tensor in trained.state.items()}
+            child.config.dtype = dtype
+            child.save_pretrained(folder, state_dict=state)
+        else:
+            child.eval().to(dtype).save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+
+
+def in_float32(child: PreTrainedModel) -> PreTrainedModel:
+    """The child with float32 copies of its parameters, so that training leaves the parent's weights as they are."""
+    tied: dict[int, torch.nn.Parameter] = {}
+    for module in child.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) not in tied:
+                tied[id(parameter)] = torch.nn.Parameter(parameter.detach().float().clone())
+            module.register_parameter(name, tied[id(parameter)])
+    return child
+
+
 def _as_parent(child: PreTrainedModel, parent: Parent) -> Parent:
     """The child in the form that a tap takes."""
     blocks = tuple(block_configs_of(child.config, parent.descriptor))
@@ -155,15 +185,25 @@ def hidden_size_of(model: Parent) -> int:
 
 
 def last_complete_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that is as it was written; incomplete ones, of a killed process, are removed."""
-    checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+    """The last checkpoint whose files are as they were written; later ones, of a killed process or damaged, go."""
+    return ranks.from_first(lambda: _last_intact(folder))
 
-    def choose() -> str | None:
-        while checkpoints and read_sealed(checkpoints[-1] / COMPLETE) is None:
-            remove(checkpoints.pop())
-        return str(checkpoints[-1]) if checkpoints else None
 
-    return ranks.from_first(choose)
+def _last_intact(folder: Path) -> str | None:
+    numbered = {path: path.name.rpartition("-")[2] for path in folder.glob("checkpoint-*")}
+    checkpoints = sorted((p for p, number in numbered.items() if number.isdigit()), key=lambda p: int(numbered[p]))
+    while checkpoints:
+        path = checkpoints.pop()
+        try:
+            is_intact = read_json(path / COMPLETE) == digests_of(path)
+        except (InputError, OSError):
+            is_intact = False
+        if is_intact:
+            return str(path)
+        if (path / COMPLETE).exists():
+            logger.warning("%s: a file of it is damaged; training goes on from the checkpoint before it.", path)
+        shutil.rmtree(path, ignore_errors=True)
+    return None
 
 
 @contextmanager
@@ -175,7 +215,7 @@ def _plain_errors(folder: Path) -> Iterator[None]:
     except LayersmithError:
         raise
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(
+        raise InputError(
             f"distillation: out of memory on the device ({first_line(error)}). Lower distillation.device_tokens, or "
             "set distillation.gradient_checkpointing in the recipe."
         ) from error

@@ -23,12 +23,17 @@ from layersmith.distillation.optimizer import MuonAndAdamW
 from layersmith.distillation.steps import Steps
 from layersmith.errors import InputError
 from layersmith.recipe import DistillationRecipe
-from layersmith.run.artifacts import write_json
-from layersmith.run.digests import write_sealed
+from layersmith.run.artifacts import file_digest, write_json
 
 WEIGHTS, COMPLETE = "weights.safetensors", "whole"
 # Writing checkpoints takes no more than this share of the time; more loses less work to an interruption.
 _SAVING_SHARE = 0.05
+
+
+def digests_of(checkpoint: Path) -> dict[str, str]:
+    """The SHA-256 of every file of a checkpoint, without the file that keeps them."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != COMPLETE)
+    return {path.relative_to(checkpoint).as_posix(): file_digest(path) for path in files}
 
 
 class Distiller(Trainer):
@@ -102,11 +107,11 @@ class CurveAndCheckpoints(TrainerCallback):
 
     def on_save(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         self.saving_seconds = time.monotonic() - self.saved_at
+        if args.world_size > 1:
+            torch.distributed.barrier()  # every process has written its part
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-            # The other processes may still be writing the states of their generators.
-            files = [file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("rng_state_")]
-            write_sealed(folder / COMPLETE, state.global_step, files)
+            write_json(folder / COMPLETE, digests_of(folder))
         self.saved_at = time.monotonic()
 
     def on_log(self, args: Any, state: TrainerState, control: TrainerControl, **more: Any) -> None:

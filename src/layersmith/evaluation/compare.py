@@ -16,9 +16,11 @@ from transformers import PreTrainedModel
 
 from layersmith.heterogeneous.build import head_of
 from layersmith.run.progress import SILENT, Progress
-from layersmith.scoring.metrics import Reference, as_rows, measure, row_means
+from layersmith.scoring.metrics import Reference, as_rows, check_rows, measure, row_means
 from layersmith.scoring.score import standard_error
 
+# exp of more is near the end of float64, where products with standard errors overflow.
+_LARGEST_EXPONENT = 500.0
 _LABELS = {
     "kl_divergence": "KL divergence to the parent (nats a token)",
     "top_1_agreement": "Top-1 agreement with the parent",
@@ -48,7 +50,7 @@ class Comparison:
 
     def table(self) -> list[dict[str, Any]]:
         """One row for each metric: label, parent, child, difference, and standard errors."""
-        rows = [self._loss_row(), self._perplexity_row(), *self._rows_by_text()]
+        rows = [self._loss_row(), *self._perplexity_rows(), *self._rows_by_text()]
         for name, label in _LABELS.items():
             values = self.metrics[name]
             rows.append(
@@ -79,20 +81,25 @@ class Comparison:
             "lower_is_better": True,
         }
 
-    def _perplexity_row(self) -> dict[str, Any]:
+    def _perplexity_rows(self) -> list[dict[str, Any]]:
+        """The perplexity; no row if it would overflow."""
         loss = self._loss_row()
+        if max(loss["parent"], loss["child"]) > _LARGEST_EXPONENT:
+            return []
         parent, child = math.exp(loss["parent"]), math.exp(loss["child"])
         # Standard errors of exp(loss) to first order: d exp(x) = exp(x) dx.
-        return {
-            "metric": "perplexity",
-            "label": "Perplexity",
-            "parent": parent,
-            "child": child,
-            "child_standard_error": _times(child, loss["child_standard_error"]),
-            "difference": child - parent,
-            "difference_standard_error": _times(child, loss["difference_standard_error"]),
-            "lower_is_better": True,
-        }
+        return [
+            {
+                "metric": "perplexity",
+                "label": "Perplexity",
+                "parent": parent,
+                "child": child,
+                "child_standard_error": _times(child, loss["child_standard_error"]),
+                "difference": child - parent,
+                "difference_standard_error": _times(child, loss["difference_standard_error"]),
+                "lower_is_better": True,
+            }
+        ]
 
     def _rows_by_text(self) -> list[dict[str, Any]]:
         """The loss in bits a byte, and the perplexity by words: they do not depend on the tokenizer."""
@@ -102,13 +109,15 @@ class Comparison:
         size, words = self.sizes
         bits, by_word = tokens / size / math.log(2), tokens / words
         numbers = {name: value for name, value in loss.items() if isinstance(value, float)}
-        perplexity = {name: math.exp(min(loss[name] * by_word, 700.0)) for name in ("parent", "child")}
+        by_byte = {name: value * bits for name, value in numbers.items()}
+        rows = [loss | by_byte | {"metric": "bits_per_byte", "label": "LM loss (bits a byte)"}]
+        if max(loss["parent"], loss["child"]) * max(1.0, by_word) > _LARGEST_EXPONENT:
+            return rows
+        perplexity = {name: math.exp(loss[name] * by_word) for name in ("parent", "child")}
         return [
-            loss
-            | {name: value * bits for name, value in numbers.items()}
-            | {"metric": "bits_per_byte", "label": "LM loss (bits a byte)"},
+            *rows,
             {
-                **self._perplexity_row(),
+                **self._perplexity_rows()[0],
                 "metric": "word_perplexity",
                 "label": "Perplexity by words",
                 **perplexity,
@@ -141,6 +150,8 @@ def closed(before: dict[str, Any], after: dict[str, Any]) -> tuple[float, float 
     by_row = [evaluation["by_row"] for evaluation in (before, after)]
     gaps = [[c - p for c, p in zip(rows["child_loss"], rows["parent_loss"], strict=True)] for rows in by_row]
     gap_before, gap_after = map(_mean, gaps)
+    if gap_before == 0:  # the child was the parent's equal already
+        return 0.0, None
     error = standard_error([a - gap_after / gap_before * b for b, a in zip(*gaps, strict=True)])
     return 1 - gap_after / gap_before, None if error is None else error / abs(gap_before)
 
@@ -182,6 +193,8 @@ def compare(
                 reference = Reference.of(logits[one], hidden[one], batch[one])
                 parent_loss += row_means([measure(reference, logits[one].clone(), hidden[one])])["lm_loss"].tolist()
                 child_rows += as_rows(row_means([measure(reference, child_logits[one], child_hidden[one])]))
+            check_rows([{"loss": loss} for loss in parent_loss[start:]], "the parent")
+            check_rows(child_rows[start:], "the child")
             advance(len(batch))
     return Comparison(
         sequences=len(tokens),

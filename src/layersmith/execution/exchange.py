@@ -98,6 +98,19 @@ def layer_outputs(parent: Parent, input_ids: torch.Tensor) -> tuple[torch.Tensor
     return logits, hidden, outputs
 
 
+@torch.no_grad()
+def first_overflow(parent: Parent) -> str | None:
+    """The first part of a parent that gives NaN or infinity for a few tokens, e.g. ``layer 3``; None if none does."""
+    ids = torch.arange(32, device=parent.runtime.device)[None] * 31 % parent.language_config.vocab_size
+    logits, _, outputs = layer_outputs(parent, ids[:, : parent.positions])
+    # Some families give minus infinity to tokens that do not exist.
+    if not (logits.isnan() | (logits == torch.inf)).any():
+        return None
+    wrong = (i for i, output in enumerate(outputs) if not torch.isfinite(first_tensor(output)).all())
+    first = next(wrong, None)
+    return "the head" if first is None else f"layer {first}"
+
+
 def forward_with(
     parent: Parent, input_ids: torch.Tensor, outputs: list[Any], index: int, layer: nn.Module
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 
 from layersmith.errors import InputError
-from layersmith.heterogeneous.checkpoint import check_finite, read_header
+from layersmith.heterogeneous.checkpoint import check_finite
+from layersmith.untrusted import read_safetensors_header
 
 DTYPES = {
     "F64": torch.float64,
@@ -88,7 +89,7 @@ class Files:
         for name, (file, inside) in places.items():
             if file not in headers:
                 self._open[file] = os.open(file, os.O_RDONLY)
-                headers[file] = read_header(file)
+                headers[file] = read_safetensors_header(file)
             entries, base = headers[file]
             entry = entries[inside]
             if entry["dtype"] not in DTYPES:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import tempfile
 from collections.abc import Hashable
 from pathlib import Path
@@ -14,7 +15,13 @@ from layersmith.run.artifacts import saying_disk_full
 
 
 class States:
-    """Tensors by a key, in memory."""
+    """Tensors by a key, in memory.
+
+    Attributes:
+        capacity: Bytes that users should keep here at a time, at most.
+    """
+
+    capacity = math.inf
 
     def __init__(self) -> None:
         self._tensors: dict[Hashable, torch.Tensor] = {}
@@ -53,11 +60,12 @@ class StatesOnDisk(States):
     """Tensors by a key, in a file without a name, which disappears when the process ends, however that happens.
 
     Args:
-        folder: a folder on a disk with enough room.
+        folder: A folder on a disk with enough room.
+        capacity: See :class:`States`.
     """
 
-    def __init__(self, folder: Path):
-        self._folder = folder
+    def __init__(self, folder: Path, capacity: float = math.inf):
+        self._folder, self.capacity = folder, capacity
         with saying_disk_full(folder):
             self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115 - open as long as this is
         self._slots: dict[Hashable, _Slot] = {}

@@ -445,7 +445,7 @@ def _checked(parent: Parent) -> _Facts | NotLayerwise:
         return NotLayerwise("its layers pass on more than hidden states")
     input_ids = _probe(parent, 32).repeat(2, 1)  # enough tokens for masks and windows to matter
     expected = parent.model(input_ids=input_ids, use_cache=False).logits
-    with foreign_code("do the layers run one at a time?", refusal_is_answer=True) as attempt:
+    with foreign_code("do the layers run one at a time?") as attempt:
         try:
             facts = _Facts.of(parent)
             logits = _logits_layer_by_layer(LayerwiseParent(parent, _NoAlternatives(), facts), facts, input_ids)

@@ -15,15 +15,16 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig
-from layersmith.errors import UnsupportedModel
+from layersmith.errors import ALLOW_CODE, UnsupportedModel
 from layersmith.execution.streaming import WeightStream, load_streamed
 from layersmith.heterogeneous.build import block_configs_of, decoder_layers, head_of
-from layersmith.heterogeneous.checkpoint import load, read_header, weight_files
+from layersmith.heterogeneous.checkpoint import load, weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.run.artifacts import fingerprint, plain
 from layersmith.run.digests import digest, remembered
 from layersmith.run.runtime import Runtime
+from layersmith.untrusted import read_safetensors_header
 
 _READ_BYTES = 4 * 1024**2
 
@@ -105,7 +106,13 @@ class Parent:
 
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """A computed weight as the checkpoint will hold it, in the dtype of the computation."""
-        return tensor.to(self.dtype).to(self.runtime.dtype)
+        return as_stored(tensor, self.dtype).to(self.runtime.dtype)
+
+
+def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A computed weight in the dtype of a checkpoint; what that cannot hold becomes its largest number."""
+    most = torch.finfo(dtype).max
+    return tensor.clamp(-most, most).to(dtype)
 
 
 def load_parent(
@@ -140,7 +147,7 @@ def load_parent(
         descriptor = descriptor or describe(path, trust_remote_code=trust_remote_code)
         model, dtype, stream = load_streamed(path, runtime, descriptor, stream_near, trust_remote_code)
     if descriptor.requires_trust_remote_code() and not trust_remote_code:
-        raise UnsupportedModel(f"{path}: its family runs code from the checkpoint. Allow it with trust_remote_code.")
+        raise UnsupportedModel(f"{path}: its family runs code from the checkpoint. {ALLOW_CODE}")
     blocks = tuple(block_configs_of(model.config, descriptor))
     for i in range(len(blocks)):
         name = descriptor.layer_block_name(i)
@@ -169,7 +176,7 @@ def identity_of(path: str | Path, config: PretrainedConfig) -> str:
 
 def _tensor_digests(file: Path) -> dict[str, str]:
     """SHA-256 of each tensor of a safetensors file, with dtype and shape; several are read at once."""
-    entries, start = read_header(file)
+    entries, start = read_safetensors_header(file)
     entries.pop("__metadata__", None)
     with open(file, "rb") as opened, ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
 

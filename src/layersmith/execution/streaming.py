@@ -32,7 +32,6 @@ from layersmith.heterogeneous.checkpoint import (
     check_files,
     check_finite,
     class_of,
-    read_header,
     read_weights,
     weight_files,
 )
@@ -40,6 +39,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.run.artifacts import saying_disk_full, temporary_folder
 from layersmith.run.runtime import Runtime
+from layersmith.untrusted import read_safetensors_header
 
 # Units smaller than this share of the largest are read once and stay in memory; dropping them would save little.
 _SMALL_SHARE = 0.01
@@ -197,7 +197,7 @@ def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:
     check_files(folder)
     count = 0
     for file in weight_files(folder):
-        entries, _ = read_header(file)
+        entries, _ = read_safetensors_header(file)
         count += sum(math.prod(entry["shape"]) for name, entry in entries.items() if name != "__metadata__")
     return count * runtime.dtype.itemsize > 0.75 * free_memory(runtime.device)
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layersmith.block_config import BlockConfig, read_block_configs
 from layersmith.errors import UsageError
 from layersmith.heterogeneous.patcher import deci_x_patcher, layer_classes
-from layersmith.heterogeneous.plan import fills_cache, make_plan
+from layersmith.heterogeneous.plan import Plan, fills_cache, make_plan
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers, stock_class, stock_model
@@ -24,6 +24,7 @@ from layersmith.modeling_layersmith import (
     remote_code,
     without_guard,
 )
+from layersmith.records import check
 from layersmith.upstream import is_heterogeneous, model_from_config, per_layer_entries, set_per_layer_entries
 
 
@@ -69,6 +70,8 @@ def class_for(
             classes that are not part of Transformers. Default: ``describe(config)``.
     """
     plan = getattr(config, "layersmith", None)
+    if plan is not None:
+        check(plan, Plan, "config.json: layersmith")
     if plan is not None and all(name.startswith("transformers.") for name in plan["decoder_layers"]):
         return heterogeneous_class(stock)
     if plan is None and not getattr(config, "block_configs", None):

@@ -6,9 +6,7 @@ Transformers and ``trust_remote_code=True``. ``write_subblocks`` writes the same
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import TypedDict
 
 from layersmith import upstream
 from layersmith.errors import InputError, whole_reason
@@ -32,7 +31,8 @@ from layersmith.modeling_layersmith import (
     refuse_incomplete,
     without_guard,
 )
-from layersmith.run.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
+from layersmith.run.artifacts import read_json, read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
+from layersmith.untrusted import inside
 
 INDEX = "model.safetensors.index.json"
 SUBBLOCK_FOLDER = "subblocks_safetensors"
@@ -139,6 +139,8 @@ def check_files(path: str | os.PathLike[str]) -> None:
         return
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json here. Give the folder of a Hugging Face checkpoint.")
+    if (folder / "adapter_config.json").is_file():  # Transformers would load the model that it names
+        raise InputError(f"{folder}: an adapter, not a whole model. Merge it into its model first.")
     files = weight_files(folder)
     if not files:
         raise InputError(f"{folder}: no safetensors weights here. Convert the checkpoint with save_pretrained first.")
@@ -148,30 +150,25 @@ def check_files(path: str | os.PathLike[str]) -> None:
         try:
             with safe_open(file, framework="pt") as tensors:
                 tensors.keys()
-            _, data_start = read_header(file)
-        except (SafetensorError, struct.error, OSError) as error:
+        except (SafetensorError, OSError) as error:
             size = file.stat().st_size
             raise InputError(f"{file}: truncated or damaged ({size:,} bytes; {error}). Download it again.") from error
-        if file.stat().st_size < data_start:
-            raise InputError(f"{file}: truncated. Download it again.")
 
 
-def read_header(file: Path) -> tuple[dict[str, Any], int]:
-    """The header of a safetensors file, and the offset of its data in bytes."""
-    with open(file, "rb") as opened:
-        (size,) = struct.unpack("<Q", opened.read(8))
-        return json.loads(opened.read(size)), 8 + size
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder, as its index names them."""
+    """The safetensors files of a checkpoint folder: all, or those of its index where there is no single file.
+
+    Raises:
+        InputError: The index is damaged, or names a file that is not in the folder.
+    """
     index = folder / INDEX
-    if index.is_file():
-        try:
-            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise InputError(f"{index}: not a safetensors index ({error!r}). Download it again.") from error
-        return [folder / name for name in sorted(set(weight_map.values()))]
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # which Transformers prefers
+        names: set[str] = set(read_json(index, _Index)["weight_map"].values())
+        return [inside(folder, name, index) for name in sorted(names)]
     return sorted(folder.glob("*.safetensors"))
 
 

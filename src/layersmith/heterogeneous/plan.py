@@ -9,11 +9,14 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from importlib.metadata import version
-from typing import Any
+from typing import Annotated, Any, Literal, NotRequired
 
 import torch
+from annotated_types import Len
+from pydantic import Field, NonNegativeInt
 from torch import nn
 from transformers import PretrainedConfig
+from typing_extensions import TypedDict
 
 from layersmith.block_config import BlockConfig, has_attention
 from layersmith.errors import UnsupportedModel
@@ -24,6 +27,44 @@ from layersmith.modeling_layersmith import MatchingZeros, PassArgument, cache_sl
 from layersmith.upstream import is_heterogeneous, per_layer_entries
 
 SUBBLOCKS = ("attention", "ffn")
+_Size = Annotated[int, Field(ge=1, le=2**31)]
+_Replacement = TypedDict(
+    "_Replacement",
+    {
+        "is": Literal["zeros", "same", "argument", "linear"],
+        "of": NotRequired[int | str],
+        "returns": NotRequired[Annotated[int, Field(ge=0, le=64)]],
+        "list": NotRequired[bool],
+        "names": NotRequired[list[str]],
+        "passes": NotRequired[list[Annotated[list[int | str], Len(2, 2)]]],
+        "size": NotRequired[_Size | None],
+        "attributes": NotRequired[dict[str, str | int | float | bool | None]],
+        "empty": NotRequired[list[str]],
+    },
+)
+
+
+class _Layer(TypedDict):
+    config: dict[str, Any]
+    modules: dict[str, _Replacement]
+    cache_slot: NonNegativeInt
+    shapes: NotRequired[dict[str, list[_Size | None]]]
+    numbers: NotRequired[dict[str, dict[str, int]]]
+    cached: NotRequired[list[str]]
+
+
+class Plan(TypedDict):
+    """The entry ``layersmith`` of a child's ``config.json``; see :func:`make_plan`."""
+
+    decoder_layers: list[Annotated[str, Field(pattern=r"^\w+(\.\w+)+$")]]
+    layers: list[_Layer]
+    per_layer_config: dict[str, dict[str, Any]]
+    text_config: NotRequired[str]
+    native_per_layer_config: NotRequired[dict[Annotated[str, Field(pattern=r"^\d+$")], dict[str, Any]]]
+    built_layer_types: NotRequired[list[str]]
+    remote: NotRequired[dict[str, str]]
+
+
 NO_LINEAR = "no linear map can replace it"
 
 
@@ -222,7 +263,7 @@ def fills_cache(descriptor: type[ModelDescriptor], block_configs: Sequence[Block
 
     An attention whose keys and values other layers read still writes them when it is removed.
     """
-    return [has_attention(block) or descriptor.attention_stays(i) for i, block in enumerate(block_configs)]
+    return [has_attention(block) or descriptor.layer_facts(i).attention_stays for i, block in enumerate(block_configs)]
 
 
 def slots_of_layers(
@@ -304,12 +345,12 @@ def stock_guard(
             entry[read] = 0
         if entry:
             guard[str(i)] = entry
-    if guard and not can_differ.all_of(guard):
-        # Some configs require equal layers of a type; then all layers get a size with which no model can be built.
-        known = [canonical.get(name, name) for names in sizes.values() for name in names]
-        alike = ({str(i): {n: 0} for i in range(len(block_configs))} for n in (*known, *read_by_models))
-        guard = next(filter(can_differ.all_of, alike), {})
-    return guard
+    if not guard or can_differ.all_of(guard):
+        return guard
+    # Some configs require equal layers of a type; then all layers get a size with which no model can be built.
+    known = [canonical.get(name, name) for names in sizes.values() for name in names]
+    alike = ({str(i): {n: 0} for i in range(len(block_configs))} for n in (*known, *read_by_models))
+    return next(filter(can_differ.all_of, alike), {})
 
 
 def _differs(config: Any, overrides: dict[str, Any]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
+from layersmith.errors import UsageError
 from layersmith.library import cuts
 from layersmith.records import to_data
 from layersmith.run.artifacts import fingerprint
@@ -183,6 +184,11 @@ class Alternative:
     method: str = ""
     size: int = 0
     query_heads: int = 0
+
+    def __post_init__(self) -> None:
+        is_known = self.kind in KINDS and self.subblock in ("attention", "ffn")
+        if not is_known or min(self.layer, self.size, self.query_heads) < 0:
+            raise UsageError(f"no such alternative: layer {self.layer}, {self.subblock!r}, {self.kind!r}, {self.size}.")
 
     @property
     def traits(self) -> Kind:

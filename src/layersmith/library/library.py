@@ -8,11 +8,13 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Len
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from typing_extensions import TypedDict
 
 from layersmith.block_config import BlockConfig
 from layersmith.execution.exchange import LAYER_TYPE, share_buffers
@@ -31,6 +33,17 @@ from layersmith.library.cuts import RankedLayer
 from layersmith.library.stored_weights import Kept
 from layersmith.records import parse, to_data
 from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
+
+# Shape of ``importance.json``: points of a curve by its name.
+CURVES = dict[str, list[Annotated[list[float], Len(2, 2)]]]
+
+
+class LibraryData(TypedDict):
+    """What ``library.json`` holds."""
+
+    axes: list[Any]
+    alternatives: list[Any]
+    notes: list[str]
 
 
 @dataclass(eq=False)
@@ -134,6 +147,11 @@ class Library:
             return None
         return units.reader, units.reader_dim
 
+    def last_projection(self, i: int, subblock: str) -> tuple[str, int] | None:
+        """:meth:`reader` of a subblock, also where it is the parent's; None if no alternative has one."""
+        members = (a for a in self.alternatives if a.layer == i and a.subblock == subblock)
+        return next((reader for a in members if (reader := self.reader(a)) is not None), None)
+
     def layer(self, *alternatives: Alternative) -> nn.Module:
         """The decoder layer with these alternatives, all of one layer; other weights are shared with the parent."""
         i = alternatives[0].layer
@@ -222,16 +240,16 @@ class Library:
 
     @staticmethod
     def read(folder: Path, parent: Parent) -> Library:
-        data = read_json(folder / "library.json")
+        data = read_json(folder / "library.json", LibraryData)
         tensors = read_tensors(folder / "tensors.safetensors")
         curves = folder / "importance.json"
         return Library(
             parent=parent,
-            axes=[parse(LayerAxes, entry, "library.json") for entry in data["axes"]],
-            alternatives=[parse(Alternative, entry, "library.json") for entry in data["alternatives"]],
+            axes=[parse(LayerAxes, entry, "library.json: ") for entry in data["axes"]],
+            alternatives=[parse(Alternative, entry, "library.json: ") for entry in data["alternatives"]],
             orders={k.removeprefix("order."): v for k, v in tensors.items() if k.startswith("order.")},
             maps={k.removeprefix("map."): v for k, v in tensors.items() if k.startswith("map.")},
             notes=data["notes"],
-            importance=read_json(curves) if curves.is_file() else {},
+            importance=read_json(curves, CURVES) if curves.is_file() else {},
             kept=Kept.read(folder),
         )

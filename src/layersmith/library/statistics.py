@@ -28,13 +28,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from layersmith.errors import UnsupportedModel
+from layersmith.errors import InputError, UnsupportedModel
 from layersmith.execution.exchange import first_tensor
 from layersmith.execution.parent import Parent
 from layersmith.library.axes.axis import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
@@ -160,45 +161,11 @@ def add_batch(
         position: Number of the batch, which seeds its random signs.
         run: Runs the batch; default: the whole model.
     """
-    again = False  # a module runs a second time for its gradient; its parts are not observed then
-
-    def add(name: str, value: torch.Tensor) -> None:
-        if name in sums:
-            sums[name] += value.double().cpu()
-        else:
-            sums[name] = value.double().cpu()
-
-    def hook(probe: Probe) -> Callable[..., None]:
-        def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            nonlocal again
-            if again:
-                return
-            if probe.kind in _FROM_GRADIENTS:
-                again = True
-                try:
-                    call = _Call(probe, parent.layer(probe.layer), module, args, kwargs, position)
-                    sums_of_batch = _FROM_GRADIENTS[probe.kind](call)
-                finally:
-                    again = False
-                for name, value in sums_of_batch.items():
-                    add(name, value)
-                return
-            x = first_argument(args, kwargs).float()
-            x = x.reshape(-1, probe.blocks * x.shape[-1])
-            if probe.kind == "energy":
-                add(probe.name, x.square().sum(0))
-            elif probe.kind == "moment":
-                add(probe.name, x.T @ x)
-            else:
-                y = first_tensor(output).flatten(0, -2).float()
-                add(f"{probe.name}.input", x.T @ x)
-                add(f"{probe.name}.output", x.T @ y)
-
-        return watch
-
-    layers = parent.layers
+    observer = _Observer(parent, sums, position, len(batch))
     handles = [
-        layers[probe.layer].get_submodule(probe.module).register_forward_hook(hook(probe), with_kwargs=True)
+        parent.layers[probe.layer]
+        .get_submodule(probe.module)
+        .register_forward_hook(partial(observer.observe, probe), with_kwargs=True)
         for probe in probes
     ]
     try:
@@ -209,6 +176,72 @@ def add_batch(
     finally:
         for handle in handles:
             handle.remove()
+
+
+@dataclass
+class _Observer:
+    """Adds what modules compute on a batch to sums.
+
+    Attributes:
+        parent: The parent.
+        sums: Sums by name, in float64.
+        position: Number of the batch.
+        num_rows: Number of its rows.
+        is_repeated: Whether a module runs a second time for its gradient; its parts are not observed then.
+    """
+
+    parent: Parent
+    sums: dict[str, torch.Tensor]
+    position: int
+    num_rows: int
+    is_repeated: bool = False
+
+    def observe(
+        self, probe: Probe, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """The forward hook of a probe's module."""
+        if self.is_repeated:
+            return
+        if probe.kind in _FROM_GRADIENTS:
+            self.is_repeated = True
+            try:
+                call = _Call(probe, self.parent.layer(probe.layer), module, args, kwargs, self.position)
+                sums_of_batch = _FROM_GRADIENTS[probe.kind](call)
+            finally:
+                self.is_repeated = False
+            for name, value in sums_of_batch.items():
+                self._add(name, value)
+            return
+        x = first_argument(args, kwargs).float()
+        x = x.reshape(-1, probe.blocks * x.shape[-1])
+        moment = x.square().sum(0) if probe.kind == "energy" else x.T @ x
+        if not torch.isfinite(moment).all():
+            raise _not_finite(self.parent, probe, x.view(self.num_rows, -1), self.position * self.num_rows)
+        if probe.kind in ("energy", "moment"):
+            self._add(probe.name, moment)
+        else:
+            y = first_tensor(output).flatten(0, -2).float()
+            self._add(f"{probe.name}.input", moment)
+            self._add(f"{probe.name}.output", x.T @ y)
+
+    def _add(self, name: str, value: torch.Tensor) -> None:
+        if name in self.sums:
+            self.sums[name] += value.double().cpu()
+        else:
+            self.sums[name] = value.double().cpu()
+
+
+def _not_finite(parent: Parent, probe: Probe, by_row: torch.Tensor, rows_before: int) -> InputError:
+    """The error for activations ``[B, ...]`` of a batch, some of which are NaN, infinite, or too large to square."""
+    dtype = str(parent.runtime.dtype).removeprefix("torch.")
+    wrong = (~torch.isfinite(by_row)).any(1).nonzero()
+    what = f"NaN or infinite in {dtype}" if len(wrong) else "so large that their squares overflow float32"
+    row = int(wrong[0, 0]) if len(wrong) else int(by_row.abs().amax(1).argmax())
+    mend = "Set dtype to float32 in the recipe" if dtype == "float16" else "Check the parent's weights"
+    return InputError(
+        f"{parent.path}: the inputs of {probe.module} in layer {probe.layer} are {what}, first in row "
+        f"{rows_before + row} of the calibration text. {mend}."
+    )
 
 
 @dataclass(frozen=True)

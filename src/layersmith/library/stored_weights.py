@@ -12,9 +12,11 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired
 
 import torch
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
 
 from layersmith.errors import InputError
 from layersmith.run.artifacts import fingerprint, read_json, write_json, write_tensors
@@ -23,6 +25,20 @@ RECORDS = "distilled.json"
 _LAYERS = "layers"
 
 Tensors = dict[str, torch.Tensor]
+
+
+class Record(TypedDict):
+    """A record of ``distilled.json``; see :class:`Kept`."""
+
+    of: str
+    identity: str
+    layer: NonNegativeInt
+    subblock: str
+    weights: str | None
+    tokens: NonNegativeInt
+    before: float | None
+    after: float | None
+    pruned: NotRequired[float | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +108,7 @@ class Kept:
         """What lies in a folder; nothing if there are no records."""
         if not (folder / RECORDS).is_file():
             return Kept()
-        return Kept(tuple(read_json(folder / RECORDS)), {}, folder)
+        return Kept(tuple(read_json(folder / RECORDS, list[Record])), {}, folder)
 
 
 def layer_file(folder: Path, layer: int) -> Path:
@@ -110,15 +126,13 @@ def read_layer(path: Path, identity: str) -> Tensors:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"{path}: missing. Run the same compress command again, which makes it again.")
+        raise InputError(f"{path}: missing. Restore it, or remove the run's library and run the same command again.")
     start = f"{identity}."
     try:
         with safe_open(path, framework="pt") as file:
             return {n.removeprefix(start): file.get_tensor(n) for n in file.keys() if n.startswith(start)}  # noqa: SIM118
     except SafetensorError as error:
-        raise InputError(
-            f"{path}: damaged ({error}). Run the same compress command again, which makes it again."
-        ) from error
+        raise InputError(f"{path}: damaged ({error}). Remove it and run the same command again.") from error
 
 
 def digest_of(weights: Mapping[str, torch.Tensor]) -> str | None:

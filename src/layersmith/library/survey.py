@@ -10,6 +10,8 @@ import torch
 from torch import nn
 
 from layersmith.block_config import BlockConfig
+from layersmith.errors import InputError
+from layersmith.execution.exchange import first_overflow
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative
@@ -53,7 +55,16 @@ class Survey:
 
 
 def survey(parent: Parent, recipe: LibraryRecipe) -> Survey:
-    """Find the axes of a parent, prove them, and list the alternatives that the recipe asks for and that run."""
+    """Find the axes of a parent, prove them, and list the alternatives that the recipe asks for and that run.
+
+    Raises:
+        InputError: The parent's activations overflow.
+    """
+    if (place := first_overflow(parent)) is not None:
+        raise InputError(
+            f"{parent.path}: the output of {place} is NaN or infinite in {str(parent.runtime.dtype)[6:]}. Repair the "
+            "parent's weights, or set dtype to a wider type in the recipe."
+        )
     tokens = torch.arange(32)[None] * 31 % parent.language_config.vocab_size  # any ids will do for a proof
     trial = Trial(parent, tokens)
     axes = prove(trial, find_axes(parent.descriptor, parent.config, parent.blocks))
@@ -117,5 +128,5 @@ def _notes_on(
         by_layer = {i: layer.reasons[subblock] for i, layer in enumerate(axes) if subblock in layer.reasons}
         notes += by_reason(by_layer, len(axes), what)
     why = "the layer caches more than keys and values of every token"
-    estimated = {i: why for i in range(len(blocks)) if descriptor.estimates_cache(i)}
+    estimated = {i: why for i in range(len(blocks)) if descriptor.layer_facts(i).estimates_cache}
     return [*notes, *by_reason(estimated, len(blocks), "The size of the KV cache is estimated")]

@@ -11,6 +11,7 @@ A method with an argument ``index`` is about that layer of the model for which t
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,58 @@ from torch import nn
 from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.model_descriptor.conventions import FFN_WIDTH, KV_HEADS, NUM_LAYERS
 from layersmith.model_descriptor.stock import whole_number
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """What is known of one layer of the model for which a descriptor was made. Its defaults are right for most.
+
+    Attributes:
+        refuted: Questions of experiments whose answer was no, with the reasons.
+        num_query_heads: Number of query heads; None: the config's usual attribute counts.
+        shared_kv_heads: Number of KV heads that cannot be reduced alone; None: not known.
+        why_no_query_heads: Why the number of query heads cannot be reduced alone; empty: not known.
+        why_no_kv_heads: Why the number of KV heads cannot be reduced; empty: not known.
+        heads_end_in_blocks: Whether the output projection is made of blocks that each read a share of the heads.
+        heads_in_pairs: Whether heads work in pairs, one of each half, whose outputs lie next to each other.
+        has_mixer: Whether it has a mixer that keeps a state of fixed size, with or without keys and values.
+        square_state: Whether one attribute sets both the head size of its mixer and the size of the state.
+        mixer_problem: Why the sizes of its mixer cannot be reduced; empty: not known.
+        flat_experts: Weights in which experts lie one after another along the first dimension.
+        experts_of_both: Whether one attribute sets the number of experts of its attention and of its FFN.
+        ffn_experts: ``FFNExperts`` record of what the number of experts sets in the FFN, where the attention has as
+            many; None: not known.
+        attention_stays: Whether it still writes to the KV cache without its attention, because other layers read it.
+        keeps_state: Whether it keeps a state of fixed size and no keys and values.
+        caches_nothing: Whether it keeps nothing in the cache.
+        cache_slots: Number of slots of the KV cache that it uses, one for each of its attentions.
+        cached_numbers: Numbers in the KV cache for each number of a value head: 2 where keys are as long as values.
+        latent_cache: Numbers in the KV cache for each token that all heads share; None: heads share none.
+        caches_each_query: Whether the KV cache holds keys and values of each query head, whatever the KV heads.
+        estimates_cache: Whether the size of its cache is an estimate, because it also holds something unknown.
+    """
+
+    refuted: tuple[str, ...] = ()
+    num_query_heads: int | None = None
+    shared_kv_heads: int | None = None
+    why_no_query_heads: str = ""
+    why_no_kv_heads: str = ""
+    heads_end_in_blocks: bool = False
+    heads_in_pairs: bool = False
+    has_mixer: bool = False
+    square_state: bool = False
+    mixer_problem: str = ""
+    flat_experts: tuple[str, ...] = ()
+    experts_of_both: bool = False
+    ffn_experts: Any = None
+    attention_stays: bool = False
+    keeps_state: bool = False
+    caches_nothing: bool = False
+    cache_slots: int = 1
+    cached_numbers: float = 2.0
+    latent_cache: int | None = None
+    caches_each_query: bool = False
+    estimates_cache: bool = False
 
 
 class Capabilities:
@@ -53,9 +106,9 @@ class Capabilities:
         return [0] * len(cls.parent_blocks(config))
 
     @classmethod
-    def refuted(cls, index: int) -> tuple[str, ...]:
-        """Questions of experiments on a layer whose answer was no, with the reasons. Default: none are known."""
-        return ()
+    def layer_facts(cls, index: int) -> LayerFacts:
+        """What is known of a layer. Default: nothing beyond its config; see the attributes of the record."""
+        return LayerFacts()
 
     # ------------------------------------------------------------------------------------------ modules of a layer
 
@@ -87,114 +140,11 @@ class Capabilities:
         """
         return {}
 
-    # ------------------------------------------------------------------------------------------ heads and mixers
-
-    @classmethod
-    def num_query_heads(cls, index: int) -> int | None:
-        """The number of query heads of a layer. Default: not known; the config's usual attribute counts."""
-        return None
-
-    @classmethod
-    def shared_kv_heads(cls, index: int) -> int | None:
-        """The number of KV heads of a layer whose KV heads cannot be reduced alone. Default: not known."""
-        return None
-
-    @classmethod
-    def why_no_query_heads(cls, index: int) -> str:
-        """Why the number of query heads of a layer cannot be reduced alone; empty where that is not known."""
-        return ""
-
-    @classmethod
-    def why_no_kv_heads(cls, index: int) -> str:
-        """Why the number of KV heads of a layer cannot be reduced; empty where that is not known."""
-        return ""
-
-    @classmethod
-    def heads_end_in_blocks(cls, index: int) -> bool:
-        """Whether the output projection consists of blocks, each of which reads its share of the heads."""
-        return False
-
-    @classmethod
-    def heads_in_pairs(cls, index: int) -> bool:
-        """Whether heads work in pairs, one of each half of all heads, whose outputs lie next to each other."""
-        return False
-
-    @classmethod
-    def has_mixer(cls, index: int) -> bool:
-        """Whether a layer has a mixer that keeps a state of fixed size, with or without keys and values."""
-        return False
-
-    @classmethod
-    def square_state(cls, index: int) -> bool:
-        """Whether one attribute sets both the head size of a layer's mixer and the size of its state."""
-        return False
-
-    @classmethod
-    def mixer_problem(cls, index: int) -> str:
-        """Why the sizes of a layer's mixer cannot be reduced; empty where that is not known."""
-        return ""
-
-    # ------------------------------------------------------------------------------------------ experts
-
-    @classmethod
-    def flat_experts(cls, index: int) -> tuple[str, ...]:
-        """Weights of a layer in which experts lie one after another along the first dimension. Default: none."""
-        return ()
-
-    @classmethod
-    def experts_of_both(cls, index: int) -> bool:
-        """Whether one attribute sets the number of experts of a layer's attention and of its FFN."""
-        return False
-
-    @classmethod
-    def ffn_experts(cls, index: int) -> Any:
-        """What the number of experts sets in a layer's FFN, where the attention has as many.
-
-        Returns:
-            An ``FFNExperts`` record. Default: None, not known.
-        """
-        return None
-
     # ------------------------------------------------------------------------------------------ the KV cache
-
-    @classmethod
-    def attention_stays(cls, index: int) -> bool:
-        """Whether a layer whose attention is removed still writes to the KV cache, because other layers read it."""
-        return False
 
     @classmethod
     def appends_to_cache(cls) -> bool:
         """Whether layers append to the cache in turn, so that the ones after a removed attention move up."""
-        return False
-
-    @classmethod
-    def keeps_state(cls, index: int) -> bool:
-        """Whether a layer keeps a state of fixed size and no keys and values."""
-        return False
-
-    @classmethod
-    def caches_nothing(cls, index: int) -> bool:
-        """Whether a layer keeps nothing in the cache."""
-        return False
-
-    @classmethod
-    def cache_slots(cls, index: int) -> int:
-        """The number of slots of the KV cache that a layer uses, one for each of its attentions."""
-        return 1
-
-    @classmethod
-    def cached_numbers(cls, index: int) -> float:
-        """Numbers in the KV cache for each number of a value head: 2 where keys are as long as values."""
-        return 2.0
-
-    @classmethod
-    def latent_cache(cls, index: int) -> int | None:
-        """Numbers in the KV cache for each token that all heads of a layer share. Default: heads share none."""
-        return None
-
-    @classmethod
-    def caches_each_query(cls, index: int) -> bool:
-        """Whether the KV cache holds keys and values for each query head, however many KV heads there are."""
         return False
 
     @classmethod
@@ -215,8 +165,3 @@ class Capabilities:
             dtype: dtype of the model.
         """
         return 0
-
-    @classmethod
-    def estimates_cache(cls, index: int) -> bool:
-        """Whether the size of a layer's cache is only an estimate, because it also holds something unknown."""
-        return False

@@ -11,12 +11,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
-from layersmith.errors import InputError, UnsupportedModel, whole_reason
+from layersmith.errors import ALLOW_CODE, InputError, UnsupportedModel, brief, whole_reason
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
 from layersmith.model_descriptor.stock import language_config, stock_model
 from layersmith.modeling_layersmith import as_parent
+from layersmith.run.artifacts import read_json
+from layersmith.untrusted import inside
 
 # A config that asks for more is wrong, and building so many would take hours.
 _MOST_LAYERS = 10_000
@@ -68,13 +70,13 @@ def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False
         raise InputError(
             f"{path}: no such folder. Give the folder of a Hugging Face checkpoint, a GGUF file, or a hub name."
         )
+    if folder.is_dir():
+        _check_config_file(folder)
     with foreign_code(f"Can the config of {path} be read?", refusal_is_answer=True) as attempt:
         config = attempt.call(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
     if attempt.failed:
         if "trust_remote_code" in str(attempt.error):
-            raise InputError(
-                f"{path}: its family runs code from the checkpoint. Read it, then allow it with trust_remote_code."
-            ) from attempt.error
+            raise InputError(f"{path}: its family runs code from the checkpoint. {ALLOW_CODE}") from attempt.error
         raise InputError(f"{path}: its config cannot be read ({whole_reason(attempt.error)})") from attempt.error
     _check_buildable(path, config)
     return config
@@ -89,9 +91,6 @@ def _check_buildable(path: str | os.PathLike[str], config: Any) -> None:
     text, key = language_config(config), repr(config.to_dict())
     if key in _buildable:
         return
-    for name, value in vars(text).items():
-        if "layers" in name and type(value) is int and value > _MOST_LAYERS:
-            raise InputError(f"{path}: its config.json asks for {value:,} layers ({name}).")
     model = None
     with (
         foreign_code(f"Does the config of {path} build a model?", refusal_is_answer=True) as attempt,
@@ -134,6 +133,25 @@ def _read_gguf_config(folder: Path, name: str) -> Any:
         del config.quantization_config
     config.dtype = torch.bfloat16  # in which its weights are stored once they are dequantized
     return config
+
+
+def _check_config_file(folder: Path) -> None:
+    """Check what Transformers would follow to other files or code, or build without a limit.
+
+    Raises:
+        InputError: The config names a file or kernel outside its folder, or implausibly many layers.
+    """
+    path = folder / "config.json"
+    parts = [read_json(path, dict[str, Any])]
+    for part in parts:
+        parts += [value for value in part.values() if isinstance(value, dict)]
+        for name, value in part.items():
+            if name == "transformers_weights" and value is not None:
+                inside(folder, str(value), f"{path}: {name}")
+            if name.endswith("attn_implementation") and "/" in str(value):
+                raise InputError(f"{path}: {name} names code on the Hub, {brief(str(value))}. Remove it.")
+            if "layer" in name and type(value) is int and value > _MOST_LAYERS:
+                raise InputError(f"{path}: asks for {value:,} layers ({name}).")
 
 
 def _looks_like_a_path(text: str) -> bool:

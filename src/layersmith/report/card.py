@@ -15,8 +15,9 @@ import yaml
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError
 
+from layersmith.data.splits import Description
 from layersmith.library.library import Library
-from layersmith.modeling_layersmith import FILE_NAME
+from layersmith.modeling_layersmith import FILE_NAME, remote_code
 from layersmith.recipe import Recipe
 from layersmith.report.collect import described, parent_name
 from layersmith.report.data import Evaluation
@@ -37,6 +38,7 @@ from layersmith.run.cards import CARD, is_edited, write_card_of
 from layersmith.run.folder import Run
 from layersmith.search.solution import Solution
 from layersmith.units import format_cost
+from layersmith.untrusted import parse_yaml
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -73,7 +75,7 @@ class Child:
 
     def header(self) -> dict[str, Any]:
         """The run's header with the description of its data."""
-        return self.run.header() | {"data": read_json(self.run.folder / "data" / "data.json")}
+        return self.run.header() | {"data": read_json(self.run.folder / "data" / "data.json", Description)}
 
 
 def write_card(folder: Path, child: Child, evaluation: Evaluation | None = None) -> None:
@@ -110,7 +112,7 @@ def model_card(folder: Path, child: Child, evaluation: Evaluation | None = None)
         _quality(evaluation, _copies(child.recipe, header)),
         "Intended uses, limitations and biases are those of the parent. Evaluate the model on your task before use.",
         "## How to load it",
-        _loading((folder / FILE_NAME).is_file(), child.recipe.trust_remote_code),
+        _loading((folder / FILE_NAME).is_file(), bool(remote_code(child.library.parent.config))),
         "## How it was made",
         _made(child, header),
     ]
@@ -178,9 +180,9 @@ def base_model(parent: str) -> str:
 def license_of(parent: str, config: dict[str, Any]) -> dict[str, str]:
     """The license that the parent's card names, else its config; empty if neither does."""
     card = _parent_front_matter(parent)
-    found = {key: str(card[key]) for key in _LICENSE_KEYS if isinstance(card.get(key), str)}
-    if "license" in found:
-        return found
+    license_fields = {key: str(card[key]) for key in _LICENSE_KEYS if isinstance(card.get(key), str)}
+    if "license" in license_fields:
+        return license_fields
     return {"license": config["license"]} if isinstance(config.get("license"), str) else {}
 
 
@@ -197,8 +199,8 @@ def _parent_front_matter(parent: str) -> dict[str, Any]:
     text = Path(card).read_text(encoding="utf-8", errors="replace")
     match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
     try:
-        data = yaml.safe_load(match[1]) if match else None
-    except yaml.YAMLError:
+        data = parse_yaml(match[1]) if match else None
+    except ValueError:
         return {}
     return data if isinstance(data, dict) else {}
 
@@ -222,7 +224,7 @@ def _costs(child: Child) -> str:
     workload = f"KV cache for a batch of {solution.workload.batch} with {solution.workload.context:,} tokens each."
     if clock is not None:
         before, after = before | clock.parent, after | clock.child
-        workload += f" Timed on {workload_in_words(clock)}."
+        workload += f" Timed on {_md(workload_in_words(clock))}."
     rows = []
     uncertain = clock.child if clock is not None and clock.is_busy else {}
     for name in ordered_costs(after):
@@ -317,8 +319,8 @@ def _made(child: Child, header: dict[str, Any]) -> str:
         f"sum of scores is {number(solution.score)}{proven}. The method is "
         f"[Puzzle](https://arxiv.org/abs/2411.19146). {trained}\n\n"
         f"- data: {_md(data_name(data['source']))}; {used}\n"
-        f"- seed {header['seed']}; layersmith {versions['layersmith']}, torch {versions['torch']}, transformers "
-        f"{versions['transformers']}"
+        f"- seed {header['seed']}; "
+        + ", ".join(f"{name} {_md(versions.get(name, '?'))}" for name in ("layersmith", "torch", "transformers"))
     )
 
 

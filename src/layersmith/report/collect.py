@@ -235,37 +235,37 @@ def _checked_scores(scores: list[Score]) -> tuple[CheckedScore, ...]:
 def _checked_sums(results: Results, optional: Optional) -> tuple[CheckedSum, ...]:
     """Sums of scores against measured losses: of this child, and of models on the frontier that were evaluated."""
     objective, frontier = results.recipe.scoring.objective, optional.frontier
-    found = []
+    checked = []
     measured = measured_loss(optional.as_cut or results.evaluation, objective)
     if measured is not None:
-        found.append(CheckedSum(THIS_CHILD, results.solution.score, *measured))
+        checked.append(CheckedSum(THIS_CHILD, results.solution.score, *measured))
     if frontier is not None and frontier.objective == objective:
-        found += [
+        checked += [
             CheckedSum("frontier" if series.name == "search" else series.name, p.score, p.measured.mean,
                        p.measured.error)
             for series in frontier.series()
             for p in series.points
             if p.measured and p.score is not None
         ]  # fmt: skip
-    return tuple(found)
+    return tuple(checked)
 
 
 def _checked_times(solution: Solution, optional: Optional) -> tuple[CheckedTime, ...]:
     """Times of whole children relative to the parent's: by the sum of their parts, and measured."""
-    found, known, clock = [], optional.time_checks, optional.clock
+    checked, known, clock = [], optional.time_checks, optional.clock
     phases = ("prefill", "decode")
     for check in known.checks if known is not None else ():
         for phase in phases:
             predicted = getattr(check.parts, phase) / getattr(known.parent, phase) if known else 0.0
             measured = getattr(check.whole, phase) / getattr(check.parent, phase)
-            found.append(CheckedTime(check.what, phase, check.fraction, predicted, measured))
+            checked.append(CheckedTime(check.what, phase, check.fraction, predicted, measured))
     if clock is not None and "prefill_seconds" in solution.costs:
         fraction = solution.costs["parameters"] / solution.parent_costs["parameters"]
         for phase in phases:
             cost = f"{phase}_seconds"
             predicted = solution.costs[cost] / solution.parent_costs[cost]
-            found.append(CheckedTime(THIS_CHILD, phase, fraction, predicted, clock.child[cost] / clock.parent[cost]))
-    return tuple(found)
+            checked.append(CheckedTime(THIS_CHILD, phase, fraction, predicted, clock.child[cost] / clock.parent[cost]))
+    return tuple(checked)
 
 
 def measured_loss(evaluation: Evaluation, objective: str) -> tuple[float | None, float | None] | None:

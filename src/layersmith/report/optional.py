@@ -9,13 +9,25 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from typing_extensions import TypedDict
+
 from layersmith.costs.times import Check, Timing, kept_in
+from layersmith.library.stored_weights import Record
 from layersmith.records import parse
 from layersmith.report.data import Clock, Curve, Distillation, Evaluation, Frontier, Refined, StageTime, Trained
 from layersmith.run.artifacts import read_json
 from layersmith.run.folder import ASKED_FRONTIER, Run
+from layersmith.search.refine import RefinedData
 
 T = TypeVar("T")
+
+
+class _Log(TypedDict):
+    """What ``log.json`` of a global distillation holds."""
+
+    name: str
+    x: str
+    points: list[Any]
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ def read_refined(path: Path) -> Refined | None:
     """What refinement tried and gained."""
     if not path.is_file():
         return None
-    data = read_json(path)
+    data = read_json(path, RefinedData)
     return parse(Refined, {"tried": data["tried"], "passes": data["passes"], **data["measured"]}, f"{path}: ")
 
 
@@ -85,7 +97,8 @@ def read_time_checks(folder: Path) -> TimeChecks | None:
     data = kept_in(folder)
     if data is None:
         return None
-    return TimeChecks(Timing(**data["parent"]), tuple(Check.from_dict(check) for check in data["checks"]))
+    checks = tuple(parse(Check, entry, "times.json: checks.") for entry in data["checks"])
+    return TimeChecks(parse(Timing, data["parent"], "times.json: parent."), checks)
 
 
 def read_clock(folder: Path) -> Clock | None:
@@ -96,24 +109,25 @@ def read_clock(folder: Path) -> Clock | None:
 def read_distillation(folder: Path) -> Distillation | None:
     """Curves of global distillation, and what local distillation gained; None if there was neither."""
     curves = []
-    for log in map(read_json, sorted((folder / "distillation").rglob("log.json"))):
+    for file in sorted((folder / "distillation").rglob("log.json")):
+        log = read_json(file, _Log)
         for name, points in ((log["name"], log["points"]), (f"{log['name']}, held out", log.get("validation", ()))):
             if points:
                 curves.append(parse(Curve, {"name": name, "x": log["x"], "points": points}, "log.json: "))
     path, trained = folder / "library" / "distilled.json", trained_alternatives(folder)
-    records: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+    records: list[dict[str, Any]] = read_json(path, list[Record]) if path.is_file() else []
     refitted = sum(bool(record.get("weights")) and not record["tokens"] for record in records)
     return Distillation(tuple(curves), trained, refitted) if curves or trained or refitted else None
 
 
 def trained_alternatives(folder: Path) -> tuple[Trained, ...]:
     """Alternatives, and layers trained jointly, with their error as they were cut, after training and during it."""
-    found: list[Trained] = []
+    trained: list[Trained] = []
     for stage in ("library", "pairs"):
         path = folder / stage / "distilled.json"
-        records: list[dict[str, Any]] = read_json(path) if path.is_file() else []
+        records: list[dict[str, Any]] = read_json(path, list[Record]) if path.is_file() else []
         for record in records:
             cut = record["before"] if record.get("pruned") is None else record["pruned"]
             if record["tokens"] and cut is not None and record["after"] is not None:
-                found.append(parse(Trained, record | {"before": cut}, f"{path}: "))
-    return tuple(found)
+                trained.append(parse(Trained, record | {"before": cut}, f"{path}: "))
+    return tuple(trained)

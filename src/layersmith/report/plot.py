@@ -65,9 +65,9 @@ def columns(records: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return result
 
 
-def data_sets(found: Iterable[Plot]) -> dict[str, Any]:
+def data_sets(plots: Iterable[Plot]) -> dict[str, Any]:
     """Data sets of plots by name, as columns."""
-    return {plot.name: columns(plot.data) for plot in found}
+    return {plot.name: columns(plot.data) for plot in plots}
 
 
 def log_ticks(low: float, high: float, most: int = 6) -> list[float]:

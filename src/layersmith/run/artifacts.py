@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from layersmith.errors import InputError
+from layersmith.records import check
+from layersmith.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
 
 if TYPE_CHECKING:
     import torch
 
 # How the names of files and folders begin while they are written; what a killed process left has such a name.
 TEMPORARY = ".layersmith-"
-# Files of a run are checked before they are read, so this is damage that came in between.
-_MAKE_AGAIN = "Run the same compress command again, which makes what is damaged again."
 # Permissions of new files and folders: the user's umask, which can only be read by setting it.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -94,14 +94,17 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path) -> Any:
-    """Raises: InputError: missing or not JSON."""
+def read_json(path: Path, shape: Any = Any) -> Any:
+    """JSON data of a shape; see :func:`layersmith.records.check`.
+
+    Raises:
+        InputError: It is missing, too long, not JSON, or of another shape.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: missing.") from error
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error}). {_MAKE_AGAIN}") from error
+        data = parse_json(read_bytes(path, MAX_JSON_BYTES))
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error}). Remove it and run the same command again.") from error
+    return check(data, shape, path)
 
 
 def write_tensors(path: Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
@@ -121,7 +124,9 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise InputError(f"{path}: damaged ({error}). {_MAKE_AGAIN}") from error
+        raise InputError(
+            f"{path}: damaged ({error}). Restore it, or remove it and run the same command again."
+        ) from error
 
 
 @contextmanager

@@ -6,24 +6,34 @@ cache remembers that. Small files, which decide things, are hashed whenever they
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
+
+from typing_extensions import TypedDict
 
 from layersmith.errors import InputError
 from layersmith.run import user_cache
-from layersmith.run.artifacts import file_digest, fingerprint, write_json
+from layersmith.run.artifacts import file_digest, fingerprint
+from layersmith.untrusted import inside
 
 # Hashing as much takes about a millisecond, which is less than reading what is remembered saves.
 _SMALL_BYTES = 1024**2
 
 T = TypeVar("T")
 
+
+class FileRecord(TypedDict):
+    """Of one file."""
+
+    size: int
+    sha256: str
+
+
 # A file's path in its folder => its size and SHA-256.
-Record = dict[str, dict[str, Any]]
+Record = dict[str, FileRecord]
 
 
 def remembered(kind: str, file: Path, compute: Callable[[Path], T], *, whole: bool = False) -> T:
@@ -74,11 +84,13 @@ def record_of(root: Path, files: Iterable[Path]) -> Record:
     }
 
 
-def difference(root: Path, record: Mapping[str, Mapping[str, Any]], *, whole: bool = False) -> str | None:
+def difference(root: Path, record: Record, *, whole: bool = False) -> str | None:
     """The first file below ``root`` that is not as recorded, in words; None if all are."""
     names = sorted(record)
     for name in names:
-        file = root / name
+        file = inside(root, name, root)
+        if not file.resolve().is_relative_to(root.resolve()):
+            return f"{name} is a link that leads out of the folder"
         if not file.is_file():
             return f"{name} is missing"
         if file.stat().st_size != record[name]["size"]:
@@ -98,21 +110,3 @@ def content_digest(path: Path) -> str:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     names = [path.suffix if file == path else file.relative_to(path).as_posix() for file in files]
     return fingerprint(list(zip(names, digests(files), strict=True)))
-
-
-def write_sealed(file: Path, data: Any, files: Iterable[Path] = ()) -> None:
-    """Write JSON data with digests of itself and of files below its folder, after these."""
-    sealed = {"data": data, "files": record_of(file.parent, files)}
-    write_json(file, sealed | {"digest": fingerprint(sealed)})
-
-
-def read_sealed(file: Path) -> Any:
-    """What :func:`write_sealed` wrote; None if it or one of the files is missing or differs."""
-    try:
-        sealed = json.loads(file.read_bytes())
-        is_intact = sealed.pop("digest") == fingerprint(sealed) and not difference(
-            file.parent, sealed["files"], whole=True
-        )
-        return sealed["data"] if is_intact else None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None

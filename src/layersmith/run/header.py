@@ -5,21 +5,55 @@ It has a digest of its contents, so that damage is noticed. Where it is damaged 
 
 from __future__ import annotations
 
-import json
 import platform
 import reprlib
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
+
+from typing_extensions import TypedDict
 
 from layersmith.errors import InputError
+from layersmith.records import check
 from layersmith.run.artifacts import fingerprint, write_json
+from layersmith.run.digests import Record
+from layersmith.untrusted import MAX_JSON_BYTES, parse_json, read_bytes
 
 # Of the run folder's layout. A run of another format is refused.
 FORMAT = 3
 HEADER = "run.json"
 _RESTORE = "Restore it, or run compress with another folder next to this one: it takes over what both have in common."
+
+
+class _Parent(TypedDict):
+    path: str
+    identity: str
+
+
+class _Data(TypedDict):
+    source: str
+    digest: str
+
+
+class _Made(TypedDict):
+    inputs: str
+    files: Record
+
+
+class Header(TypedDict):
+    """What ``run.json`` holds."""
+
+    parent: _Parent
+    data: _Data
+    budget: dict[str, Any]
+    recipe: dict[str, Any]
+    seed: int
+    versions: dict[str, str]
+    working_directory: str
+    descriptor: dict[str, Any] | None
+    stages: dict[str, _Made]
+    cards: dict[str, dict[str, bool]]
 
 
 def versions() -> dict[str, str]:
@@ -40,18 +74,18 @@ def read_header(folder: Path) -> dict[str, Any]:
     """
     path = folder / HEADER
     try:
-        header = json.loads(path.read_bytes())
+        header = parse_json(read_bytes(path, MAX_JSON_BYTES))
     except ValueError:
         header = None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}). {_RESTORE}") from error
+    except InputError as error:
+        raise InputError(f"{error} {_RESTORE}") from error
     if isinstance(header, dict):
         if header.get("format") != FORMAT and header.get("format") in range(FORMAT):
             raise InputError(
                 f"{folder}: made by another version of layersmith. Choose another folder, or use that version."
             )
         if header.pop("digest", None) == fingerprint(header):
-            return header
+            return cast(dict[str, Any], check(header, Header, path))
     raise InputError(f"{path}: differs from what was written. {_RESTORE}")
 
 
@@ -71,23 +105,3 @@ def changes(old: Any, new: Any, where: str = "") -> list[str]:
         return [c for k in keys for c in changes(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
     before, after = (reprlib.repr(value) for value in (old, new))
     return [] if old == new else [f"{where}: {before} => {after}"]
-
-
-def refuse_another(folder: Path, header: dict[str, Any]) -> None:
-    """Raises: InputError: The run was made from something else, with what differs."""
-    before = read_header(folder)
-    another = "Choose another folder"
-    shares = f"{another}: next to this one it shares the work that both have in common"
-    for name, mend in (
-        ("recipe", f"{shares}. Or restore the recipe"),
-        ("parent", another),
-        ("descriptor", f"{shares}. Or give the same descriptor"),
-        ("data", another),
-        ("budget", f"{shares}. Or ask this run for another budget with `layersmith search`"),
-        ("versions", f"{another}, or run with the versions that run.json names"),
-    ):
-        contents = {"parent": "identity", "data": "digest"}.get(name)  # not where they are
-        old, new = ((h.get(name) or {}) if contents is None else h[name][contents] for h in (before, header))
-        if old != new:
-            what = f" ({'; '.join(changes(old, new)[:3])})" if contents is None else ""
-            raise InputError(f"{folder}: holds a run with another {name}{what}. {mend}.")

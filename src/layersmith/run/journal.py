@@ -6,39 +6,57 @@ and then. A :func:`work_folder` holds whole files.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
+import tempfile
 import time
-import zlib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
+from typing_extensions import TypedDict
 
-from layersmith.errors import LayersmithError
+from layersmith.errors import InputError
+from layersmith.records import check
 from layersmith.run import ranks
 from layersmith.run.artifacts import (
     open_without_links,
+    read_json,
     read_tensors,
     remove,
     saying_disk_full,
+    write_json,
     write_tensors,
 )
-from layersmith.run.digests import read_sealed, write_sealed
+from layersmith.run.progress import SILENT, Progress
+from layersmith.untrusted import parse_json
 
 _SYNC_EVERY_SECONDS = 5.0
 
 Values = dict[str, float]
 
 
+class _Start(TypedDict):
+    """The first line of a journal."""
+
+    inputs: str
+
+
+class _Entry(TypedDict):
+    """Any other line."""
+
+    of: str
+    row: int
+    values: Values
+
+
 class Journal:
     """Results by what they are of and by row, appended to a file as they come; in memory only without a path.
 
-    Each line ends with a checksum. A file of other inputs is started anew; a line that was cut off or that differs from
-    what was written, and what follows it, counts as not written.
+    A file of other inputs is started anew, and a last line that was cut off counts as not written.
 
     Args:
         path: The file; None for no file.
@@ -82,7 +100,7 @@ class Journal:
     def _append(self, record: dict[str, Any]) -> None:
         if self._file is not None and self.path is not None:
             with saying_disk_full(self.path):
-                self._file.write(_line(record))
+                self._file.write(json.dumps(record).encode() + b"\n")
                 self._file.flush()
                 if time.monotonic() - self._synced > _SYNC_EVERY_SECONDS:
                     os.fsync(self._file.fileno())
@@ -93,10 +111,10 @@ class Journal:
         size = 0
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else ()):
             try:
-                record = json.loads(line[:-1].rpartition(b" ")[0])
-            except ValueError:
+                record: Any = check(parse_json(line), _Entry if number else _Start, path)
+            except (ValueError, InputError):
                 break
-            if line != _line(record) or (number == 0 and record.get("inputs") != self.inputs):
+            if not line.endswith(b"\n") or (number == 0 and record["inputs"] != self.inputs):
                 break
             size += len(line)
             if number:
@@ -104,9 +122,27 @@ class Journal:
         return size
 
 
-def _line(record: dict[str, Any]) -> bytes:
-    text = json.dumps(record).encode()
-    return b"%b %08x\n" % (text, zlib.crc32(text))
+@dataclass(frozen=True)
+class Recording:
+    """Where a long computation keeps its results as they come, and where it shows its progress.
+
+    Attributes:
+        path: File of the journal; None for no file.
+        inputs: Digest of everything that results depend on; a journal of other inputs is started anew.
+        progress: Receives steps and notes.
+    """
+
+    path: Path | None = None
+    inputs: str = ""
+    progress: Progress = SILENT
+
+    def journal(self) -> Journal:
+        return Journal(self.path, self.inputs)
+
+    @property
+    def folder(self) -> Path:
+        """Folder for temporary files."""
+        return Path(tempfile.gettempdir()) if self.path is None else self.path.parent
 
 
 class Checkpoint:
@@ -128,32 +164,20 @@ class Checkpoint:
 
     def save(self, tensors: dict[str, torch.Tensor], state: Any) -> None:
         if self.path is not None:
-            text = json.dumps({"inputs": self.inputs, "state": state})
-            write_tensors(self.path, tensors, {"state": text, "digest": _digest_of(tensors, text)})
+            write_tensors(self.path, tensors, {"state": json.dumps({"inputs": self.inputs, "state": state})})
             self._saved = time.monotonic()
 
     def load(self) -> tuple[dict[str, torch.Tensor], Any] | None:
-        """What was saved last; None if there is nothing for these inputs, or it differs from what was written."""
+        """What was saved last; None if there is nothing for these inputs."""
         if self.path is None or not self.path.is_file():
             return None
+        tensors = read_tensors(self.path)
         try:
             with safe_open(self.path, framework="pt") as file:
-                metadata = file.metadata() or {}
-            text, tensors = metadata.get("state", "{}"), read_tensors(self.path)
-        except (SafetensorError, LayersmithError, UnicodeDecodeError):
-            return None
-        if metadata.get("digest") != _digest_of(tensors, text):
-            return None
-        record = json.loads(text)
-        return (tensors, record["state"]) if record["inputs"] == self.inputs else None
-
-
-def _digest_of(tensors: dict[str, torch.Tensor], text: str) -> str:
-    digest = hashlib.sha256(text.encode())
-    for name in sorted(tensors):
-        digest.update(name.encode())
-        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+                record = check(parse_json((file.metadata() or {}).get("state", "{}")), dict[str, Any], self.path)
+        except ValueError as error:
+            raise InputError(f"{self.path}: damaged ({error}). Remove it and run the same command again.") from error
+        return (tensors, record.get("state")) if record.get("inputs") == self.inputs else None
 
 
 def work_folder(folder: Path, inputs: str) -> Path:
@@ -161,9 +185,9 @@ def work_folder(folder: Path, inputs: str) -> Path:
 
     def make() -> None:
         file = folder / "inputs.json"
-        if read_sealed(file) != inputs:
+        if folder.exists() and (not file.is_file() or read_json(file) != inputs):
             remove(folder)
-            write_sealed(file, inputs)
+        write_json(file, inputs)
 
     ranks.on_first(make)
     return folder

@@ -8,9 +8,27 @@ import time
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, cast
 
+from pydantic import NonNegativeFloat
+from typing_extensions import TypedDict
+
+from layersmith.errors import InputError
+from layersmith.records import check
 from layersmith.run.artifacts import open_without_links, saying_disk_full
+from layersmith.run.digests import Record
+from layersmith.untrusted import parse_json
+
+
+class LogRecord(TypedDict):
+    """A line of the log, as far as it is read."""
+
+    stage: str
+    event: str
+    time: str
+    seconds: NotRequired[NonNegativeFloat]
+    inputs: NotRequired[str]
+    files: NotRequired[Record]
 
 
 class Log:
@@ -64,8 +82,6 @@ class Log:
     def _records(self) -> list[dict[str, Any]]:
         records = []
         for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
-            with suppress(ValueError):  # a line that was cut off
-                record = json.loads(line)
-                if isinstance(record, dict) and record.keys() >= {"stage", "event", "time"}:
-                    records.append(record)
+            with suppress(ValueError, InputError):  # a line that was cut off
+                records.append(cast(dict[str, Any], check(parse_json(line), LogRecord, self.path)))
         return records

@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as LiveDisplay
+from rich.segment import Segment
 from rich.text import Text
 
+from layersmith.errors import printable
 from layersmith.units import format_seconds
 
 # Seconds between two lines about the same stage where there is no live bar.
@@ -63,7 +65,14 @@ SILENT = Progress()
 
 
 class CommandConsole(Console):
-    """A console whose process ends as a shell expects when the reader of a pipe has gone."""
+    """A console whose process ends as a shell expects when the reader of a pipe has gone.
+
+    Text that it prints cannot control the terminal: names and texts of others may hold anything.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
 
     def on_broken_pipe(self) -> None:
         try:

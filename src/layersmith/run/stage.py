@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
+from layersmith.run.journal import Recording
 from layersmith.run.progress import Advance, Progress
 
 Job = TypeVar("Job")
@@ -49,6 +50,11 @@ class Making:
     scratch: Path
     progress: Progress
     elsewhere: list[Path] = field(default_factory=list)
+
+    @property
+    def recording(self) -> Recording:
+        """For work that keeps its results in :attr:`unfinished`."""
+        return Recording(self.unfinished, self.inputs, self.progress)
 
 
 def _always(job: Any) -> bool:

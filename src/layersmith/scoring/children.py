@@ -32,7 +32,7 @@ from layersmith.recipe import ScoringRecipe
 from layersmith.run.progress import Progress
 from layersmith.scoring.exact import by_spans, spans
 from layersmith.scoring.exchanges import ExchangeEffects, exchange_effects
-from layersmith.scoring.metrics import Reference, Rows, as_rows, measure, row_means
+from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, measure, row_means
 
 Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
 
@@ -125,6 +125,7 @@ class ChildEvaluator:
             method, parts = self._layer_by_layer, self._within_limit(batches, len(solutions))
         for part in parts:
             for index, result in method(sorted_places, part).items():
+                check_rows(result, "a candidate child")
                 results[order[index]] += result
             advance(sum(map(len, part)))
         return results
@@ -150,8 +151,7 @@ class ChildEvaluator:
         assert self.layerwise is not None
         batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
         self.passes += self.cost_of_effects(solution, others, len(rows))
-        most = self.spill_bytes if self.streamed else math.inf
-        return exchange_effects(self.layerwise, solution, others, batches, seed, self._states(), most)
+        return exchange_effects(self.layerwise, solution, others, batches, seed, self._states())
 
     def cost_of_effects(self, solution: Sequence[Alternative], others: Sequence[Alternative], num_rows: int) -> float:
         """Work of :meth:`exchange_effects`: a forward pass of the parent, two of the child, and two backward passes."""
@@ -238,7 +238,7 @@ class ChildEvaluator:
             yield list(batches[start : start + size])
 
     def _states(self) -> States:
-        return StatesOnDisk(self.folder) if self.streamed else States()
+        return StatesOnDisk(self.folder, self.spill_bytes) if self.streamed else States()
 
     def _by_exchange(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
         """Run the whole model with exchanged layers."""

@@ -117,12 +117,25 @@ def _same(keys: Sequence[object]) -> torch.Tensor:
     return (ids[:, None] == ids).double()
 
 
+@dataclass(frozen=True)
+class RunLimits:
+    """How much may run exactly.
+
+    Attributes:
+        num_rows: N. A first run is on one row; each further one doubles the rows.
+        budget: Limit of the summed costs.
+        precision: Nothing more runs once every weighted standard deviation of r is below this.
+    """
+
+    num_rows: int
+    budget: float
+    precision: float
+
+
 def choose_runs(
     known: Prior,
     costs: Sequence[float],
-    num_rows: int,
-    budget: float,
-    precision: float,
+    limits: RunLimits,
     done: Mapping[int, int] | None = None,
     worth: torch.Tensor | None = None,
 ) -> dict[int, int]:
@@ -131,9 +144,7 @@ def choose_runs(
     Args:
         known: The prior.
         costs: Cost of an exact run of each alternative on one row.
-        num_rows: N. A first run is on one row; each further one doubles the rows.
-        budget: Limit of the summed costs.
-        precision: Nothing more runs once every weighted standard deviation of r is below this.
+        limits: How much may run.
         done: Index of each alternative that ran before to its rows, which cost nothing more.
         worth: ``[n]``, how much the variance of each counts; default: the prior's weights.
 
@@ -144,19 +155,19 @@ def choose_runs(
     cost = torch.tensor(costs, dtype=torch.float64)
     rows = torch.zeros(len(cost), dtype=torch.float64)
     if done:
-        at, cross, solved = _given(known, done, num_rows)
+        at, cross, solved = _given(known, done, limits.num_rows)
         left -= cross @ solved
         rows[at] = torch.tensor(list(done.values()), dtype=torch.float64)
     weight = known.weight if worth is None else worth
     spent = 0.0
     while True:
         variance = left.diagonal()
-        added = torch.minimum(torch.where(rows > 0, rows, 1.0), num_rows - rows)
+        added = torch.minimum(torch.where(rows > 0, rows, 1.0), limits.num_rows - rows)
         noise = known.noise.square() / added.clamp_min(1)
         gain = weight @ left.square() / (variance + noise) / (cost * added.clamp_min(1))
-        gain[(added < 1) | (spent + cost * added > budget)] = -1
+        gain[(added < 1) | (spent + cost * added > limits.budget)] = -1
         best = int(gain.argmax())
-        if gain[best] <= 0 or float((known.weight * variance).max()) <= precision**2:
+        if gain[best] <= 0 or float((known.weight * variance).max()) <= limits.precision**2:
             return {i: int(n) for i, n in enumerate(rows.tolist()) if n}
         column = left[:, best].clone()
         left -= torch.outer(column, column) / (variance[best] + noise[best])
@@ -198,7 +209,7 @@ def correct(
 def draw(known: Prior, observed: Mapping[int, tuple[float, int]], num_rows: int, count: int, seed: int) -> torch.Tensor:
     """``[n, count]``: posterior samples of r, which are prior samples conditioned by Matheron's rule.
 
-    Source: Wilson et al., "Pathwise Conditioning of Gaussian Processes", arXiv 2011.04026, section 3.
+    Source: Wilson et al., "Pathwise Conditioning of Gaussian Processes", arXiv 2011.04026 (2020).
 
     Args:
         known: The prior.

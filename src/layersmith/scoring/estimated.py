@@ -20,7 +20,7 @@ from layersmith.scoring.forward import most_seconds
 from layersmith.scoring.regret import Axis, ExpectedRegret
 from layersmith.scoring.rounds import Observed, Rounds, Runs, relative_log
 from layersmith.scoring.score import Score, standard_error
-from layersmith.scoring.second_order import estimate, plan_estimate
+from layersmith.scoring.second_order import SeededBatch, estimate, plan_estimate
 from layersmith.scoring.silencing import Survey, look
 from layersmith.scoring.task import KL, ScoringTask, exact_passes, row_order
 
@@ -151,9 +151,11 @@ class Sweep:
         task = self.task
         assert task.layerwise is not None
         samples = range(task.recipe.samples)
-        seeds = [[[_row_seed(self.seed, k, row) for row in rows] for k in samples] for rows in batches]
-        tokens = [task.rows(rows) for rows in batches]
-        values = estimate(task.layerwise, task.pending, self.survey, tokens, seeds, task.states(), task.work)
+        seeded = [
+            SeededBatch(task.rows(rows), [[_row_seed(self.seed, k, row) for row in rows] for k in samples])
+            for rows in batches
+        ]
+        values = estimate(task.layerwise, task.pending, self.survey, seeded, task.states(), task.work)
         for rows, value_by_identity in zip(batches, values, strict=True):
             task.progress.add(len(task.pending) * len(rows))
             for a in task.pending:

@@ -29,7 +29,7 @@ from layersmith.execution.layerwise import Batch, LayerwiseParent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.scoring.forward import most_seconds, plan_start, read, start_all
-from layersmith.scoring.metrics import Reference, Rows, as_rows, labels_of, measure, row_means
+from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, labels_of, measure, row_means
 from layersmith.scoring.work import Plan, Work, plan_all, share_of_layer
 
 # Bytes of logits of one span of tokens. A larger span takes more memory; a smaller one uses the device less well.
@@ -42,6 +42,9 @@ class Measured:
 
     alternative: Alternative | None
     rows: Rows
+
+    def __post_init__(self) -> None:
+        check_rows(self.rows, "the parent" if self.alternative is None else self.alternative)
 
 
 def run_exactly(

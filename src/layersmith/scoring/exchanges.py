@@ -16,9 +16,9 @@ Shapes: B rows, T tokens, D hidden, A alternatives, S tokens that are kept.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import numpy as np
 import torch
@@ -81,11 +81,10 @@ def exchange_effects(
     batches: Sequence[torch.Tensor],
     seed: int,
     states: States,
-    most_bytes: float = math.inf,
 ) -> ExchangeEffects:
     """Effects of exchanges on a child.
 
-    Each layer is finished on as many batches as the limit of hidden states allows before the next one begins.
+    Each layer is finished on as many batches as the capacity of ``states`` allows before the next one begins.
 
     Args:
         layerwise: The parent, run layer by layer.
@@ -94,22 +93,20 @@ def exchange_effects(
         batches: Token ids, ``[B, T]`` for each batch.
         seed: Seed of the signs.
         states: Stores hidden states between layers.
-        most_bytes: Limit of these hidden states.
     """
     child: dict[int, dict[str, Alternative]] = {}
     for a in chosen:
         child.setdefault(a.layer, {})[a.subblock] = a
     total = sum(rows.numel() for rows in batches)
     sums = _Sums(max(1, -(-total // _MOST_TOKENS)))
+    sweep = _Sweep(layerwise, child, others, states, sums)
     # The inputs of every layer, two final hidden states and two gradients.
     of_batch = (len(layerwise.layers) + 4) * max(rows.numel() for rows in batches) * layerwise.bytes_of_a_token
-    size = max(1, int(min(len(batches), most_bytes / of_batch)))
-    first = 0
+    size = max(1, int(min(len(batches), states.capacity / of_batch)))
+    seeds = iter(range(seed * 1_000_003, (seed + 1) * 1_000_003))
     for start in range(0, len(batches), size):
         part = batches[start : start + size]
-        of_part = sum(len(rows) for rows in part)
-        _sweep(layerwise, child, others, part, range(first, first + of_part), seed, states, sums)
-        first += of_part
+        sweep.run(part, [list(islice(seeds, len(rows))) for rows in part])
     keys = list(sums.linear)
     products = np.stack([torch.cat(sums.products[key]).numpy() for key in keys]).astype(np.float64)
     mixed = products @ products.T / products.shape[1]
@@ -117,61 +114,63 @@ def exchange_effects(
     return ExchangeEffects({key: k for k, key in enumerate(keys)}, linear, mixed)
 
 
-def _sweep(
-    layerwise: LayerwiseParent,
-    child: Mapping[int, Mapping[str, Alternative]],
-    others: Sequence[Alternative],
-    batches: Sequence[torch.Tensor],
-    numbers: Sequence[int],
-    seed: int,
-    states: States,
-    sums: _Sums,
-) -> None:
-    """Add the effects of exchanges on some batches, whose rows have these numbers."""
-    started = _forward(layerwise, child, batches, states)
-    left = iter(numbers)
-    for n, rows in enumerate(batches):
-        seeds = [seed * 1_000_003 + next(left) for _ in rows]
-        parent, of_child = (states.pop((name, n)) for name in ("parent", "child"))
-        for k, g in enumerate(_of_the_head(layerwise, rows, parent, of_child, seeds)):
-            states.put(("gradient", k, n), g)
-    for i in reversed(range(len(layerwise.layers))):
-        layerwise.read(i)
-        of_layer = [a for a in others if a.layer == i]
-        for n, batch in enumerate(started):
-            cotangents = [states.pop(("gradient", k, n)) for k in range(2)]
-            layer = _Layer(layerwise, batch, child[i], states.pop(("given", i, n)), sums)
-            for k, g in enumerate(layer.back(of_layer, cotangents)):
+@dataclass(frozen=True, eq=False)
+class _Sweep:
+    """A forward pass of parent and child and a backward pass of the child, layer by layer.
+
+    Attributes:
+        layerwise: The parent, run layer by layer.
+        child: The child's alternatives by layer and subblock.
+        others: Alternatives to exchange for.
+        states: Stores hidden states between layers.
+        sums: Collects the effects of exchanges.
+    """
+
+    layerwise: LayerwiseParent
+    child: Mapping[int, Mapping[str, Alternative]]
+    others: Sequence[Alternative]
+    states: States
+    sums: _Sums
+
+    def run(self, batches: Sequence[torch.Tensor], seeds: Sequence[Sequence[int]]) -> None:
+        """Add the effects on some batches, with one seed per row."""
+        states, started = self.states, self._forward(batches)
+        for n, rows in enumerate(batches):
+            parent, child = (states.pop((name, n)) for name in ("parent", "child"))
+            for k, g in enumerate(_of_the_head(self.layerwise, rows, parent, child, seeds[n])):
                 states.put(("gradient", k, n), g)
-            del layer, cotangents, g  # frees their weights
-    for n in range(len(batches)):
-        for k in range(2):
-            states.forget(("gradient", k, n))
+        for i in reversed(range(len(self.layerwise.layers))):
+            self.layerwise.read(i)
+            of_layer = [a for a in self.others if a.layer == i]
+            for n, batch in enumerate(started):
+                cotangents = [states.pop(("gradient", k, n)) for k in range(2)]
+                layer = _Layer(self.layerwise, batch, self.child[i], states.pop(("given", i, n)), self.sums)
+                for k, g in enumerate(layer.back(of_layer, cotangents)):
+                    states.put(("gradient", k, n), g)
+                del layer, cotangents, g  # frees their weights
+        for n in range(len(batches)):
+            for k in range(2):
+                states.forget(("gradient", k, n))
 
-
-def _forward(
-    layerwise: LayerwiseParent,
-    child: Mapping[int, Mapping[str, Alternative]],
-    batches: Sequence[torch.Tensor],
-    states: States,
-) -> list[Batch]:
-    """Run batches through parent and child; ``("given", i, n)`` is the input of the child's layer i for batch n."""
-    started = []
-    for n, rows in enumerate(batches):
-        batch = layerwise.start(rows)
-        for name in ("parent", "child"):
-            states.put((name, n), batch.embedded)
-        started.append(batch.without_embedded())
-    for i in range(len(layerwise.layers)):
-        layerwise.read(i)
-        module = layerwise.builder.layer(*child[i].values())
-        for n, batch in enumerate(started):
-            hidden = states.get(("child", n))
-            states.put(("given", i, n), hidden)
-            states.put(("child", n), layerwise.run(batch, i, hidden, module))
-            states.put(("parent", n), layerwise.run(batch, i, states.get(("parent", n))))
-        del module  # frees its weights
-    return started
+    def _forward(self, batches: Sequence[torch.Tensor]) -> list[Batch]:
+        """Run parent and child; ``("given", i, n)`` is the input of the child's layer i for batch n."""
+        layerwise, states = self.layerwise, self.states
+        started = []
+        for n, rows in enumerate(batches):
+            batch = layerwise.start(rows)
+            for name in ("parent", "child"):
+                states.put((name, n), batch.embedded)
+            started.append(batch.without_embedded())
+        for i in range(len(layerwise.layers)):
+            layerwise.read(i)
+            module = layerwise.builder.layer(*self.child[i].values())
+            for n, batch in enumerate(started):
+                hidden = states.get(("child", n))
+                states.put(("given", i, n), hidden)
+                states.put(("child", n), layerwise.run(batch, i, hidden, module))
+                states.put(("parent", n), layerwise.run(batch, i, states.get(("parent", n))))
+            del module  # frees its weights
+        return started
 
 
 def _of_the_head(

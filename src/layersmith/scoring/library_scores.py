@@ -7,17 +7,14 @@ selection depends only on results, so a resumed run gives the same scores.
 from __future__ import annotations
 
 import logging
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers
 from layersmith.library.library import Library
 from layersmith.recipe import ScoringRecipe
-from layersmith.run.journal import Journal
-from layersmith.run.progress import SILENT, Progress
+from layersmith.run.journal import Recording
 from layersmith.scoring.estimated import estimated_scores
 from layersmith.scoring.exact_runs import exact_scores
 from layersmith.scoring.regret import Axis
@@ -38,9 +35,7 @@ def score_library(
     *,
     axes: Sequence[Axis] = (),
     seed: int = 0,
-    journal: Path | None = None,
-    inputs: str = "",
-    progress: Progress = SILENT,
+    recording: Recording = Recording(),
 ) -> list[Score]:
     """Score every alternative of a library; the parent's subblocks score as the parent.
 
@@ -51,14 +46,12 @@ def score_library(
         axes: Costs by which the search will choose; what decides there is run exactly first. Default: the errors of
             all scores count alike.
         seed: Seed of the random signs.
-        journal: File that keeps results as they come.
-        inputs: Digest of everything that scores depend on; a journal of other inputs is overwritten.
-        progress: Shows the work.
+        recording: Keeps results as they come and shows the work.
 
     Returns:
         Scores in the order of the library's alternatives.
     """
-    parent = library.parent
+    parent, progress = library.parent, recording.progress
     steps = sum(a.kind != PARENT for a in library.alternatives)
     with progress.stage("score", steps, "alternatives") as advance:
         layerwise: LayerwiseParent[Library] | None = None
@@ -67,14 +60,13 @@ def score_library(
         except NotLayerwise as reason:
             progress.note(f"each alternative is scored by running the whole model, because {reason}.")
         shown = ScoringProgress(advance, steps, tokens.shape[1], clock_of(progress, parent.runtime.device))
-        folder = journal.parent if journal else Path(tempfile.gettempdir())
-        with Journal(journal, inputs) as results:
+        with recording.journal() as results:
             task = ScoringTask(
                 library=library,
                 layerwise=layerwise,
                 tokens=tokens,
                 recipe=recipe,
-                folder=folder,
+                folder=recording.folder,
                 progress=shown,
                 results=results,
             )

@@ -12,10 +12,13 @@ Shapes: B rows, T tokens, t a span of them, D hidden, V vocabulary.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from layersmith.errors import InputError
 
 METRICS = ("kl_divergence", "lm_loss", "top_1_agreement", "top_5_agreement", "top_10_agreement", "hidden_distance")
 _TOP = (1, 5, 10)
@@ -124,6 +127,17 @@ def as_rows(means: dict[str, torch.Tensor]) -> Rows:
     """``[B]`` values of every metric as one mapping per row."""
     values = {name: means[name].tolist() for name in METRICS}
     return [{name: values[name][j] for name in METRICS} for j in range(len(values[METRICS[0]]))]
+
+
+def check_rows(rows: Rows, of: object) -> None:
+    """Raises: InputError: A metric is NaN or infinite; ``of`` names the model or alternative that was measured."""
+    for j, row in enumerate(rows):
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise InputError(
+                    f"{of}: {name} is {value} in row {j} of a batch, so its predictions overflow. Set dtype to float32 "
+                    "in the recipe, or check the parent's weights."
+                )
 
 
 def loss_of(metric: str, value: float, parent_value: float) -> float:

@@ -10,7 +10,7 @@ summed over subblocks. Divided by the sum of the scores of what is taken, this i
 term is attributed half to a and half to a'; that share is the value of scoring them exactly. The multipliers are those
 of the known scores.
 
-Source: the value of perfect information, Raiffa and Schlaifer, "Applied Statistical Decision Theory" (1961), part I.
+Source: the value of perfect information, Raiffa and Schlaifer, "Applied Statistical Decision Theory" (1961).
 
 Shapes: n alternatives, K draws of their scores, G subblocks, M the most alternatives of a subblock, the parent's
 included.

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from layersmith.scoring.correction import Prior, choose_runs, correct, draw, misfit
+from layersmith.scoring.correction import Prior, RunLimits, choose_runs, correct, draw, misfit
 from layersmith.scoring.regret import ExpectedRegret
 
 # Share of the work for each round. Small rounds adapt better to what was shown. They also end closer to the number that
@@ -75,7 +75,8 @@ class Rounds:
             if k >= foreseen and regret <= self.settled * (_UNFORESEEN if foreseen else 1):
                 return dict(runs)
         passes = self.passes * (1.0 if self.expected_regret is None else SHARES[k])
-        return choose_runs(self.known, self.costs, self.num_rows, passes, self.precision, runs, worth)
+        limits = RunLimits(self.num_rows, passes, self.precision)
+        return choose_runs(self.known, self.costs, limits, runs, worth)
 
     def foresee(self, k: int, runs: Runs, observed: Observed, foreseen: int = 0) -> tuple[int, Runs]:
         """The number of rounds and all runs, if the runs from round k on show what the prior expects."""

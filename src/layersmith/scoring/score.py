@@ -5,13 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Len
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
 
 from layersmith.errors import UsageError
 from layersmith.library.alternative import Alternative
 from layersmith.scoring.metrics import loss_of
+
+
+class ScoreData(TypedDict):
+    """A record of ``scores.json``."""
+
+    of: str
+    rows: dict[str, Annotated[list[float], Len(1)]]
+    exact_rows: NonNegativeInt
+    error: float
+    checked: Annotated[list[float], Len(2, 2)] | None
 
 
 @dataclass(frozen=True)

@@ -47,6 +47,19 @@ from layersmith.scoring.work import Plan, Work, share_of_layer
 _SOFTMAX, _BACKWARD, _REFITTED = 0.6, 1.5, 0.2
 
 
+@dataclass(frozen=True, eq=False)
+class SeededBatch:
+    """A batch of rows, with seeds of the random signs.
+
+    Attributes:
+        rows: Token ids, ``[B, T]``.
+        seeds: For each backward pass, one seed per row.
+    """
+
+    rows: torch.Tensor
+    seeds: Sequence[Sequence[int]]
+
+
 @dataclass
 class _Sums:
     """Sums over the tokens of each row of a batch, ``[B]`` by identity of an alternative."""
@@ -64,8 +77,7 @@ def estimate(
     layerwise: LayerwiseParent,
     alternatives: Sequence[Alternative],
     survey: Survey,
-    batches: Sequence[torch.Tensor],
-    seeds: Sequence[Sequence[Sequence[int]]],
+    batches: Sequence[SeededBatch],
     states: States,
     work: Work | None = None,
 ) -> list[dict[str, torch.Tensor]]:
@@ -77,8 +89,7 @@ def estimate(
         layerwise: The parent, run layer by layer.
         alternatives: The alternatives, without the parent's subblocks.
         survey: The result of :func:`look` for them.
-        batches: Token ids, ``[B, T]`` for each batch.
-        seeds: For each batch and each backward pass, one seed per row.
+        batches: The batches.
         states: Stores hidden states between layers.
         work: Counts and times the work.
 
@@ -86,35 +97,34 @@ def estimate(
         For each batch, identity of an alternative to ``[B]`` float64.
     """
     work = work or Work()
-    numbers = range(len(batches))
     depth = len(layerwise.layers)
-    started = start_all(layerwise, batches, states, work)
-    for n, (rows, of_batch) in enumerate(zip(batches, seeds, strict=True)):
-        with work.doing("head back", _amount_of_head(layerwise, len(of_batch), rows.shape)):
-            for k, g in enumerate(_of_the_head(layerwise, rows, states.pop(("parent", depth, n)), of_batch)):
+    started = start_all(layerwise, [batch.rows for batch in batches], states, work)
+    for n, batch in enumerate(batches):
+        with work.doing("head back", _amount_of_head(layerwise, len(batch.seeds), batch.rows.shape)):
+            for k, g in enumerate(_of_the_head(layerwise, batch, states.pop(("parent", depth, n)))):
                 states.put(("gradient", k, n), g)
     by_place: dict[tuple[int, str], list[Alternative]] = {}
     for a in alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
-    sums = [_Sums() for _ in numbers]
+    sums = [_Sums() for _ in batches]
     for i in reversed(range(depth)):
         by_subblock = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
         read(layerwise, i, work)
-        for n in numbers:
-            amount = _amount_back(
-                layerwise, survey, i, [*by_subblock["attention"], *by_subblock["ffn"]], len(seeds[n]), batches[n].shape
-            )
+        both = [*by_subblock["attention"], *by_subblock["ffn"]]
+        for n, batch in enumerate(batches):
+            passes = range(len(batch.seeds))
+            amount = _amount_back(layerwise, survey, i, both, len(passes), batch.rows.shape)
             with work.doing("back", amount):
                 hidden = states.pop(("parent", i, n))
                 layer = ParentLayer(layerwise, i, started[n], hidden, work)
-                cotangents = [states.pop(("gradient", k, n)) for k in range(len(seeds[n]))]
+                cotangents = [states.pop(("gradient", k, n)) for k in passes]
                 for k, g in enumerate(_through(layer, by_subblock, survey, hidden, cotangents, sums[n])):
                     states.put(("gradient", k, n), g)
                 del layer, hidden, cotangents, g  # frees their weights
-    for n in numbers:
-        for k in range(len(seeds[n])):
+    for n, batch in enumerate(batches):
+        for k in range(len(batch.seeds)):
             states.pop(("gradient", k, n))
-    scales = [0.5 / (len(of_batch) * rows.shape[1]) for of_batch, rows in zip(seeds, batches, strict=True)]
+    scales = [0.5 / (len(batch.seeds) * batch.rows.shape[1]) for batch in batches]
     return [
         {identity: total * scale for identity, total in of_batch.squares.items()}
         for of_batch, scale in zip(sums, scales, strict=True)
@@ -274,12 +284,11 @@ def _masks(silent: Sequence[Alternative], survey: Survey, sizes: dict[str, int])
 # ---------------------------------------------------------------------------------------------- the head
 
 
-def _of_the_head(
-    layerwise: LayerwiseParent, rows: torch.Tensor, hidden: torch.Tensor, seeds: Sequence[Sequence[int]]
-) -> list[torch.Tensor]:
+def _of_the_head(layerwise: LayerwiseParent, batch: SeededBatch, hidden: torch.Tensor) -> list[torch.Tensor]:
     """Cotangents ``[B, T, D]`` at the output of the last layer, one for each backward pass."""
-    generators = [[torch.Generator().manual_seed(seed) for seed in of_pass] for of_pass in seeds]
-    result = [torch.empty_like(hidden) for _ in seeds]
+    rows = batch.rows
+    generators = [[torch.Generator().manual_seed(seed) for seed in of_pass] for of_pass in batch.seeds]
+    result = [torch.empty_like(hidden) for _ in batch.seeds]
     for start, end in spans(rows, layerwise.vocab_size):
         part = hidden[:, start:end].detach().requires_grad_()
         with torch.enable_grad(), layerwise.arithmetic.needs():

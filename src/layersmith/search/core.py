@@ -12,8 +12,7 @@ gap. Then pairs of partial solutions are combined whose unused limits also fit i
 finds them without trying all pairs.
 
 Source: enumeration by halves is Horowitz and Sahni, "Computing Partitions with Applications to the Knapsack Problem"
-(1974), section 3; the core near the bound is Balas and Zemel, "An Algorithm for Large Zero-One Knapsack Problems"
-(1980), section 2.
+(1974); the core near the bound is Balas and Zemel, "An Algorithm for Large Zero-One Knapsack Problems" (1980).
 
 Shapes: G groups, N columns, K limited costs, S partial solutions of a half, P pairs.
 """

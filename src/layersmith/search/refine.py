@@ -19,8 +19,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import NonNegativeInt
+from typing_extensions import TypedDict
+
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
+from layersmith.records import check
 from layersmith.run.journal import Journal
 from layersmith.scoring.children import ChildEvaluator
 from layersmith.scoring.metrics import loss_of
@@ -72,27 +76,19 @@ class Refined:
 def refine(
     problem: SearchProblem,
     plain: Solution,
-    models: ChildEvaluator,
+    evaluations: Evaluations,
     recipe: SearchRecipe,
-    objective: str,
-    journal: Journal,
-    *,
     seed: int = 0,
-    advance: Callable[[float], None] = lambda passes: None,
 ) -> Refined:
     """Search on from the program's solution by evaluating whole children.
 
     Args:
         problem: The search problem.
         plain: The program's solution.
-        models: Evaluates whole children.
+        evaluations: Evaluates whole children.
         recipe: Says how much work is allowed.
-        objective: Metric to minimise.
-        journal: Keeps results.
         seed: Seed of the random factors and exchanges.
-        advance: Called with forward passes that were just done.
     """
-    evaluations = _Evaluations(models, _parent_of(problem), objective, journal, advance)
     best, seen = _Search(problem, evaluations, recipe, random.Random(seed)).run(plain)
     return Refined(
         solution=plain if best == plain.alternatives else problem.of(best),
@@ -103,17 +99,12 @@ def refine(
     )
 
 
-def _parent_of(problem: SearchProblem) -> Chosen:
-    return tuple(a for a in problem.alternatives if a.is_parent)
-
-
 @dataclass(eq=False)
-class _Evaluations:
+class Evaluations:
     """Losses of whole children, and the work that they took.
 
     Attributes:
         models: Evaluates whole children.
-        parent: The parent's alternatives.
         objective: Metric to minimise.
         journal: Keeps results.
         advance: Called with forward passes that were just done.
@@ -121,15 +112,15 @@ class _Evaluations:
     """
 
     models: ChildEvaluator
-    parent: Chosen
     objective: str
     journal: Journal
-    advance: Callable[[float], None]
+    advance: Callable[[float], None] = lambda passes: None
     passes: float = 0.0
     all_rows: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
         self.all_rows = sorted(row_order(len(self.models.tokens)))
+        self._parent = tuple(a for a in self.models.library.alternatives if a.is_parent)
 
     def losses(self, children: Sequence[Chosen], rows: Sequence[int], new_rows: int | None = None) -> list[float]:
         """Loss of each child under the objective; only results that are not in the journal are made.
@@ -179,7 +170,7 @@ class _Evaluations:
         if self.objective == "kl_divergence":
             return mean
         if not self.journal.has("parent", rows):
-            self.journal.write("parent", rows, self.models.run([self.parent], rows)[0])
+            self.journal.write("parent", rows, self.models.run([self._parent], rows)[0])
         of_parent = self._values("parent", rows)
         return loss_of(self.objective, mean, math.fsum(of_parent) / len(of_parent))
 
@@ -188,7 +179,7 @@ class _Search:
     """Rounds of evaluating children around the best one."""
 
     def __init__(
-        self, problem: SearchProblem, evaluations: _Evaluations, recipe: SearchRecipe, rng: random.Random
+        self, problem: SearchProblem, evaluations: Evaluations, recipe: SearchRecipe, rng: random.Random
     ) -> None:
         self.problem, self.evaluations, self.recipe, self.rng = problem, evaluations, recipe, rng
         self.rows: list[int] = []  # on which the children of the rounds are evaluated
@@ -266,8 +257,19 @@ class _Search:
         return Neighbours(self.problem, base, effects, self.rng).best(numbers, self.seen)
 
 
+class RefinedData(TypedDict):
+    """What ``refine.json`` holds."""
+
+    choice: dict[str, Any]
+    plain: dict[str, Any]
+    tried: NonNegativeInt
+    passes: float
+    measured: dict[str, Any]
+
+
 def read_refined(data: dict[str, Any]) -> Refined:
     """From what :meth:`Refined.to_dict` gave."""
+    check(data, RefinedData, "refine.json")
     return Refined(
         solution=Solution.from_dict(data["choice"]),
         plain=Solution.from_dict(data["plain"]),

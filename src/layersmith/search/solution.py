@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from typing_extensions import TypedDict
 
 from layersmith.costs.budget import Limits, Workload
 from layersmith.library.alternative import Alternative
-from layersmith.records import parse, to_data
+from layersmith.records import check, parse, to_data
 from layersmith.units import format_cost
+
+
+class _Asked(TypedDict):
+    asked: list[Any]
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,6 @@ class Solution:
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Solution:
-        alternatives = tuple(parse(Alternative, entry, "solution.json") for entry in data["alternatives"])
-        asked, workload = Limits.from_data(data["asked"]), Workload(**data["workload"])
-        return Solution(**{**data, "alternatives": alternatives, "asked": asked, "workload": workload})
+        """Raises: InputError, UsageError: not what :meth:`to_dict` gives."""
+        asked = Limits.from_data(check(data, _Asked, "solution.json")["asked"])
+        return replace(parse(Solution, data | {"asked": {"each": data["asked"]}}, "solution.json: "), asked=asked)

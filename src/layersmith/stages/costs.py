@@ -10,9 +10,10 @@ from typing import Any
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Limit, Limits, Workload
-from layersmith.costs.counted import context_note
+from layersmith.costs.counted import ModelShape, context_note
 from layersmith.costs.measured import measure
 from layersmith.costs.roofline import device_of, predict
+from layersmith.costs.stopwatch import Stopwatch
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.costs.times import PREFILL, Times, from_csv, to_csv
 from layersmith.errors import Infeasible, InputError
@@ -54,11 +55,13 @@ class Costs:
         return self.counted if times is None else times.into(self.counted, alternatives)
 
 
+def shape_of(parent: Parent, survey: Survey | Library) -> ModelShape:
+    return ModelShape(parent.descriptor, parent.config, parent.blocks, survey.axes, parent.dtype)
+
+
 def cost_table(parent: Parent, survey: Survey | Library, workload: Workload) -> CostTable:
     """Count the costs of all alternatives of a parent."""
-    return count_costs(
-        parent.descriptor, parent.config, parent.blocks, survey.alternatives, survey.axes, parent.dtype, workload
-    )
+    return count_costs(shape_of(parent, survey), survey.alternatives, workload)
 
 
 def check_reachable(
@@ -107,11 +110,8 @@ def find_times(
         return from_csv(recipe.times, survey.alternatives, within)
     costs = cost_table(parent, survey, within)
     if recipe.device is not None:
-        return predict(
-            recipe.device, parent.language_config, parent.blocks, survey.axes, survey.alternatives, costs,
-            parent.dtype, within,
-        )  # fmt: skip
-    return measure(parent, survey.alternatives, costs, within, recipe, progress, check)
+        return predict(recipe.device, shape_of(parent, survey), survey.alternatives, costs, within)
+    return measure(Stopwatch(parent, within, recipe), survey.alternatives, costs, progress, check)
 
 
 def times_of(
@@ -120,19 +120,20 @@ def times_of(
     workload: Workload,
     descriptor: type[ModelDescriptor] | None = None,
     progress: Progress = SILENT,
+    trust_remote_code: bool = False,
 ) -> tuple[Times, list[Alternative]]:
     """Times of all alternatives of a parent, without a run."""
     runtime = Runtime.detect(recipe.device, recipe.dtype)
-    path = ordinary_checkpoint(path, recipe.checkpoint_dtype, recipe.trust_remote_code, progress)
+    path = ordinary_checkpoint(path, recipe.checkpoint_dtype, trust_remote_code, progress)
     near = Path.cwd() if is_streamed(path, recipe, runtime) else None
     with progress.stage(DESCRIBE.name, 1, "parent") as advance:
-        parent = load_parent(path, runtime, descriptor, recipe.trust_remote_code, stream_near=near)
-        found = survey(parent, recipe.library)
+        parent = load_parent(path, runtime, descriptor, trust_remote_code, stream_near=near)
+        surveyed = survey(parent, recipe.library)
         advance(1)
-    times = find_times(parent, found, recipe.costs, workload, progress)
+    times = find_times(parent, surveyed, recipe.costs, workload, progress)
     for note in context_note(workload.context, times.workload):
         progress.note(note)
-    return times, found.alternatives
+    return times, surveyed.alternatives
 
 
 def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Costs:
@@ -146,18 +147,18 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
     Raises:
         Infeasible: They cannot.
     """
-    parent, found, rules, source = job.parent, job.read(DESCRIBE), job.recipe.search, job.recipe.costs
+    parent, surveyed, rules, source = job.parent, job.read(DESCRIBE), job.recipe.search, job.recipe.costs
     if source.device is not None:
         device_of(source.device)  # raises
     if source.times is not None and not Path(source.times).is_file():
         raise InputError(f"recipe costs.times: {source.times}: no such file.")
-    counted = cost_table(parent, found, job.workload)
+    counted = cost_table(parent, surveyed, job.workload)
     for note in context_note(job.workload.context, counted.workload):
         progress.note(note)
 
     def check(times: Times | None) -> None:
-        table = Costs(counted, times).table(found.alternatives)
-        check_reachable(found.alternatives, table, job.limits, rules, parent.blocks)
+        table = Costs(counted, times).table(surveyed.alternatives)
+        check_reachable(surveyed.alternatives, table, job.limits, rules, parent.blocks)
 
     def check_fastest(fastest: Times) -> None:
         """Refuse early if even a child of no-ops takes twice what is allowed; near misses are measured in full."""
@@ -172,7 +173,7 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
         return Costs(counted, None)
     times = known
     if times is None or times.workload != job.workload.within(parent.positions):
-        times = find_times(parent, found, job.recipe.costs, job.workload, progress, check_fastest)
+        times = find_times(parent, surveyed, job.recipe.costs, job.workload, progress, check_fastest)
     check(times)
     return Costs(counted, times)
 
@@ -185,11 +186,11 @@ def _inputs(job: Job) -> Any:
 
 
 def _make(job: Job, making: Making) -> None:
-    found = job.read(DESCRIBE)
+    surveyed = job.read(DESCRIBE)
     costs = find_costs(job, making.progress)
     write_json(making.folder / _COUNTED, costs.counted.to_dict())
     if costs.times is not None:
-        write_times(making.folder, costs.times, found.alternatives)
+        write_times(making.folder, costs.times, surveyed.alternatives)
 
 
 def write_times(folder: Path, times: Times, alternatives: Sequence[Alternative]) -> None:

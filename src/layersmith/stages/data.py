@@ -6,8 +6,10 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layersmith.data.mixture import read_mixture
-from layersmith.data.splits import TokenSplits, check_vocabulary, prepare
+from layersmith.data.splits import Description, TokenSplits, check_vocabulary, prepare
 from layersmith.errors import InputError
 from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.run.digests import content_digest
@@ -45,6 +47,8 @@ def _inputs(job: Job) -> Any:
 def _make(job: Job, making: Making) -> None:
     recipe, parent = job.recipe.data, job.parent
     length = min(recipe.sequence_length, parent.positions or recipe.sequence_length)
+    if length < 2:
+        raise InputError(f"{job.path}: made for {length} position, but predicting a token takes a context of two.")
     with making.progress.stage("data", 1, "source") as advance:
         recipe = dataclasses.replace(recipe, sequence_length=length)
         tokens = prepare(job.data, job.tokenizer, recipe, job.recipe.seed)
@@ -59,20 +63,34 @@ def _make(job: Job, making: Making) -> None:
 
 
 def _read(job: Job, folder: Path) -> TokenSplits:
-    rows = read_tensors(folder / "tokens.safetensors")
+    rows = read_rows(folder / "tokens.safetensors", *_SPLITS)
     return TokenSplits(
         calibration=rows["calibration"],
         scoring=rows["scoring"],
         evaluation=rows["evaluation"],
         training=rows["training"],
-        description=read_json(folder / "data.json"),
+        description=read_json(folder / "data.json", Description),
     )
+
+
+def read_rows(path: Path, *names: str) -> dict[str, torch.Tensor]:
+    """Token rows by the name of their split.
+
+    Raises:
+        InputError: The file is missing or damaged, or a split is missing or no matrix of token ids.
+    """
+    rows = read_tensors(path)
+    for name in names:
+        tensor = rows.get(name)
+        if tensor is None or tensor.ndim != 2 or tensor.is_floating_point() or (len(tensor) and int(tensor.min()) < 0):
+            raise InputError(f"{path}: {name} is not a matrix of token ids.")
+    return rows
 
 
 def digest_of_split(job: Job, split: str) -> str:
     """Digest of the rows of a split."""
     job.run.require(DATA.name)
-    digests: dict[str, str] = read_json(job.run.folder / DATA.name / "data.json")["sha256"]
+    digests: dict[str, str] = read_json(job.run.folder / DATA.name / "data.json", Description)["sha256"]
     return digests[split]
 
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes
+from layersmith.library.library import LibraryData
 from layersmith.library.survey import Survey, survey
-from layersmith.records import parse, to_data
+from layersmith.records import check, parse, to_data
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.job import Job
@@ -22,27 +23,27 @@ def _inputs(job: Job) -> Any:
 
 def _make(job: Job, making: Making) -> None:
     with making.progress.stage("describe", 1, "parent") as advance:
-        found = survey(job.parent, job.recipe.library)
+        surveyed = survey(job.parent, job.recipe.library)
         advance(1)
     if job.is_streamed:
         making.progress.note("the parent's weights stay on the disk; a layer at a time is read.")
-    for note in found.notes:
+    for note in surveyed.notes:
         making.progress.note(note)
     data = {
-        "axes": [to_data(axis) for axis in found.axes],
-        "alternatives": [to_data(alternative) for alternative in found.alternatives],
-        "ffn_ranking": found.ffn_ranking,
-        "notes": found.notes,
+        "axes": [to_data(axis) for axis in surveyed.axes],
+        "alternatives": [to_data(alternative) for alternative in surveyed.alternatives],
+        "ffn_ranking": surveyed.ffn_ranking,
+        "notes": surveyed.notes,
     }
     write_json(making.folder / _FILE, data)
 
 
 def _read(job: Job, folder: Path) -> Survey:
-    data = read_json(folder / _FILE)
+    data = read_json(folder / _FILE, LibraryData)
     return Survey(
-        axes=[parse(LayerAxes, entry, _FILE) for entry in data["axes"]],
-        alternatives=[parse(Alternative, entry, _FILE) for entry in data["alternatives"]],
-        ffn_ranking=data["ffn_ranking"],
+        axes=[parse(LayerAxes, entry, f"{_FILE}: ") for entry in data["axes"]],
+        alternatives=[parse(Alternative, entry, f"{_FILE}: ") for entry in data["alternatives"]],
+        ffn_ranking=check(data.get("ffn_ranking"), str, f"{folder / _FILE}: ffn_ranking"),
         notes=data["notes"],
     )
 

@@ -29,6 +29,7 @@ def plan(
     recipe: Recipe,
     budget: Budget,
     descriptor: type[ModelDescriptor] | None = None,
+    trust_remote_code: bool = False,
 ) -> str:
     """The text that ``--dry-run`` prints.
 
@@ -39,15 +40,13 @@ def plan(
     check_files(parent)
     next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
     runtime = Runtime.detect(recipe.device, recipe.dtype)
-    found = outline(
-        parent, recipe.library, budget.workload, descriptor, recipe.trust_remote_code, recipe.checkpoint_dtype
-    )
-    check_reachable(found.alternatives, found.costs, budget.limits, recipe.search, found.blocks)
-    whole = found.costs.parent
-    smallest = {name: _smallest(found, name) for name in COSTS}
-    flops = stage_flops(found, recipe)
+    space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
+    check_reachable(space.alternatives, space.costs, budget.limits, recipe.search, space.blocks)
+    whole = space.costs.parent
+    smallest = {name: _smallest(space, name) for name in COSTS}
+    flops = stage_flops(space, recipe)
     kinds: dict[str, int] = {}
-    for alternative in found.alternatives:
+    for alternative in space.alternatives:
         if not alternative.is_parent:
             kinds[alternative.kind] = kinds.get(alternative.kind, 0) + 1
     rate = matrix_rate(runtime)
@@ -61,7 +60,7 @@ def plan(
             for name in COSTS
             if whole[name]
         ),
-        f"library: {sum(kinds.values())} alternatives in {len(found.axes)} layers ("
+        f"library: {sum(kinds.values())} alternatives in {len(space.axes)} layers ("
         + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items())
         + ")",
         f"data: {data}, rows of {recipe.data.sequence_length} tokens: {recipe.data.calibration_sequences} calibration, "
@@ -73,7 +72,7 @@ def plan(
         f"memory: {format_cost('weight_bytes', whole['parameters'] * runtime.dtype.itemsize)} for the parent's weights "
         f"in {str(runtime.dtype).removeprefix('torch.')}, up to {recipe.library.statistics_gib:g} GiB for statistics",
         f"disk: at most {format_cost('weight_bytes', whole['weight_bytes'])} for the child in {out}",
-        *(f"note: {note}" for note in found.notes),
+        *(f"note: {note}" for note in space.notes),
         *(
             ["note: latency limits cannot be checked in a dry run; a run checks them once the parent is timed."]
             if budget.limits.has_times
@@ -89,13 +88,13 @@ def _between(seconds: float) -> str:
     return f"{shortest} to {longest}"
 
 
-def _smallest(found: Any, name: str) -> int:
+def _smallest(space: Any, name: str) -> int:
     by_place: dict[tuple[int, str], int] = {}
-    for alternative in found.alternatives:
+    for alternative in space.alternatives:
         place = (alternative.layer, alternative.subblock)
-        cost = found.costs.by_key[alternative.key][name]
+        cost = space.costs.by_key[alternative.key][name]
         by_place[place] = min(cost, by_place.get(place, cost))
-    return sum(by_place.values()) + found.costs.fixed[name]
+    return sum(by_place.values()) + space.costs.fixed[name]
 
 
 def matrix_rate(runtime: Runtime, size: int = 1024) -> float:

@@ -129,7 +129,7 @@ def _is_wanted(job: Job) -> bool:
 def _time(job: Job, making: Making) -> None:
     parent, workload, child = job.parent, _workload(job), _load_child(job)
     with making.progress.stage("clock", 1, "pair") as advance:
-        with foreign_code("do parent and child generate?", refusal_is_answer=True) as attempt:
+        with foreign_code("do parent and child generate?") as attempt:
             measured = time_models([parent.model, child], workload, job.recipe.costs, parent.language_config.vocab_size)
         advance(1)
     if attempt.failed:

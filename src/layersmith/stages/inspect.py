@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Workload
-from layersmith.costs.counted import context_note, total
+from layersmith.costs.counted import ModelShape, context_note, total
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype
 from layersmith.heterogeneous.plan import SUBBLOCKS
@@ -102,7 +102,7 @@ def outline(
     layers = meta_layers(descriptor, config, blocks)
     survey = survey_of(descriptor, blocks, axes, layers, recipe)
     stored = config_dtype(config) if dtype == "auto" else getattr(torch, dtype)
-    costs = count_costs(descriptor, config, blocks, survey.alternatives, axes, stored, workload)
+    costs = count_costs(ModelShape(descriptor, config, blocks, axes, stored), survey.alternatives, workload)
     return Outline(
         config=config,
         descriptor=descriptor,

@@ -6,6 +6,7 @@ the workload. Nothing is loaded before a stage needs it, so a finished run is op
 
 from __future__ import annotations
 
+import dataclasses
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from layersmith.costs.budget import Budget, Limits, Workload
 from layersmith.data.splits import load_tokenizer
 from layersmith.errors import InputError
+from layersmith.execution.exchange import first_overflow
 from layersmith.execution.parent import Parent, identity_of, load_parent
 from layersmith.execution.streaming import is_too_large
 from layersmith.heterogeneous.checkpoint import check_files
@@ -50,6 +52,7 @@ class Job:
         family: Descriptor of the parent's model family; default: inferred.
         progress: Receives steps and notes.
         training_data: Source of global distillation; default: that of the run's data.
+        trust_remote_code: Whether code from the folders of parent and child may run. No file can allow it.
     """
 
     run: Run
@@ -61,13 +64,25 @@ class Job:
     family: type[ModelDescriptor] | None = None
     progress: Progress = SILENT
     training_data: str | None = None
+    trust_remote_code: bool = False
     _results: dict[str, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------ the parent
 
     @cached_property
     def runtime(self) -> Runtime:
-        return Runtime.detect(self.recipe.device, self.recipe.dtype)
+        """Device and dtype of the computation; a wider dtype than float16 if the parent's activations overflow it."""
+        runtime = Runtime.detect(self.recipe.device, self.recipe.dtype)
+        if runtime.dtype != torch.float16 or runtime.world_size > 1:
+            return runtime
+        near = self.run.folder if is_streamed(self.path, self.recipe, runtime) else None
+        parent = load_parent(self.path, runtime, self.family, self.trust_remote_code, stream_near=near)
+        if first_overflow(parent) is None:
+            self.__dict__["parent"] = parent
+            return runtime
+        wider = torch.bfloat16 if runtime.device.type == "cuda" else torch.float32
+        self.progress.note(f"the parent's activations overflow float16; it is run in {str(wider)[6:]}.")
+        return dataclasses.replace(runtime, dtype=wider)
 
     @property
     def dtype(self) -> str:
@@ -80,7 +95,7 @@ class Job:
         recipe = self.recipe
         return ranks.from_first(
             lambda: ordinary_checkpoint(
-                self.source, recipe.checkpoint_dtype, recipe.trust_remote_code, progress=self.progress
+                self.source, recipe.checkpoint_dtype, self.trust_remote_code, progress=self.progress
             )
         )
 
@@ -97,7 +112,7 @@ class Job:
 
     @cached_property
     def _config(self) -> Any:
-        return read_config(self.path, trust_remote_code=self.recipe.trust_remote_code)
+        return read_config(self.path, trust_remote_code=self.trust_remote_code)
 
     @cached_property
     def descriptor(self) -> dict[str, Any] | None:
@@ -131,12 +146,12 @@ class Job:
         return self._load(Runtime(torch.device("cpu"), self.parent.dtype), self.parent.descriptor)
 
     def _load(self, runtime: Runtime, family: type[ModelDescriptor] | None = None) -> Parent:
-        trusts, near = self.recipe.trust_remote_code, self.run.folder if self.is_streamed else None
-        return load_parent(self.path, runtime, family or self.family, trusts, stream_near=near)
+        near = self.run.folder if self.is_streamed else None
+        return load_parent(self.path, runtime, family or self.family, self.trust_remote_code, stream_near=near)
 
     @cached_property
     def tokenizer(self) -> Any:
-        return load_tokenizer(self.path, trust_remote_code=self.recipe.trust_remote_code)
+        return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
     # ------------------------------------------------------------------------------------------ the request
 
@@ -165,6 +180,7 @@ class Job:
         progress: Progress = SILENT,
         change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
         verify: bool = False,
+        trust_remote_code: bool = False,
     ) -> Job:
         """The job of a run that was made before.
 
@@ -175,6 +191,7 @@ class Job:
             progress: Receives steps and notes.
             change: Returns the recipe with other settings for what is made now.
             verify: Hash large files of the run whose size and time of change are as before, too.
+            trust_remote_code: Whether code from the folders of parent and child may run.
 
         Raises:
             InputError: A stage is not finished, or the parent is gone or has changed.
@@ -192,7 +209,9 @@ class Job:
             recipe=change(Recipe.from_dict(header["recipe"], str(run.folder / "run.json"))),
             family=family,
             progress=progress,
+            trust_remote_code=trust_remote_code,
         )
+        progress.note(f"parent: {job.source}")
         if job.identity != header["parent"]["identity"]:
             raise InputError(
                 f"{job.source}: not the parent of {run.folder} any more: its weights or config changed. Restore them."

@@ -13,11 +13,15 @@ from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.job import Job
 from layersmith.stages.statistics import STATISTICS
 
+# Settings of the recipe's section that matter only for the layers of a solution.
+AFTER_SEARCH = ("child_refit", "coupled_tokens", "coupled_on", "coupled_learning_rate")
+
 
 def _inputs(job: Job) -> Any:
     rows = [digest_of_split(job, split) for split in ("calibration", "training")]
     stages = [job.made_from(stage) for stage in (DESCRIBE, STATISTICS)]
-    return [*stages, *rows, job.settings("local_distillation"), job.recipe.seed, job.dtype]
+    settings = {k: v for k, v in job.settings("local_distillation").items() if k not in AFTER_SEARCH}
+    return [*stages, *rows, settings, job.recipe.seed, job.dtype]
 
 
 def _distilled(job: Job, making: Making) -> Library:

@@ -21,7 +21,8 @@ from layersmith.stages.refine import SOLUTION
 
 def _pairs_inputs(job: Job) -> Any:
     made = [job.made_from(stage) for stage in (LIBRARY, SOLUTION)]
-    return [*made, digest_of_split(job, "training"), job.settings("local_distillation"), job.recipe.seed]
+    rows = [digest_of_split(job, split) for split in ("calibration", "training")]
+    return [*made, *rows, job.settings("local_distillation"), job.recipe.seed]
 
 
 def _pairs(job: Job, making: Making) -> Kept:
@@ -32,8 +33,9 @@ def _pairs(job: Job, making: Making) -> Kept:
         inputs=making.inputs,
         progress=making.progress,
     )
-    solution = job.read(SOLUTION)
-    return distill_jointly(job.read(LIBRARY), solution.alternatives, job.read(DATA).training, setup).pairs
+    solution, tokens = job.read(SOLUTION), job.read(DATA)
+    library = distill_jointly(job.read(LIBRARY), solution.alternatives, tokens.calibration, tokens.training, setup)
+    return library.pairs
 
 
 PAIRS = Stage(

@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from layersmith.costs.table import CostTable
 from layersmith.errors import UnsupportedModel
 from layersmith.library.library import Library
-from layersmith.recipe import Recipe
+from layersmith.recipe import ScoringRecipe, SearchRecipe
 from layersmith.run.artifacts import read_json, write_json
-from layersmith.run.journal import Journal
-from layersmith.run.progress import Progress
+from layersmith.run.journal import Recording
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.children import child_evaluator
 from layersmith.search.problem import SearchProblem
-from layersmith.search.refine import Refined, read_refined, refine
+from layersmith.search.refine import Evaluations, Refined, read_refined, refine
 from layersmith.search.solution import Solution
 from layersmith.stages.data import DATA, digest_of_split
 from layersmith.stages.job import Job
@@ -28,29 +29,45 @@ from layersmith.stages.search import SEARCH, found_by_search, problem_of, read_s
 _FILE = "refine.json"
 
 
-def refined_solution(
-    problem: SearchProblem,
-    solution: Solution,
-    library: Library,
-    recipe: Recipe,
-    tokens: torch.Tensor,
-    journal: Path | None,
-    inputs: str,
-    progress: Progress,
-) -> Refined:
+@dataclass(frozen=True, eq=False)
+class RefineSetup:
+    """What children are evaluated with during refinement.
+
+    Attributes:
+        library: The library.
+        rows: ``[N, T]`` scoring rows.
+        search, scoring: These sections of the recipe.
+        seed: Seed of the random factors and exchanges.
+    """
+
+    library: Library
+    rows: torch.Tensor
+    search: SearchRecipe
+    scoring: ScoringRecipe
+    seed: int
+
+
+def refined_solution(problem: SearchProblem, solution: Solution, setup: RefineSetup, recording: Recording) -> Refined:
     """Evaluate children near a solution on the scoring rows; see :mod:`layersmith.search.refine`.
 
     Raises:
         UnsupportedModel: Children of this parent cannot be evaluated.
     """
-    folder = journal.parent if journal is not None else None
-    with progress.stage("refine", recipe.search.refine_passes, "passes") as advance, Journal(journal, inputs) as kept:
-        models = child_evaluator(library, tokens, recipe.scoring, progress, folder)
-        refined = refine(
-            problem, solution, models, recipe.search, recipe.scoring.objective, kept, seed=recipe.seed, advance=advance
-        )
+    progress = recording.progress
+    with (
+        progress.stage("refine", setup.search.refine_passes, "passes") as advance,
+        recording.journal() as journal,
+    ):
+        models = child_evaluator(setup.library, setup.rows, setup.scoring, progress, recording.folder)
+        evaluations = Evaluations(models, setup.scoring.objective, journal, advance)
+        refined = refine(problem, solution, evaluations, setup.search, setup.seed)
     progress.note(str(refined))
     return refined
+
+
+def setup_of(job: Job) -> RefineSetup:
+    recipe = job.recipe
+    return RefineSetup(job.read(LIBRARY), job.read(DATA).scoring, recipe.search, recipe.scoring, recipe.seed)
 
 
 def _is_wanted(job: Job) -> bool:
@@ -60,12 +77,9 @@ def _is_wanted(job: Job) -> bool:
 
 def _make(job: Job, making: Making) -> None:
     """Without ``refine.json`` in its folder the stage says that children of this parent cannot be evaluated."""
-    plain, library, tokens = job.read(SEARCH), job.read(LIBRARY), job.read(DATA).scoring
+    plain = job.read(SEARCH)
     try:
-        refined = refined_solution(
-            problem_of(job), plain.solution, library, job.recipe, tokens, making.unfinished, making.inputs,
-            making.progress,
-        )  # fmt: skip
+        refined = refined_solution(problem_of(job), plain.solution, setup_of(job), making.recording)
     except UnsupportedModel as reason:
         making.progress.note(f"not refined: {reason}")
         return
@@ -98,7 +112,7 @@ def _write_solution(job: Job, making: Making) -> None:
 
 def read_costs(folder: Path) -> dict[str, dict[str, int]]:
     """Costs by key of the alternative, as the solution was found with them."""
-    costs: dict[str, dict[str, int]] = read_json(folder / "costs.json")["alternatives"]
+    costs: dict[str, dict[str, int]] = CostTable.from_dict(read_json(folder / "costs.json")).by_key
     return costs
 
 

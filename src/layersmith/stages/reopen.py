@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,10 @@ from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import DataRecipe, EvaluationRecipe, Recipe, ScoringRecipe, SearchRecipe
 from layersmith.report.card import Child, model_card
-from layersmith.run.artifacts import fingerprint, whole_folder, write_text
+from layersmith.run.artifacts import fingerprint, whole_folder, write_json, write_text
 from layersmith.run.cards import CARD
 from layersmith.run.folder import ASKED_FRONTIER
+from layersmith.run.journal import Recording
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
@@ -32,62 +34,79 @@ from layersmith.search.solution import Solution
 from layersmith.stages.costs import COSTS, find_costs
 from layersmith.stages.data import DATA
 from layersmith.stages.describe import DESCRIBE
-from layersmith.stages.distill import COMPARED, is_wanted
+from layersmith.stages.distill import COMPARED
 from layersmith.stages.evaluate import EVALUATION
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD, library_with_pairs
-from layersmith.stages.refine import SOLUTION, refined_solution
+from layersmith.stages.refine import SOLUTION, refined_solution, setup_of
 from layersmith.stages.report import write_report
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import (
+    frontier_record,
     problem_as_measured,
     solve_in_time,
     stopwatch_for,
     within_time,
-    write_frontier,
 )
+from layersmith.stages.training_rows import is_wanted
 
 # Each solution takes a solver run, and rules out those before it.
 _MOST_SOLUTIONS = 100
 
 
-def _job(
-    run_folder: str | Path,
-    budget: Budget,
-    objective: str | None,
-    descriptor: type[ModelDescriptor] | None,
-    rules: SearchRecipe | None,
-    progress: Progress,
-    verify: bool,
-) -> tuple[Job, SearchProblem]:
-    """A finished run with another budget, objective and rules, and the search problem under these."""
-    if objective is not None and objective not in METRICS:
-        raise UsageError(f"--objective {objective}: unknown. {did_you_mean(objective, METRICS)}")
+@dataclass(frozen=True)
+class SearchRequest:
+    """Another search in a finished run.
 
-    def change(recipe: Recipe) -> Recipe:
-        chosen: Any = objective or recipe.scoring.objective
-        scoring = dataclasses.replace(recipe.scoring, objective=chosen, mode="auto")
-        return dataclasses.replace(recipe, scoring=scoring, search=rules or recipe.search)
+    Attributes:
+        run_folder: Folder of the run.
+        budget: Upper limits.
+        objective: Metric to search by; default: the recipe's.
+        rules: Rules on the solution besides the budget; default: the recipe's.
+        descriptor: Descriptor of the parent's model family; default: inferred.
+        verify: Hash all files of the run that are read, also large ones whose size and time of change are as before.
+        trust_remote_code: Let Transformers run code from the parent's folder or hub page.
+    """
 
-    job = Job.of_run(run_folder, (DESCRIBE, COSTS, LIBRARY, SCORES), descriptor, progress, change, verify)
-    job.limits, job.workload = budget.limits, budget.workload
-    job.put(COSTS, find_costs(job, progress, job.read(COSTS).times))
-    return job, problem_as_measured(job)
+    run_folder: str | Path
+    budget: Budget
+    objective: str | None = None
+    rules: SearchRecipe | None = None
+    descriptor: type[ModelDescriptor] | None = None
+    verify: bool = False
+    trust_remote_code: bool = False
+
+    def open(self, progress: Progress) -> tuple[Job, SearchProblem]:
+        """The run with these settings, and the search problem under them.
+
+        Raises:
+            UsageError: An unknown objective.
+        """
+        if self.objective is not None and self.objective not in METRICS:
+            raise UsageError(f"--objective {self.objective}: unknown. {did_you_mean(self.objective, METRICS)}")
+        job = Job.of_run(
+            self.run_folder, (DESCRIBE, COSTS, LIBRARY, SCORES), self.descriptor, progress, self._changed, self.verify,
+            self.trust_remote_code,
+        )  # fmt: skip
+        job.limits, job.workload = self.budget.limits, self.budget.workload
+        job.put(COSTS, find_costs(job, progress, job.read(COSTS).times))
+        return job, problem_as_measured(job)
+
+    def _changed(self, recipe: Recipe) -> Recipe:
+        objective: Any = self.objective or recipe.scoring.objective
+        scoring = dataclasses.replace(recipe.scoring, objective=objective, mode="auto")
+        return dataclasses.replace(recipe, scoring=scoring, search=self.rules or recipe.search)
 
 
 def search_several(
-    run_folder: str | Path,
-    budget: Budget,
-    objective: str | None = None,
+    request: SearchRequest,
+    *,
     out: str | Path | None = None,
-    progress: Progress = SILENT,
-    descriptor: type[ModelDescriptor] | None = None,
-    rules: SearchRecipe | None = None,
     refine: bool | None = None,
     solutions: int = 1,
     min_distance: int = 1,
-    verify: bool = False,
+    progress: Progress = SILENT,
 ) -> tuple[Library, list[Solution]]:
     """The best solutions of a finished run for another budget; the first is written to ``out`` if that is given.
 
@@ -95,18 +114,13 @@ def search_several(
     weights that its alternatives learned by themselves.
 
     Args:
-        run_folder: Folder of the run.
-        budget: Upper limits.
-        objective: Metric to search by; default: the recipe's.
+        request: The run and the new budget.
         out: Folder for the child.
-        progress: Receives steps and notes.
-        descriptor: Descriptor of the parent's model family; default: inferred.
-        rules: Rules on the solution besides the budget; default: the recipe's.
         refine: Refine the first solution by evaluating whole children on the run's scoring rows; default: if a child is
             written and the recipe has passes for it.
         solutions: Number of solutions, best first; the first is the child.
         min_distance: Number of subblocks in which each differs from those before, at least.
-        verify: Hash all files of the run that are read, also large ones whose size and time of change are as before.
+        progress: Receives steps and notes.
 
     Raises:
         Infeasible: No child of the run's library fits.
@@ -116,7 +130,7 @@ def search_several(
         raise InputError(f"{out}: already there. Choose another folder.")
     if not 1 <= solutions <= _MOST_SOLUTIONS or min_distance < 1:
         raise UsageError(f"--solutions must be 1 to {_MOST_SOLUTIONS}, and --min-distance at least 1.")
-    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify)
+    job, problem = request.open(progress)
     library, recipe, times = job.read(LIBRARY), job.recipe, job.read(COSTS).times
     stopwatch = stopwatch_for(times, job.parent, recipe.costs) if out is not None else None
     timed = None
@@ -129,9 +143,10 @@ def search_several(
     wants = out is not None if refine is None else refine
     passes = recipe.search.refine_passes or (SearchRecipe.refine_passes if refine else 0)
     if wants and passes and best[0].score > 0:
-        recipe = dataclasses.replace(recipe, search=dataclasses.replace(recipe.search, refine_passes=passes))
+        search = dataclasses.replace(recipe.search, refine_passes=passes)
+        setup = dataclasses.replace(setup_of(job), search=search)
         try:
-            refined = refined_solution(problem, best[0], library, recipe, job.read(DATA).scoring, None, "", progress)
+            refined = refined_solution(problem, best[0], setup, Recording(progress=progress))
         except UnsupportedModel as reason:
             if refine:
                 raise
@@ -157,26 +172,18 @@ def _write_child(job: Job, solution: Solution, out: Path, progress: Progress) ->
         advance(1)
 
 
-def frontier_again(
-    run_folder: str | Path,
-    budget: Budget,
-    objective: str | None = None,
-    progress: Progress = SILENT,
-    descriptor: type[ModelDescriptor] | None = None,
-    rules: SearchRecipe | None = None,
-    measure: bool = False,
-    verify: bool = False,
-) -> Path:
+def frontier_again(request: SearchRequest, *, measure: bool = False, progress: Progress = SILENT) -> Path:
     """The whole frontier of a finished run along the first cost of a budget, as ``asked-frontier/frontier.json`` in it.
 
     Args:
+        request: The run and the new budget.
         measure: Also evaluate some of its children, and of the baselines', as whole models on the run's scoring rows.
-        run_folder, budget, objective, progress, descriptor, rules, verify: See :func:`search_several`.
+        progress: Receives steps and notes.
 
     Raises:
         Infeasible: The other limits of the budget cannot be met.
     """
-    job, problem = _job(run_folder, budget, objective, descriptor, rules, progress, verify)
+    job, problem = request.open(progress)
     recipe, library, objective = job.recipe, job.read(LIBRARY), job.recipe.scoring.objective
 
     def measured(solutions: Sequence[Solution]) -> list[dict[str, Any]]:
@@ -186,29 +193,32 @@ def frontier_again(
         wanted = [solution.alternatives for solution in (*solutions, parent)]
         with progress.stage("measure", len(rows), "sequences") as advance:
             metrics = models.run(wanted, range(len(rows)), advance)
-        *by_child, by_parent = [[row[recipe.scoring.objective] for row in by_row] for by_row in metrics]
+        *by_child, by_parent = [[row[objective] for row in by_row] for by_row in metrics]
         whole = math.fsum(by_parent) / len(by_parent)
         return [
             {
-                "mean": loss_of(recipe.scoring.objective, math.fsum(values) / len(values), whole),
+                "mean": loss_of(objective, math.fsum(values) / len(values), whole),
                 "error": standard_error(values),
             }
             for values in by_child
         ]
 
-    run = job.run
+    run, points, evaluate = job.run, recipe.search.frontier_points, measured if measure else None
     with run.locked():
         with whole_folder(run.folder / ASKED_FRONTIER) as folder:
-            evaluate = measured if measure else None
-            write_frontier(folder, problem, recipe.search, objective, recipe.seed, progress, evaluate)
-        run.finished(ASKED_FRONTIER, fingerprint([budget.to_dict(), recipe.to_dict()]), run.record_of(ASKED_FRONTIER))
+            record = frontier_record(problem, points, objective, recipe.seed, progress, evaluate)
+            write_json(folder / "frontier.json", record)
+        digest = fingerprint([request.budget.to_dict(), recipe.to_dict()])
+        run.finished(ASKED_FRONTIER, digest, run.record_of(ASKED_FRONTIER))
     return run.folder / ASKED_FRONTIER / "frontier.json"
 
 
-def report_again(run_folder: str | Path, progress: Progress = SILENT, verify: bool = False) -> Path:
+def report_again(
+    run_folder: str | Path, progress: Progress = SILENT, verify: bool = False, trust_remote_code: bool = False
+) -> Path:
     """Write a finished run's report anew."""
     needed = (DESCRIBE, DATA, LIBRARY, SCORES, SOLUTION, EVALUATION)
-    job = Job.of_run(run_folder, needed, progress=progress, verify=verify)
+    job = Job.of_run(run_folder, needed, progress=progress, verify=verify, trust_remote_code=trust_remote_code)
     is_distilled = is_wanted(job) and job.made_from(COMPARED) is not None
     with job.run.locked():
         return write_report(job, is_distilled=is_distilled, again=True).report
@@ -224,6 +234,7 @@ def evaluate_model(
     device: str = "auto",
     progress: Progress = SILENT,
     tasks: EvaluationRecipe | None = None,
+    trust_remote_code: bool = False,
 ) -> dict[str, Any]:
     """Loss and perplexity of a model on text, its agreement with a parent, and its accuracy on tasks.
 
@@ -237,15 +248,17 @@ def evaluate_model(
     if sequences < 1 or sequence_length < 2:
         raise UsageError("--sequences must be at least 1 and --sequence-length at least 2.")
     runtime = Runtime.detect(device, "auto")
-    model, *others = (ordinary_checkpoint(path) for path in (model, parent) if path is not None)
-    loaded = load(model, dtype=runtime.dtype, device=runtime.device).eval()
-    reference = load(others[0], dtype=runtime.dtype, device=runtime.device).eval() if others else loaded
+    given = [path for path in (model, parent) if path is not None]
+    model, *others = (ordinary_checkpoint(path, trust_remote_code=trust_remote_code) for path in given)
+    how: Any = {"dtype": runtime.dtype, "device": runtime.device, "trust_remote_code": trust_remote_code}
+    loaded = load(model, **how).eval()
+    reference = load(others[0], **how).eval() if others else loaded
     longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
     length = min(sequence_length, longest)
     sizes = [each.config.get_text_config().vocab_size for each in (loaded, reference)]
     if sizes[0] != sizes[1]:
         raise InputError(f"{parent}: has a vocabulary of {sizes[1]:,}, and {model} of {sizes[0]:,}; give one parent's.")
-    tokenizer = load_tokenizer(model)
+    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
     table: dict[str, Any] = {"sequences": 0, "tokens": 0, "rows": []}
     if data is not None:
         wanted = DataRecipe(sequence_length=length, evaluation_sequences=sequences)

@@ -16,8 +16,9 @@ from layersmith.run import ranks
 from layersmith.run.artifacts import fingerprint, write_json, write_text
 from layersmith.run.cards import keep_card
 from layersmith.search.solution import Solution
-from layersmith.stages.distill import COMPARED, DISTILLED, FINALISTS, keep_card_of_distilled
+from layersmith.stages.distill import COMPARED, DISTILLED, keep_card_of_distilled
 from layersmith.stages.evaluate import EVALUATION
+from layersmith.stages.finalists import FINALISTS
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD

@@ -6,11 +6,12 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from layersmith.errors import InputError, some_of
 from layersmith.run.artifacts import fingerprint, read_json, write_json
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.regret import Axis
-from layersmith.scoring.score import Score
+from layersmith.scoring.score import Score, ScoreData
 from layersmith.search.frontier import axes_of
 from layersmith.stages.costs import COSTS
 from layersmith.stages.data import DATA, digest_of_split
@@ -40,16 +41,17 @@ def _make(job: Job, making: Making) -> None:
         job.recipe.scoring,
         axes=_axes(job),
         seed=job.recipe.seed,
-        journal=making.unfinished,
-        inputs=making.inputs,
-        progress=making.progress,
+        recording=making.recording,
     )
     write_json(making.folder / _FILE, [score.to_dict() for score in scores])
 
 
 def _read(job: Job, folder: Path) -> list[Score]:
-    records = {record["of"]: record for record in read_json(folder / _FILE)}
-    return [Score.from_dict(a, records[a.key]) for a in job.read(DESCRIBE).alternatives]
+    records = {record["of"]: record for record in read_json(folder / _FILE, list[ScoreData])}
+    alternatives = job.read(DESCRIBE).alternatives
+    if missing := [a.key for a in alternatives if a.key not in records]:
+        raise InputError(f"{folder / _FILE}: no score of {some_of(missing)}.")
+    return [Score.from_dict(a, records[a.key]) for a in alternatives]
 
 
 SCORES = Stage(

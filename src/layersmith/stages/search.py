@@ -14,7 +14,7 @@ from layersmith.costs.times import Times
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
-from layersmith.recipe import CostsRecipe, Recipe, SearchRecipe
+from layersmith.recipe import CostsRecipe, Recipe
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
@@ -151,29 +151,30 @@ def found_by_search(job: Job) -> Any:
     return [job.made_from(SEARCH), job.read(SEARCH).solution.to_dict()]
 
 
-def write_frontier(
-    folder: Path,
+def frontier_record(
     problem: SearchProblem,
-    recipe: SearchRecipe,
+    num_points: int,
     objective: str,
     seed: int,
     progress: Progress,
     measure: Measure | None = None,
-) -> None:
+) -> dict[str, Any]:
     """The frontier along the first cost that the budget limits, and baselines for comparison.
 
     Args:
-        folder: Gets ``frontier.json``.
         problem: The search problem to solve.
-        recipe: Number of points.
+        num_points: Number of budgets.
         objective: Metric of the scores.
         seed: Seed of the random baseline.
         progress: Receives points.
         measure: Evaluates solutions as whole models; default: sums of scores only.
+
+    Returns:
+        The content of ``frontier.json``.
     """
     cost = problem.asked.each[0].cost
-    with progress.stage("frontier", recipe.frontier_points, "budgets") as advance:
-        solutions = frontier(problem, cost, recipe.frontier_points, advance)
+    with progress.stage("frontier", num_points, "budgets") as advance:
+        solutions = frontier(problem, cost, num_points, advance)
     some = solutions[:: max(1, len(solutions) // MEASURED_POINTS)]
     budgets = [solution.costs[cost] for solution in some if solution.score > 0]
     others = baselines.all_of(problem, cost, budgets, seed)
@@ -186,13 +187,14 @@ def write_frontier(
         name: [(s, measured.get(s.alternatives)) for s in points] for name, points in others.items()
     }
     points = [(s, measured.get(s.alternatives)) for s in solutions]
-    write_json(folder / "frontier.json", to_dict(problem, cost, objective, points, series))
+    return to_dict(problem, cost, objective, points, series)
 
 
 def _write_frontier(job: Job, making: Making) -> None:
-    recipe = job.recipe
-    objective = recipe.scoring.objective
-    write_frontier(making.folder, problem_of(job), recipe.search, objective, recipe.seed, making.progress)
+    recipe, problem = job.recipe, problem_of(job)
+    points, objective = recipe.search.frontier_points, recipe.scoring.objective
+    record = frontier_record(problem, points, objective, recipe.seed, making.progress)
+    write_json(making.folder / "frontier.json", record)
 
 
 FRONTIER: Stage[Job, dict[str, Any]] = Stage(

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.library.build import build_library
-from layersmith.library.library import Library
+from layersmith.library.library import CURVES, Library
 from layersmith.library.statistics import Calibration
 from layersmith.records import to_data
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
@@ -61,7 +61,7 @@ def _read(job: Job, folder: Path) -> Library:
         orders={k.removeprefix("order."): v for k, v in tensors.items() if k.startswith("order.")},
         maps={k.removeprefix("map."): v for k, v in tensors.items() if k.startswith("map.")},
         notes=survey.notes,
-        importance=read_json(folder / "importance.json"),
+        importance=read_json(folder / "importance.json", CURVES),
     )
 
 

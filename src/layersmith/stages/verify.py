@@ -96,7 +96,7 @@ def verify(
         verdicts = layer_verdicts(specimen, i, axes[i])
         kinds.setdefault(f"{type(specimen.layers[i]).__name__}{verdicts}", ([], verdicts))[0].append(i)
     parameters = sum(p.numel() for p in specimen.model.parameters())
-    refuted = [question for i in range(len(specimen.blocks)) for question in specimen.descriptor.refuted(i)]
+    refuted = [question for i in range(len(specimen.blocks)) for question in specimen.descriptor.layer_facts(i).refuted]
     whole = whole_verdicts(specimen)
     return Verification(
         name=str(parent),
@@ -182,7 +182,7 @@ def _verdict(check: Callable[[], str]) -> str:
     """The result of a check; an error of the family's code is the reason why it fails."""
     verdict = ""
     try:
-        with foreign_code("Does the family's code run in this check?", refusal_is_answer=True) as attempt:
+        with foreign_code("Does the family's code run in this check?") as attempt:
             verdict = check()
     except LayersmithError as error:
         return str(error)

@@ -18,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaAttention
 import layersmith
 from layersmith import BlockConfig, FFNConfig
 from layersmith.costs.budget import Workload
-from layersmith.costs.counted import subblock_costs
+from layersmith.costs.counted import ModelShape, subblock_costs
 from layersmith.execution.exchange import exchanged, forward
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
@@ -153,12 +153,12 @@ def test_experts_that_add_most_stay() -> None:
 def test_a_window_is_the_familys_own(family: str, tmp_path: Path) -> None:
     """As scored, as composed, as loaded again, and as the stock model whose config says so from the start."""
     config = causal_lm_config(tiny_config(family))
-    full = [i for i, own in enumerate(config.layer_types) if own == "full_attention"]
+    full = [i for i, layer_type in enumerate(config.layer_types) if layer_type == "full_attention"]
     config.sliding_window = 6
     parent = parent_of_config(config, family)
     recipe = LibraryRecipe(linear=(), query_heads=False)
-    library = Library(parent, (found := survey(parent, recipe)).axes, found.alternatives, {}, {}, found.notes)
-    (chosen,) = (a for a in found.alternatives if a.kind == "window" and a.layer == full[0])
+    library = Library(parent, (space := survey(parent, recipe)).axes, space.alternatives, {}, {}, space.notes)
+    (chosen,) = (a for a in space.alternatives if a.kind == "window" and a.layer == full[0])
     with exchanged(parent, library.layers([chosen])):
         scored = forward(parent, TOKENS)[0]
     assert parent.config.layer_types == config.layer_types
@@ -169,7 +169,9 @@ def test_a_window_is_the_familys_own(family: str, tmp_path: Path) -> None:
     again = layersmith.load(tmp_path / "child", dtype=torch.float32).eval()
     assert torch.equal(again(TOKENS, use_cache=False).logits, scored)
     windowed = copy.deepcopy(config)
-    windowed.layer_types = ["sliding_attention" if i == full[0] else own for i, own in enumerate(config.layer_types)]
+    windowed.layer_types = [
+        "sliding_attention" if i == full[0] else layer_type for i, layer_type in enumerate(config.layer_types)
+    ]
     stock = tiny_model(windowed)
     stock.load_state_dict(parent.model.state_dict())
     assert torch.equal(stock(TOKENS, use_cache=False).logits, scored)
@@ -178,13 +180,13 @@ def test_a_window_is_the_familys_own(family: str, tmp_path: Path) -> None:
 def test_several_attentions_and_experts_that_do_nothing() -> None:
     """Two attentions and two dense FFNs a layer, and identities beside the experts, with rows in a stack."""
     parent = parent_of("longcat_flash")
-    found = survey(parent, LibraryRecipe())
-    own = found.axes[0]
-    assert own.shared is not None
-    assert own.kv is not None
-    assert [b.reader for b in own.shared.bundles] == ["mlps.0.down_proj.weight", "mlps.1.down_proj.weight"]
-    assert [a.reader for a in own.kv.attentions] == ["self_attn.0.o_proj.weight", "self_attn.1.o_proj.weight"]
-    library = build_library(parent, LibraryRecipe(), found, Calibration(TOKENS, 2))
+    space = survey(parent, LibraryRecipe())
+    axes = space.axes[0]
+    assert axes.shared is not None
+    assert axes.kv is not None
+    assert [b.reader for b in axes.shared.bundles] == ["mlps.0.down_proj.weight", "mlps.1.down_proj.weight"]
+    assert [a.reader for a in axes.kv.attentions] == ["self_attn.0.o_proj.weight", "self_attn.1.o_proj.weight"]
+    library = build_library(parent, LibraryRecipe(), space, Calibration(TOKENS, 2))
     weights = parent.layers[0].state_dict()
     (fewer,) = (a for a in library.alternatives if (a.layer, a.kind, a.size) == (0, "head_groups", 2))
     cut = library.weights(fewer)
@@ -196,7 +198,7 @@ def test_several_attentions_and_experts_that_do_nothing() -> None:
     stack, left = weights["mlp.experts.gate_up_proj"], library.orders["0.experts"][:4].sort().values
     assert torch.equal(library.weights(fewer)["mlp.experts.gate_up_proj"], torch.cat([stack[left], stack[8:]]))
     # A token uses its experts' rows and none of those that do nothing.
-    _, parts = costs_of(parent, found)
+    _, parts = costs_of(parent, space)
     assert parts[0]["ffn"]["parameters"] - parts[0]["ffn"]["active_parameters"] == (
         stack.numel() + weights["mlp.experts.down_proj"].numel()
         - 4 * (stack[0].numel() + weights["mlp.experts.down_proj"][0].numel())
@@ -206,9 +208,9 @@ def test_several_attentions_and_experts_that_do_nothing() -> None:
 def test_heads_that_end_in_blocks() -> None:
     """Equally many of each block stay, each block its own; what a block reads of the others' places it never did."""
     parent = parent_of("deepseek_v4")
-    found = survey(parent, LibraryRecipe())
-    assert {a.size for a in found.alternatives if a.kind == "query_heads"} == {2}
-    library = build_library(parent, LibraryRecipe(), found, Calibration(TOKENS, 2))
+    space = survey(parent, LibraryRecipe())
+    assert {a.size for a in space.alternatives if a.kind == "query_heads"} == {2}
+    library = build_library(parent, LibraryRecipe(), space, Calibration(TOKENS, 2))
     (fewer,) = (a for a in library.alternatives if (a.layer, a.kind) == (0, "query_heads"))
     weight, order = parent.layers[0].state_dict()["self_attn.o_a_proj.weight"], library.orders["0.queries"]
     assert order.sort(-1).values.tolist() == [[0, 1], [2, 3]]
@@ -221,11 +223,11 @@ def test_heads_that_end_in_blocks() -> None:
 def test_heads_in_pairs() -> None:
     """A pair takes one head of either half of all queries, keys and values; it ends in neighbouring places."""
     parent = parent_of("diffllama")
-    found = survey(parent, LibraryRecipe())
-    own = found.axes[0].kv
-    assert own is not None
-    assert (own.size, own.num_heads, own.together) == (2, 4, 2)  # 4 KV heads and 8 query heads
-    library = build_library(parent, LibraryRecipe(), found, Calibration(TOKENS, 2))
+    space = survey(parent, LibraryRecipe())
+    kv = space.axes[0].kv
+    assert kv is not None
+    assert (kv.size, kv.num_heads, kv.together) == (2, 4, 2)  # 4 KV heads and 8 query heads
+    library = build_library(parent, LibraryRecipe(), space, Calibration(TOKENS, 2))
     (fewer,) = (a for a in library.alternatives if (a.layer, a.kind) == (0, "head_groups"))
     assert (fewer.size, fewer.query_heads) == (2, 4)
     weights, cut = parent.layers[0].state_dict(), library.weights(fewer)
@@ -245,25 +247,25 @@ def test_keys_head_after_head_that_are_cached_for_each_query() -> None:
     config.new_decoder_architecture, config.num_kv_heads = True, 2
     parent = parent_of_config(config, "falcon")
     recipe = LibraryRecipe(linear=(), no_op=())
-    library = build_library(parent, recipe, found := survey(parent, recipe), Calibration(TOKENS, 2))
+    library = build_library(parent, recipe, space := survey(parent, recipe), Calibration(TOKENS, 2))
     fewer = next(a for a in library.alternatives if (a.layer, a.kind) == (0, "kv_heads") and a.method != "pool")
     with exchanged(parent, library.layers([fewer])):
         scored = forward(parent, TOKENS)[0]
     child = library.compose([fewer])
     assert torch.equal(child(TOKENS, use_cache=False).logits, scored)
     keys = child(TOKENS, use_cache=True).past_key_values.layers[0].keys
-    _, parts = costs_of(parent, found)
+    _, parts = costs_of(parent, space)
     blocks = [fewer.block_config(parent.blocks[0]), *parent.blocks[1:]]
-    cut, _ = subblock_costs(parent.descriptor, parent.config, blocks, torch.float32, Workload(), found.axes)
+    cut, _ = subblock_costs(ModelShape(parent.descriptor, parent.config, blocks, space.axes, torch.float32), Workload())
     assert cut[0]["attention"]["kv_cache_bytes"] == parts[0]["attention"]["kv_cache_bytes"]
     assert parts[0]["attention"]["kv_cache_bytes"] == Workload().context * 2 * keys.shape[1] * keys.shape[-1] * 4
 
 
 def test_numbers_that_the_attention_and_the_ffn_share_differ_in_the_ffn_alone(tmp_path: Path) -> None:
     parent = parent_of("jetmoe")
-    found = survey(parent, LibraryRecipe())
-    own, moe = found.axes[0], parent.blocks[0].ffn.moe
-    assert own.experts is not None
+    space = survey(parent, LibraryRecipe())
+    axes, moe = space.axes[0], parent.blocks[0].ffn.moe
+    assert axes.experts is not None
     assert moe is not None
     assert (moe.num_local_experts, moe.num_experts_per_tok) == (4, 2)
     fewer = FFNConfig(moe=replace(moe, num_local_experts=3, num_experts_per_tok=1, expert_intermediate_dim=16))
@@ -276,15 +278,14 @@ def test_numbers_that_the_attention_and_the_ffn_share_differ_in_the_ffn_alone(tm
     layersmith.save(child, tmp_path / "child")
     again = layersmith.load(tmp_path / "child", dtype=torch.float32).eval()
     assert torch.equal(again(TOKENS).logits, child(TOKENS).logits)
-    _, parts = costs_of(parent, found)
+    _, parts = costs_of(parent, space)
     stacks = sum(p.numel() for n, p in parent.layers[0].mlp.named_parameters() if p.ndim == 3)
     assert parts[0]["ffn"]["parameters"] - parts[0]["ffn"]["active_parameters"] == stacks // 2
 
 
-def costs_of(parent: Parent, found: Survey) -> tuple[dict[str, int], list[dict[str, dict[str, int]]]]:
-    layers, fixed = subblock_costs(
-        parent.descriptor, parent.config, parent.blocks, torch.float32, Workload(), found.axes
-    )
+def costs_of(parent: Parent, space: Survey) -> tuple[dict[str, int], list[dict[str, dict[str, int]]]]:
+    shape = ModelShape(parent.descriptor, parent.config, parent.blocks, space.axes, torch.float32)
+    layers, fixed = subblock_costs(shape, Workload())
     return fixed, layers
 
 
@@ -292,15 +293,15 @@ def costs_of(parent: Parent, found: Survey) -> tuple[dict[str, int], list[dict[s
 def test_layers_that_use_each_others_keys() -> None:
     """What stands in an attention's place is asked for what the attention was; what others need of it stays."""
     parent = parent_of("gemma3n_text")  # layers 2 and 3 use the keys and values of layers 0 and 1
-    found = survey(parent, LibraryRecipe())
-    library = build_library(parent, LibraryRecipe(), found, Calibration(TOKENS, 2))
+    space = survey(parent, LibraryRecipe())
+    library = build_library(parent, LibraryRecipe(), space, Calibration(TOKENS, 2))
     kinds = {(a.layer, a.kind) for a in library.alternatives if a.subblock == "attention" and a.kind != "parent"}
     heads_and_no_op = {(i, kind) for i in range(4) for kind in ("query_heads", "no_op")}
     # Layer 3 looks for the keys of layer 1 under the name of what that is.
     assert kinds == heads_and_no_op | {(2, "linear"), (3, "linear"), (3, "window")}
-    assert found.axes[1].reasons["window"] == "it does not run with a window ('full_attention')"
-    assert all(axes.kv is not None and axes.kv.size == 2 for axes in found.axes)
-    assert "The attention is not replaced by a linear map in layers 0, 1: other layers use" in "\n".join(found.notes)
+    assert space.axes[1].reasons["window"] == "it does not run with a window ('full_attention')"
+    assert all(axes.kv is not None and axes.kv.size == 2 for axes in space.axes)
+    assert "The attention is not replaced by a linear map in layers 0, 1: other layers use" in "\n".join(space.notes)
     chosen = [a for a in library.alternatives if (a.layer, a.kind) in {(2, "linear"), (1, "query_heads")}]
     with exchanged(parent, library.layers(chosen)):
         scored = forward(parent, TOKENS)[0]
@@ -309,9 +310,9 @@ def test_layers_that_use_each_others_keys() -> None:
 
 def test_a_linear_map_replaces_all_of_a_subblock_or_nothing() -> None:
     parent = parent_of("biogpt")  # the two matrices of its FFN lie in the layer itself
-    found = survey(parent, LibraryRecipe())
-    assert {a.subblock for a in found.alternatives if a.kind == "linear"} == {"attention"}
-    assert any("the ffn also consists of fc1.weight, next to fc2" in note for note in found.notes)
+    space = survey(parent, LibraryRecipe())
+    assert {a.subblock for a in space.alternatives if a.kind == "linear"} == {"attention"}
+    assert any("the ffn also consists of fc1.weight, next to fc2" in note for note in space.notes)
 
 
 def test_what_does_not_run_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,12 +328,12 @@ def test_what_does_not_run_is_not_offered(monkeypatch: pytest.MonkeyPatch) -> No
         return original(self, *args, **kwargs)
 
     monkeypatch.setattr(LlamaAttention, "forward", forward_of_even_heads)
-    found = survey(parent, LibraryRecipe())
-    assert {a.size for a in found.alternatives if a.kind == "query_heads"} == {2, 1}
+    space = survey(parent, LibraryRecipe())
+    assert {a.size for a in space.alternatives if a.kind == "query_heads"} == {2, 1}
     note = (
         "attention 3 query heads (contribution) is not offered in any layer: it does not run with it (three are odd)."
     )
-    assert note in found.notes
+    assert note in space.notes
 
 
 @torch.no_grad()
@@ -341,11 +342,11 @@ def test_heads_whose_keys_come_from_one_cache_go_whatever_the_config_says() -> N
     config = causal_lm_config(tiny_config("deepseek_v3"))
     config.update({"num_attention_heads": 6, "num_key_value_heads": 4})
     parent = parent_of_config(config, "deepseek_v3")
-    found = survey(parent, LibraryRecipe(linear=()))
-    own = found.axes[0].kv
-    assert own is not None
-    assert (own.num_heads, own.fewer_groups) == (6, True)
-    library = build_library(parent, LibraryRecipe(linear=()), found, Calibration(TOKENS, 2))
+    space = survey(parent, LibraryRecipe(linear=()))
+    kv = space.axes[0].kv
+    assert kv is not None
+    assert (kv.num_heads, kv.fewer_groups) == (6, True)
+    library = build_library(parent, LibraryRecipe(linear=()), space, Calibration(TOKENS, 2))
     chosen = [next(a for a in library.alternatives if (a.layer, a.kind, a.size) == (0, "head_groups", 3))]
     child = library.compose(chosen)
     wanted = child(TOKENS, use_cache=False).logits
@@ -358,7 +359,10 @@ def test_queries_of_which_the_keys_have_the_mean() -> None:
     config = causal_lm_config(tiny_config("zaya"))
     config.update({"num_attention_heads": 6, "num_key_value_heads": 2})
     axes = survey(parent_of_config(config, "zaya"), LibraryRecipe()).axes
-    assert all(own.kv is not None and (own.kv.size, own.kv.fewer_queries) == (2, True) for own in axes)
+    assert all(
+        layer_axes.kv is not None and (layer_axes.kv.size, layer_axes.kv.fewer_queries) == (2, True)
+        for layer_axes in axes
+    )
 
 
 def test_experts_that_tokens_have_by_a_table_stay() -> None:
@@ -367,4 +371,6 @@ def test_experts_that_tokens_have_by_a_table_stay() -> None:
     tables = [i for i, layer in enumerate(parent.layers) if any("tid2eid" in name for name in layer.state_dict())]
     assert tables == [0, 3]
     why = "no score chooses among its experts: mlp.gate.tid2eid assigns them to tokens"
-    assert {i: own.reasons["experts"] for i, own in enumerate(axes) if "experts" in own.reasons} == {0: why, 3: why}
+    assert {
+        i: layer_axes.reasons["experts"] for i, layer_axes in enumerate(axes) if "experts" in layer_axes.reasons
+    } == {0: why, 3: why}

@@ -68,9 +68,9 @@ class _Mamba2:
 
     def of_head(self, h: int) -> dict[str, torch.Tensor]:
         width, shared = self.H * self.P, 2 * self.G * self.N
-        own = torch.arange(h * self.P, (h + 1) * self.P)
-        places = {"conv1d.weight": own, "conv1d.bias": own, "norm.weight": own}
-        places["in_proj.weight"] = torch.cat([own, width + own, torch.tensor([2 * width + shared + h])])
+        entries = torch.arange(h * self.P, (h + 1) * self.P)
+        places = {"conv1d.weight": entries, "conv1d.bias": entries, "norm.weight": entries}
+        places["in_proj.weight"] = torch.cat([entries, width + entries, torch.tensor([2 * width + shared + h])])
         return places | {name: torch.tensor([h]) for name in ("A_log", "D", "dt_bias")}
 
     def of_state(self, n: int) -> torch.Tensor:
@@ -107,13 +107,13 @@ def test_dead_entries_of_heads_go_first(family: str) -> None:
     for h, entries in dead.items():
         places = mixer.of_head(h) | {"in_proj.weight": mixer.of_head(h)["in_proj.weight"][: 2 * mixer.P]}
         for name in places.keys() & mixer.weights.keys() - {"A_log", "D", "dt_bias"}:
-            own = places[name].view(-1, mixer.P)  # z and x
+            rows = places[name].view(-1, mixer.P)  # z and x
             neighbours = [p + 1 if p % 2 == 0 else p - 1 for p in entries]
-            mixer.weights[name][own[:, entries]] = mixer.weights[name][own[:, neighbours]]
+            mixer.weights[name][rows[:, entries]] = mixer.weights[name][rows[:, neighbours]]
         mixer.weights["out_proj.weight"][:, [h * mixer.P + p for p in entries]] = 0
     library = library_of(parent)
     order = library.orders["0.mixer_size"]
-    assert {h: sorted(own[mixer.P // 2 :].tolist()) for h, own in enumerate(order)} == dead
+    assert {h: sorted(rows[mixer.P // 2 :].tolist()) for h, rows in enumerate(order)} == dead
     assert gives_the_same(library, "mixer_head_size", mixer.P // 2)
     assert not gives_the_same(library, "mixer_head_size", mixer.P // 4)
 
@@ -163,12 +163,12 @@ def test_heads_that_share_a_norm_keep_the_same_entries() -> None:
     N, G = sizes.state_dim, sizes.num_groups
     fused = weights["in_proj_qkvz.weight"].view(G, 2 * N + 2 * H // G * P, -1)[:, 2 * N :].view(G, 2 * H // G, P, -1)
     convolved = weights["conv1d.weight"][2 * G * N :].view(H, P, -1)
-    for own in (fused, convolved):
-        own[..., dead, :] = own[..., [p + 1 for p in dead], :]
+    for part in (fused, convolved):
+        part[..., dead, :] = part[..., [p + 1 for p in dead], :]
     weights["norm.weight"][dead] = weights["norm.weight"][[p + 1 for p in dead]]
     weights["out_proj.weight"].view(-1, H, P)[..., dead] = 0
     library = library_of(parent)
-    assert all(sorted(own[P // 2 :].tolist()) == dead for own in library.orders["0.mixer_size"])
+    assert all(sorted(part[P // 2 :].tolist()) == dead for part in library.orders["0.mixer_size"])
     assert gives_the_same(library, "mixer_head_size", P // 2)
 
 
@@ -252,8 +252,8 @@ def test_what_a_model_gives_its_layers_is_by_the_config_of_each(device: str) -> 
     restore_buffers(child, parent.runtime)
     by_hand = [torch.full((n,), m) for n, m in zip((H * P, H * P, G * N, G * N, H), multipliers, strict=True)]
     for i in (1, 0):
-        own = child.get_submodule(f"model.layers.{i}.mamba").get_buffer("mup_vector")
-        assert own.tolist() == (torch.cat(by_hand)[None, None] if i else parent.layers[0].mamba.mup_vector).tolist()
+        buffer = child.get_submodule(f"model.layers.{i}.mamba").get_buffer("mup_vector")
+        assert buffer.tolist() == (torch.cat(by_hand)[None, None] if i else parent.layers[0].mamba.mup_vector).tolist()
 
 
 def test_multiples_in_proportion_are_never_less() -> None:

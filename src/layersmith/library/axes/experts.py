@@ -102,7 +102,7 @@ def members_of(model: ModelExperiments, i: int) -> Members:
         and shape[0] - effect.shapes[name][0] == fewer
         and (len(shape) == 3 or _is_stack_of_vectors(model.base[i], name, effect))
     )
-    flat = model.described.flat_experts(i)
+    flat = model.described.layer_facts(i).flat_experts
     lists = sorted({_before_numbers(name) for name in effect.came_or_went} - {""})
     return Members(count, (*stacks, *flat), tuple(lists), flat)
 
@@ -117,7 +117,8 @@ def why_no_experts(model: ModelExperiments, i: int) -> str:
 
 def _shares_its_number(model: ModelExperiments, i: int) -> bool:
     """Whether experts of the attention have the same number in the config, and the FFN's cannot differ alone."""
-    return model.described.experts_of_both(i) and not model.described.ffn_experts(i)
+    facts = model.described.layer_facts(i)
+    return facts.experts_of_both and not facts.ffn_experts
 
 
 def _fewer_per_token(model: ModelExperiments, i: int) -> bool:
@@ -129,7 +130,7 @@ def _fewer_per_token(model: ModelExperiments, i: int) -> bool:
     fewer = Alternative(i, "ffn", "experts_per_token", size=moe.num_experts_per_tok - 1)
     blocks = (model.blocks[i], fewer.block_config(model.blocks[i]))
     before, after = (model.descriptor.block_config_to_layer_overrides(block) for block in blocks)
-    return before != after or bool(model.described.ffn_experts(i))
+    return before != after or bool(model.described.layer_facts(i).ffn_experts)
 
 
 def _is_stack_of_vectors(shapes: dict[str, tuple[int, ...]], name: str, effect: Effect) -> bool:

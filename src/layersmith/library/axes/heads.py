@@ -51,10 +51,11 @@ def attention_heads(model: ModelExperiments, i: int, reasons: dict[str, str]) ->
         reasons["query_heads"] = no_queries
     if num_heads is None or not (of_kv or of_queries):
         raise NoAxis("; ".join(filter(None, (why, no_queries))))
-    count = described.shared_kv_heads(i) if count is None else count
-    if not of_kv and count != 1 and described.latent_cache(i) is not None:
+    facts = described.layer_facts(i)
+    count = facts.shared_kv_heads if count is None else count
+    if not of_kv and count != 1 and facts.latent_cache is not None:
         count = None  # each query head computes keys and values from the cached entries, whatever the config says
-    if described.heads_end_in_blocks(i):
+    if facts.heads_end_in_blocks:
         if of_kv:
             raise NoAxis("its output projection is made of blocks, and it has several KV heads")
         count = 1  # the proof tries to remove equally many heads of each block
@@ -65,23 +66,23 @@ def attention_heads(model: ModelExperiments, i: int, reasons: dict[str, str]) ->
 
 def _why_no_kv_heads(model: ModelExperiments, i: int, num_heads: int | None) -> str:
     """Why there cannot be fewer KV heads in a layer whose block config has no number of them."""
-    described = model.described
-    if described.keeps_state(i):
+    facts = model.described.layer_facts(i)
+    if facts.keeps_state:
         return _STATE
-    if described.caches_nothing(i):
+    if facts.caches_nothing:
         return "it does not compute keys and values"
-    if described.latent_cache(i) is not None:
+    if facts.latent_cache is not None:
         return "its cache holds one latent vector per token, which all heads share"
-    if described.shared_kv_heads(i) in (None, num_heads):
+    if facts.shared_kv_heads in (None, num_heads):
         return "each query head has separate keys and values"
-    if described.attention_stays(i):
+    if facts.attention_stays:
         return "later layers use its keys and values"
-    return described.why_no_kv_heads(i) or "the number of its KV heads cannot change alone"
+    return facts.why_no_kv_heads or "the number of its KV heads cannot change alone"
 
 
 def _num_heads(model: ModelExperiments, i: int) -> int | None:
     count = model.blocks[i].attention.num_attention_heads
-    count = model.described.num_query_heads(i) if count is None else count
+    count = model.described.layer_facts(i).num_query_heads if count is None else count
     return whole_number(model.language, "num_attention_heads") if count is None else count
 
 
@@ -104,7 +105,7 @@ def _of_queries(model: ModelExperiments, i: int, num_heads: int | None) -> tuple
         return [], str(reason)
     if governed:
         return governed, ""
-    return [], model.described.why_no_query_heads(i) or "the size of its heads follows from their number"
+    return [], model.described.layer_facts(i).why_no_query_heads or "the size of its heads follows from their number"
 
 
 def _ungrouped_heads(model: ModelExperiments, i: int, num_heads: int, of_queries: list[Governed]) -> HeadsAxis:
@@ -160,7 +161,7 @@ def _grouped_heads(
             fewer_groups=several,
             blocks=blocks,
         )
-        return (in_pairs(axis) if model.described.heads_in_pairs(i) else None) or axis
+        return (in_pairs(axis) if model.described.layer_facts(i).heads_in_pairs else None) or axis
 
     return _each_attention(model, i, weights, axis_of)
 
@@ -220,7 +221,7 @@ def _each_attention(
 
 def _blocks(model: ModelExperiments, i: int, weights: Sequence[WeightAxis], reader: str) -> int:
     """The number of blocks of a block-diagonal output projection; 1 for a dense one."""
-    if not model.described.heads_end_in_blocks(i):
+    if not model.described.layer_facts(i).heads_end_in_blocks:
         return 1
     # The reader of B blocks counts 1/B of the entries that each head has where it is computed.
     unit = next(w for w in weights if w.name == reader).segments[0].unit

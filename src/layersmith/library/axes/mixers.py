@@ -34,7 +34,7 @@ def keeps_state(model: ModelExperiments, i: int) -> bool:
     attention = model.blocks[i].attention
     if attention.no_op or attention.replace_with_linear:
         return False
-    return attention.mamba is not None or model.described.has_mixer(i)
+    return attention.mamba is not None or model.described.layer_facts(i).has_mixer
 
 
 def mixer_heads(model: ModelExperiments, i: int) -> HeadsAxis:
@@ -121,7 +121,7 @@ def mixer_head_size(model: ModelExperiments, i: int) -> HeadSizeAxis:
     if not weights:
         raise NoAxis(
             "one attribute sets both the size of its heads and that of its state"
-            if model.described.square_state(i)
+            if model.described.layer_facts(i).square_state
             else "no attribute of its config changes the size of its heads alone"
         )
     readers = [w.name for w in weights if takes(model, i, w)]
@@ -140,7 +140,7 @@ def _sizes(model: ModelExperiments, i: int) -> MambaConfig:
     mamba = model.blocks[i].attention.mamba
     if mamba is None:
         raise NoAxis(
-            model.described.mixer_problem(i)
+            model.described.layer_facts(i).mixer_problem
             or "no attribute of its config changes the heads of its mixer or the size of its state alone"
         )
     return mamba

@@ -173,7 +173,7 @@ def _shorter_cache(specimen: Specimen) -> Any:
 
 def _narrow_cache(specimen: Specimen) -> Any:
     narrow = copy.copy(specimen)
-    with foreign_code("Can the model be in bfloat16?", refusal_is_answer=True) as attempt:
+    with foreign_code("Can the model be in bfloat16?") as attempt:
         narrow.model = copy.deepcopy(specimen.model).to(torch.bfloat16)
     return None if attempt.failed else filled_cache(narrow)
 

@@ -10,11 +10,11 @@ from torch import nn
 
 from layersmith.block_config import BlockConfig
 from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.capabilities import LayerFacts
 from layersmith.model_descriptor.conventions import KV_HEADS, QUERY_HEADS
 from layersmith.model_descriptor.infer.attributes import value_at
 from layersmith.model_descriptor.infer.blocks import block_of
 from layersmith.model_descriptor.infer.cache import InCache
-from layersmith.model_descriptor.infer.experts import FFNExperts
 from layersmith.model_descriptor.infer.findings import Findings
 from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Subblock
@@ -51,10 +51,59 @@ class InferredCapabilities(ModelDescriptor):
         return list(cls.for_config(as_parent(config)).findings.of_layer)
 
     @classmethod
-    def refuted(cls, index: int) -> tuple[str, ...]:
-        kind = cls._kind(index)
+    def layer_facts(cls, index: int) -> LayerFacts:
+        kind, sizes, cached = cls._kind(index), cls._sizes(index), cls._in_cache(index)
         no_ops = [subblock.refuted for subblock in (kind.attention, kind.ffn) if subblock is not None]
-        return tuple(str(outcome) for outcome in (*no_ops, *cls._sizes(index).outcomes) if outcome is not None)
+        attention, mixer = kind.attention, sizes.mixer
+        return LayerFacts(
+            refuted=tuple(str(outcome) for outcome in (*no_ops, *sizes.outcomes) if outcome is not None),
+            num_query_heads=cls._num_query_heads(index),
+            shared_kv_heads=cls._shared_kv_heads(index),
+            why_no_query_heads=sizes.no_query_heads,
+            why_no_kv_heads=sizes.no_kv_heads,
+            heads_end_in_blocks=sizes.head_blocks > 1,
+            heads_in_pairs=sizes.head_pairs,
+            has_mixer=attention is not None and (mixer is not None or cached.stateful),
+            square_state=mixer is not None and mixer.square,
+            mixer_problem=cls._mixer_problem(index),
+            flat_experts=sizes.flat,
+            experts_of_both=sizes.experts_of_both,
+            ffn_experts=sizes.ffn_experts,
+            attention_stays=attention is not None and attention.stays,
+            keeps_state=cached.stateful,
+            caches_nothing=cached.empty,
+            cache_slots=cached.slots,
+            cached_numbers=cached.numbers,
+            latent_cache=sum(cached.latent) or None,
+            caches_each_query=cached.for_each_query,
+            estimates_cache=cached.holds_more,
+        )
+
+    @classmethod
+    def _num_query_heads(cls, index: int) -> int | None:
+        config, sizes = language_config(cls.findings.config), cls._sizes(index)
+        path = sizes.query_heads[0] if sizes.query_heads else sizes.heads_elsewhere
+        return whole_number(config, QUERY_HEADS) if path is None else value_at(config, path, index)
+
+    @classmethod
+    def _shared_kv_heads(cls, index: int) -> int | None:
+        """The number by an attribute of the layer, by one of another kind of layer, or by the usual attribute.
+
+        Only the first is certain; callers prove the others by experiment.
+        """
+        config, sizes = language_config(cls.findings.config), cls._sizes(index)
+        path = sizes.kv_heads or sizes.keys or next((s.kv_heads for s in cls.findings.sizes if s.kv_heads), None)
+        if path is not None:
+            return value_at(config, path, index) or None
+        usual, heads = whole_number(config, KV_HEADS), cls._num_query_heads(index)
+        return None if usual and heads and heads % usual else usual  # the usual name may mean something else
+
+    @classmethod
+    def _mixer_problem(cls, index: int) -> str:
+        if cls.findings.mixers[index] is not None:
+            return "its block config does not say the sizes of its mixer"
+        mixer = cls._sizes(index).mixer
+        return "" if mixer is None else mixer.problem
 
     # ------------------------------------------------------------------------------------------ modules of a layer
 
@@ -106,108 +155,11 @@ class InferredCapabilities(ModelDescriptor):
                     changed.setdefault(module, {})[attribute] = value
         return changed
 
-    # ------------------------------------------------------------------------------------------ heads and mixers
-
-    @classmethod
-    def num_query_heads(cls, index: int) -> int | None:
-        config, sizes = language_config(cls.findings.config), cls._sizes(index)
-        path = sizes.query_heads[0] if sizes.query_heads else sizes.heads_elsewhere
-        return whole_number(config, QUERY_HEADS) if path is None else value_at(config, path, index)
-
-    @classmethod
-    def shared_kv_heads(cls, index: int) -> int | None:
-        """The number by an attribute of the layer, by one of another kind of layer, or by the usual attribute.
-
-        Only the first is certain; callers prove the others by experiment.
-        """
-        config, sizes = language_config(cls.findings.config), cls._sizes(index)
-        path = sizes.kv_heads or sizes.keys or next((s.kv_heads for s in cls.findings.sizes if s.kv_heads), None)
-        if path is not None:
-            return value_at(config, path, index) or None
-        usual, heads = whole_number(config, KV_HEADS), cls.num_query_heads(index)
-        return None if usual and heads and heads % usual else usual  # the usual name may mean something else
-
-    @classmethod
-    def why_no_query_heads(cls, index: int) -> str:
-        return cls._sizes(index).no_query_heads
-
-    @classmethod
-    def why_no_kv_heads(cls, index: int) -> str:
-        return cls._sizes(index).no_kv_heads
-
-    @classmethod
-    def heads_end_in_blocks(cls, index: int) -> bool:
-        return cls._sizes(index).head_blocks > 1
-
-    @classmethod
-    def heads_in_pairs(cls, index: int) -> bool:
-        return cls._sizes(index).head_pairs
-
-    @classmethod
-    def has_mixer(cls, index: int) -> bool:
-        mixes = cls._sizes(index).mixer is not None or cls.keeps_state(index)
-        return mixes and cls._kind(index).attention is not None
-
-    @classmethod
-    def square_state(cls, index: int) -> bool:
-        mixer = cls._sizes(index).mixer
-        return mixer is not None and mixer.square
-
-    @classmethod
-    def mixer_problem(cls, index: int) -> str:
-        if cls.findings.mixers[index] is not None:
-            return "its block config does not say the sizes of its mixer"
-        mixer = cls._sizes(index).mixer
-        return "" if mixer is None else mixer.problem
-
-    # ------------------------------------------------------------------------------------------ experts
-
-    @classmethod
-    def flat_experts(cls, index: int) -> tuple[str, ...]:
-        return cls._sizes(index).flat
-
-    @classmethod
-    def experts_of_both(cls, index: int) -> bool:
-        return cls._sizes(index).experts_of_both
-
-    @classmethod
-    def ffn_experts(cls, index: int) -> FFNExperts | None:
-        return cls._sizes(index).ffn_experts
-
     # ------------------------------------------------------------------------------------------ the KV cache
-
-    @classmethod
-    def attention_stays(cls, index: int) -> bool:
-        attention = cls._kind(index).attention
-        return attention is not None and attention.stays
 
     @classmethod
     def appends_to_cache(cls) -> bool:
         return cls.findings.appends
-
-    @classmethod
-    def keeps_state(cls, index: int) -> bool:
-        return cls._in_cache(index).stateful
-
-    @classmethod
-    def caches_nothing(cls, index: int) -> bool:
-        return cls._in_cache(index).empty
-
-    @classmethod
-    def cache_slots(cls, index: int) -> int:
-        return cls._in_cache(index).slots
-
-    @classmethod
-    def cached_numbers(cls, index: int) -> float:
-        return cls._in_cache(index).numbers
-
-    @classmethod
-    def latent_cache(cls, index: int) -> int | None:
-        return sum(cls._in_cache(index).latent) or None
-
-    @classmethod
-    def caches_each_query(cls, index: int) -> bool:
-        return cls._in_cache(index).for_each_query
 
     @classmethod
     def token_bytes(cls, index: int, dtype: torch.dtype, has_attention: bool) -> int:
@@ -220,17 +172,13 @@ class InferredCapabilities(ModelDescriptor):
     def state_bytes(
         cls, index: int, block: BlockConfig, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
     ) -> int:
-        heads, kept_heads = cls.num_query_heads(index), block.attention.num_attention_heads
+        heads, kept_heads = cls._num_query_heads(index), block.attention.num_attention_heads
         total = 0
         for state in cls._in_cache(index).states:
             numbers = state.numbers(block.attention.mamba, shapes)
             # In a layer that is all mixer, the config may count the mixer's heads as query heads.
-            follows = cls.keeps_state(index) and state.of_mixer and block.attention.mamba is None
+            follows = cls._in_cache(index).stateful and state.of_mixer and block.attention.mamba is None
             if follows and kept_heads and heads and state.shape[0] == heads:
                 numbers = numbers * kept_heads // heads
             total += numbers * (state.itemsize or dtype.itemsize)
         return total
-
-    @classmethod
-    def estimates_cache(cls, index: int) -> bool:
-        return cls._in_cache(index).holds_more

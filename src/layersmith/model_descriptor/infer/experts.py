@@ -87,7 +87,7 @@ def lie_flat(specimen: Specimen, prefix: str, names: Sequence[str], count: int) 
 def _gradients(specimen: Specimen, weights: Sequence[torch.Tensor], token: int) -> list[torch.Tensor]:
     """Gradients of weights from one token alone; zeros where the model gives none."""
     grads: Sequence[torch.Tensor | None] = [None] * len(weights)
-    with torch.enable_grad(), foreign_code("Does one token give gradients?", refusal_is_answer=True):
+    with torch.enable_grad(), foreign_code("Does one token give gradients?"):
         total = specimen.forward(specimen.ids[:, token : token + 1]).square().sum()
         grads = torch.autograd.grad(total, list(weights), allow_unused=True)
     return [torch.zeros_like(w) if grad is None else grad for w, grad in zip(weights, grads, strict=True)]

@@ -1,0 +1,98 @@
+"""The command ``distill``: global distillation of a finished run."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from layersmith.errors import UsageError
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.recipe import DISTILLATION_TOKENS, Recipe
+from layersmith.run import ranks
+from layersmith.run.progress import SILENT, Progress
+from layersmith.run.runtime import Runtime
+from layersmith.stages.costs import COSTS
+from layersmith.stages.distill import COMPARED, DISTILLATION, DISTILLED, keep_card_of_distilled, remove_checkpoints
+from layersmith.stages.finalists import FINALISTS, has_finalists
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.realize import CHILD
+
+
+@dataclass(frozen=True)
+class Distilled:
+    """Result of a global distillation.
+
+    Attributes:
+        child: Folder of the distilled child.
+        before, after: Evaluations of parent against child, as in ``evaluation.json``.
+        finalists: Solutions that were tried first; empty if none were.
+    """
+
+    child: Path
+    before: dict[str, Any]
+    after: dict[str, Any]
+    finalists: list[dict[str, Any]]
+
+
+def distill(
+    run_folder: str | Path,
+    *,
+    tokens: int | None = None,
+    data: str | Path | None = None,
+    recipe: Recipe | dict[str, Any] | str | Path | None = None,
+    finalists: int | None = None,
+    report_to: Sequence[str] | None = None,
+    device: str | None = None,
+    descriptor: type[ModelDescriptor] | None = None,
+    trust_remote_code: bool = False,
+    progress: Progress = SILENT,
+    verify: bool = False,
+) -> Distilled:
+    """Distil the parent of a finished run into its child. Call it again to resume an interrupted distillation.
+
+    Args:
+        run_folder: Folder that ``compress`` made.
+        tokens: Number of tokens to learn from; default: the recipe's, else a million.
+        data: Text to learn from; default: the run's, without what evaluation shows.
+        recipe: Its section ``distillation`` replaces the run's.
+        finalists: Number of solutions that are tried for a short while first.
+        report_to: Loggers, by the names that Transformers has for them; default: the recipe's.
+        device: Device; default: the run's.
+        descriptor: Descriptor of the parent's model family; default: inferred.
+        trust_remote_code: Let Transformers run code from the folders of parent and child.
+        progress: Receives steps and notes.
+        verify: Hash all files of the run, also large ones whose size and time of change are as before.
+
+    Raises:
+        InputError: The run has no child yet, its parent or data are gone or have changed, or the disk is too small.
+        UsageError: Settings do not go with the models.
+    """
+    if tokens is not None and tokens < 1:
+        raise UsageError(f"--tokens: must be positive, got {tokens}.")
+
+    def change(settings: Recipe) -> Recipe:
+        section = settings.distillation if recipe is None else Recipe.read(recipe).distillation
+        changes: dict[str, Any] = {"tokens": tokens or section.tokens or DISTILLATION_TOKENS}
+        if finalists is not None:
+            changes["finalists"] = finalists
+        if report_to is not None:
+            changes["report_to"] = tuple(report_to)
+        section = dataclasses.replace(section, **changes)
+        return dataclasses.replace(settings, distillation=section, device=device or settings.device)
+
+    needed = (LIBRARY, COSTS, CHILD)
+    job = Job.of_run(run_folder, needed, descriptor, progress, change, verify, trust_remote_code)
+    job.training_data = None if data is None else str(data)
+    ranks.start(Runtime.detect(job.recipe.device, job.recipe.dtype))
+    with ranks.first(job.run.locked):
+        for stage in DISTILLATION:
+            job.do(stage)
+        ranks.on_first(lambda: remove_checkpoints(job))
+        ranks.on_first(lambda: keep_card_of_distilled(job))
+    compared = job.read(COMPARED)
+    tried = job.read(FINALISTS) if has_finalists(job) else []
+    return Distilled(job.read(DISTILLED), compared["before"], compared["after"], tried)
