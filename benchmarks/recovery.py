@@ -293,7 +293,7 @@ def main() -> None:
     parser.add_argument("--distil-rows", type=int, help="training rows that it takes its own from; default: all")
     parser.add_argument("--eval-every", type=int, default=0, help="of its steps: the loss on scoring rows, for a curve")
     parser.add_argument("--distil-all", action="store_true", help="(a) and (b) too")
-    local, search = LocalDistillationRecipe(), SearchRecipe()
+    local, search = LocalDistillationRecipe(tokens=131_072, coupled_tokens=131_072), SearchRecipe()
     parser.add_argument(
         "--local-tokens", type=int, default=local.tokens, help="of local distillation, for each alternative"
     )

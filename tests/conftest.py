@@ -180,6 +180,7 @@ TINY_RECIPE: dict[str, Any] = {
         "training_sequences": 8,
     },
     "library": {"ffn_fractions": [0.5, 0.25]},
+    "local_distillation": {"tokens": 131_072, "coupled_tokens": 131_072},
     "scoring": {"batch_tokens": 64},
     "search": {"refine_passes": 10, "refine_rows": 2, "frontier_points": 6},
     "costs": {"time_child": False},

@@ -128,9 +128,11 @@ class LocalDistillationRecipe:
 
     reconstruct: bool = True
     """Refit the last projection of every pruned subblock by least squares on the calibration rows."""
-    tokens: NonNegativeInt = 131_072
-    """Training tokens for every alternative of the library, before it is scored; 0 for none. Each row is used once."""
-    coupled_tokens: NonNegativeInt = 131_072
+    tokens: NonNegativeInt = 0
+    """Training tokens for every alternative of the library, before it is scored; 0 for none. Each row is used once. The
+    default library has about eight times the parent's parameters, so 16,384 tokens take as long as all other stages
+    together. It helps parents that were trained on little text themselves."""
+    coupled_tokens: NonNegativeInt = 32_768
     """Training tokens for joint distillation after the search: the chosen attention and FFN of a layer are trained
     together; 0 for none."""
     child_refit: Annotated[float, Field(ge=0, le=1)] = 0.5
