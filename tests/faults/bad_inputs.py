@@ -205,9 +205,10 @@ def safetensors_of(header: bytes, data: bytes = b"", size: int | None = None) ->
 
 
 def index(content: Any) -> Harm:
-    """Put an index beside the parent's weights."""
+    """Put an index beside the parent's weights, which get a name of their own: a single file is read without it."""
 
     def harm(place: Place) -> None:
+        (place.parent / "model.safetensors").rename(place.parent / "model-00001-of-00001.safetensors")
         text = content if isinstance(content, str) else json.dumps(content)
         (place.parent / "model.safetensors.index.json").write_text(text)
 
@@ -371,6 +372,8 @@ _INDICES: dict[str, Any] = {
     "an overlong name": {"weight_map": {"x": LONG}},
 }
 
+_INDEX_WORDS = {"weight_map empty": "no safetensors weights", "an absolute path": "passwd"}
+
 _CONFIG_FILES: dict[str, tuple[Harm, str]] = {
     "missing": (remove("config.json"), "config.json"),
     "empty": (write("parent/config.json", ""), "config"),
@@ -426,7 +429,7 @@ def _parents() -> Iterable[Case]:
     for name, (harm, word) in _WEIGHTS.items():
         yield Case(f"weights: {name}", COMPRESS, word, harm=harm)
     for name, content in _INDICES.items():
-        yield Case(f"index: {name}", COMPRESS, "index" if name != "an absolute path" else "", harm=index(content))
+        yield Case(f"index: {name}", COMPRESS, _INDEX_WORDS.get(name, "index"), harm=index(content))
     for name, harm in _TOKENIZERS.items():
         yield Case(f"tokenizer: {name}", COMPRESS, "tokenizer", harm=harm)
     for name, (path, harm, word) in _PARENT_PATHS.items():

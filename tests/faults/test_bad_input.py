@@ -5,7 +5,6 @@ The command line runs in this process. ``LAYERSMITH_FAULTS=all`` runs the whole 
 
 from __future__ import annotations
 
-import os
 import resource
 import shutil
 import signal
@@ -23,14 +22,10 @@ from layersmith import cli
 from layersmith.recipe import Recipe
 from layersmith.run.artifacts import TEMPORARY
 from tests.faults.bad_inputs import CASES, RECIPE, Case, Place
+from tests.faults.conftest import ALL
 
-_WHOLE = os.environ.get("LAYERSMITH_FAULTS") == "all"
-# Their checks are being written.
-_OPEN = ("index: ", "evaluate, index", "costs, index", "config: plan empty", "data: mixture deep", "recipe: deep",
-         "recipe: a key twice", "recipe: a huge", "--set 'seed=[[", "search: run.json", "distill: run.json",
-         "report: run.json", "evaluate: child with plan of numbers")  # fmt: skip
 # Every this many cases one is run where not all are.
-_STRIDE = 7
+_STRIDE = 9
 _SECONDS = 20
 _LONGEST_MESSAGE = 1500
 # Address space of the process while a command runs; a command that wants more fails instead of taking the machine's.
@@ -120,7 +115,7 @@ def run_main(words: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
 @pytest.mark.usefixtures("as_before")
 @pytest.mark.parametrize(
     "case",
-    CASES if _WHOLE else [case for case in CASES if not case.name.startswith(_OPEN)][::_STRIDE],
+    CASES if ALL else CASES[::_STRIDE],
     ids=lambda case: case.name[:70],
 )
 def test_a_bad_input_is_refused(
@@ -131,6 +126,7 @@ def test_a_bad_input_is_refused(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
+    figures: Callable[..., None],
 ) -> None:
     monkeypatch.setenv("COLUMNS", "300")
     monkeypatch.chdir(tmp_path)
@@ -154,6 +150,7 @@ def test_a_bad_input_is_refused(
     assert {name: after.get(name) for name in {*before, *after} if before.get(name, 0) != after.get(name, 0)} == {}
     assert not list(tmp_path.rglob(f"{TEMPORARY}*"))
     shutil.rmtree(tmp_path)
+    figures(case.command[0], "bad input", case.name.split(":")[0], "refused")
 
 
 def test_the_table_is_large_and_has_no_case_twice() -> None:

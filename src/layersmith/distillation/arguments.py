@@ -105,10 +105,7 @@ def training_arguments(
     with foreign_code("Are these arguments valid?", refusal_is_answer=True) as attempt:
         made = attempt.call(TrainingArguments, **chosen)
     if attempt.failed:
-        where = (
-            f"recipe distillation.trainer ({', '.join(recipe.trainer)})" if recipe.trainer else "recipe distillation"
-        )
-        raise UsageError(f"{where}: {attempt.reason}") from attempt.error
+        raise UsageError(f"{_where(recipe.trainer)}: {attempt.reason}") from attempt.error
     if runtime.world_size == 1:
         upstream.use_one_gpu(made)  # several GPUs need a launcher such as torchrun
     return made
