@@ -1,5 +1,6 @@
 """Commands, options, make targets and links in README exist."""
 
+import ast
 import os
 import re
 import shlex
@@ -57,6 +58,26 @@ def test_make_targets_and_links_exist() -> None:
         assert done.returncode == 0, done.stderr
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
         assert (ROOT / link).exists(), link
+
+
+# Functions with many parameters, and why. Options of the command line and of the main Python calls are keywords.
+MANY_PARAMETERS = {
+    "cli": "options", "compress": "options", "stages": "those of compress", "distill": "options", "plan": "options",
+    "of_run": "options", "evaluate_model": "options", "parse_budget": "one for each limit",
+    "make_plan": "the parts of a child", "head_losses": "the operands of a fused operation",
+    "_of_kind": "what experiments found of a kind of layer",
+}  # fmt: skip
+
+
+def test_functions_are_short_and_have_few_parameters() -> None:
+    """At most 60 lines and 6 parameters; the commands of the command line declare an option on every line."""
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.FunctionDef) or path.stem == "cli":
+                continue
+            assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
+            names = {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
+            assert len(names - {"self", "cls"}) <= 6 or node.name in MANY_PARAMETERS, f"{path}: {node.name}"
 
 
 def test_modules_have_at_most_600_lines() -> None:

@@ -20,6 +20,30 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from layersmith.errors import LayersmithError, UsageError, did_you_mean
+from layersmith.options import (
+    TTFT,
+    ActiveParams,
+    Batch,
+    Context,
+    Descriptor,
+    Device,
+    Generate,
+    KVCache,
+    Memory,
+    Params,
+    Parent,
+    Quiet,
+    RecipeFile,
+    Run,
+    Settings,
+    Tasks,
+    Throughput,
+    TimePerToken,
+    TrustRemoteCode,
+    Verbose,
+    Verify,
+    Weights,
+)
 from layersmith.recipe import BATCH, CONTEXT, DataRecipe, Recipe
 from layersmith.stages import NAMES
 
@@ -28,8 +52,6 @@ if TYPE_CHECKING:
 
     from layersmith.run.progress import Progress
 
-BUDGET, WORKLOAD, SETTINGS = "Budget", "Workload", "Settings"
-
 app = typer.Typer(
     help="Compress a Hugging Face decoder language model to a budget. Layers of the result can have different shapes.",
     no_args_is_help=True,
@@ -37,88 +59,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Parent = Annotated[str, typer.Argument(help="Model to compress: a checkpoint folder, a hub id, or a GGUF file.")]
-Run = Annotated[Path, typer.Argument(help="Folder of a finished `compress` run.")]
-Params = Annotated[
-    str | None,
-    typer.Option(help="Parameters of the child: 0.7 of the parent's, or an amount such as 7B.", rich_help_panel=BUDGET),
-]
-ActiveParams = Annotated[
-    str | None, typer.Option(help="Parameters used for each token: 0.7, or 3B.", rich_help_panel=BUDGET)
-]
-Weights = Annotated[str | None, typer.Option(help="Memory of the weights: 0.7, or 10GiB.", rich_help_panel=BUDGET)]
-KVCache = Annotated[
-    str | None,
-    typer.Option(help="Memory of the KV cache for --batch and --context: 0.5, or 2GiB.", rich_help_panel=BUDGET),
-]
-Memory = Annotated[
-    str | None, typer.Option(help="Memory of weights and KV cache together: 0.7, or 10GiB.", rich_help_panel=BUDGET)
-]
-TTFT = Annotated[
-    str | None,
-    typer.Option("--ttft", help="Time to first token on this machine: 0.7, or 80ms.", rich_help_panel=BUDGET),
-]
-TimePerToken = Annotated[
-    str | None,
-    typer.Option(help="Time per generated token of the batch, on this machine: 0.7, or 12ms.", rich_help_panel=BUDGET),
-]
-Throughput = Annotated[
-    str | None,
-    typer.Option(help="Least number of generated tokens a second: 1.5x, or 500tokens/s.", rich_help_panel=BUDGET),
-]
-Batch = Annotated[int, typer.Option(help="Number of sequences served at once.", rich_help_panel=WORKLOAD)]
-Context = Annotated[
-    int, typer.Option(help="Tokens in each sequence, prompt and generated ones together.", rich_help_panel=WORKLOAD)
-]
-Generate = Annotated[
-    int | None,
-    typer.Option(
-        help="Number of generated tokens, counted within --context. Default: 128, at most half.",
-        rich_help_panel=WORKLOAD,
-    ),
-]
-RecipeFile = Annotated[
-    Path | None,
-    typer.Option("--recipe", help="YAML file with settings; others keep their defaults.", rich_help_panel=SETTINGS),
-]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        help="Change one setting of the recipe: section.key=value. May be repeated.",
-        rich_help_panel=SETTINGS,
-    ),
-]
-Tasks = Annotated[
-    str | None,
-    typer.Option(
-        help="Tasks to measure accuracy on, separated by commas: names of tasks in lm-eval, or JSONL or YAML files.",
-    ),
-]
-Device = Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.", rich_help_panel=SETTINGS)]
-Descriptor = Annotated[
-    str | None,
-    typer.Option(help="Descriptor of the model's family, as package.module:ClassName.", rich_help_panel=SETTINGS),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option(
-        "--trust-remote-code",
-        help="Run Python code that comes with the model. No recipe or run can allow it.",
-        rich_help_panel=SETTINGS,
-    ),
-]
-Verify = Annotated[
-    bool,
-    typer.Option(
-        "--verify", help="Hash all files of the run, also large ones whose size and time of change are as before."
-    ),
-]
-Verbose = Annotated[
-    int, typer.Option("--verbose", "-v", count=True, help="Show more of what happens; -vv also shows tracebacks.")
-]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no notes, only the result.")]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import importlib.util
 import math
 import random
 import tempfile
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,8 @@ def training_arguments(
     check_loggers(recipe.report_to)
     known = {field.name for field in dataclasses.fields(TrainingArguments) if field.init}
     _check_fields(recipe.trainer, known)
-    if recipe.trainer.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
-        raise UsageError("recipe distillation.trainer: deepspeed is not installed here.")
     on_cpu = runtime.device.type == "cpu"
-    precision: str = recipe.precision
-    if precision == "auto":
-        precision = "float32" if runtime.dtype == torch.float32 else str(runtime.dtype).removeprefix("torch.")
+    precision = str(runtime.dtype).removeprefix("torch.") if recipe.precision == "auto" else recipe.precision
     chosen: dict[str, Any] = {
         "lr_scheduler_type": recipe.schedule,
         "warmup_steps": math.ceil(recipe.warmup * steps.count),
@@ -111,10 +107,12 @@ def training_arguments(
     return made
 
 
-def _check_fields(names: Iterable[str], known: Collection[str]) -> None:
+def _check_fields(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises: UsageError: Some name is no field of TrainingArguments, or one that the recipe sets elsewhere."""
     where = "recipe distillation.trainer"
-    for name in names:
+    if given.get("deepspeed") and importlib.util.find_spec("deepspeed") is None:
+        raise UsageError(f"{where}: deepspeed is not installed here.")
+    for name in given:
         if name.startswith(("hub_", "push_to_hub")):
             raise UsageError(f"{where}: {name} is not set there; nothing is uploaded.")
         if name in _SET_ELSEWHERE:

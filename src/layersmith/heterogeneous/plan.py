@@ -330,11 +330,9 @@ def stock_guard(
                 differs = True
                 if can_differ(name):
                     entry[name] = value
-        skip = []
+        skip = [stock_names[name] for name in SUBBLOCKS if block.subblock(name).no_op]
         for subblock in SUBBLOCKS:
             subblock_config = block.subblock(subblock)
-            if subblock_config.no_op:
-                skip.append(stock_names[subblock])
             if subblock_config.no_op or subblock_config.replace_with_linear:
                 differs = True
                 # Zero differs from every size that a model can have, so Transformers keeps the override.
