@@ -35,8 +35,10 @@ from layersmith.data.read import read_documents
 from layersmith.data.splits import holds_tokens, prepare
 from layersmith.errors import LayersmithError, brief
 from layersmith.heterogeneous.checkpoint import check_files, read_subblocks, weight_files
+from layersmith.pipeline import STAGES
 from layersmith.recipe import Recipe
 from layersmith.report.card import license_of
+from layersmith.report.optional import read_optional
 from layersmith.run.artifacts import file_digest, fingerprint, read_tensors
 from layersmith.run.header import read_header, write_header
 from layersmith.run.journal import Checkpoint, Journal
@@ -207,7 +209,14 @@ def run_files(place: Place, random: Random) -> None:
     ]
     path = random.choice(paths)
     with place.changed(path, as_json(mutated(json.loads(path.read_bytes()), random), random)):
-        if path.parent.name in ("library", "scores", "describe", "costs") and random.random() < 0.5:
+        if random.random() < 0.7:
+            job = Job.of_run(place.run)
+            for stage in STAGES:
+                if job.made_from(stage) is not None:
+                    job.run.require(stage.name)
+                    job.read(stage)
+            read_optional(job.run)
+        elif path.parent.name in ("library", "scores", "describe", "costs") and random.random() < 0.5:
             search_several(SearchRequest(place.run, Budget.parse(0.95)))
         else:
             report_again(place.run)
