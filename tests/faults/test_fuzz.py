@@ -205,7 +205,7 @@ def run_files(place: Place, random: Random) -> None:
     paths = [
         p
         for p in sorted(place.run.rglob("*.json"))
-        if p.parent.name not in ("child", "distilled") and p.name != "report.json"
+        if p.parent.name != "child" and p.name not in ("report.json", "run.json")
     ]
     path = random.choice(paths)
     with place.changed(path, as_json(mutated(json.loads(path.read_bytes()), random), random)):
