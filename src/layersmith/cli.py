@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from layersmith.errors import LayersmithError, UsageError, did_you_mean
+from layersmith.errors import LayersmithError, UsageError, did_you_mean, printable
 from layersmith.options import (
     TTFT,
     ActiveParams,
@@ -538,5 +538,5 @@ def main() -> None:
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    print(f"layersmith: {message}", file=sys.stderr)
+    print(f"layersmith: {printable(message)}", file=sys.stderr)
     sys.exit(code)

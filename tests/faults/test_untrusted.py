@@ -101,6 +101,17 @@ def test_a_run_cannot_allow_code(given_run: Path, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------- paths
 
 
+def test_a_run_names_no_descriptor_to_import(given_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(given_run, tmp_path / "run")
+    (tmp_path / "run" / "trap.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.chdir(tmp_path / "run")
+    header = read_header(tmp_path / "run")
+    write_header(tmp_path / "run", header | {"descriptor": {"name": "trap:Trap", "source": "0"}})
+    with pytest.raises(InputError, match="another descriptor"):
+        report_again(tmp_path / "run")
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize("name", ["../../secret", "/etc/passwd"])
 def test_a_run_names_no_file_outside(name: str, given_run: Path, tmp_path: Path) -> None:
     shutil.copytree(given_run, tmp_path / "run")

@@ -15,7 +15,7 @@ from layersmith.errors import ALLOW_CODE, InputError, UnsupportedModel, brief, w
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
-from layersmith.model_descriptor.stock import language_config, stock_model
+from layersmith.model_descriptor.stock import language_config, quiet_transformers, stock_model
 from layersmith.modeling_layersmith import as_parent
 from layersmith.run.artifacts import read_json
 from layersmith.untrusted import inside
@@ -72,7 +72,8 @@ def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False
         )
     if folder.is_dir():
         _check_config_file(folder)
-    with foreign_code(f"Can the config of {path} be read?", refusal_is_answer=True) as attempt:
+    question = f"Can the config of {path} be read?"
+    with foreign_code(question, refusal_is_answer=True) as attempt, quiet_transformers():
         config = attempt.call(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
     if attempt.failed:
         if "trust_remote_code" in str(attempt.error):

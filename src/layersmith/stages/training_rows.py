@@ -82,6 +82,7 @@ def _rows_inputs(job: Job) -> Any:
 def _make_rows(job: Job, making: Making) -> None:
     _check_disk(job)
     steps = check(job)
+    making.progress.note(f"data: {training_source(job)}")
     with making.progress.stage(ROWS.name, 1, "source") as advance:
         run_rows = {name: getattr(job.read(DATA), name) for name in ("scoring", "evaluation")}
         source = TrainingSource(
