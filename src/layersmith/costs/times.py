@@ -30,6 +30,7 @@ from layersmith.errors import InputError
 from layersmith.library.alternative import Alternative
 from layersmith.records import check, parse
 from layersmith.run.artifacts import read_json
+from layersmith.untrusted import MAX_JSON_BYTES, read_bytes
 
 # Costs that times add to the counted costs, in seconds.
 PREFILL, DECODE, TOKEN = "prefill_seconds", "decode_seconds", "token_seconds"
@@ -260,16 +261,16 @@ def from_csv(path: str | Path, alternatives: Sequence[Alternative], workload: Wo
         InputError: The file is missing or has other columns, a time is not a number, or an alternative has no time.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
+        reader = csv.DictReader(io.StringIO(read_bytes(Path(path), MAX_JSON_BYTES).decode("utf-8-sig")))
+        rows = list(reader)
+    except (UnicodeDecodeError, csv.Error) as error:
         raise InputError(f"{path}: cannot be read ({error}).") from error
-    reader = csv.DictReader(io.StringIO(text))
     missing = [name for name in _HEADER if name not in (reader.fieldnames or ())]
     if missing:
         raise InputError(f"{path}: no column {missing[0]!r}. It needs {', '.join(_HEADER)}.")
     fixed: Timing | None = None
     given: dict[str, Timing] = {}
-    for line, row in enumerate(reader, 2):
+    for line, row in enumerate(rows, 2):
         timing = _timing(path, line, row)
         if row["subblock"] == _FIXED:
             fixed = timing

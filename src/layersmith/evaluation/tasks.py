@@ -6,7 +6,6 @@ A task is given by its name in lm-eval, by a YAML file in lm-eval's format, or b
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -28,10 +27,13 @@ from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import EvaluationRecipe
 from layersmith.run.progress import SILENT, Progress
 from layersmith.scoring.score import standard_error
+from layersmith.untrusted import parse_json
 
 # Format of a JSONL file => fields by which it is recognized.
 _FORMATS = {"multiple_choice": {"query", "choices", "gold"}, "continuation": {"context", "continuation"}}
 _LABELS = {"acc": "accuracy", "acc_norm": "accuracy by length-normalized likelihood", "exact_match": "exact match"}
+# Characters of a line that are read to see the format of a file.
+_LONGEST_LINE = 10_000_000
 # Sequences in one forward pass; longer ones come first, so this bounds the memory for logits.
 _BATCH = 16
 
@@ -187,7 +189,7 @@ def _format_of(path: Path) -> str:
     """The format of a JSONL file, by the fields of its first line."""
     try:
         with open(path, encoding="utf-8") as file:
-            first = json.loads(file.readline())
+            first = parse_json(file.readline(_LONGEST_LINE))
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: its first line is not JSON ({error}).") from error
     fields = set(first) if isinstance(first, dict) else set()

@@ -38,7 +38,7 @@ from layersmith.run.cards import CARD, is_edited, write_card_of
 from layersmith.run.folder import Run
 from layersmith.search.solution import Solution
 from layersmith.units import format_cost
-from layersmith.untrusted import parse_yaml
+from layersmith.untrusted import MAX_YAML_BYTES, parse_yaml
 
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -196,7 +196,8 @@ def _parent_front_matter(parent: str) -> dict[str, Any]:
             return {}
     if not isinstance(card, str | Path) or not Path(card).is_file():
         return {}
-    text = Path(card).read_text(encoding="utf-8", errors="replace")
+    with open(card, encoding="utf-8", errors="replace") as file:
+        text = file.read(MAX_YAML_BYTES)
     match = re.match(r"---\s*\n(.*?)\n---\s*(?:\n|$)", text, re.DOTALL)
     try:
         data = parse_yaml(match[1]) if match else None

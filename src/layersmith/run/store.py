@@ -7,14 +7,15 @@ removed at any time: later runs then do their own work.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 from pathlib import Path
 
-from layersmith.errors import LayersmithError
-from layersmith.run.artifacts import fingerprint, whole_folder, write_json
+from typing_extensions import TypedDict
+
+from layersmith.errors import InputError, LayersmithError
+from layersmith.run.artifacts import fingerprint, read_json, whole_folder, write_json
 from layersmith.run.digests import Record, difference
 
 logger = logging.getLogger(__name__)
@@ -80,6 +81,13 @@ class Store:
         return None if self.folder is None else self.folder / f"{stage.replace('/', '-')}-{inputs}"
 
 
+class _Entry(TypedDict):
+    """The record of an entry."""
+
+    files: Record
+    digest: str
+
+
 def _record_file(place: Path) -> Path:
     return place.with_name(f"{place.name}.json")
 
@@ -87,11 +95,11 @@ def _record_file(place: Path) -> Path:
 def _read_record(place: Path) -> Record | None:
     """Sizes and digests of the files of an entry; None if they are missing or not those that were written."""
     try:
-        stored = json.loads(_record_file(place).read_bytes())
-        files: Record = stored["files"]
-        return files if stored["digest"] == fingerprint(files) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        stored = read_json(_record_file(place), _Entry)
+    except InputError:
         return None
+    files: Record = stored["files"]
+    return files if stored["digest"] == fingerprint(files) else None
 
 
 def _link(source: Path, target: Path) -> None:
