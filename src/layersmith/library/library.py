@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from typing_extensions import TypedDict
 
 from layersmith.block_config import BlockConfig
+from layersmith.errors import InputError, some_of
 from layersmith.execution.exchange import LAYER_TYPE, share_buffers
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import build
@@ -44,6 +45,20 @@ class LibraryData(TypedDict):
     axes: list[Any]
     alternatives: list[Any]
     notes: list[str]
+
+
+def parse_alternatives(data: LibraryData, where: Path) -> tuple[list[LayerAxes], list[Alternative]]:
+    """Axes and alternatives from JSON data.
+
+    Raises:
+        InputError: An alternative is of a layer without axes.
+        UsageError: They are not what :meth:`Library.write` writes.
+    """
+    axes = [parse(LayerAxes, entry, f"{where}: axes.") for entry in data["axes"]]
+    alternatives = [parse(Alternative, entry, f"{where}: alternatives.") for entry in data["alternatives"]]
+    if unknown := [a.key for a in alternatives if a.layer >= len(axes)]:
+        raise InputError(f"{where}: {some_of(unknown)}, but there are {len(axes)} layers.")
+    return axes, alternatives
 
 
 @dataclass(eq=False)
@@ -241,12 +256,17 @@ class Library:
     @staticmethod
     def read(folder: Path, parent: Parent) -> Library:
         data = read_json(folder / "library.json", LibraryData)
+        axes, alternatives = parse_alternatives(data, folder / "library.json")
+        if len(axes) != len(parent.blocks):
+            raise InputError(
+                f"{folder / 'library.json'}: of {len(axes)} layers, but the parent has {len(parent.blocks)}."
+            )
         tensors = read_tensors(folder / "tensors.safetensors")
         curves = folder / "importance.json"
         return Library(
             parent=parent,
-            axes=[parse(LayerAxes, entry, "library.json: ") for entry in data["axes"]],
-            alternatives=[parse(Alternative, entry, "library.json: ") for entry in data["alternatives"]],
+            axes=axes,
+            alternatives=alternatives,
             orders={k.removeprefix("order."): v for k, v in tensors.items() if k.startswith("order.")},
             maps={k.removeprefix("map."): v for k, v in tensors.items() if k.startswith("map.")},
             notes=data["notes"],

@@ -9,13 +9,20 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from layersmith.costs.budget import Limits, Workload
+from layersmith.costs.counted import COSTS as COUNTED
+from layersmith.errors import InputError
 from layersmith.library.alternative import Alternative
 from layersmith.records import check, parse, to_data
 from layersmith.units import format_cost
 
+_COSTS = ("costs", "parent_costs", "limits")
+
 
 class _Asked(TypedDict):
     asked: list[Any]
+    costs: dict[str, float]
+    parent_costs: dict[str, float]
+    limits: dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -77,4 +84,7 @@ class Solution:
     def from_dict(data: dict[str, Any]) -> Solution:
         """Raises: InputError, UsageError: not what :meth:`to_dict` gives."""
         asked = Limits.from_data(check(data, _Asked, "solution.json")["asked"])
+        costs, of_parent, limits = (set(data[name]) for name in _COSTS)
+        if costs != of_parent or not costs >= {*limits, *COUNTED}:
+            raise InputError(f"solution.json: {', '.join(_COSTS)} are not amounts of the same costs.")
         return replace(parse(Solution, data | {"asked": {"each": data["asked"]}}, "solution.json: "), asked=asked)

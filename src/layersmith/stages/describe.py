@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layersmith.library.alternative import Alternative
-from layersmith.library.axes.axis import LayerAxes
-from layersmith.library.library import LibraryData
+from layersmith.library.library import LibraryData, parse_alternatives
 from layersmith.library.survey import Survey, survey
-from layersmith.records import check, parse, to_data
+from layersmith.records import check, to_data
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.job import Job
@@ -40,9 +38,10 @@ def _make(job: Job, making: Making) -> None:
 
 def _read(job: Job, folder: Path) -> Survey:
     data = read_json(folder / _FILE, LibraryData)
+    axes, alternatives = parse_alternatives(data, folder / _FILE)
     return Survey(
-        axes=[parse(LayerAxes, entry, f"{_FILE}: ") for entry in data["axes"]],
-        alternatives=[parse(Alternative, entry, f"{_FILE}: ") for entry in data["alternatives"]],
+        axes=axes,
+        alternatives=alternatives,
         ffn_ranking=check(data.get("ffn_ranking"), str, f"{folder / _FILE}: ffn_ranking"),
         notes=data["notes"],
     )

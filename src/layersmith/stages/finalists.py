@@ -133,4 +133,4 @@ def starting_child(job: Job) -> tuple[Path, Solution]:
     if not has_finalists(job):
         return job.read(CHILD), job.read(SOLUTION)
     folder = job.run.folder / FINALISTS.name
-    return folder / str(next(t["number"] for t in job.read(FINALISTS) if t["won"])), read_solution(folder)
+    return folder / str(next(t["number"] for t in job.read(FINALISTS) if t["won"])), read_solution(job, folder)

@@ -124,5 +124,5 @@ SOLUTION: Stage[Job, Solution] = Stage(
     name="solution",
     inputs=_solution_inputs,
     make=_write_solution,
-    read=lambda job, folder: read_solution(folder),
+    read=read_solution,
 )

@@ -11,6 +11,7 @@ from layersmith.costs.budget import Limits
 from layersmith.costs.stopwatch import Stopwatch
 from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times
+from layersmith.errors import InputError, some_of
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -134,15 +135,19 @@ def _make(job: Job, making: Making) -> None:
     write_json(making.folder / _FILE, solution.to_dict())
 
 
-def read_solution(folder: Path) -> Solution:
-    return Solution.from_dict(read_json(folder / _FILE))
+def read_solution(job: Job, folder: Path) -> Solution:
+    """Raises: InputError: The file is damaged, or of a model with more layers."""
+    solution, num_layers = Solution.from_dict(read_json(folder / _FILE)), len(job.read(DESCRIBE).axes)
+    if unknown := [a.key for a in solution.alternatives if a.layer >= num_layers]:
+        raise InputError(f"{folder / _FILE}: {some_of(unknown)}, but the parent has {num_layers} layers.")
+    return solution
 
 
 SEARCH: Stage[Job, Found] = Stage(
     name="search",
     inputs=_inputs,
     make=_make,
-    read=lambda job, folder: Found(read_solution(folder), read_times(folder)),
+    read=lambda job, folder: Found(read_solution(job, folder), read_times(folder)),
 )
 
 
