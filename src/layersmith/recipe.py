@@ -446,7 +446,7 @@ class Recipe:
                     section = section.setdefault(name, {})
                 section[key] = parse_yaml(text)
             except (AttributeError, TypeError, ValueError) as error:
-                raise UsageError(f"--set {setting}: {path} has no keys, or the value is not YAML.") from error
+                raise UsageError(f"--set {setting:.200}: {path:.200} has no keys, or the value is not YAML.") from error
             if not equals:
                 raise UsageError(f"--set {setting}: expected section.key=value, e.g. scoring.samples=2.")
         return Recipe.from_dict(data, "--set")

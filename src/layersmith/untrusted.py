@@ -78,7 +78,10 @@ def check_depth(data: Any) -> None:
 
 
 class YAMLLoader(yaml.SafeLoader):
-    """Plain YAML data without aliases, of limited depth. ``1e-4`` is a number, as in YAML 1.2; not so in YAML 1.1."""
+    """Plain YAML data without aliases or repeated keys, of limited depth.
+
+    ``1e-4`` is a number, as in YAML 1.2; not so in YAML 1.1.
+    """
 
     _depth = 0
 
@@ -93,6 +96,12 @@ class YAMLLoader(yaml.SafeLoader):
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 YAMLLoader.add_implicit_resolver(

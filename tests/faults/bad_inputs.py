@@ -777,7 +777,7 @@ _RECIPES: dict[str, tuple[str | bytes, str]] = {
     "deep": ("a: " + DEEP[:20000], "recipe"),
     "a key twice": ("seed: 1\nseed: 2\n", "seed"),
     "a date": ("seed: 2020-01-01", "seed"),
-    "a huge number": ("seed: " + "9" * 5000, "seed"),
+    "a huge number": ("seed: " + "9" * 5000, "recipe"),
     "two documents": ("seed: 1\n---\nseed: 2\n", "recipe"),
 }
 _TRAINERS: tuple[tuple[str, str], ...] = (
