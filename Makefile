@@ -53,6 +53,14 @@ docs: .venv-docs/.ready
 upstream: $(READY)
 	$(BIN)/python tests/upstream_versions.py 5.15.0 5.24.0
 
+# Every fault instrument as a whole, hours on two cores; writes docs/reliability.md. `make test` tries a spread of them.
+faults: $(READY)
+	mkdir -p runs
+	rm -f runs/faults.jsonl
+	LAYERSMITH_FAULTS=all LAYERSMITH_FAULTS_FIGURES=$(CURDIR)/runs/faults.jsonl $(BIN)/pytest tests/faults || true
+	$(BIN)/python -m tests.faults.figures runs/faults.jsonl
+	! grep -q '"failed"' runs/faults.jsonl
+
 check: lint types test
 
 lint: $(READY)

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 
 from layersmith.errors import LayersmithError, UsageError, did_you_mean, printable
+from layersmith.foreign import is_out_of_memory
 from layersmith.options import (
     TTFT,
     ActiveParams,
@@ -527,7 +528,7 @@ def main() -> None:
             sys.exit(error.exit_code)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _fail("no space left on the disk. Free some and run the same command again.", 2)
-        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        if is_out_of_memory(error):
             _fail("out of memory. Lower scoring.batch_tokens or set stream=always, and run the same command again.", 1)
         if isinstance(error, OSError) and error.errno is not None:  # a name that is too long, a link to itself, ...
             _fail(f"{str(error.filename or '')[:_SHOWN_OF_A_NAME]}: {error.strerror}.", 2)

@@ -43,6 +43,12 @@ class UnsupportedModel(LayersmithError):
     """A model cannot be described, or its family does not support an alternative."""
 
 
+class OutOfMemory(LayersmithError):
+    """The memory of the machine or of a device is full."""
+
+    exit_code = 1
+
+
 class Infeasible(LayersmithError):
     """No child of this library meets the budget."""
 

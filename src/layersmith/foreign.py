@@ -99,9 +99,17 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _is_exhausted(error: Exception) -> bool:
-    """Whether memory or disk is full. torch is not imported here, so its ``OutOfMemoryError`` is compared by name."""
+    """Whether memory or disk is full."""
+    return is_out_of_memory(error) or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory of the machine or of a device is full.
+
+    torch is not imported here, so its ``OutOfMemoryError`` is compared by name; on the CPU it raises a RuntimeError.
+    """
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, OSError) and error.errno == errno.ENOSPC)
+        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
     )

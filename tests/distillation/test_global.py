@@ -256,7 +256,7 @@ def test_remembered_logits_are_the_parents(tmp_path: Path) -> None:
     torch.testing.assert_close([target.log_p, target.log_rest], [expected.log_p, expected.log_rest])
     assert torch.equal(target.ids, expected.ids)
     torch.testing.assert_close(target.log_p.exp().sum(-1) + target.log_rest.exp(), torch.ones(24))
-    file = next((tmp_path / "kept").iterdir())
+    file = next((tmp_path / "kept").glob("*.safetensors"))
     written = file.stat().st_mtime_ns
     remember(parent, rows, TopTokens(6, 1.0), tmp_path / "kept", 2, advanced.append)
     assert file.stat().st_mtime_ns == written

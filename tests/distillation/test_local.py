@@ -28,6 +28,7 @@ from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, Recipe
+from layersmith.run.digests import read_sealed
 from layersmith.run.runtime import Runtime
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
@@ -135,7 +136,7 @@ def test_interrupted_at_any_step_it_ends_with_the_same_bytes(tmp_path: Path, mon
     other = distill_locally(library, CALIBRATION, TRAINING[:14], TrainingSetup(RECIPE, folder=pieces, inputs="others"))
     assert (
         other.kept.records[0]["tokens"]
-        < json.loads((tmp_path / "whole" / "layers" / "layer-001.json").read_text())["records"][0]["tokens"]
+        < read_sealed(tmp_path / "whole" / "layers" / "layer-001.json", dict)["records"][0]["tokens"]
     )
 
 

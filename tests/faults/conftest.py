@@ -132,14 +132,21 @@ def contents(folder: Path) -> dict[str, str]:
     return found
 
 
-@pytest.fixture(scope="session")
-def figures(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., None]:
-    """Keep a case and its outcome for ``docs/reliability.md``: command, kind, place, outcome."""
+def keep(*row: str) -> None:
+    """Keep a case and its outcome for ``docs/reliability.md``: command, fault, place, outcome."""
     kept = os.environ.get("LAYERSMITH_FAULTS_FIGURES")
+    if kept:
+        with open(kept, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
 
-    def add(*row: str) -> None:
-        if kept:
-            with open(kept, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
 
-    return add
+@pytest.fixture(scope="session")
+def figures() -> Callable[..., None]:
+    """Keep a case and its outcome for ``docs/reliability.md``: command, fault, place, outcome."""
+    return keep
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Keep the outcome of every test here."""
+    if report.when == "call" and report.outcome != "skipped":
+        keep("test", report.location[0], report.nodeid, report.outcome)

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 # The place of the path among the arguments of each audit event.
 _EVENTS = {
     "os.rename": 1, "os.link": 1, "os.remove": 0, "os.mkdir": 0, "os.rmdir": 0, "os.chmod": 0, "os.truncate": 0,
@@ -39,6 +41,7 @@ class Fault:
         copies: Folder that gets a copy of ``root`` for each operation, by its number; None for none.
         fail_at: Number of the operation from which on the disk is full; None for none.
         signal_at: Number of the operation at which a signal arrives, and the signal; None for none.
+        memory_at: Number of the operation at which no memory is left; None for none.
     """
 
     root: Path
@@ -46,6 +49,7 @@ class Fault:
     copies: Path | None = None
     fail_at: int | None = None
     signal_at: tuple[int, int] | None = None
+    memory_at: int | None = None
 
 
 def run(arguments: list[str], said: Path, fault: Fault | None = None) -> int | None:
@@ -125,6 +129,8 @@ def _counter(fault: Fault) -> Callable[[str], None]:
                 os.kill(os.getpid(), signal.SIGKILL)
             if fault.signal_at is not None and fault.signal_at[0] == number:
                 os.kill(os.getpid(), fault.signal_at[1])
+            if fault.memory_at == number:
+                torch.empty(2**60, dtype=torch.uint8)
             if fault.fail_at is not None and number >= fault.fail_at and event in ("open", "fsync", "os.mkdir"):
                 raise OSError(28, "No space left on device")
         finally:

@@ -20,6 +20,7 @@ from layersmith.distillation.losses import FromTop, span_tokens
 from layersmith.distillation.tap import Tap
 from layersmith.execution.parent import Parent
 from layersmith.run.artifacts import fingerprint, read_tensors, write_tensors
+from layersmith.run.digests import read_sealed, write_sealed
 
 # Rows of one file: what an interruption loses at most.
 _FILE_ROWS = 64
@@ -78,8 +79,10 @@ def remember(
         for start in range(0, len(rows), _FILE_ROWS):
             file = folder / f"{start:09d}.safetensors"
             some = rows[start : start + _FILE_ROWS]
-            if not file.is_file():
+            seal = file.with_suffix(".json")
+            if read_sealed(seal, int) is None:
                 write_tensors(file, _of_rows(tap, some, top, span, batch_rows))
+                write_sealed(seal, len(some), [file])
             parts.append(read_tensors(file))
             advance(len(some))
     finally:

@@ -10,7 +10,7 @@ from typing_extensions import TypedDict
 
 from layersmith.distillation.replacement import ReplacementTraining
 from layersmith.library.stored_weights import Kept, Record, Tensors, layer_file, read_layer, write_layer
-from layersmith.run.artifacts import read_json, write_json
+from layersmith.run.digests import read_sealed, write_sealed
 from layersmith.run.journal import Checkpoint
 
 # An interruption loses at most this much training; saving more often costs more writing.
@@ -35,6 +35,7 @@ class Store:
     def __init__(self, folder: Path | None, inputs: str):
         self.folder, self.inputs = folder, inputs
         self._in_memory: dict[str, tuple[list[dict[str, Any]], dict[str, Tensors]]] = {}
+        self._on_disk: dict[str, list[dict[str, Any]]] = {}  # records that were read and whose weights are intact
         self._checkpoints: dict[str, Checkpoint] = {}
 
     def _file(self, name: str, suffix: str) -> Path:
@@ -47,18 +48,21 @@ class Store:
     def _records(self, name: str) -> list[dict[str, Any]] | None:
         if self.folder is None:
             return self._in_memory[name][0] if name in self._in_memory else None
-        if not self._file(name, ".json").is_file():
-            return None
-        data = read_json(self._file(name, ".json"), _Stored)
-        return data["records"] if data["inputs"] == self.inputs else None
+        if name not in self._on_disk:
+            data = read_sealed(self._file(name, ".json"), _Stored)
+            if data is None or data["inputs"] != self.inputs:
+                return None
+            self._on_disk[name] = data["records"]
+        return self._on_disk[name]
 
     def write(self, name: str, records: list[dict[str, Any]], weights: dict[str, Tensors]) -> None:
         if self.folder is None:
             self._in_memory[name] = records, weights
             return
+        files = [self._file(name, ".safetensors")] if weights else []
         if weights:
-            write_layer(self._file(name, ".safetensors"), weights)
-        write_json(self._file(name, ".json"), {"inputs": self.inputs, "records": records})
+            write_layer(files[0], weights)
+        write_sealed(self._file(name, ".json"), {"inputs": self.inputs, "records": records}, files)
         self._file(name, ".partial").unlink(missing_ok=True)
 
     def merge(self, names: Sequence[str], into: str) -> None:
@@ -76,6 +80,7 @@ class Store:
         }
         self.write(into, records, weights)
         for name in names:
+            self._on_disk.pop(name, None)
             for suffix in (".safetensors", ".json"):
                 self._file(name, suffix).unlink(missing_ok=True)
 

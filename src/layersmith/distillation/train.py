@@ -21,7 +21,7 @@ from layersmith.distillation.optimizer import matrices_of
 from layersmith.distillation.parent_logits import ParentLogits
 from layersmith.distillation.steps import RowOrder, Steps, collate
 from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Distiller, curve_of, digests_of
-from layersmith.errors import InputError, LayersmithError, first_line
+from layersmith.errors import InputError, LayersmithError, OutOfMemory, first_line
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import block_configs_of
 from layersmith.model_descriptor.stock import quiet_transformers
@@ -215,7 +215,7 @@ def _plain_errors(folder: Path) -> Iterator[None]:
     except LayersmithError:
         raise
     except torch.OutOfMemoryError as error:
-        raise InputError(
+        raise OutOfMemory(
             f"distillation: out of memory on the device ({first_line(error)}). Lower distillation.device_tokens, or "
             "set distillation.gradient_checkpointing in the recipe."
         ) from error

@@ -126,13 +126,15 @@ def read_layer(path: Path, identity: str) -> Tensors:
     from safetensors import SafetensorError, safe_open
 
     if not path.is_file():
-        raise InputError(f"{path}: missing. Restore it, or remove the run's library and run the same command again.")
+        raise InputError(f"{path}: missing. Run the same compress command again, which makes it again.")
     start = f"{identity}."
     try:
         with safe_open(path, framework="pt") as file:
             return {n.removeprefix(start): file.get_tensor(n) for n in file.keys() if n.startswith(start)}  # noqa: SIM118
     except SafetensorError as error:
-        raise InputError(f"{path}: damaged ({error}). Remove it and run the same command again.") from error
+        raise InputError(
+            f"{path}: damaged ({error}). Run the same compress command again, which makes it again."
+        ) from error
 
 
 def digest_of(weights: Mapping[str, torch.Tensor]) -> str | None:

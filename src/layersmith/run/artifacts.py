@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 # How the names of files and folders begin while they are written; what a killed process left has such a name.
 TEMPORARY = ".layersmith-"
+# Files of a run are checked before they are read, so this is damage that came in between.
+_MAKE_AGAIN = "Run the same compress command again, which makes what is damaged again."
 # Permissions of new files and folders: the user's umask, which can only be read by setting it.
 _UMASK = os.umask(0o022)
 os.umask(_UMASK)
@@ -103,7 +105,7 @@ def read_json(path: Path, shape: Any = Any) -> Any:
     try:
         data = parse_json(read_bytes(path, MAX_JSON_BYTES))
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}). Remove it and run the same command again.") from error
+        raise InputError(f"{path}: not valid JSON ({error}). {_MAKE_AGAIN}") from error
     return check(data, shape, path)
 
 
@@ -124,9 +126,7 @@ def read_tensors(path: Path) -> dict[str, torch.Tensor]:
     try:
         return load_file(path)
     except SafetensorError as error:
-        raise InputError(
-            f"{path}: damaged ({error}). Restore it, or remove it and run the same command again."
-        ) from error
+        raise InputError(f"{path}: damaged ({error}). {_MAKE_AGAIN}") from error
 
 
 @contextmanager

@@ -10,19 +10,26 @@ import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from typing_extensions import TypedDict
 
 from layersmith.errors import InputError
+from layersmith.records import check
 from layersmith.run import user_cache
-from layersmith.run.artifacts import file_digest, fingerprint
+from layersmith.run.artifacts import file_digest, fingerprint, read_json, write_json
 from layersmith.untrusted import inside
 
 # Hashing as much takes about a millisecond, which is less than reading what is remembered saves.
 _SMALL_BYTES = 1024**2
 
 T = TypeVar("T")
+
+
+class _Sealed(TypedDict):
+    data: Any
+    files: Record
+    digest: str
 
 
 class FileRecord(TypedDict):
@@ -110,3 +117,26 @@ def content_digest(path: Path) -> str:
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
     names = [path.suffix if file == path else file.relative_to(path).as_posix() for file in files]
     return fingerprint(list(zip(names, digests(files), strict=True)))
+
+
+def write_sealed(file: Path, data: Any, files: Iterable[Path] = ()) -> None:
+    """Write JSON data with digests of itself and of files below its folder, after these."""
+    sealed = {"data": data, "files": record_of(file.parent, files)}
+    write_json(file, sealed | {"digest": fingerprint(sealed)})
+
+
+def read_sealed(file: Path, shape: Any) -> Any:
+    """What :func:`write_sealed` wrote; None if it or one of the files is missing or differs.
+
+    Args:
+        file: The file.
+        shape: Shape of the data, see :func:`layersmith.records.check`.
+    """
+    try:
+        sealed = read_json(file, _Sealed)
+        is_intact = sealed.pop("digest") == fingerprint(sealed)
+        if not is_intact or difference(file.parent, sealed["files"], whole=True) is not None:
+            return None
+        return check(sealed["data"], shape, file)
+    except (InputError, OSError):
+        return None

@@ -37,7 +37,7 @@ from layersmith.run.artifacts import (
 )
 from layersmith.run.cards import CARD, is_edited, only_current
 from layersmith.run.digests import Record, difference, record_of
-from layersmith.run.header import FORMAT, HEADER, changes, read_header, versions, write_header
+from layersmith.run.header import FORMAT, HEADER, read_header, refuse_another, versions, write_header
 from layersmith.run.log import Log
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, StageProgress
@@ -101,7 +101,7 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         with self.locked():
             if (self.folder / HEADER).is_file():
-                self._check_header(header)
+                refuse_another(self.folder, header)
             else:
                 write_header(self.folder, {"format": FORMAT, **header, "stages": {}, "cards": {}})
             write_text(self.folder / "recipe.yaml", recipe.to_yaml())
@@ -147,25 +147,6 @@ class Run:
             if is_new and ranks.is_first():
                 shutil.rmtree(self.folder, ignore_errors=True)
             raise
-
-    def _check_header(self, header: dict[str, Any]) -> None:
-        """Raises: InputError: The run was made from something else, with what differs."""
-        before = self.header()
-        another = "Choose another folder"
-        shares = f"{another}: next to this one it shares the work that both have in common"
-        for name, mend in (
-            ("recipe", f"{shares}. Or restore the recipe"),
-            ("parent", another),
-            ("descriptor", f"{shares}. Or give the same descriptor"),
-            ("data", another),
-            ("budget", f"{shares}. Or ask this run for another budget with `layersmith search`"),
-            ("versions", f"{another}, or run with the versions that run.json names"),
-        ):
-            contents = {"parent": "identity", "data": "digest"}.get(name)  # not where they are
-            old, new = ((h.get(name) or {}) if contents is None else h[name][contents] for h in (before, header))
-            if old != new:
-                what = f" ({'; '.join(changes(old, new)[:3])})" if contents is None else ""
-                raise InputError(f"{self.folder}: holds a run with another {name}{what}. {mend}.")
 
     def header(self) -> dict[str, Any]:
         """``run.json``; see :func:`layersmith.run.header.read_header`."""

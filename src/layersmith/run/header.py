@@ -105,3 +105,23 @@ def changes(old: Any, new: Any, where: str = "") -> list[str]:
         return [c for k in keys for c in changes(old.get(k), new.get(k), f"{where}.{k}" if where else k)]
     before, after = (reprlib.repr(value) for value in (old, new))
     return [] if old == new else [f"{where}: {before} => {after}"]
+
+
+def refuse_another(folder: Path, header: dict[str, Any]) -> None:
+    """Raises: InputError: The run was made from something else, with what differs."""
+    before = read_header(folder)
+    another = "Choose another folder"
+    shares = f"{another}: next to this one it shares the work that both have in common"
+    for name, mend in (
+        ("recipe", f"{shares}. Or restore the recipe"),
+        ("parent", another),
+        ("descriptor", f"{shares}. Or give the same descriptor"),
+        ("data", another),
+        ("budget", f"{shares}. Or ask this run for another budget with `layersmith search`"),
+        ("versions", f"{another}, or run with the versions that run.json names"),
+    ):
+        contents = {"parent": "identity", "data": "digest"}.get(name)  # not where they are
+        old, new = ((h.get(name) or {}) if contents is None else h[name][contents] for h in (before, header))
+        if old != new:
+            what = f" ({'; '.join(changes(old, new)[:3])})" if contents is None else ""
+            raise InputError(f"{folder}: holds a run with another {name}{what}. {mend}.")

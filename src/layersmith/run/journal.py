@@ -6,10 +6,12 @@ and then. A :func:`work_folder` holds whole files.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
 import time
+import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,13 +26,12 @@ from layersmith.records import check
 from layersmith.run import ranks
 from layersmith.run.artifacts import (
     open_without_links,
-    read_json,
     read_tensors,
     remove,
     saying_disk_full,
-    write_json,
     write_tensors,
 )
+from layersmith.run.digests import read_sealed, write_sealed
 from layersmith.run.progress import SILENT, Progress
 from layersmith.untrusted import parse_json
 
@@ -56,7 +57,8 @@ class _Entry(TypedDict):
 class Journal:
     """Results by what they are of and by row, appended to a file as they come; in memory only without a path.
 
-    A file of other inputs is started anew, and a last line that was cut off counts as not written.
+    Each line ends with a checksum. A file of other inputs is started anew; a line that was cut off or that differs from
+    what was written, and what follows it, counts as not written.
 
     Args:
         path: The file; None for no file.
@@ -100,7 +102,7 @@ class Journal:
     def _append(self, record: dict[str, Any]) -> None:
         if self._file is not None and self.path is not None:
             with saying_disk_full(self.path):
-                self._file.write(json.dumps(record).encode() + b"\n")
+                self._file.write(_line(json.dumps(record).encode()))
                 self._file.flush()
                 if time.monotonic() - self._synced > _SYNC_EVERY_SECONDS:
                     os.fsync(self._file.fileno())
@@ -111,15 +113,20 @@ class Journal:
         size = 0
         for number, line in enumerate(path.read_bytes().splitlines(keepends=True) if path.is_file() else ()):
             try:
-                record: Any = check(parse_json(line), _Entry if number else _Start, path)
+                text = line[:-1].rpartition(b" ")[0]
+                record: Any = check(parse_json(text), _Entry if number else _Start, path)
             except (ValueError, InputError):
                 break
-            if not line.endswith(b"\n") or (number == 0 and record["inputs"] != self.inputs):
+            if line != _line(text) or (number == 0 and record["inputs"] != self.inputs):
                 break
             size += len(line)
             if number:
                 self.known[record["of"], record["row"]] = record["values"]
         return size
+
+
+def _line(text: bytes) -> bytes:
+    return b"%b %08x\n" % (text, zlib.crc32(text))
 
 
 @dataclass(frozen=True)
@@ -164,20 +171,32 @@ class Checkpoint:
 
     def save(self, tensors: dict[str, torch.Tensor], state: Any) -> None:
         if self.path is not None:
-            write_tensors(self.path, tensors, {"state": json.dumps({"inputs": self.inputs, "state": state})})
+            text = json.dumps({"inputs": self.inputs, "state": state})
+            write_tensors(self.path, tensors, {"state": text, "digest": _digest_of(tensors, text)})
             self._saved = time.monotonic()
 
     def load(self) -> tuple[dict[str, torch.Tensor], Any] | None:
-        """What was saved last; None if there is nothing for these inputs."""
+        """What was saved last; None if there is nothing for these inputs, or it differs from what was written."""
         if self.path is None or not self.path.is_file():
             return None
-        tensors = read_tensors(self.path)
         try:
+            tensors = read_tensors(self.path)
             with safe_open(self.path, framework="pt") as file:
-                record = check(parse_json((file.metadata() or {}).get("state", "{}")), dict[str, Any], self.path)
-        except ValueError as error:
-            raise InputError(f"{self.path}: damaged ({error}). Remove it and run the same command again.") from error
-        return (tensors, record.get("state")) if record.get("inputs") == self.inputs else None
+                metadata = file.metadata() or {}
+            text = metadata.get("state", "{}")
+            record = check(parse_json(text), dict[str, Any], self.path)
+        except (InputError, ValueError):
+            return None
+        is_intact = metadata.get("digest") == _digest_of(tensors, text)
+        return (tensors, record.get("state")) if is_intact and record.get("inputs") == self.inputs else None
+
+
+def _digest_of(tensors: dict[str, torch.Tensor], text: str) -> str:
+    digest = hashlib.sha256(text.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def work_folder(folder: Path, inputs: str) -> Path:
@@ -185,9 +204,9 @@ def work_folder(folder: Path, inputs: str) -> Path:
 
     def make() -> None:
         file = folder / "inputs.json"
-        if folder.exists() and (not file.is_file() or read_json(file) != inputs):
+        if read_sealed(file, str) != inputs:
             remove(folder)
-        write_json(file, inputs)
+            write_sealed(file, inputs)
 
     ranks.on_first(make)
     return folder

@@ -16,6 +16,7 @@ from layersmith.library.library import Library
 from layersmith.records import parse, to_data
 from layersmith.run import ranks
 from layersmith.run.artifacts import read_json, write_json
+from layersmith.run.digests import read_sealed, write_sealed
 from layersmith.run.journal import work_folder
 from layersmith.run.stage import Making, Stage
 from layersmith.search.solution import Solution
@@ -76,9 +77,10 @@ class _Trial:
 def _try(job: Job, trial: _Trial, library: Library, advance: Callable[[float], None]) -> Finalist:
     """Train a child, unless an interrupted run did."""
     folder = trial.folder
-    if (folder / "finalist.json").is_file():
+    known = ranks.from_first(lambda: read_sealed(folder / "finalist.json", dict[str, Any]))
+    if known is not None:
         advance(trial.tokens)
-        return parse(Finalist, read_json(folder / "finalist.json"), "finalist.json: ")
+        return parse(Finalist, known, "finalist.json: ")
     child = in_float32(library.compose(trial.solution.alternatives))
     setup = GlobalSetup(
         recipe=dataclasses.replace(job.recipe.distillation, eval_every=0, report_to=()),
@@ -100,7 +102,8 @@ def _try(job: Job, trial: _Trial, library: Library, advance: Callable[[float], N
     def write() -> None:
         shutil.rmtree(folder / "child", ignore_errors=True)
         save_trained(child, trained, library.parent.dtype, job.tokenizer, folder / "child")
-        write_json(folder / "finalist.json", finalist.to_dict())
+        files = [file for file in (folder / "child").rglob("*") if file.is_file()]
+        write_sealed(folder / "finalist.json", finalist.to_dict(), files)
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
 
     ranks.on_first(write)
