@@ -12,9 +12,11 @@ import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+from layersmith.costs.budget import Budget
 from layersmith.errors import InputError, UsageError
 from layersmith.pipeline import Result, compress
 from layersmith.recipe import DataRecipe, EvaluationRecipe, LocalDistillationRecipe, Recipe, SearchRecipe
+from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 
 MODEL = Path(__file__).parent / "demo-model"
@@ -69,8 +71,10 @@ def split_library(folder: Path) -> tuple[Path, Path]:
 
 def run_demo(out: str | Path, params: str = "0.7", progress: Progress = SILENT) -> Result:
     """Compress the code model; :func:`layersmith.compress` with everything filled in."""
+    budget = Budget.parse(params)
+    Run.check(Path(out))
     seen, held_out = split_library(Path(out).with_name(f"{Path(out).name}-text"))
-    return compress(MODEL, out, data=seen, budget=params, recipe=recipe(held_out), progress=progress)
+    return compress(MODEL, out, data=seen, budget=budget, recipe=recipe(held_out), progress=progress)
 
 
 # ---------------------------------------------------------------------------------------------- SmolLM2
