@@ -64,7 +64,7 @@ Settings = Annotated[
 Tasks = Annotated[
     str | None,
     typer.Option(
-        help="Tasks to measure accuracy on, separated by commas: names of tasks in lm-eval, or JSONL or YAML files.",
+        help="Tasks to measure accuracy on, separated by commas: names of tasks in lm-eval, or JSONL files.",
     ),
 ]
 Device = Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.", rich_help_panel=SETTINGS)]

@@ -348,8 +348,8 @@ class EvaluationRecipe:
     """What is measured on parent and child besides loss and agreement on held-out text."""
 
     tasks: tuple[str, ...] = ()
-    """Tasks whose accuracy is measured: names of tasks in lm-eval, YAML files in its format, or JSONL files with the
-    fields `query`, `choices`, `gold` or `context`, `continuation`. Needs `pip install 'layersmith[tasks]'`."""
+    """Tasks whose accuracy is measured: names of tasks in lm-eval, or JSONL files with the fields `query`, `choices`,
+    `gold` or `context`, `continuation`. Needs `pip install 'layersmith[tasks]'`."""
     task_items: PositiveInt | None = None
     """Number of items of each task, from its first on. Default: all."""
     task_shots: NonNegativeInt = 0

@@ -52,8 +52,9 @@ def test_perplexity_is_of_the_mean_log_likelihood() -> None:
         ("missing.jsonl", None, "no such file"),
         ("empty.jsonl", "", "not JSON"),
         ("other.jsonl", '{"question": "?"}\n', "needs the fields"),
-        ("list.yaml", "- a\n", "not a task"),
-        ("broken.yaml", "a: [\n", "not a YAML file"),
+        ("code.yaml", "task: mine\n", "not a task"),
+        ("folder", None, "not a task"),
+        ("deep.jsonl", "[" * 100_000, "not JSON"),
     ],
 )
 def test_files_in_other_formats_are_refused(
@@ -115,4 +116,4 @@ def test_names_that_lm_eval_does_not_know_are_refused(make_parent: Callable[...,
     pytest.importorskip("lm_eval")
     model = layersmith.load(make_parent("llama"))
     with pytest.raises(InputError, match="cannot run them"):
-        run_tasks(model, tokenizer, EvaluationRecipe(tasks=("no such task",)))
+        run_tasks(model, tokenizer, EvaluationRecipe(tasks=("no_such_task",)))

@@ -1,13 +1,14 @@
 """Accuracy on tasks, measured with lm-eval (https://github.com/EleutherAI/lm-evaluation-harness).
 
-A task is given by its name in lm-eval, by a YAML file in lm-eval's format, or by a JSONL file in one of the formats of
-``task_formats``. Results are kept item by item, so that differences between two models are paired.
+A task is given by its name in lm-eval, or by a JSONL file in one of the formats of ``task_formats``.
+Results are kept item by item, so that differences between two models are paired.
 """
 
 from __future__ import annotations
 
 import logging
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,6 +35,9 @@ _FORMATS = {"multiple_choice": {"query", "choices", "gold"}, "continuation": {"c
 _LABELS = {"acc": "accuracy", "acc_norm": "accuracy by length-normalized likelihood", "exact_match": "exact match"}
 # Characters of a line that are read to see the format of a file.
 _LONGEST_LINE = 10_000_000
+# What a task may be called, so that lm-eval does not take the name for a file.
+_NAME = re.compile(r"[\w.+-]+")
+_LONGEST_LINE = 1024**2  # characters
 # Sequences in one forward pass; longer ones come first, so this bounds the memory for logits.
 _BATCH = 16
 
@@ -72,7 +76,7 @@ def require_tasks(tasks: Sequence[str]) -> None:
 
     Raises:
         UsageError: lm-eval is not installed.
-        InputError: A file of a task is missing or in another format.
+        InputError: A task is neither a name nor a file, or its file is missing or in another format.
     """
     if tasks and find_spec("lm_eval") is None:
         raise UsageError("tasks are evaluated with lm-eval, which is not installed: pip install 'layersmith[tasks]'")
@@ -165,20 +169,18 @@ def _row(before: TaskResult, after: TaskResult) -> dict[str, Any]:
 
 
 def _definition(task: str) -> str | dict[str, Any]:
-    """A task as lm-eval takes it: a name, or the content of its YAML file."""
+    """A task as lm-eval takes it: a name, or a definition that reads a JSONL file.
+
+    lm-eval also takes its own YAML files. Those are refused: it runs code in them, and a recipe may come with the run
+    folder of someone else.
+    """
     path = Path(task).expanduser()
-    if path.suffix not in (".jsonl", ".json", ".yaml", ".yml"):
+    if path.suffix not in (".jsonl", ".json"):
+        if not _NAME.fullmatch(task) or path.suffix in (".yaml", ".yml"):
+            raise InputError(f"{task}: not a task. Give the name of a task in lm-eval, or a JSONL file.")
         return task
     if not path.is_file():
-        raise InputError(f"{task}: no such file. Give a task of lm-eval by name, or a JSONL or YAML file.")
-    if path.suffix in (".yaml", ".yml"):
-        try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise InputError(f"{task}: not a YAML file ({' '.join(str(error).split())}).") from error
-        if not isinstance(content, dict):
-            raise InputError(f"{task}: not a task of lm-eval; it has no keys.")
-        return {"task": path.stem, **content}
+        raise InputError(f"{task}: no such file. Give the name of a task in lm-eval, or a JSONL file.")
     name = _format_of(path)
     text = files("layersmith.evaluation").joinpath("task_formats", f"{name}.yaml").read_text(encoding="utf-8")
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path.resolve())}}}
@@ -190,7 +192,7 @@ def _format_of(path: Path) -> str:
     try:
         with open(path, encoding="utf-8") as file:
             first = parse_json(file.readline(_LONGEST_LINE))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise InputError(f"{path}: its first line is not JSON ({error}).") from error
     fields = set(first) if isinstance(first, dict) else set()
     for name, wanted in _FORMATS.items():
