@@ -478,7 +478,7 @@ def test_what_is_wrong_is_said_before_work_starts(own_run: Path, run: Path, tmp_
         distill(own_run, tokens=128)
     assert not (own_run / "distilled").exists()
     shutil.rmtree(own_run / "child")
-    with pytest.raises(InputError, match="not finished"):
+    with pytest.raises(InputError, match=r"is missing\. Run the same compress command again"):
         distill(own_run, tokens=128)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import errno
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -100,10 +101,24 @@ def damaged_parent(at: Place) -> None:
     weights = (parent / "model.safetensors").read_bytes()
     (parent / "model.safetensors").write_bytes(weights[:-100])
     at.refused(*asked, match="Download it again")
-    (parent / "model.safetensors").write_bytes(weights)
+    (parent / "model.safetensors").unlink()
+    (parent / "model-1.safetensors").write_bytes(weights)
     (parent / "model.safetensors.index.json").write_text("{")
     at.refused(*asked, match="Download it again")
     (parent / "model.safetensors.index.json").unlink()
+    (parent / "model-1.safetensors").rename(parent / "model.safetensors")
+    at.works(*asked)
+
+
+def code_on_the_hub(at: Place) -> None:
+    """An attention implementation that is code on the Hub is to be removed from the config."""
+    parent = copy_of(at.tiny.parent, at.folder / "parent")
+    asked = at.tiny.compress(at.folder / "new", "--until", "describe")
+    asked[asked.index(str(at.tiny.parent))] = str(parent)
+    config = json.loads((parent / "config.json").read_text())
+    (parent / "config.json").write_text(json.dumps(config | {"attn_implementation": "someone/kernel"}))
+    at.refused(*asked, match="names code on the Hub.*Remove it")
+    (parent / "config.json").write_text(json.dumps(config))
     at.works(*asked)
 
 
@@ -157,6 +172,7 @@ FOLLOWED: dict[str, Callable[[Place], None] | str] = {
     "another version of layersmith": another_format,
     "not the parent of": another_parent,
     "Download it again": damaged_parent,
+    "names code on the Hub": code_on_the_hub,
     "already there. Choose another folder": child_is_there,
     "the folder already exists and is not empty": child_is_there,
     "another process is at work": at_work,

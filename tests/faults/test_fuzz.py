@@ -41,7 +41,7 @@ from layersmith.report.card import license_of
 from layersmith.report.optional import read_optional
 from layersmith.run.artifacts import file_digest, fingerprint, read_tensors
 from layersmith.run.header import read_header, write_header
-from layersmith.run.journal import Checkpoint, Journal
+from layersmith.run.journal import Checkpoint, Journal, _line
 from layersmith.run.log import Log
 from layersmith.stages.job import Job
 from layersmith.stages.reopen import SearchRequest, report_again, search_several
@@ -231,10 +231,8 @@ def tensors_of_run(place: Place, random: Random) -> None:
 def journal(place: Place, random: Random) -> None:
     with Journal(place.write("x.partial", b""), "digest") as written:
         written.write("layer 0: x", [0, 1], [{"kl": 0.5}, {"kl": 0.25}])
-    lines = [json.loads(line) for line in (place.empty / "x.partial").read_bytes().splitlines()]
-    text = (
-        b"\n".join(as_json(mutated(line, random) if random.random() < 0.5 else line, random) for line in lines) + b"\n"
-    )
+    lines = [json.loads(line.rsplit(b" ", 1)[0]) for line in (place.empty / "x.partial").read_bytes().splitlines()]
+    text = b"".join(_line(as_json(mutated(line, random) if random.random() < 0.5 else line, random)) for line in lines)
     with Journal(place.write("x.partial", text), "digest") as read:
         assert all(isinstance(value, int | float) for values in read.known.values() for value in values.values())
     shutil.copy(place.run / "log.jsonl", place.empty / "log.jsonl")

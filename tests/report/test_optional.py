@@ -35,6 +35,7 @@ def test_distillation(tmp_path: Path) -> None:
         {"name": "global", "x": "tokens", "points": points, "validation": points[1:]},
     )
     record: dict[str, Any] = {"of": "layer 0: ffn 32", "layer": 0, "subblock": "ffn", "after": 0.1, "tokens": 64}
+    record |= {"identity": "a", "weights": None}
     record["curve"] = [[0, 0.2], [64, 0.1]]
     records = [record | {"before": 0.3}, record | {"before": 0.2, "pruned": 0.4}, record | {"before": 0.2, "tokens": 0},
                record | {"before": None, "after": None}]  # fmt: skip

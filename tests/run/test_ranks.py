@@ -46,7 +46,7 @@ def test_compress_and_distil_give_what_one_process_does(
     result = layersmith.compress(parent, tmp_path / "one", data=text_folder, budget=0.8, recipe=RECIPE)
     assert result.child == tmp_path / "one" / "distilled"
     rows = read_json(tmp_path / "one" / "report.json")["evaluation"]["rows"]
-    assert rows == [{"parent_standard_error": None} | row for row in result.evaluation["rows"]]
+    assert rows == [{"parent_standard_error": None, "task": None} | row for row in result.evaluation["rows"]]
     as_cut = read_json(tmp_path / "one" / "evaluation" / "evaluation.json")["rows"]
     kl = next(row["child"] for row in as_cut if row["metric"] == "kl_divergence")
     assert result.metric("kl_divergence")["child"] < kl

@@ -72,10 +72,11 @@ class Limit:
         if (self.fraction is None) == (self.amount is None):
             raise UsageError(f"budget {self.cost}: give a fraction or an amount, one of the two.")
         try:
-            value = float(self.amount or 0 if self.fraction is None else self.fraction)
+            value = float(self.amount if self.fraction is None else self.fraction)  # type: ignore[arg-type]
         except (ValueError, OverflowError):
             value = math.nan
-        if not 0 < value < math.inf:
+        # An amount of 0 is what a child without attention needs for its KV cache.
+        if not 0 <= value < math.inf or (value == 0 and self.fraction is not None):
             raise UsageError(f"budget {self.cost}: {brief(repr(self.fraction or self.amount))} is no positive number.")
 
     @staticmethod

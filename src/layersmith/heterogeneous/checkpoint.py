@@ -167,7 +167,7 @@ def weight_files(folder: Path) -> list[Path]:
     """
     index = folder / INDEX
     if index.is_file() and not (folder / "model.safetensors").is_file():  # which Transformers prefers
-        names: set[str] = set(read_json(index, _Index)["weight_map"].values())
+        names: set[str] = set(read_json(index, _Index, "Download it again.")["weight_map"].values())
         return [inside(folder, name, index) for name in sorted(names)]
     return sorted(folder.glob("*.safetensors"))
 

@@ -96,8 +96,8 @@ def write_json(path: Path, data: Any) -> None:
     write_text(path, json.dumps(data, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, shape: Any = Any) -> Any:
-    """JSON data of a shape; see :func:`layersmith.records.check`.
+def read_json(path: Path, shape: Any = Any, mend: str = _MAKE_AGAIN) -> Any:
+    """JSON data of a shape; see :func:`layersmith.records.check`. ``mend`` is the advice if it is not JSON.
 
     Raises:
         InputError: It is missing, too long, not JSON, or of another shape.
@@ -105,7 +105,7 @@ def read_json(path: Path, shape: Any = Any) -> Any:
     try:
         data = parse_json(read_bytes(path, MAX_JSON_BYTES))
     except ValueError as error:
-        raise InputError(f"{path}: not valid JSON ({error}). {_MAKE_AGAIN}") from error
+        raise InputError(f"{path}: not valid JSON ({error}). {mend}") from error
     return check(data, shape, path)
 
 
