@@ -83,7 +83,7 @@ class ChildRefit:
             batch, hidden = rows.start(self.layerwise, numbers)
             targets, output = run_parent_layer(self.layerwise, self.index, self.split, batch, hidden)
             rows.record_parent(numbers, output)
-            with watched(module, name.removesuffix(".weight")) as seen:
+            with self.layerwise.arithmetic.needs(), watched(module, name.removesuffix(".weight")) as seen:
                 reached = self.layerwise.run(batch, self.index, rows.child_input(numbers, hidden), module)
             if len(seen) != 1 or len(seen[0][0]) != reached.shape[0] * reached.shape[1]:
                 return {}  # the projection is called several times, or on other tokens
