@@ -53,7 +53,7 @@ def ordinary_checkpoint(
         path: Checkpoint folder, hub id, or GGUF file.
         dtype: Data type of its weights. ``auto``: as they are; bfloat16 if they are quantized.
         trust_remote_code: Let Transformers run code from the checkpoint.
-        progress: Is told when weights are converted.
+        progress: Receives a note when weights are converted.
 
     Returns:
         ``path`` itself if there is nothing to convert, else a folder in the user's cache.

@@ -169,7 +169,7 @@ class Run:
         return None if made is None else fingerprint(made)
 
     def require(self, *stages: str) -> None:
-        """Raises: InputError: One of these stages is not finished, or a file of it is not as it was written."""
+        """Raises: InputError: One of these stages is not finished, or a file of it is damaged or missing."""
         made = self.made()
         for stage in stages:
             if stage in self._intact:
@@ -224,7 +224,7 @@ class Run:
         is_shared: bool = False,
         progress: Progress | None = None,
     ) -> bool:
-        """Make a stage's folder unless it was made from the same inputs and is as it was written.
+        """Make a stage's folder unless it was made from the same inputs and its files are intact.
 
         All processes of a launcher call this, and the first alone writes. Returns whether the stage had to be made.
 

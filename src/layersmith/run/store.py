@@ -1,7 +1,7 @@
 """Results that runs share: a folder next to the runs with one folder for each finished stage, named by its inputs.
 
 Files are hard links, so they take no room twice; where links are impossible they are copies. Each entry has a record of
-sizes and digests beside it, by which it is checked when it is taken. Nothing in a run refers to the store, so it can be
+sizes and digests next to it, which is checked when it is taken. Nothing in a run refers to the store, so it can be
 removed at any time: later runs then do their own work.
 """
 

@@ -44,7 +44,7 @@ class Job:
 
     Attributes:
         run: The run folder.
-        source: Parent as it was given: checkpoint folder, hub id or GGUF file.
+        source: Parent as the user named it: checkpoint folder, hub id or GGUF file.
         data: Source of documents.
         limits: Upper limits on costs of the child.
         workload: What its costs are for.
@@ -246,7 +246,7 @@ class Job:
         """What a finished stage made.
 
         Raises:
-            InputError: A file of the stage is not as it was written.
+            InputError: A file of the stage is damaged or missing.
         """
 
         def read() -> T:

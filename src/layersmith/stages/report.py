@@ -82,7 +82,7 @@ def write_report(job: Job, *, is_distilled: bool, again: bool = False) -> Result
         again: Write them even if the stages have not changed since.
 
     Raises:
-        InputError: A file of a stage is not as it was written.
+        InputError: A file of a stage is damaged or missing.
     """
     run = job.run
     result = result_of(job, is_distilled)
