@@ -36,7 +36,7 @@ def stage_flops(outline: Outline, recipe: Recipe) -> dict[str, float]:
         "library": _library(outline, recipe.local_distillation, calibration, training),
         "scores": 2.0 * scoring * _scoring_passes(outline, recipe, layers),
         "refine": 2.0 * recipe.search.refine_passes * whole * scoring,
-        "pairs": _pairs(sum(layers), recipe.local_distillation, training),
+        "pairs": _pairs(outline, recipe.local_distillation, calibration, training),
         "evaluation": 4.0 * whole * evaluation,
         "distilled": (2.0 + 2.0 * TRAINING) * whole * recipe.distillation.tokens,
     }
@@ -95,7 +95,11 @@ def _scoring_passes(outline: Outline, recipe: Recipe, layers: Sequence[int]) -> 
     return estimated if recipe.scoring.mode == "second_order" else min(exact, estimated)
 
 
-def _pairs(layers: int, recipe: LocalDistillationRecipe, training: int) -> float:
-    """The parent's layer, the child's forward pass, and training of both subblocks of a layer."""
-    tokens = min(recipe.coupled_tokens, training)
-    return 2.0 * (2.0 + TRAINING + _EVALUATION) * layers * tokens
+def _pairs(outline: Outline, recipe: LocalDistillationRecipe, calibration: int, training: int) -> float:
+    """The parent's layer, the child's forward pass, and training of both subblocks of a layer; before it the refit."""
+    layers, tokens = sum(_layers(outline)), min(recipe.coupled_tokens, training)
+    total = 2.0 * (2.0 + TRAINING + _EVALUATION) * layers * tokens
+    if recipe.child_refit and recipe.coupled_on == "child":
+        # The parent's layer for each subblock, the child's for each and once to go on; attentions count as layers.
+        total += 2.0 * 5 * layers * calibration + _moments(outline, calibration)
+    return total
