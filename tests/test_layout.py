@@ -12,11 +12,11 @@ SOURCE = Path(__file__).parents[1] / "src" / "layersmith"
 LAYERS = (
     "errors", "units", "untrusted", "foreign", "records", "block_config", "recipe", "modeling_layersmith", "upstream",
     "run", "data", "model_descriptor", "heterogeneous", "execution", "library", "costs", "scoring", "search",
-    "distillation", "evaluation", "export", "report", "stages", "pipeline", "demo", "terminal", "options", "cli",
-    "__main__",
+    "distillation", "evaluation", "export", "report", "stages", "pipeline", "demo", "outputs", "terminal", "options",
+    "screen", "cli", "__main__",
 )  # fmt: skip
 # Imports inside these modules' functions keep `layersmith --help` and `import layersmith` quick: torch takes seconds.
-DEFERRED = {"__init__.py", "cli.py"}
+DEFERRED = {"__init__.py", "cli.py", "screen.py"}
 
 
 def module_of(path: Path) -> str:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import signal
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -29,6 +27,7 @@ from layersmith.options import (
     Descriptor,
     Device,
     Generate,
+    Json,
     KVCache,
     Memory,
     Params,
@@ -46,12 +45,8 @@ from layersmith.options import (
     Weights,
 )
 from layersmith.recipe import BATCH, CONTEXT, DataRecipe, Recipe
+from layersmith.screen import JSON, open_screen
 from layersmith.stages import NAMES
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from layersmith.run.progress import Progress
 
 app = typer.Typer(
     help="Compress a Hugging Face decoder language model to a budget. Layers of the result can have different shapes.",
@@ -60,32 +55,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-@dataclass(frozen=True)
-class Screen:
-    """Where a command writes.
-
-    Attributes:
-        results: Standard output.
-        progress: Progress and notes, on standard error.
-    """
-
-    results: Console
-    progress: Progress
-
-    def line(self, text: str) -> None:
-        """Print a line as it is, unwrapped, for people and scripts."""
-        self.results.print(text, markup=False, highlight=False, soft_wrap=True)
-
-
-def _screen(verbose: int, quiet: bool) -> Screen:
-    from layersmith.run.progress import SILENT, open_console, progress_on
-
-    level = logging.ERROR if quiet else {0: logging.WARNING, 1: logging.INFO}.get(verbose, logging.DEBUG)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
-    logging.getLogger("layersmith").setLevel(level)
-    return Screen(open_console(), SILENT if quiet else progress_on(open_console(stderr=True)))
 
 
 def _print_version(asked: bool) -> None:
@@ -143,6 +112,7 @@ def compress(
     verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
     from layersmith.costs.budget import parse_budget
@@ -152,24 +122,31 @@ def compress(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
     )  # fmt: skip
-    screen = _screen(verbose, quiet)
+    screen = open_screen(verbose, quiet, as_json)
     family = _descriptor(descriptor)
     if dry_run:
         from layersmith.stages.dry_run import plan
 
-        screen.line(plan(parent, out, data, chosen, budget, family, trust_remote_code))
+        planned = plan(parent, out, data, chosen, budget, family, trust_remote_code)
+        screen.show(lambda: planned, lambda: screen.line(str(planned)))
         return
+    from layersmith import outputs
     from layersmith.pipeline import Result, stages
     from layersmith.terminal import print_result
 
     if until is not None and until not in NAMES:
         raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, NAMES)}")
+    reached: str | Result = ""
     for reached in stages(parent, out, data, budget, chosen, family, screen.progress, verify, trust_remote_code):
-        if isinstance(reached, Result):
-            print_result(screen.results, reached)
-        elif reached == until:
-            screen.line(f"stopped after {until}; the same command without --until resumes")
-            return
+        if reached == until:
+            break
+    if isinstance(reached, Result):
+        result = reached
+        screen.show(lambda: outputs.compressed(result), lambda: print_result(screen.results, result))
+    else:
+        stopped = outputs.Stopped(out, reached)
+        words = f"stopped after {until}; the same command without --until resumes"
+        screen.show(lambda: stopped, lambda: screen.line(words))
 
 
 @app.command()
@@ -185,20 +162,24 @@ def inspect(
     ] = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Show the blocks of a model, the alternatives of each, and where parameters and memory go."""
-    screen = _screen(verbose, quiet)
+    screen = open_screen(verbose, quiet, as_json)
     from layersmith.terminal import print_inspection, print_verification
 
     if verify:
+        from layersmith.outputs import Verified
         from layersmith.stages.verify import verify as verify_model
 
         verification = verify_model(parent, _descriptor(descriptor), trust_remote_code)
-        print_verification(screen.results, verification)
+        verified = Verified(verification.failed, verification)
+        screen.show(lambda: verified, lambda: print_verification(screen.results, verification))
         raise typer.Exit(1 if verification.failed else 0)
     from layersmith.stages.inspect import inspect as inspect_model
 
-    print_inspection(screen.results, inspect_model(parent, batch, context, _descriptor(descriptor), trust_remote_code))
+    inspection = inspect_model(parent, batch, context, _descriptor(descriptor), trust_remote_code)
+    screen.show(lambda: inspection, lambda: print_inspection(screen.results, inspection))
 
 
 @app.command()
@@ -238,8 +219,10 @@ def search(
     verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Find the best child for another budget from the scores of a finished run, in seconds."""
+    from layersmith import outputs
     from layersmith.costs.budget import parse_budget
     from layersmith.stages.reopen import SearchRequest, frontier_again, search_several
     from layersmith.terminal import print_frontier, print_solution
@@ -251,21 +234,25 @@ def search(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
     )  # fmt: skip
-    screen = _screen(verbose, quiet)
+    screen = open_screen(verbose, quiet, as_json)
     request = SearchRequest(
         run, budget, objective, _search_rules(run, settings), _descriptor(descriptor), verify, trust_remote_code
     )
     if frontier:
         path = frontier_again(request, measure=measure, progress=screen.progress)
-        print_frontier(screen.results, path)
+        screen.show(lambda: outputs.frontier(path), lambda: print_frontier(screen.results, path))
         return
     library, best = search_several(
         request, out=out, refine=refine, solutions=solutions, min_distance=min_distance, progress=screen.progress
     )
-    for solution in best:
-        print_solution(screen.results, library, solution)
-    if out is not None:
-        screen.line(f"child: {out}")
+
+    def draw() -> None:
+        for solution in best:
+            print_solution(screen.results, library, solution)
+        if out is not None:
+            screen.line(f"child: {out}")
+
+    screen.show(lambda: outputs.Searched(tuple(outputs.solution(library, s) for s in best), out), draw)
 
 
 @app.command()
@@ -287,8 +274,10 @@ def costs(
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Measure the time to first token and the time per token of every alternative of PARENT on this machine."""
+    from layersmith import outputs
     from layersmith.costs.budget import Workload
     from layersmith.costs.times import to_csv
     from layersmith.run.artifacts import check_writable, remove_leftovers, write_text
@@ -300,16 +289,21 @@ def costs(
     chosen = _recipe(recipe, settings, device)
     if csv is not None:
         check_writable(csv)
-    screen = _screen(verbose, quiet)
+    screen = open_screen(verbose, quiet, as_json)
     times, alternatives = times_of(
         parent, chosen, Workload(batch, context, generate), _descriptor(descriptor), screen.progress, trust_remote_code
     )
-    print_times(screen.results, times, alternatives)
     if csv is not None:
         with RunFolder.locked_around(csv):
             remove_leftovers(csv.parent, csv.name)
             write_text(csv, to_csv(times, alternatives))
-        screen.line(f"times: {csv}")
+
+    def draw() -> None:
+        print_times(screen.results, times, alternatives)
+        if csv is not None:
+            screen.line(f"times: {csv}")
+
+    screen.show(lambda: outputs.times(times, alternatives, csv), draw)
 
 
 @app.command()
@@ -334,18 +328,20 @@ def distill(
     verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Train the child of a run to match its parent (global distillation). The result is written to RUN/distilled."""
+    from layersmith import outputs
     from layersmith.stages.distill_finished import distill as distill_run
     from layersmith.terminal import print_distilled
 
-    screen = _screen(verbose, quiet)
+    screen = open_screen(verbose, quiet, as_json)
     made = distill_run(
         run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device, report_to=report_to,
         descriptor=_descriptor(descriptor), trust_remote_code=trust_remote_code, progress=screen.progress,
         verify=verify,
     )  # fmt: skip
-    print_distilled(screen.results, made)
+    screen.show(lambda: outputs.distilled(made), lambda: print_distilled(screen.results, made))
 
 
 @app.command()
@@ -363,12 +359,14 @@ def evaluate(
     trust_remote_code: TrustRemoteCode = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Measure loss, perplexity, agreement with a parent and accuracy on tasks, each with its standard error."""
+    from layersmith import outputs
     from layersmith.stages.reopen import evaluate_model
     from layersmith.terminal import print_evaluation
 
-    screen = _screen(verbose, quiet)
+    screen = open_screen(verbose, quiet, as_json)
     chosen = Recipe().with_settings(
         [*_task_settings(tasks), f"evaluation.task_items={items or 'null'}", f"evaluation.task_shots={shots}"]
     )
@@ -384,7 +382,7 @@ def evaluate(
         chosen.evaluation,
         trust_remote_code,
     )
-    print_evaluation(screen.results, table)
+    screen.show(lambda: outputs.evaluation(table), lambda: print_evaluation(screen.results, table))
 
 
 @app.command()
@@ -394,12 +392,15 @@ def report(
     verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Write the report of a finished run again and print its path."""
+    from layersmith.outputs import ReportOutput
     from layersmith.stages.reopen import report_again
 
-    screen = _screen(verbose, quiet)
-    screen.line(str(report_again(run, screen.progress, verify, trust_remote_code)))
+    screen = open_screen(verbose, quiet, as_json)
+    page = report_again(run, screen.progress, verify, trust_remote_code)
+    screen.show(lambda: ReportOutput(page, run / "report.json"), lambda: screen.line(str(page)))
 
 
 @app.command()
@@ -417,17 +418,20 @@ def demo(
     ] = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Compress a model that needs no hub. Nothing is downloaded."""
     from layersmith.demo.job import run_demo, run_smollm2
+    from layersmith.outputs import compressed
     from layersmith.terminal import print_result
 
     demos = {"code": (run_demo, "0.7"), "smollm2": (run_smollm2, "0.8")}
     if model not in demos:
         raise UsageError(f"--model {model}: no such demo. {did_you_mean(model, demos)}")
     run, usual = demos[model]
-    screen = _screen(verbose, quiet)
-    print_result(screen.results, run(out, params or usual, screen.progress), with_samples=True)
+    screen = open_screen(verbose, quiet, as_json)
+    result = run(out, params or usual, screen.progress)
+    screen.show(lambda: compressed(result), lambda: print_result(screen.results, result, with_samples=True))
 
 
 # ---------------------------------------------------------------------------------------------- arguments
@@ -497,6 +501,18 @@ def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
     raise _Terminated
 
 
+def _command() -> str | None:
+    """The command that was given, or None if it is none of ours."""
+    names = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
+    return sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in names else None
+
+
+def _wants_json() -> bool:
+    """Whether errors are written as JSON; also when the arguments are wrong, so they are not parsed."""
+    arguments = sys.argv[1:]
+    return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
+
+
 def main() -> None:
     """Run the command line and exit.
 
@@ -509,35 +525,50 @@ def main() -> None:
         # they wait for when cores are shared: small layers took three times as long. On free cores nothing changes.
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     signal.signal(signal.SIGTERM, _terminate)
+    if _wants_json():
+        JSON.open(_command())
+    try:
+        _run()
+    finally:
+        JSON.close()
+
+
+def _run() -> NoReturn:
     try:
         status = app(standalone_mode=False)
     except LayersmithError as error:
-        _fail(str(error), error.exit_code)
+        _fail(str(error), error.exit_code, type(error).__name__)
     except (KeyboardInterrupt, typer.Abort):
         status = 130
     except _Terminated:
-        _fail("terminated. To resume, run the same command again.", 143)
+        _fail("terminated. To resume, run the same command again.", 143, "Terminated")
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at exit is silent
         sys.exit(141)
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer, which has its own click
             error.show()
-            if instead := _FORMER_OPTIONS.get(getattr(error, "option_name", "")):
-                print(f"Use {instead} instead.", file=sys.stderr)
+            instead = _FORMER_OPTIONS.get(getattr(error, "option_name", ""))
+            advice = "" if instead is None else f" Use {instead} instead."
+            if advice:
+                print(advice.strip(), file=sys.stderr)
+            JSON.write_error("UsageError", str(getattr(error, "message", error)) + advice, error.exit_code)
             sys.exit(error.exit_code)
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            _fail("no space left on the disk. Free some and run the same command again.", 2)
+            _fail("no space left on the disk. Free some and run the same command again.", 2, "DiskFull")
         if is_out_of_memory(error):
-            _fail("out of memory. Lower scoring.batch_tokens or set stream=always, and run the same command again.", 1)
+            advice = "Lower scoring.batch_tokens or set stream=always, and run the same command again."
+            _fail(f"out of memory. {advice}", 1, "OutOfMemory")
         if isinstance(error, OSError) and error.errno is not None:  # a name that is too long, a link to itself, ...
-            _fail(f"{str(error.filename or '')[:_SHOWN_OF_A_NAME]}: {error.strerror}.", 2)
+            _fail(f"{str(error.filename or '')[:_SHOWN_OF_A_NAME]}: {error.strerror}.", 2, "InputError")
+        JSON.write_error("Bug", f"{type(error).__name__}: {error}", 1)
         raise
     if status == 130:  # typer returns it for Ctrl-C
-        _fail("interrupted. To resume, run the same command again.", 130)
+        _fail("interrupted. To resume, run the same command again.", 130, "Interrupted")
     sys.exit(status if isinstance(status, int) else 0)
 
 
-def _fail(message: str, code: int) -> NoReturn:
+def _fail(message: str, code: int, kind: str) -> NoReturn:
     print(f"layersmith: {printable(message)}", file=sys.stderr)
+    JSON.write_error(kind, message, code)
     sys.exit(code)

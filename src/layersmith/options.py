@@ -90,3 +90,7 @@ Verbose = Annotated[
     int, typer.Option("--verbose", "-v", count=True, help="Show more of what happens; -vv also shows tracebacks.")
 ]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress and no notes, only the result.")]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Write the result, or the error, as one JSON object to standard output."),
+]

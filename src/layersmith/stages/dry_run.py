@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,84 @@ from layersmith.stages.inspect import outline
 from layersmith.units import format_cost, format_seconds
 
 
+@dataclass(frozen=True)
+class Reach:
+    """A cost of the parent, and the least that a child can have."""
+
+    parent: int
+    smallest: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do and take; printed, it is the text of ``--dry-run``.
+
+    Attributes:
+        parent, budget, data, out: As they were given.
+        costs: Name of a cost to the range that children can reach.
+        layers: Number of the parent's layers.
+        alternatives: Number of alternatives of each kind.
+        sequence_length: Tokens in a row of data; the three numbers of sequences count rows.
+        device, dtype: Where and in what the run computes.
+        operations: Floating-point operations of each stage.
+        operations_per_second: Rate of a large matrix product here. A stage takes two to four times as long as at it.
+        tasks_not_estimated: Whether the time of tasks comes on top.
+        parent_bytes: Memory for the parent's weights.
+        statistics_gib: Most memory for statistics, in GiB.
+        disk_bytes: Most disk space for the child.
+        notes: What cannot be changed, and why.
+    """
+
+    parent: str
+    budget: str
+    costs: dict[str, Reach]
+    layers: int
+    alternatives: dict[str, int]
+    data: str
+    sequence_length: int
+    calibration_sequences: int
+    scoring_sequences: int
+    evaluation_sequences: int
+    device: str
+    dtype: str
+    operations: dict[str, float]
+    operations_per_second: float
+    tasks_not_estimated: bool
+    parent_bytes: int
+    statistics_gib: float
+    disk_bytes: int
+    out: str
+    notes: list[str]
+
+    def __str__(self) -> str:
+        rate = self.operations_per_second
+        lines = [
+            f"parent: {self.parent}, {format_cost('parameters', self.costs['parameters'].parent)} parameters",
+            f"budget: {self.budget}",
+            "can be reached:",
+            *(
+                f"  {name.replace('_', ' ')}: {format_cost(name, r.parent)} down to {format_cost(name, r.smallest)}"
+                f" ({r.smallest / r.parent:.2f}x)"
+                for name, r in self.costs.items()
+            ),
+            f"library: {sum(self.alternatives.values())} alternatives in {self.layers} layers ("
+            + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in self.alternatives.items())
+            + ")",
+            f"data: {self.data}, rows of {self.sequence_length} tokens: {self.calibration_sequences} calibration, "
+            f"{self.scoring_sequences} scoring, {self.evaluation_sequences} evaluation",
+            f"estimated time: {_between(sum(self.operations.values()) / rate)} on this {self.device}, two to four "
+            f"times that of matrix products alone at {rate / 1e9:,.0f} GFLOP/s",
+            *(f"  {n}: {value / 1e12:.2f} TFLOP, {_between(value / rate)}" for n, value in self.operations.items()),
+            *(["  tasks: not estimated"] if self.tasks_not_estimated else ()),
+            f"memory: {format_cost('weight_bytes', self.parent_bytes)} for the parent's weights in {self.dtype}, "
+            f"up to {self.statistics_gib:g} GiB for statistics",
+            f"disk: at most {format_cost('weight_bytes', self.disk_bytes)} for the child in {self.out}",
+            *(f"note: {note}" for note in self.notes),
+            "nothing was written.",
+        ]
+        return "\n".join(lines)
+
+
 def plan(
     parent: str | Path,
     out: str | Path,
@@ -30,8 +110,8 @@ def plan(
     budget: Budget,
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
-) -> str:
-    """The text that ``--dry-run`` prints.
+) -> Plan:
+    """What ``--dry-run`` prints.
 
     Raises:
         LayersmithError: What would stop the run before its work starts.
@@ -42,45 +122,34 @@ def plan(
     runtime = Runtime.detect(recipe.device, recipe.dtype)
     space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
     check_reachable(space.alternatives, space.costs, budget.limits, recipe.search, space.blocks)
-    whole = space.costs.parent
-    smallest = {name: _smallest(space, name) for name in COSTS}
-    flops = stage_flops(space, recipe)
-    kinds: dict[str, int] = {}
-    for alternative in space.alternatives:
-        if not alternative.is_parent:
-            kinds[alternative.kind] = kinds.get(alternative.kind, 0) + 1
     rate = matrix_rate(runtime)
-    lines = [
-        f"parent: {parent}, {format_cost('parameters', whole['parameters'])} parameters",
-        f"budget: {budget.limits}",
-        "can be reached:",
-        *(
-            f"  {name.replace('_', ' ')}: {format_cost(name, whole[name])} down to {format_cost(name, smallest[name])}"
-            f" ({smallest[name] / whole[name]:.2f}x)"
-            for name in COSTS
-            if whole[name]
-        ),
-        f"library: {sum(kinds.values())} alternatives in {len(space.axes)} layers ("
-        + ", ".join(f"{count} {kind.replace('_', ' ')}" for kind, count in kinds.items())
-        + ")",
-        f"data: {data}, rows of {recipe.data.sequence_length} tokens: {recipe.data.calibration_sequences} calibration, "
-        f"{recipe.data.scoring_sequences} scoring, {recipe.data.evaluation_sequences} evaluation",
-        f"estimated time: {_between(sum(flops.values()) / rate)} on this {runtime.device.type}, two to four times that "
-        f"of matrix products alone at {rate / 1e9:,.0f} GFLOP/s",
-        *(f"  {name}: {value / 1e12:.2f} TFLOP, {_between(value / rate)}" for name, value in flops.items()),
-        *(["  tasks: not estimated"] if recipe.evaluation.tasks else ()),
-        f"memory: {format_cost('weight_bytes', whole['parameters'] * runtime.dtype.itemsize)} for the parent's weights "
-        f"in {str(runtime.dtype).removeprefix('torch.')}, up to {recipe.library.statistics_gib:g} GiB for statistics",
-        f"disk: at most {format_cost('weight_bytes', whole['weight_bytes'])} for the child in {out}",
-        *(f"note: {note}" for note in space.notes),
-        *(
-            ["note: latency limits cannot be checked in a dry run; a run checks them once the parent is timed."]
-            if budget.limits.has_times
-            else ()
-        ),
-        "nothing was written.",
-    ]
-    return "\n".join(lines)
+    whole = space.costs.parent
+    kinds = Counter(a.kind for a in space.alternatives if not a.is_parent)
+    notes = list(space.notes)
+    if budget.limits.has_times:
+        notes.append("latency limits cannot be checked in a dry run; a run checks them once the parent is timed.")
+    return Plan(
+        parent=str(parent),
+        budget=str(budget.limits),
+        costs={name: Reach(whole[name], _smallest(space, name)) for name in COSTS if whole[name]},
+        layers=len(space.axes),
+        alternatives=dict(kinds),
+        data=str(data),
+        sequence_length=recipe.data.sequence_length,
+        calibration_sequences=recipe.data.calibration_sequences,
+        scoring_sequences=recipe.data.scoring_sequences,
+        evaluation_sequences=recipe.data.evaluation_sequences,
+        device=runtime.device.type,
+        dtype=str(runtime.dtype).removeprefix("torch."),
+        operations=stage_flops(space, recipe),
+        operations_per_second=rate,
+        tasks_not_estimated=bool(recipe.evaluation.tasks),
+        parent_bytes=whole["parameters"] * runtime.dtype.itemsize,
+        statistics_gib=recipe.library.statistics_gib,
+        disk_bytes=whole["weight_bytes"],
+        out=str(out),
+        notes=notes,
+    )
 
 
 def _between(seconds: float) -> str:
