@@ -7,14 +7,17 @@ one side effect: from then on ``AutoModelForCausalLM.from_pretrained`` loads chi
 
 from __future__ import annotations
 
+import sys
 from importlib import import_module
 from importlib.metadata import version
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from layersmith.heterogeneous import auto as _auto
 
 if TYPE_CHECKING:
     from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MambaConfig, MoEConfig
+    from layersmith.export.run import export
     from layersmith.heterogeneous.build import block_configs_of as block_configs
     from layersmith.heterogeneous.build import build
     from layersmith.heterogeneous.checkpoint import load, save
@@ -38,6 +41,7 @@ _PUBLIC = {
     "load": "layersmith.heterogeneous.checkpoint:load",
     "save": "layersmith.heterogeneous.checkpoint:save",
     "compress": "layersmith.pipeline:compress",
+    "export": "layersmith.export.run:export",
     "Result": "layersmith.pipeline:Result",
 }
 
@@ -53,6 +57,7 @@ __all__ = [
     "build",
     "compress",
     "describe",
+    "export",
     "load",
     "save",
 ]
@@ -65,6 +70,17 @@ def __getattr__(name: str) -> Any:
     if name in ("heterogeneous", "model_descriptor"):
         return import_module(f"layersmith.{name}")
     raise AttributeError(f"module 'layersmith' has no attribute {name!r}")
+
+
+class _Package(ModuleType):
+    """Keeps public names that are also packages (``layersmith.export``) functions when the package is imported."""
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if not (name in _PUBLIC and isinstance(value, ModuleType)):
+            super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package
 
 
 def __dir__() -> list[str]:

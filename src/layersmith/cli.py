@@ -404,6 +404,21 @@ def report(
 
 
 @app.command()
+def export(
+    child: Annotated[str, typer.Argument(help="Child to export: a checkpoint folder or a hub id.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the export.")],
+    to: Annotated[str, typer.Option("--to", help="Target; docs/serving.md has the table.")],
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+) -> None:
+    """Write a child in another layout, and prove that the target reads the same model."""
+    from layersmith.export.run import export as export_child
+
+    screen = _screen(verbose, quiet)
+    screen.line(str(export_child(child, out, to, progress=screen.progress)))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder of the run.")] = Path("runs/demo"),
     model: Annotated[

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import CompileConfig, PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
 if TYPE_CHECKING:
@@ -61,6 +62,16 @@ def tied_weights(cls: type[PreTrainedModel]) -> dict[str, str]:
     """
     tied = getattr(cls, "_tied_weights_keys", None)
     return dict(tied) if isinstance(tied, dict) else {}
+
+
+def shapes_on_disk(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that ``save_pretrained`` writes; the model may be on the meta device.
+
+    Replaces a public way to ask for them: some families rename, merge or split weights when they are saved.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
+    return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, weights).items()}
 
 
 # ---------------------------------------------------------------------------------------------- Transformers: Trainer

@@ -1,0 +1,104 @@
+"""Export a child: check, write into a temporary folder, prove, and only then put the folder in its place."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from layersmith.errors import InputError, UsageError, did_you_mean
+from layersmith.export.proof import Proof, prove
+from layersmith.export.source import Source, open_source
+from layersmith.export.target import TARGETS, Target
+from layersmith.model_descriptor.stock import quiet_transformers
+from layersmith.run.artifacts import whole_folder, write_json
+from layersmith.run.folder import Run
+from layersmith.run.progress import SILENT, Progress
+
+# The record of the proof, beside the weights.
+RECORD = "layersmith_export.json"
+# Files of a checkpoint that an export keeps: tokenizer, chat template, generation settings, licence. The model card is
+# left out: it describes how the child's own folder is loaded.
+_COPIED = ("*token*.json", "*.model", "vocab*", "merges*", "*.jinja", "special_tokens_map.json",
+           "generation_config.json", "LICENSE*")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A finished export.
+
+    Attributes:
+        folder: Where it is.
+        target: Name of the target.
+        proof: What shows that it is the same model.
+    """
+
+    folder: Path
+    target: str
+    proof: Proof
+
+    def __str__(self) -> str:
+        return f"{self.folder}: written for {self.target}; {self.proof}."
+
+
+def export(
+    child: str | os.PathLike[str] | PreTrainedModel,
+    out: str | os.PathLike[str],
+    to: str = "padded",
+    *,
+    progress: Progress = SILENT,
+) -> Exported:
+    """Write a child in the layout of a target, and prove that the target's reader gives the same model.
+
+    No code of the checkpoint runs. If anything fails, ``out`` does not appear.
+
+    Args:
+        child: Checkpoint folder, hub id, or a model from :func:`layersmith.load`.
+        out: The new folder; if it exists, it must be empty.
+        to: A name of :data:`layersmith.export.target.TARGETS`.
+        progress: Receives steps and notes.
+
+    Raises:
+        UsageError: There is no such target.
+        InputError: The child is damaged, the folder is not empty, or a package is missing.
+        CannotExport: The layout cannot express the child; the message says which layer, why, and what would fit.
+    """
+    if to not in TARGETS:
+        raise UsageError(f"--to {to}: no such target. {did_you_mean(to, TARGETS)}")
+    target, folder = TARGETS[to], Path(out)
+    if target.extra is not None and find_spec(target.extra[0]) is None:
+        package, extra = target.extra
+        raise InputError(f"--to {to}: needs the package {package}: pip install 'layersmith[{extra}]'")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: already there and not empty. Choose another folder.")
+    with open_source(child) as source, Run.locked_around(folder), progress.stage("export", 2, "steps") as advance:
+        write = target.prepare(source)
+        with whole_folder(folder) as made:
+            with quiet_transformers():
+                write(made)
+            if target.copies:
+                copy_files(source, made)
+            advance(1)
+            proof = prove(source, made, to, target.reader, target.read, target.tolerance)
+            write_json(made / RECORD, _record(source, target, proof))
+            advance(1)
+    return Exported(folder, to, proof)
+
+
+def copy_files(source: Source, folder: Path) -> None:
+    """Copy the tokenizer and what belongs to it, unless the target wrote files of these names."""
+    for file in sorted({file for pattern in _COPIED for file in source.folder.glob(pattern) if file.is_file()}):
+        if not (folder / file.name).exists():
+            shutil.copyfile(file, folder / file.name)
+
+
+def _record(source: Source, target: Target, proof: Proof) -> dict[str, Any]:
+    versions = {package: version(package) for package in ("layersmith", "torch", "transformers")}
+    family = getattr(source.language, "model_type", "")
+    return {"purpose": target.purpose, "model_type": family, "proof": proof.to_dict(), "versions": versions}

@@ -1,0 +1,135 @@
+"""The checkpoint that is exported: its config, the shape of every layer, and its tensors one at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import PretrainedConfig, PreTrainedModel
+
+from layersmith.block_config import BlockConfig
+from layersmith.errors import UnsupportedModel
+from layersmith.heterogeneous.build import block_configs_of
+from layersmith.heterogeneous.checkpoint import check_files, save, weight_map
+from layersmith.heterogeneous.convert import ordinary_checkpoint
+from layersmith.model_descriptor.base import ModelDescriptor
+from layersmith.model_descriptor.describe import describe, read_config
+from layersmith.model_descriptor.stock import causal_lm_config, whole_number
+from layersmith.modeling_layersmith import as_parent
+from layersmith.run.artifacts import temporary_folder
+
+
+class CannotExport(UnsupportedModel):
+    """The target's layout cannot express the child. The message names the layer, the reason, and what would fit."""
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The heads of an attention: ``queries`` query heads, of which equally many read each of ``kv`` KV heads."""
+
+    queries: int
+    kv: int
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.queries // self.kv
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint to export.
+
+    Attributes:
+        folder: Its folder.
+        config: Its config, as read.
+        parent_config: The stock config without anything that makes layers differ.
+        descriptor: Descriptor of the parent's model family.
+        blocks: The block config of every layer; sizes that it leaves to the model's config are filled in.
+        of_parent: The blocks of a model of ``parent_config``.
+        places: The file of every tensor, by its name on the disk.
+    """
+
+    folder: Path
+    config: PretrainedConfig
+    parent_config: PretrainedConfig
+    descriptor: type[ModelDescriptor]
+    blocks: tuple[BlockConfig, ...]
+    of_parent: tuple[BlockConfig, ...]
+    places: dict[str, Path]
+
+    @property
+    def language(self) -> Any:
+        """The config from which the decoder layers are built."""
+        return self.descriptor.get_language_model_config(self.parent_config)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """A tensor, read from its file."""
+        with safe_open(self.places[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor."""
+        shapes = {}
+        for file in sorted(set(self.places.values())):
+            with safe_open(file, framework="pt") as tensors:
+                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        return shapes
+
+    def heads(self, i: int) -> Heads | None:
+        """The heads of layer ``i``; None if it has no attention with heads."""
+        attention, parent = self.blocks[i].attention, self.of_parent[i].attention
+        queries = attention.num_attention_heads or parent.num_attention_heads
+        queries = queries or whole_number(self.language, "num_attention_heads")
+        if attention.no_op or attention.replace_with_linear or attention.mamba is not None or queries is None:
+            return None
+        return Heads(queries, attention.num_key_value_heads or parent.num_key_value_heads or queries)
+
+    def layer_type(self, i: int) -> str | None:
+        """What the attention of layer ``i`` sees, in the words of the config; None if the config has no such list."""
+        types = getattr(self.language, "layer_types", None)
+        return self.blocks[i].attention.layer_type or (types[i] if types else None)
+
+
+def layer_of(name: str) -> int | None:
+    """The index of the decoder layer of a tensor; None outside the layers."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), None)
+
+
+@contextmanager
+def open_source(child: str | os.PathLike[str] | PreTrainedModel) -> Iterator[Source]:
+    """Open a checkpoint folder, a hub id, a GGUF file, or a loaded model, which is saved for as long.
+
+    No code of the checkpoint runs.
+
+    Raises:
+        InputError: It is missing, damaged, or would need its own code.
+        UnsupportedModel: Its family cannot be described.
+    """
+    if isinstance(child, PreTrainedModel):
+        with temporary_folder(Path(os.environ.get("TMPDIR", "/tmp")), "export") as near:
+            save(child, near / "child")
+            yield _source(near / "child")
+    else:
+        yield _source(child)
+
+
+def _source(child: str | os.PathLike[str]) -> Source:
+    path = Path(ordinary_checkpoint(child))
+    config = causal_lm_config(read_config(child if not path.exists() else path))
+    folder = path if path.exists() else Path(snapshot_download(str(child)))
+    check_files(folder)
+    parent = as_parent(config)
+    descriptor = describe(parent)
+    of_parent = tuple(descriptor.parent_blocks(parent))
+    blocks = tuple(replace(block) for block in block_configs_of(config, descriptor))
+    return Source(folder, config, parent, descriptor, blocks, of_parent, weight_map(folder))

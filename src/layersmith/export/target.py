@@ -1,0 +1,54 @@
+"""The table of targets. To add one:
+
+1. Write a module with ``prepare(source)``. It gets a :class:`~layersmith.export.source.Source`, raises
+   :class:`~layersmith.export.source.CannotExport` if the layout cannot express the child (which layer, why, what would
+   make it fit), and returns a function that writes into a folder. Nothing is written before. Write tensor by tensor:
+   :func:`layersmith.export.tensors.write_shards`.
+2. Give it a reader: a function from the folder to a :class:`~layersmith.export.proof.Reader`, which loads what was
+   written as the target does. ``with_layersmith`` reads every layout that ``layersmith.load`` reads.
+3. Add a row to :data:`TARGETS`, a row to the table of ``docs/serving.md``, and a test of the round trip in
+   ``tests/export/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from layersmith.export import padded
+from layersmith.export.proof import TOLERANCE, Reader, with_stock_transformers
+from layersmith.export.source import Source
+
+
+@dataclass(frozen=True)
+class Target:
+    """A layout that children are exported to.
+
+    Attributes:
+        purpose: What it is for, in a few words.
+        prepare: Refuses what the layout cannot express; returns a function that writes into a folder.
+        reader: What loads the export for the proof, in words.
+        read: Loads it.
+        extra: The extra of layersmith that it needs, by the package that is imported; empty for none.
+        tolerance: Largest difference of logits, relative to the largest logit.
+        copies: Whether tokenizer and generation settings are copied beside the weights.
+    """
+
+    purpose: str
+    prepare: Callable[[Source], Callable[[Path], None]]
+    reader: str
+    read: Callable[[Path], Reader]
+    extra: tuple[str, str] | None = None
+    tolerance: float = TOLERANCE
+    copies: bool = True
+
+
+TARGETS: dict[str, Target] = {
+    "padded": Target(
+        purpose="every tool that loads the parent; filled up with zeros",
+        prepare=padded.prepare,
+        reader="stock Transformers without remote code",
+        read=with_stock_transformers,
+    ),
+}
