@@ -99,6 +99,9 @@ def test_commands_of_a_run(
     )  # fmt: skip
     assert judged["result"]["rows"][0]["difference"] is not None
 
+    _, exported = command("export", result["child"], tmp_path / "export", "--to", "padded")
+    assert exported["result"]["proof"]["greedy"] > 0
+
     _, distilled = command("distill", run, "--tokens", "64")
     assert Path(distilled["result"]["child"], "config.json").is_file()
 

@@ -410,12 +410,14 @@ def export(
     to: Annotated[str, typer.Option("--to", help="Target; docs/serving.md has the table.")],
     verbose: Verbose = 0,
     quiet: Quiet = False,
+    as_json: Json = False,
 ) -> None:
     """Write a child in another layout, and prove that the target reads the same model."""
     from layersmith.export.run import export as export_child
 
-    screen = _screen(verbose, quiet)
-    screen.line(str(export_child(child, out, to, progress=screen.progress)))
+    screen = open_screen(verbose, quiet, as_json)
+    exported = export_child(child, out, to, progress=screen.progress)
+    screen.show(lambda: exported, lambda: screen.line(str(exported)))
 
 
 @app.command()

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from layersmith.costs.times import Times, Timing
+from layersmith.export.run import Exported
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.records import parse
@@ -183,6 +184,7 @@ RESULTS: dict[str, Any] = {
     "distill": DistilledOutput,
     "evaluate": Evaluation,
     "report": ReportOutput,
+    "export": Exported,
     "demo": Compressed,
 }
 
