@@ -63,9 +63,9 @@ def with_layersmith(folder: Path) -> Reader:
 
 def with_stock_transformers(folder: Path) -> Reader:
     """Transformers' own class for the folder, without remote code; missing or unused weights are refused."""
-    model, info = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-    )
+    cls: Any = AutoModelForCausalLM
+    how = {"dtype": torch.float32, "output_loading_info": True, "trust_remote_code": False}
+    model, info = cls.from_pretrained(folder, **how)
     refuse_incomplete(info, str(folder))
     return TransformersReader(model.eval())
 

@@ -79,7 +79,7 @@ class Source:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
-        shapes = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(set(self.places.values())):
             with safe_open(file, framework="pt") as tensors:
                 shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
