@@ -41,7 +41,7 @@ from layersmith.recipe import CostsRecipe
 from layersmith.run.folder import versions
 from layersmith.search.frontier import frontier
 from layersmith.stages.costs import cost_table
-from layersmith.stages.job import Job
+from layersmith.stages.job import job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import search_problem
@@ -71,7 +71,7 @@ def main() -> None:
 
 def examined(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     """What ten children of a run were said to take, and what they took."""
-    job = Job.of_run(folder)
+    job = job_of_run(folder)
     recipe, library = job.recipe, job.read(LIBRARY)
     parent = library.parent
     load = {"batch": options.batch, "context": options.context, "generate": options.generate}

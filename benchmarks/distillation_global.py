@@ -54,7 +54,7 @@ from layersmith.scoring.score import losses
 from layersmith.search.problem import SearchProblem
 from layersmith.search.solution import Solution
 from layersmith.stages.costs import cost_table
-from layersmith.stages.job import Job
+from layersmith.stages.job import job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.scores import SCORES
 
@@ -211,7 +211,7 @@ def without_layers(library: Library, scores: Mapping[str, float], solution: Solu
 def table(args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.set_num_threads(1)
     run = Run.existing(args.run_folder)
-    job = Job.of_run(args.run_folder)
+    job = job_of_run(args.run_folder)
     recipe, library = job.recipe, job.read(LIBRARY)
     parent, header = library.parent, run.header()
     scores = losses(job.read(SCORES), recipe.scoring.objective)

@@ -55,7 +55,7 @@ from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.train import GlobalSetup, TrainingRows, in_float32, train
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.library import Library
+from layersmith.library.library import Library, read_library, write_library
 from layersmith.recipe import (
     DataRecipe,
     DistillationRecipe,
@@ -157,13 +157,13 @@ def prepared(parent: Parent, args: argparse.Namespace, seed: int) -> Seed:
     names = ("pruned", "reconstructed", "taught")
     if said.is_file() and read_json(said)["inputs"] == inputs:
         kept = read_json(said)
-        saved = {name: Library.read(place / name, parent) for name in names}
+        saved = {name: read_library(place / name, parent) for name in names}
         made = Libraries(**saved, scores=kept["scores"], notes=kept["notes"], cpu_seconds=kept["cpu_seconds"])
     else:
         local = argparse.Namespace(batch_tokens=args.batch_tokens, tokens=args.local_tokens)
         made = libraries(parent, tokens, local, seed, space)
         for name in names:
-            getattr(made, name).write(place / name)
+            write_library(getattr(made, name), place / name)
         kept = {"inputs": inputs, "scores": made.scores, "notes": made.notes, "cpu_seconds": made.cpu_seconds}
         write_json(said, kept)
         print(json.dumps({"seed": seed, "cpu_seconds": made.cpu_seconds, "notes": made.notes}), flush=True)

@@ -39,7 +39,7 @@ from layersmith.search.refine import Evaluations, refine
 from layersmith.search.solve import Candidate, Group, Solver
 from layersmith.stages.costs import cost_table
 from layersmith.stages.data import DATA
-from layersmith.stages.job import Job
+from layersmith.stages.job import job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import search_problem
@@ -116,7 +116,7 @@ def frontier_seconds(count: int) -> float:
 
 def children(folder: str, budgets: Sequence[float], most_rows: int) -> dict[str, Any]:
     """KL on unseen rows of the program's solution, the refined one, and the baselines."""
-    job = Job.of_run(folder)
+    job = job_of_run(folder)
     recipe, library, scores, tokens = job.recipe, job.read(LIBRARY), job.read(SCORES), job.read(DATA)
     seen, unseen = tokens.scoring, tokens.evaluation
     unseen = unseen[:most_rows]

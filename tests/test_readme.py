@@ -63,7 +63,7 @@ def test_make_targets_and_links_exist() -> None:
 # Functions with many parameters, and why. Options of the command line and of the main Python calls are keywords.
 MANY_PARAMETERS = {
     "cli": "options", "compress": "options", "stages": "those of compress", "distill": "options", "plan": "options",
-    "of_run": "options", "evaluate_model": "options", "parse_budget": "one for each limit",
+    "job_of_run": "options", "evaluate_model": "options", "parse_budget": "one for each limit",
     "make_plan": "the parts of a child", "head_losses": "the operands of a fused operation",
     "_of_kind": "what experiments found of a kind of layer",
 }  # fmt: skip
@@ -78,6 +78,13 @@ def test_functions_are_short_and_have_few_parameters() -> None:
             assert (node.end_lineno or 0) - node.lineno < 60, f"{path}: {node.name}"
             names = {a.arg for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)}
             assert len(names - {"self", "cls"}) <= 6 or node.name in MANY_PARAMETERS, f"{path}: {node.name}"
+
+
+def test_classes_have_at_most_200_lines() -> None:
+    for path in (ROOT / "src").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                assert (node.end_lineno or 0) - node.lineno < 200, f"{path}: {node.name}"
 
 
 def test_modules_have_at_most_600_lines() -> None:

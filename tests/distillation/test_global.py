@@ -40,7 +40,7 @@ from layersmith.run.header import read_header, write_header
 from layersmith.run.progress import Progress
 from layersmith.run.runtime import Runtime
 from layersmith.stages.distill_finished import distill
-from layersmith.stages.job import Job
+from layersmith.stages.job import job_of_run
 from layersmith.stages.search import problem_as_measured
 from tests.conformance.tiny import tiny_config, tiny_model
 from tests.conftest import FAMILIES, NO_ATTENTION, TINY_RECIPE, block, child_model, stock_model
@@ -355,7 +355,7 @@ def test_finalists(own_run: Path) -> None:
 def test_finalists_keep_the_searchs_rules(own_run: Path) -> None:
     """The first is the run's own; all are apart from each other, within the budget, and as the rules say."""
     rules = SearchRecipe(keep_layers=(2,), max_removed_attentions=1, uniform_groups=2)
-    job = Job.of_run(own_run, change=lambda recipe: dataclasses.replace(recipe, search=rules))
+    job = job_of_run(own_run, change=lambda recipe: dataclasses.replace(recipe, search=rules))
     job.limits = parse_budget(params="0.8").limits
     problem = problem_as_measured(job)
     first = problem.best()

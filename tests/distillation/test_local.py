@@ -24,7 +24,7 @@ from layersmith.execution.exchange import first_tensor
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
-from layersmith.library.library import Library
+from layersmith.library.library import Library, read_library, write_library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, Recipe
@@ -82,8 +82,8 @@ def test_what_learns_gets_nearer(model_type: str, tmp_path: Path) -> None:
 def test_what_comes_of_it_is_written_and_read(tmp_path: Path) -> None:
     library = library_of("llama", tmp_path / "parent")
     made = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE, folder=tmp_path / "work", inputs="a"))
-    made.write(tmp_path / "library")
-    again = Library.read(tmp_path / "library", library.parent)
+    write_library(made, tmp_path / "library")
+    again = read_library(tmp_path / "library", library.parent)
     in_memory = distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE))
     assert again.identity == made.identity == in_memory.identity != library.identity
     for a in library.alternatives:

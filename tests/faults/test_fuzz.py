@@ -43,7 +43,7 @@ from layersmith.run.artifacts import file_digest, fingerprint, read_tensors
 from layersmith.run.header import read_header, write_header
 from layersmith.run.journal import Checkpoint, Journal, _line
 from layersmith.run.log import Log
-from layersmith.stages.job import Job
+from layersmith.stages.job import job_of_run
 from layersmith.stages.reopen import SearchRequest, report_again, search_several
 from layersmith.untrusted import read_safetensors_header
 from tests.conftest import TINY_RECIPE
@@ -195,7 +195,7 @@ def run_json(place: Place, random: Random) -> None:
             header |= {"digest": fingerprint(header)}
     with place.changed(place.run / "run.json", as_json(header, random)):
         read_header(place.run)
-        Job.of_run(place.run)
+        job_of_run(place.run)
         if random.random() < 0.1:
             report_again(place.run)
 
@@ -210,7 +210,7 @@ def run_files(place: Place, random: Random) -> None:
     path = random.choice(paths)
     with place.changed(path, as_json(mutated(json.loads(path.read_bytes()), random), random)):
         if random.random() < 0.7:
-            job = Job.of_run(place.run)
+            job = job_of_run(place.run)
             for stage in STAGES:
                 if job.made_from(stage) is not None:
                     job.run.require(stage.name)

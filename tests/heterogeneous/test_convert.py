@@ -83,6 +83,19 @@ def test_an_ordinary_checkpoint_is_converted_only_on_request(make_parent: Callab
         assert torch.equal(after[name], tensor.to(torch.bfloat16))
 
 
+@pytest.mark.parametrize("fault", ["flipped", "deleted"])
+def test_a_damaged_conversion_is_made_again(make_parent: Callable[..., Path], fault: str) -> None:
+    parent = make_parent("llama")
+    weights = Path(ordinary_checkpoint(parent, "bfloat16")) / "model.safetensors"
+    before = weights.read_bytes()
+    if fault == "flipped":
+        weights.write_bytes(before[:-1] + bytes([before[-1] ^ 1]))
+    else:
+        weights.unlink()
+    assert Path(ordinary_checkpoint(parent, "bfloat16")) == weights.parent
+    assert weights.read_bytes() == before
+
+
 # ---------------------------------------------------------------------------------------------- GGUF
 
 

@@ -14,7 +14,7 @@ from layersmith.execution.parent import Parent, load_parent
 from layersmith.library import ranking, statistics
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
-from layersmith.library.library import Library
+from layersmith.library.library import Library, read_library, write_library
 from layersmith.library.probes import probes_for
 from layersmith.library.search_space import ffn_widths, head_group_counts, kv_head_counts
 from layersmith.library.slicing import keep_groups, keep_kv_heads, keep_query_heads, narrow, pool_kv_heads
@@ -144,8 +144,8 @@ def test_importance_is_the_share_of_the_true_error() -> None:
 def test_importance_is_kept_with_the_library(parent: Parent, tmp_path: Path) -> None:
     library = library_of(parent)
     assert {f"{i}.{part}" for i in range(4) for part in ("ffn.0", "attention")} <= library.importance.keys()
-    library.write(tmp_path)
-    again = Library.read(tmp_path, parent).importance
+    write_library(library, tmp_path)
+    again = read_library(tmp_path, parent).importance
     assert {k: [tuple(p) for p in v] for k, v in again.items()} == dict(library.importance)
 
 

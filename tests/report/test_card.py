@@ -18,7 +18,7 @@ from layersmith.report.card import Child, base_model, data_name, license_of, mod
 from layersmith.run.artifacts import file_digest
 from layersmith.run.folder import Run
 from layersmith.run.header import read_header, write_header
-from layersmith.stages.job import Job
+from layersmith.stages.job import job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.refine import SOLUTION
 from tests.conftest import TINY_RECIPE, search_again
@@ -136,7 +136,7 @@ def test_what_a_received_run_says_is_escaped_in_the_card(
     data.write_bytes(text)
     header["stages"]["data"]["files"]["data/data.json"] = {"size": len(text), "sha256": file_digest(data)}
     write_header(result.run, header)
-    job = Job.of_run(result.run)
+    job = job_of_run(result.run)
     card = model_card(result.child, Child(Run(result.run), job.read(LIBRARY), job.read(SOLUTION), job.recipe))
     front, body = card.removeprefix("---\n").split("---\n", 1)
     assert yaml.safe_load(front)["base_model"]

@@ -30,7 +30,7 @@ from layersmith.search.problem import SearchProblem
 from layersmith.search.refine import Evaluations, read_refined, refine
 from layersmith.stages.costs import cost_table
 from layersmith.stages.data import DATA
-from layersmith.stages.job import Job
+from layersmith.stages.job import job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.search import problem_as_measured
 from tests.conftest import TINY_RECIPE
@@ -42,7 +42,7 @@ def scored(make_parent: Callable[..., Path], text_folder: Path, tmp_path_factory
     for stage in stages(make_parent("llama"), folder, text_folder, 0.8, TINY_RECIPE):
         if stage == "scores":
             break
-    job = Job.of_run(folder)
+    job = job_of_run(folder)
     return job.read(LIBRARY), problem_as_measured(job), job.read(DATA).scoring
 
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from layersmith.distillation.activations import BLOCK, Rows, Target, run_parent_layer
 from layersmith.distillation.child_refit import ChildRefit
-from layersmith.distillation.reconstruction import Moments, refits
+from layersmith.distillation.parent_refit import refit_layer
 from layersmith.distillation.replacement import Replacement, ReplacementTraining
 from layersmith.distillation.store import Store, layer_name
 from layersmith.execution.layerwise import LayerwiseParent, Split, key_of
@@ -28,8 +28,6 @@ from layersmith.recipe import LocalDistillationRecipe
 
 # Times that the error on held-out rows is taken during training: more cost passes, fewer find the best weights later.
 _EVALUATIONS = 6
-# Tokens on which each alternative is tried once before the refit, to find the input of its last projection.
-_PROBE_TOKENS = 32
 # Bytes for each trained weight: itself, a float32 copy, its gradient, two moments, the best so far.
 _BYTES_A_WEIGHT = 28
 
@@ -70,7 +68,8 @@ class LayerDistillation:
         """Refit and train the replacements, and store their weights and records."""
         refitted: dict[str, Tensors] = {}
         if "calibration" in self.splits:
-            refitted = self._refit_on_child(advance) if self.on_child else self._refit(advance)
+            refit = self._refit_on_child if self.on_child else self._refit
+            refitted = refit(self.splits["calibration"], advance)
         if "training" not in self.splits:
             records = [r.record(refitted.get(r.identity, {}), {}) for r in self.replacements]
             self.store.write(layer_name(self.index), records, refitted)
@@ -88,55 +87,18 @@ class LayerDistillation:
         if len(groups) > 1:
             self.store.merge(names, layer_name(self.index))
 
-    # ------------------------------------------------------------------------------------------ closed-form refit
-
-    @torch.no_grad()
-    def _refit(self, advance: Callable[[float], None]) -> dict[str, Tensors]:
+    def _refit(self, rows: Rows, advance: Callable[[float], None]) -> dict[str, Tensors]:
         """Identity of a replacement to its refitted projection."""
-        rows = self.splits["calibration"]
-        _, hidden = rows.start(self.layerwise, torch.arange(1))
-        probe = self.layerwise.start(rows.tokens[:1, :_PROBE_TOKENS].to(hidden.device))
-        targets, _ = run_parent_layer(self.layerwise, self.index, self.split, probe, hidden[:, :_PROBE_TOKENS])
-        current = [probe]
-
-        def run(module: nn.Module, given: torch.Tensor) -> torch.Tensor:
-            return self.layerwise.run(current[0], self.index, given, module)
-
-        moments = {}
-        for subblock in SUBBLOCKS:
-            members = [r.alternatives[0] for r in self.replacements if r.place == subblock]
-            module, given = self._parent_module(subblock), targets[subblock].given
-            to_refit = refits(
-                self.library, members, module, lambda a: self.layerwise.module_of(a, self.split), run, given
-            )
-            moments[subblock] = Moments(module, to_refit, run, self.layerwise.arithmetic.add)
-        for numbers in rows.batches():
-            batch, hidden = rows.start(self.layerwise, numbers)
-            current[0] = batch
-            targets, output = run_parent_layer(self.layerwise, self.index, self.split, batch, hidden)
-            for subblock in SUBBLOCKS:
-                moments[subblock].add(targets[subblock].given)
-            rows.record_parent(numbers, output)
-            advance(len(numbers))
-        return {
-            identity: weights
-            for m in moments.values()
-            for identity, weights in m.refitted_weights(self.library).items()
+        members = {
+            subblock: [r.alternatives[0] for r in self.replacements if r.place == subblock] for subblock in SUBBLOCKS
         }
+        return refit_layer(self.layerwise, self.index, self.split, members, rows, advance)
 
-    def _refit_on_child(self, advance: Callable[[float], None]) -> dict[str, Tensors]:
+    def _refit_on_child(self, rows: Rows, advance: Callable[[float], None]) -> dict[str, Tensors]:
         """The same for the layer of a child, on the child's inputs."""
         refit = ChildRefit(self.library, self.layerwise, self.index, self.split, self.recipe.child_refit)
-        rows = self.splits["calibration"]
         weights = {r.identity: refit.refit(r.alternatives, rows, advance) for r in self.replacements}
         return {identity: tensors for identity, tensors in weights.items() if tensors}
-
-    def _parent_module(self, subblock: str) -> nn.Module:
-        whole = self.split.layout == "whole"
-        module: nn.Module = self.layerwise.layers[self.index] if whole else getattr(self.split, subblock)
-        return module
-
-    # ------------------------------------------------------------------------------------------ training
 
     def _module(self, replacement: Replacement) -> nn.Module:
         """The module that runs in place of the parent's."""

@@ -30,12 +30,14 @@ from layersmith.model_descriptor.describe import gguf_location, read_config
 from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers, stock_class, stock_model
 from layersmith.modeling_layersmith import refuse_incomplete
 from layersmith.run.artifacts import fingerprint, whole_folder
-from layersmith.run.digests import content_digest
+from layersmith.run.digests import content_digest, read_sealed, write_sealed
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.user_cache import cache_folder
 
 # In which weights are stored that were quantized; the dtype of nearly all published models.
 DTYPE = "bfloat16"
+# Sizes and digests of a converted checkpoint's files; one that differs is converted again.
+_RECORD = "converted.json"
 # Data types of weights that are not quantized.
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 # Files that a converted checkpoint takes over as they are, if there are any.
@@ -71,12 +73,13 @@ def ordinary_checkpoint(
         place = Path(snapshot_download(str(path)))
     digest = fingerprint([content_digest(place), wanted])
     folder = (cache_folder("parents") or _until_exit()) / digest
-    if not (folder / "config.json").is_file():
+    if read_sealed(folder / _RECORD, str, whole=False) != wanted:
         what = f"converted from {method} to" if method else "converted to"
         progress.note(f"{path}: {what} {wanted}, and kept in {folder}.")
         model = _dequantized(place, getattr(torch, wanted), method, trust_remote_code)
         with whole_folder(folder) as made:
             _save(model, place, made, trust_remote_code)
+            write_sealed(made / _RECORD, wanted, [file for file in made.rglob("*") if file.is_file()])
     return str(folder)
 
 

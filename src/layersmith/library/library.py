@@ -245,31 +245,36 @@ class Library:
         child.generation_config = copy.deepcopy(parent.model.generation_config)
         return child.eval()
 
-    def write(self, folder: Path) -> None:
-        tensors = {f"order.{k}": v for k, v in self.orders.items()} | {f"map.{k}": v for k, v in self.maps.items()}
-        write_tensors(folder / "tensors.safetensors", tensors)
-        data = {"alternatives": [to_data(a) for a in self.alternatives], "notes": list(self.notes)}
-        write_json(folder / "library.json", data | {"axes": [to_data(a) for a in self.axes]})
-        write_json(folder / "importance.json", {k: [list(point) for point in v] for k, v in self.importance.items()})
-        self.kept.write(folder)
 
-    @staticmethod
-    def read(folder: Path, parent: Parent) -> Library:
-        data = read_json(folder / "library.json", LibraryData)
-        axes, alternatives = parse_alternatives(data, folder / "library.json")
-        if len(axes) != len(parent.blocks):
-            raise InputError(
-                f"{folder / 'library.json'}: of {len(axes)} layers, but the parent has {len(parent.blocks)}."
-            )
-        tensors = read_tensors(folder / "tensors.safetensors")
-        curves = folder / "importance.json"
-        return Library(
-            parent=parent,
-            axes=axes,
-            alternatives=alternatives,
-            orders={k.removeprefix("order."): v for k, v in tensors.items() if k.startswith("order.")},
-            maps={k.removeprefix("map."): v for k, v in tensors.items() if k.startswith("map.")},
-            notes=data["notes"],
-            importance=read_json(curves, CURVES) if curves.is_file() else {},
-            kept=Kept.read(folder),
-        )
+def write_library(library: Library, folder: Path) -> None:
+    """Write a library's alternatives, orders of units, importance and kept weights into a folder."""
+    tensors = {f"order.{k}": v for k, v in library.orders.items()} | {f"map.{k}": v for k, v in library.maps.items()}
+    write_tensors(folder / "tensors.safetensors", tensors)
+    data = {"alternatives": [to_data(a) for a in library.alternatives], "notes": list(library.notes)}
+    write_json(folder / "library.json", data | {"axes": [to_data(a) for a in library.axes]})
+    write_json(folder / "importance.json", {k: [list(point) for point in v] for k, v in library.importance.items()})
+    library.kept.write(folder)
+
+
+def read_library(folder: Path, parent: Parent) -> Library:
+    """What :func:`write_library` wrote.
+
+    Raises:
+        InputError: A file is damaged, or the parent has another number of layers.
+    """
+    data = read_json(folder / "library.json", LibraryData)
+    axes, alternatives = parse_alternatives(data, folder / "library.json")
+    if len(axes) != len(parent.blocks):
+        raise InputError(f"{folder / 'library.json'}: of {len(axes)} layers, but the parent has {len(parent.blocks)}.")
+    tensors = read_tensors(folder / "tensors.safetensors")
+    curves = folder / "importance.json"
+    return Library(
+        parent=parent,
+        axes=axes,
+        alternatives=alternatives,
+        orders={k.removeprefix("order."): v for k, v in tensors.items() if k.startswith("order.")},
+        maps={k.removeprefix("map."): v for k, v in tensors.items() if k.startswith("map.")},
+        notes=data["notes"],
+        importance=read_json(curves, CURVES) if curves.is_file() else {},
+        kept=Kept.read(folder),
+    )

@@ -210,6 +210,8 @@ class _Observer:
             finally:
                 self.is_repeated = False
             for name, value in sums_of_batch.items():
+                if not torch.isfinite(value).all():
+                    raise _gradients_not_finite(self.parent, probe, self.position * self.num_rows, self.num_rows)
                 self._add(name, value)
             return
         x = first_argument(args, kwargs).float()
@@ -241,6 +243,16 @@ def _not_finite(parent: Parent, probe: Probe, by_row: torch.Tensor, rows_before:
     return InputError(
         f"{parent.path}: the inputs of {probe.module} in layer {probe.layer} are {what}, first in row "
         f"{rows_before + row} of the calibration text. {mend}."
+    )
+
+
+def _gradients_not_finite(parent: Parent, probe: Probe, rows_before: int, num_rows: int) -> InputError:
+    """The error where a product of gradients is NaN or infinite though the module's inputs are finite."""
+    dtype = str(parent.runtime.dtype).removeprefix("torch.")
+    mend = "Check the parent's weights" if dtype == "float32" else "Set dtype to float32 in the recipe"
+    return InputError(
+        f"{parent.path}: the gradients of {probe.module} in layer {probe.layer} are NaN or infinite in {dtype}, in "
+        f"rows {rows_before} to {rows_before + num_rows - 1} of the calibration text. {mend}."
     )
 
 

@@ -125,17 +125,18 @@ def write_sealed(file: Path, data: Any, files: Iterable[Path] = ()) -> None:
     write_json(file, sealed | {"digest": fingerprint(sealed)})
 
 
-def read_sealed(file: Path, shape: Any) -> Any:
+def read_sealed(file: Path, shape: Any, *, whole: bool = True) -> Any:
     """What :func:`write_sealed` wrote; None if it or one of the files is missing or differs.
 
     Args:
         file: The file.
         shape: Shape of the data, see :func:`layersmith.records.check`.
+        whole: Read the files even if their sizes and times are those from when they were hashed last.
     """
     try:
         sealed = read_json(file, _Sealed)
         is_intact = sealed.pop("digest") == fingerprint(sealed)
-        if not is_intact or difference(file.parent, sealed["files"], whole=True) is not None:
+        if not is_intact or difference(file.parent, sealed["files"], whole=whole) is not None:
             return None
         return check(sealed["data"], shape, file)
     except (InputError, OSError):

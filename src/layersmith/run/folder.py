@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from filelock import FileLock, Timeout
 
@@ -50,8 +50,8 @@ MEASURED = ("clock", "report")
 ASKED_FRONTIER = "asked-frontier"
 
 
-class Run:
-    """A run folder. Only one process of a machine works in it at a time.
+class RunFolder:
+    """A run folder: what it was made from, and its lock. Only one process of a machine works in it at a time.
 
     Args:
         folder: The folder.
@@ -62,9 +62,6 @@ class Run:
     def __init__(self, folder: Path, store: Store | None = None, verify: bool = False):
         self.folder, self.log, self.verify = folder, Log(folder), verify
         self.store = Store(None) if store is None else store
-        self._intact: set[str] = set()
-
-    # ------------------------------------------------------------------------------------------ opening
 
     @staticmethod
     def check(folder: Path) -> None:
@@ -76,15 +73,15 @@ class Run:
         if not folder.is_dir():
             return
         if (folder / HEADER).is_file():
-            Run(folder).header()
+            RunFolder(folder).header()
         # A process that was stopped before it wrote run.json leaves no more than these.
         elif any(not path.name.startswith((".lock", TEMPORARY)) for path in folder.iterdir()):
             raise InputError(f"{folder}: already there and not a run of layersmith. Choose another folder.")
 
-    @staticmethod
-    def existing(folder: str | Path, verify: bool = False) -> Run:
+    @classmethod
+    def existing(cls, folder: str | Path, verify: bool = False) -> Self:
         """Raises: UsageError: Not a run folder."""
-        run = Run(Path(folder), verify=verify)
+        run = cls(Path(folder), verify=verify)
         if not (run.folder / HEADER).is_file():
             raise UsageError(f"{folder}: not a run folder (no {HEADER}). Give the folder that `compress` wrote.")
         return run
@@ -134,7 +131,7 @@ class Run:
     def locked_around(path: Path) -> Iterator[None]:
         """Lock the run that a file is written into, if it is in one."""
         run = next((folder for folder in path.absolute().parents if (folder / HEADER).is_file()), None)
-        with nullcontext() if run is None else Run(run).locked():
+        with nullcontext() if run is None else RunFolder(run).locked():
             yield
 
     @contextmanager
@@ -157,7 +154,19 @@ class Run:
         there = Path(self.header().get("working_directory", ""), path)
         return str(there) if there.exists() else path
 
-    # ------------------------------------------------------------------------------------------ stages
+
+class Run(RunFolder):
+    """A run folder and the stages in it.
+
+    Args:
+        folder: The folder.
+        store: Results of other runs; default: none.
+        verify: Whether also large files whose size and time of change are as before are hashed.
+    """
+
+    def __init__(self, folder: Path, store: Store | None = None, verify: bool = False):
+        super().__init__(folder, store, verify)
+        self._intact: set[str] = set()
 
     def made(self) -> dict[str, dict[str, Any]]:
         """Of every finished stage the digest of its inputs, and the sizes and digests of its files."""

@@ -17,7 +17,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.stages.costs import COSTS
 from layersmith.stages.distill import COMPARED, DISTILLATION, DISTILLED, keep_card_of_distilled, remove_checkpoints
 from layersmith.stages.finalists import FINALISTS, has_finalists
-from layersmith.stages.job import Job
+from layersmith.stages.job import job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD
 
@@ -85,7 +85,7 @@ def distill(
         return dataclasses.replace(settings, distillation=section, device=device or settings.device)
 
     needed = (LIBRARY, COSTS, CHILD)
-    job = Job.of_run(run_folder, needed, descriptor, progress, change, verify, trust_remote_code)
+    job = job_of_run(run_folder, needed, descriptor, progress, change, verify, trust_remote_code)
     job.training_data = None if data is None else str(data)
     ranks.start(Runtime.detect(job.recipe.device, job.recipe.dtype))
     with ranks.first(job.run.locked):

@@ -172,58 +172,6 @@ class Job:
             "working_directory": str(Path.cwd()),
         }
 
-    @staticmethod
-    def of_run(
-        folder: str | Path,
-        needed: tuple[Stage[Job, Any], ...] = (),
-        family: type[ModelDescriptor] | None = None,
-        progress: Progress = SILENT,
-        change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
-        verify: bool = False,
-        trust_remote_code: bool = False,
-    ) -> Job:
-        """The job of a run that was made before.
-
-        Args:
-            folder: Run folder.
-            needed: Stages that must be finished.
-            family: Descriptor of the parent's model family; default: inferred.
-            progress: Receives steps and notes.
-            change: Returns the recipe with other settings for what is made now.
-            verify: Hash large files of the run whose size and time of change are as before, too.
-            trust_remote_code: Whether code from the folders of parent and child may run.
-
-        Raises:
-            InputError: A stage is not finished, or the parent is gone or has changed.
-        """
-        run = Run.existing(folder, verify)
-        header = run.header()
-        budget = Budget.from_dict(header["budget"])
-        run.require(*(stage.name for stage in needed))
-        job = Job(
-            run=run,
-            source=run.path_as_meant(header["parent"]["path"]),
-            data=run.path_as_meant(header["data"]["source"]),
-            limits=budget.limits,
-            workload=budget.workload,
-            recipe=change(Recipe.from_dict(header["recipe"], str(run.folder / "run.json"))),
-            family=family,
-            progress=progress,
-            trust_remote_code=trust_remote_code,
-        )
-        progress.note(f"parent: {job.source}")
-        if job.identity != header["parent"]["identity"]:
-            raise InputError(
-                f"{job.source}: not the parent of {run.folder} any more: its weights or config changed. Restore them."
-            )
-        if job.descriptor != header["descriptor"]:
-            names = ["an inferred one" if d is None else d["name"] for d in (header["descriptor"], job.descriptor)]
-            raise InputError(
-                f"{run.folder}: was made with another descriptor ({names[0]}, now {names[1]}"
-                f"{'' if names[0] != names[1] else ', whose source changed'}). Give the same --descriptor."
-            )
-        return job
-
     # ------------------------------------------------------------------------------------------ stages
 
     def do(self, stage: Stage[Job, Any]) -> bool:
@@ -269,6 +217,58 @@ class Job:
             self._results[name] = make()
         result: T = self._results[name]
         return result
+
+
+def job_of_run(
+    folder: str | Path,
+    needed: tuple[Stage[Job, Any], ...] = (),
+    family: type[ModelDescriptor] | None = None,
+    progress: Progress = SILENT,
+    change: Callable[[Recipe], Recipe] = lambda recipe: recipe,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+) -> Job:
+    """The job of a run that was made before.
+
+    Args:
+        folder: Run folder.
+        needed: Stages that must be finished.
+        family: Descriptor of the parent's model family; default: inferred.
+        progress: Receives steps and notes.
+        change: Returns the recipe with other settings for what is made now.
+        verify: Hash large files of the run whose size and time of change are as before, too.
+        trust_remote_code: Whether code from the folders of parent and child may run.
+
+    Raises:
+        InputError: A stage is not finished, or the parent is gone or has changed.
+    """
+    run = Run.existing(folder, verify)
+    header = run.header()
+    budget = Budget.from_dict(header["budget"])
+    run.require(*(stage.name for stage in needed))
+    job = Job(
+        run=run,
+        source=run.path_as_meant(header["parent"]["path"]),
+        data=run.path_as_meant(header["data"]["source"]),
+        limits=budget.limits,
+        workload=budget.workload,
+        recipe=change(Recipe.from_dict(header["recipe"], str(run.folder / "run.json"))),
+        family=family,
+        progress=progress,
+        trust_remote_code=trust_remote_code,
+    )
+    progress.note(f"parent: {job.source}")
+    if job.identity != header["parent"]["identity"]:
+        raise InputError(
+            f"{job.source}: not the parent of {run.folder} any more: its weights or config changed. Restore them."
+        )
+    if job.descriptor != header["descriptor"]:
+        names = ["an inferred one" if d is None else d["name"] for d in (header["descriptor"], job.descriptor)]
+        raise InputError(
+            f"{run.folder}: was made with another descriptor ({names[0]}, now {names[1]}"
+            f"{'' if names[0] != names[1] else ', whose source changed'}). Give the same --descriptor."
+        )
+    return job
 
 
 def is_streamed(path: str | Path, recipe: Recipe, runtime: Runtime) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 
 from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.local import distill_locally
-from layersmith.library.library import Library
+from layersmith.library.library import Library, read_library, write_library
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.data import DATA, digest_of_split
 from layersmith.stages.describe import DESCRIBE
@@ -39,8 +39,8 @@ def _distilled(job: Job, making: Making) -> Library:
 LIBRARY = Stage(
     name="library",
     inputs=_inputs,
-    make=lambda job, making: _distilled(job, making).write(making.folder),
-    read=lambda job, folder: Library.read(folder, job.parent),
+    make=lambda job, making: write_library(_distilled(job, making), making.folder),
+    read=lambda job, folder: read_library(folder, job.parent),
     meanwhile=_distilled,
     is_shared=True,
 )

@@ -36,7 +36,7 @@ from layersmith.stages.data import DATA
 from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.distill import COMPARED
 from layersmith.stages.evaluate import EVALUATION
-from layersmith.stages.job import Job
+from layersmith.stages.job import Job, job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD, library_with_pairs
 from layersmith.stages.refine import SOLUTION, refined_solution, setup_of
@@ -85,7 +85,7 @@ class SearchRequest:
         """
         if self.objective is not None and self.objective not in METRICS:
             raise UsageError(f"--objective {self.objective}: unknown. {did_you_mean(self.objective, METRICS)}")
-        job = Job.of_run(
+        job = job_of_run(
             self.run_folder, (DESCRIBE, COSTS, LIBRARY, SCORES), self.descriptor, progress, self._changed, self.verify,
             self.trust_remote_code,
         )  # fmt: skip
@@ -218,7 +218,7 @@ def report_again(
 ) -> Path:
     """Write a finished run's report anew."""
     needed = (DESCRIBE, DATA, LIBRARY, SCORES, SOLUTION, EVALUATION)
-    job = Job.of_run(run_folder, needed, progress=progress, verify=verify, trust_remote_code=trust_remote_code)
+    job = job_of_run(run_folder, needed, progress=progress, verify=verify, trust_remote_code=trust_remote_code)
     is_distilled = is_wanted(job) and job.made_from(COMPARED) is not None
     with job.run.locked():
         return write_report(job, is_distilled=is_distilled, again=True).report

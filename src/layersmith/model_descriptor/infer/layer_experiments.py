@@ -17,19 +17,16 @@ from layersmith.errors import UnsupportedModel
 from layersmith.model_descriptor.infer.specimen import Argument, Call, Specimen, experiment, first_tensor_of
 
 
-class ExaminedLayer:
+class TracedLayer:
     """One decoder layer of a specimen. Names of modules are relative to it; the empty name is the layer itself.
 
     Attributes:
         calls: The first call of every module.
-        passes: Modules that give one of their arguments when they are silenced; all others give zeros. None: no
-            argument will do.
     """
 
     def __init__(self, specimen: Specimen, layer_name: str):
         self.specimen, self.layer_name = specimen, layer_name
         self.layer = specimen.model.get_submodule(layer_name)
-        self.passes: dict[str, Argument] = {}
         self._prefix = f"{layer_name}."
         self._inside = [layer_name, *(self._prefix + name for name, _ in self.layer.named_modules() if name)]
         self.calls = self._trace(specimen.ids)
@@ -39,8 +36,6 @@ class ExaminedLayer:
             raise UnsupportedModel(f"{layer_name} is called without hidden states.")
         self._hidden_shape = hidden.shape
         self._tokens = specimen.ids.shape[1] if specimen.ids.shape[1] in hidden.shape else hidden.shape[-2]
-        self.always_dead: set[str] = set()
-        self.always_dead = self.dead([])
 
     def _trace(self, ids: torch.Tensor) -> dict[str, Call]:
         calls: dict[str, Call] = {}
@@ -48,8 +43,6 @@ class ExaminedLayer:
             if call.name.startswith(self._prefix) or call.name == self.layer_name:
                 calls.setdefault(call.name.removeprefix(self.layer_name).removeprefix("."), call)
         return calls
-
-    # ------------------------------------------------------------------------------------------ weights
 
     def weights(self, name: str) -> set[str]:
         """Names of the parameters in a module."""
@@ -70,6 +63,30 @@ class ExaminedLayer:
             elif isinstance(child, nn.ModuleList | nn.ModuleDict):
                 called += self.children(full)
         return called
+
+    def _token_dim(self, tensor: torch.Tensor) -> int | None:
+        """The dimension of a tensor that counts tokens."""
+        return next((dim for dim in (1, 0) if tensor.ndim > dim and tensor.shape[dim] == self._tokens), None)
+
+    def _changed_tokens(self, base: torch.Tensor, seen: torch.Tensor) -> set[int]:
+        change = (seen - base).abs().movedim(self._token_dim(base) or 0, 0).flatten(1).amax(1)
+        return set(torch.nonzero(change > 1e-6 * base.abs().max()).flatten().tolist())
+
+
+class ExaminedLayer(TracedLayer):
+    """One decoder layer of a specimen, and experiments with its modules.
+
+    Attributes:
+        passes: Modules that give one of their arguments when they are silenced; all others give zeros. None: no
+            argument will do.
+        always_dead: Parameters that do not matter for the logits in any case.
+    """
+
+    def __init__(self, specimen: Specimen, layer_name: str):
+        super().__init__(specimen, layer_name)
+        self.passes: dict[str, Argument] = {}
+        self.always_dead: set[str] = set()
+        self.always_dead = self.dead([])
 
     # ------------------------------------------------------------------------------------------ silencing
 
@@ -181,14 +198,6 @@ class ExaminedLayer:
             and self._token_dim(value) is not None
             and not torch.equal(value, other[key])
         }
-
-    def _token_dim(self, tensor: torch.Tensor) -> int | None:
-        """The dimension of a tensor that counts tokens."""
-        return next((dim for dim in (1, 0) if tensor.ndim > dim and tensor.shape[dim] == self._tokens), None)
-
-    def _changed_tokens(self, base: torch.Tensor, seen: torch.Tensor) -> set[int]:
-        change = (seen - base).abs().movedim(self._token_dim(base) or 0, 0).flatten(1).amax(1)
-        return set(torch.nonzero(change > 1e-6 * base.abs().max()).flatten().tolist())
 
     def _output_for(self, name: str, changed: dict[int | str, torch.Tensor]) -> torch.Tensor | None:
         """The first tensor that a module gives with some arguments changed; None if it does not run alone."""
