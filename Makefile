@@ -57,8 +57,8 @@ upstream: $(READY)
 faults: $(READY)
 	mkdir -p runs
 	rm -f runs/faults.jsonl
-	LAYERSMITH_FAULTS=all LAYERSMITH_FAULTS_FIGURES=$(CURDIR)/runs/faults.jsonl $(BIN)/pytest tests/faults || true
-	$(BIN)/python -m tests.faults.figures runs/faults.jsonl
+	LAYERSMITH_FAULTS=all LAYERSMITH_FAULTS_FIGURES=$(CURDIR)/runs/faults.jsonl LAYERSMITH_FUZZ_SECONDS=3600 $(BIN)/pytest tests/faults || true
+	$(BIN)/python -m tests.faults.figures runs/faults.jsonl runs/fuzz.json
 	! grep -q '"failed"' runs/faults.jsonl
 
 check: lint types test

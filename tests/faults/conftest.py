@@ -125,9 +125,10 @@ def contents(folder: Path) -> dict[str, str]:
         if not path.is_file() or path.name in ("log.jsonl", ".lock", "report.html"):
             continue
         data = path.read_bytes()
-        if path.name == "report.json":
-            report = json.loads(data) | {"timings": []}
-            data = (json.dumps(report) + render(report)).encode()
+        with contextlib.suppress(ValueError):  # damaged by the test
+            if path.name == "report.json":
+                report = json.loads(data) | {"timings": []}
+                data = (json.dumps(report) + render(report)).encode()
         found[name] = hashlib.sha256(data).hexdigest()
     return found
 

@@ -1,4 +1,7 @@
-"""Write ``docs/reliability.md`` from the cases that the fault tests kept: ``python -m tests.faults.figures FILE``."""
+"""Write ``docs/reliability.md`` from what the fault tests kept: ``python -m tests.faults.figures FILE [FUZZ]``.
+
+``FUZZ`` is the file that ``test_fuzz.py`` writes when it runs for a given time.
+"""
 
 from __future__ import annotations
 
@@ -25,6 +28,8 @@ Written by `make faults` on {date} at commit `{commit}`, on {cores} cores. The i
   kept as an edit. The answer of a command that does not read the file has to be the same.
 - **Interrupted.** Ctrl-C, SIGTERM, a full disk or too little memory at an operation: the right exit code and one
   sentence, and the same command goes on to the same bytes.
+- **Fuzzed.** Readers of files and of settings are given generated input, which they have to use or to refuse. A hang is
+  more than 5 seconds of processor time.
 """
 
 
@@ -52,15 +57,25 @@ def tables(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
-def main(file: Path) -> None:
+def fuzz_table(file: Path) -> str:
+    """What fuzzing showed, by target."""
+    lines = ["", "", "| fuzzed | inputs | used | refused | crashes | hangs | slowest | memory |", "|---|" + "---|" * 7]
+    for target, f in json.loads(file.read_text(encoding="utf-8")).items():
+        counts = " | ".join(f"{f[name]:,}" for name in ("executions", "accepted", "refused", "crashes", "hangs"))
+        lines.append(f"| {target} | {counts} | {f['slowest_seconds']:.1f} s | {f['peak_mib']:.0f} MiB |")
+    return "\n".join(lines)
+
+
+def main(file: Path, fuzz: Path | None = None) -> None:
     """Write the page."""
     rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.strip()
     head = HEAD.format(date=time.strftime("%Y-%m-%d"), commit=commit, cores=os.cpu_count())
-    PAGE.write_text(f"{head}\n{tables(rows)}\n", encoding="utf-8")
+    fuzzed = "" if fuzz is None or not fuzz.is_file() else fuzz_table(fuzz)
+    PAGE.write_text(f"{head}\n{tables(rows)}{fuzzed}\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(*map(Path, sys.argv[1:]))

@@ -83,7 +83,10 @@ class RunFolder:
         """Raises: UsageError: Not a run folder."""
         run = cls(Path(folder), verify=verify)
         if not (run.folder / HEADER).is_file():
-            raise UsageError(f"{folder}: not a run folder (no {HEADER}). Give the folder that `compress` wrote.")
+            raise UsageError(
+                f"{folder}: not a run folder (no {HEADER}). Give one that `compress` wrote, or run compress with "
+                "another folder."
+            )
         return run
 
     @contextmanager
