@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoTokenizer
 
 import layersmith
 from layersmith.errors import InputError, UnsupportedModel
@@ -99,7 +100,7 @@ def test_a_damaged_conversion_is_made_again(make_parent: Callable[..., Path], fa
 # ---------------------------------------------------------------------------------------------- GGUF
 
 
-def write_gguf(file: Path, model: Any, tokenizer: Any) -> None:
+def write_gguf(file: Path, model: Any, tokenizer: Any, pre: str = "gpt-2") -> None:
     """A Llama model with its byte-level BPE tokenizer as a GGUF file in float32."""
     gguf = pytest.importorskip("gguf")
     config, writer = model.config, gguf.GGUFWriter(file, "llama")
@@ -116,7 +117,7 @@ def write_gguf(file: Path, model: Any, tokenizer: Any) -> None:
     writer.add_vocab_size(config.vocab_size)
     state = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
     writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("gpt-2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(sorted(state["vocab"], key=state["vocab"].get))
     writer.add_token_types([gguf.TokenType.NORMAL] * len(state["vocab"]))
     writer.add_token_merges([" ".join(pair) for pair in state["merges"]])
@@ -149,6 +150,16 @@ def test_a_gguf_file_loads_as_the_model_it_holds(gguf_parent: tuple[Path, Any]) 
     tokens = torch.arange(20)[None]
     torch.testing.assert_close(loaded(tokens).logits, model(tokens).logits, rtol=1e-4, atol=1e-4)
     assert layersmith.load(file).dtype == torch.bfloat16
+
+
+def test_its_tokenizer_splits_text_as_the_file_names_it(tmp_path: Path, tokenizer: Any) -> None:
+    ids = {}
+    for pre in ("gpt-2", "smollm"):
+        write_gguf(tmp_path / f"{pre}.gguf", stock_model(FAMILIES["llama"](head_dim=4)), tokenizer, pre)
+        read = AutoTokenizer.from_pretrained(ordinary_checkpoint(tmp_path / f"{pre}.gguf"))
+        ids[pre] = read.convert_ids_to_tokens(read("x = (\n    12").input_ids)
+    assert ids["gpt-2"][-4:] == ["ĠĠĠ", "Ġ", "1", "2"]
+    assert ids["smollm"][-3:] == ["ĠĠĠĠ", "1", "2"]  # each digit by itself, and so all spaces together
 
 
 def test_a_gguf_parent_is_compressed(gguf_parent: tuple[Path, Any], text_folder: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
+from layersmith.data.pre_tokenizers import split_as
 from layersmith.errors import InputError, UnsupportedModel
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.describe import gguf_location, read_config
@@ -190,6 +191,7 @@ def _save(model: PreTrainedModel, path: Path, folder: Path, trust_remote_code: b
         if location := gguf_location(path):
             with foreign_code("does the GGUF file hold a tokenizer?", refusal_is_answer=True) as attempt:
                 tokenizer = AutoTokenizer.from_pretrained(location[0], gguf_file=location[1])
+                _split_as_named(tokenizer, path)
                 tokenizer.save_pretrained(folder)
             if attempt.failed:
                 raise InputError(f"{path}: its tokenizer cannot be read ({attempt.reason}).") from attempt.error
@@ -199,3 +201,12 @@ def _save(model: PreTrainedModel, path: Path, folder: Path, trust_remote_code: b
     if trust_remote_code:
         for file in path.glob("*.py"):
             shutil.copyfile(file, folder / file.name)
+
+
+def _split_as_named(tokenizer: Any, file: Path) -> None:
+    """Let a tokenizer split text as the GGUF file names it; Transformers takes GPT-2's way for all byte-level BPE."""
+    from gguf import GGUFReader
+
+    name = GGUFReader(file).get_field("tokenizer.ggml.pre")
+    if name is not None:
+        split_as(str(name.contents()), tokenizer.backend_tokenizer)
