@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from layersmith.export import padded
+from layersmith.export import gguf, padded
 from layersmith.export.proof import TOLERANCE, Reader, with_stock_transformers
 from layersmith.export.source import Source
 
@@ -50,5 +50,13 @@ TARGETS: dict[str, Target] = {
         prepare=padded.prepare,
         reader="stock Transformers without remote code",
         read=with_stock_transformers,
+    ),
+    "gguf": Target(
+        purpose="llama.cpp and what is built on it: one file with the tokenizer",
+        prepare=gguf.prepare,
+        reader="a reader of GGUF files",
+        read=gguf.read,
+        extra=("gguf", "gguf"),
+        copies=False,
     ),
 }
