@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 import layersmith
 from layersmith.errors import InputError
 from layersmith.run.progress import Progress
+from layersmith.stages.inspect import inspect
 from tests.faults.bad_inputs import RECIPE
 
 Tensors = dict[str, torch.Tensor]
@@ -163,6 +164,7 @@ def test_a_right_child(name: str, compressed: Callable[..., tuple[Path, layersmi
     if "untied" in name:
         of_parent, of_child = (load_file(path / "model.safetensors") for path in (parent, result.child))
         assert torch.equal(of_child["lm_head.weight"], of_parent["lm_head.weight"])
+        assert inspect(parent).total["parameters"] == sum(tensor.numel() for tensor in of_parent.values())
 
 
 REFUSED: dict[str, tuple[Harm, dict[str, Any], str]] = {

@@ -71,11 +71,11 @@ def class_of(
     """The class that loads a checkpoint and the config for it, after a check that no file is missing."""
     check_files(path)
     config = causal_lm_config(read_config(path, trust_remote_code=trust_remote_code))
-    _untie_if_stored_apart(path, config)
+    untie_if_stored_apart(path, config)
     return class_for(stock_class(config), config, descriptor), without_guard(config)
 
 
-def _untie_if_stored_apart(path: str | os.PathLike[str], config: PretrainedConfig) -> None:
+def untie_if_stored_apart(path: str | os.PathLike[str], config: PretrainedConfig) -> None:
     """Let a config say what Transformers does: weights that the checkpoint has twice, with other values, are not tied.
 
     Otherwise a child, which is built from the config, would lose one of them.

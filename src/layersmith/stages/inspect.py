@@ -1,4 +1,7 @@
-"""``inspect``: the blocks of a model, their alternatives and their costs, from the config. No weights are read."""
+"""``inspect``: the blocks of a model, their alternatives and their costs, from the config.
+
+No weights are read, but for a head that may or may not be tied to the embeddings.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ from layersmith.costs.budget import Workload
 from layersmith.costs.counted import ModelShape, context_note, total
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype
+from layersmith.heterogeneous.checkpoint import check_files, untie_if_stored_apart, weight_files
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.axes.axis import LayerAxes
@@ -96,6 +100,9 @@ def outline(
         dtype: Data type in which weights are stored; default: the one in the checkpoint.
     """
     config = causal_lm_config(without_guard(read_config(parent, trust_remote_code=trust_remote_code)))
+    if Path(parent).is_dir() and weight_files(Path(parent)):
+        check_files(parent)
+        untie_if_stored_apart(parent, config)
     descriptor = descriptor or describe(config)
     blocks = block_configs_of(config, descriptor)
     axes = find_axes(descriptor, config, blocks)
