@@ -44,7 +44,7 @@ from layersmith.data.overlap import OverlapRule, without_copies
 from layersmith.library.stored_weights import Kept
 from layersmith.recipe import SearchRecipe
 from layersmith.stages.data import DATA
-from layersmith.stages.job import Job
+from layersmith.stages.job import Job, job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import PAIRS, library_with_pairs
 from layersmith.stages.refine import SOLUTION
@@ -206,7 +206,7 @@ def rows_wanted(shares: list[float], only: list[str] | None) -> Iterator[tuple[s
 
 def prepared(args: argparse.Namespace) -> tuple[Job, Problem, Judge]:
     """The run, the problem, and who judges; none of the evaluation's text is in the calibration's."""
-    job = Job.of_run(args.run, (DATA, LIBRARY, SCORES, SOLUTION, PAIRS))
+    job = job_of_run(args.run, (DATA, LIBRARY, SCORES, SOLUTION, PAIRS))
     tokens = job.read(DATA)
     every = max(1, len(tokens.evaluation) // args.rows)
     outside = spread_rows(args.outside, job.tokenizer, args.rows, tokens.evaluation.shape[1])
