@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-smollm2 test test-tasks test-rivals check conformance families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals check conformance families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -25,6 +25,11 @@ $(VENV)/.smollm2: pyproject.toml constraints.txt
 # Other methods of pruning on a trained model, against the order that their papers report: a minute.
 test-rivals: $(READY)
 	LAYERSMITH_RIVALS=1 $(BIN)/pytest tests/benchmarks
+
+# Times for GPUs that are not here, with AIConfigurator, which `make test` skips because it takes 100 MB.
+test-aiconfigurator: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[serving]'
+	$(BIN)/pytest tests/costs/test_aiconfigurator.py
 
 # Tests of tasks with lm-eval, which `make test` skips because installing it takes a minute.
 test-tasks: $(READY) $(VENV)/.smollm2

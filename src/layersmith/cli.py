@@ -7,7 +7,6 @@ import, such as torch, are imported inside the commands, so that ``--help`` answ
 from __future__ import annotations
 
 import errno
-import json
 import os
 import signal
 import sys
@@ -20,6 +19,7 @@ import typer
 from layersmith.errors import LayersmithError, UsageError, did_you_mean, printable
 from layersmith.foreign import is_out_of_memory
 from layersmith.options import (
+    FORMER_OPTIONS,
     TTFT,
     ActiveParams,
     Batch,
@@ -30,11 +30,14 @@ from layersmith.options import (
     Json,
     KVCache,
     Memory,
+    On,
     Params,
     Parent,
+    Prompt,
     Quiet,
     RecipeFile,
     Run,
+    Server,
     Settings,
     Tasks,
     Throughput,
@@ -43,6 +46,9 @@ from layersmith.options import (
     Verbose,
     Verify,
     Weights,
+    task_settings,
+    time_settings,
+    times_elsewhere,
 )
 from layersmith.recipe import BATCH, CONTEXT, DataRecipe, Recipe
 from layersmith.screen import JSON, open_screen
@@ -99,6 +105,9 @@ def compress(
     batch: Batch = BATCH,
     context: Context = CONTEXT,
     generate: Generate = None,
+    prompt: Prompt = None,
+    on: On = None,
+    server: Server = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     device: Device = None,
@@ -117,10 +126,11 @@ def compress(
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
     from layersmith.costs.budget import parse_budget
 
-    chosen = _recipe(recipe, [*(settings or ()), *_task_settings(tasks)], device)
+    chosen = _recipe(recipe, [*(settings or ()), *task_settings(tasks), *time_settings(on, server)], device)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
+        prompt=prompt,
     )  # fmt: skip
     screen = open_screen(verbose, quiet, as_json)
     family = _descriptor(descriptor)
@@ -196,6 +206,9 @@ def search(
     batch: Batch = BATCH,
     context: Context = CONTEXT,
     generate: Generate = None,
+    prompt: Prompt = None,
+    on: On = None,
+    server: Server = None,
     settings: Settings = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -233,10 +246,18 @@ def search(
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
+        prompt=prompt,
     )  # fmt: skip
     screen = open_screen(verbose, quiet, as_json)
     request = SearchRequest(
-        run, budget, objective, _search_rules(run, settings), _descriptor(descriptor), verify, trust_remote_code
+        run,
+        budget,
+        objective,
+        _search_rules(run, settings),
+        _descriptor(descriptor),
+        verify,
+        trust_remote_code,
+        times_elsewhere(on, server),
     )
     if frontier:
         path = frontier_again(request, measure=measure, progress=screen.progress)
@@ -264,9 +285,9 @@ def costs(
     batch: Batch = BATCH,
     context: Context = CONTEXT,
     generate: Generate = None,
-    on: Annotated[
-        str | None, typer.Option("--on", help="Predict times for a device that is not here, e.g. H100.")
-    ] = None,
+    prompt: Prompt = None,
+    on: On = None,
+    server: Server = None,
     recipe: RecipeFile = None,
     settings: Settings = None,
     device: Device = None,
@@ -278,20 +299,24 @@ def costs(
 ) -> None:
     """Measure the time to first token and the time per token of every alternative of PARENT on this machine."""
     from layersmith import outputs
-    from layersmith.costs.budget import Workload
+    from layersmith.costs.budget import workload_of
     from layersmith.costs.times import to_csv
     from layersmith.run.artifacts import check_writable, remove_leftovers, write_text
     from layersmith.run.folder import Run as RunFolder
     from layersmith.stages.costs import times_of
     from layersmith.terminal import print_times
 
-    settings = [*(settings or ()), *([f"costs.device={on}", "costs.times=null"] if on is not None else ())]
-    chosen = _recipe(recipe, settings, device)
+    chosen = _recipe(recipe, [*(settings or ()), *time_settings(on, server)], device)
     if csv is not None:
         check_writable(csv)
     screen = open_screen(verbose, quiet, as_json)
     times, alternatives = times_of(
-        parent, chosen, Workload(batch, context, generate), _descriptor(descriptor), screen.progress, trust_remote_code
+        parent,
+        chosen,
+        workload_of(batch, context, generate, prompt),
+        _descriptor(descriptor),
+        screen.progress,
+        trust_remote_code,
     )
     if csv is not None:
         with RunFolder.locked_around(csv):
@@ -368,7 +393,7 @@ def evaluate(
 
     screen = open_screen(verbose, quiet, as_json)
     chosen = Recipe().with_settings(
-        [*_task_settings(tasks), f"evaluation.task_items={items or 'null'}", f"evaluation.task_shots={shots}"]
+        [*task_settings(tasks), f"evaluation.task_items={items or 'null'}", f"evaluation.task_shots={shots}"]
     )
     table = evaluate_model(
         model,
@@ -460,13 +485,6 @@ def _recipe(recipe: Path | None, settings: list[str] | None, device: str | None)
     return Recipe.read(recipe).with_settings([*(settings or ()), *extra])
 
 
-def _task_settings(tasks: str | None) -> list[str]:
-    """``--tasks`` as a setting of the recipe; files by their absolute paths, so that the run can be moved."""
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    paths = [str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_file() else name for name in names]
-    return [f"evaluation.tasks={json.dumps(paths)}"] if paths else []
-
-
 def _search_rules(run: Path, settings: list[str] | None) -> Any:
     """The section ``search`` of a finished run's recipe, changed by ``--set``."""
     from layersmith.run.folder import Run as RunFolder
@@ -488,23 +506,6 @@ def _descriptor(path: str | None) -> Any:
 
 # Characters of a file's name that an error message shows.
 _SHOWN_OF_A_NAME = 300
-# Options of earlier versions, and what to give instead.
-_FORMER_OPTIONS = {
-    "--alike": "--set search.uniform_groups=N (0: all layers alike)",
-    "--differ": "--min-distance N",
-    "--distill": "--set distillation.tokens=N",
-    "--eval-data": "--set data.evaluation_source=PATH",
-    "--finalists": "--set distillation.finalists=N",
-    "--keep-layers": "--set search.keep_layers=[0,1]",
-    "--most-no-op-attentions": "--set search.max_removed_attentions=N",
-    "--most-no-op-ffns": "--set search.max_removed_ffns=N",
-    "--refine": "--set search.refine_passes=N",
-    "--no-refine": "--set search.refine_passes=0",
-    "--scoring": "--set scoring.mode=exact",
-    "--seed": "--set seed=N",
-    "--stream": "--set stream=always",
-    "--tensor-parallel": "--set search.tensor_parallel=N",
-}
 
 
 # ---------------------------------------------------------------------------------------------- exit codes
@@ -565,7 +566,7 @@ def _run() -> NoReturn:
     except Exception as error:
         if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer, which has its own click
             error.show()
-            instead = _FORMER_OPTIONS.get(getattr(error, "option_name", ""))
+            instead = FORMER_OPTIONS.get(getattr(error, "option_name", ""))
             advice = "" if instead is None else f" Use {instead} instead."
             if advice:
                 print(advice.strip(), file=sys.stderr)

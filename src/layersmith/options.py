@@ -1,13 +1,34 @@
-"""Options and arguments that several commands of the command line share."""
+"""Options and arguments that several commands of the command line share, and the settings that they stand for."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from layersmith.errors import UsageError
+
 BUDGET, WORKLOAD, SETTINGS = "Budget", "Workload", "Settings"
+
+# Options of earlier versions, and what to give instead.
+FORMER_OPTIONS = {
+    "--alike": "--set search.uniform_groups=N (0: all layers alike)",
+    "--differ": "--min-distance N",
+    "--distill": "--set distillation.tokens=N",
+    "--eval-data": "--set data.evaluation_source=PATH",
+    "--finalists": "--set distillation.finalists=N",
+    "--keep-layers": "--set search.keep_layers=[0,1]",
+    "--most-no-op-attentions": "--set search.max_removed_attentions=N",
+    "--most-no-op-ffns": "--set search.max_removed_ffns=N",
+    "--refine": "--set search.refine_passes=N",
+    "--no-refine": "--set search.refine_passes=0",
+    "--scoring": "--set scoring.mode=exact",
+    "--seed": "--set seed=N",
+    "--stream": "--set stream=always",
+    "--tensor-parallel": "--set search.tensor_parallel=N",
+}
 
 Parent = Annotated[str, typer.Argument(help="Model to compress: a checkpoint folder, a hub id, or a GGUF file.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a finished `compress` run.")]
@@ -38,7 +59,10 @@ Throughput = Annotated[
     str | None,
     typer.Option(help="Least number of generated tokens a second: 1.5x, or 500tokens/s.", rich_help_panel=BUDGET),
 ]
-Batch = Annotated[int, typer.Option(help="Number of sequences served at once.", rich_help_panel=WORKLOAD)]
+Batch = Annotated[
+    int,
+    typer.Option("--batch", "--concurrency", help="Number of sequences served at once.", rich_help_panel=WORKLOAD),
+]
 Context = Annotated[
     int, typer.Option(help="Tokens in each sequence, prompt and generated ones together.", rich_help_panel=WORKLOAD)
 ]
@@ -46,6 +70,23 @@ Generate = Annotated[
     int | None,
     typer.Option(
         help="Number of generated tokens, counted within --context. Default: 128, at most half.",
+        rich_help_panel=WORKLOAD,
+    ),
+]
+Prompt = Annotated[
+    int | None,
+    typer.Option(help="Tokens of the prompt; --context is then prompt and generated ones.", rich_help_panel=WORKLOAD),
+]
+On = Annotated[
+    str | None,
+    typer.Option(
+        "--on", help="Predict times for a device that is not here, e.g. H100 or h200_sxm.", rich_help_panel=WORKLOAD
+    ),
+]
+Server = Annotated[
+    str | None,
+    typer.Option(
+        help="With --on: predict times under the load of this server: vllm, sglang or tensorrt-llm.",
         rich_help_panel=WORKLOAD,
     ),
 ]
@@ -94,3 +135,28 @@ Json = Annotated[
     bool,
     typer.Option("--json", help="Write the result, or the error, as one JSON object to standard output."),
 ]
+
+
+def task_settings(tasks: str | None) -> list[str]:
+    """``--tasks`` as a setting of the recipe; files by their absolute paths, so that the run can be moved."""
+    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
+    paths = [str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_file() else name for name in names]
+    return [f"evaluation.tasks={json.dumps(paths)}"] if paths else []
+
+
+def time_settings(on: str | None, server: str | None) -> list[str]:
+    """Settings of the recipe for ``--on`` and ``--server``."""
+    return [] if times_elsewhere(on, server) is None else [
+        f"costs.device={on}", f"costs.server={server or 'null'}", "costs.times=null",
+    ]  # fmt: skip
+
+
+def times_elsewhere(on: str | None, server: str | None) -> tuple[str, str | None] | None:
+    """The device of ``--on`` with the server of ``--server``; None without.
+
+    Raises:
+        UsageError: A server without a device.
+    """
+    if on is None and server is not None:
+        raise UsageError("--server: say on which device, e.g. --on h200_sxm.")
+    return None if on is None else (on, server)

@@ -324,6 +324,9 @@ class CostsRecipe:
     """CSV file with times measured elsewhere, in the format that `layersmith costs --csv` writes."""
     device: str | None = None
     """Predict times for a device that is not present, e.g. `H100`, from its published specifications."""
+    server: str | None = None
+    """Predict times under the load of a server on `device`: `vllm`, `sglang` or `tensorrt-llm`. They come from NVIDIA's
+    AIConfigurator, whose names of devices are e.g. `h200_sxm`. Needs `pip install 'layersmith[serving]'`."""
     backend: Literal["eager", "compile"] = "eager"
     """`compile` times models with a static KV cache under `torch.compile`, on a GPU with CUDA graphs."""
     seconds: PositiveFloat = 120.0
@@ -341,6 +344,8 @@ class CostsRecipe:
     def __post_init__(self) -> None:
         if self.times is not None and self.device is not None:
             raise ValueError("times and device both say where times come from. Leave one out.")
+        if self.server is not None and self.device is None:
+            raise ValueError("server needs the name of a device, e.g. device: h200_sxm.")
 
 
 @record("recipe: evaluation.")

@@ -247,8 +247,11 @@ def parse_budget(
     batch: int = BATCH,
     context: int = CONTEXT,
     generate: int | None = None,
+    prompt: int | None = None,
 ) -> Budget:
     """A budget from what was typed; each limit is a fraction of the parent's or an amount with a unit.
+
+    A ``prompt`` of so many tokens stands for a context of prompt and generated tokens together.
 
     Raises:
         UsageError: a unit or number that makes no sense, or no limit at all.
@@ -264,7 +267,21 @@ def parse_budget(
         "throughput": throughput,
     }
     limits = tuple(parse_limit(COST_OF[key], value) for key, value in given.items() if value is not None)
-    return Budget(Limits(limits), Workload(batch, context, generate))
+    return Budget(Limits(limits), workload_of(batch, context, generate, prompt))
+
+
+def workload_of(batch: int, context: int, generate: int | None, prompt: int | None) -> Workload:
+    """A workload by its context, or by its prompt if that is given.
+
+    Raises:
+        UsageError: A number that makes no sense.
+    """
+    if prompt is None:
+        return Workload(batch, context, generate)
+    if prompt < 1:
+        raise UsageError(f"budget prompt: must be a positive whole number, got {prompt!r}.")
+    generate = GENERATE if generate is None else generate
+    return Workload(batch, prompt + generate, generate)
 
 
 def parse_limit(cost: str, text: Any) -> Limit:

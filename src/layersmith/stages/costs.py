@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.block_config import BlockConfig
+from layersmith.costs.aiconfigurator import predict_served
 from layersmith.costs.budget import Limit, Limits, Workload
 from layersmith.costs.counted import ModelShape, context_note
 from layersmith.costs.measured import measure
@@ -109,9 +110,15 @@ def find_times(
     if recipe.times is not None:
         return from_csv(recipe.times, survey.alternatives, within)
     costs = cost_table(parent, survey, within)
+    shape, alternatives = shape_of(parent, survey), survey.alternatives
+    if recipe.device is not None and recipe.server is not None:
+        with progress.stage("times", 1, "device") as advance:
+            times = predict_served(recipe.device, recipe.server, shape, alternatives, within)
+            advance(1)
+        return times
     if recipe.device is not None:
-        return predict(recipe.device, shape_of(parent, survey), survey.alternatives, costs, within)
-    return measure(Stopwatch(parent, within, recipe), survey.alternatives, costs, progress, check)
+        return predict(recipe.device, shape, alternatives, costs, within)
+    return measure(Stopwatch(parent, within, recipe), alternatives, costs, progress, check)
 
 
 def times_of(
@@ -148,7 +155,7 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
         Infeasible: They cannot.
     """
     parent, surveyed, rules, source = job.parent, job.read(DESCRIBE), job.recipe.search, job.recipe.costs
-    if source.device is not None:
+    if source.device is not None and source.server is None:
         device_of(source.device)  # raises
     if source.times is not None and not Path(source.times).is_file():
         raise InputError(f"recipe costs.times: {source.times}: no such file.")

@@ -67,6 +67,7 @@ class SearchRequest:
         descriptor: Descriptor of the parent's model family; default: inferred.
         verify: Hash all files of the run that are read, also large ones whose size and time of change are as before.
         trust_remote_code: Let Transformers run code from the parent's folder or hub page.
+        times_on: Device, and server or None, that times are predicted for; default: the run's times.
     """
 
     run_folder: str | Path
@@ -76,6 +77,7 @@ class SearchRequest:
     descriptor: type[ModelDescriptor] | None = None
     verify: bool = False
     trust_remote_code: bool = False
+    times_on: tuple[str, str | None] | None = None
 
     def open(self, progress: Progress) -> tuple[Job, SearchProblem]:
         """The run with these settings, and the search problem under them.
@@ -90,13 +92,18 @@ class SearchRequest:
             self.trust_remote_code,
         )  # fmt: skip
         job.limits, job.workload = self.budget.limits, self.budget.workload
-        job.put(COSTS, find_costs(job, progress, job.read(COSTS).times))
+        known = job.read(COSTS).times if self.times_on is None else None
+        job.put(COSTS, find_costs(job, progress, known))
         return job, problem_as_measured(job)
 
     def _changed(self, recipe: Recipe) -> Recipe:
         objective: Any = self.objective or recipe.scoring.objective
         scoring = dataclasses.replace(recipe.scoring, objective=objective, mode="auto")
-        return dataclasses.replace(recipe, scoring=scoring, search=self.rules or recipe.search)
+        costs = recipe.costs
+        if self.times_on is not None:
+            device, server = self.times_on
+            costs = dataclasses.replace(costs, device=device, server=server, times=None)
+        return dataclasses.replace(recipe, scoring=scoring, costs=costs, search=self.rules or recipe.search)
 
 
 def search_several(
