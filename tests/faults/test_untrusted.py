@@ -246,3 +246,14 @@ def test_messages_are_short_and_leave_the_terminal_alone() -> None:
     with pytest.raises(UsageError) as raised:
         Recipe.from_dict({"seed": "y" * 10**5, "x" * 10**5: 1, **{f"key{i}": 0 for i in range(500)}})
     assert len(str(raised.value)) < 4500
+
+
+@pytest.mark.parametrize("wider", [{"vocab_size": 2**31}, {"intermediate_size": 2**40}])
+def test_a_config_of_a_larger_model_takes_no_memory(
+    make_parent: Callable[..., Path], tmp_path: Path, wider: dict[str, int]
+) -> None:
+    folder = shutil.copytree(make_parent("llama"), tmp_path / "parent")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | wider))
+    with pytest.raises(InputError, match="more than its files can hold"):
+        layersmith.load(folder)

@@ -6,6 +6,7 @@ Transformers and ``trust_remote_code=True``. ``write_subblocks`` writes the same
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -25,7 +26,13 @@ from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.conventions import ATTENTION
 from layersmith.model_descriptor.describe import read_config
-from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers, stock_class, stock_model
+from layersmith.model_descriptor.stock import (
+    causal_lm_config,
+    quiet_transformers,
+    refuse_larger,
+    stock_class,
+    stock_model,
+)
 from layersmith.modeling_layersmith import (
     HeterogeneousMixin,
     refuse_incomplete,
@@ -112,8 +119,19 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]], where: str) -> Non
             )
 
 
+def _stored_numbers(folder: Path) -> int:
+    """How many numbers all tensors of a checkpoint hold."""
+    total = 0
+    for file in weight_files(folder):
+        with safe_open(file, framework="pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
+
+
 def read_weights(cls: Any, path: str | os.PathLike[str], config: PretrainedConfig, **how: Any) -> Any:
     """``cls.from_pretrained``, which raises ``InputError`` unless every weight fits."""
+    if Path(path).is_dir():
+        refuse_larger(cls, config, path, 2 * _stored_numbers(Path(path)))
     with foreign_code(f"Do the weights of {path} load?", refusal_is_answer=True) as attempt, quiet_transformers():
         model, info = attempt.call(
             cls.from_pretrained, path, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **how

@@ -28,7 +28,13 @@ from layersmith.data.pre_tokenizers import split_as
 from layersmith.errors import InputError, UnsupportedModel
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.describe import gguf_location, read_config
-from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers, stock_class, stock_model
+from layersmith.model_descriptor.stock import (
+    causal_lm_config,
+    quiet_transformers,
+    refuse_larger,
+    stock_class,
+    stock_model,
+)
 from layersmith.modeling_layersmith import refuse_incomplete
 from layersmith.run.artifacts import fingerprint, whole_folder
 from layersmith.run.digests import content_digest, read_sealed, write_sealed
@@ -130,6 +136,7 @@ def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remot
     if location := gguf_location(path):
         folder, how["gguf_file"] = location
         settings: dict[str, Any] | None = {"quant_method": "gguf", "gguf_file": location[1]}
+        refuse_larger(cls, config, path, 8 * path.stat().st_size)
     else:
         folder, settings = path, _settings(config)
     if settings is not None:  # formats without this key ignore it, and are dequantized below

@@ -17,7 +17,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from layersmith.errors import UnsupportedModel
+from layersmith.errors import InputError, UnsupportedModel
 from layersmith.foreign import foreign_code
 from layersmith.modeling_layersmith import model_class_for, place_layer_buffers, remote_class
 from layersmith.upstream import model_from_config
@@ -61,6 +61,24 @@ def stock_model(config: PretrainedConfig, device: str = "meta", dtype: torch.dty
     with torch.device(device), quiet_transformers():
         how = {} if dtype is None else {"dtype": dtype}
         return model_from_config(stock_class(config), copy.deepcopy(causal_lm_config(config)), **how)
+
+
+def refuse_larger(cls: Any, config: PretrainedConfig, path: object, most: int) -> None:
+    """Refuse a config of a far larger model than the files hold, before Transformers takes memory for it.
+
+    Raises:
+        InputError: The model has more than ``most`` parameters.
+    """
+    model = None
+    question = f"How large is the model of {path}?"
+    with foreign_code(question, refusal_is_answer=True), quiet_transformers(), torch.device("meta"):
+        model = model_from_config(cls, copy.deepcopy(config))
+    size = 0 if model is None else sum(p.numel() for p in model.parameters())
+    if size > most:
+        raise InputError(
+            f"{path}: its config describes a model of {size:,} parameters, which is more than its files can hold. "
+            "Download it again."
+        )
 
 
 def whole_number(config: PretrainedConfig, name: str) -> int | None:
