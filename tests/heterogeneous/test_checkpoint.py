@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM, LlamaForCausalLM
 
@@ -224,6 +225,9 @@ def test_auto_classes_know_children_whichever_is_imported_first(run_python: Call
     shutil.rmtree(tmp_path / "child")
 
 
+@pytest.mark.skipif(
+    transformers.__version__.startswith("5.15."), reason="5.15 does not look at the sizes of nested configs"
+)
 def test_stock_code_stops_at_a_size_in_a_nested_config_that_changes_no_shape(
     tmp_path: Path, run_python: Callable
 ) -> None:

@@ -125,7 +125,7 @@ def _until_exit() -> Path:
 
 def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remote_code: bool) -> PreTrainedModel:
     """A model whose weights are all of this dtype."""
-    if method is not None and method not in {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes"}:
+    if method is not None and method not in {*AUTO_QUANTIZATION_CONFIG_MAPPING, "bitsandbytes", "gguf"}:
         raise UnsupportedModel(f"{path}: this version of Transformers does not know the weights' format {method!r}.")
     package = _PACKAGES.get(method or "")
     if package is not None and find_spec(package.replace("-", "_")) is None:
@@ -135,7 +135,9 @@ def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remot
     how: dict[str, str] = {}
     if location := gguf_location(path):
         folder, how["gguf_file"] = location
-        settings: dict[str, Any] | None = {"quant_method": "gguf", "gguf_file": location[1]}
+        settings: dict[str, Any] | None = None
+        if "gguf" in AUTO_QUANTIZATION_CONFIG_MAPPING:  # earlier versions dequantize it in any case
+            settings = {"quant_method": "gguf", "gguf_file": location[1]}
         refuse_larger(cls, config, path, 8 * path.stat().st_size)
     else:
         folder, settings = path, _settings(config)
