@@ -46,6 +46,7 @@ from layersmith.options import (
     Verbose,
     Verify,
     Weights,
+    Within,
     task_settings,
     time_settings,
     times_elsewhere,
@@ -114,6 +115,7 @@ def compress(
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
     tasks: Tasks = None,
+    within: Within = None,
     until: Annotated[str | None, typer.Option(help=f"Stop after this stage: {', '.join(NAMES)}.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the run will do and take and whether the budget can be met.")
@@ -126,7 +128,9 @@ def compress(
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
     from layersmith.costs.budget import parse_budget
 
-    chosen = _recipe(recipe, [*(settings or ()), *task_settings(tasks), *time_settings(on, server)], device)
+    effort = [] if within is None else [f"effort.within={json.dumps(within)}"]
+    given = [*(settings or ()), *task_settings(tasks), *time_settings(on, server), *effort]
+    chosen = _recipe(recipe, given, device)
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,

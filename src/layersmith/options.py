@@ -108,6 +108,12 @@ Tasks = Annotated[
         help="Tasks to measure accuracy on, separated by commas: names of tasks in lm-eval, or JSONL files.",
     ),
 ]
+Within = Annotated[
+    str | None,
+    typer.Option(
+        help="Time that the run should take, e.g. 30min: it does the work that fits.", rich_help_panel=SETTINGS
+    ),
+]
 Device = Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.", rich_help_panel=SETTINGS)]
 Descriptor = Annotated[
     str | None,

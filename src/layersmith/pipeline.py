@@ -7,6 +7,7 @@ the others help where training is divided, and wait for it elsewhere (:mod:`laye
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from layersmith.stages.report import Result, write_report
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import FRONTIER, SEARCH
 from layersmith.stages.statistics import STATISTICS
+from layersmith.stages.time_plan import choose_effort, choose_late_effort
 from layersmith.stages.training_rows import check, is_wanted
 
 # Stages that find out whether the request can be met. A new run that is refused here leaves no folder behind.
@@ -105,6 +107,7 @@ def stages(
 
     Stop iterating to interrupt the run. Calling again with the same arguments resumes it.
     """
+    started = time.monotonic()
     folder, asked = Path(out), Budget.parse(budget)
     job = Job(
         run=Run(folder, Store.near(folder), verify),
@@ -122,6 +125,8 @@ def stages(
     ranks.on_first(lambda: Run.check(folder))
     require_tasks(job.recipe.evaluation.tasks)
     _ = job.path  # a parent in another format is converted by all processes together
+    asked_recipe, job.recipe = job.recipe, ranks.from_first(lambda: choose_effort(job, started))
+    planning = time.monotonic() - started
     header = ranks.from_first(lambda: job.header(digest_of_source(job)))
     with ranks.first(lambda: job.run.open(header, job.recipe)):
         with job.run.removed_if_refused():
@@ -131,6 +136,8 @@ def stages(
             if is_wanted(job):
                 check(job)
         for stage in WORK:
+            if stage is REFINE:
+                job.recipe = ranks.from_first(lambda: choose_late_effort(job, asked_recipe, planning))
             job.do(stage)
             yield stage.name
         if is_wanted(job):

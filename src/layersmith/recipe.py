@@ -18,6 +18,7 @@ from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from layersmith.errors import InputError, UsageError
 from layersmith.records import parse, record, to_data
+from layersmith.units import parse_seconds
 from layersmith.untrusted import parse_yaml, read_yaml
 
 # The workload for which the KV cache and times are counted unless another is given.
@@ -361,6 +362,25 @@ class EvaluationRecipe:
     """Number of solved examples shown before each item."""
 
 
+@record("recipe: effort.")
+class EffortRecipe:
+    """How much work the run does; see how-to/time.md. Settings that differ from their defaults stay as they are."""
+
+    within: str | None = None
+    """Time that the whole run should take, e.g. `30min`. It chooses `level` once, from the arithmetic of every stage
+    and the speed of this machine."""
+    level: Annotated[float, Field(ge=0, le=6)] | None = None
+    """Amount of work, from 0 to 6. Level 3 is that of the defaults; each level does about twice the work of the one
+    before. Default: no level; all settings have their own defaults."""
+    late_level: Annotated[float, Field(ge=0, le=6)] | None = None
+    """The level of refinement and joint distillation, where it differs. A run with `within` chooses it after the
+    search, from the time that is left."""
+
+    def __post_init__(self) -> None:
+        if self.within is not None:
+            parse_seconds(self.within, "recipe: effort.within")
+
+
 @record("recipe: ")
 class Recipe:
     """The complete recipe of a run."""
@@ -373,6 +393,7 @@ class Recipe:
     search: SearchRecipe = field(default_factory=SearchRecipe)
     costs: CostsRecipe = field(default_factory=CostsRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
+    effort: EffortRecipe = field(default_factory=EffortRecipe)
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed. The same seed gives the same child."""
     device: str = "auto"

@@ -13,7 +13,7 @@ BYTES = {
     **{f"{prefix}IB": 1024**power for power, prefix in enumerate("KMGT", 1)},
     **{f"{prefix}B": 1000**power for power, prefix in enumerate("KMGT", 1)},
 }
-SECONDS = {"US": Decimal("1e-6"), "MS": Decimal("1e-3"), "S": Decimal(1), "MIN": Decimal(60)}
+SECONDS = {"US": Decimal("1e-6"), "MS": Decimal("1e-3"), "S": Decimal(1), "MIN": Decimal(60), "H": Decimal(3600)}
 TOKENS_A_SECOND = ("TOKENS/S", "TOK/S", "TOKEN/S", "T/S", "/S", "TPS")
 
 
@@ -46,6 +46,18 @@ def parse_amount(text: str, where: str) -> Decimal:
             f"{where}: {text!r} is not an amount. Give a fraction such as 0.7, or an amount such as 10GiB."
         )
     return amount[0] * scales[amount[1].upper()]
+
+
+def parse_seconds(text: str, where: str) -> float:
+    """A length of time such as ``90s``, ``30min`` or ``2h`` in seconds.
+
+    Raises:
+        UsageError: The text is not a positive number with a unit of time.
+    """
+    amount = split_amount(text)
+    if amount is None or amount[0] <= 0 or amount[1].upper() not in SECONDS:
+        raise UsageError(f"{where}: {text!r} is not a time. Give a number and a unit, such as 90s, 30min or 2h.")
+    return float(amount[0] * SECONDS[amount[1].upper()])
 
 
 def format_count(value: float) -> str:

@@ -27,17 +27,25 @@ class HiddenStates:
     def __init__(self) -> None:
         self.current: torch.Tensor | None = None
         self._next: torch.Tensor | None = None
+        self._is_known = torch.zeros(0, dtype=torch.bool)
 
     def record(self, rows: torch.Tensor, num_rows: int, output: torch.Tensor) -> None:
         """Keep what the current layer returned for some of the ``num_rows`` rows."""
         if self._next is None:
             self._next = torch.empty((num_rows, *output.shape[1:]), dtype=output.dtype)
+            self._is_known = torch.zeros(num_rows, dtype=torch.bool)
         self._next[rows] = output.detach().cpu()
+        self._is_known[rows] = True
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the current layer's outputs are known."""
-        return self._next is not None
+        """Whether the current layer's outputs are known for all rows."""
+        return self._next is not None and bool(self._is_known.all())
+
+    def outputs(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the current layer returned for some rows; only once :attr:`is_recorded`."""
+        assert self._next is not None
+        return self._next[rows]
 
     def advance(self) -> None:
         """Go to the next layer."""

@@ -81,14 +81,18 @@ class ChildRefit:
         sums: list[torch.Tensor] = []
         for numbers in rows.batches():
             batch, hidden = rows.start(self.layerwise, numbers)
-            targets, output = run_parent_layer(self.layerwise, self.index, self.split, batch, hidden)
-            rows.record_parent(numbers, output)
+            if place == BLOCK and rows.parent.is_recorded:
+                wanted = rows.parent.outputs(numbers).to(hidden.device)
+            else:
+                targets, output = run_parent_layer(self.layerwise, self.index, self.split, batch, hidden)
+                rows.record_parent(numbers, output)
+                wanted = targets[place].output
             with self.layerwise.arithmetic.needs(), watched(module, name.removesuffix(".weight")) as seen:
                 reached = self.layerwise.run(batch, self.index, rows.child_input(numbers, hidden), module)
             if len(seen) != 1 or len(seen[0][0]) != reached.shape[0] * reached.shape[1]:
                 return {}  # the projection is called several times, or on other tokens
             given = seen[0][0].float()
-            missing = (targets[place].output.float() - reached.float()).flatten(0, -2)
+            missing = (wanted.float() - reached.float()).flatten(0, -2)
             products = [(given.T @ given).double(), (missing.T @ given).double()]
             sums = [total + product for total, product in zip(sums, products, strict=True)] if sums else products
         correction = self.share * _solve(*sums)

@@ -157,6 +157,11 @@ class RunFolder:
         there = Path(self.header().get("working_directory", ""), path)
         return str(there) if there.exists() else path
 
+    def change_recipe(self, recipe: Recipe) -> None:
+        """Keep settings that were chosen while the run was under way."""
+        write_header(self.folder, self.header() | {"recipe": recipe.to_dict()})
+        write_text(self.folder / "recipe.yaml", recipe.to_yaml())
+
 
 class Run(RunFolder):
     """A run folder and the stages in it.

@@ -75,6 +75,11 @@ class Log:
                 stage["interruptions"] += record["event"] != "done"
         return list(stages.values())
 
+    def worked(self) -> dict[str, float]:
+        """Wall time of each finished stage that was not taken from another run, all attempts together."""
+        shared = {record["stage"] for record in self._records() if record.get("shared")}
+        return {t["stage"]: t["seconds"] for t in self.times() if t["stage"] not in shared}
+
     def made(self) -> dict[str, dict[str, Any]]:
         """Of the stages whose bytes differ between equal runs: the digest of their inputs, and their files."""
         return {r["stage"]: {name: r[name] for name in ("inputs", "files")} for r in self._records() if "inputs" in r}

@@ -22,7 +22,7 @@ from layersmith.scoring.rounds import Observed, Rounds, Runs, relative_log
 from layersmith.scoring.score import Score, standard_error
 from layersmith.scoring.second_order import SeededBatch, estimate, plan_estimate
 from layersmith.scoring.silencing import Survey, look
-from layersmith.scoring.task import KL, ScoringTask, exact_passes, row_order
+from layersmith.scoring.task import KL, ScoringTask, exact_passes, has_experts, row_order
 
 _ESTIMATE = "second order "  # before the identity of an alternative, in the journal
 # Rounds of exact runs to plan for while no estimate is known. Only the displayed remaining time depends on it
@@ -217,7 +217,7 @@ class _Forecast:
             estimates=torch.tensor([math.fsum(values) / num_rows for values in by_row], dtype=torch.float64),
             costs=[task.exact_cost(a) / num_rows for a in task.pending],
             num_rows=num_rows,
-            passes=exact_passes(task.recipe, blocks),
+            passes=exact_passes(task.recipe, has_experts(blocks)),
             precision=task.recipe.precision,
             settled=task.recipe.settled,
             expected_regret=ExpectedRegret(task.library.alternatives, task.pending, self.axes) if self.axes else None,

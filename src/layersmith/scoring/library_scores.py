@@ -19,7 +19,7 @@ from layersmith.scoring.estimated import estimated_scores
 from layersmith.scoring.exact_runs import exact_scores
 from layersmith.scoring.regret import Axis
 from layersmith.scoring.score import Score
-from layersmith.scoring.task import KL, PARENT, ScoringProgress, ScoringTask, clock_of, exact_passes
+from layersmith.scoring.task import KL, PARENT, ScoringProgress, ScoringTask, clock_of, exact_passes, has_experts
 
 # About the cost of a second-order sweep in forward passes. If exact runs of all alternatives cost less than the sweep
 # and its own exact runs, estimates save nothing. benchmarks/results has 6 to 7 passes for both on four parents.
@@ -87,7 +87,7 @@ def _by_estimates(task: ScoringTask) -> bool:
         return False
     if task.recipe.mode == "second_order":
         return True
-    passes = SWEEP_PASSES + exact_passes(task.recipe, task.library.parent.blocks)
+    passes = SWEEP_PASSES + exact_passes(task.recipe, has_experts(task.library.parent.blocks))
     return sum(map(task.exact_cost, task.pending)) > passes
 
 

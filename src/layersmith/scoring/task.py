@@ -162,9 +162,14 @@ class ScoringTask:
         return [(sum(layers[i:]) + head) / (sum(layers) + head) for i in range(len(layers))]
 
 
-def exact_passes(recipe: ScoringRecipe, blocks: Sequence[BlockConfig]) -> float:
+def has_experts(blocks: Sequence[BlockConfig]) -> bool:
+    """Whether any layer is a mixture of experts."""
+    return any(block.ffn.moe is not None for block in blocks)
+
+
+def exact_passes(recipe: ScoringRecipe, is_mixture: bool) -> float:
     """Forward passes that exact runs may take: three times as many with routers, where estimates are less accurate."""
-    return recipe.exact_passes * (3 if any(block.ffn.moe is not None for block in blocks) else 1)
+    return recipe.exact_passes * (3 if is_mixture else 1)
 
 
 def row_order(num_rows: int) -> list[int]:

@@ -1,17 +1,24 @@
-"""Counts the arithmetic of every stage before a run starts: two operations for each weight and token.
+"""Counts the work of every stage before a run starts, and from a measured rate the seconds that each will take.
 
-Stages that are not named here do hardly any arithmetic. What is only known when the run is under way is counted at its
+Arithmetic is two operations for each weight and token. What is only known when the run is under way is counted at its
 most: every layer is changed, no training stops early, and every exact run that is allowed is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
+from layersmith.costs.clock import LEAST_ROUNDS
+from layersmith.costs.stopwatch import REFERENCE_REPEATS
+from layersmith.costs.table import CostTable
+from layersmith.evaluation.task_size import tokens_of_tasks
 from layersmith.library.alternative import Alternative
+from layersmith.library.axes.axis import LayerAxes
 from layersmith.recipe import LocalDistillationRecipe, Recipe
-from layersmith.scoring.library_scores import SWEEP_PASSES, exact_passes
-from layersmith.stages.inspect import Outline
+from layersmith.scoring.library_scores import SWEEP_PASSES
+from layersmith.scoring.task import exact_passes
 
 # A training step takes a forward pass and twice as much for the gradients of activations and weights.
 TRAINING = 3.0
@@ -19,61 +26,138 @@ TRAINING = 3.0
 _RUN_FOR_REFIT = ("kv_heads", "query_heads", "window")
 # Held-out rows are one in 24 of the training rows, and errors on them are taken eight times.
 _EVALUATION = 8 / 24
+# The share of a layer that a child keeps, and the share of its attention, where neither is known yet.
+_KEPT, _OF_ATTENTION = 0.8, 0.3
+# Generating a token reads all weights, which takes as long as this many tokens of a forward pass.
+_TOKENS_OF_A_STEP = 8
+# Seconds of a stage for each second that a forward pass takes for as many operations: statistics, backward passes and
+# small modules are slower than a forward pass. From runs of the two demos on one thread.
+_SLOWER = {
+    "statistics": 1.3, "library": 2.1, "scores": 1.25, "refine": 1.3, "pairs": 1.3, "evaluation": 1.1, "tasks": 1.3,
+    "clock": 1.2, "distilled": 1.3,
+}  # fmt: skip
+# Seconds of a stage besides its arithmetic, at least.
+_AT_LEAST = {"describe": 4.0, "data": 1.0, "frontier": 1.0, "child": 0.5, "evaluation": 1.0}
+# Bytes of a checkpoint that are read, or written and read again, in a second.
+_DISK = 5e8
 
 
-def stage_flops(outline: Outline, recipe: Recipe) -> dict[str, float]:
-    """Operations of each stage, in the order of the pipeline."""
-    data, layers = recipe.data, _layers(outline)
-    head = outline.costs.fixed["active_parameters"]
+class SearchSpace(Protocol):
+    """What work is counted from: an outline of a parent, or what its run has found."""
+
+    @property
+    def alternatives(self) -> Sequence[Alternative]: ...
+    @property
+    def axes(self) -> Sequence[LayerAxes]: ...
+    @property
+    def costs(self) -> CostTable: ...
+
+
+@dataclass(frozen=True)
+class Found:
+    """The search space of a run that is under way."""
+
+    alternatives: Sequence[Alternative]
+    axes: Sequence[LayerAxes]
+    costs: CostTable
+
+
+def stage_seconds(
+    flops: Mapping[str, float], space: SearchSpace, recipe: Recipe, rate: float, is_timed: bool = False
+) -> dict[str, float]:
+    """Seconds of every stage, in the order of the pipeline; of tasks by their own name.
+
+    Args:
+        flops: Operations of each stage, from :func:`stage_flops`.
+        space: The search space.
+        recipe: All settings.
+        rate: Operations per second of the parent's forward pass.
+        is_timed: Whether the budget limits a time, so that alternatives are timed.
+    """
+    seconds = {
+        stage: _SLOWER.get(stage, 0.0) * flops.get(stage, 0.0) / rate + _AT_LEAST.get(stage, 0.0) for stage in ORDER
+    }
+    seconds["frontier"] += 2e-3 * len(space.alternatives)
+    for stage in ("describe", "child"):
+        seconds[stage] += space.costs.parent["weight_bytes"] / _DISK
+    rounds = seconds["clock"]
+    if rounds:  # at least a few rounds, then as many as fit into a quarter of the time for measuring
+        least, most = ((1 / REFERENCE_REPEATS + n) * rounds for n in (LEAST_ROUNDS, recipe.costs.rounds))
+        seconds["clock"] = 1.0 + min(most, max(least, recipe.costs.seconds / 4))
+    if is_timed:
+        seconds["costs"] = 1.5 * recipe.costs.seconds
+    return {stage: value for stage, value in seconds.items() if value}
+
+
+# Stages that take time, in the order of the pipeline; tasks are a part of the evaluation.
+ORDER = (
+    "describe", "data", "costs", "statistics", "library", "scores", "frontier", "refine", "pairs", "child",
+    "evaluation", "tasks", "clock", "distilled",
+)  # fmt: skip
+
+
+def stage_flops(space: SearchSpace, recipe: Recipe) -> dict[str, float]:
+    """Operations of each stage, in the order of the pipeline; for the clock those of one round."""
+    data, layers = recipe.data, _layers(space)
+    head = space.costs.fixed["active_parameters"]
     whole = sum(layers) + head
     calibration, scoring, evaluation = (
         rows * data.sequence_length
         for rows in (data.calibration_sequences, data.scoring_sequences, data.evaluation_sequences)
     )
     training = data.training_sequences * data.sequence_length if data.training_sequences > 1 else 0
+    samples = max(1, len(recipe.prompts)) * recipe.completion_tokens * _TOKENS_OF_A_STEP
     flops = {
-        "statistics": 2.0 * whole * calibration + _moments(outline, calibration),
-        "library": _library(outline, recipe.local_distillation, calibration, training),
-        "scores": 2.0 * scoring * _scoring_passes(outline, recipe, layers),
+        "statistics": 2.0 * whole * calibration + _moments(space, calibration),
+        "library": _library(space, recipe.local_distillation, calibration, training),
+        "scores": 2.0 * scoring * _scoring_passes(space, recipe, layers),
         "refine": 2.0 * recipe.search.refine_passes * whole * scoring,
-        "pairs": _pairs(outline, recipe.local_distillation, calibration, training),
-        "evaluation": 4.0 * whole * evaluation,
+        "pairs": _pairs(space, recipe.local_distillation, calibration, training),
+        "evaluation": 4.0 * whole * (evaluation + samples),
+        "tasks": 4.0 * whole * (tokens_of_tasks(recipe.evaluation) or 0.0),
+        "clock": _round(recipe, whole) if recipe.costs.time_child else 0.0,
         "distilled": (2.0 + 2.0 * TRAINING) * whole * recipe.distillation.tokens,
     }
     return {stage: count for stage, count in flops.items() if count}
 
 
-def _layers(outline: Outline) -> list[int]:
+def _round(recipe: Recipe, whole: float) -> float:
+    """A round of timing parent and child: each several times, with a warm-up and two prompts each time."""
+    tokens = 3 * recipe.data.sequence_length + _TOKENS_OF_A_STEP * (recipe.costs.decode_steps + 4)
+    return 2.0 * whole * 2 * REFERENCE_REPEATS * tokens
+
+
+def _layers(space: SearchSpace) -> list[int]:
     """Active parameters of each layer of the parent."""
-    layers = [0] * len(outline.axes)
-    for alternative in outline.alternatives:
+    layers = [0] * len(space.axes)
+    for alternative in space.alternatives:
         if alternative.is_parent:
-            layers[alternative.layer] += _size(outline, alternative)
+            layers[alternative.layer] += _size(space, alternative)
     return layers
 
 
-def _size(outline: Outline, alternative: Alternative) -> int:
-    return int(outline.costs.by_key[alternative.key]["active_parameters"])
+def _size(space: SearchSpace, alternative: Alternative) -> int:
+    return int(space.costs.by_key[alternative.key]["active_parameters"])
 
 
-def _moments(outline: Outline, tokens: int) -> float:
+def _moments(space: SearchSpace, tokens: int) -> float:
     """Second moments of FFN channels, for the ranking and the refit."""
-    widths = [axes.ffn.size for axes in outline.axes if axes.ffn is not None and not axes.of_experts]
+    widths = [axes.ffn.size for axes in space.axes if axes.ffn is not None and not axes.of_experts]
     return 2.0 * tokens * sum(float(width) ** 2 for width in widths)
 
 
-def _library(outline: Outline, recipe: LocalDistillationRecipe, calibration: int, training: int) -> float:
-    changed = [a for a in outline.alternatives if not a.is_parent and a.traits.has_weights]
+def _library(space: SearchSpace, recipe: LocalDistillationRecipe, calibration: int, training: int) -> float:
+    changed = [a for a in space.alternatives if not a.is_parent and a.traits.has_weights]
     total = 0.0
     if recipe.reconstruct:
-        total += 2.0 * sum(_layers(outline)) * calibration + _moments(outline, calibration)
-        total += sum(2.0 * _size(outline, a) * calibration for a in changed if a.kind in _RUN_FOR_REFIT)
+        total += 2.0 * sum(_layers(space)) * calibration + _moments(space, calibration)
+        total += sum(2.0 * _size(space, a) * calibration for a in changed if a.kind in _RUN_FOR_REFIT)
         total += _solutions(changed)
     tokens = min(recipe.tokens, training)
     if tokens:
         trained = [a for a in changed if recipe.kinds is None or a.kind in recipe.kinds]
-        total += 2.0 * (TRAINING + _EVALUATION) * tokens * sum(_size(outline, a) for a in trained)
-        total += 2.0 * sum(_layers(outline)) * tokens
+        total += 2.0 * (TRAINING + _EVALUATION) * tokens * sum(_size(space, a) for a in trained)
+        total += 2.0 * sum(_layers(space)) * tokens
     return total
 
 
@@ -83,23 +167,24 @@ def _solutions(changed: Sequence[Alternative]) -> float:
     return 2.0 * sum(width**3 / 3 for width in widths)
 
 
-def _scoring_passes(outline: Outline, recipe: Recipe, layers: Sequence[int]) -> float:
+def _scoring_passes(space: SearchSpace, recipe: Recipe, layers: Sequence[int]) -> float:
     """Parameters that a scoring token meets: an exact score runs the alternative's layer and those after it."""
-    head = outline.costs.fixed["active_parameters"]
+    head = space.costs.fixed["active_parameters"]
     whole = sum(layers) + head
     suffix = [sum(layers[i:]) + head for i in range(len(layers))]
-    exact = float(sum(suffix[a.layer] for a in outline.alternatives if not a.is_parent) + whole)
+    exact = float(sum(suffix[a.layer] for a in space.alternatives if not a.is_parent) + whole)
     if recipe.scoring.mode == "exact" or recipe.scoring.objective != "kl_divergence":
         return exact
-    estimated = (SWEEP_PASSES + exact_passes(recipe.scoring, outline.blocks)) * whole
+    estimated = (SWEEP_PASSES + exact_passes(recipe.scoring, any(axes.of_experts for axes in space.axes))) * whole
     return estimated if recipe.scoring.mode == "second_order" else min(exact, estimated)
 
 
-def _pairs(outline: Outline, recipe: LocalDistillationRecipe, calibration: int, training: int) -> float:
-    """The parent's layer, the child's forward pass, and training of both subblocks of a layer; before it the refit."""
-    layers, tokens = sum(_layers(outline)), min(recipe.coupled_tokens, training)
-    total = 2.0 * (2.0 + TRAINING + _EVALUATION) * layers * tokens
+def _pairs(space: SearchSpace, recipe: LocalDistillationRecipe, calibration: int, training: int) -> float:
+    """Before training the refit: the parent's layer, the child's attention, and the child's layer twice. For training
+    the parent's layer, training of the child's, and the child's once more to go on."""
+    layers, tokens = sum(_layers(space)), min(recipe.coupled_tokens, training)
+    total = 2.0 * (1.0 + (TRAINING + _EVALUATION + 1.0) * _KEPT) * layers * tokens
     if recipe.child_refit and recipe.coupled_on == "child":
-        # The parent's layer for each subblock, the child's for each and once to go on; attentions count as layers.
-        total += 2.0 * 5 * layers * calibration + _moments(outline, calibration)
+        total += 2.0 * (1.0 + (_OF_ATTENTION + 2.0) * _KEPT) * layers * calibration
+        total += 1.5 * _KEPT**2 * _moments(space, calibration)
     return total

@@ -33,7 +33,7 @@ from layersmith.run.stage import Making, Stage
 from layersmith.search.problem import SearchProblem
 from layersmith.search.rules import without_times
 from layersmith.stages.describe import DESCRIBE
-from layersmith.stages.job import Job, is_streamed
+from layersmith.stages.job import REFINEMENT, Job, is_streamed
 
 _COUNTED, _TIMES = "costs.json", "times.json"
 
@@ -188,7 +188,7 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
 def _inputs(job: Job) -> Any:
     given = job.recipe.costs.times
     file = None if given is None else content_digest(Path(given))
-    sections = [job.settings(section) for section in ("costs", "search")]
+    sections = [job.settings("costs"), job.settings("search", without=REFINEMENT)]
     return [job.made_from(DESCRIBE), job.limits.to_data(), dataclasses.asdict(job.workload), *sections, file, job.dtype]
 
 

@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import time
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from layersmith.costs.budget import Budget
 from layersmith.costs.counted import COSTS
 from layersmith.data.read import read_documents
+from layersmith.evaluation.task_size import tokens_of_tasks
 from layersmith.heterogeneous.checkpoint import check_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
 from layersmith.run.runtime import Runtime
-from layersmith.stages.arithmetic import stage_flops
 from layersmith.stages.costs import check_reachable
+from layersmith.stages.effort import TOP
 from layersmith.stages.inspect import outline
+from layersmith.stages.time_plan import forward_rate, plan_time
 from layersmith.units import format_cost, format_seconds
 
 
@@ -43,8 +42,10 @@ class Plan:
         alternatives: Number of alternatives of each kind.
         sequence_length: Tokens in a row of data; the three numbers of sequences count rows.
         device, dtype: Where and in what the run computes.
+        within, level: Time that was asked for, and level of work; None if neither was.
         operations: Floating-point operations of each stage.
-        operations_per_second: Rate of a large matrix product here. A stage takes two to four times as long as at it.
+        operations_per_second: Rate of the parent's forward pass here, as measured.
+        seconds: Time of each stage.
         tasks_not_estimated: Whether the time of tasks comes on top.
         parent_bytes: Memory for the parent's weights.
         statistics_gib: Most memory for statistics, in GiB.
@@ -64,8 +65,11 @@ class Plan:
     evaluation_sequences: int
     device: str
     dtype: str
+    within: str | None
+    level: float | None
     operations: dict[str, float]
     operations_per_second: float
+    seconds: dict[str, float]
     tasks_not_estimated: bool
     parent_bytes: int
     statistics_gib: float
@@ -74,7 +78,7 @@ class Plan:
     notes: list[str]
 
     def __str__(self) -> str:
-        rate = self.operations_per_second
+        asked = "" if self.within is None else f", for a time of {self.within}"
         lines = [
             f"parent: {self.parent}, {format_cost('parameters', self.costs['parameters'].parent)} parameters",
             f"budget: {self.budget}",
@@ -89,9 +93,10 @@ class Plan:
             + ")",
             f"data: {self.data}, rows of {self.sequence_length} tokens: {self.calibration_sequences} calibration, "
             f"{self.scoring_sequences} scoring, {self.evaluation_sequences} evaluation",
-            f"estimated time: {_between(sum(self.operations.values()) / rate)} on this {self.device}, two to four "
-            f"times that of matrix products alone at {rate / 1e9:,.0f} GFLOP/s",
-            *(f"  {n}: {value / 1e12:.2f} TFLOP, {_between(value / rate)}" for n, value in self.operations.items()),
+            *([] if self.level is None else [f"level of work: {self.level:g} of {TOP}{asked}"]),
+            f"estimated time: {format_seconds(round(sum(self.seconds.values())))} on this {self.device}, at "
+            f"{self.operations_per_second / 1e9:,.1f} GFLOP/s in the parent's forward pass",
+            *(self._line(stage, seconds) for stage, seconds in self.seconds.items()),
             *(["  tasks: not estimated"] if self.tasks_not_estimated else ()),
             f"memory: {format_cost('weight_bytes', self.parent_bytes)} for the parent's weights in {self.dtype}, "
             f"up to {self.statistics_gib:g} GiB for statistics",
@@ -100,6 +105,10 @@ class Plan:
             "nothing was written.",
         ]
         return "\n".join(lines)
+
+    def _line(self, stage: str, seconds: float) -> str:
+        count = f"{self.operations[stage] / 1e12:.2f} TFLOP, " if stage in self.operations else ""
+        return f"  {stage}: {count}{format_seconds(max(1, round(seconds)))}"
 
 
 def plan(
@@ -122,7 +131,8 @@ def plan(
     runtime = Runtime.detect(recipe.device, recipe.dtype)
     space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
     check_reachable(space.alternatives, space.costs, budget.limits, recipe.search, space.blocks)
-    rate = matrix_rate(runtime)
+    timed = plan_time(space, recipe, forward_rate(space, recipe, runtime), budget.limits.has_times)
+    recipe = timed.recipe
     whole = space.costs.parent
     kinds = Counter(a.kind for a in space.alternatives if not a.is_parent)
     notes = list(space.notes)
@@ -141,20 +151,18 @@ def plan(
         evaluation_sequences=recipe.data.evaluation_sequences,
         device=runtime.device.type,
         dtype=str(runtime.dtype).removeprefix("torch."),
-        operations=stage_flops(space, recipe),
-        operations_per_second=rate,
-        tasks_not_estimated=bool(recipe.evaluation.tasks),
+        within=recipe.effort.within,
+        level=recipe.effort.level,
+        operations=dict(timed.flops),
+        operations_per_second=timed.rate,
+        seconds=dict(timed.seconds),
+        tasks_not_estimated=tokens_of_tasks(recipe.evaluation) is None,
         parent_bytes=whole["parameters"] * runtime.dtype.itemsize,
         statistics_gib=recipe.library.statistics_gib,
         disk_bytes=whole["weight_bytes"],
         out=str(out),
         notes=notes,
     )
-
-
-def _between(seconds: float) -> str:
-    shortest, longest = (format_seconds(max(1, round(times * seconds))) for times in (2, 4))
-    return f"{shortest} to {longest}"
 
 
 def _smallest(space: Any, name: str) -> int:
@@ -164,15 +172,3 @@ def _smallest(space: Any, name: str) -> int:
         cost = space.costs.by_key[alternative.key][name]
         by_place[place] = min(cost, by_place.get(place, cost))
     return sum(by_place.values()) + space.costs.fixed[name]
-
-
-def matrix_rate(runtime: Runtime, size: int = 1024) -> float:
-    """Operations per second of a square matrix product, measured now."""
-    a = torch.randn(size, size, dtype=runtime.dtype, device=runtime.device)
-    best = 0.0
-    for _ in range(4):
-        started = time.perf_counter()
-        product = a @ a
-        float(product[0, 0])  # waits for the device
-        best = max(best, 2 * size**3 / (time.perf_counter() - started))
-    return best

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,6 +36,9 @@ from layersmith.run.runtime import Runtime
 from layersmith.run.stage import Stage
 
 T = TypeVar("T")
+
+# Settings of the section ``search`` that matter only to refinement.
+REFINEMENT = ("refine_passes", "refine_rows")
 
 
 @dataclass(eq=False)
@@ -155,9 +158,9 @@ class Job:
 
     # ------------------------------------------------------------------------------------------ the request
 
-    def settings(self, section: str) -> Any:
-        """A section of the recipe as JSON data."""
-        return self.recipe.to_dict()[section]
+    def settings(self, section: str, without: Sequence[str] = ()) -> Any:
+        """A section of the recipe as JSON data, ``without`` some of its settings."""
+        return {name: value for name, value in self.recipe.to_dict()[section].items() if name not in without}
 
     def header(self, data_digest: str) -> dict[str, Any]:
         """``run.json`` of a new run."""

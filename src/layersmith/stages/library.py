@@ -20,7 +20,7 @@ AFTER_SEARCH = ("child_refit", "coupled_tokens", "coupled_on", "coupled_learning
 def _inputs(job: Job) -> Any:
     rows = [digest_of_split(job, split) for split in ("calibration", "training")]
     stages = [job.made_from(stage) for stage in (DESCRIBE, STATISTICS)]
-    settings = {k: v for k, v in job.settings("local_distillation").items() if k not in AFTER_SEARCH}
+    settings = job.settings("local_distillation", without=AFTER_SEARCH)
     return [*stages, *rows, settings, job.recipe.seed, job.dtype]
 
 

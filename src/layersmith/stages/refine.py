@@ -21,7 +21,7 @@ from layersmith.search.problem import SearchProblem
 from layersmith.search.refine import Evaluations, Refined, read_refined, refine
 from layersmith.search.solution import Solution
 from layersmith.stages.data import DATA, digest_of_split
-from layersmith.stages.job import Job
+from layersmith.stages.job import REFINEMENT, Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import SEARCH, found_by_search, problem_of, read_solution, within_time
@@ -93,7 +93,11 @@ def _read(job: Job, folder: Path) -> Solution | None:
 
 REFINE = Stage(
     name="refine",
-    inputs=lambda job: [*found_by_search(job), digest_of_split(job, "scoring")],
+    inputs=lambda job: [
+        *found_by_search(job),
+        digest_of_split(job, "scoring"),
+        *(job.settings("search")[name] for name in REFINEMENT),
+    ],
     make=_make,
     read=_read,
     is_wanted=_is_wanted,

@@ -27,7 +27,7 @@ from layersmith.search.solution import Solution
 from layersmith.search.time_limits import TOLERANCE, TimedSolution, overrun_of, solve_within
 from layersmith.stages.costs import COSTS, read_times, write_times
 from layersmith.stages.describe import DESCRIBE
-from layersmith.stages.job import Job
+from layersmith.stages.job import REFINEMENT, Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.scores import SCORES
 
@@ -120,7 +120,7 @@ def within_time(
 def _inputs(job: Job) -> Any:
     times = job.read(COSTS).times
     measured = None if times is None else times.to_dict(job.read(DESCRIBE).alternatives)
-    return [job.made_from(SCORES), job.made_from(COSTS), measured, job.settings("search")]
+    return [job.made_from(SCORES), job.made_from(COSTS), measured, job.settings("search", without=REFINEMENT)]
 
 
 def _make(job: Job, making: Making) -> None:
