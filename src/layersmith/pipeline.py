@@ -21,6 +21,7 @@ from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.stage import Stage
 from layersmith.run.store import Store
+from layersmith.run.timeline import Timeline
 from layersmith.stages.costs import COSTS
 from layersmith.stages.data import DATA, digest_of_source
 from layersmith.stages.describe import DESCRIBE
@@ -34,7 +35,7 @@ from layersmith.stages.report import Result, write_report
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import FRONTIER, SEARCH
 from layersmith.stages.statistics import STATISTICS
-from layersmith.stages.time_plan import choose_effort, choose_late_effort
+from layersmith.stages.time_plan import choose_effort, choose_late_effort, planned_work
 from layersmith.stages.training_rows import check, is_wanted
 
 # Stages that find out whether the request can be met. A new run that is refused here leaves no folder behind.
@@ -128,6 +129,7 @@ def stages(
     asked_recipe, job.recipe = job.recipe, ranks.from_first(lambda: choose_effort(job, started))
     planning = time.monotonic() - started
     header = ranks.from_first(lambda: job.header(digest_of_source(job)))
+    _show_where(job)
     with ranks.first(lambda: job.run.open(header, job.recipe)):
         with job.run.removed_if_refused():
             for stage in PREPARATION:
@@ -135,9 +137,11 @@ def stages(
                 yield stage.name
             if is_wanted(job):
                 check(job)
+        _show_where(job)
         for stage in WORK:
             if stage is REFINE:
                 job.recipe = ranks.from_first(lambda: choose_late_effort(job, asked_recipe, planning))
+                _show_where(job)
             job.do(stage)
             yield stage.name
         if is_wanted(job):
@@ -148,3 +152,15 @@ def stages(
                 yield stage.name
             ranks.on_first(lambda: remove_checkpoints(job))
         yield write_report(job, is_distilled=is_wanted(job))
+
+
+def _show_where(job: Job) -> None:
+    """Let the progress show the number of each stage and, once the costs are known, the time that is left."""
+    progress = job.progress
+    if progress is SILENT:
+        return
+    if progress.timeline is None:
+        wanted = STAGES if is_wanted(job) else (*PREPARATION, *WORK)
+        progress.timeline = Timeline([stage.name for stage in wanted], {"tasks": (EVALUATION.name, 2)})
+    else:
+        progress.timeline.planned = planned_work(job)

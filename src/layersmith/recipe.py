@@ -371,7 +371,7 @@ class EffortRecipe:
     and the speed of this machine."""
     level: Annotated[float, Field(ge=0, le=6)] | None = None
     """Amount of work, from 0 to 6. Level 3 is that of the defaults; each level does about twice the work of the one
-    before. Default: no level; all settings have their own defaults."""
+    before. Default: none, so that every setting has its default."""
     late_level: Annotated[float, Field(ge=0, le=6)] | None = None
     """The level of refinement and joint distillation, where it differs. A run with `within` chooses it after the
     search, from the time that is left."""

@@ -14,12 +14,13 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType
-from rich.progress import BarColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as LiveDisplay
 from rich.segment import Segment
 from rich.text import Text
 
 from layersmith.errors import printable
+from layersmith.run.timeline import Timeline
 from layersmith.units import format_seconds
 
 # Seconds between two lines about the same stage where there is no live bar.
@@ -48,9 +49,11 @@ class Progress:
 
     Attributes:
         clock: Time in seconds.
+        timeline: Where the run is among its stages; None for a command that has none.
     """
 
     clock: Callable[[], float] = staticmethod(time.monotonic)
+    timeline: Timeline | None = None
 
     @contextmanager
     def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
@@ -124,11 +127,24 @@ class Lines(Progress):
                 left = (now - started) * (total - done) / max(done, 1e-9) if left is None else left
                 detail = f" ({said})" if said else ""
                 remaining = format_seconds(round(left, 1))
-                self._say(f"{name}: {done / total:.0%} of {total:,.0f} {unit}{detail}, about {remaining} left")
+                steps_done = f"{done / total:.0%} of {total:,.0f} {unit}{detail}"
+                self._say(f"{self._stage}{name}: {steps_done}, about {remaining} left{self._left_in_all()}")
                 last = now
 
         yield advance
-        self._say(f"{name}: done in {_since(started)}")
+        self._say(f"{self._stage}{name}: done in {_since(started)}{self._left_in_all()}")
+
+    @property
+    def _stage(self) -> str:
+        return self._place("stage {} of {}, ")
+
+    def _place(self, words: str) -> str:
+        """The number of the stage and of all stages in these words; nothing outside a run."""
+        return "" if self.timeline is None or not self.timeline.place[0] else words.format(*self.timeline.place)
+
+    def _left_in_all(self) -> str:
+        left = None if self.timeline is None else self.timeline.left()
+        return "" if left is None else f"; {format_seconds(round(left))} left in all"
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
@@ -146,7 +162,7 @@ class Bars(Lines):
     def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
         started = time.monotonic()
         if self._live is None:
-            with _live_display(self.console) as live:
+            with _live_display(self.console, self._in_all) as live:
                 self._live = live
                 try:
                     with self._task(live, name, total, unit) as advance:
@@ -156,13 +172,13 @@ class Bars(Lines):
         else:  # a stage within a stage has the bar while it lasts
             with self._task(self._live, name, total, unit) as advance:
                 yield advance
-        line = f"[green]{self._tick}[/green] {name:<12}[dim]{_since(started):>11}[/dim]"
+        line = f"[green]{self._tick}[/green] {self._place('{}/{} ')}{name:<12}[dim]{_since(started):>11}[/dim]"
         self.console.print(line, highlight=False)
 
     @contextmanager
     def _task(self, live: LiveDisplay, name: str, total: float, unit: str) -> Iterator[Advance]:
         unit = f"of {total:,.0f} {unit}" if total > 1 and self.console.width >= 100 else ""
-        task = live.add_task(name, total=total if total > 1 else None, steps=unit, ends=None)
+        task = live.add_task(self._place("{}/{} ") + name, total=total if total > 1 else None, steps=unit, ends=None)
 
         def advance(steps: float, left: float | None = None, said: str = "") -> None:
             words = f"{unit} ({said})" if said and self.console.width >= 120 else unit
@@ -178,6 +194,10 @@ class Bars(Lines):
             live.remove_task(task)
             if self._tasks:
                 live.update(self._tasks[-1], visible=True)
+
+    def _in_all(self) -> str:
+        """The remaining time of the run, where there is room for it."""
+        return self._left_in_all().removeprefix("; ") if self.console.width >= 80 else ""
 
     @property
     def _tick(self) -> str:
@@ -205,15 +225,27 @@ class _ShareDone(TextColumn):
         return Text("") if task.total is None else super().render(task)
 
 
-def _live_display(console: Console) -> LiveDisplay:
+class _InAll(ProgressColumn):
+    """The remaining time of the whole run, as it is when it is drawn."""
+
+    def __init__(self, text: Callable[[], str]):
+        super().__init__()
+        self._text = text
+
+    def render(self, task: Task) -> Text:
+        return Text(self._text(), style="dim")
+
+
+def _live_display(console: Console, in_all: Callable[[], str]) -> LiveDisplay:
     """A bar that vanishes when its stage ends."""
     return LiveDisplay(
         TextColumn("  {task.description:<12}"),
-        BarColumn(bar_width=max(6, min(40, console.width - 48))),
+        BarColumn(bar_width=max(6, min(40, console.width - 70))),
         _ShareDone("{task.percentage:>3.0f}%"),
         TextColumn("[dim]{task.fields[steps]}"),
         TimeElapsedColumn(),
         _TimeLeft(compact=True),
+        _InAll(in_all),
         console=console,
         transient=True,
     )

@@ -24,8 +24,18 @@ class StageProgress(Progress):
     @contextmanager
     def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
         shown = self.name if name == self.name else f"{self.name}: {name}"
+        timeline, so_far = self.shown.timeline, 0.0
+        part = None if timeline is None else timeline.begin(name)
         with self.shown.stage(shown, total, unit) as advance:
-            yield advance
+
+            def done(steps: float, left: float | None = None, said: str = "") -> None:
+                nonlocal so_far
+                so_far += steps
+                if timeline is not None and part is not None and total > 1:
+                    timeline.done(part, so_far / total, left)
+                advance(steps, left, said)
+
+            yield done
 
     def note(self, text: str) -> None:
         self.shown.note(text)

@@ -55,6 +55,7 @@ class Job:
         family: Descriptor of the parent's model family; default: inferred.
         progress: Receives steps and notes.
         training_data: Source of global distillation; default: that of the run's data.
+        rate: Operations per second of the parent's forward pass, if they were measured.
         trust_remote_code: Whether code from the folders of parent and child may run. No file can allow it.
     """
 
@@ -68,6 +69,7 @@ class Job:
     progress: Progress = SILENT
     training_data: str | None = None
     trust_remote_code: bool = False
+    rate: float | None = None
     _results: dict[str, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------ the parent
@@ -183,8 +185,10 @@ class Job:
             ranks.on_first(lambda: self.run.forget(stage.name))
             return False
         self._results.pop(stage.name, None)
-        meanwhile = stage.meanwhile
-        return self.run.do(
+        meanwhile, timeline = stage.meanwhile, self.progress.timeline
+        if timeline is not None:
+            timeline.enter(stage.name)
+        is_new = self.run.do(
             stage.name,
             ranks.from_first(lambda: stage.inputs(self)),
             lambda making: stage.make(self, making),
@@ -192,6 +196,9 @@ class Job:
             is_shared=stage.is_shared,
             progress=self.progress,
         )
+        if timeline is not None:
+            timeline.leave()
+        return is_new
 
     def read(self, stage: Stage[Job, T]) -> T:
         """What a finished stage made.

@@ -19,7 +19,8 @@ from layersmith.heterogeneous.build import build
 from layersmith.recipe import Recipe
 from layersmith.run.header import HEADER
 from layersmith.run.runtime import Runtime
-from layersmith.stages.arithmetic import Found, SearchSpace, stage_flops, stage_seconds
+from layersmith.run.timeline import Planned
+from layersmith.stages.arithmetic import Found, SearchSpace, stage_flops, stage_seconds, stage_work
 from layersmith.stages.costs import COSTS
 from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.effort import TOP, at_level, highest_level, with_effort
@@ -95,7 +96,7 @@ def choose_effort(job: Job, started: float) -> Recipe:
         if known.within == effort.within and known.level is not None:
             return at_level(recipe, known.level, known.late_level)
     space = outline(job.path, recipe.library, job.workload, job.family, job.trust_remote_code, recipe.checkpoint_dtype)
-    rate = forward_rate(space, recipe, job.runtime)
+    job.rate = rate = forward_rate(space, recipe, job.runtime)
     plan = plan_time(space, recipe, rate, job.limits.has_times, time.monotonic() - started)
     chosen = plan.recipe.effort
     job.progress.note(f"--within {effort.within}: level {chosen.level:g} of {TOP}, planned to take " + _of(plan.total))
@@ -121,7 +122,7 @@ def choose_late_effort(job: Job, asked: Recipe, planning: float) -> Recipe:
     space, level = space_of(job), effort.level
     taken = job.run.log.worked()
     flops, made = stage_flops(space, job.recipe), [stage for stage in _KNOWN_BY if stage in taken]
-    work = sum(stage_seconds(flops, space, job.recipe, 1.0).get(stage, 0.0) for stage in made)
+    work = sum(stage_work(flops)[stage] for stage in made)
     late_level = level
     if made and work:
         rate = work / max(1e-9, sum(taken[stage] for stage in made))
@@ -143,6 +144,14 @@ def choose_late_effort(job: Job, asked: Recipe, planning: float) -> Recipe:
     recipe = at_level(asked, level, late_level)
     job.run.change_recipe(recipe)
     return recipe
+
+
+def planned_work(job: Job) -> Planned:
+    """What the stages take, once the costs are known."""
+    space = space_of(job)
+    flops = stage_flops(space, job.recipe)
+    is_timed = job.limits.has_times
+    return Planned(stage_work(flops), lambda rate: stage_seconds(flops, space, job.recipe, rate, is_timed), job.rate)
 
 
 def space_of(job: Job) -> SearchSpace:
