@@ -28,6 +28,7 @@ from layersmith.options import (
     Device,
     Generate,
     Json,
+    Keep,
     KVCache,
     Memory,
     On,
@@ -47,6 +48,7 @@ from layersmith.options import (
     Verify,
     Weights,
     Within,
+    effort_settings,
     task_settings,
     time_settings,
     times_elsewhere,
@@ -115,6 +117,7 @@ def compress(
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
     tasks: Tasks = None,
+    keep: Keep = None,
     within: Within = None,
     until: Annotated[str | None, typer.Option(help=f"Stop after this stage: {', '.join(NAMES)}.")] = None,
     dry_run: Annotated[
@@ -128,9 +131,11 @@ def compress(
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
     from layersmith.costs.budget import parse_budget
 
-    effort = [] if within is None else [f"effort.within={json.dumps(within)}"]
-    given = [*(settings or ()), *task_settings(tasks), *time_settings(on, server), *effort]
+    given = [*(settings or ()), *task_settings(tasks, keep), *time_settings(on, server), *effort_settings(within)]
     chosen = _recipe(recipe, given, device)
+    limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
+    if chosen.evaluation.keep and not any(limit is not None for limit in limits):
+        params = "1.0"
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
         time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,

@@ -108,6 +108,14 @@ Tasks = Annotated[
         help="Tasks to measure accuracy on, separated by commas: names of tasks in lm-eval, or JSONL files.",
     ),
 ]
+Keep = Annotated[
+    str | None,
+    typer.Option(
+        help="Share of the parent's accuracy that the child must keep on tasks: arc_easy:0.97,copa:0.9. Without a "
+        "limit on its size the smallest such child is searched.",
+        rich_help_panel=BUDGET,
+    ),
+]
 Within = Annotated[
     str | None,
     typer.Option(
@@ -143,11 +151,31 @@ Json = Annotated[
 ]
 
 
-def task_settings(tasks: str | None) -> list[str]:
-    """``--tasks`` as a setting of the recipe; files by their absolute paths, so that the run can be moved."""
-    names = [name.strip() for name in (tasks or "").split(",") if name.strip()]
-    paths = [str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_file() else name for name in names]
-    return [f"evaluation.tasks={json.dumps(paths)}"] if paths else []
+def task_settings(tasks: str | None, keep: str | None = None) -> list[str]:
+    """``--tasks`` and ``--keep`` as settings of the recipe; files by absolute paths, so that the run can be moved."""
+    names = [_task(name) for name in (tasks or "").split(",") if name.strip()]
+    shares: dict[str, float] = {}
+    for text in (keep or "").split(",") if keep is not None else ():
+        name, _, share = text.rpartition(":")
+        try:
+            shares[_task(name)] = float(share)
+        except ValueError as error:
+            raise UsageError(
+                f"--keep {text!r}: give a task and a share of the parent's accuracy: arc_easy:0.97."
+            ) from error
+    names += [name for name in shares if name not in names]
+    settings = [f"evaluation.tasks={json.dumps(names)}"] if names else []
+    return settings + ([f"evaluation.keep={json.dumps(shares)}"] if shares else [])
+
+
+def _task(name: str) -> str:
+    path = Path(name.strip()).expanduser()
+    return str(path.resolve()) if path.is_file() else name.strip()
+
+
+def effort_settings(within: str | None) -> list[str]:
+    """``--within`` as a setting of the recipe."""
+    return [] if within is None else [f"effort.within={json.dumps(within)}"]
 
 
 def time_settings(on: str | None, server: str | None) -> list[str]:

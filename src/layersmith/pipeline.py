@@ -35,6 +35,7 @@ from layersmith.stages.report import Result, write_report
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import FRONTIER, SEARCH
 from layersmith.stages.statistics import STATISTICS
+from layersmith.stages.tasks import check_kept
 from layersmith.stages.time_plan import choose_effort, choose_late_effort, planned_work
 from layersmith.stages.training_rows import check, is_wanted
 
@@ -151,7 +152,9 @@ def stages(
                 job.do(stage)
                 yield stage.name
             ranks.on_first(lambda: remove_checkpoints(job))
-        yield write_report(job, is_distilled=is_wanted(job))
+        result = write_report(job, is_distilled=is_wanted(job))
+        check_kept(job, result.evaluation["rows"])
+        yield result
 
 
 def _show_where(job: Job) -> None:

@@ -360,6 +360,14 @@ class EvaluationRecipe:
     """Number of items of each task, from its first on. Default: all."""
     task_shots: NonNegativeInt = 0
     """Number of solved examples shown before each item."""
+    keep: dict[str, Annotated[float, Field(gt=0, le=1)]] = field(default_factory=dict)
+    """Members of `tasks` and the least share of the parent's accuracy that the child must keep: `{arc_easy: 0.97}`. If
+    the budget does not limit the size, the smallest such child is searched."""
+
+    def __post_init__(self) -> None:
+        for task in self.keep:
+            if task not in self.tasks:
+                raise ValueError(f"keep: {task} is not one of the tasks. Name it under evaluation.tasks too.")
 
 
 @record("recipe: effort.")

@@ -99,6 +99,10 @@ class SearchProblem:
         costs = times.into(self.costs, self.alternatives)
         return SearchProblem(self.alternatives, self.losses, costs, self.asked, self.rules, self.blocks)
 
+    def within(self, limits: Limits) -> SearchProblem:
+        """The same problem with other limits."""
+        return SearchProblem(self.alternatives, self.losses, self.costs, limits, self.rules, self.blocks)
+
     @property
     def members(self) -> list[list[tuple[Alternative, ...]]]:
         """For each group of the program, the alternatives of its candidates."""

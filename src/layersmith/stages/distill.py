@@ -28,11 +28,12 @@ from layersmith.run.journal import work_folder
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.data import DATA
-from layersmith.stages.evaluate import rows_of_tasks, task_inputs
+from layersmith.stages.evaluate import rows_of_tasks
 from layersmith.stages.finalists import FINALISTS, starting_child, training_inputs
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD
+from layersmith.stages.tasks import task_inputs
 from layersmith.stages.training_rows import ROWS, check, is_wanted, training_source
 
 
@@ -139,7 +140,7 @@ def keep_card_of_distilled(job: Job) -> None:
 
 COMPARED: Stage[Job, dict[str, Any]] = Stage(
     name="distillation/evaluation",
-    inputs=lambda job: [job.made_from(DISTILLED), *task_inputs(job)],
+    inputs=lambda job: [job.made_from(DISTILLED), *task_inputs(job), job.recipe.evaluation.keep],
     make=_evaluate,
     read=lambda job, folder: dict(read_json(folder / "evaluation.json", dict[str, dict[str, Any]])),
     is_wanted=is_wanted,

@@ -10,26 +10,32 @@ from layersmith.costs.clock import device_name
 from layersmith.costs.stopwatch import time_models
 from layersmith.costs.times import costs_of
 from layersmith.evaluation.compare import compare, complete
-from layersmith.evaluation.tasks import TaskResult, run_tasks, task_rows
+from layersmith.evaluation.tasks import task_rows
 from layersmith.execution.streaming import load_streamed
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.checkpoint import load
-from layersmith.run import user_cache
-from layersmith.run.artifacts import fingerprint, read_json, write_json
+from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.costs import COSTS
-from layersmith.stages.data import DATA, digest_of, digest_of_split
+from layersmith.stages.data import DATA, digest_of_split
 from layersmith.stages.job import Job
 from layersmith.stages.realize import CHILD
 from layersmith.stages.search import SEARCH
+from layersmith.stages.tasks import kept_shares, task_inputs, task_results
 
 _FILE = "evaluation.json"
 
 
 def _inputs(job: Job) -> Any:
     recipe = job.recipe
-    settings = [recipe.completion_tokens, list(recipe.prompts), recipe.scoring.batch_tokens, *task_inputs(job)]
+    settings = [
+        recipe.completion_tokens,
+        list(recipe.prompts),
+        recipe.scoring.batch_tokens,
+        *task_inputs(job),
+        job.recipe.evaluation.keep,
+    ]
     return [job.made_from(CHILD), digest_of_split(job, "evaluation"), *settings, job.dtype]
 
 
@@ -57,12 +63,6 @@ def _samples(job: Job, child: Any, tokens: Any) -> list[dict[str, str]]:
     ]
 
 
-def task_inputs(job: Job) -> list[Any]:
-    """What the results of tasks depend on besides the model."""
-    tasks = job.recipe.evaluation.tasks
-    return [[digest_of(task) for task in tasks], job.settings("evaluation")] if tasks else []
-
-
 def rows_of_tasks(job: Job, child: Any, child_digest: str | None, progress: Progress) -> list[dict[str, Any]]:
     """Rows of the recipe's tasks; results are kept in the user's cache.
 
@@ -78,17 +78,9 @@ def rows_of_tasks(job: Job, child: Any, child_digest: str | None, progress: Prog
         progress.note("tasks are not evaluated: the parent does not fit in memory.")
         return []
     models = ((job.parent.model, job.identity), (child, child_digest))
-    return task_rows(*(_task_results(job, model, digest, progress) for model, digest in models))
-
-
-def _task_results(job: Job, model: Any, digest: str | None, progress: Progress) -> list[TaskResult]:
-    key = fingerprint([digest, *task_inputs(job), job.dtype])
-    kept = user_cache.read("tasks", key)
-    if kept is not None:
-        return [TaskResult(**result) for result in kept]
-    results = run_tasks(model, job.tokenizer, job.recipe.evaluation, progress)
-    user_cache.write("tasks", key, [dataclasses.asdict(result) for result in results])
-    return results
+    parent, of_child = (task_results(job, model, digest, progress) for model, digest in models)
+    kept = kept_shares(job.recipe.evaluation.keep, parent, of_child)
+    return [*task_rows(parent, of_child), *(share.row() for share in kept)]
 
 
 def _make(job: Job, making: Making) -> None:

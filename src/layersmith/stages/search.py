@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from layersmith.costs.budget import Limits
+from layersmith.costs.budget import Limit, Limits
 from layersmith.costs.stopwatch import Stopwatch
 from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times
@@ -30,6 +31,7 @@ from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.job import REFINEMENT, Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.scores import SCORES
+from layersmith.stages.tasks import smallest_that_keeps, task_inputs
 
 _FILE = "solution.json"
 
@@ -58,8 +60,10 @@ def problem_of(job: Job) -> SearchProblem:
     """The search problem of a job, with times as they are known after the search."""
 
     def make() -> SearchProblem:
-        times, problem = job.read(SEARCH).times, problem_as_measured(job)
-        return problem if times is None else problem.with_times(times)
+        found, problem = job.read(SEARCH), problem_as_measured(job)
+        if job.recipe.evaluation.keep:
+            problem = problem.within(found.solution.asked)
+        return problem if found.times is None else problem.with_times(found.times)
 
     return job.once("problem", make)
 
@@ -120,7 +124,14 @@ def within_time(
 def _inputs(job: Job) -> Any:
     times = job.read(COSTS).times
     measured = None if times is None else times.to_dict(job.read(DESCRIBE).alternatives)
-    return [job.made_from(SCORES), job.made_from(COSTS), measured, job.settings("search", without=REFINEMENT)]
+    keep = job.recipe.evaluation.keep
+    kept = [*task_inputs(job), keep] if keep and _allows_parent(problem_as_measured(job)) else []
+    return [job.made_from(SCORES), job.made_from(COSTS), measured, job.settings("search", without=REFINEMENT), *kept]
+
+
+def _allows_parent(problem: SearchProblem) -> bool:
+    """Whether no limit says how small the child must be."""
+    return problem.fits([a for a in problem.alternatives if a.is_parent])
 
 
 def _make(job: Job, making: Making) -> None:
@@ -132,7 +143,16 @@ def _make(job: Job, making: Making) -> None:
         timed = solve_in_time(problem, times, stopwatch, making.progress)
         write_times(making.folder, timed.times, problem.alternatives)
         solution = timed.solution
+    if job.recipe.evaluation.keep and _allows_parent(problem):
+        solution = _limited_to_its_size(smallest_that_keeps(job, problem, making.progress))
     write_json(making.folder / _FILE, solution.to_dict())
+
+
+def _limited_to_its_size(solution: Solution) -> Solution:
+    """A solution whose size is now the budget."""
+    size = solution.costs["parameters"]
+    asked = Limits((Limit.of("parameters", size),))
+    return dataclasses.replace(solution, limits={"parameters": size}, asked=asked)
 
 
 def read_solution(job: Job, folder: Path) -> Solution:
