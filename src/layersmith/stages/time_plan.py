@@ -36,6 +36,7 @@ _TIMED_TOKENS = 2048
 _MOST_BYTES = 8e9
 # Stages after the search that can be planned again, and those by which the rate is known then.
 _ADAPT, _KNOWN_BY = ("refine", "pairs"), ("statistics", "library", "scores")
+_FOLLOWING = ("child", "evaluation", "tasks", "clock", "distilled")
 
 
 @dataclass(frozen=True)
@@ -89,12 +90,14 @@ def choose_effort(job: Job, started: float) -> Recipe:
         started: When the job began, as ``time.monotonic`` has it.
     """
     recipe, effort = job.recipe, job.recipe.effort
-    if effort.within is None or effort.level is not None:
+    if effort.within is None:
         return with_effort(recipe)
     if (job.run.folder / HEADER).is_file():
         known = Recipe.from_dict(job.run.header()["recipe"]).effort
-        if known.within == effort.within and known.level is not None:
+        if known.within == effort.within and known.level is not None and effort.level in (None, known.level):
             return at_level(recipe, known.level, known.late_level)
+    if effort.level is not None:
+        return with_effort(recipe)
     space = outline(job.path, recipe.library, job.workload, job.family, job.trust_remote_code, recipe.checkpoint_dtype)
     job.rate = rate = forward_rate(space, recipe, job.runtime)
     plan = plan_time(space, recipe, rate, job.limits.has_times, time.monotonic() - started)
@@ -132,7 +135,7 @@ def choose_late_effort(job: Job, asked: Recipe, planning: float) -> Recipe:
         def seconds(late: float) -> float:
             recipe = at_level(asked, level, late)
             every = stage_seconds(stage_flops(space, recipe), space, recipe, rate)
-            return sum(every.get(stage, 0.0) for stage in (*_ADAPT, "child", "evaluation", "tasks", "clock"))
+            return sum(every.get(stage, 0.0) for stage in (*_ADAPT, *_FOLLOWING))
 
         late_level = highest_level(seconds, left)
         if abs(late_level - level) > 0.1:
