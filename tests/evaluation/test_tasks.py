@@ -117,3 +117,25 @@ def test_names_that_lm_eval_does_not_know_are_refused(make_parent: Callable[...,
     model = layersmith.load(make_parent("llama"))
     with pytest.raises(InputError, match="cannot run them"):
         run_tasks(model, tokenizer, EvaluationRecipe(tasks=("no_such_task",)))
+
+
+def test_a_child_keeps_a_share_of_the_accuracy(
+    make_parent: Callable[..., Path], tokenizer: Any, text_folder: Path, tmp_path: Path
+) -> None:
+    """The right choices are those that the parent prefers, so that its accuracy is 1."""
+    pytest.importorskip("lm_eval")
+    model = layersmith.load(make_parent("llama"))
+    words = ["return self", "import os", "class Tree:", "def read(path):", "for name in names:", "None", "0x", "else:"]
+    lines = []
+    for i, query in enumerate(words):
+        choices = [words[(i + k) % len(words)] for k in (1, 3)]
+        scores = [log_likelihood(model, tokenizer, query, f" {choice}") for choice in choices]
+        lines.append(json.dumps({"query": query, "choices": choices, "gold": scores.index(max(scores))}) + "\n")
+    file = tmp_path / "preferred.jsonl"
+    file.write_text("".join(lines))
+    recipe = TINY_RECIPE | {"evaluation": {"tasks": [str(file)], "keep": {str(file): 0.5}}}
+    out = tmp_path / "run"
+    result = layersmith.compress(make_parent("llama"), out, data=text_folder, budget="1.0", recipe=recipe)
+    assert result.metric("preferred/acc")["parent"] == 1.0
+    assert result.metric("preferred/kept")["child"] >= 0.5
+    assert result.solution.costs["parameters"] < result.solution.parent_costs["parameters"]
