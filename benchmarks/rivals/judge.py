@@ -20,7 +20,6 @@ from layersmith.evaluation.tasks import run_tasks
 from layersmith.execution.exchange import forward
 from layersmith.execution.parent import Parent
 from layersmith.recipe import EvaluationRecipe
-from layersmith.scoring.metrics import Reference, measure, row_means
 from layersmith.scoring.score import standard_error
 
 
@@ -59,18 +58,14 @@ class Judge:
     @torch.inference_mode()
     def on_text(self, child: PreTrainedModel) -> dict[str, dict[str, list[float]]]:
         """KL and loss of every row, in nats a token."""
-        result = {}
+        result: dict[str, dict[str, list[float]]] = {}
         for name, rows in self.texts.items():
-            measured = []
-            for row, read in zip(rows, self.read[name], strict=True):
-                ids = row[None]
-                reference = Reference.of(self.parent.head(read[None]), read[None], ids)
-                logits = child(input_ids=ids, use_cache=False).logits
-                measured.append(row_means([measure(reference, logits, read[None])]))
-            result[name] = {
-                "kl": [float(m["kl_divergence"]) for m in measured],
-                "loss": [float(m["lm_loss"]) for m in measured],
-            }
+            of_text = result.setdefault(name, {"kl": [], "loss": []})
+            for ids, read in zip(rows, self.read[name], strict=True):
+                p = self.parent.head(read).float().log_softmax(-1)
+                q = child(input_ids=ids[None], use_cache=False).logits[0].float().log_softmax(-1)
+                of_text["kl"].append(float((p.exp() * (p - q)).sum(-1).mean()))
+                of_text["loss"].append(float(-q[:-1].gather(-1, ids[1:, None]).mean()))
         return result
 
     def on_tasks(self, child: PreTrainedModel) -> dict[str, list[float]]:

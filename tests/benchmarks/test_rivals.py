@@ -19,6 +19,7 @@ from benchmarks.rivals.activations import Activations, observe
 from benchmarks.rivals.depth import Evolution, block_influence, evopress, removal_counts
 from benchmarks.rivals.flap import flap, fluctuation
 from benchmarks.rivals.gisp import gisp, importance
+from benchmarks.rivals.judge import Judge, Tasks
 from benchmarks.rivals.minitron import Narrow, divergence, minitron, narrowed, parameters_of, refitted_narrow
 from benchmarks.rivals.problem import Choice, Problem, alternatives, uniform_shapes
 from benchmarks.rivals.refit import refitted
@@ -28,6 +29,7 @@ from benchmarks.rivals.wanda import unit_scores, wanda
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL
 from layersmith.distillation.local import distill_locally
+from layersmith.evaluation.compare import compare
 from layersmith.execution.exchange import exchanged
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
@@ -312,3 +314,13 @@ def test_the_first_refit_is_layersmiths(problem: Problem, seen: Activations, mon
     for a in choice.chosen:
         for name, weight in expected.kept.of(a.identity).items():
             assert torch.allclose(made.kept.of(a.identity)[name], weight, atol=1e-4)
+
+
+def test_the_judge_measures_what_layersmith_does(problem: Problem, tmp_path: Path) -> None:
+    orders = {f"{i}.ffn.0": torch.arange(64) for i in range(4)}
+    child = Choice.of(problem, orders, [(8, 40)] * 4).child()
+    parent = problem.library.parent
+    expected = compare(parent.model, child, SCORING, batch_sequences=2)
+    found = Judge(parent, None, {"a": SCORING}, Tasks([], 1), tmp_path).on_text(child)["a"]
+    assert found["kl"] == pytest.approx(expected.metrics["kl_divergence"], rel=1e-4)
+    assert found["loss"] == pytest.approx(expected.child_loss, rel=1e-5)
