@@ -16,7 +16,9 @@ COLOURS = ("#1b6ca8", "#c4472c", "#3a8f4d", "#8a5bb5", "#b8860b", "#4f6d7a", "#b
 
 
 def write(rows: list[dict[str, Any]], out: Path) -> None:
-    """The table as ``.md`` and the plot as ``.svg``."""
+    """The table as ``.md`` and the plot as ``.svg``, once the parent's row is there."""
+    if not any(row["method"] == "parent" for row in rows):
+        return
     out.with_suffix(".md").write_text("\n".join(page(rows, out.stem)) + "\n", encoding="utf-8")
     out.with_suffix(".svg").write_text(plot(rows), encoding="utf-8")
 
