@@ -16,9 +16,10 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,12 @@ class Made:
     child: PreTrainedModel
     parameters: float
     work: tuple[float, float] = (0.0, 0.0)
+
+
+def run_seconds(job: Job, stages: Sequence[str]) -> float:
+    """What some stages of the run took, by the clock."""
+    events = map(json.loads, (job.run.folder / "log.jsonl").read_text(encoding="utf-8").splitlines())
+    return math.fsum(e["seconds"] for e in events if e.get("stage") in stages and "seconds" in e)
 
 
 class Methods:
@@ -173,7 +180,8 @@ class Methods:
         problem = dataclasses.replace(self.problem, work=Work())
         limit, job = share * self.total + self.rest, self.job
         solution, library = job.read(SOLUTION), library_with_pairs(job)
-        if uniform or not 0 <= limit - solution.costs["parameters"] < _NEAR * self.total:
+        is_runs = not uniform and 0 <= limit - solution.costs["parameters"] < _NEAR * self.total
+        if not is_runs:
             rules = SearchRecipe(uniform_groups=0) if uniform else None
             request = SearchRequest(job.run.folder, Budget.parse(str(int(limit))), rules=rules)
             library, (solution, *_) = search_several(request, refine=not uniform)
@@ -184,7 +192,10 @@ class Methods:
         elif not refit:
             library = dataclasses.replace(library, pairs=Kept())
         child = library.compose(solution.alternatives)
-        return Made(child, solution.costs["parameters"] - self.rest, (problem.work.tokens, problem.work.seconds))
+        seconds = run_seconds(
+            job, ("statistics", "library", "scores", *(("refine", "pairs")[: 1 + refit] if is_runs else ()))
+        )
+        return Made(child, solution.costs["parameters"] - self.rest, (0.0, seconds + problem.work.seconds))
 
 
 RIVALS = ("Wanda-sp", "FLAP", "ShortGPT", "Minitron", "GISP", "EvoPress", "Tyr", "SliceGPT")

@@ -34,7 +34,8 @@ def page(rows: list[dict[str, Any]], stem: str) -> Iterator[str]:
         "items of each task. ± is one standard error: of KL over rows, of perplexity from the loss above the parent's "
         "over the same rows, of accuracies from the difference to the parent on the same items. Tokens are in forward "
         "passes of the parent, a backward pass counting as two. *Refit* is layersmith's closed-form refit, without the "
-        "method's own weight updates. CPU seconds are of one thread on a shared machine.\n"
+        "method's own weight updates; for layersmith it is the one on the child's inputs. CPU seconds are of one thread on "
+        "a shared machine; layersmith's are its run's stages by the clock.\n"
     )
     yield f"![KL on held-out text by share of the parameters]({stem}.svg)\n"
     heads = ["method", "refit", "share", *(f"KL, {t}" for t in TEXTS.values())]
@@ -67,7 +68,8 @@ def _line(row: dict[str, Any], parent: dict[str, Any]) -> str:
             continue
         error = difference(values, parent["tasks"][task])[1]
         cells.append(f"{mean(values):.3f}" + ("" if row is parent else f" ± {error:.3f}"))
-    cells += [f"{row['tokens'] / 1000:,.0f}k", f"{row['seconds']:.0f}", row["commit"]]
+    tokens = f"{row['tokens'] / 1000:,.0f}k" if row["tokens"] else ""  # layersmith's run does not count them so
+    cells += [tokens, f"{row['seconds']:.0f}" if row["seconds"] else "", row["commit"]]
     return f"| {' | '.join(cells)} |"
 
 
