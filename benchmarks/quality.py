@@ -192,9 +192,8 @@ class Methods:
         elif not refit:
             library = dataclasses.replace(library, pairs=Kept())
         child = library.compose(solution.alternatives)
-        seconds = run_seconds(
-            job, ("statistics", "library", "scores", *(("refine", "pairs")[: 1 + refit] if is_runs else ()))
-        )
+        later = ["refine", "pairs"] if refit else ["refine"]  # made here if the child is not the run's
+        seconds = run_seconds(job, ["statistics", "library", "scores", *(later if is_runs else [])])
         return Made(child, solution.costs["parameters"] - self.rest, (0.0, seconds + problem.work.seconds))
 
 
