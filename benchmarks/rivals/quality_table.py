@@ -34,8 +34,8 @@ def page(rows: list[dict[str, Any]], stem: str) -> Iterator[str]:
         "items of each task. ± is one standard error: of KL over rows, of perplexity from the loss above the parent's "
         "over the same rows, of accuracies from the difference to the parent on the same items. Tokens are in forward "
         "passes of the parent, a backward pass counting as two. *Refit* is layersmith's closed-form refit, without the "
-        "method's own weight updates; for layersmith it is the one on the child's inputs. CPU seconds are of one thread, "
-        "on a shared machine; layersmith's are its run's stages by the clock.\n"
+        "method's own weight updates; for layersmith it is the one on the child's inputs. CPU seconds are those of "
+        "one thread on a shared machine; layersmith's are its run's stages by the clock.\n"
     )
     yield f"![KL on held-out text by share of the parameters]({stem}.svg)\n"
     heads = ["method", "refit", "share", *(f"KL, {t}" for t in TEXTS.values())]
