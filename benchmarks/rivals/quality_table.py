@@ -48,7 +48,8 @@ def page(rows: list[dict[str, Any]], stem: str) -> Iterator[str]:
         for row in sorted(of_share, key=lambda row: mean(row["text"]["inside"]["kl"])):
             yield _line(row, parent)
         yield ""
-        yield from _verdict(of_share, parent)
+        yield from (f"{row['method']}: {row['note']}\n" for row in [parent, *of_share] if "note" in row)
+        yield from _verdict(of_share)
 
 
 def _line(row: dict[str, Any], parent: dict[str, Any]) -> str:
@@ -73,7 +74,7 @@ def _line(row: dict[str, Any], parent: dict[str, Any]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _verdict(rows: list[dict[str, Any]], parent: dict[str, Any]) -> Iterator[str]:
+def _verdict(rows: list[dict[str, Any]]) -> Iterator[str]:
     """layersmith's difference to each other row, in pairs, and in units of its standard error."""
     ours = next((row for row in rows if row["method"] == "layersmith" and row["refit"]), None)
     if ours is None:
