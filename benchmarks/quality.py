@@ -1,4 +1,4 @@
-"""layersmith beside other methods of pruning, on one parent, without training, at the same sizes.
+"""layersmith compared with other methods of pruning, on one parent, without training, at the same sizes.
 
     python -m benchmarks.quality RUN --outside text.jsonl --tasks-in tasks/ --work WORK --out quality.json
 

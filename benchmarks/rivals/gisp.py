@@ -5,7 +5,7 @@ Source: Wang et al., "From Local to Global: Revisiting Structured Pruning Paradi
 rows. It is summed over the weights of a head or channel, normalized within each block, and units are ranked over the
 whole model. A small share is removed in each of many steps, between which importance is computed anew; the children of
 one trajectory are nested. What normalizes a block is taken by the KL of the first children: nothing, the block's mean,
-or its L2 norm; ``parameter`` divides a unit's importance by its number of parameters besides.
+or its L2 norm; each with and without dividing a unit's importance by its number of parameters.
 """
 
 from __future__ import annotations
