@@ -442,6 +442,7 @@ def export(
     child: Annotated[str, typer.Argument(help="Child to export: a checkpoint folder or a hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder for the export.")],
     to: Annotated[str, typer.Option("--to", help="Target; docs/serving.md has the table.")],
+    quantize: Annotated[str | None, typer.Option(help="With --to gguf: store the weights so, e.g. Q4_K_M.")] = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
     as_json: Json = False,
@@ -450,7 +451,7 @@ def export(
     from layersmith.export.run import export as export_child
 
     screen = open_screen(verbose, quiet, as_json)
-    exported = export_child(child, out, to, progress=screen.progress)
+    exported = export_child(child, out, to, quantize=quantize, progress=screen.progress)
     screen.show(lambda: exported, lambda: screen.line(str(exported)))
 
 

@@ -16,6 +16,7 @@ from layersmith.export import gguf
 from layersmith.export.gguf_reader import GGUFModel
 from layersmith.export.source import CannotExport, open_source
 from tests.conftest import FAMILIES, NO_ATTENTION, SIZES, block, child_model, stock_model
+from tests.heterogeneous.test_convert import write_gguf
 
 pytest.importorskip("gguf")
 
@@ -40,6 +41,10 @@ def qwen3_moe(**more: Any) -> PretrainedConfig:
     return Qwen3MoeConfig(**SIZES | {"head_dim": 8} | of_experts | more)
 
 
+def qwen3(**more: Any) -> PretrainedConfig:
+    return FAMILIES["qwen3"](tie_word_embeddings=True, **more)
+
+
 def rope(kind: str, **more: Any) -> dict[str, Any]:
     return {"rope_parameters": {"rope_type": kind, "rope_theta": 10_000.0, **more}}
 
@@ -58,16 +63,19 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
             [block({"num_attention_heads": 4, "num_key_value_heads": 2}), *[block()] * 3],
         ),
     ),
-    "linear attention": (
+    "linear maps": (
         "deci",
-        lambda: child_model(FAMILIES["llama"](), [block({"replace_with_linear": True}), *[block()] * 3]),
+        lambda: child_model(
+            FAMILIES["llama"](mlp_bias=True),
+            [block({"replace_with_linear": True}), *[block()] * 2, block(None, {"replace_with_linear": True})],
+        ),
     ),
     "mistral, mixed": ("deci", lambda: child_model(FAMILIES["mistral"](**FIVE, sliding_window=None), MIXED)),
     "qwen2": ("qwen2", lambda: stock_model(FAMILIES["qwen2"]())),
     "qwen2, mixed": ("deci", lambda: child_model(FAMILIES["qwen2"](**FIVE), MIXED)),
     "qwen3": ("qwen3", lambda: stock_model(FAMILIES["qwen3"]())),
     "qwen3, removed": ("qwen3", lambda: child_model(FAMILIES["qwen3"](), [block(NO_ATTENTION), *[block()] * 3])),
-    "tied qwen3, mixed": ("openelm", lambda: child_model(FAMILIES["qwen3"](**FIVE, tie_word_embeddings=True), MIXED)),
+    "tied qwen3, mixed": ("openelm", lambda: child_model(qwen3(**FIVE), MIXED)),
     "qwen3_moe": (
         "qwen3moe",
         lambda: child_model(
@@ -127,14 +135,14 @@ def test_a_wrong_tensor_is_noticed(tmp_path: Path, tokenizer: PreTrainedTokenize
 
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "linear FFN": (
-        lambda: child_model(FAMILIES["llama"](), [*[block()] * 3, block(None, {"replace_with_linear": True})]),
-        "layer 3: its FFN is one linear map.*library.linear=false",
+        lambda: child_model(qwen3(), [*[block()] * 3, block(None, {"replace_with_linear": True})]),
+        r'layer 3: its FFN is one linear map.*library.linear=\["attention"\]',
     ),
     "window": (
         lambda: stock_model(FAMILIES["mistral"]()),
         "layer 0 sees the last 12 tokens of up to 256.*max_position_embeddings",
     ),
-    "untied": (lambda: child_model(FAMILIES["qwen3"](**FIVE), MIXED), "weights of its own.*padded"),
+    "untied": (lambda: child_model(FAMILIES["qwen3"](**FIVE), MIXED), "are not the embeddings.*padded"),
     "experts": (
         lambda: child_model(
             qwen3_moe(), [block(None, experts()), block(None, experts(4)), *[block(None, experts())] * 2]
@@ -164,3 +172,18 @@ def test_what_llama_cpp_cannot_compute_is_refused(case: str, write: Callable[...
 def test_a_child_without_a_tokenizer_is_refused(write: Callable[..., Path]) -> None:
     with pytest.raises(CannotExport, match="no tokenizer that loads"):
         write(stock_model(FAMILIES["llama"]()), with_tokenizer=False)
+
+
+def test_a_child_of_a_gguf_parent_becomes_the_same_file(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    from gguf import GGUFReader
+
+    write_gguf(tmp_path / "parent.gguf", stock_model(FAMILIES["llama"](head_dim=4)), tokenizer)
+    with open_source(tmp_path / "parent.gguf") as source:
+        gguf.prepare(source)(tmp_path)
+    before, after = GGUFReader(tmp_path / "parent.gguf"), GGUFReader(tmp_path / gguf.FILE)
+    for key in ("model", "pre", "tokens", "merges", "eos_token_id"):
+        values = [reader.get_field(f"tokenizer.ggml.{key}") for reader in (before, after)]
+        assert values[0].contents() == values[1].contents(), key
+    read = {tensor.name: gguf.as_torch(tensor) for tensor in after.tensors}
+    for tensor in before.tensors:
+        torch.testing.assert_close(read[tensor.name].float(), gguf.as_torch(tensor), rtol=1e-2, atol=0)

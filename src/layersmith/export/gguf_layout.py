@@ -21,7 +21,8 @@ from layersmith.model_descriptor.stock import whole_number
 LAYERS = "layersmith.layers"
 # Width of a removed FFN that is replaced by zeros: the smallest that every quantization takes.
 ZERO_WIDTH = 256
-_ALIKE = "Search with --alike all, or export it --to padded first and that copy --to gguf"
+SILU_IS_ONE = 1.2784645427610738
+_ALIKE = "Search with --set search.uniform_groups=0, or export it --to padded first and that copy --to gguf"
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Entry:
     shape: tuple[int, ...]
     sources: tuple[str, ...] = ()
     rotated: tuple[int, ...] = ()
-    fill: float | tuple[float, ...] = 0.0
+    fill: float | tuple[float, ...] | Literal["identity"] = 0.0
 
 
 @dataclass(frozen=True)
@@ -107,7 +108,7 @@ class Block:
         attention: ``heads``, one ``linear`` map, ``zeros`` in its place, or nothing.
         heads: Query heads.
         kv_heads: KV heads.
-        zero_ffn: Whether zeros take the FFN's place.
+        ffn: ``whole``, one ``linear`` map, or ``zeros`` in its place.
         width: Width of the FFN, or of each expert.
     """
 
@@ -115,7 +116,7 @@ class Block:
     attention: Literal["heads", "linear", "zeros", "none"]
     heads: int
     kv_heads: int
-    zero_ffn: bool
+    ffn: Literal["whole", "linear", "zeros"]
     width: int
 
 
@@ -191,17 +192,17 @@ def _blocks(source: Source, arch: Arch) -> Iterator[Block]:
     usual = _usual(source, arch, kept)
     for i in kept:
         heads, block = source.heads(i), source.blocks[i]
-        if block.ffn.replace_with_linear:
+        if block.ffn.replace_with_linear and "ffn_gate" not in arch.biases:
             raise CannotExport(
-                f"--to gguf: layer {i}: its FFN is one linear map, which no program of llama.cpp has. "
-                "Search with --set library.linear=false."
+                f"--to gguf: layer {i}: its FFN is one linear map, which llama.cpp's {arch.name} cannot compute. "
+                """Search with --set 'library.linear=["attention"]'."""
             )
         zeros = (1, 1, ZERO_WIDTH) if arch.mixed else usual
         attention: Literal["heads", "linear", "zeros", "none"] = "heads"
         if block.attention.replace_with_linear and not arch.removes_attention:
             raise CannotExport(
                 f"--to gguf: layer {i}: its attention is one linear map, which llama.cpp's {arch.name} does not have. "
-                "Search with --set library.linear=false."
+                """Search with --set 'library.linear=["ffn"]'."""
             )
         if block.attention.replace_with_linear:
             attention, queries, kv = "linear", whole_number(source.language, "num_attention_heads") or 1, 0
@@ -211,8 +212,12 @@ def _blocks(source: Source, arch: Arch) -> Iterator[Block]:
             attention, queries, kv = "none", 0, 0  # the size of a head is read only if the first block has one
         else:
             attention, (queries, kv, _) = "zeros", zeros
-        width = zeros[2] if block.ffn.no_op else _width(source, i, arch)
-        made = Block(i, attention, queries, kv, block.ffn.no_op, width)
+        ffn: Literal["whole", "linear", "zeros"] = "zeros" if block.ffn.no_op else "whole"
+        if block.ffn.replace_with_linear:
+            ffn, width = "linear", source.language.hidden_size
+        else:
+            width = zeros[2] if block.ffn.no_op else _width(source, i, arch)
+        made = Block(i, attention, queries, kv, ffn, width)
         if not arch.mixed and (made.heads, made.kv_heads, made.width) != usual:
             raise _differs(i, (made.heads, made.kv_heads, made.width), usual, arch)
         yield made
@@ -221,7 +226,10 @@ def _blocks(source: Source, arch: Arch) -> Iterator[Block]:
 def _usual(source: Source, arch: Arch, kept: Sequence[int]) -> tuple[int, int, int]:
     """Query heads, KV heads and width of the first layer that has them."""
     heads = next((h for i in kept if (h := source.heads(i)) is not None), None)
-    width = next((_width(source, i, arch) for i in kept if not source.blocks[i].ffn.no_op), ZERO_WIDTH)
+    width = next(
+        (_width(source, i, arch) for i in kept if not (f := source.blocks[i].ffn).no_op and not f.replace_with_linear),
+        ZERO_WIDTH,
+    )
     return (heads.queries, heads.kv, width) if heads is not None else (1, 1, width)
 
 
@@ -258,8 +266,8 @@ def _entries(source: Source, arch: Arch, blocks: Sequence[Block]) -> Iterator[En
     if "lm_head.weight" in source.places:
         if arch.tied:
             raise CannotExport(
-                f"--to gguf: the layers differ and the output layer has weights of its own, where llama.cpp's "
-                f"{arch.name} uses the embeddings. {_ALIKE}."
+                f"--to gguf: the layers differ and the weights of the output layer are not the embeddings, as "
+                f"llama.cpp's {arch.name} takes for granted. {_ALIKE}."
             )
         yield _copy(source, "output.weight", "lm_head.weight")
     factors = _frequency_factors(source, arch)
@@ -329,7 +337,7 @@ def _ffn(source: Source, arch: Arch, number: int, block: Block) -> Iterator[Entr
     hidden, width = source.language.hidden_size, block.width
     prefix, layer = f"blk.{number}", f"model.layers.{block.layer}"
     norm = f"{prefix}.ffn_norm.weight"
-    if block.zero_ffn:
+    if block.ffn == "zeros":
         yield Entry(norm, (hidden,), fill=1.0)
     else:
         yield _copy(source, norm, f"{layer}.post_attention_layernorm.weight")
@@ -337,18 +345,25 @@ def _ffn(source: Source, arch: Arch, number: int, block: Block) -> Iterator[Entr
     if arch.experts:
         experts = _experts(source)
         router, folder, names = _EXPERTS[source.language.model_type]
-        if block.zero_ffn:
+        if block.ffn == "zeros":
             yield Entry(f"{prefix}.ffn_gate_inp.weight", (experts[0], hidden))
         else:
             yield _copy(source, f"{prefix}.ffn_gate_inp.weight", f"{layer}.{router}.weight")
         for part, shape in shapes.items():
             sources = tuple(f"{layer}.{folder}.{e}.{names[part]}.weight" for e in range(experts[0]))
-            made = () if block.zero_ffn else sources
+            made = () if block.ffn == "zeros" else sources
             yield Entry(f"{prefix}.ffn_{part}_exps.weight", (experts[0], *shape), made)
+        return
+    if block.ffn == "linear":
+        # SiLU(0 x + b) = 1 for this b, so that the FFN is down(up(x)).
+        yield Entry(f"{prefix}.ffn_gate.weight", shapes["gate"])
+        yield Entry(f"{prefix}.ffn_gate.bias", (width,), fill=SILU_IS_ONE)
+        yield Entry(f"{prefix}.ffn_up.weight", shapes["up"], fill="identity")
+        yield _copy(source, f"{prefix}.ffn_down.weight", f"{layer}.mlp.linear.weight")
         return
     for part, shape in shapes.items():
         weight = f"{layer}.{_DENSE[f'ffn_{part}']}.weight"
-        if block.zero_ffn:
+        if block.ffn == "zeros":
             yield Entry(f"{prefix}.ffn_{part}.weight", shape)
         else:
             yield _copy(source, f"{prefix}.ffn_{part}.weight", weight)
@@ -369,7 +384,7 @@ def _experts(source: Source) -> tuple[int, int]:
         (one, first), (other, second) = list(seen.items())[:2]
         raise CannotExport(
             f"--to gguf: layer {second} has {other[0]} experts, {other[1]} per token, and layer {first} {one[0]}, "
-            f"{one[1]} per token; llama.cpp reads one number for all layers. Search with --alike all."
+            f"{one[1]} per token; llama.cpp reads one number for all layers. Search with --set search.uniform_groups=0."
         )
     return next(iter(seen), (0, 0))
 

@@ -1,6 +1,6 @@
 """A Hugging Face tokenizer as the metadata of a GGUF file.
 
-llama.cpp has its own tokenizers and knows how to split text before byte-pair encoding by a name. So a tokenizer can be
+llama.cpp knows by a name how text is split before byte-pair encoding. So a tokenizer can be
 written only where its normalizer and pre-tokenizer are among those with a name; others are refused.
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -91,7 +92,7 @@ def quantize(file: Path, out: Path, name: str) -> None:
         raise UsageError(f"--quantize {name}: not a name of llama.cpp, such as Q4_K_M or Q8_0.")
     done = _run("quantize", str(file), str(out), name)
     if done.returncode:
-        raise UsageError(f"--quantize {name}: llama.cpp does not do it ({_last_line(done.stderr)}).")
+        raise UsageError(f"--quantize {name}: llama.cpp does not do it ({_reason(done)}).")
 
 
 def _ask(file: Path, rows: Sequence[list[int]], texts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -100,7 +101,7 @@ def _ask(file: Path, rows: Sequence[list[int]], texts: Sequence[str]) -> dict[st
         request.write_text(json.dumps({"rows": rows, "texts": texts, "threads": torch.get_num_threads()}))
         done = _run("ask", str(file), str(request), str(answer))
         if done.returncode:
-            raise CannotExport(f"--to gguf: llama.cpp does not read the file ({_last_line(done.stderr)}).")
+            raise CannotExport(f"--to gguf: llama.cpp does not read the file ({_reason(done)}).")
         with np.load(answer) as arrays:
             return dict(arrays)
 
@@ -110,5 +111,8 @@ def _run(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-P", str(_SCRIPT), *arguments], capture_output=True, text=True, check=False)
 
 
-def _last_line(text: str) -> str:
-    return text.strip().splitlines()[-1] if text.strip() else "it said nothing"
+def _reason(done: subprocess.CompletedProcess[str]) -> str:
+    """Why a process failed: the signal that ended it, or the last line that it wrote."""
+    if done.returncode < 0:
+        return f"it was ended by {signal.Signals(-done.returncode).name}"
+    return done.stderr.strip().splitlines()[-1] if done.stderr.strip() else "it said nothing"

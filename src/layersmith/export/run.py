@@ -37,14 +37,16 @@ class Exported:
         folder: Where it is.
         target: Name of the target.
         proof: What shows that it is the same model.
+        quantized: What quantizing it afterwards changed, in words; empty if it was not.
     """
 
     folder: Path
     target: str
     proof: Proof
+    quantized: str = ""
 
     def __str__(self) -> str:
-        return f"{self.folder}: written for {self.target}; {self.proof}."
+        return f"{self.folder}: written for {self.target}; {self.proof}.{' ' * bool(self.quantized)}{self.quantized}"
 
 
 def export(
@@ -52,6 +54,7 @@ def export(
     out: str | os.PathLike[str],
     to: str = "padded",
     *,
+    quantize: str | None = None,
     progress: Progress = SILENT,
 ) -> Exported:
     """Write a child in the layout of a target, and prove that the target's reader gives the same model.
@@ -62,10 +65,11 @@ def export(
         child: Checkpoint folder, hub id, or a model from :func:`layersmith.load`.
         out: The new folder; if it exists, it must be empty.
         to: A name of :data:`layersmith.export.target.TARGETS`.
+        quantize: Format of the weights, such as ``Q4_K_M``, in which the proved export is stored; for ``gguf`` only.
         progress: Receives steps and notes.
 
     Raises:
-        UsageError: There is no such target.
+        UsageError: There is no such target, or it has no such format.
         InputError: The child is damaged, the folder is not empty, or a package is missing.
         CannotExport: The layout cannot express the child; the message says which layer, why, and what would fit.
     """
@@ -75,6 +79,8 @@ def export(
     if target.extra is not None and find_spec(target.extra[0]) is None:
         package, extra = target.extra
         raise InputError(f"--to {to}: needs the package {package}: pip install 'layersmith[{extra}]'")
+    if quantize is not None and target.quantize is None:
+        raise UsageError(f"--quantize {quantize}: only --to gguf stores quantized weights.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: already there and not empty. Choose another folder.")
     with open_source(child) as source, Run.locked_around(folder), progress.stage("export", 2, "steps") as advance:
@@ -86,9 +92,10 @@ def export(
                 copy_files(source, made)
             advance(1)
             proof = prove(source, made, to, target.reader, target.read, target.tolerance)
-            write_json(made / RECORD, _record(source, target, proof))
+            quantized = target.quantize(source, made, quantize) if quantize and target.quantize else ""
+            write_json(made / RECORD, _record(source, target, proof) | ({"quantized": quantized} if quantized else {}))
             advance(1)
-    return Exported(folder, to, proof)
+    return Exported(folder, to, proof, quantized)
 
 
 def copy_files(source: Source, folder: Path) -> None:

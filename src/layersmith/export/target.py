@@ -32,6 +32,7 @@ class Target:
         read: Loads it.
         extra: The extra of layersmith that it needs, by the package that is imported; empty for none.
         tolerance: Largest difference of logits, relative to the largest logit.
+        quantize: Stores the proved export with quantized weights, and says what that changed.
         copies: Whether tokenizer and generation settings are copied beside the weights.
     """
 
@@ -42,6 +43,7 @@ class Target:
     extra: tuple[str, str] | None = None
     tolerance: float = TOLERANCE
     copies: bool = True
+    quantize: Callable[[Source, Path, str], str] | None = None
 
 
 TARGETS: dict[str, Target] = {
@@ -58,5 +60,6 @@ TARGETS: dict[str, Target] = {
         read=gguf.read,
         extra=("gguf", "gguf"),
         copies=False,
+        quantize=gguf.quantize,
     ),
 }
