@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from layersmith.heterogeneous.checkpoint import weight_files
+from layersmith.heterogeneous.weight_files import weight_files
 
 _PRINT_PEAK = """
 print("peak", next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))

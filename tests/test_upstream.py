@@ -26,6 +26,8 @@ from transformers import (
     MambaForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
     Trainer,
     TrainingArguments,
 )
@@ -54,6 +56,18 @@ def test_model_from_config() -> None:
     model = upstream.model_from_config(LlamaForCausalLM, FAMILIES["llama"](), dtype=torch.bfloat16)
     assert isinstance(model, LlamaForCausalLM)
     assert model.dtype == torch.bfloat16
+
+
+def test_shapes_on_disk(tmp_path: Path) -> None:
+    """Also of a family whose experts are one tensor in memory and many in its files."""
+    model = Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(hidden_size=16, num_hidden_layers=1, num_experts=2, vocab_size=32, num_attention_heads=2,
+                       num_key_value_heads=1, intermediate_size=8, moe_intermediate_size=8, head_dim=8)
+    )  # fmt: skip
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    assert upstream.shapes_on_disk(model.to("meta")) == written
 
 
 def test_output_size_attribute() -> None:

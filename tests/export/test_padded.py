@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 import layersmith
 from layersmith.block_config import BlockConfig
-from layersmith.export.padded import placed
+from layersmith.export.grow import placed
 from layersmith.export.source import CannotExport, Heads
 from tests.export.children import ALIKE_EXPERTS, CONFIGS, MIXED, PRUNED_EXPERTS, attention, experts, ffn, write_child
 

@@ -961,6 +961,19 @@ def _commands() -> Iterable[Case]:
         )  # fmt: skip
     yield Case("inspect: batch", (*INSPECT, "--batch", "0"), "batch")
     yield Case("inspect: context", (*INSPECT, "--context", "-1"), "context")
+    for name, words, word in (
+        ("no such target", ("{run}/child", "{out}", "--to", "zork"), "no such target"),
+        ("no such child", ("/no/such/child", "{out}", "--to", "padded"), "no such folder"),
+        ("a folder that is not empty", ("{run}/child", "{run}", "--to", "padded"), "not empty"),
+    ):
+        yield Case(f"export: {name}", ("export", *words), word)
+    for name, changes in _CHILDREN.items():
+        export = ("export", "{run}/child", "{out}", "--to", "vllm")
+        yield Case(f"export: child with {name}", export, "config.json", harm=_config_of_child(**changes))
+    for name in ("empty", "header of 2**60 bytes"):
+        content, word = _WEIGHT_FILES[name]
+        export, harm = ("export", "{parent}", "{out}", "--to", "padded"), write("parent/model.safetensors", content)
+        yield Case(f"export, weights: {name}", export, word, harm=harm)
     yield Case("demo: out is a file", ("demo", "{here}/afile"), "is a file", harm=write("afile", "x"))
     yield Case("demo: budget", ("demo", "{out}", "--params", "nan"), "not a budget")
 

@@ -34,7 +34,8 @@ from layersmith.costs.times import from_csv
 from layersmith.data.read import read_documents
 from layersmith.data.splits import holds_tokens, prepare
 from layersmith.errors import LayersmithError, brief
-from layersmith.heterogeneous.checkpoint import check_files, read_subblocks, weight_files
+from layersmith.heterogeneous.checkpoint import read_subblocks
+from layersmith.heterogeneous.weight_files import check_files, weight_files
 from layersmith.pipeline import STAGES
 from layersmith.recipe import Recipe
 from layersmith.report.card import license_of

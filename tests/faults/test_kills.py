@@ -46,6 +46,11 @@ CASES = {
     ),
     "search --frontier": Case(lambda tiny, at: ["search", str(at / "run"), "--frontier"], "compressed"),
     "report": Case(lambda tiny, at: ["report", str(at / "run")], "compressed"),
+    "export": Case(
+        lambda tiny, at: ["export", str(at / "run" / "child"), str(at / "out"), "--to", "vllm"],
+        "compressed",
+        is_refused_when_done=True,
+    ),
     "costs": Case(
         lambda tiny, at: ["costs", str(tiny.parent), "--csv", str(at / "t.csv"), "--on", "H100", "--context", "64"]
     ),

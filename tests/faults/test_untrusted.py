@@ -17,7 +17,7 @@ import layersmith
 from layersmith.costs.budget import Budget
 from layersmith.data.splits import load_tokenizer
 from layersmith.errors import InputError, LayersmithError, UsageError, brief, printable
-from layersmith.heterogeneous.checkpoint import check_files, weight_files
+from layersmith.heterogeneous.weight_files import check_files, weight_files
 from layersmith.recipe import Recipe
 from layersmith.run.header import read_header, write_header
 from layersmith.stages.distill_finished import distill
@@ -68,8 +68,9 @@ def trap(given_run: Path, tmp_path: Path) -> Path:
         lambda run: layersmith.compress(run.parent / "parent", run.parent / "new", data=run, budget=0.9),
         lambda run: layersmith.load(run.parent / "parent"),
         lambda run: layersmith.describe(run.parent / "parent"),
+        lambda run: layersmith.export(run.parent / "parent", run.parent / "new", "vllm"),
     ],
-    ids=["report", "distill", "search", "evaluate", "compress", "load", "describe"],
+    ids=["report", "distill", "search", "evaluate", "compress", "load", "describe", "export"],
 )
 def test_no_file_can_allow_code_to_run(command: Callable[[Path], Any], trap: Path, tmp_path: Path) -> None:
     with pytest.raises(LayersmithError, match="--trust-remote-code"):

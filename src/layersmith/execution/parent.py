@@ -18,7 +18,8 @@ from layersmith.block_config import BlockConfig
 from layersmith.errors import ALLOW_CODE, UnsupportedModel
 from layersmith.execution.streaming import WeightStream, load_streamed
 from layersmith.heterogeneous.build import block_configs_of, decoder_layers, head_of
-from layersmith.heterogeneous.checkpoint import load, weight_files
+from layersmith.heterogeneous.checkpoint import load
+from layersmith.heterogeneous.weight_files import weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.run.artifacts import fingerprint, plain

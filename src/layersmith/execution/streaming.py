@@ -28,13 +28,8 @@ from layersmith.errors import InputError
 from layersmith.execution.files import Files
 from layersmith.execution.memory import free_memory, give_back
 from layersmith.heterogeneous.build import decoder_layers, num_layers_of
-from layersmith.heterogeneous.checkpoint import (
-    check_files,
-    check_finite,
-    class_of,
-    read_weights,
-    weight_files,
-)
+from layersmith.heterogeneous.checkpoint import check_finite, class_of, read_weights
+from layersmith.heterogeneous.weight_files import check_files, weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.run.artifacts import saying_disk_full, temporary_folder

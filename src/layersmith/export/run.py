@@ -17,7 +17,7 @@ from layersmith.export.proof import Proof, prove
 from layersmith.export.source import Source, open_source
 from layersmith.export.target import TARGETS, Target
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.run.artifacts import whole_folder, write_json
+from layersmith.run.artifacts import read_json, whole_folder, write_json
 from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 
@@ -36,17 +36,21 @@ class Exported:
     Attributes:
         folder: Where it is.
         target: Name of the target.
+        layout: The class that its config names; empty if there is no config.
         proof: What shows that it is the same model.
         quantized: What quantizing it afterwards changed, in words; empty if it was not.
     """
 
     folder: Path
     target: str
+    layout: str
     proof: Proof
     quantized: str = ""
 
     def __str__(self) -> str:
-        return f"{self.folder}: written for {self.target}; {self.proof}.{' ' * bool(self.quantized)}{self.quantized}"
+        named = f" as {self.layout}" if self.layout else ""
+        quantized = f" {self.quantized}" if self.quantized else ""
+        return f"{self.folder}: written for {self.target}{named}; {self.proof}.{quantized}"
 
 
 def export(
@@ -95,7 +99,13 @@ def export(
             quantized = target.quantize(source, made, quantize) if quantize and target.quantize else ""
             write_json(made / RECORD, _record(source, target, proof) | ({"quantized": quantized} if quantized else {}))
             advance(1)
-    return Exported(folder, to, proof, quantized)
+    return Exported(folder, to, _layout(folder), proof, quantized)
+
+
+def _layout(folder: Path) -> str:
+    config = folder / "config.json"
+    names = read_json(config).get("architectures") if config.is_file() else None
+    return str(names[0]) if names else ""
 
 
 def copy_files(source: Source, folder: Path) -> None:

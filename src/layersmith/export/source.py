@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -18,8 +19,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from layersmith.block_config import BlockConfig
 from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.build import block_configs_of
-from layersmith.heterogeneous.checkpoint import check_files, save, weight_map
+from layersmith.heterogeneous.checkpoint import save
 from layersmith.heterogeneous.convert import ordinary_checkpoint
+from layersmith.heterogeneous.weight_files import check_files, weight_map
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.stock import causal_lm_config, whole_number
@@ -77,6 +79,11 @@ class Source:
             return file.get_tensor(name)
 
     @cached_property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the layers' tensors."""
+        return self.tensor(next(name for name in self.places if layer_of(name) is not None)).dtype
+
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
         shapes: dict[str, tuple[int, ...]] = {}
@@ -93,6 +100,32 @@ class Source:
         if attention.no_op or attention.replace_with_linear or attention.mamba is not None or queries is None:
             return None
         return Heads(queries, attention.num_key_value_heads or parent.num_key_value_heads or queries)
+
+    @property
+    def parent(self) -> Source:
+        """The same files described as if no layer had changed."""
+        return replace(self, blocks=self.of_parent)
+
+    @property
+    def num_query_heads(self) -> int:
+        """The query heads of the parent, where all layers have as many."""
+        return int(self.language.num_attention_heads)
+
+    @cached_property
+    def windows(self) -> list[int]:
+        """The layers whose attention sees only the last ``sliding_window`` tokens."""
+        window, most = (getattr(self.language, n, None) for n in ("sliding_window", "max_position_embeddings"))
+        if not window or (most and window >= most):
+            return []
+        kinds = [self.layer_type(i) for i in range(len(self.blocks))]
+        return [i for i, kind in enumerate(kinds) if kind in (None, "sliding_attention") and self.heads(i) is not None]
+
+    @property
+    def is_alike(self) -> bool:
+        """Whether all layers that were alike in the parent are, and none lacks a subblock."""
+        pairs = set(zip(self.of_parent, self.blocks, strict=True))
+        whole = all(not (part.no_op or part.replace_with_linear) for b in self.blocks for part in (b.attention, b.ffn))
+        return whole and len(pairs) == len(set(self.of_parent))
 
     def layer_type(self, i: int) -> str | None:
         """What the attention of layer ``i`` sees, in the words of the config; None if the config has no such list."""
@@ -116,7 +149,7 @@ def open_source(child: str | os.PathLike[str] | PreTrainedModel) -> Iterator[Sou
         UnsupportedModel: Its family cannot be described.
     """
     if isinstance(child, PreTrainedModel):
-        with temporary_folder(Path(os.environ.get("TMPDIR", "/tmp")), "export") as near:
+        with temporary_folder(Path(tempfile.gettempdir()), "export") as near:
             save(child, near / "child")
             yield _source(near / "child")
     else:

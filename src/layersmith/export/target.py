@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-from layersmith.export import gguf, padded
-from layersmith.export.proof import TOLERANCE, Reader, with_stock_transformers
+from layersmith.export import decilm, gguf, onnx_graph, padded, puzzletron, served
+from layersmith.export.proof import TOLERANCE, Reader, with_layersmith, with_stock_transformers
 from layersmith.export.source import Source
 
 
@@ -61,5 +62,42 @@ TARGETS: dict[str, Target] = {
         extra=("gguf", "gguf"),
         copies=False,
         quantize=gguf.quantize,
+    ),
+    "vllm": Target(
+        purpose="stock vLLM",
+        prepare=served.prepare,
+        reader="layersmith's reader of the layout",
+        read=served.read,
+    ),
+    "sglang": Target(
+        purpose="stock SGLang; the DeciLM layout",
+        prepare=partial(decilm.prepare, decilm.SGLANG),
+        reader="layersmith's reader of the layout",
+        read=with_layersmith,
+    ),
+    "tensorrt-llm": Target(
+        purpose="stock TensorRT-LLM; the DeciLM layout",
+        prepare=partial(decilm.prepare, decilm.TENSORRT_LLM),
+        reader="layersmith's reader of the layout",
+        read=with_layersmith,
+    ),
+    "puzzletron": Target(
+        purpose="NVIDIA Model-Optimizer's puzzletron, its first schema",
+        prepare=puzzletron.prepare,
+        reader="layersmith's reader of the layout",
+        read=with_layersmith,
+    ),
+    "anymodel": Target(
+        purpose="AnyModel, in NVIDIA's vLLM",
+        prepare=puzzletron.prepare_any_model,
+        reader="layersmith's reader of the layout",
+        read=with_layersmith,
+    ),
+    "onnx": Target(
+        purpose="onnxruntime: one graph without KV cache",
+        prepare=onnx_graph.prepare,
+        reader="onnxruntime",
+        read=onnx_graph.read,
+        extra=("onnxruntime", "onnx"),
     ),
 }

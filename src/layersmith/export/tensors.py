@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from layersmith.heterogeneous.checkpoint import INDEX
+from layersmith.heterogeneous.weight_files import INDEX
 from layersmith.run.artifacts import saying_disk_full, write_json, write_tensors
 
 MAX_SHARD_BYTES = 2 * 1024**3

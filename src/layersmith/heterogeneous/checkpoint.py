@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
-from typing_extensions import TypedDict
 
 from layersmith import upstream
 from layersmith.errors import InputError, whole_reason
@@ -23,6 +22,7 @@ from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import class_for
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.heterogeneous.plan import SUBBLOCKS
+from layersmith.heterogeneous.weight_files import INDEX, check_files, weight_files, weight_map
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.conventions import ATTENTION
 from layersmith.model_descriptor.describe import read_config
@@ -38,10 +38,8 @@ from layersmith.modeling_layersmith import (
     refuse_incomplete,
     without_guard,
 )
-from layersmith.run.artifacts import read_json, read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
-from layersmith.untrusted import inside
+from layersmith.run.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
 
-INDEX = "model.safetensors.index.json"
 SUBBLOCK_FOLDER = "subblocks_safetensors"
 
 
@@ -142,61 +140,6 @@ def read_weights(cls: Any, path: str | os.PathLike[str], config: PretrainedConfi
             f"{path}: the weights do not match config.json: {whole_reason(attempt.error)}."
         ) from attempt.error
     return model
-
-
-def check_files(path: str | os.PathLike[str]) -> None:
-    """Check by file sizes and headers that no weights of a checkpoint folder are missing.
-
-    A hub id or GGUF file passes.
-
-    Raises:
-        InputError: A file is missing, or shorter than its header says.
-    """
-    folder = Path(path)
-    if not folder.is_dir():
-        return
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json here. Give the folder of a Hugging Face checkpoint.")
-    if (folder / "adapter_config.json").is_file():  # Transformers would load the model that it names
-        raise InputError(f"{folder}: an adapter, not a whole model. Merge it into its model first.")
-    files = weight_files(folder)
-    if not files:
-        raise InputError(f"{folder}: no safetensors weights here. Convert the checkpoint with save_pretrained first.")
-    for file in files:
-        if not file.is_file():
-            raise InputError(f"{file}: missing, though the index of the checkpoint names it. Download it again.")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                tensors.keys()
-        except (SafetensorError, OSError) as error:
-            size = file.stat().st_size
-            raise InputError(f"{file}: truncated or damaged ({size:,} bytes; {error}). Download it again.") from error
-
-
-class _Index(TypedDict):
-    weight_map: dict[str, str]
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint folder: all, or those of its index where there is no single file.
-
-    Raises:
-        InputError: The index is damaged, or names a file that is not in the folder.
-    """
-    index = folder / INDEX
-    if index.is_file() and not (folder / "model.safetensors").is_file():  # which Transformers prefers
-        names: set[str] = set(read_json(index, _Index, "Download it again.")["weight_map"].values())
-        return [inside(folder, name, index) for name in sorted(names)]
-    return sorted(folder.glob("*.safetensors"))
-
-
-def weight_map(folder: Path) -> dict[str, Path]:
-    """The file of every tensor of a checkpoint folder."""
-    files = {}
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            files.update(dict.fromkeys(tensors.keys(), file))
-    return files
 
 
 def save(

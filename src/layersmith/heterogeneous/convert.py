@@ -27,7 +27,10 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from layersmith.data.pre_tokenizers import split_as
 from layersmith.errors import InputError, UnsupportedModel
 from layersmith.foreign import foreign_code
-from layersmith.model_descriptor.describe import gguf_location, read_config
+from layersmith.heterogeneous.build import block_configs_of, child_config
+from layersmith.heterogeneous.weight_files import INDEX, check_files, weight_files
+from layersmith.model_descriptor import deci
+from layersmith.model_descriptor.describe import gguf_location, read_config, read_other_layout
 from layersmith.model_descriptor.stock import (
     causal_lm_config,
     quiet_transformers,
@@ -35,11 +38,12 @@ from layersmith.model_descriptor.stock import (
     stock_class,
     stock_model,
 )
-from layersmith.modeling_layersmith import refuse_incomplete
-from layersmith.run.artifacts import fingerprint, whole_folder
+from layersmith.modeling_layersmith import finish_folder, refuse_incomplete
+from layersmith.run.artifacts import fingerprint, read_json, read_tensors, whole_folder, write_json, write_tensors
 from layersmith.run.digests import content_digest, read_sealed, write_sealed
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.user_cache import cache_folder
+from layersmith.untrusted import read_safetensors_header
 
 # In which weights are stored that were quantized; the dtype of nearly all published models.
 DTYPE = "bfloat16"
@@ -71,6 +75,8 @@ def ordinary_checkpoint(
         InputError: The file or config cannot be read, or a package that reads it is missing.
         UnsupportedModel: Transformers cannot dequantize this format.
     """
+    if not gguf_location(path) and (config := read_other_layout(path)) is not None:
+        path = _adopted(Path(path) if Path(path).exists() else Path(snapshot_download(str(path))), config, progress)
     method = quantization_of(path, trust_remote_code)
     if method is None and (dtype == "auto" or not _differs(path, dtype, trust_remote_code)):
         return str(path)
@@ -88,6 +94,44 @@ def ordinary_checkpoint(
             _save(model, place, made, trust_remote_code)
             write_sealed(made / _RECORD, wanted, [file for file in made.rglob("*") if file.is_file()])
     return str(folder)
+
+
+def _adopted(place: Path, config: PretrainedConfig, progress: Progress) -> Path:
+    """A child's folder for a heterogeneous checkpoint of another tool; its weights are links where no name changes."""
+    check_files(place)
+    folder = (cache_folder("parents") or _until_exit()) / fingerprint([content_digest(place), "block_configs"])
+    if (folder / "config.json").is_file() and all(file.exists() for file in weight_files(folder)):
+        return folder  # unless the files that it links to were moved since
+    progress.note(f"{place}: read as a child of layersmith, and kept in {folder}.")
+    child = child_config(config, block_configs_of(config))
+    child.architectures = [stock_class(child).__name__]
+    with whole_folder(folder) as made:
+        for file in weight_files(place):
+            target = made / file.relative_to(place)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            renamed = {name: _ordinary_name(name) for name in read_safetensors_header(file)[0]}
+            if all(name == new for name, new in renamed.items()):
+                target.symlink_to(file.resolve())
+            else:
+                write_tensors(target, {renamed[n]: t for n, t in read_tensors(file).items()}, {"format": "pt"})
+        if (place / INDEX).is_file():
+            index = read_json(place / INDEX, dict[str, Any])
+            write_json(made / INDEX, index | {"weight_map": _renamed(index["weight_map"])})
+        with _silence():
+            child.save_pretrained(made)
+        finish_folder(made)
+        _copy_others(place, made)
+    return folder
+
+
+def _ordinary_name(name: str) -> str:
+    for theirs, ours in deci.LINEAR_NAMES.items():
+        name = name.replace(theirs, ours)
+    return name
+
+
+def _renamed(weight_map: dict[str, str]) -> dict[str, str]:
+    return {_ordinary_name(name): file for name, file in weight_map.items()}
 
 
 def quantization_of(path: str | os.PathLike[str], trust_remote_code: bool = False) -> str | None:
@@ -205,8 +249,7 @@ def _save(model: PreTrainedModel, path: Path, folder: Path, trust_remote_code: b
             if attempt.failed:
                 raise InputError(f"{path}: its tokenizer cannot be read ({attempt.reason}).") from attempt.error
             return
-    for file in sorted({file for pattern in _COPIED for file in path.glob(pattern) if file.is_file()}):
-        shutil.copyfile(file, folder / file.name)
+    _copy_others(path, folder)
     if trust_remote_code:
         for file in path.glob("*.py"):
             shutil.copyfile(file, folder / file.name)
@@ -219,3 +262,8 @@ def _split_as_named(tokenizer: Any, file: Path) -> None:
     name = GGUFReader(file).get_field("tokenizer.ggml.pre")
     if name is not None:
         split_as(str(name.contents()), tokenizer.backend_tokenizer)
+
+
+def _copy_others(path: Path, folder: Path) -> None:
+    for file in sorted({file for pattern in _COPIED for file in path.glob(pattern) if file.is_file()}):
+        shutil.copyfile(file, folder / file.name)

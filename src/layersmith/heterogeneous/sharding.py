@@ -14,8 +14,9 @@ from torch import nn
 
 from layersmith.errors import InputError, UsageError
 from layersmith.heterogeneous.build import block_configs_of, build, decoder_layers
-from layersmith.heterogeneous.checkpoint import check_files, weight_groups, weight_map
+from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.no_op import Same
+from layersmith.heterogeneous.weight_files import check_files, weight_map
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.stock import causal_lm_config, quiet_transformers

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from layersmith.errors import ALLOW_CODE, InputError, UnsupportedModel, brief, whole_reason
 from layersmith.foreign import foreign_code
+from layersmith.model_descriptor import any_model, deci
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.factory import ModelDescriptorFactory
 from layersmith.model_descriptor.stock import language_config, quiet_transformers, stock_model
@@ -72,6 +74,9 @@ def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False
         )
     if folder.is_dir():
         _check_config_file(folder)
+    if (config := read_other_layout(path)) is not None:
+        _check_buildable(path, config)
+        return config
     question = f"Can the config of {path} be read?"
     with foreign_code(question, refusal_is_answer=True) as attempt, quiet_transformers():
         config = attempt.call(AutoConfig.from_pretrained, path, trust_remote_code=trust_remote_code)
@@ -80,6 +85,40 @@ def read_config(path: str | os.PathLike[str], *, trust_remote_code: bool = False
             raise InputError(f"{path}: its family runs code from the checkpoint. {ALLOW_CODE}") from attempt.error
         raise InputError(f"{path}: its config cannot be read ({whole_reason(attempt.error)})") from attempt.error
     _check_buildable(path, config)
+    return config
+
+
+def read_other_layout(path: str | os.PathLike[str]) -> Any:
+    """The config, with block configs, of a heterogeneous checkpoint of another tool; None for any other checkpoint.
+
+    Raises:
+        InputError: A field has another type.
+        UnsupportedModel: A layer has a part that layersmith does not know.
+    """
+    data: dict[str, Any] = {}
+    if (file := Path(path) / "config.json").is_file():
+        data = read_json(file, dict[str, Any])
+    elif not Path(path).exists() and not _looks_like_a_path(str(path)):
+        with foreign_code(f"Which layout does {path} have?", refusal_is_answer=True), quiet_transformers():
+            data, _ = PretrainedConfig.get_config_dict(path)
+    is_any_model = data.get("architectures") == [any_model.ARCHITECTURE]
+    if data.get("model_type") != deci.MODEL_TYPE and not is_any_model:
+        return None
+    ordinary = data if is_any_model else deci.from_deci(data, path)
+    ordinary = {name: value for name, value in ordinary.items() if name not in (any_model.PER_LAYER, any_model.BASE)}
+    if (model_type := str(ordinary.get("model_type"))) not in CONFIG_MAPPING:
+        raise UnsupportedModel(f"{path}: this version of Transformers does not know the model type {model_type!r}.")
+    config = None
+    with foreign_code("Does Transformers read these fields?", refusal_is_answer=True) as attempt, quiet_transformers():
+        config = attempt.call(CONFIG_MAPPING[model_type].from_dict, ordinary)
+    if config is None:
+        raise InputError(f"{path}: its config cannot be read ({whole_reason(attempt.error)})") from attempt.error
+    if is_any_model:
+        config.architectures = [str(data.get(any_model.BASE))]
+        entries = data.get(any_model.PER_LAYER) or {}
+        config.block_configs = [
+            block.to_dict() for block in any_model.from_any_model(entries, describe(config), config, path)
+        ]
     return config
 
 

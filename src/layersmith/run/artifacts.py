@@ -139,7 +139,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
             os.chmod(temporary, 0o777 & ~_UMASK)
             yield temporary
             for file in sorted(temporary.rglob("*")):
-                if file.is_file():
+                if file.is_file() and not file.is_symlink():
                     os.chmod(file, 0o666 & ~_UMASK)  # safetensors gives its files to their owner alone
                     with open(file, "rb") as opened:
                         os.fsync(opened.fileno())

@@ -11,7 +11,7 @@ from layersmith.costs.budget import Budget
 from layersmith.costs.counted import COSTS
 from layersmith.data.read import read_documents
 from layersmith.evaluation.task_size import tokens_of_tasks
-from layersmith.heterogeneous.checkpoint import check_files
+from layersmith.heterogeneous.weight_files import check_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run.folder import Run

@@ -22,8 +22,8 @@ from layersmith.errors import InputError
 from layersmith.execution.exchange import first_overflow
 from layersmith.execution.parent import Parent, identity_of, load_parent
 from layersmith.execution.streaming import is_too_large
-from layersmith.heterogeneous.checkpoint import check_files
 from layersmith.heterogeneous.convert import ordinary_checkpoint
+from layersmith.heterogeneous.weight_files import check_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import read_config
 from layersmith.model_descriptor.factory import ModelDescriptorFactory, source_of
