@@ -16,8 +16,9 @@ from layersmith.costs.budget import Workload
 from layersmith.costs.counted import ModelShape, context_note, total
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype
-from layersmith.heterogeneous.checkpoint import check_files, untie_if_stored_apart, weight_files
+from layersmith.heterogeneous.checkpoint import untie_if_stored_apart
 from layersmith.heterogeneous.plan import SUBBLOCKS
+from layersmith.heterogeneous.weight_files import check_files, weight_files
 from layersmith.library.alternative import Alternative, in_words
 from layersmith.library.axes.axis import LayerAxes
 from layersmith.library.axes.find import find_axes
