@@ -277,7 +277,7 @@ def why_not_llama(server: Server, config: PretrainedConfig, descriptor: type[Mod
         return "its config is not like Llama's"
     weights = model.state_dict()
     expected = other.state_dict()
-    for name in weights.keys() - expected.keys():
+    for name in sorted(weights.keys() - expected.keys()):
         return f"Llama's layers have no {name}"
     missing = [n for n in expected if n not in weights and not n.endswith("o_proj.bias")]
     if missing or any(expected[n].shape != t.shape for n, t in weights.items()):
