@@ -134,7 +134,7 @@ def compress(
     given = [*(settings or ()), *task_settings(tasks, keep), *time_settings(on, server), *effort_settings(within)]
     chosen = _recipe(recipe, given, device)
     limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
-    if chosen.evaluation.keep and not any(limit is not None for limit in limits):
+    if chosen.evaluation.keep and limits.count(None) == len(limits):
         params = "1.0"
     budget = parse_budget(
         params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
@@ -514,8 +514,7 @@ def _descriptor(path: str | None) -> Any:
     return import_descriptor(path)
 
 
-# Characters of a file's name that an error message shows.
-_SHOWN_OF_A_NAME = 300
+_SHOWN_OF_A_NAME = 300  # characters of a file's name that an error message shows
 
 
 # ---------------------------------------------------------------------------------------------- exit codes

@@ -109,8 +109,7 @@ def stages(
 
     Stop iterating to interrupt the run. Calling again with the same arguments resumes it.
     """
-    started = time.monotonic()
-    folder, asked = Path(out), Budget.parse(budget)
+    started, folder, asked = time.monotonic(), Path(out), Budget.parse(budget)
     job = Job(
         run=Run(folder, Store.near(folder), verify),
         source=str(parent),
@@ -128,9 +127,9 @@ def stages(
     require_tasks(job.recipe.evaluation.tasks)
     _ = job.path  # a parent in another format is converted by all processes together
     asked_recipe, job.recipe = job.recipe, ranks.from_first(lambda: choose_effort(job, started))
+    _show_where(job)
     planning = time.monotonic() - started
     header = ranks.from_first(lambda: job.header(digest_of_source(job)))
-    _show_where(job)
     with ranks.first(lambda: job.run.open(header, job.recipe)):
         with job.run.removed_if_refused():
             for stage in PREPARATION:
@@ -138,10 +137,10 @@ def stages(
                 yield stage.name
             if is_wanted(job):
                 check(job)
-        _show_where(job)
         for stage in WORK:
             if stage is REFINE:
                 job.recipe = ranks.from_first(lambda: choose_late_effort(job, asked_recipe, planning))
+            if stage in (STATISTICS, REFINE):
                 _show_where(job)
             job.do(stage)
             yield stage.name
