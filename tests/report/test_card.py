@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 import yaml
+from huggingface_hub import ModelCard
 
 import layersmith
 from layersmith.costs.budget import parse_budget
 from layersmith.pipeline import stages
-from layersmith.report.card import Child, base_model, data_name, license_of, model_card, table
+from layersmith.report.card import Child, base_model, data_name, hub_name, license_of, model_card, table
 from layersmith.run.artifacts import file_digest
 from layersmith.run.folder import Run
 from layersmith.run.header import read_header, write_header
@@ -38,7 +39,7 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
         if reached == "child":
             break
     front, text = parts(run / "child")
-    assert front["base_model"] == parent.name
+    assert "base_model" not in front  # a local parent has no name on the Hub
     assert front["library_name"] == "transformers"
     assert "layersmith" in front["tags"]
     assert "license" not in front
@@ -53,7 +54,10 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
     assert "Timed on" in text
     (results,) = front["model-index"][0]["results"]
     assert {m["type"]: m["value"] for m in results["metrics"]}["loss"] == pytest.approx(loss["child"], rel=1e-5)
-    assert front["base_model_relation"] == "finetune"
+    card = ModelCard.load(result.child / "README.md")  # as huggingface_hub reads it
+    assert card.data.eval_results is not None
+    assert {r.metric_type for r in card.data.eval_results} >= {"loss", "kl_divergence"}
+    assert all(r.dataset_name and r.task_type == "text-generation" for r in card.data.eval_results)
     changed = [a for a in result.solution.alternatives if a.kind != "parent"]
     assert text.count("→") == len(changed) > 0
     assert str(tmp_path) not in text
@@ -97,6 +101,7 @@ def test_names(tmp_path: Path) -> None:
     assert base_model("Qwen/Qwen3-0.6B") == "Qwen/Qwen3-0.6B"
     assert base_model(f"{tmp_path}/models--Qwen--Qwen3-0.6B/snapshots/abc123") == "Qwen/Qwen3-0.6B"
     assert base_model(str(tmp_path)) == tmp_path.name
+    assert [hub_name(n) for n in ("gpt2", "a/b", str(tmp_path), "/gone", "./x/y")] == ["gpt2", "a/b", None, None, None]
     assert data_name("org/data") == "org/data"
     assert data_name(tmp_path / "texts") == "texts"
     assert license_of("no/such-model", {}) == license_of("../not a name", {}) == {}
@@ -112,7 +117,7 @@ def test_hostile_names_in_the_front_matter(make_parent: Callable[..., Path], tex
     parent.symlink_to(make_parent("llama"))
     result = layersmith.compress(parent, tmp_path / "run", data=text_folder, budget=1.0, recipe=TINY_RECIPE)
     front, text = parts(result.child)
-    assert isinstance(front["base_model"], str)
+    assert "base_model" not in front
     assert "<script>" not in text
     assert "Nothing was changed" in text
     page = result.report.read_text(encoding="utf-8")
@@ -139,7 +144,7 @@ def test_what_a_received_run_says_is_escaped_in_the_card(
     job = job_of_run(result.run)
     card = model_card(result.child, Child(Run(result.run), job.read(LIBRARY), job.read(SOLUTION), job.recipe))
     front, body = card.removeprefix("---\n").split("---\n", 1)
-    assert yaml.safe_load(front)["base_model"]
+    assert yaml.safe_load(front)["library_name"] == "transformers"
     plain = re.sub(r"\\[\\`*_{}\[\]<>|#~$&]", "", body)
     assert not re.search(r"<img|<script|`x`|\[a\]\(|^# heading", plain, re.MULTILINE)
     assert body.count("\n# ") == 1

@@ -128,9 +128,9 @@ def _front_matter(child: Child, header: dict[str, Any], title: str, evaluation: 
     card = _parent_front_matter(parent)
     sources = [header["data"]["source"], *([child.learned_from] if child.learned_from else [])]
     datasets = [name for name in map(_hub_data_set, sources) if name]
+    name = hub_name(parent)
     front: dict[str, Any] = {
-        "base_model": base_model(parent),
-        "base_model_relation": "finetune",
+        **({} if name is None else {"base_model": name, "base_model_relation": "finetune"}),
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["layersmith", "puzzle", "pruning", "heterogeneous-layers"],
@@ -171,10 +171,15 @@ def _hub_data_set(source: Any) -> str | None:
 
 def base_model(parent: str) -> str:
     """The parent's name on the Hub, also for a folder of the Hub's cache; for other folders the folder's name."""
+    return hub_name(parent) or (parent if not Path(parent).exists() else Path(parent).resolve().name)
+
+
+def hub_name(parent: str) -> str | None:
+    """The parent's name on the Hub, also for a folder of the Hub's cache; None for other folders."""
     cached = re.search(r"models--(.+?)/snapshots/", f"{parent}/")
     if cached is not None:
         return cached[1].replace("--", "/")
-    return parent if not Path(parent).exists() else Path(parent).resolve().name
+    return parent if re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", parent) and not Path(parent).exists() else None
 
 
 def license_of(parent: str, config: dict[str, Any]) -> dict[str, str]:
