@@ -21,7 +21,7 @@ from layersmith.library.library import Library
 from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe
 from layersmith.run.runtime import Runtime
-from layersmith.stages.reopen import evaluate_model
+from layersmith.stages.evaluate_model import evaluate
 
 CARD = json.loads((job.MODEL / "training.json").read_text())
 
@@ -40,10 +40,10 @@ def test_it_is_small_and_described() -> None:
 def test_it_does_on_held_out_modules_what_its_card_says(tmp_path: Path) -> None:
     """Within what other Python versions and other row cuts can change."""
     _, held_out = job.split_library(tmp_path)
-    table = evaluate_model(job.MODEL, held_out, sequences=64, sequence_length=256)
-    loss = next(row for row in table["rows"] if row["metric"] == "loss")
-    assert loss["child"] == pytest.approx(CARD["held_out_loss"], abs=0.5)
-    assert loss["child"] < 0.4 * math.log(4096)
+    loss = evaluate(job.MODEL, held_out, sequences=64, sequence_length=256).row("loss")
+    assert loss is not None
+    assert loss.child == pytest.approx(CARD["held_out_loss"], abs=0.5)
+    assert loss.child < 0.4 * math.log(4096)
 
 
 def test_it_has_learned_something_in_every_layer(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ from layersmith.stages import job as job_module
 from layersmith.stages import library as library_stage
 from layersmith.stages import scores as scores_stage
 from layersmith.stages import statistics as statistics_stage
-from layersmith.stages.reopen import evaluate_model, report_again
+from layersmith.stages.evaluate_model import evaluate
+from layersmith.stages.reopen import report
 from tests.conftest import TINY_RECIPE, search_again
 
 
@@ -347,12 +348,14 @@ def test_report_and_evaluation_of_a_run(
 ) -> None:
     before = (finished.run / "report.html").read_bytes()
     (finished.run / "report.html").unlink()
-    assert report_again(finished.run).read_bytes() == before
-    table = evaluate_model(finished.child, text_folder, make_parent("llama"), sequences=4, sequence_length=32)
-    row = next(r for r in table["rows"] if r["metric"] == "kl_divergence")
-    assert row["child"] == pytest.approx(finished.metric("kl_divergence")["child"], rel=1e-4)
-    alone = evaluate_model(make_parent("llama"), text_folder, sequences=4, sequence_length=32)
-    assert next(r for r in alone["rows"] if r["metric"] == "kl_divergence")["child"] == pytest.approx(0, abs=1e-7)
+    assert report(finished.run).report.read_bytes() == before
+    sizes = {"sequences": 4, "sequence_length": 32}
+    row = evaluate(finished.child, text_folder, parent=make_parent("llama"), **sizes).row("kl_divergence")
+    assert row is not None
+    assert row.child == pytest.approx(finished.metric("kl_divergence")["child"], rel=1e-4)
+    alone = evaluate(make_parent("llama"), text_folder, **sizes).row("kl_divergence")
+    assert alone is not None
+    assert alone.child == pytest.approx(0, abs=1e-7)
 
 
 # ---------------------------------------------------------------------------------------------- what can be wrong

@@ -17,13 +17,24 @@ from layersmith.heterogeneous import auto as _auto
 
 if TYPE_CHECKING:
     from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig, MambaConfig, MoEConfig
+    from layersmith.costs.budget import Budget
     from layersmith.export.run import export
     from layersmith.heterogeneous.build import block_configs_of as block_configs
     from layersmith.heterogeneous.build import build
     from layersmith.heterogeneous.checkpoint import load, save
+    from layersmith.hub import push
     from layersmith.model_descriptor.base import ModelDescriptor
     from layersmith.model_descriptor.describe import describe
     from layersmith.pipeline import Result, compress
+    from layersmith.recipe import Recipe
+    from layersmith.report.data import Evaluation
+    from layersmith.run.progress import Event, Progress
+    from layersmith.search.solution import Solution
+    from layersmith.stages.distill_finished import Distilled, distill
+    from layersmith.stages.evaluate_model import evaluate
+    from layersmith.stages.inspect import Inspection, inspect
+    from layersmith.stages.reopen import Searched, report, search
+    from layersmith.stages.verify import Verification, verify
 
 __version__ = version("layersmith")
 
@@ -43,23 +54,57 @@ _PUBLIC = {
     "compress": "layersmith.pipeline:compress",
     "export": "layersmith.export.run:export",
     "Result": "layersmith.pipeline:Result",
+    "inspect": "layersmith.stages.inspect:inspect",
+    "Inspection": "layersmith.stages.inspect:Inspection",
+    "verify": "layersmith.stages.verify:verify",
+    "Verification": "layersmith.stages.verify:Verification",
+    "search": "layersmith.stages.reopen:search",
+    "Searched": "layersmith.stages.reopen:Searched",
+    "Solution": "layersmith.search.solution:Solution",
+    "distill": "layersmith.stages.distill_finished:distill",
+    "Distilled": "layersmith.stages.distill_finished:Distilled",
+    "evaluate": "layersmith.stages.evaluate_model:evaluate",
+    "Evaluation": "layersmith.report.data:Evaluation",
+    "report": "layersmith.stages.reopen:report",
+    "push": "layersmith.hub:push",
+    "Budget": "layersmith.costs.budget:Budget",
+    "Recipe": "layersmith.recipe:Recipe",
+    "Progress": "layersmith.run.progress:Progress",
+    "Event": "layersmith.run.progress:Event",
 }
 
 __all__ = [
     "AttentionConfig",
     "BlockConfig",
+    "Budget",
+    "Distilled",
+    "Evaluation",
+    "Event",
     "FFNConfig",
+    "Inspection",
     "MambaConfig",
     "MoEConfig",
     "ModelDescriptor",
+    "Progress",
+    "Recipe",
     "Result",
+    "Searched",
+    "Solution",
+    "Verification",
     "block_configs",
     "build",
     "compress",
     "describe",
+    "distill",
+    "evaluate",
     "export",
+    "inspect",
     "load",
+    "push",
+    "report",
     "save",
+    "search",
+    "verify",
 ]
 
 
@@ -73,9 +118,9 @@ def __getattr__(name: str) -> Any:
 
 
 class _Package(ModuleType):
-    """Keeps public names that are also packages (``layersmith.export``) functions when the package is imported."""
+    """This package: importing a subpackage does not hide the public function of the same name, such as ``search``."""
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:
         if not (name in _PUBLIC and isinstance(value, ModuleType)):
             super().__setattr__(name, value)
 

@@ -35,6 +35,8 @@ from layersmith.options import (
     Params,
     Parent,
     Prompt,
+    Public,
+    PushToHub,
     Quiet,
     RecipeFile,
     Run,
@@ -46,15 +48,17 @@ from layersmith.options import (
     TrustRemoteCode,
     Verbose,
     Verify,
+    Version,
     Weights,
     Within,
     effort_settings,
+    task_names,
     task_settings,
     time_settings,
     times_elsewhere,
 )
 from layersmith.recipe import BATCH, CONTEXT, DataRecipe, Recipe
-from layersmith.screen import JSON, open_screen
+from layersmith.screen import JSON, open_screen, wants_json
 from layersmith.stages import NAMES
 
 app = typer.Typer(
@@ -66,20 +70,8 @@ app = typer.Typer(
 )
 
 
-def _print_version(asked: bool) -> None:
-    if asked:
-        from layersmith import __version__
-
-        print(f"layersmith {__version__}")
-        raise typer.Exit
-
-
 @app.callback()
-def options(
-    version: Annotated[
-        bool, typer.Option("--version", "-V", callback=_print_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
+def options(version: Version = False) -> None:
     pass
 
 
@@ -119,6 +111,8 @@ def compress(
     tasks: Tasks = None,
     keep: Keep = None,
     within: Within = None,
+    push_to_hub: PushToHub = None,
+    public: Public = False,
     until: Annotated[str | None, typer.Option(help=f"Stop after this stage: {', '.join(NAMES)}.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what the run will do and take and whether the budget can be met.")
@@ -150,22 +144,34 @@ def compress(
         screen.show(lambda: planned, lambda: screen.line(str(planned)))
         return
     from layersmith import outputs
+    from layersmith.hub import check_push
+    from layersmith.hub import push as push_child
     from layersmith.pipeline import Result, stages
+    from layersmith.run import ranks
     from layersmith.terminal import print_result
 
     if until is not None and until not in NAMES:
         raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, NAMES)}")
+    if push_to_hub is not None:
+        check_push(push_to_hub)
     reached: str | Result = ""
     for reached in stages(parent, out, data, budget, chosen, family, screen.progress, verify, trust_remote_code):
         if reached == until:
             break
     if isinstance(reached, Result):
         result = reached
-        screen.show(lambda: outputs.compressed(result), lambda: print_result(screen.results, result))
+        first = push_to_hub if ranks.is_first() else None
+        address = None if first is None else push_child(result.child, first, private=not public)
+
+        def draw() -> None:
+            print_result(screen.results, result)
+            if address is not None:
+                screen.line(f"uploaded: {address}")
+
+        screen.show(lambda: outputs.compressed(result, address), draw)
     else:
-        stopped = outputs.Stopped(out, reached)
         words = f"stopped after {until}; the same command without --until resumes"
-        screen.show(lambda: stopped, lambda: screen.line(words))
+        screen.show(lambda: outputs.Stopped(out, str(until)), lambda: screen.line(words))
 
 
 @app.command()
@@ -246,7 +252,8 @@ def search(
     """Find the best child for another budget from the scores of a finished run, in seconds."""
     from layersmith import outputs
     from layersmith.costs.budget import parse_budget
-    from layersmith.stages.reopen import SearchRequest, frontier_again, search_several
+    from layersmith.stages.reopen import SearchRequest, frontier_again
+    from layersmith.stages.reopen import search as search_run
     from layersmith.terminal import print_frontier, print_solution
 
     limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
@@ -258,31 +265,25 @@ def search(
         prompt=prompt,
     )  # fmt: skip
     screen = open_screen(verbose, quiet, as_json)
-    request = SearchRequest(
-        run,
-        budget,
-        objective,
-        _search_rules(run, settings),
-        _descriptor(descriptor),
-        verify,
-        trust_remote_code,
-        times_elsewhere(on, server),
-    )
+    rules, family, elsewhere = _search_rules(run, settings), _descriptor(descriptor), times_elsewhere(on, server)
     if frontier:
+        request = SearchRequest(run, budget, objective, rules, family, verify, trust_remote_code, elsewhere)
         path = frontier_again(request, measure=measure, progress=screen.progress)
         screen.show(lambda: outputs.frontier(path), lambda: print_frontier(screen.results, path))
         return
-    library, best = search_several(
-        request, out=out, refine=refine, solutions=solutions, min_distance=min_distance, progress=screen.progress
-    )
+    made = search_run(
+        run, budget, objective=objective, rules=rules, out=out, refine=refine, solutions=solutions,
+        min_distance=min_distance, descriptor=family, progress=screen.progress, verify=verify,
+        trust_remote_code=trust_remote_code, times_on=elsewhere,
+    )  # fmt: skip
 
     def draw() -> None:
-        for solution in best:
-            print_solution(screen.results, library, solution)
+        for solution in made.solutions:
+            print_solution(screen.results, made.library, solution)
         if out is not None:
             screen.line(f"child: {out}")
 
-    screen.show(lambda: outputs.Searched(tuple(outputs.solution(library, s) for s in best), out), draw)
+    screen.show(lambda: outputs.searched(made), draw)
 
 
 @app.command()
@@ -372,8 +373,8 @@ def distill(
     screen = open_screen(verbose, quiet, as_json)
     made = distill_run(
         run, tokens=tokens, data=data, recipe=recipe, finalists=finalists, device=device, report_to=report_to,
-        descriptor=_descriptor(descriptor), trust_remote_code=trust_remote_code, progress=screen.progress,
-        verify=verify,
+        descriptor=_descriptor(descriptor), progress=screen.progress, verify=verify,
+        trust_remote_code=trust_remote_code,
     )  # fmt: skip
     screen.show(lambda: outputs.distilled(made), lambda: print_distilled(screen.results, made))
 
@@ -396,27 +397,16 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Measure loss, perplexity, agreement with a parent and accuracy on tasks, each with its standard error."""
-    from layersmith import outputs
-    from layersmith.stages.reopen import evaluate_model
+    from layersmith.stages.evaluate_model import evaluate as evaluate_model
     from layersmith.terminal import print_evaluation
 
     screen = open_screen(verbose, quiet, as_json)
-    chosen = Recipe().with_settings(
-        [*task_settings(tasks), f"evaluation.task_items={items or 'null'}", f"evaluation.task_shots={shots}"]
-    )
-    table = evaluate_model(
-        model,
-        data,
-        parent,
-        sequences,
-        sequence_length,
-        seed,
-        device or "auto",
-        screen.progress,
-        chosen.evaluation,
-        trust_remote_code,
-    )
-    screen.show(lambda: outputs.evaluation(table), lambda: print_evaluation(screen.results, table))
+    evaluation = evaluate_model(
+        model, data, parent=parent, tasks=task_names(tasks), items=items, shots=shots, sequences=sequences,
+        sequence_length=sequence_length, seed=seed, device=device or "auto", progress=screen.progress,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    screen.show(lambda: evaluation, lambda: print_evaluation(screen.results, evaluation))
 
 
 @app.command()
@@ -430,10 +420,10 @@ def report(
 ) -> None:
     """Write the report of a finished run again and print its path."""
     from layersmith.outputs import ReportOutput
-    from layersmith.stages.reopen import report_again
+    from layersmith.stages.reopen import report as report_of
 
     screen = open_screen(verbose, quiet, as_json)
-    page = report_again(run, screen.progress, verify, trust_remote_code)
+    page = report_of(run, progress=screen.progress, verify=verify, trust_remote_code=trust_remote_code).report
     screen.show(lambda: ReportOutput(page, run / "report.json"), lambda: screen.line(str(page)))
 
 
@@ -453,6 +443,23 @@ def export(
     screen = open_screen(verbose, quiet, as_json)
     exported = export_child(child, out, to, quantize=quantize, progress=screen.progress)
     screen.show(lambda: exported, lambda: screen.line(str(exported)))
+
+
+@app.command()
+def push(
+    child: Annotated[Path, typer.Argument(help="Folder of a child, e.g. RUN/child.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hugging Face Hub, as user/name.")],
+    public: Public = False,
+    message: Annotated[str, typer.Option(help="Message of the commit.")] = "",
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Upload a child with its model card to the Hugging Face Hub, by default as a private repository."""
+    from layersmith import hub, outputs
+
+    address, screen = hub.push(child, repo, private=not public, message=message), open_screen(verbose, quiet, as_json)
+    screen.show(lambda: outputs.PushOutput(address), lambda: screen.line(address))
 
 
 @app.command()
@@ -514,9 +521,6 @@ def _descriptor(path: str | None) -> Any:
     return import_descriptor(path)
 
 
-_SHOWN_OF_A_NAME = 300  # characters of a file's name that an error message shows
-
-
 # ---------------------------------------------------------------------------------------------- exit codes
 
 
@@ -534,12 +538,6 @@ def _command() -> str | None:
     return sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in names else None
 
 
-def _wants_json() -> bool:
-    """Whether errors are written as JSON; also when the arguments are wrong, so they are not parsed."""
-    arguments = sys.argv[1:]
-    return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
-
-
 def main() -> None:
     """Run the command line and exit.
 
@@ -552,7 +550,7 @@ def main() -> None:
         # they wait for when cores are shared: small layers took three times as long. On free cores nothing changes.
         os.environ.setdefault("GOMP_SPINCOUNT", "20000")
     signal.signal(signal.SIGTERM, _terminate)
-    if _wants_json():
+    if wants_json():
         JSON.open(_command())
     try:
         _run()
@@ -587,7 +585,7 @@ def _run() -> NoReturn:
             advice = "Lower scoring.batch_tokens or set stream=always, and run the same command again."
             _fail(f"out of memory. {advice}", 1, "OutOfMemory")
         if isinstance(error, OSError) and error.errno is not None:  # a name that is too long, a link to itself, ...
-            _fail(f"{str(error.filename or '')[:_SHOWN_OF_A_NAME]}: {error.strerror}.", 2, "InputError")
+            _fail(f"{str(error.filename or '')[:300]}: {error.strerror}.", 2, "InputError")
         JSON.write_error("Bug", f"{type(error).__name__}: {error}", 1)
         raise
     if status == 130:  # typer returns it for Ctrl-C

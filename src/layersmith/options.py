@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +11,16 @@ import typer
 
 from layersmith.errors import UsageError
 
+
+def print_version(asked: bool) -> None:
+    if asked:
+        print(f"layersmith {version('layersmith')}")
+        raise typer.Exit
+
+
+Version = Annotated[
+    bool, typer.Option("--version", "-V", callback=print_version, is_eager=True, help="Show the version and exit.")
+]
 BUDGET, WORKLOAD, SETTINGS = "Budget", "Workload", "Settings"
 
 # Options of earlier versions, and what to give instead.
@@ -135,6 +146,10 @@ TrustRemoteCode = Annotated[
         rich_help_panel=SETTINGS,
     ),
 ]
+PushToHub = Annotated[
+    str | None, typer.Option(help="Then upload the child to this repository on the Hub, as user/name.")
+]
+Public = Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")]
 Verify = Annotated[
     bool,
     typer.Option(
@@ -151,9 +166,28 @@ Json = Annotated[
 ]
 
 
+# Options of earlier versions, and what to give instead.
+FORMER_OPTIONS = {
+    "--alike": "--set search.uniform_groups=N (0: all layers alike)",
+    "--differ": "--min-distance N",
+    "--distill": "--set distillation.tokens=N",
+    "--eval-data": "--set data.evaluation_source=PATH",
+    "--finalists": "--set distillation.finalists=N",
+    "--keep-layers": "--set search.keep_layers=[0,1]",
+    "--most-no-op-attentions": "--set search.max_removed_attentions=N",
+    "--most-no-op-ffns": "--set search.max_removed_ffns=N",
+    "--refine": "--set search.refine_passes=N",
+    "--no-refine": "--set search.refine_passes=0",
+    "--scoring": "--set scoring.mode=exact",
+    "--seed": "--set seed=N",
+    "--stream": "--set stream=always",
+    "--tensor-parallel": "--set search.tensor_parallel=N",
+}
+
+
 def task_settings(tasks: str | None, keep: str | None = None) -> list[str]:
     """``--tasks`` and ``--keep`` as settings of the recipe; files by absolute paths, so that the run can be moved."""
-    names = [_task(name) for name in (tasks or "").split(",") if name.strip()]
+    names = task_names(tasks)
     shares: dict[str, float] = {}
     for text in (keep or "").split(",") if keep is not None else ():
         name, _, share = text.rpartition(":")
@@ -166,6 +200,11 @@ def task_settings(tasks: str | None, keep: str | None = None) -> list[str]:
     names += [name for name in shares if name not in names]
     settings = [f"evaluation.tasks={json.dumps(names)}"] if names else []
     return settings + ([f"evaluation.keep={json.dumps(shares)}"] if shares else [])
+
+
+def task_names(tasks: str | None) -> list[str]:
+    """The tasks that ``--tasks`` names; files by their absolute paths."""
+    return [_task(name) for name in (tasks or "").split(",") if name.strip()]
 
 
 def _task(name: str) -> str:

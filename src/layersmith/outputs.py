@@ -25,6 +25,7 @@ from layersmith.search.solution import Solution
 from layersmith.stages.distill_finished import Distilled
 from layersmith.stages.dry_run import Plan
 from layersmith.stages.inspect import Inspection
+from layersmith.stages.reopen import Searched
 from layersmith.stages.verify import Verification
 
 
@@ -71,7 +72,10 @@ class SolutionOutput:
 
 @dataclass(frozen=True)
 class Compressed:
-    """``compress`` and ``demo``; ``times`` is null if parent and child were not timed."""
+    """``compress`` and ``demo``; ``times`` is null if parent and child were not timed.
+
+    ``repository`` is the one that ``--push-to-hub`` uploaded the child to.
+    """
 
     run: Path
     child: Path
@@ -79,6 +83,7 @@ class Compressed:
     solution: SolutionOutput
     evaluation: Evaluation
     times: Clock | None
+    repository: str | None
 
 
 @dataclass(frozen=True)
@@ -98,7 +103,7 @@ class Verified:
 
 
 @dataclass(frozen=True)
-class Searched:
+class SearchOutput:
     """``search``: solutions, best first, and the folder of the first if ``--out`` names one."""
 
     solutions: tuple[SolutionOutput, ...]
@@ -167,6 +172,13 @@ class ReportOutput:
 
 
 @dataclass(frozen=True)
+class PushOutput:
+    """``push``: the repository on the Hub."""
+
+    repository: str
+
+
+@dataclass(frozen=True)
 class ErrorOutput:
     """Why a command failed: the kind of the error, one or more sentences, and the exit code."""
 
@@ -179,12 +191,13 @@ class ErrorOutput:
 RESULTS: dict[str, Any] = {
     "compress": Compressed | Plan | Stopped,
     "inspect": Inspection | Verified,
-    "search": Searched | FrontierOutput,
+    "search": SearchOutput | FrontierOutput,
     "costs": TimesOutput,
     "distill": DistilledOutput,
     "evaluate": Evaluation,
     "report": ReportOutput,
     "export": Exported,
+    "push": PushOutput,
     "demo": Compressed,
 }
 
@@ -197,7 +210,7 @@ def to_json(command: str, result: Any) -> str:
 # ---------------------------------------------------------------------------------------------- from results
 
 
-def compressed(result: Any) -> Compressed:
+def compressed(result: Any, repository: str | None = None) -> Compressed:
     """From what ``layersmith.compress`` returns."""
     report = Report.from_json(read_json(result.run / "report.json"))
     layers = tuple(
@@ -211,6 +224,7 @@ def compressed(result: Any) -> Compressed:
         solution=_solution(result.solution, layers),
         evaluation=evaluation(result.evaluation),
         times=report.times,
+        repository=repository,
     )
 
 
@@ -220,6 +234,11 @@ def solution(library: Library, found: Solution) -> SolutionOutput:
     for a in found.alternatives:
         layers[a.layer][a.subblock] = Shape(*described(library, a), not a.is_parent)
     return _solution(found, tuple(LayerShapes(i, row["attention"], row["ffn"]) for i, row in enumerate(layers)))
+
+
+def searched(made: Searched) -> SearchOutput:
+    """From the solutions of a search."""
+    return SearchOutput(tuple(solution(made.library, each) for each in made.solutions), made.child)
 
 
 def _solution(found: Solution, layers: tuple[LayerShapes, ...]) -> SolutionOutput:

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
+from layersmith.data.in_memory import Text, source_of
 from layersmith.evaluation.tasks import require_tasks
+from layersmith.heterogeneous.in_memory import Model, checkpoint_of
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run import ranks
 from layersmith.run.folder import Run
-from layersmith.run.progress import SILENT, Progress
+from layersmith.run.progress import SILENT, Callback, Progress, progress_of
 from layersmith.run.stage import Stage
 from layersmith.run.store import Store
 from layersmith.run.timeline import Timeline
@@ -62,42 +64,53 @@ STAGES = (*PREPARATION, *WORK, *DISTILLATION)
 
 
 def compress(
-    parent: str | Path,
+    parent: Model,
     out: str | Path,
     *,
-    data: str | Path,
+    data: Text,
     budget: Budget | dict[str, Any] | str | float,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     descriptor: type[ModelDescriptor] | None = None,
-    progress: Progress = SILENT,
+    progress: Progress | bool = True,
+    callback: Callback | None = None,
     verify: bool = False,
     trust_remote_code: bool = False,
 ) -> Result:
     """Make a smaller model of a parent for a budget. Call it again with the same arguments to resume it.
 
     Args:
-        parent: Checkpoint folder, hub id or GGUF file. Quantized weights are dequantized first.
+        parent: Checkpoint folder, hub id or GGUF file; or a ``PreTrainedModel``, or a pair of one and its tokenizer,
+            which is written to the user's cache first. Quantized weights are dequantized first.
         out: Folder of the run; the child is ``out/child``. Runs next to each other share what they have in common.
-        data: Text, JSONL or Parquet file, a folder of them, or the name of a hub dataset.
+        data: Text, JSONL or Parquet file, a folder of them, or the name of a hub dataset; or a ``datasets.Dataset`` or
+            a list of strings, which is written to the user's cache first.
         budget: A fraction of the parent's parameters, or a mapping such as ``{"memory": "10GiB", "batch": 8}``.
         recipe: A :class:`~layersmith.recipe.Recipe`, a mapping, or a YAML file; default: the defaults.
         descriptor: Descriptor of the parent's model family; default: ``layersmith.describe(parent)``.
-        progress: Receives steps and notes.
+        progress: Whether to show progress; or a :class:`~layersmith.run.progress.Progress` that receives it.
+        callback: Called with an :class:`~layersmith.run.progress.Event` when a stage begins, does steps, or ends. If it
+            raises an exception, the run is interrupted and can be resumed.
         verify: Hash all files of the run, also large ones whose size and time of change are as before.
         trust_remote_code: Let Transformers run code from the parent's folder or hub page. No recipe can allow it.
 
+    Returns:
+        The folders of run and child, the solution, and the evaluation; notebooks show it as tables.
+
     Raises:
-        LayersmithError: What the user can mend, before work starts where that is possible.
+        UsageError: An argument or a setting is wrong.
+        InputError: Parent or data are missing or damaged, or the folder has another run.
+        Infeasible: No child can meet the budget.
     """
-    *_, result = stages(parent, out, data, budget, recipe, descriptor, progress, verify, trust_remote_code)
+    shown = progress_of(progress, callback)
+    *_, result = stages(parent, out, data, budget, recipe, descriptor, shown, verify, trust_remote_code)
     assert isinstance(result, Result)
     return result
 
 
 def stages(
-    parent: str | Path,
+    parent: Model,
     out: str | Path,
-    data: str | Path,
+    data: Text,
     budget: Budget | dict[str, Any] | str | float,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     descriptor: type[ModelDescriptor] | None = None,
@@ -112,8 +125,8 @@ def stages(
     started, folder, asked = time.monotonic(), Path(out), Budget.parse(budget)
     job = Job(
         run=Run(folder, Store.near(folder), verify),
-        source=str(parent),
-        data=str(data),
+        source=checkpoint_of(parent),
+        data=source_of(data),
         limits=asked.limits,
         workload=asked.workload,
         recipe=Recipe.read(recipe),

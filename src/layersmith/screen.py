@@ -68,6 +68,12 @@ class JsonOutput:
 JSON = JsonOutput()
 
 
+def wants_json() -> bool:
+    """Whether errors are written as JSON; also when the arguments are wrong, so they are not parsed."""
+    arguments = sys.argv[1:]
+    return "--json" in (arguments[: arguments.index("--")] if "--" in arguments else arguments)
+
+
 @dataclass(frozen=True)
 class Screen:
     """Where a command writes.

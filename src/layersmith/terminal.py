@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from layersmith import tables
 from layersmith.costs.times import Times, Timing
 from layersmith.evaluation.compare import closed
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.report.collect import described
-from layersmith.report.data import Report
+from layersmith.report.data import Evaluation, Report
 from layersmith.report.words import cost_label, ordered_costs, ratio, workload_in_words
 from layersmith.run.artifacts import read_json
 from layersmith.search.solution import Solution
@@ -192,20 +193,20 @@ def spans(layers: Sequence[int]) -> str:
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in ranges)
 
 
-def print_evaluation(console: Console, evaluation: dict[str, Any]) -> None:
+def print_evaluation(console: Console, evaluation: Evaluation) -> None:
     """Print the metrics of an evaluation."""
-    text = f"evaluated on {evaluation['tokens']:,} tokens" if evaluation["tokens"] else "evaluated on tasks"
-    table = Table(title=text, title_justify="left")
-    for heading in ("", "parent", "model", "difference"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    for row in evaluation["rows"]:
-        table.add_row(
-            row["label"],
-            "" if row["parent"] is None else f"{row['parent']:.4f}",
-            with_noise(row["child"], row["child_standard_error"]),
-            "" if row["difference"] is None else with_noise(row["difference"], row["difference_standard_error"], "+"),
-        )
-    console.print(table)
+    for table in evaluation.tables():
+        print_table(console, table)
+
+
+def print_table(console: Console, table: tables.Table) -> None:
+    """Print a table of a result."""
+    drawn = Table(title=table.title, title_justify="left")
+    for i, heading in enumerate(table.headings):
+        drawn.add_column(heading, justify="right" if table.is_numeric and i else "left")
+    for row in table.rows:
+        drawn.add_row(*row)
+    console.print(drawn)
 
 
 def print_distilled(console: Console, made: Any) -> None:
@@ -265,25 +266,7 @@ def print_inspection(console: Console, inspection: Inspection) -> None:
     console.print(
         f"{inspection.name}: {inspection.architecture}, described by {inspection.descriptor}", highlight=False
     )
-    table = Table(title="blocks", title_justify="left")
-    for heading in ("layers", "attention", "can become", "FFN", "can become"):
-        table.add_column(heading)
-    for row in inspection.blocks:
-        table.add_row(row.layers, row.attention, row.attention_alternatives, row.ffn, row.ffn_alternatives)
-    console.print(table)
-    costs = Table(
-        title=f"parameters and memory (batch {inspection.batch}, context {inspection.context:,})", title_justify="left"
-    )
-    costs.add_column("")
-    for name in ("parameters", "weight_bytes", "kv_cache_bytes"):
-        costs.add_column(cost_label(name), justify="right")
-        costs.add_column("", justify="right")
-    for label, part in inspection.parts.items():
-        cells = []
-        for name in ("parameters", "weight_bytes", "kv_cache_bytes"):
-            whole = inspection.total[name]
-            cells += [format_cost(name, part[name]), f"{part[name] / whole:.0%}" if whole else ""]
-        costs.add_row(label, *cells)
-    console.print(costs)
+    for table in inspection.tables():
+        print_table(console, table)
     for note in inspection.notes:
         console.print(f"note: {note}", markup=False, highlight=False, soft_wrap=True)

@@ -45,7 +45,7 @@ from layersmith.run.header import read_header, write_header
 from layersmith.run.journal import Checkpoint, Journal, _line
 from layersmith.run.log import Log
 from layersmith.stages.job import job_of_run
-from layersmith.stages.reopen import SearchRequest, report_again, search_several
+from layersmith.stages.reopen import report, search
 from layersmith.untrusted import read_safetensors_header
 from tests.conftest import TINY_RECIPE
 from tests.faults.mutate import as_json, mutated, mutated_bytes
@@ -198,7 +198,7 @@ def run_json(place: Place, random: Random) -> None:
         read_header(place.run)
         job_of_run(place.run)
         if random.random() < 0.1:
-            report_again(place.run)
+            report(place.run)
 
 
 def run_files(place: Place, random: Random) -> None:
@@ -218,15 +218,15 @@ def run_files(place: Place, random: Random) -> None:
                     job.read(stage)
             read_optional(job.run)
         elif path.parent.name in ("library", "scores", "describe", "costs") and random.random() < 0.5:
-            search_several(SearchRequest(place.run, Budget.parse(0.95)))
+            search(place.run, 0.95)
         else:
-            report_again(place.run)
+            report(place.run)
 
 
 def tensors_of_run(place: Place, random: Random) -> None:
     path = random.choice([p for p in sorted(place.run.rglob("*.safetensors")) if p.parent.name != "child"])
     with place.changed(path, mutated_bytes(path.read_bytes(), random)):
-        search_several(SearchRequest(place.run, Budget.parse(0.95)))
+        search(place.run, 0.95)
 
 
 def journal(place: Place, random: Random) -> None:

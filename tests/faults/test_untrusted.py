@@ -14,14 +14,14 @@ import yaml
 from safetensors.torch import save_file
 
 import layersmith
-from layersmith.costs.budget import Budget
 from layersmith.data.splits import load_tokenizer
 from layersmith.errors import InputError, LayersmithError, UsageError, brief, printable
 from layersmith.heterogeneous.weight_files import check_files, weight_files
 from layersmith.recipe import Recipe
 from layersmith.run.header import read_header, write_header
 from layersmith.stages.distill_finished import distill
-from layersmith.stages.reopen import SearchRequest, evaluate_model, report_again, search_several
+from layersmith.stages.evaluate_model import evaluate
+from layersmith.stages.reopen import report, search
 from layersmith.untrusted import MAX_DEPTH, parse_json, parse_yaml, read_safetensors_header
 from tests.conftest import TINY_RECIPE
 
@@ -61,10 +61,10 @@ def trap(given_run: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "command",
     [
-        report_again,
+        report,
         distill,
-        lambda run: search_several(SearchRequest(run, Budget.parse(0.95))),
-        lambda run: evaluate_model(run.parent / "parent", run / "recipe.yaml"),
+        lambda run: search(run, 0.95),
+        lambda run: evaluate(run.parent / "parent", run / "recipe.yaml"),
         lambda run: layersmith.compress(run.parent / "parent", run.parent / "new", data=run, budget=0.9),
         lambda run: layersmith.load(run.parent / "parent"),
         lambda run: layersmith.describe(run.parent / "parent"),
@@ -96,7 +96,7 @@ def test_a_run_cannot_allow_code(given_run: Path, tmp_path: Path) -> None:
     header["recipe"]["trust_remote_code"] = True
     write_header(tmp_path / "run", header)
     with pytest.raises(UsageError, match="--trust-remote-code"):
-        report_again(tmp_path / "run")
+        report(tmp_path / "run")
 
 
 # ---------------------------------------------------------------------------------------------- paths
@@ -109,7 +109,7 @@ def test_a_run_names_no_descriptor_to_import(given_run: Path, tmp_path: Path, mo
     header = read_header(tmp_path / "run")
     write_header(tmp_path / "run", header | {"descriptor": {"name": "trap:Trap", "source": "0"}})
     with pytest.raises(InputError, match="another descriptor"):
-        report_again(tmp_path / "run")
+        report(tmp_path / "run")
     assert not (tmp_path / "ran").exists()
 
 
@@ -120,7 +120,7 @@ def test_a_run_names_no_file_outside(name: str, given_run: Path, tmp_path: Path)
     header["stages"]["scores"]["files"][name] = {"size": 1, "sha256": "0"}
     write_header(tmp_path / "run", header)
     with pytest.raises(InputError, match="which is not in"):
-        report_again(tmp_path / "run")
+        report(tmp_path / "run")
 
 
 def test_a_link_out_of_a_run_is_not_followed(given_run: Path, tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_a_link_out_of_a_run_is_not_followed(given_run: Path, tmp_path: Path) ->
     scores.rename(tmp_path / "elsewhere.json")
     scores.symlink_to(tmp_path / "elsewhere.json")
     with pytest.raises(InputError, match="leads out of the folder"):
-        report_again(tmp_path / "run")
+        report(tmp_path / "run")
 
 
 @pytest.fixture

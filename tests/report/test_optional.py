@@ -14,7 +14,7 @@ from layersmith.errors import InputError
 from layersmith.report.optional import read_distillation, read_frontier
 from layersmith.run.artifacts import write_json
 from layersmith.run.folder import Run
-from layersmith.stages.reopen import report_again
+from layersmith.stages.reopen import report as report_again
 from tests.conftest import TINY_RECIPE
 from tests.report.sample import frontier
 

@@ -102,12 +102,15 @@ def test_equals_brute_force(name: str) -> None:
 
 def test_a_solution_prints_as_a_table() -> None:
     solution = problem(0, SearchRecipe()).best()
-    lines = str(solution).splitlines()
-    assert lines[0].split() == ["layer", "attention", "ffn"]
-    assert len(lines) == 1 + len({a.layer for a in solution.alternatives}) + len(solution.costs) + 1
+    layers, costs = (part.splitlines() for part in str(solution).split("\n\n"))
+    assert layers[0].split() == ["layer", "attention", "ffn"]
+    assert len(layers) == 1 + len({a.layer for a in solution.alternatives})
+    assert len(costs) == 1 + len(solution.costs) + 1
     for a in solution.alternatives:
-        assert ("unchanged" if a.kind == "parent" else f"parent => {a.name}") in lines[1 + a.layer]
-    assert any(line.startswith("parameters: ") and " => " in line for line in lines)
+        assert ("unchanged" if a.kind == "parent" else f"parent => {a.name}") in layers[1 + a.layer]
+    assert any(line.split()[0] == "parameters" for line in costs[1:])
+    assert repr(solution).startswith("Solution(")
+    assert "<td>" in solution._repr_html_()
 
 
 def test_several_solutions_differ() -> None:

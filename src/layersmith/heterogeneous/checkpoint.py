@@ -17,7 +17,7 @@ from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith import upstream
-from layersmith.errors import InputError, whole_reason
+from layersmith.errors import InputError, UsageError, whole_reason
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import class_for
 from layersmith.heterogeneous.convert import ordinary_checkpoint
@@ -48,8 +48,10 @@ def load(
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
+    device_map: Any = None,
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
+    **how: Any,
 ) -> PreTrainedModel:
     """Load any causal language model, heterogeneous or not.
 
@@ -57,15 +59,22 @@ def load(
         path: Checkpoint folder, hub id or GGUF file.
         dtype: dtype of the weights. Default: the one in the checkpoint; bfloat16 if its weights are quantized.
         device: Device of the model. Default: the CPU.
+        device_map: Devices of its modules, as ``from_pretrained`` of Transformers takes it, e.g. ``"auto"``.
         descriptor: Descriptor of the model family, for a heterogeneous checkpoint without a plan.
         trust_remote_code: Let Transformers run code from the checkpoint; layersmith's checkpoints do not need it.
+        how: Other arguments of ``from_pretrained``, e.g. ``attn_implementation="eager"``.
 
     Raises:
+        UsageError: Both a device and a device map.
         InputError: Files are missing or damaged, or weights and config do not match. No weights are made up.
     """
+    if device is not None and device_map is not None:
+        raise UsageError("give a device or a device_map, not both.")
     path = ordinary_checkpoint(path, trust_remote_code=trust_remote_code)
     cls, config = class_of(path, descriptor, trust_remote_code)
-    model = read_weights(cls, path, config, dtype=dtype or "auto")
+    if device_map is not None:
+        how["device_map"] = device_map
+    model = read_weights(cls, path, config, dtype=dtype or "auto", **how)
     check_finite(model.named_parameters(), str(path))
     return model if device is None else model.to(device)
 

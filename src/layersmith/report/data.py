@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from layersmith.records import parse, to_data
+from layersmith.tables import Shown, Table
 
 SCHEMA = 1
 THIS_CHILD = "this child"
@@ -33,6 +34,17 @@ class MetricRow:
     parent_standard_error: float | None = None
     task: str | None = None
 
+    def cells(self) -> tuple[str, str, str, str]:
+        """The row of a table: label, parent, child, and difference, each number with its standard error."""
+        parent = "" if self.parent is None else f"{self.parent:.4f}"
+        difference = self.difference
+        change = "" if difference is None else _with_noise(difference, self.difference_standard_error, "+")
+        return self.label, parent, _with_noise(self.child, self.child_standard_error), change
+
+
+def _with_noise(value: float, error: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.4f}" if error is None else f"{value:{sign}.4f} ± {error:.4f}"
+
 
 @dataclass(frozen=True)
 class Sample:
@@ -44,8 +56,8 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Evaluation:
-    """The comparison of parent and child."""
+class Evaluation(Shown):
+    """The comparison of parent and child; ``samples`` is empty if no text was generated."""
 
     tokens: int
     sequences: int
@@ -55,6 +67,11 @@ class Evaluation:
     def row(self, metric: str) -> MetricRow | None:
         """The row of a metric; None if it was not measured."""
         return next((row for row in self.rows if row.metric == metric), None)
+
+    def tables(self) -> list[Table]:
+        """The metrics with their standard errors."""
+        title = f"evaluated on {self.tokens:,} tokens" if self.tokens else "evaluated on tasks"
+        return [Table(title, ("", "parent", "model", "difference"), [row.cells() for row in self.rows], True)]
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,13 @@ standard output holds results alone.
 
 from __future__ import annotations
 
+import html
+import importlib
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from rich.console import Console, ConsoleOptions, RenderableType
@@ -25,6 +28,8 @@ from layersmith.units import format_seconds
 
 # Seconds between two lines about the same stage where there is no live bar.
 _SECONDS_BETWEEN_LINES = 15.0
+# Seconds between two drawings of a bar in a notebook.
+_SECONDS_BETWEEN_DRAWINGS = 0.3
 # Exit code of a process whose reader has gone: 128 and the number of SIGPIPE.
 BROKEN_PIPE = 141
 # A table in a pipe is not wrapped to the 80 columns that a console without a terminal is assumed to have.
@@ -67,6 +72,67 @@ class Progress:
 SILENT = Progress()
 
 
+@dataclass(frozen=True)
+class Event:
+    """Something that a stage reports.
+
+    Attributes:
+        kind: ``begin``, ``step``, ``end`` or ``note``.
+        stage: Name of the stage, and after a colon what it is doing, e.g. ``scores: score``; empty for a note.
+        done, total: Steps that are done, and all steps.
+        unit: What the steps are.
+        text: The note.
+    """
+
+    kind: str
+    stage: str = ""
+    done: float = 0.0
+    total: float = 0.0
+    unit: str = ""
+    text: str = ""
+
+
+Callback = Callable[[Event], None]
+
+
+class WithCallback(Progress):
+    """Another progress, and a function that is called with every event; what it raises interrupts the run."""
+
+    def __init__(self, shown: Progress, callback: Callback):
+        self.shown, self.callback, self.clock = shown, callback, shown.clock
+
+    def note(self, text: str) -> None:
+        self.shown.note(text)
+        self.callback(Event("note", text=text))
+
+    @contextmanager
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
+        done = 0.0
+        with self.shown.stage(name, total, unit) as shown:
+            self.callback(Event("begin", name, done, total, unit))
+
+            def advance(steps: float, left: float | None = None, said: str = "") -> None:
+                nonlocal done
+                done += steps
+                shown(steps, left, said)
+                self.callback(Event("step", name, done, total, unit))
+
+            yield advance
+        self.callback(Event("end", name, done, total, unit))
+
+
+def progress_of(progress: Progress | bool, callback: Callback | None = None) -> Progress:
+    """The progress that a caller of the Python API asks for.
+
+    Args:
+        progress: True for a bar in a notebook or a terminal, and lines elsewhere; False for nothing; or a progress.
+        callback: Called with every :class:`Event`.
+    """
+    if isinstance(progress, bool):
+        progress = progress_on(open_console(stderr=True)) if progress else SILENT
+    return progress if callback is None else WithCallback(progress, callback)
+
+
 class CommandConsole(Console):
     """A console whose process ends as a shell expects when the reader of a pipe has gone.
 
@@ -99,9 +165,11 @@ def open_console(*, stderr: bool = False) -> Console:
 
 
 def progress_on(console: Console) -> Progress:
-    """A live bar on a terminal, plain lines elsewhere, nothing on a console that is quiet."""
+    """A live bar in a notebook or on a terminal, plain lines elsewhere, nothing on a console that is quiet."""
     if console.quiet:
         return SILENT
+    if console.is_jupyter:
+        return NotebookBars()
     return Bars(console) if console.is_terminal else Lines(console)
 
 
@@ -148,6 +216,40 @@ class Lines(Progress):
 
     def _say(self, text: str) -> None:
         self.console.print(text, markup=False, highlight=False, soft_wrap=not self.console.is_terminal)
+
+
+class NotebookBars(Progress):
+    """In a notebook, a bar for each stage that becomes a line when the stage ends. It needs no widgets."""
+
+    def __init__(self) -> None:
+        self._display = importlib.import_module("IPython.display")  # a notebook has it
+
+    def note(self, text: str) -> None:
+        self._display.display(self._html(f"note: {text}"))
+
+    def _html(self, text: str, bar: str = "") -> Any:
+        return self._display.HTML(f"<div>{bar} {html.escape(printable(text))}</div>")
+
+    @contextmanager
+    def stage(self, name: str, total: float, unit: str) -> Iterator[Advance]:
+        started = drawn = time.monotonic()
+        done = 0.0
+        handle = self._display.display(self._html(name), display_id=True)
+
+        def advance(steps: float, left: float | None = None, said: str = "") -> None:
+            nonlocal done, drawn
+            done += steps
+            now = time.monotonic()
+            if now - drawn > _SECONDS_BETWEEN_DRAWINGS and total > 1:
+                left = (now - started) * (total - done) / max(done, 1e-9) if left is None else left
+                words = (
+                    f"{name}: {done / total:.0%} of {total:,.0f} {unit}, about {format_seconds(round(left, 1))} left"
+                )
+                handle.update(self._html(words, f'<progress value="{done / total:.3f}" max="1"></progress>'))
+                drawn = now
+
+        yield advance
+        handle.update(self._html(f"{name}: done in {_since(started)}"))
 
 
 class Bars(Lines):

@@ -13,6 +13,7 @@ from layersmith.costs.counted import COSTS as COUNTED
 from layersmith.errors import InputError
 from layersmith.library.alternative import Alternative
 from layersmith.records import check, parse, to_data
+from layersmith.tables import Shown, Table
 from layersmith.units import format_cost
 
 _COSTS = ("costs", "parent_costs", "limits")
@@ -25,8 +26,8 @@ class _Asked(TypedDict):
     limits: dict[str, float]
 
 
-@dataclass(frozen=True)
-class Solution:
+@dataclass(frozen=True, repr=False)
+class Solution(Shown):
     """One alternative for each subblock of each layer.
 
     Attributes:
@@ -51,21 +52,29 @@ class Solution:
     proven_optimal: bool
     bound: float | None = None
 
-    def __str__(self) -> str:
-        """A table of the layers, and the costs as ``old => new``."""
+    def tables(self) -> list[Table]:
+        """The layers, and the costs of parent and child."""
         cells: dict[int, dict[str, str]] = {}
         for a in self.alternatives:
             cell = "unchanged" if a.is_parent else f"parent => {a.name}"
             cells.setdefault(a.layer, {})[a.subblock] = cell
-        width = max(len(row.get("attention", "")) for row in cells.values())
-        rows = [("layer", "attention", "ffn")]
-        rows += [(str(i), row.get("attention", ""), row.get("ffn", "")) for i, row in sorted(cells.items())]
-        lines = [f"{i:>5}  {attention:<{max(width, 9)}}  {ffn}".rstrip() for i, attention, ffn in rows]
+        layers = [(str(i), row.get("attention", ""), row.get("ffn", "")) for i, row in sorted(cells.items())]
+        costs: list[tuple[str, str, str, str]] = []
         for name, after in self.costs.items():
             before = self.parent_costs[name]
-            share = f" ({after / before:.2f}x)" if before else ""
-            lines.append(f"{name}: {format_cost(name, before)} => {format_cost(name, after)}{share}")
-        return "\n".join([*lines, f"sum of scores: {self.score:.4f}"])
+            share = f"{after / before:.2f}x" if before else ""
+            costs.append((name, format_cost(name, before), format_cost(name, after), share))
+        costs.append(("sum of scores", "", f"{self.score:.4f}", ""))
+        headings = ("", "parent", "child", "child / parent")
+        return [Table("", ("layer", "attention", "ffn"), layers), Table("", headings, costs, is_numeric=True)]
+
+    def __repr__(self) -> str:
+        changed = sum(not a.is_parent for a in self.alternatives)
+        before, after = self.parent_costs["parameters"], self.costs["parameters"]
+        return (
+            f"Solution({changed} of {len(self.alternatives)} subblocks changed, {after / before:.2f}x parameters, "
+            f"sum of scores {self.score:.4f})"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         return {

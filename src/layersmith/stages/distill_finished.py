@@ -8,11 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from layersmith.data.in_memory import Text, source_of
 from layersmith.errors import UsageError
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import DISTILLATION_TOKENS, Recipe
+from layersmith.report.words import number
 from layersmith.run import ranks
-from layersmith.run.progress import SILENT, Progress
+from layersmith.run.progress import Callback, Progress, progress_of
 from layersmith.run.runtime import Runtime
 from layersmith.stages.costs import COSTS
 from layersmith.stages.distill import COMPARED, DISTILLATION, DISTILLED, keep_card_of_distilled, remove_checkpoints
@@ -20,10 +22,11 @@ from layersmith.stages.finalists import FINALISTS, has_finalists
 from layersmith.stages.job import job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD
+from layersmith.tables import Shown, Table
 
 
 @dataclass(frozen=True)
-class Distilled:
+class Distilled(Shown):
     """Result of a global distillation.
 
     Attributes:
@@ -37,25 +40,34 @@ class Distilled:
     after: dict[str, Any]
     finalists: list[dict[str, Any]]
 
+    def tables(self) -> list[Table]:
+        """The child's metrics before and after, and the parent's."""
+        rows = [
+            (new["label"], number(new["parent"]), number(old["child"]), number(new["child"]))
+            for old, new in zip(self.before["rows"], self.after["rows"], strict=True)
+        ]
+        return [Table(str(self.child), ("", "parent", "child", "distilled"), rows, True)]
+
 
 def distill(
-    run_folder: str | Path,
+    run: str | Path,
     *,
     tokens: int | None = None,
-    data: str | Path | None = None,
+    data: Text | None = None,
     recipe: Recipe | dict[str, Any] | str | Path | None = None,
     finalists: int | None = None,
     report_to: Sequence[str] | None = None,
     device: str | None = None,
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
-    progress: Progress = SILENT,
+    progress: Progress | bool = True,
+    callback: Callback | None = None,
     verify: bool = False,
 ) -> Distilled:
     """Distil the parent of a finished run into its child. Call it again to resume an interrupted distillation.
 
     Args:
-        run_folder: Folder that ``compress`` made.
+        run: Folder that ``compress`` made.
         tokens: Number of tokens to learn from; default: the recipe's, else a million.
         data: Text to learn from; default: the run's, without what evaluation shows.
         recipe: Its section ``distillation`` replaces the run's.
@@ -64,7 +76,8 @@ def distill(
         device: Device; default: the run's.
         descriptor: Descriptor of the parent's model family; default: inferred.
         trust_remote_code: Let Transformers run code from the folders of parent and child.
-        progress: Receives steps and notes.
+        progress: Whether to show progress; or a progress that receives it.
+        callback: Called with an :class:`~layersmith.run.progress.Event` when a stage begins, does steps, or ends.
         verify: Hash all files of the run, also large ones whose size and time of change are as before.
 
     Raises:
@@ -85,8 +98,8 @@ def distill(
         return dataclasses.replace(settings, distillation=section, device=device or settings.device)
 
     needed = (LIBRARY, COSTS, CHILD)
-    job = job_of_run(run_folder, needed, descriptor, progress, change, verify, trust_remote_code)
-    job.training_data = None if data is None else str(data)
+    job = job_of_run(run, needed, descriptor, progress_of(progress, callback), change, verify, trust_remote_code)
+    job.training_data = None if data is None else source_of(data)
     ranks.start(Runtime.detect(job.recipe.device, job.recipe.dtype))
     with ranks.first(job.run.locked):
         for stage in DISTILLATION:

@@ -12,11 +12,12 @@ import torch
 from transformers import PretrainedConfig
 
 from layersmith.block_config import BlockConfig
-from layersmith.costs.budget import Workload
+from layersmith.costs.budget import COST_WORDS, Workload
 from layersmith.costs.counted import ModelShape, context_note, total
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.heterogeneous.build import block_configs_of, config_dtype
 from layersmith.heterogeneous.checkpoint import untie_if_stored_apart
+from layersmith.heterogeneous.in_memory import Model, checkpoint_of
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.heterogeneous.weight_files import check_files, weight_files
 from layersmith.library.alternative import Alternative, in_words
@@ -29,6 +30,8 @@ from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.stock import causal_lm_config, stock_class
 from layersmith.modeling_layersmith import without_guard
 from layersmith.recipe import BATCH, CONTEXT, LibraryRecipe
+from layersmith.tables import Shown, Table
+from layersmith.units import format_cost
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class BlockRow:
 
 
 @dataclass(frozen=True)
-class Inspection:
+class Inspection(Shown):
     """What ``layersmith inspect`` shows.
 
     Attributes:
@@ -66,6 +69,22 @@ class Inspection:
     parts: dict[str, dict[str, int]]
     total: dict[str, int]
     notes: list[str]
+
+    def tables(self) -> list[Table]:
+        """The blocks, and the costs of the parts of the model."""
+        headings = ("layers", "attention", "can become", "FFN", "can become")
+        blocks = [(b.layers, b.attention, b.attention_alternatives, b.ffn, b.ffn_alternatives) for b in self.blocks]
+        names = ("parameters", "weight_bytes", "kv_cache_bytes")
+        costs = []
+        for label, part in self.parts.items():
+            cells = [label]
+            for name in names:
+                whole = self.total[name]
+                cells += [format_cost(name, part[name]), f"{part[name] / whole:.0%}" if whole else ""]
+            costs.append(cells)
+        labels = [word for name in names for word in (COST_WORDS.get(name, "weight memory"), "")]
+        title = f"parameters and memory (batch {self.batch}, context {self.context:,})"
+        return [Table("blocks", headings, blocks), Table(title, ("", *labels), costs, True)]
 
 
 @dataclass(frozen=True)
@@ -124,18 +143,28 @@ def outline(
 
 
 def inspect(
-    parent: str | Path,
+    parent: Model,
     batch: int = BATCH,
     context: int = CONTEXT,
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
 ) -> Inspection:
-    """Describe a model.
+    """The blocks of a model, the alternatives of each, and where parameters and memory go. No weights are read.
+
+    Args:
+        parent: Checkpoint folder or hub id; or a ``PreTrainedModel``, or a pair of one and its tokenizer.
+        batch, context: Sequences and tokens of each in the KV cache.
+        descriptor: Descriptor of the model family. Default: from ``layersmith.describe``.
+        trust_remote_code: Let Transformers run code from the checkpoint.
+
+    Returns:
+        A record whose amounts are parameters and bytes; notebooks show it as tables.
 
     Raises:
         InputError: The parent has no config.
         UnsupportedModel: The model family cannot be described.
     """
+    parent = checkpoint_of(parent)
     space = outline(parent, LibraryRecipe(), Workload(batch, context), descriptor, trust_remote_code)
     blocks, costs = space.blocks, space.costs
     by_subblock = {

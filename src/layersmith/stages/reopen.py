@@ -1,4 +1,4 @@
-"""Commands on a finished run: search another budget, compute its frontier, rebuild the report, evaluate a model."""
+"""Commands on a finished run: search another budget, compute its frontier, and write the report again."""
 
 from __future__ import annotations
 
@@ -10,22 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
-from layersmith.data.splits import check_vocabulary, evaluation_rows, load_tokenizer
 from layersmith.errors import InputError, UnsupportedModel, UsageError, did_you_mean
-from layersmith.evaluation.compare import compare
-from layersmith.evaluation.tasks import require_tasks, run_tasks, task_rows
-from layersmith.heterogeneous.checkpoint import load, save
-from layersmith.heterogeneous.convert import ordinary_checkpoint
+from layersmith.heterogeneous.checkpoint import save
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.recipe import DataRecipe, EvaluationRecipe, Recipe, ScoringRecipe, SearchRecipe
+from layersmith.recipe import Recipe, SearchRecipe
 from layersmith.report.card import Child, model_card
 from layersmith.run.artifacts import fingerprint, whole_folder, write_json, write_text
 from layersmith.run.cards import CARD
 from layersmith.run.folder import ASKED_FRONTIER
 from layersmith.run.journal import Recording
-from layersmith.run.progress import SILENT, Progress
-from layersmith.run.runtime import Runtime
+from layersmith.run.progress import SILENT, Callback, Progress, progress_of
 from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
@@ -40,7 +35,7 @@ from layersmith.stages.job import Job, job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD, library_with_pairs
 from layersmith.stages.refine import SOLUTION, refined_solution, setup_of
-from layersmith.stages.report import write_report
+from layersmith.stages.report import Result, write_report
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import (
     frontier_record,
@@ -50,6 +45,7 @@ from layersmith.stages.search import (
     within_time,
 )
 from layersmith.stages.training_rows import is_wanted
+from layersmith.tables import Shown, Table
 
 # Each solution takes a solver run, and rules out those before it.
 _MOST_SOLUTIONS = 100
@@ -104,6 +100,76 @@ class SearchRequest:
             device, server = self.times_on
             costs = dataclasses.replace(costs, device=device, server=server, times=None)
         return dataclasses.replace(recipe, scoring=scoring, costs=costs, search=self.rules or recipe.search)
+
+
+@dataclass(frozen=True, repr=False)
+class Searched(Shown):
+    """Solutions of a search, best first; ``solutions[0]`` is the child's.
+
+    Attributes:
+        solutions: The solutions.
+        library: The run's alternatives, and its parent.
+        child: Folder of the child, if one was written.
+    """
+
+    solutions: tuple[Solution, ...]
+    library: Library
+    child: Path | None = None
+
+    def tables(self) -> list[Table]:
+        """The tables of all solutions."""
+        return [table for solution in self.solutions for table in solution.tables()]
+
+    def __repr__(self) -> str:
+        return f"Searched({list(self.solutions)}, child={self.child})"
+
+
+def search(
+    run: str | Path,
+    budget: Budget | dict[str, Any] | str | float,
+    *,
+    objective: str | None = None,
+    rules: SearchRecipe | None = None,
+    out: str | Path | None = None,
+    refine: bool | None = None,
+    solutions: int = 1,
+    min_distance: int = 1,
+    descriptor: type[ModelDescriptor] | None = None,
+    progress: Progress | bool = True,
+    callback: Callback | None = None,
+    verify: bool = False,
+    trust_remote_code: bool = False,
+    times_on: tuple[str, str | None] | None = None,
+) -> Searched:
+    """Find the best child for another budget from the scores of a finished run, in seconds.
+
+    Args:
+        run: Folder that ``compress`` made.
+        budget: A fraction of the parent's parameters, or a mapping such as ``{"memory": "10GiB", "batch": 8}``.
+        objective: Metric to minimise, e.g. ``"kl_divergence"`` (nats per token); default: the recipe's.
+        rules: Rules on the solution besides the budget; default: the recipe's section ``search``.
+        out: New folder for the child; default: none is written.
+        refine: Improve the first solution by evaluating whole children; default: if a child is written.
+        solutions: Number of solutions.
+        min_distance: Least number of subblocks in which solutions differ.
+        descriptor: Descriptor of the parent's model family; default: inferred.
+        progress: Whether to show progress; or a progress that receives it.
+        callback: Called with an :class:`~layersmith.run.progress.Event` when a stage begins, does steps, or ends.
+        verify: Hash all files of the run, also large ones whose size and time of change are as before.
+        trust_remote_code: Let Transformers run code from the parent's folder or hub page.
+        times_on: Device, and server or None, that times are predicted for; default: the run's times.
+
+    Raises:
+        Infeasible: No child of the run's library fits.
+        InputError: The run is not finished, or ``out`` exists.
+        UsageError: An argument is wrong.
+    """
+    request = SearchRequest(
+        run, Budget.parse(budget), objective, rules, descriptor, verify, trust_remote_code, times_on
+    )
+    shown, how = progress_of(progress, callback), {"solutions": solutions, "min_distance": min_distance}
+    library, best = search_several(request, out=out, refine=refine, progress=shown, **how)
+    return Searched(tuple(best), library, None if out is None else Path(out))
 
 
 def search_several(
@@ -220,63 +286,32 @@ def frontier_again(request: SearchRequest, *, measure: bool = False, progress: P
     return run.folder / ASKED_FRONTIER / "frontier.json"
 
 
-def report_again(
-    run_folder: str | Path, progress: Progress = SILENT, verify: bool = False, trust_remote_code: bool = False
-) -> Path:
-    """Write a finished run's report anew."""
-    needed = (DESCRIBE, DATA, LIBRARY, SCORES, SOLUTION, EVALUATION)
-    job = job_of_run(run_folder, needed, progress=progress, verify=verify, trust_remote_code=trust_remote_code)
-    is_distilled = is_wanted(job) and job.made_from(COMPARED) is not None
-    with job.run.locked():
-        return write_report(job, is_distilled=is_distilled, again=True).report
-
-
-def evaluate_model(
-    model: str | Path,
-    data: str | Path | None = None,
-    parent: str | Path | None = None,
-    sequences: int = DataRecipe.evaluation_sequences,
-    sequence_length: int = DataRecipe.sequence_length,
-    seed: int = 0,
-    device: str = "auto",
-    progress: Progress = SILENT,
-    tasks: EvaluationRecipe | None = None,
+def report(
+    run: str | Path,
+    *,
+    progress: Progress | bool = True,
+    callback: Callback | None = None,
+    verify: bool = False,
     trust_remote_code: bool = False,
-) -> dict[str, Any]:
-    """Loss and perplexity of a model on text, its agreement with a parent, and its accuracy on tasks.
+) -> Result:
+    """Write the report of a finished run again.
+
+    Args:
+        run: Folder that ``compress`` made.
+        progress: Whether to show progress; or a progress that receives it.
+        callback: Called with an :class:`~layersmith.run.progress.Event` when a stage begins, does steps, or ends.
+        verify: Hash all files of the run, also large ones whose size and time of change are as before.
+        trust_remote_code: Let Transformers run code from the folders of parent and child.
+
+    Returns:
+        The result that ``compress`` returned; its ``report`` is the page.
 
     Raises:
-        UsageError: Sizes that are not positive, or neither text nor tasks are given.
+        InputError: The run is not finished, or a file of it is damaged.
     """
-    tasks = tasks or EvaluationRecipe()
-    if data is None and not tasks.tasks:
-        raise UsageError("give text to evaluate on (--data), tasks (--tasks), or both.")
-    require_tasks(tasks.tasks)
-    if sequences < 1 or sequence_length < 2:
-        raise UsageError("--sequences must be at least 1 and --sequence-length at least 2.")
-    runtime = Runtime.detect(device, "auto")
-    given = [path for path in (model, parent) if path is not None]
-    model, *others = (ordinary_checkpoint(path, trust_remote_code=trust_remote_code) for path in given)
-    how: Any = {"dtype": runtime.dtype, "device": runtime.device, "trust_remote_code": trust_remote_code}
-    loaded = load(model, **how).eval()
-    reference = load(others[0], **how).eval() if others else loaded
-    longest = getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or sequence_length
-    length = min(sequence_length, longest)
-    sizes = [each.config.get_text_config().vocab_size for each in (loaded, reference)]
-    if sizes[0] != sizes[1]:
-        raise InputError(f"{parent}: has a vocabulary of {sizes[1]:,}, and {model} of {sizes[0]:,}; give one parent's.")
-    tokenizer = load_tokenizer(model, trust_remote_code=trust_remote_code)
-    table: dict[str, Any] = {"sequences": 0, "tokens": 0, "rows": []}
-    if data is not None:
-        wanted = DataRecipe(sequence_length=length, evaluation_sequences=sequences)
-        rows = evaluation_rows(data, tokenizer, wanted, seed)
-        check_vocabulary(int(rows.max()) + 1, sizes[0])
-        batch = max(1, ScoringRecipe.batch_tokens // rows.shape[1])
-        table = compare(
-            reference, loaded, rows, batch_sequences=batch, tokenizer=tokenizer, progress=progress
-        ).to_dict()
-    if tasks.tasks:
-        results = run_tasks(loaded, tokenizer, tasks, progress)
-        before = results if reference is loaded else run_tasks(reference, tokenizer, tasks, progress)
-        table["rows"] += task_rows(before, results)
-    return table
+    needed = (DESCRIBE, DATA, LIBRARY, SCORES, SOLUTION, EVALUATION)
+    shown = progress_of(progress, callback)
+    job = job_of_run(run, needed, progress=shown, verify=verify, trust_remote_code=trust_remote_code)
+    is_distilled = is_wanted(job) and job.made_from(COMPARED) is not None
+    with job.run.locked():
+        return write_report(job, is_distilled=is_distilled, again=True)

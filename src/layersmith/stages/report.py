@@ -6,6 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
+from layersmith.heterogeneous.checkpoint import load
 from layersmith.records import parse
 from layersmith.report.card import Child, complete_card
 from layersmith.report.collect import Results, collect
@@ -24,13 +27,14 @@ from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD
 from layersmith.stages.refine import SOLUTION, read_costs
 from layersmith.stages.scores import SCORES
+from layersmith.tables import Shown, Table
 from layersmith.units import format_count
 
 NAME, PAGE = "report", "report.html"
 
 
-@dataclass(frozen=True)
-class Result:
+@dataclass(frozen=True, repr=False)
+class Result(Shown):
     """Result of a run.
 
     Attributes:
@@ -57,6 +61,15 @@ class Result:
 
     def __repr__(self) -> str:
         return f"Result({self})"
+
+    def tables(self) -> list[Table]:
+        """The solution, the evaluation, and where child and report are."""
+        folders = Table("", ("", "folder"), [("child", str(self.child)), ("report", str(self.report))])
+        return [*self.solution.tables(), *parse(Evaluation, self.evaluation, "evaluation: ").tables(), folders]
+
+    def load(self, **how: Any) -> PreTrainedModel:
+        """The child as a model; arguments are those of :func:`layersmith.load`."""
+        return load(self.child, **how)
 
     def metric(self, name: str) -> dict[str, Any]:
         """One row of the evaluation's table, e.g. ``"loss"`` or ``"kl_divergence"``."""

@@ -13,7 +13,6 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from layersmith.errors import LayersmithError, UnsupportedModel
 from layersmith.execution.parent import Parent
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import block_configs_of, build
+from layersmith.heterogeneous.in_memory import Model, checkpoint_of
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records, no_op_records
 from layersmith.library.axes.axis import LayerAxes
 from layersmith.library.axes.find import find_axes
@@ -37,12 +37,13 @@ from layersmith.model_descriptor.infer.specimen import Specimen, cache_argument
 from layersmith.model_descriptor.stock import causal_lm_config, stock_class, stock_model
 from layersmith.modeling_layersmith import as_parent
 from layersmith.run.runtime import Runtime
+from layersmith.tables import Shown, Table
 
 OK = "ok"
 
 
 @dataclass(frozen=True)
-class Verification:
+class Verification(Shown):
     """The checks of ``inspect --verify`` and their results.
 
     Attributes:
@@ -70,14 +71,19 @@ class Verification:
         """Whether a check of the whole model failed."""
         return any(verdict != OK for verdict in self.whole.values())
 
+    def tables(self) -> list[Table]:
+        """The checks of the whole model and of each kind of layer."""
+        checks = [("whole model", self.whole), *((f"layers like {layers}", each) for layers, each in self.layers)]
+        return [Table(title, ("check", "result"), list(verdicts.items())) for title, verdicts in checks]
+
 
 def verify(
-    parent: str | Path, descriptor: type[ModelDescriptor] | None = None, trust_remote_code: bool = False
+    parent: Model, descriptor: type[ModelDescriptor] | None = None, trust_remote_code: bool = False
 ) -> Verification:
     """Run all checks on a small random model with the same kinds of layers.
 
     Args:
-        parent: Folder or hub id of the parent.
+        parent: Folder or hub id of the parent, or a ``PreTrainedModel``.
         descriptor: Descriptor of the parent's model family. Default: from ``describe``.
         trust_remote_code: Let Transformers run code in the folder.
 
@@ -86,6 +92,7 @@ def verify(
         UnsupportedModel: The model family cannot be described, or no small model of it can be built.
     """
     started = time.perf_counter()
+    parent = checkpoint_of(parent)
     config = causal_lm_config(as_parent(read_config(parent, trust_remote_code=trust_remote_code)))
     descriptor = descriptor or describe(config)
     small = shrunk(config, stock_model(config))
