@@ -18,7 +18,7 @@ from layersmith.errors import InputError, LayersmithError
 from layersmith.export.source import CannotExport
 from layersmith.model_descriptor.deci import multiple_of, width_of
 from layersmith.model_descriptor.describe import read_config
-from layersmith.stages.reopen import evaluate_model
+from layersmith.stages.evaluate_model import evaluate
 from tests.conftest import TINY_RECIPE
 from tests.export.children import ALIKE_EXPERTS, MIXED, attention, ffn, write_child
 
@@ -205,8 +205,7 @@ def test_a_checkpoint_of_the_layout_is_a_parent(
     parent = tmp_path / "deci"
     layersmith.export(make_parent("llama", num_hidden_layers=2), parent, "sglang")
     assert {"tokenizer.json", "tokenizer_config.json"} <= {file.name for file in parent.iterdir()}
-    table = evaluate_model(parent, text_folder, sequences=2, sequence_length=16)
-    assert table["rows"]
+    assert evaluate(parent, text_folder, sequences=2, sequence_length=16, progress=False).rows
     quick = TINY_RECIPE | {"local_distillation": {"tokens": 0, "coupled_tokens": 0}}
     result = layersmith.compress(parent, tmp_path / "run", data=text_folder, budget=0.9, recipe=quick)
     assert layersmith.export(result.child, tmp_path / "child", "vllm").layout == "DeciLMForCausalLM"
