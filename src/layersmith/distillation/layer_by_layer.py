@@ -34,7 +34,7 @@ from layersmith.run.progress import SILENT, Progress
 # One training row in this many is held out: more make the errors more certain, fewer leave more to train on.
 _HELD_OUT_EVERY = 24
 # A child's layers are trained no further if the error of the first few that were trained fell by less than this share
-# on held-out rows. On SmolLM2-135M it fell by 1%; on parents that were trained for minutes, by 10% to 40%.
+# on held-out rows. On SmolLM2-135M it fell by 1%.
 _TRIAL_LAYERS, _LEAST_GAIN = 3, 0.03
 
 

@@ -23,7 +23,7 @@ from layersmith.run.artifacts import read_json
 from layersmith.untrusted import inside
 
 # A config that asks for more is wrong, and building so many takes long even without memory.
-_MOST_LAYERS = 2048
+_MOST_LAYERS = 1024
 # Configs that were checked in this process.
 _buildable: set[str] = set()
 
@@ -190,6 +190,12 @@ def _check_config_file(folder: Path) -> None:
                 inside(folder, str(value), f"{path}: {name}")
             if name.endswith("attn_implementation") and "/" in str(value):
                 raise InputError(f"{path}: {name} names code on the Hub, {brief(str(value))}. Remove it.")
+            if (
+                name == "block_configs"
+                and isinstance(value, list)
+                and len(value) != part.get("num_hidden_layers", len(value))
+            ):
+                raise InputError(f"{path}: {len(value)} block_configs for {part['num_hidden_layers']} layers.")
             if "layer" in name and type(value) is int and value > _MOST_LAYERS:
                 raise InputError(f"{path}: asks for {value:,} layers ({name}).")
 
