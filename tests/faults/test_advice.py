@@ -185,6 +185,7 @@ FOLLOWED: dict[str, Callable[[Place], None] | str] = {
     "the same distill command writes it": "test_damage.py::test_distill_again",
     "To resume, run the same command again": "test_interrupts.py::test_an_interrupted_command_goes_on",
     "no space left on the disk": "test_interrupts.py::test_an_interrupted_command_goes_on",
+    "Lower scoring.batch_tokens": "test_interrupts.py::test_an_interrupted_command_goes_on",
     "out of memory": "test_interrupts.py::test_an_interrupted_command_goes_on",
     "Free some and run the same command again": "test_interrupts.py::test_an_interrupted_command_goes_on",
     "logits that are not numbers. Restore the checkpoint": damaged_parent,
