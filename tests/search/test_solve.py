@@ -4,6 +4,7 @@ import random
 import pytest
 
 from layersmith.errors import Infeasible
+from layersmith.search import core, program
 from layersmith.search.solve import Candidate, Group, ProgramSolution, Solver, within
 
 Instance = tuple[list[Group], dict[str, int], dict[str, int]]
@@ -147,9 +148,9 @@ def test_what_is_beyond_proof_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> No
     proven = solve(groups, limits, fixed)
     assert proven.proven_optimal
     assert proven.bound == proven.score
-    monkeypatch.setattr("layersmith.search.core._MOST_STATES", 10)
-    monkeypatch.setattr("layersmith.search.program.FIRST_NODES", 1)
-    monkeypatch.setattr("layersmith.search.program.MOST_NODES", 2)
+    monkeypatch.setattr(core, "_MOST_STATES", 10)
+    monkeypatch.setattr(program, "FIRST_NODES", 1)
+    monkeypatch.setattr(program, "MOST_NODES", 2)
     solution = solve(groups, limits, fixed)
     check(groups, limits, fixed, solution)
     assert not solution.proven_optimal
