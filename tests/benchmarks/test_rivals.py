@@ -38,6 +38,8 @@ from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe
 from layersmith.run.runtime import Runtime
 
+pytestmark = pytest.mark.skipif("LAYERSMITH_RIVALS" not in os.environ, reason="a minute; make test-rivals runs it")
+
 generator = torch.Generator().manual_seed(5)
 CALIBRATION, SCORING = (torch.randint(0, 512, (n, 32), generator=generator) for n in (8, 6))
 
@@ -133,7 +135,6 @@ def test_flap_replaces_units_by_their_mean(problem: Problem, seen: Activations) 
         assert torch.allclose(of_child, of_parent, atol=1e-4)
 
 
-@pytest.mark.skipif("LAYERSMITH_RIVALS" not in os.environ, reason="a minute; make test-rivals runs it")
 def test_published_order_of_methods_on_a_trained_model(trained: Problem) -> None:
     """FLAP's table 5: its biases help. GISP's table 4: it loses less than Wanda-sp. Ours: a refit helps each."""
     seen, target = observe(trained), 0.5 * trained.sizes.total
