@@ -51,7 +51,7 @@ def main() -> None:
     options.add_argument("--out", type=Path, required=True)
     args = options.parse_args()
     lines = [
-        "# The roofline beside AIConfigurator",
+        "# The roofline and AIConfigurator",
         "",
         f"Written by `python -m benchmarks.serving`: server {SERVER}, prompts of 2,048 tokens, 256 generated.",
         "Weights are in bfloat16. Time per token and time to first token are shares of the parent's. `whole` is",
@@ -118,14 +118,13 @@ def _whole(space: Outline, solution: list[Alternative], system: str, workload: W
                 "ffn": {"ffn_mult": width, "no_op": ffn.no_op, "replace_with_linear": False},
             }
         )
-    told: dict[str, Any] = {
+    fields: dict[str, Any] = {
         key: getattr(config, key)
         for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
     }
-    told |= {"architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "block_configs": entries}
-    answer = ask(system, SERVER, told | {"num_key_value_heads": None, "intermediate_size": None}, workload)
-    share = answer.mixed_share
-    return Timing(answer.ttft, share * sum(answer.mixed.values()) + (1 - share) * sum(answer.decode.values()))
+    fields |= {"architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "block_configs": entries}
+    fields |= {"num_key_value_heads": None, "intermediate_size": None}
+    return ask(system, SERVER, fields, workload).whole
 
 
 def _share(of: float | None, whole: float) -> str:

@@ -166,25 +166,6 @@ Json = Annotated[
 ]
 
 
-# Options of earlier versions, and what to give instead.
-FORMER_OPTIONS = {
-    "--alike": "--set search.uniform_groups=N (0: all layers alike)",
-    "--differ": "--min-distance N",
-    "--distill": "--set distillation.tokens=N",
-    "--eval-data": "--set data.evaluation_source=PATH",
-    "--finalists": "--set distillation.finalists=N",
-    "--keep-layers": "--set search.keep_layers=[0,1]",
-    "--most-no-op-attentions": "--set search.max_removed_attentions=N",
-    "--most-no-op-ffns": "--set search.max_removed_ffns=N",
-    "--refine": "--set search.refine_passes=N",
-    "--no-refine": "--set search.refine_passes=0",
-    "--scoring": "--set scoring.mode=exact",
-    "--seed": "--set seed=N",
-    "--stream": "--set stream=always",
-    "--tensor-parallel": "--set search.tensor_parallel=N",
-}
-
-
 def task_settings(tasks: str | None, keep: str | None = None) -> list[str]:
     """``--tasks`` and ``--keep`` as settings of the recipe; files by absolute paths, so that the run can be moved."""
     names = task_names(tasks)

@@ -76,6 +76,11 @@ class Answer:
         mixed, decode = (sum(s for name, s in ops.items() if _part(name) == part) for ops in (self.mixed, self.decode))
         return mixed, self.mixed_share * mixed + (1 - self.mixed_share) * decode
 
+    @property
+    def whole(self) -> Timing:
+        """Time to first token, and seconds for each token, of the whole model."""
+        return Timing(self.ttft, sum(self.of(part)[1] for part in ("attention", "ffn", "outside")))
+
 
 def _part(operator: str) -> str:
     if any(name in operator for name in _OUTSIDE):

@@ -6,7 +6,7 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import datasets
 
@@ -28,8 +28,8 @@ def source_of(text: Text) -> str:
     """
     if isinstance(text, str | Path):
         return str(text)
-    is_dataset = isinstance(text, datasets.Dataset)
-    if not is_dataset and not (isinstance(text, Sequence) and all(isinstance(t, str) for t in text)):
+    dataset = text if isinstance(text, datasets.Dataset) else None
+    if dataset is None and not (isinstance(text, Sequence) and all(isinstance(t, str) for t in text)):
         raise InputError(
             f"the data are a {type(text).__name__}. Give a path, a hub dataset's name, a datasets.Dataset, or a list "
             "of strings."
@@ -39,15 +39,11 @@ def source_of(text: Text) -> str:
     place = cache_folder("data") or Path(tempfile.mkdtemp(prefix="layersmith-data-"))
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as temporary:
-        written = Path(temporary) / ("data.parquet" if is_dataset else "data.jsonl")
-        if is_dataset:
-            _dataset(text).to_parquet(str(written))
+        written = Path(temporary) / ("data.jsonl" if dataset is None else "data.parquet")
+        if dataset is not None:
+            dataset.to_parquet(str(written))
         else:
             written.write_text("".join(json.dumps({"text": t}) + "\n" for t in text), encoding="utf-8")
         file = place / f"{content_digest(written)}{written.suffix}"
         written.rename(file)
     return str(file)
-
-
-def _dataset(text: Any) -> datasets.Dataset:
-    return text

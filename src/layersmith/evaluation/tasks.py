@@ -33,11 +33,10 @@ from layersmith.untrusted import parse_json
 # Format of a JSONL file => fields by which it is recognized.
 _FORMATS = {"multiple_choice": {"query", "choices", "gold"}, "continuation": {"context", "continuation"}}
 _LABELS = {"acc": "accuracy", "acc_norm": "accuracy by length-normalized likelihood", "exact_match": "exact match"}
-# Characters of a line that are read to see the format of a file.
-_LONGEST_LINE = 10_000_000
 # What a task may be called, so that lm-eval does not take the name for a file.
 _NAME = re.compile(r"[\w.+-]+")
-_LONGEST_LINE = 1024**2  # characters
+# Characters of a line that are read to see the format of a file.
+_LONGEST_LINE = 1024**2
 # Sequences in one forward pass; longer ones come first, so this bounds the memory for logits.
 _BATCH = 16
 
@@ -168,6 +167,12 @@ def _row(before: TaskResult, after: TaskResult) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------- definitions
 
 
+def name_of_task(task: str) -> str:
+    """The name of a task in results: of a JSONL file its own without the ending."""
+    path = Path(task)
+    return path.stem if path.suffix in (".jsonl", ".json") else task
+
+
 def _definition(task: str) -> str | dict[str, Any]:
     """A task as lm-eval takes it: a name, or a definition that reads a JSONL file.
 
@@ -184,7 +189,7 @@ def _definition(task: str) -> str | dict[str, Any]:
     name = _format_of(path)
     text = files("layersmith.evaluation").joinpath("task_formats", f"{name}.yaml").read_text(encoding="utf-8")
     data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(path.resolve())}}}
-    return {"task": path.stem, **data, "test_split": "test", **yaml.safe_load(text)}
+    return {"task": name_of_task(task), **data, "test_split": "test", **yaml.safe_load(text)}
 
 
 def _format_of(path: Path) -> str:

@@ -3,7 +3,7 @@
 * ``puzzletron``: the parent's config with ``block_configs``, and one file per embedding, head and subblock.
 * ``anymodel``: the parent's config with ``base_architecture`` and a ``per_layer_config`` of what differs.
 
-Both keep the tensor names of the family. Neither has query heads or windows that differ by layer: missing query heads
+Both keep the tensor names of the family. In neither can query heads or windows differ by layer: missing query heads
 are filled up with zeros.
 """
 
@@ -22,11 +22,11 @@ from layersmith.export.source import CannotExport, Source, layer_of
 from layersmith.export.tensors import write_shards
 from layersmith.heterogeneous.build import build
 from layersmith.heterogeneous.checkpoint import SUBBLOCK_FOLDER
-from layersmith.heterogeneous.weight_files import INDEX
+from layersmith.heterogeneous.weight_files import write_files
 from layersmith.model_descriptor import any_model
 from layersmith.model_descriptor.conventions import ATTENTION
 from layersmith.model_descriptor.stock import stock_class
-from layersmith.run.artifacts import read_json, saying_disk_full, write_json, write_tensors
+from layersmith.run.artifacts import read_json, write_json
 
 # The fields of a subblock in puzzletron's first schema.
 _COMMON = ("no_op", "replace_with_linear", "sparsify", "weights_precision")
@@ -52,14 +52,7 @@ def _write_puzzletron(grown: Grown, entries: list[dict[str, Any]], folder: Path)
     files: dict[str, list[str]] = {}
     for name in grown.shapes:
         files.setdefault(f"{SUBBLOCK_FOLDER}/{_file_of(grown.source, name)}.safetensors", []).append(name)
-    total = 0
-    with saying_disk_full(folder):
-        for file, names in files.items():
-            tensors = {name: grown.tensor(name) for name in names}
-            total += sum(t.numel() * t.element_size() for t in tensors.values())
-            write_tensors(folder / file, tensors, {"format": "pt"})
-    index = {name: file for file, names in files.items() for name in names}
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    write_files(folder, files, grown.tensor)
 
 
 def _file_of(source: Source, name: str) -> str:

@@ -21,7 +21,7 @@ from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.build import block_configs_of
 from layersmith.heterogeneous.checkpoint import save
 from layersmith.heterogeneous.convert import ordinary_checkpoint
-from layersmith.heterogeneous.weight_files import check_files, weight_map
+from layersmith.heterogeneous.weight_files import check_files, stored_shapes, weight_map
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.stock import causal_lm_config, whole_number
@@ -86,11 +86,7 @@ class Source:
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for file in sorted(set(self.places.values())):
-            with safe_open(file, framework="pt") as tensors:
-                shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        return shapes
+        return stored_shapes(sorted(set(self.places.values())))
 
     def heads(self, i: int) -> Heads | None:
         """The heads of layer ``i``; None if it has no attention with heads."""

@@ -8,8 +8,7 @@ from pathlib import Path
 
 import torch
 
-from layersmith.heterogeneous.weight_files import INDEX
-from layersmith.run.artifacts import saying_disk_full, write_json, write_tensors
+from layersmith.heterogeneous.weight_files import write_files
 
 MAX_SHARD_BYTES = 2 * 1024**3
 
@@ -39,16 +38,7 @@ def write_shards(
             size = 0
         shards[-1].append(name)
         size += of_tensor
-    index: dict[str, str] = {}
-    total = 0
-    with saying_disk_full(folder):
-        for number, names in enumerate(shards, 1):
-            file = "model.safetensors"
-            if len(shards) > 1:
-                file = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            tensors = {name: make(name) for name in names}
-            total += sum(t.numel() * t.element_size() for t in tensors.values())
-            write_tensors(folder / file, tensors, {"format": "pt"})
-            index |= dict.fromkeys(names, file)
+    files = {"model.safetensors": shards[0]}
     if len(shards) > 1:
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+        files = {f"model-{n:05d}-of-{len(shards):05d}.safetensors": names for n, names in enumerate(shards, 1)}
+    write_files(folder, files, make, with_index=len(shards) > 1)

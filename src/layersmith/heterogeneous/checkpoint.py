@@ -22,7 +22,7 @@ from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import class_for
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.heterogeneous.plan import SUBBLOCKS
-from layersmith.heterogeneous.weight_files import INDEX, check_files, weight_files, weight_map
+from layersmith.heterogeneous.weight_files import check_files, stored_shapes, weight_files, weight_map, write_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.conventions import ATTENTION
 from layersmith.model_descriptor.describe import read_config
@@ -38,7 +38,7 @@ from layersmith.modeling_layersmith import (
     refuse_incomplete,
     without_guard,
 )
-from layersmith.run.artifacts import read_tensors, saying_disk_full, whole_folder, write_json, write_tensors
+from layersmith.run.artifacts import read_tensors, whole_folder
 
 SUBBLOCK_FOLDER = "subblocks_safetensors"
 
@@ -128,11 +128,7 @@ def check_finite(weights: Iterable[tuple[str, torch.Tensor]], where: str) -> Non
 
 def _stored_numbers(folder: Path) -> int:
     """How many numbers all tensors of a checkpoint hold."""
-    total = 0
-    for file in weight_files(folder):
-        with safe_open(file, framework="pt") as tensors:
-            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
-    return total
+    return sum(map(math.prod, stored_shapes(weight_files(folder)).values()))
 
 
 def read_weights(cls: Any, path: str | os.PathLike[str], config: PretrainedConfig, **how: Any) -> Any:
@@ -238,15 +234,9 @@ def write_subblocks(
         if (key := (tensor.data_ptr(), tensor.shape)) not in seen or tensor.numel() == 0:
             seen.add(key)
             unique[name] = tensor.detach().cpu()
-    index: dict[str, str] = {}
-    total = 0
-    with saying_disk_full(folder):
-        for group, names in weight_groups(descriptor, unique, num_layers).items():
-            file = f"{SUBBLOCK_FOLDER}/{group}.safetensors"
-            write_tensors(folder / file, {name: unique[name] for name in names}, {"format": "pt"})
-            index |= dict.fromkeys(names, file)
-            total += sum(unique[name].numel() * unique[name].element_size() for name in names)
-    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})
+    groups = weight_groups(descriptor, unique, num_layers)
+    files = {f"{SUBBLOCK_FOLDER}/{group}.safetensors": names for group, names in groups.items()}
+    write_files(folder, files, unique.__getitem__)
 
 
 def read_subblocks(folder: str | os.PathLike[str], groups: Iterable[str] | None = None) -> dict[str, torch.Tensor]:

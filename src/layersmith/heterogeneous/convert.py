@@ -6,14 +6,11 @@ dequantizes; a format that it cannot dequantize is refused. The conversion is do
 
 from __future__ import annotations
 
-import atexit
 import os
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
-from functools import cache
 from importlib.util import find_spec
 from io import StringIO
 from pathlib import Path
@@ -42,7 +39,7 @@ from layersmith.modeling_layersmith import finish_folder, refuse_incomplete
 from layersmith.run.artifacts import fingerprint, read_json, read_tensors, whole_folder, write_json, write_tensors
 from layersmith.run.digests import content_digest, read_sealed, write_sealed
 from layersmith.run.progress import SILENT, Progress
-from layersmith.run.user_cache import cache_folder
+from layersmith.run.user_cache import folder_for
 from layersmith.untrusted import read_safetensors_header
 
 # In which weights are stored that were quantized; the dtype of nearly all published models.
@@ -85,7 +82,7 @@ def ordinary_checkpoint(
     if method is not None and not place.exists():
         place = Path(snapshot_download(str(path)))
     digest = fingerprint([content_digest(place), wanted])
-    folder = (cache_folder("parents") or _until_exit()) / digest
+    folder = folder_for("parents") / digest
     if read_sealed(folder / _RECORD, str, whole=False) != wanted:
         what = f"converted from {method} to" if method else "converted to"
         progress.note(f"{path}: {what} {wanted}, and kept in {folder}.")
@@ -99,7 +96,7 @@ def ordinary_checkpoint(
 def _adopted(place: Path, config: PretrainedConfig, progress: Progress) -> Path:
     """A child's folder for a heterogeneous checkpoint of another tool; its weights are links where no name changes."""
     check_files(place)
-    folder = (cache_folder("parents") or _until_exit()) / fingerprint([content_digest(place), "block_configs"])
+    folder = folder_for("parents") / fingerprint([content_digest(place), "block_configs"])
     if (folder / "config.json").is_file() and all(file.exists() for file in weight_files(folder)):
         return folder  # unless the files that it links to were moved since
     progress.note(f"{place}: read as a child of layersmith, and kept in {folder}.")
@@ -157,14 +154,6 @@ def _settings(config: PretrainedConfig) -> dict[str, Any] | None:
 def _differs(path: str | os.PathLike[str], dtype: str, trust_remote_code: bool) -> bool:
     stored = getattr(read_config(path, trust_remote_code=trust_remote_code).get_text_config(), "dtype", None)
     return str(stored).removeprefix("torch.") != dtype
-
-
-@cache
-def _until_exit() -> Path:
-    """A folder for this process, where there is no user cache."""
-    folder = Path(tempfile.mkdtemp(prefix="layersmith-parents-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
 
 
 def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remote_code: bool) -> PreTrainedModel:

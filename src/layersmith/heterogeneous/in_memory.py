@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import atexit
-import shutil
 import tempfile
-from functools import cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,7 +12,7 @@ from layersmith.errors import InputError
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.checkpoint import save
 from layersmith.run.digests import content_digest
-from layersmith.run.user_cache import cache_folder
+from layersmith.run.user_cache import folder_for
 
 # A checkpoint folder, hub id or GGUF file; or a model in memory, with its tokenizer if it was not loaded with one.
 Model: TypeAlias = str | Path | PreTrainedModel | tuple[PreTrainedModel, PreTrainedTokenizerBase]
@@ -36,7 +33,7 @@ def checkpoint_of(model: Model) -> str:
     if not isinstance(model, PreTrainedModel):
         raise InputError(f"the model is a {type(model).__name__}. Give a path, a hub id, or a PreTrainedModel.")
     tokenizer = tokenizer or _tokenizer_of(model)
-    place = cache_folder("models") or _until_exit()
+    place = folder_for("models")
     place.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place) as temporary:
         written = Path(temporary) / "model"
@@ -53,11 +50,3 @@ def _tokenizer_of(model: PreTrainedModel) -> Any:
     raise InputError(
         f"the model's tokenizer is not at {model.name_or_path!r} ({attempt.reason}). Give the pair (model, tokenizer)."
     )
-
-
-@cache
-def _until_exit() -> Path:
-    """A folder for this process, where there is no user cache."""
-    folder = Path(tempfile.mkdtemp(prefix="layersmith-models-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder

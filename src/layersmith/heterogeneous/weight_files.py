@@ -1,15 +1,17 @@
-"""The weight files of a checkpoint folder: which there are, whether they are whole, and which tensor is in which."""
+"""The weight files of a checkpoint folder: which there are, whether they are whole, what they hold, and writing them."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from typing_extensions import TypedDict
 
 from layersmith.errors import InputError
-from layersmith.run.artifacts import read_json
+from layersmith.run.artifacts import read_json, saying_disk_full, write_json, write_tensors
 from layersmith.untrusted import inside
 
 INDEX = "model.safetensors.index.json"
@@ -68,3 +70,38 @@ def weight_map(folder: Path) -> dict[str, Path]:
         with safe_open(file, framework="pt") as tensors:
             files.update(dict.fromkeys(tensors.keys(), file))
     return files
+
+
+def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
+    """The shape of every tensor in some files; the tensors are not read."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+    return shapes
+
+
+def write_files(
+    folder: Path,
+    files: Mapping[str, Sequence[str]],
+    tensor: Callable[[str], torch.Tensor],
+    *,
+    with_index: bool = True,
+) -> None:
+    """Write tensors into safetensors files, so that the tensors of one file are in memory, and the index of the files.
+
+    Args:
+        folder: Receives the files.
+        files: Name of each file to the names of its tensors.
+        tensor: Returns the tensor of a name.
+        with_index: Whether to write the index.
+    """
+    total = 0
+    with saying_disk_full(folder):
+        for file, names in files.items():
+            tensors = {name: tensor(name) for name in names}
+            total += sum(t.numel() * t.element_size() for t in tensors.values())
+            write_tensors(folder / file, tensors, {"format": "pt"})
+    if with_index:
+        index = {name: file for file, names in files.items() for name in names}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": index})

@@ -6,9 +6,12 @@ is read. A file that is missing, damaged or cannot be written is no error: the r
 
 from __future__ import annotations
 
+import atexit
 import json
 import logging
 import os
+import shutil
+import tempfile
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -33,6 +36,18 @@ def cache_folder(kind: str) -> Path | None:
         base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         return Path(base) / "layersmith" / kind
     return None
+
+
+def folder_for(kind: str) -> Path:
+    """:func:`cache_folder`, or a folder that is removed when this process ends if there is to be no cache."""
+    return cache_folder(kind) or _until_exit(kind)
+
+
+@cache
+def _until_exit(kind: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=f"layersmith-{kind}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return folder
 
 
 def read(kind: str, key: str) -> Any:

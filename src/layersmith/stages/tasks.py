@@ -9,11 +9,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from layersmith.errors import Infeasible, InputError
-from layersmith.evaluation.tasks import TaskResult, run_tasks
+from layersmith.evaluation.tasks import TaskResult, name_of_task, run_tasks
 from layersmith.run import user_cache
 from layersmith.run.artifacts import fingerprint
 from layersmith.run.progress import Progress
@@ -88,7 +87,7 @@ def kept_shares(keep: dict[str, float], parent: Sequence[TaskResult], child: Seq
     """
     shares = []
     for task, least in keep.items():
-        name = Path(task).stem if task.endswith((".jsonl", ".json")) else task
+        name = name_of_task(task)
         pairs = [(p, c) for p, c in zip(parent, child, strict=True) if p.task == name and p.metric != "perplexity"]
         if not pairs or not pairs[0][0].mean:
             raise InputError(f"--keep {task}: the task has no accuracy, or the parent's is 0. Choose another task.")
@@ -138,7 +137,7 @@ def check_kept(job: Job, rows: Sequence[dict[str, Any]]) -> None:
         Infeasible: It keeps less of the parent's accuracy than was asked for.
     """
     for task, least in job.recipe.evaluation.keep.items():
-        name = Path(task).stem if task.endswith((".jsonl", ".json")) else task
+        name = name_of_task(task)
         row = next((row for row in rows if row["metric"] == f"{name}/kept"), None)
         if row is not None and row["child"] < least:
             kept = Kept(name, row["child"], row["child_standard_error"], least)
