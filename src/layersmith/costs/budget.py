@@ -251,7 +251,7 @@ def parse_budget(
 ) -> Budget:
     """A budget from what was typed; each limit is a fraction of the parent's or an amount with a unit.
 
-    A ``prompt`` of so many tokens stands for a context of prompt and generated tokens together.
+    If the tokens of the ``prompt`` are given, the context is prompt and generated tokens together.
 
     Raises:
         UsageError: a unit or number that makes no sense, or no limit at all.

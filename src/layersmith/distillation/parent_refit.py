@@ -35,7 +35,7 @@ def refit_layer(
         split: The layer's attention and FFN, as they can be run alone.
         members: The alternatives of each of the layer's subblocks.
         rows: Calibration rows at this layer; they are passed on to the next.
-        advance: Is told how many rows are done.
+        advance: Called with the number of rows that are done.
 
     Returns:
         Identity of an alternative to its refitted weight. What has no projection to refit is left out.

@@ -1,6 +1,6 @@
 """Targets ``vllm``, ``sglang`` and ``tensorrt-llm``: the DeciLM layout (``nemotron-nas``), which all three read.
 
-Its layers compute what Llama's do. Whether a family does is found out by experiment: a small random model of the family
+Its layers compute what Llama's do. An experiment decides whether a family does: a small random model of the family
 and one of the layout get the same weights and must give the same logits. The servers differ in what they read, see
 :class:`Server`. All layers have as many query heads; where a child has fewer, the layout gets heads of zeros.
 """

@@ -138,7 +138,7 @@ def gguf_layout(source: Source) -> Layout:
     family = str(getattr(source.language, "model_type", ""))
     if family not in FAMILIES:
         known = ", ".join(FAMILIES)
-        raise CannotExport(f"--to gguf: parents of the family {family} are not written yet; those of {known} are.")
+        raise CannotExport(f"--to gguf: only children of the families {known} can be written, not of {family}.")
     _refuse_windows(source)
     refusals = {}
     for arch in _candidates(source, FAMILIES[family]):

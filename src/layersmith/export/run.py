@@ -21,7 +21,7 @@ from layersmith.run.artifacts import read_json, whole_folder, write_json
 from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Progress
 
-# The record of the proof, beside the weights.
+# The record of the proof, in the folder of the export.
 RECORD = "layersmith_export.json"
 # Files of a checkpoint that an export keeps: tokenizer, chat template, generation settings, licence. The model card is
 # left out: it describes how the child's own folder is loaded.

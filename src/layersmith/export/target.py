@@ -34,7 +34,7 @@ class Target:
         extra: The extra of layersmith that it needs, by the package that is imported; empty for none.
         tolerance: Largest difference of logits, relative to the largest logit.
         quantize: Stores the proved export with quantized weights, and says what that changed.
-        copies: Whether tokenizer and generation settings are copied beside the weights.
+        copies: Whether tokenizer and generation settings are copied into the folder.
     """
 
     purpose: str

@@ -72,7 +72,7 @@ def from_any_model(
             path = names.get(canonical.get(name, name))
             if path is None or type(value) is not int:
                 raise UnsupportedModel(
-                    f"{where}: layer {i} sets {name} to {value!r}, which no layer of this family can have of its own. "
+                    f"{where}: layer {i} sets {name} to {value!r}, which cannot differ between layers of this family. "
                     f"{did_you_mean(name, names)}"
                 )
             part, *nested = path.split(".")
