@@ -1,4 +1,4 @@
-"""The weight files of a checkpoint folder: which there are, whether they are whole, what they hold, and writing them."""
+"""The weight files of a checkpoint folder: which there are, whether they are whole, what they hold. Writes them too."""
 
 from __future__ import annotations
 
