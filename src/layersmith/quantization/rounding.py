@@ -9,6 +9,7 @@ with the levels ``q`` of the weights ``x`` fixed and ``h`` the importance of eac
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -125,32 +126,43 @@ def quantize(weight: Tensor, format: Format, *, importance: Tensor | None = None
 
 
 @torch.no_grad()
-def fit(weight: Tensor, format: Format, *, importance: Tensor | None = None) -> Grid:
+def fit(
+    weight: Tensor, format: Format, *, importance: Tensor | None = None, shared: dict[str, Tensor] | None = None
+) -> Grid:
     """The scales and offsets of a matrix, or of some of its blocks of columns, that round it best.
 
     Args:
         weight: ``[out, columns]``.
         format: A number format that is not ``bf16``.
         importance: ``[columns]``.
+        shared: What :func:`shared_scales` returns for the whole matrix. Default: computed from ``weight``.
+
+    Raises:
+        UsageError: The shape cannot have this format.
     """
     if reason := format.refusal(weight.shape):
         raise UsageError(f"{reason}.")
     if format.storage == "plain":
         raise UsageError(f"{format.name} has no scales.")
-    stored: dict[str, Tensor] = {}
+    stored = shared_scales(weight, format) if shared is None else shared
     if format.group == "tensor":
         everything = weight.float().reshape(1, 1, -1)
         weights = None if importance is None else importance.float().expand(weight.shape).reshape(1, 1, -1)
         return _grids(format, [_fit_groups(everything, weights, format, stored)], stored)
     size = format.group if isinstance(format.group, int) else weight.shape[1]
-    if format.name == "nvfp4":
-        most = float(weight.abs().max()) / 6
-        scale = min(NVFP4_GLOBAL_SCALE, 2.0 ** int(torch.tensor(448 / max(most, 1e-30)).log2().floor()))
-        stored["global_scale"] = torch.tensor([scale], device=weight.device)
     weights = None if importance is None else importance.float().reshape(1, -1, size)
     fit_rows = _fit_blocks if format.block_bits else _fit_groups
     parts = [fit_rows(rows.float().unflatten(1, (-1, size)), weights, format, stored) for rows in _chunks(weight)]
     return _grids(format, parts, stored)
+
+
+def shared_scales(weight: Tensor, format: Format) -> dict[str, Tensor]:
+    """What all groups of a matrix share: NVFP4's scale of scales."""
+    if format.name != "nvfp4":
+        return {}
+    largest_scale = max(float(weight.abs().max()) / 6, 1e-30)
+    scale = min(NVFP4_GLOBAL_SCALE, 2.0 ** math.floor(math.log2(448 / largest_scale)))
+    return {"global_scale": torch.tensor([scale], device=weight.device)}
 
 
 def nearest(x: Tensor, scale: Tensor, offset: Tensor | None, format: Format) -> Tensor:
