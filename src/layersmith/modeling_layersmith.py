@@ -38,6 +38,8 @@ AUTO_MAP = {
     "AutoModel": "modeling_layersmith.HeterogeneousModel",
     "AutoModelForCausalLM": "modeling_layersmith.HeterogeneousModelForCausalLM",
 }
+# Transformers repeats it in its error if a program builds the model from its config without this file.
+HOW_TO_LOAD = "none: the layers of this model differ; pass trust_remote_code=True, or import layersmith before"
 
 # ---------------------------------------------------------------------------------------------- replaced modules
 
@@ -533,10 +535,11 @@ def _import(name: str) -> type[nn.Module]:
 
 
 def without_guard(config: PretrainedConfig) -> PretrainedConfig:
-    """A copy of a checkpoint's config without the ``per_layer_config`` that layersmith wrote.
+    """A copy of a checkpoint's config without the two entries that :func:`finish_folder` wrote as a guard.
 
-    That entry is the guard: it makes code that would build all layers alike stop with an error. Code that follows the
-    plan does not need it. Entries that the parent's config already had stay.
+    They make code that would build all layers alike stop with an error: ``attn_implementation``, which no program has,
+    says in the error how to load the checkpoint, and ``per_layer_config`` stops who names another one. Code that
+    follows the plan needs neither. Entries that the parent's config already had stay.
     """
     config = copy.deepcopy(config)
     plan = getattr(config, "layersmith", None)
@@ -546,6 +549,8 @@ def without_guard(config: PretrainedConfig) -> PretrainedConfig:
         if getattr(part, "is_heterogeneous", False):
             native = (plan or {}).get("native_per_layer_config")
             part.per_layer_config = {int(i): entry for i, entry in native.items()} if native else None
+    if config._attn_implementation == HOW_TO_LOAD:
+        config._attn_implementation = None
     return config
 
 
@@ -683,6 +688,7 @@ def finish_folder(folder: Path) -> None:
     native = plan.get("native_per_layer_config") or {}
     guard = {i: native.get(i, {}) | entry for i, entry in plan["per_layer_config"].items()}
     language["per_layer_config"] = native | guard
+    data["attn_implementation"] = HOW_TO_LOAD
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     (folder / FILE_NAME).write_bytes(Path(__file__).read_bytes())
 

@@ -15,6 +15,7 @@ import layersmith
 from layersmith.errors import InputError
 from layersmith.heterogeneous.checkpoint import read_subblocks, write_subblocks
 from layersmith.library.alternative import Alternative
+from layersmith.modeling_layersmith import HOW_TO_LOAD
 from tests.conformance.tiny import tiny_config
 from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model, stock_model
 
@@ -82,13 +83,15 @@ def test_stock_code_without_remote_code_refuses(what: str, run_python: Callable,
 import sys
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 for cls in (AutoModelForCausalLM, LlamaForCausalLM):
-    try:
-        cls.from_pretrained(sys.argv[1])
-    except Exception as error:
-        print("refused", type(error).__name__)
+    for more in ({}, {"attn_implementation": "eager"}):
+        try:
+            cls.from_pretrained(sys.argv[1], **more)
+        except Exception as error:
+            print("refused", error)
 """
     done = run_python(script, str(tmp_path / "child"), without_layersmith=True)
-    assert done.stdout.count("refused") == 2, done.stdout + done.stderr
+    assert done.stdout.count("refused") == 4, done.stdout + done.stderr
+    assert done.stdout.count(HOW_TO_LOAD) == 2
 
 
 def test_round_trip_through_save_pretrained(tmp_path: Path) -> None:
@@ -208,7 +211,7 @@ def test_loading_by_class_is_right_and_refused_without_layersmith(tmp_path: Path
     stock = "import sys\nfrom transformers import LlamaForCausalLM\nLlamaForCausalLM.from_pretrained(sys.argv[1])"
     done = run_python(stock, str(tmp_path / "child"))
     assert done.returncode != 0
-    assert "per-layer" in done.stderr
+    assert HOW_TO_LOAD in done.stderr
 
 
 def test_import_is_cheap(run_python: Callable) -> None:
@@ -236,8 +239,8 @@ def test_stock_code_stops_at_a_size_in_a_nested_config_that_changes_no_shape(
     blocks[1] = Alternative(1, "ffn", "experts_per_token", size=1).block_config(blocks[1])
     child = child_model(config, blocks)
     layersmith.save(child, tmp_path / "child")
-    stock = "import sys\nfrom transformers import DbrxForCausalLM\nDbrxForCausalLM.from_pretrained(sys.argv[1])"
-    done = run_python(stock, str(tmp_path / "child"))
+    stock = "import sys\nfrom transformers import DbrxForCausalLM\nDbrxForCausalLM.from_pretrained(sys.argv[1], "
+    done = run_python(stock + "attn_implementation='eager')", str(tmp_path / "child"))
     assert done.returncode != 0
     assert "d_model" in done.stderr
     again = layersmith.load(tmp_path / "child").eval()
