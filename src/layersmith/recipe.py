@@ -290,6 +290,9 @@ class SearchRecipe:
 
     keep_layers: tuple[int, ...] = ()
     """Layers (from 0) that stay like the parent's."""
+    keep_attentions: tuple[int, ...] = ()
+    """Layers (from 0) whose attention is neither removed nor replaced by a linear map; it may get fewer heads. Servers
+    such as vLLM and llama.cpp need an attention in layer 0, and exports fill it up with zeros where it is missing."""
     max_removed_attentions: NonNegativeInt | None = None
     """Maximum number of attentions that may be removed. Default: no maximum."""
     max_removed_ffns: NonNegativeInt | None = None

@@ -747,6 +747,7 @@ _SETTINGS: tuple[tuple[str, str], ...] = (
     ("distillation.kl=.nan", "kl"),
     ("search.keep_layers=[99]", "keep_layers"),
     ("search.keep_layers=[-1]", "keep_layers"),
+    ("search.keep_attentions=[99]", "keep_attentions"),
     ("search.uniform_groups=[[0, 77]]", "uniform_groups"),
     ("search.uniform_groups=foo", "uniform_groups"),
     ("search.tensor_parallel=0", "tensor_parallel"),

@@ -50,6 +50,10 @@ def problem(seed: int, rules: SearchRecipe, params: float = 0.6) -> SearchProble
 RULES: dict[str, tuple[SearchRecipe, Any]] = {
     "none": (SearchRecipe(), lambda c, cost: True),
     "kept": (SearchRecipe(keep_layers=(1,)), lambda c, cost: all(a.kind == "parent" for a in c if a.layer == 1)),
+    "attentions": (
+        SearchRecipe(keep_attentions=(0, 2)),
+        lambda c, cost: all(a.kind != "no_op" for a in c if a.subblock == "attention" and a.layer != 1),
+    ),
     "no-ops": (
         SearchRecipe(max_removed_attentions=1, max_removed_ffns=0),
         lambda c, cost: (
@@ -160,6 +164,7 @@ def test_what_cannot_be_met_is_said() -> None:
         problem(0, SearchRecipe(tensor_parallel=3, keep_layers=(0,)))
     for rules, match in (
         (SearchRecipe(keep_layers=(9,)), "layer 9 does not exist"),
+        (SearchRecipe(keep_attentions=(9,)), "layer 9 does not exist"),
         (SearchRecipe(uniform_groups=((0, 1), (1, 2))), "named twice"),
         (SearchRecipe(limits=(CombinedLimit({"parms": 1}, 0.5),)), "Did you mean 'params'"),
         (SearchRecipe(limits=(CombinedLimit({"params": 1}, "7 parsecs"),)), "not an amount"),

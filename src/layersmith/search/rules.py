@@ -31,7 +31,7 @@ _NO_OPS = {"attention": RULE + "no-op attentions", "ffn": RULE + "no-op FFNs"}
 def allowed(
     alternatives: Sequence[Alternative], rules: SearchRecipe, blocks: Sequence[BlockConfig] | None
 ) -> dict[Place, list[Alternative]]:
-    """The alternatives of every subblock that kept layers and tensor parallelism allow.
+    """The alternatives of every subblock that kept layers, kept attentions and tensor parallelism allow.
 
     Raises:
         UsageError: A rule names a layer that does not exist.
@@ -42,12 +42,13 @@ def allowed(
         by_place.setdefault((alternative.layer, alternative.subblock), []).append(alternative)
     num_layers = max(layer for layer, _ in by_place) + 1
     _check_layers("keep_layers", rules.keep_layers, num_layers)
+    _check_layers("keep_attentions", rules.keep_attentions, num_layers)
     kept: dict[Place, list[Alternative]] = {}
     for place, members in sorted(by_place.items()):
         kept[place] = [
             a
             for a in members
-            if (a.is_parent or place[0] not in rules.keep_layers) and _divisible(a, rules.tensor_parallel, blocks)
+            if (a.is_parent or not _is_kept(a, rules)) and _divisible(a, rules.tensor_parallel, blocks)
         ]
         if not kept[place]:
             raise Infeasible(
@@ -56,6 +57,13 @@ def allowed(
                 "in the recipe's library section."
             )
     return kept
+
+
+def _is_kept(alternative: Alternative, rules: SearchRecipe) -> bool:
+    """Whether a rule forbids this alternative of the parent's subblock."""
+    replaces_attention = alternative.subblock == "attention" and alternative.kind in ("no_op", "linear")
+    is_needed = replaces_attention and alternative.layer in rules.keep_attentions
+    return is_needed or alternative.layer in rules.keep_layers
 
 
 def _check_layers(name: str, layers: Sequence[int], num_layers: int) -> None:
