@@ -4,12 +4,13 @@
 
 It runs in an environment with layersmith, llama-cpp-python's server and the OpenAI client. Each child is exported for
 each server and served by it in another process, which has no layersmith. The table is written to
-docs/serving-results.md.
+docs/serving-results.md. With ``--keep FOLDER`` an interrupted run goes on from where it was.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import subprocess
 import sys
 import tempfile
@@ -75,13 +76,18 @@ def main() -> int:
         print(f"SmolLM2 is left out, and the tokenizer is the demo's: {error}")
         parent = None
     columns = [(t, s) for t, s in COLUMNS if t in arguments.columns and s in servers]
-    results: dict[str, dict[str, str]] = {}
     with tempfile.TemporaryDirectory(prefix="layersmith-serving-") as temporary:
+        keep = arguments.keep or Path(temporary)
+        finished = keep / "results.json"
+        results: dict[str, dict[str, str]] = json.loads(finished.read_text()) if finished.exists() else {}
         for number, child in enumerate(CHILDREN):
             if not arguments.only or any(word in child.name for word in arguments.only):
-                place = (arguments.keep or Path(temporary)) / f"{time.time_ns()}"
-                results[child.name] = row(child, columns, servers, parent, place, restart=number < 2)
-                arguments.out.write_text(page(results, columns, arguments.vllm), encoding="utf-8")
+                done = results.setdefault(child.name, {})
+                missing = [(t, s) for t, s in columns if f"`{t}`, {s}" not in done]
+                if missing:
+                    done |= row(child, missing, servers, parent, keep / f"{time.time_ns()}", restart=number < 2)
+                finished.write_text(json.dumps(results))
+                arguments.out.write_text(page(results, arguments.vllm), encoding="utf-8")
     return int(any("**" in text for cells in results.values() for text in cells.values()))
 
 
@@ -112,7 +118,7 @@ def row(
     return cells
 
 
-def page(results: dict[str, dict[str, str]], columns: list[tuple[str, str]], vllm: str | None) -> str:
+def page(results: dict[str, dict[str, str]], vllm: str | None) -> str:
     """The results as a page of the documentation."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout
     versions = {name: version(name) for name in ("transformers", "torch", "llama-cpp-python")}
@@ -132,7 +138,7 @@ def page(results: dict[str, dict[str, str]], columns: list[tuple[str, str]], vll
         f"Commit {commit.strip()}; " + ", ".join(f"{name} {number}" for name, number in versions.items()) + ".",
         "",
     ]
-    names = [f"`{target}`, {server}" for target, server in columns]
+    names = [f"`{target}`, {server}" for target, server in COLUMNS]
     return "\n".join([*head, *lines(results, names), ""])
 
 

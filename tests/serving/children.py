@@ -44,7 +44,7 @@ def _block(kv: int | None = None, width: int | None = None, experts: int = 0, ex
 MIXED = [_block(4, 512), _block(2, 256), _block(0, 512), _block(1, 0), _block(4, 256), _block(2, 512)]
 FIRST = [_block(0, 512), _block(2, 256), _block(0, 0), _block(1, 512), _block(4, 0), _block(2, 0)]
 ALIKE = [_block(2, 256)] * 6
-MIXTURES = [_block(4, experts=8), _block(2, experts=8), _block(0, experts=8), *[_block(4, experts=8)] * 3]
+MIXTURES = [_block(4, experts=8), _block(2, experts=6), _block(0, experts=4), *[_block(1, experts=8)] * 2, _block(4, 0)]
 MIXTURES_ALIKE = [_block(2, experts=6, expert_width=64)] * 6
 
 
@@ -91,10 +91,13 @@ CHILDREN = (
     Child("Qwen2, mixed", _random(Qwen2Config(**SIZES), MIXED)),
     Child("Qwen2, no attention in layer 0", _random(Qwen2Config(**SIZES), FIRST)),
     Child("Qwen3, mixed", _random(Qwen3Config(**SIZES), MIXED)),
+    Child("Qwen3, no attention in layer 0", _random(Qwen3Config(**SIZES), FIRST)),
     Child("Qwen3 with an untied head, mixed", _random(Qwen3Config(**SIZES | {"tie_word_embeddings": False}), MIXED)),
     Child("Qwen3, alike", _random(Qwen3Config(**SIZES | {"tie_word_embeddings": False}), ALIKE)),
-    Child("Qwen3-MoE, mixed", _random(Qwen3MoeConfig(**SIZES, **_EXPERTS), MIXTURES)),
-    Child("Qwen3-MoE, alike, experts pruned", _random(Qwen3MoeConfig(**SIZES, **_EXPERTS), MIXTURES_ALIKE)),
+    Child("Qwen3-MoE, mixed, experts pruned", _random(Qwen3MoeConfig(**SIZES, **_EXPERTS), MIXTURES)),
+    Child(
+        "Qwen3-MoE, alike, two of eight experts pruned", _random(Qwen3MoeConfig(**SIZES, **_EXPERTS), MIXTURES_ALIKE)
+    ),
 )
 
 

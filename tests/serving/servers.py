@@ -39,8 +39,8 @@ class Server:
                 "--model_alias", "child",
             ]  # fmt: skip
         return [
-            self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--port", str(port),
-            "--served-model-name", "child", "--dtype", "float32", "--max-model-len", str(CONTEXT),
+            self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", str(folder), "--host", "127.0.0.1",
+            "--port", str(port), "--served-model-name", "child", "--dtype", "float32", "--max-model-len", str(CONTEXT),
             "--max-num-seqs", "4", "--enforce-eager", *(["--trust-remote-code"] if remote_code else []),
         ]  # fmt: skip
 
