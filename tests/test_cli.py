@@ -1,26 +1,45 @@
-"""The command line as a user sees it: real processes, their output, their exit codes."""
+"""The command line as a user sees it: processes, their output, their exit codes."""
 
 import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import yaml
 
 import layersmith
+from layersmith import cli
 from tests.conftest import TINY_RECIPE
+from tests.faults.operations import forks
 
 COMMAND = [sys.executable, "-c", "from layersmith.cli import main; main()"]
 
 
 def layersmith_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "120"}
-    return subprocess.run(
-        [*COMMAND, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=cwd, timeout=300
-    )
+    """A command in a process of its own, forked from one that has imported everything."""
+    with tempfile.TemporaryDirectory() as folder:
+        said = [Path(folder, name) for name in ("stdout", "stderr")]
+        process = forks.Process(target=_command, args=(arguments, cwd, said))
+        process.start()
+        process.join(300)
+        assert process.exitcode is not None, "the command did not end within 300 s"
+        return subprocess.CompletedProcess(arguments, process.exitcode, *(path.read_text() for path in said))
+
+
+def _command(arguments: Sequence[object], cwd: Path | None, said: Sequence[Path]) -> None:
+    for number, path in enumerate(said, start=1):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    sys.stdin, sys.stdout, sys.stderr = (os.fdopen(os.dup(n), "rw"[n > 0]) for n in range(3))
+    os.environ["COLUMNS"] = "120"
+    if cwd is not None:
+        os.chdir(cwd)
+    sys.argv = ["layersmith", *map(str, arguments)]
+    cli.main()
 
 
 @pytest.fixture

@@ -27,8 +27,8 @@ _EVENTS = {
 }  # fmt: skip
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
-_forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["layersmith.cli", "layersmith.pipeline", "layersmith.stages.reopen", "tests.conftest"])
+forks = multiprocessing.get_context("forkserver")
+forks.set_forkserver_preload(["layersmith.cli", "layersmith.pipeline", "layersmith.stages.reopen", "tests.conftest"])
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run(arguments: list[str], said: Path, fault: Fault | None = None) -> int | N
         said: File that gets standard output and error.
         fault: What happens to it.
     """
-    process = _forks.Process(target=_command, args=(arguments, said, fault))
+    process = forks.Process(target=_command, args=(arguments, said, fault))
     process.start()
     process.join()
     return process.exitcode
