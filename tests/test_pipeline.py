@@ -2,12 +2,7 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -195,44 +190,6 @@ def test_a_run_of_something_else_is_not_touched(
     with pytest.raises(InputError, match=f"another {change}"):
         layersmith.compress(parent, finished.run, **given)
     assert contents(finished.run) == before
-
-
-SCRIPT = """
-import sys, json
-import layersmith
-layersmith.compress(sys.argv[1], sys.argv[2], data=sys.argv[3], budget=0.9, recipe=json.loads(sys.argv[4]))
-"""
-
-
-def test_killed_at_any_point_it_ends_with_the_same_bytes(
-    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
-) -> None:
-    parent, recipe = make_parent("qwen2"), TINY_RECIPE | {"scoring": {"batch_tokens": 32}}
-    arguments = [str(parent), "OUT", str(text_folder), json.dumps(recipe)]
-    whole = layersmith.compress(parent, tmp_path / "whole", data=text_folder, budget=0.9, recipe=recipe)
-
-    def start(out: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-c", SCRIPT, *[str(out) if a == "OUT" else a for a in arguments]]
-        return subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stderr=subprocess.PIPE)
-
-    out = tmp_path / "elsewhere" / "killed"  # where no other run has done any of the work
-    # Kill it as soon as each of these appears, then at odd moments, in one and the same run.
-    signs = ["run.json", "data", "statistics", "library", "scores.partial", "scores", "solution", "child", "evaluation"]
-    kills = 0
-    for sign in signs:
-        process = start(out)
-        while process.poll() is None:
-            if (out / sign).exists():
-                time.sleep(0.02)
-                process.send_signal(signal.SIGKILL)
-                process.wait()
-                kills += 1
-                break
-            time.sleep(0.002)
-    assert kills >= 3
-    process = start(out)
-    assert process.wait() == 0, process.communicate()
-    assert contents(out) == contents(whole.run)
 
 
 def test_the_names_of_stages_are_those_that_run() -> None:
@@ -441,40 +398,6 @@ def test_recipes() -> None:
     changed = dataclasses.replace(recipe, seed=3)
     assert Recipe.read(changed) is changed
     assert Recipe.read({"seed": 3}) == changed
-
-
-def test_a_full_disk_is_one_sentence(
-    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path, run_python: Callable
-) -> None:
-    """With the largest file limited to a size that no part of the work fits in, as where the disk is full."""
-    script = """
-import errno, json, sys
-import layersmith
-from layersmith.run import artifacts
-real, written = artifacts.os.fsync, 0
-def full(handle):
-    global written
-    written += 1
-    if written > int(sys.argv[5]):
-        raise OSError(errno.ENOSPC, "No space left on device")
-    real(handle)
-artifacts.os.fsync = full
-try:
-    layersmith.compress(sys.argv[1], sys.argv[2], data=sys.argv[3], budget=0.9, recipe=json.loads(sys.argv[4]))
-except layersmith.errors.InputError as error:
-    print(error)
-"""
-    whole = layersmith.compress(
-        make_parent("llama"), tmp_path / "whole", data=text_folder, budget=0.9, recipe=TINY_RECIPE
-    )
-    out = tmp_path / "elsewhere" / "out"
-    for files in (0, 3, 9, 16):
-        arguments = [str(make_parent("llama")), str(out), str(text_folder), json.dumps(TINY_RECIPE), str(files)]
-        done = run_python(script, *arguments)
-        assert "no space left on the disk" in done.stdout, done.stderr
-        assert not [path for path in out.rglob("*") if path.name.startswith(".") and path.name != ".lock"]
-    assert layersmith.compress(make_parent("llama"), out, data=text_folder, budget=0.9, recipe=TINY_RECIPE).run == out
-    assert contents(out) == contents(whole.run)
 
 
 def test_two_processes_do_not_share_a_run(

@@ -34,8 +34,9 @@ from layersmith.run.progress import SILENT, Progress
 # One training row in this many is held out: more make the errors more certain, fewer leave more to train on.
 _HELD_OUT_EVERY = 24
 # A child's layers are trained no further if the error of the first few that were trained fell by less than this share
-# on held-out rows. On SmolLM2-135M it fell by 1%.
-_TRIAL_LAYERS, _LEAST_GAIN = 3, 0.03
+# on held-out rows. On SmolLM2-135M it fell by 1%. On the demo model it fell by 2.3%, and all layers together lowered
+# the KL by 4%.
+_TRIAL_LAYERS, _LEAST_GAIN = 3, 0.015
 
 
 @dataclass(frozen=True)
