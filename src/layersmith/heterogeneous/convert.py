@@ -6,10 +6,11 @@ dequantizes; a format that it cannot dequantize is refused. The conversion is do
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from importlib.util import find_spec
 from io import StringIO
@@ -24,7 +25,8 @@ from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 from layersmith.data.pre_tokenizers import split_as
 from layersmith.errors import InputError, UnsupportedModel
 from layersmith.foreign import foreign_code
-from layersmith.heterogeneous.build import block_configs_of, child_config
+from layersmith.heterogeneous.build import block_configs_of, child_config, class_for
+from layersmith.heterogeneous.quantized import dense_tensors, names_modules
 from layersmith.heterogeneous.weight_files import INDEX, check_files, weight_files
 from layersmith.model_descriptor import deci
 from layersmith.model_descriptor.describe import gguf_location, read_config, read_other_layout
@@ -33,14 +35,14 @@ from layersmith.model_descriptor.stock import (
     quiet_transformers,
     refuse_larger,
     stock_class,
-    stock_model,
 )
-from layersmith.modeling_layersmith import finish_folder, refuse_incomplete
+from layersmith.modeling_layersmith import finish_folder, refuse_incomplete, without_guard
 from layersmith.run.artifacts import fingerprint, read_json, read_tensors, whole_folder, write_json, write_tensors
 from layersmith.run.digests import content_digest, read_sealed, write_sealed
 from layersmith.run.progress import SILENT, Progress
 from layersmith.run.user_cache import folder_for
 from layersmith.untrusted import read_safetensors_header
+from layersmith.upstream import model_from_config
 
 # In which weights are stored that were quantized; the dtype of nearly all published models.
 DTYPE = "bfloat16"
@@ -164,16 +166,23 @@ def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remot
     if package is not None and find_spec(package.replace("-", "_")) is None:
         raise InputError(f"{path}: to read {method} weights, install the package {package}: pip install {package}")
     config = causal_lm_config(read_config(path, trust_remote_code=trust_remote_code))
+    settings = _settings(config)
+    if method == "compressed-tensors" and settings is not None and names_modules(settings):
+        with foreign_code("can compressed-tensors unpack the weights?", refusal_is_answer=True) as attempt:
+            tensors = attempt.call(dense_tensors, path, settings)
+        if attempt.failed:
+            raise InputError(f"{path}: damaged ({attempt.reason}). Make it again.") from attempt.error
+        return _plain(config, tensors, dtype, path, method)
     cls: Any = stock_class(config)
     how: dict[str, str] = {}
     if location := gguf_location(path):
         folder, how["gguf_file"] = location
-        settings: dict[str, Any] | None = None
+        settings = None
         if "gguf" in AUTO_QUANTIZATION_CONFIG_MAPPING:  # earlier versions dequantize it in any case
             settings = {"quant_method": "gguf", "gguf_file": location[1]}
         refuse_larger(cls, config, path, 8 * path.stat().st_size)
     else:
-        folder, settings = path, _settings(config)
+        folder = path
     if settings is not None:  # formats without this key ignore it, and are dequantized below
         config.quantization_config = {**settings, "dequantize": True}
     with foreign_code(f"can Transformers dequantize {method}?", refusal_is_answer=True) as attempt, _silence():
@@ -189,7 +198,9 @@ def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remot
         refuse_incomplete(info, str(path))
     except ValueError as error:
         raise InputError(str(error)) from error
-    return _without_quantization(model, dtype, path, method)
+    plain = _plain(model.config, model.state_dict(), dtype, path, method)
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def _is_packed(model: PreTrainedModel) -> bool:
@@ -205,16 +216,21 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _without_quantization(model: Any, dtype: torch.dtype, path: Path, method: str | None) -> PreTrainedModel:
-    """A stock model with the same weights, which knows nothing of their former format."""
-    config = model.config
+def _plain(
+    config: PretrainedConfig, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, path: Path, method: str | None
+) -> PreTrainedModel:
+    """A model with these weights, which knows nothing of their former format."""
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "_name_or_path"):
             if name in vars(part):
                 delattr(part, name)
-    plain = stock_model(config, dtype=dtype)
-    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in model.state_dict().items()}
-    expected = plain.state_dict()
+    config = without_guard(config)
+    with torch.device("meta"), quiet_transformers():
+        plain = model_from_config(class_for(stock_class(config), config), copy.deepcopy(config), dtype=dtype)
+    tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}
+    expected = dict(plain.state_dict())
+    shared = plain.all_tied_weights_keys
+    tensors = {name: tensors[source] for name, source in shared.items() if source in tensors} | tensors
     wrong = [name for name, t in expected.items() if name not in tensors or tensors[name].shape != t.shape]
     if wrong:
         raise UnsupportedModel(
@@ -223,7 +239,6 @@ def _without_quantization(model: Any, dtype: torch.dtype, path: Path, method: st
         )
     plain.load_state_dict({name: tensors[name] for name in expected}, assign=True)
     plain.tie_weights()
-    plain.generation_config = model.generation_config
     return plain
 
 

@@ -111,6 +111,8 @@ _TENSORS, _LLAMA = ("transformers", "vllm"), ("llama.cpp",)
 _ALL = (*_TENSORS, *_LLAMA)
 # Integers of 3 bits are packed in words by compressed-tensors from 0.20 on; vLLM has no kernel for them.
 _TRANSFORMERS = ("transformers",)
+# Transformers 5.23 with compressed-tensors 0.20.1 does not load packed zero points: it expects them unpacked.
+_VLLM = ("vllm",)
 
 
 def _table(*rows: Format) -> dict[str, Format]:
@@ -125,9 +127,9 @@ FORMATS: dict[str, Format] = _table(
     Format("int4-g32",        4, "signed",   32,        16,  0,   32,  0, "compressed-tensors", _TENSORS, ()),
     Format("int4-g64",        4, "signed",   64,        16,  0,   64,  0, "compressed-tensors", _TENSORS, ()),
     Format("int4-g128",       4, "signed",   128,       16,  0,  128,  0, "compressed-tensors", _TENSORS, ()),
-    Format("int4-g32-asym",   4, "signed",   32,        16,  4,   32,  0, "compressed-tensors", _TENSORS, ()),
-    Format("int4-g64-asym",   4, "signed",   64,        16,  4,   64,  0, "compressed-tensors", _TENSORS, ()),
-    Format("int4-g128-asym",  4, "signed",   128,       16,  4,  128,  0, "compressed-tensors", _TENSORS, ()),
+    Format("int4-g32-asym",   4, "signed",   32,        16,  4,   32,  0, "compressed-tensors", _VLLM, ()),
+    Format("int4-g64-asym",   4, "signed",   64,        16,  4,   64,  0, "compressed-tensors", _VLLM, ()),
+    Format("int4-g128-asym",  4, "signed",   128,       16,  4,  128,  0, "compressed-tensors", _VLLM, ()),
     Format("int3-g32",        3, "signed",   32,        16,  0,   32,  0, "compressed-tensors", _TRANSFORMERS, ()),
     Format("int3-g64",        3, "signed",   64,        16,  0,   64,  0, "compressed-tensors", _TRANSFORMERS, ()),
     Format("int3-g128",       3, "signed",   128,       16,  0,  128,  0, "compressed-tensors", _TRANSFORMERS, ()),

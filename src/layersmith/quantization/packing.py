@@ -145,10 +145,12 @@ class _Block:
             codes = levels.to(torch.int8).view(torch.uint8)
         else:
             codes = (levels - integer_range(form)[0]).to(torch.uint8)
-        whole = grid.stored if form.block_bits else {"block_scale": grid.scale, "block_offset": grid.offset}
+        scale, offset = grid.scale, grid.offset
+        if form.block_bits:
+            scale, offset = grid.stored["block_scale"], grid.stored.get("block_offset")
         self.codes = codes.reshape(shape)
-        self.d = _half(whole["block_scale"])
-        self.m = _half(whole["block_offset"]) if form.is_asymmetric else torch.empty(0)
+        self.d = _half(scale)
+        self.m = torch.empty(0) if offset is None else _half(offset)
         self._stored, self._shape = grid.stored, shape
 
     def low(self, bits: int, run: int) -> Tensor:
