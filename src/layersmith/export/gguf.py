@@ -1,12 +1,14 @@
 """Target ``gguf``: one file for llama.cpp and what is built on it, tokenizer included.
 
 The file is written tensor by tensor and read back with the ``gguf`` package: every tensor of the child must be there,
-bit by bit, and no other but the zeros of :mod:`layersmith.export.gguf_layout`. Where llama-cpp-python is installed, its
+bit by bit, and no other but the zeros of :mod:`layersmith.export.gguf_layout`. Weights that the child has in a format
+of llama.cpp are written in it (:mod:`layersmith.heterogeneous.quantized`). Where llama-cpp-python is installed, its
 logits and token ids are compared as well.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -22,8 +24,12 @@ from layersmith.export.gguf_tokenizer import gguf_tokenizer
 from layersmith.export.proof import sample_tokens
 from layersmith.export.source import CannotExport, Source
 from layersmith.foreign import foreign_code
+from layersmith.quantization.formats import FORMATS
 
 FILE = "model.gguf"
+_SIZES = {"F32": 4, "F16": 2, "BF16": 2}
+# GGUF's number for a file of which no name says what is in it.
+_MIXED_TYPES = 1024
 # GGUF's names of data types, and its number for a file whose matrices have one of them.
 _TYPES = {torch.float32: ("F32", 0), torch.float16: ("F16", 1), torch.bfloat16: ("BF16", 32)}
 
@@ -38,11 +44,33 @@ def prepare(source: Source) -> Callable[[Path], None]:
         CannotExport: llama.cpp has no program or no tokenizer for the child.
     """
     layout = gguf_layout(source)
-    dtype = source.tensor("model.embed_tokens.weight").dtype
-    name, number = _TYPES.get(dtype, _TYPES[torch.float32])
+    kinds, number = _kinds(source, layout)
     general = {"general.architecture": layout.arch.name, "general.type": "model", "general.name": source.folder.name}
     metadata = {**general, "general.file_type": number, **layout.metadata, **_tokenizer(source)}
-    return partial(_write, source, layout, metadata, name)
+    if any(kind not in _SIZES for kind in kinds.values()):
+        metadata["general.quantization_version"] = 2
+    return partial(_write, source, layout, metadata, kinds)
+
+
+def _kinds(source: Source, layout: Layout) -> tuple[dict[str, str], int]:
+    """GGUF's data type of every tensor of the file, and its number for the file.
+
+    Raises:
+        CannotExport: Weights of several formats are one tensor in the file.
+    """
+    blocks = source.gguf_blocks
+    dense = [name for name, shape in source.shapes.items() if len(shape) > 1 and name not in blocks]
+    name, number = _TYPES.get(source.tensor(dense[0]).dtype if dense else torch.bfloat16, _TYPES[torch.float32])
+    kinds = {}
+    for entry in layout.entries:
+        formats = {blocks[of][0].name.upper() if of in blocks else name for of in entry.sources}
+        if len(formats) > 1:
+            raise CannotExport(
+                f"--to gguf: {entry.sources[0]} has the format {blocks[entry.sources[0]][0]}, and others with which "
+                f"llama.cpp's {layout.arch.name} keeps it in one tensor have not. Give them one format."
+            )
+        kinds[entry.name] = "F32" if len(entry.shape) == 1 else formats.pop() if formats else name
+    return kinds, _MIXED_TYPES if blocks else number
 
 
 def read(folder: Path) -> GGUFModel:
@@ -62,33 +90,35 @@ def _tokenizer(source: Source) -> dict[str, Any]:
     return gguf_tokenizer(tokenizer, source.language.vocab_size, eos if isinstance(eos, int) else None).metadata()
 
 
-def _write(source: Source, layout: Layout, metadata: Mapping[str, Any], dtype: str, folder: Path) -> None:
+def _write(source: Source, layout: Layout, metadata: Mapping[str, Any], kinds: Mapping[str, str], folder: Path) -> None:
     from gguf import GGMLQuantizationType, GGUFWriter
 
     writer = GGUFWriter(folder / FILE, layout.arch.name)
     for key, value in metadata.items():
         if key != "general.architecture":  # the writer has added it
             _add(writer, key, value)
-    types = {entry.name: dtype if len(entry.shape) > 1 else "F32" for entry in layout.entries}
-    sizes = {"F32": 4, "F16": 2, "BF16": 2}
     for entry in layout.entries:
-        kind, count = types[entry.name], torch.Size(entry.shape).numel()
+        kind, shape = kinds[entry.name], entry.shape
+        size = shape[-1] * _SIZES[kind] if kind in _SIZES else FORMATS[kind.lower()].bytes_of((1, shape[-1]))
         # Of bytes the writer wants the shape in bytes.
-        shape = (*entry.shape[:-1], entry.shape[-1] * sizes[kind])
         numpy_type: Any = torch.zeros(0, dtype=torch.uint8).numpy().dtype
-        writer.add_tensor_info(entry.name, shape, numpy_type, count * sizes[kind], GGMLQuantizationType[kind])
+        count = math.prod(shape[:-1]) * size
+        writer.add_tensor_info(entry.name, (*shape[:-1], size), numpy_type, count, GGMLQuantizationType[kind])
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     torch_types = {name: dtype for dtype, (name, _) in _TYPES.items()}
     for entry in layout.entries:
-        tensor = made(entry, source).to(torch_types[types[entry.name]]).contiguous()
-        writer.write_tensor_data(tensor.view(torch.uint8).numpy())
+        tensor = made(entry, source)
+        if kinds[entry.name] in torch_types:
+            tensor = tensor.to(torch_types[kinds[entry.name]]).contiguous().view(torch.uint8)
+        writer.write_tensor_data(tensor.numpy())
     writer.close()
     check(source, layout, folder / FILE)
     if llama_cpp.is_installed():
         tokens = sample_tokens(source)
-        llama_cpp.compare(folder / FILE, list(tokens), list(GGUFModel(folder / FILE).logits(tokens)), dtype)
+        kind = next((kind for kind in kinds.values() if kind not in _SIZES), kinds["token_embd.weight"])
+        llama_cpp.compare(folder / FILE, list(tokens), list(GGUFModel(folder / FILE).logits(tokens)), kind)
         tokenizer = AutoTokenizer.from_pretrained(source.folder)
         llama_cpp.compare_tokens(folder / FILE, [tokenizer(text).input_ids for text in llama_cpp.TEXTS])
 
@@ -135,18 +165,22 @@ def quantize(source: Source, folder: Path, name: str) -> str:
 
 
 def made(entry: Entry, source: Source) -> torch.Tensor:
-    """A tensor of the file, from the child's."""
+    """A tensor of the file, from the child's; bytes ``[rows, bytes of a row]`` where it has a format of llama.cpp."""
     if entry.fill == "identity" and not entry.sources:
         return torch.eye(*entry.shape)
     if not entry.sources:
         fill = entry.fill if isinstance(entry.fill, tuple) else (entry.fill,)
         return torch.tensor(fill).expand(entry.shape)
-    parts = [source.tensor(name) for name in entry.sources]
+    parts = [_stored(source, name) for name in entry.sources]
     for i, heads in enumerate(entry.rotated):
         parts[i] = turned(parts[i], heads)
-    if len(parts) == 1 and parts[0].shape == entry.shape:
+    if len(parts) == 1 and len(entry.shape) < 3:
         return parts[0]
     return torch.stack(parts) if len(entry.shape) == 3 else torch.cat(parts)
+
+
+def _stored(source: Source, name: str) -> torch.Tensor:
+    return source.gguf_blocks[name][1] if name in source.gguf_blocks else source.tensor(name)
 
 
 def turned(tensor: torch.Tensor, heads: int) -> torch.Tensor:
@@ -183,7 +217,7 @@ def check(source: Source, layout: Layout, file: Path) -> None:
             parts = list(stored) if len(entry.shape) == 3 else list(_rows(stored, entry, source))
             same = all(
                 torch.equal(
-                    turned_back(part, entry.rotated[i]) if entry.rotated else part, source.tensor(name).to(part)
+                    turned_back(part, entry.rotated[i]) if entry.rotated else part, _stored(source, name).to(part)
                 )
                 for i, (name, part) in enumerate(zip(entry.sources, parts, strict=True))
             )
@@ -199,7 +233,9 @@ def _rows(stored: torch.Tensor, entry: Entry, source: Source) -> tuple[torch.Ten
 
 
 def as_torch(tensor: Any) -> torch.Tensor:
-    """A tensor of a ``GGUFReader`` that is not quantized, with rows first."""
+    """A tensor of a ``GGUFReader`` with rows first; its bytes if it is quantized."""
     types = {name: dtype for dtype, (name, _) in _TYPES.items()}
+    if tensor.tensor_type.name not in types:
+        return torch.from_numpy(tensor.data.copy())
     shape = [int(n) for n in reversed(tensor.shape)]
     return torch.from_numpy(tensor.data.copy()).view(torch.uint8).view(types[tensor.tensor_type.name]).reshape(shape)

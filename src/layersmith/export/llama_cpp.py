@@ -22,6 +22,8 @@ _SCRIPT = Path(__file__).with_name("llama_cpp_script.py")
 # Largest difference of llama.cpp's logits from those in float32, relative to the largest logit. In files of 16 bits it
 # rounds activations to 16 bits as well.
 TOLERANCE = {"F32": 1e-3, "F16": 1e-2, "BF16": 5e-2}
+# With quantized matrices it rounds activations to integers of 8 bits.
+QUANTIZED_TOLERANCE = 1e-1
 # What tokenizers treat differently: case, contractions, numbers, runs of spaces, line ends, code, and other scripts.
 TEXTS = (
     "Hello, World! It's 12345.67 o'clock; we'LL see you've got 3 cats.",
@@ -44,7 +46,7 @@ def compare(file: Path, rows: Sequence[torch.Tensor], logits: Sequence[torch.Ten
         file: A GGUF file.
         rows: Token ids ``[T]``.
         logits: Logits ``[T, V]`` of each row.
-        kind: Data type of the file's matrices, ``F32``, ``F16`` or ``BF16``.
+        kind: Data type of the file's matrices: ``F32``, ``F16``, ``BF16``, or the name of a quantized one.
 
     Returns:
         The largest difference, relative to the largest logit.
@@ -57,7 +59,7 @@ def compare(file: Path, rows: Sequence[torch.Tensor], logits: Sequence[torch.Ten
         float((torch.from_numpy(answers[f"logits{n}"]) - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
         for n, wanted in enumerate(logits)
     )
-    if not difference <= TOLERANCE[kind]:
+    if not difference <= TOLERANCE.get(kind, QUANTIZED_TOLERANCE):
         raise CannotExport(f"--to gguf: llama.cpp's logits differ from the child's by {difference:.1e} of the largest.")
     return difference
 

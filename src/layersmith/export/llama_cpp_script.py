@@ -11,7 +11,21 @@ import sys
 from typing import Any
 
 import llama_cpp
+import llama_cpp.llama_cpp as library
 import numpy as np
+
+_default_params = library.llama_model_default_params
+
+
+def _without_repacking() -> Any:
+    """Parameters of a model whose weights stay as they are in the file.
+
+    Repacked weights are multiplied by AMX where the compiler knew it, and virtual machines that do not permit it end
+    the process.
+    """
+    params = _default_params()
+    params.use_extra_bufts = False
+    return params
 
 
 def ask(file: str, request: str, answer: str) -> None:
@@ -19,6 +33,7 @@ def ask(file: str, request: str, answer: str) -> None:
     with open(request, encoding="utf-8") as stream:
         asked: dict[str, Any] = json.load(stream)
     length = max(map(len, asked["rows"]))
+    library.llama_model_default_params = _without_repacking
     # A cache in float32: in float16, the default, it would be the largest difference.
     model = llama_cpp.Llama(
         file, n_ctx=max(256, length), logits_all=True, type_k=0, type_v=0, n_threads=asked["threads"], verbose=False

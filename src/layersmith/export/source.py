@@ -21,11 +21,13 @@ from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.build import block_configs_of
 from layersmith.heterogeneous.checkpoint import save
 from layersmith.heterogeneous.convert import ordinary_checkpoint
+from layersmith.heterogeneous.quantized import read_gguf_blocks
 from layersmith.heterogeneous.weight_files import check_files, stored_shapes, weight_map
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config
 from layersmith.model_descriptor.stock import causal_lm_config, whole_number
 from layersmith.modeling_layersmith import as_parent
+from layersmith.quantization.formats import Format
 from layersmith.run.artifacts import temporary_folder
 
 
@@ -87,6 +89,11 @@ class Source:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every tensor."""
         return stored_shapes(sorted(set(self.places.values())))
+
+    @cached_property
+    def gguf_blocks(self) -> dict[str, tuple[Format, torch.Tensor]]:
+        """The weights that the child has in formats of llama.cpp, by their names."""
+        return read_gguf_blocks(self.folder)
 
     def heads(self, i: int) -> Heads | None:
         """The heads of layer ``i``; None if it has no attention with heads."""

@@ -16,7 +16,7 @@ from layersmith.quantization.rounding import Quantized
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
 from layersmith.untrusted import read_safetensors_header
 
-# Blocks for the GGUF file that a child is exported to, below the folder of the child. Its weights are rounded alike.
+# Blocks for the GGUF file that a child is exported to, below the folder of the child. Its weights have the same values.
 GGUF_BLOCKS = "gguf/blocks.safetensors"
 
 
@@ -24,7 +24,7 @@ def write_quantized(folder: Path, formats: Mapping[str, Format], rounded: Callab
     """Give weights of a checkpoint's folder their formats.
 
     Formats of ``compressed-tensors`` replace the weights, and config.json says so: Transformers, vLLM and layersmith
-    load the folder. Formats of GGUF are kept beside the weights, which get the rounded values in their dtype, until
+    load the folder. Formats of GGUF are kept beside the weights, which get the rounded values in float32, until
     ``layersmith export --to gguf`` writes them.
 
     Args:
@@ -56,7 +56,7 @@ def write_quantized(folder: Path, formats: Mapping[str, Format], rounded: Callab
                 continue
             quantized, module = rounded(name), name.removesuffix("weight")
             if quantized.format.storage == "gguf":
-                blocks[name], tensors[name] = gguf_blocks(quantized), quantized.values().to(tensor.dtype)
+                blocks[name], tensors[name] = gguf_blocks(quantized), quantized.values()
             else:
                 tensors |= {module + rest: stored for rest, stored in compressed_tensors(quantized).items()}
         write_tensors(file, tensors, {"format": "pt"})
