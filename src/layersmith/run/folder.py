@@ -253,6 +253,7 @@ class Run(RunFolder):
             is_shared: Whether the result is taken from the store and given to it.
             progress: Receives steps and notes.
         """
+        ranks.doing(stage)
         digest = fingerprint(inputs)
         folder = self.folder / stage
         making = Making(

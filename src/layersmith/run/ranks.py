@@ -17,9 +17,13 @@ import torch.distributed as dist
 from layersmith import errors
 from layersmith.errors import LayersmithError, first_line
 from layersmith.run.runtime import Runtime
+from layersmith.run.watch import Watch, watch_over
 
 # The first process may score or evaluate for days while the others wait.
 _TIMEOUT = timedelta(days=7)
+
+# The watch over the other processes, while there is one.
+_watches: list[Watch] = []
 
 T = TypeVar("T")
 
@@ -82,10 +86,38 @@ def from_first(make: Callable[[], T]) -> T:
 
 @contextmanager
 def first(opened: Callable[[], AbstractContextManager[None]]) -> Iterator[None]:
-    """Open a context in the first process only."""
-    with ExitStack() as stack:
+    """Open a context in the first process only; while it is open, the processes watch each other."""
+    with watched(), ExitStack() as stack:
         on_first(lambda: stack.enter_context(opened()))
         yield
+
+
+@contextmanager
+def watched() -> Iterator[None]:
+    """End this process with one sentence if another one is killed, hangs or cannot be reached."""
+    if not are_several() or _watches:
+        yield
+        return
+    watch = watch_over(dist.get_rank(), _gathered)
+    _watches.append(watch)
+    try:
+        yield
+    finally:
+        watch.stop()
+        _watches.clear()
+
+
+def _gathered(mine: T) -> list[T]:
+    """What each process has, by its number."""
+    result: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(result, mine, group=_group())
+    return result
+
+
+def doing(what: str) -> None:
+    """Tell the other processes which stage this one works on."""
+    for watch in _watches:
+        watch.doing = what
 
 
 def _exchange(error: Exception | None) -> None:
@@ -99,6 +131,9 @@ def _exchange(error: Exception | None) -> None:
     try:
         dist.all_gather_object(failures, None if error is None else _as_data(error), group=_group())
     except RuntimeError as lost:  # a process is gone
+        if error is None or isinstance(error, RuntimeError):
+            for watch in _watches:
+                watch.give_up()
         if error is None:
             raise LayersmithError("another process of this run ended; what it printed says why.") from lost
         return

@@ -1,0 +1,132 @@
+"""Each process of a launcher watches the others, so that none waits for one that was killed, hangs or is cut off.
+
+Every process sends a datagram to all others every few seconds. One that was heard and falls silent is given up.
+Silence is measured in beats of the process that listens, not by its clock: a run that is suspended as a whole, or a
+machine that slept, accuses nobody when it goes on. A process that was never heard is not watched, as datagrams may be
+blocked.
+
+A process that gives up prints one sentence and exits at once, wherever it is: it may be inside a collective operation
+that never returns. The run folder allows that at any time, since the same command resumes the run.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+# A process is given up after so many beats without a sign of it: 42 seconds. After a failed collective operation one is
+# gone for certain, and fewer beats say which.
+BEAT_SECONDS, PATIENCE, PATIENCE_AFTER_A_FAILURE = 3.0, 14, 3
+_ENDED = "ended"
+_ADVICE = "To resume, run the same command again."
+
+
+@dataclass
+class Watch:
+    """A thread that shows the others that this process lives, and watches whether they do.
+
+    Attributes:
+        rank: Number of this process.
+        addresses: Host and port of every process, by number.
+        token: What all datagrams of the run begin with.
+        channel: Socket that sends and receives them.
+        doing: Stage that this process works on.
+        has_failed: Whether a collective operation has failed here.
+    """
+
+    rank: int
+    addresses: list[tuple[str, int]]
+    token: str
+    channel: socket.socket
+    doing: str = ""
+    has_failed: bool = False
+    _ending: bool = False
+    _thread: threading.Thread | None = None
+    _signs: dict[int, str] = field(default_factory=dict)
+    _silent: dict[int, int] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self._thread = threading.Thread(target=self._run, name="layersmith-watch", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Tell the others that this process has ended, and watch no more."""
+        self._ending = True
+        self._send(_ENDED)
+
+    def give_up(self) -> NoReturn:
+        """After a failed collective operation: wait until the thread knows who is gone, and exit."""
+        self.has_failed = True
+        time.sleep(BEAT_SECONDS * (PATIENCE_AFTER_A_FAILURE + 2))
+        _exit(f"another process of this run is gone. {_ADVICE}")
+
+    def _run(self) -> None:
+        while not self._ending:
+            self._send(self.doing)
+            self._listen(BEAT_SECONDS)
+            for rank, sign in self._signs.items():
+                self._silent[rank] += 1
+                if self._silent[rank] > self._patience(sign) and not self._ending:
+                    what = "ended" if sign == _ENDED else "was killed, hangs or is cut off"
+                    when = f" during the stage {sign}" if sign not in ("", _ENDED) else ""
+                    _exit(f"process {rank} of {len(self.addresses)} {what}{when}. {_ADVICE}")
+
+    def _patience(self, sign: str) -> int:
+        if not self.has_failed:
+            return PATIENCE
+        return 0 if sign == _ENDED else PATIENCE_AFTER_A_FAILURE
+
+    def _send(self, sign: str) -> None:
+        data = f"{self.token} {self.rank} {sign}".encode()
+        for rank, address in enumerate(self.addresses):
+            if rank != self.rank:
+                try:
+                    self.channel.sendto(data, address)
+                except OSError:  # no way there at the moment: the other one hears nothing, and says so
+                    continue
+
+    def _listen(self, seconds: float) -> None:
+        until = time.monotonic() + seconds
+        while (left := until - time.monotonic()) > 0 and not self._ending:
+            self.channel.settimeout(left)
+            try:
+                token, _, rest = self.channel.recv(1024).decode(errors="replace").partition(" ")
+            except TimeoutError:
+                return
+            except OSError:  # an earlier datagram could not be delivered
+                continue
+            number, _, sign = rest.partition(" ")
+            if secrets.compare_digest(token.encode(), self.token.encode()) and number.isdecimal():
+                self._signs[int(number)], self._silent[int(number)] = sign, 0
+
+
+def watch_over(rank: int, gather: Callable[[tuple[str, int, str]], list[tuple[str, int, str]]]) -> Watch:
+    """Begin to watch; all processes call this.
+
+    Args:
+        rank: Number of this process.
+        gather: Gives all processes what each of them has: its address, and a token, of which the first one's counts.
+    """
+    first, port = os.environ.get("MASTER_ADDR", "127.0.0.1"), int(os.environ.get("MASTER_PORT", 1))
+    family, *_, address = socket.getaddrinfo(first, port, type=socket.SOCK_DGRAM)[0]
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        probe.connect(address)  # sends nothing, but tells by which of its addresses this machine is reached from there
+        here = probe.getsockname()[0]
+    channel = socket.socket(family, socket.SOCK_DGRAM)
+    channel.bind((here, 0))
+    members = gather((here, channel.getsockname()[1], secrets.token_hex(8)))
+    watch = Watch(rank, [(host, number) for host, number, _ in members], members[0][2], channel)
+    watch.start()
+    return watch
+
+
+def _exit(sentence: str) -> NoReturn:
+    print(f"layersmith: {socket.gethostname()}: {sentence}", file=sys.stderr, flush=True)
+    os._exit(1)
