@@ -252,6 +252,9 @@ def _search(x: Tensor, h: Tensor | None, format: Format, represent: Represent) -
     least = torch.empty(0)
     for start in _starts(x, format):
         scale, offset = represent(*start)
+        if format.levels in ("signed", "unsigned"):
+            levels = nearest(x, scale, offset, format)
+            scale, offset = represent(*_least_squares(x, h, levels, offset is not None))
         error = _error(x, h, scale, offset, format)
         if best is None:
             best, least = (scale, offset), error
