@@ -23,9 +23,11 @@ from layersmith.options import (
     TTFT,
     ActiveParams,
     Batch,
+    Bits,
     Context,
     Descriptor,
     Device,
+    Formats,
     Generate,
     Json,
     Keep,
@@ -52,6 +54,8 @@ from layersmith.options import (
     Weights,
     Within,
     effort_settings,
+    format_names,
+    format_settings,
     task_names,
     task_settings,
     time_settings,
@@ -75,11 +79,9 @@ def options(version: Version = False) -> None:
     pass
 
 
-# ---------------------------------------------------------------------------------------------- commands
-
-
 @app.command()
 def compress(
+    command: typer.Context,
     parent: Parent,
     out: Annotated[Path, typer.Argument(help="Folder of the run. The child is written to OUT/child.")],
     data: Annotated[
@@ -97,6 +99,7 @@ def compress(
     ttft: TTFT = None,
     time_per_token: TimePerToken = None,
     throughput: Throughput = None,
+    bits: Bits = None,
     batch: Batch = BATCH,
     context: Context = CONTEXT,
     generate: Generate = None,
@@ -104,6 +107,7 @@ def compress(
     on: On = None,
     server: Server = None,
     recipe: RecipeFile = None,
+    formats: Formats = None,
     settings: Settings = None,
     device: Device = None,
     descriptor: Descriptor = None,
@@ -123,18 +127,10 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
-    from layersmith.costs.budget import parse_budget
-
     given = [*(settings or ()), *task_settings(tasks, keep), *time_settings(on, server), *effort_settings(within)]
+    given += format_settings(formats)
     chosen = _recipe(recipe, given, device)
-    limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
-    if chosen.evaluation.keep and limits.count(None) == len(limits):
-        params = "1.0"
-    budget = parse_budget(
-        params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
-        time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
-        prompt=prompt,
-    )  # fmt: skip
+    budget = _budget(command.params, is_open=bool(chosen.evaluation.keep))
     screen = open_screen(verbose, quiet, as_json)
     family = _descriptor(descriptor)
     if dry_run:
@@ -209,6 +205,7 @@ def inspect(
 
 @app.command()
 def search(
+    command: typer.Context,
     run: Run,
     params: Params = None,
     active_params: ActiveParams = None,
@@ -218,12 +215,14 @@ def search(
     ttft: TTFT = None,
     time_per_token: TimePerToken = None,
     throughput: Throughput = None,
+    bits: Bits = None,
     batch: Batch = BATCH,
     context: Context = CONTEXT,
     generate: Generate = None,
     prompt: Prompt = None,
     on: On = None,
     server: Server = None,
+    formats: Formats = None,
     settings: Settings = None,
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -251,30 +250,23 @@ def search(
 ) -> None:
     """Find the best child for another budget from the scores of a finished run, in seconds."""
     from layersmith import outputs
-    from layersmith.costs.budget import parse_budget
     from layersmith.stages.reopen import SearchRequest, frontier_again
     from layersmith.stages.reopen import search as search_run
     from layersmith.terminal import print_frontier, print_solution
 
-    limits = (params, active_params, weights, kv_cache, memory, ttft, time_per_token, throughput)
-    if frontier and not any(value is not None for value in limits):
-        params = "1.0"
-    budget = parse_budget(
-        params=params, active_params=active_params, weights=weights, kv_cache=kv_cache, memory=memory, ttft=ttft,
-        time_per_token=time_per_token, throughput=throughput, batch=batch, context=context, generate=generate,
-        prompt=prompt,
-    )  # fmt: skip
+    budget = _budget(command.params, is_open=frontier)
     screen = open_screen(verbose, quiet, as_json)
     rules, family, elsewhere = _search_rules(run, settings), _descriptor(descriptor), times_elsewhere(on, server)
+    names = format_names(formats)
     if frontier:
-        request = SearchRequest(run, budget, objective, rules, family, verify, trust_remote_code, elsewhere)
+        request = SearchRequest(run, budget, objective, rules, family, verify, trust_remote_code, elsewhere, names)
         path = frontier_again(request, measure=measure, progress=screen.progress)
         screen.show(lambda: outputs.frontier(path), lambda: print_frontier(screen.results, path))
         return
     made = search_run(
         run, budget, objective=objective, rules=rules, out=out, refine=refine, solutions=solutions,
         min_distance=min_distance, descriptor=family, progress=screen.progress, verify=verify,
-        trust_remote_code=trust_remote_code, times_on=elsewhere,
+        trust_remote_code=trust_remote_code, times_on=elsewhere, formats=names,
     )  # fmt: skip
 
     def draw() -> None:
@@ -500,6 +492,15 @@ def _recipe(recipe: Path | None, settings: list[str] | None, device: str | None)
     """The recipe of a file, changed by ``--set`` and by options of its own settings."""
     extra = [] if device is None else [f"device={device}"]
     return Recipe.read(recipe).with_settings([*(settings or ()), *extra])
+
+
+def _budget(given: dict[str, Any], is_open: bool) -> Any:
+    """The budget of a command's options; the whole parent if no limit is given and the command ``is_open`` to that."""
+    from layersmith.costs.budget import COST_OF, parse_budget
+
+    limits = {name: given[name] for name in (*COST_OF, "bits") if given[name] is not None}
+    workload = {name: given[name] for name in ("batch", "context", "generate", "prompt")}
+    return parse_budget(**(limits or ({"params": "1.0"} if is_open else {})), **workload)
 
 
 def _search_rules(run: Path, settings: list[str] | None) -> Any:

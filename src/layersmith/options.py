@@ -51,6 +51,10 @@ ActiveParams = Annotated[
     str | None, typer.Option(help="Parameters used for each token: 0.7, or 3B.", rich_help_panel=BUDGET)
 ]
 Weights = Annotated[str | None, typer.Option(help="Memory of the weights: 0.7, or 10GiB.", rich_help_panel=BUDGET)]
+Bits = Annotated[
+    str | None,
+    typer.Option(help="Memory of the weights in bits per parameter of the parent: 4.5.", rich_help_panel=BUDGET),
+]
 KVCache = Annotated[
     str | None,
     typer.Option(help="Memory of the KV cache for --batch and --context: 0.5, or 2GiB.", rich_help_panel=BUDGET),
@@ -117,6 +121,13 @@ Tasks = Annotated[
     str | None,
     typer.Option(
         help="Tasks to measure accuracy on, separated by commas: names of tasks in lm-eval, or JSONL files.",
+    ),
+]
+Formats = Annotated[
+    str | None,
+    typer.Option(
+        help="Number formats that weights may have, separated by commas: int8,int4-g128; bf16 for none.",
+        rich_help_panel=SETTINGS,
     ),
 ]
 Keep = Annotated[
@@ -196,6 +207,16 @@ def _task(name: str) -> str:
 def effort_settings(within: str | None) -> list[str]:
     """``--within`` as a setting of the recipe."""
     return [] if within is None else [f"effort.within={json.dumps(within)}"]
+
+
+def format_settings(formats: str | None) -> list[str]:
+    """``--formats`` as a setting of the recipe."""
+    return [] if formats is None else [f"formats={json.dumps(format_names(formats))}"]
+
+
+def format_names(formats: str | None) -> list[str] | None:
+    """The formats that ``--formats`` names; None without."""
+    return None if formats is None else [name.strip() for name in formats.split(",") if name.strip()]
 
 
 def time_settings(on: str | None, server: str | None) -> list[str]:

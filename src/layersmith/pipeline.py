@@ -29,6 +29,7 @@ from layersmith.stages.data import DATA, digest_of_source
 from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.distill import COMPARED, DISTILLATION, remove_checkpoints
 from layersmith.stages.evaluate import CLOCK, EVALUATION
+from layersmith.stages.formats import FORMATS
 from layersmith.stages.job import Job, seed_everything
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD, PAIRS
@@ -51,6 +52,7 @@ WORK: tuple[Stage[Job, Any], ...] = (
     STATISTICS,  # importance of channels, heads and experts
     LIBRARY,     # alternatives, refitted and trained
     SCORES,      # loss increase of every alternative
+    FORMATS,     # loss increase of every number format
     SEARCH,      # the best solution by scores
     FRONTIER,    # the best solution for every other budget
     REFINE,      # a better one, by evaluating whole children

@@ -405,6 +405,9 @@ class Recipe:
     costs: CostsRecipe = field(default_factory=CostsRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     effort: EffortRecipe = field(default_factory=EffortRecipe)
+    formats: Annotated[tuple[str, ...], _MOST] = ()
+    """Number formats to offer for the weights of every attention and FFN besides the parent's data type, all of one
+    file format: e.g. `[int8, int4-g128]`. Default: none, so weights keep the parent's data type."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed. The same seed gives the same child."""
     device: str = "auto"

@@ -60,32 +60,42 @@ class Limit:
         fraction: of the parent's, exactly as it was typed, e.g. ``"0.7"``; or None. Of a throughput it is what the
             child's is of the parent's, so more than 1 is faster.
         amount: parameters, bytes, seconds, or tokens a second; or None.
+        bits: bits per parameter of the parent, a limit on bytes; or None.
     """
 
     cost: str
     fraction: str | None = None
     amount: float | None = None
+    bits: float | None = None
 
     def __post_init__(self) -> None:
         if self.cost not in COSTS:
             raise UsageError(f"budget: unknown cost {self.cost!r}. {did_you_mean(self.cost, COSTS)}")
-        if (self.fraction is None) == (self.amount is None):
+        given = [x for x in (self.fraction, self.amount, self.bits) if x is not None]
+        if len(given) != 1:
             raise UsageError(f"budget {self.cost}: give a fraction or an amount, one of the two.")
         try:
-            value = float(self.amount if self.fraction is None else self.fraction)  # type: ignore[arg-type]
+            value = float(given[0])
         except (ValueError, OverflowError):
             value = math.nan
         # An amount of 0 is what a child without attention needs for its KV cache.
-        if not 0 <= value < math.inf or (value == 0 and self.fraction is not None):
-            raise UsageError(f"budget {self.cost}: {brief(repr(self.fraction or self.amount))} is no positive number.")
+        if not 0 <= value < math.inf or (value == 0 and self.amount is None):
+            raise UsageError(f"budget {self.cost}: {brief(repr(given[0]))} is no positive number.")
 
     @staticmethod
     def of(cost: str, limit: float) -> Limit:
         """The limit that :meth:`resolve` gives."""
         return Limit(cost, amount=1 / limit if is_throughput(cost) else limit)
 
+    @property
+    def base(self) -> str:
+        """The cost of the parent that the limit is relative to."""
+        return self.cost if self.bits is None else "parameters"
+
     def resolve(self, parent: float) -> float:
-        """The limit in parameters, bytes or seconds for a parent that costs ``parent``."""
+        """The limit in parameters, bytes or seconds for a parent whose :attr:`base` costs ``parent``."""
+        if self.bits is not None:
+            return int(Decimal(str(self.bits)) * int(parent) / 8)
         if is_throughput(self.cost):
             return 1 / self.amount if self.amount is not None else parent / float(str(self.fraction))
         if self.amount is not None:
@@ -98,6 +108,8 @@ class Limit:
         what = COST_WORDS[self.cost]
         if self.fraction is not None:
             return f"{what} {float(self.fraction):.4g}x"
+        if self.bits is not None:
+            return f"{what} {self.bits:g} bits a parameter of the parent"
         assert self.amount is not None
         amount = 1 / self.amount if is_throughput(self.cost) else self.amount
         return f"{what} {format_cost(self.cost, amount)}"
@@ -185,10 +197,13 @@ class Limits:
 
     def resolve(self, parent_costs: Mapping[str, float]) -> dict[str, float]:
         """Cost => its limit in parameters, bytes or seconds."""
-        return {limit.cost: limit.resolve(parent_costs[limit.cost]) for limit in self.each}
+        return {limit.cost: limit.resolve(parent_costs[limit.base]) for limit in self.each}
 
     def to_data(self) -> list[dict[str, Any]]:
-        return [{"cost": x.cost, "fraction": x.fraction, "amount": x.amount} for x in self.each]
+        return [
+            {"cost": x.cost, "fraction": x.fraction, "amount": x.amount} | ({} if x.bits is None else {"bits": x.bits})
+            for x in self.each
+        ]
 
     @staticmethod
     def from_data(data: Any) -> Limits:
@@ -226,7 +241,7 @@ class Budget:
         if isinstance(value, Budget):
             return value
         if isinstance(value, Mapping):
-            known = [*COST_OF, "batch", "context", "generate"]
+            known = [*COST_OF, "bits", "batch", "context", "generate"]
             for key in value:
                 if key not in known:
                     raise UsageError(f"budget: unknown key {key!r}. {did_you_mean(str(key), known)}")
@@ -244,6 +259,7 @@ def parse_budget(
     ttft: Any = None,
     time_per_token: Any = None,
     throughput: Any = None,
+    bits: Any = None,
     batch: int = BATCH,
     context: int = CONTEXT,
     generate: int | None = None,
@@ -251,7 +267,8 @@ def parse_budget(
 ) -> Budget:
     """A budget from what was typed; each limit is a fraction of the parent's or an amount with a unit.
 
-    If the tokens of the ``prompt`` are given, the context is prompt and generated tokens together.
+    ``bits`` limits the weights to so many bits per parameter of the parent, on average. If the tokens of the ``prompt``
+    are given, the context is prompt and generated tokens together.
 
     Raises:
         UsageError: a unit or number that makes no sense, or no limit at all.
@@ -267,6 +284,8 @@ def parse_budget(
         "throughput": throughput,
     }
     limits = tuple(parse_limit(COST_OF[key], value) for key, value in given.items() if value is not None)
+    if bits is not None:
+        limits = (*limits, _bits(bits))
     return Budget(Limits(limits), workload_of(batch, context, generate, prompt))
 
 
@@ -325,6 +344,13 @@ def parse_limit(cost: str, text: Any) -> Limit:
         raise UsageError(f"{wrong}: {what} {words}. Give {example}.")
     value = number * units[unit]
     return Limit(cost, amount=float(value) if kind == "seconds" else int(value))
+
+
+def _bits(value: Any) -> Limit:
+    amount = None if isinstance(value, bool) else split_amount(str(value))
+    if amount is None or amount[1] or not 0 < amount[0] <= 64:
+        raise UsageError(f"--bits {value}: not a number of bits. Give bits per parameter of the parent, such as 4.5.")
+    return Limit("weight_bytes", bits=float(amount[0]))
 
 
 _FRACTION = {"tokens/s": "1.5x"}

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig, has_attention
@@ -17,9 +18,11 @@ from layersmith.costs.budget import Workload
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.patcher import deci_x_patcher
 from layersmith.library.axes.axis import REST, LayerAxes
+from layersmith.library.formats import embeddings, matrices, with_embeddings
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import causal_lm_config, stock_model, whole_number
 from layersmith.modeling_layersmith import as_parent
+from layersmith.quantization.formats import Format, format_named
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
 
@@ -65,11 +68,19 @@ def context_note(asked: int, workload: Workload) -> list[str]:
     ]
 
 
-def subblock_costs(shape: ModelShape, workload: Workload) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
+def subblock_costs(
+    shape: ModelShape, workload: Workload, formats: Sequence[str] = ()
+) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
     """Costs of every subblock of a model, and of what is outside the layers.
 
+    Args:
+        shape: The model.
+        workload: What costs are for.
+        formats: Number formats to count subblocks in as well.
+
     Returns:
-        For every layer ``{"attention": costs, "ffn": costs}``, and the costs of embeddings, head and final norm.
+        For every layer ``{"attention": costs, "ffn": costs}``, with those in formats ``"attention int8"`` and so on;
+        and the costs of embeddings, head and final norm.
     """
     descriptor, blocks, axes, dtype = shape.descriptor, shape.blocks, shape.axes, shape.dtype
     with deci_x_patcher(descriptor, list(blocks)):
@@ -92,10 +103,49 @@ def subblock_costs(shape: ModelShape, workload: Workload) -> tuple[list[dict[str
                 | {"active_parameters": _active(descriptor, block, i, axes[i], {name: sizes[name][0] for name in ffn})},
             }
         )
-        for subblock in layers[-1].values():
-            subblock["memory_bytes"] = subblock["weight_bytes"] + subblock["kv_cache_bytes"]
+        for name in formats:
+            saved = _saved_bytes(shape, i, model.get_submodule(descriptor.layer_block_name(i)), format_named(name))
+            for subblock, less in saved.items():
+                whole = layers[-1][subblock]
+                layers[-1][f"{subblock} {name}"] = whole | {"weight_bytes": whole["weight_bytes"] - less}
+        for costs in layers[-1].values():
+            costs["memory_bytes"] = costs["weight_bytes"] + costs["kv_cache_bytes"]
     inside = {name for group, names in groups.items() if group.startswith("block_") for name in names}
     return layers, _costs(size for name, size in sizes.items() if name not in inside)
+
+
+def outside_costs(shape: ModelShape, fixed: Mapping[str, int], formats: Sequence[str]) -> dict[str, dict[str, int]]:
+    """Costs of what is outside the layers with embeddings and head in each format that a program runs them in.
+
+    Args:
+        shape: The model.
+        fixed: Costs of what is outside the layers, in the data type of the weights.
+        formats: Names of formats; others are left out.
+    """
+    model = stock_model(as_parent(causal_lm_config(shape.config)), dtype=shape.dtype)
+    result = {}
+    for name in with_embeddings(formats):
+        format = format_named(name)
+        saved = sum(
+            w.numel() * w.element_size() - format.bytes_of(w.shape)
+            for w in embeddings(model)
+            if format.refusal(w.shape) is None
+        )
+        less = {cost: fixed[cost] - saved for cost in ("weight_bytes", "memory_bytes")}
+        result[name] = {**fixed, **less}
+    return result
+
+
+def _saved_bytes(shape: ModelShape, i: int, layer: nn.Module, format: Format) -> dict[str, int]:
+    """Subblock to the bytes that its matrices take less in a format than in the data type of the weights."""
+    of_layer = matrices(shape.descriptor, layer, i, len(shape.blocks), shape.axes[i])
+    saved = {}
+    for subblock, names in of_layer.items():
+        weights = [layer.get_parameter(name) for name in names]
+        saved[subblock] = sum(
+            w.numel() * w.element_size() - format.bytes_of(w.shape) for w in weights if format.refusal(w.shape) is None
+        )
+    return saved
 
 
 def layers_alike(

@@ -5,16 +5,17 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NotRequired
 
 from pydantic import NonNegativeInt
 from typing_extensions import TypedDict
 
 from layersmith.block_config import BlockConfig
 from layersmith.costs.budget import Workload
-from layersmith.costs.counted import ModelShape, layers_alike, max_positions, subblock_costs, total
+from layersmith.costs.counted import ModelShape, layers_alike, max_positions, outside_costs, subblock_costs, total
 from layersmith.costs.curve import Bend
 from layersmith.library.alternative import Alternative
+from layersmith.library.formats import in_formats
 from layersmith.records import check, parse
 
 
@@ -33,6 +34,7 @@ class _Counted(TypedDict):
     fixed: _Costs
     parent: _Costs
     workload: dict[str, Any]
+    outside: NotRequired[dict[str, _Costs]]
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,7 @@ class CostTable:
         parent: Costs of the whole parent.
         bend: Correction from the sum of parts to the time of a whole child, if children were timed.
         workload: Workload that the costs are for; no longer than the model's positions.
+        outside: Number format of embeddings and head to the costs of what is outside the layers; none without formats.
     """
 
     by_key: dict[str, dict[str, int]]
@@ -52,6 +55,7 @@ class CostTable:
     parent: dict[str, int]
     bend: Bend | None = None
     workload: Workload = field(default_factory=Workload)
+    outside: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def whole(self, sums: dict[str, Any]) -> dict[str, Any]:
         """Costs of a child from the sums of its parts."""
@@ -60,6 +64,7 @@ class CostTable:
     def to_dict(self) -> dict[str, Any]:
         """The counted costs as JSON data, without a correction."""
         counted = {"alternatives": self.by_key, "fixed": self.fixed, "parent": self.parent}
+        counted |= {"outside": self.outside} if self.outside else {}
         return counted | {"workload": asdict(self.workload)}
 
     @staticmethod
@@ -70,10 +75,13 @@ class CostTable:
             fixed=data["fixed"],
             parent=data["parent"],
             workload=parse(Workload, data["workload"], "workload: "),
+            outside=data.get("outside", {}),
         )
 
 
-def count_costs(parent: ModelShape, alternatives: Sequence[Alternative], workload: Workload) -> CostTable:
+def count_costs(
+    parent: ModelShape, alternatives: Sequence[Alternative], workload: Workload, formats: Sequence[str] = ()
+) -> CostTable:
     """Count the costs of every alternative.
 
     Alternatives are counted on models built on the meta device. Each model has a different alternative in every layer,
@@ -84,12 +92,13 @@ def count_costs(parent: ModelShape, alternatives: Sequence[Alternative], workloa
         alternatives: All alternatives of the search space.
         workload: Workload to count for. A context beyond the model's positions is capped to them, since the model
             cannot fill it; the table's ``workload`` is the capped one.
+        formats: Number formats in which alternatives are counted as well.
     """
     blocks = parent.blocks
     workload = workload.within(max_positions(parent.language))
-    parent_layers, fixed = subblock_costs(parent, workload)
+    parent_layers, fixed = subblock_costs(parent, workload, formats)
     kinds = layers_alike(parent.descriptor, parent.config, blocks, parent_layers)
-    by_key = {a.key: parent_layers[a.layer][a.subblock] for a in alternatives}
+    by_key = _in_all_formats(alternatives, parent_layers, formats)
     # For every kind of layer the blocks that it can become, each with the alternatives that make it so.
     waiting: dict[int, dict[tuple[str, BlockConfig], list[Alternative]]] = {kind: {} for kind in kinds}
     for a in alternatives:
@@ -102,8 +111,17 @@ def count_costs(parent: ModelShape, alternatives: Sequence[Alternative], workloa
             if waiting[kind]:
                 (subblock, block), members = waiting[kind].popitem()
                 changed[i], counted[i] = block, (subblock, members)
-        layers, _ = subblock_costs(dataclasses.replace(parent, blocks=changed), workload)
-        for i, (subblock, members) in counted.items():
-            by_key |= {a.key: layers[i][subblock] for a in members}
+        layers, _ = subblock_costs(dataclasses.replace(parent, blocks=changed), workload, formats)
+        for i, (_, members) in counted.items():
+            by_key |= _in_all_formats(members, {a.layer: layers[i] for a in members}, formats)
     whole = total([*(by_key[a.key] for a in alternatives if a.is_parent), fixed])
-    return CostTable(by_key, fixed, whole, workload=workload)
+    outside = outside_costs(parent, fixed, formats) if formats else {}
+    return CostTable(by_key, fixed, whole, workload=workload, outside=outside)
+
+
+def _in_all_formats(
+    alternatives: Sequence[Alternative], layers: Any, formats: Sequence[str]
+) -> dict[str, dict[str, int]]:
+    """Key of each alternative, as it is and in each format, to its costs in ``layers``."""
+    costs = {a.key: layers[a.layer][a.subblock] for a in alternatives}
+    return costs | {a.key: layers[a.layer][f"{a.subblock} {a.format}"] for a in in_formats(alternatives, formats)}

@@ -176,6 +176,8 @@ class Alternative:
         size: heads, groups, experts, channels, entries of a head, or numbers of the state that are left; 0 where that
             has no meaning.
         query_heads: query heads that are left with ``head_groups``; heads that are left with ``mixer_groups``.
+        format: number format of its weights, a key of :data:`~layersmith.quantization.formats.FORMATS`; empty for the
+            parent's data type.
     """
 
     layer: int
@@ -184,6 +186,7 @@ class Alternative:
     method: str = ""
     size: int = 0
     query_heads: int = 0
+    format: str = ""
 
     def __post_init__(self) -> None:
         is_known = self.kind in KINDS and self.subblock in ("attention", "ffn")
@@ -198,7 +201,7 @@ class Alternative:
     @property
     def is_parent(self) -> bool:
         """Whether it is the parent's subblock itself."""
-        return self.kind == "parent"
+        return self.kind == "parent" and not self.format
 
     @property
     def is_no_op(self) -> bool:
@@ -210,7 +213,8 @@ class Alternative:
         """What it is, the same in every layer, e.g. ``"ffn 384 (iterative)"``."""
         plural = "s" if self.size != 1 else ""
         words = self.traits.label.format(subblock=self.subblock, size=self.size, s=plural)
-        return words + (f" ({self.method})" if self.method in ("contribution", "iterative", "pool") else "")
+        words += f" ({self.method})" if self.method in ("contribution", "iterative", "pool") else ""
+        return f"{words}, {self.format}" if self.format else words
 
     @property
     def key(self) -> str:
@@ -223,7 +227,21 @@ class Alternative:
     @property
     def identity(self) -> str:
         """Digest of all fields."""
-        return fingerprint(to_data(self))
+        return fingerprint(self.to_data())
+
+    def to_data(self) -> dict[str, Any]:
+        """All fields as JSON data, without an empty format."""
+        data: dict[str, Any] = to_data(self)
+        return data if self.format else {name: value for name, value in data.items() if name != "format"}
+
+    @property
+    def shape(self) -> Alternative:
+        """The same alternative in the parent's data type."""
+        return self.in_format("")
+
+    def in_format(self, name: str) -> Alternative:
+        """The same alternative with its weights in another format; a no-op has none."""
+        return self if name == self.format or self.is_no_op else dataclasses.replace(self, format=name)
 
     def subblock_config(self, parent: BlockConfig) -> AttentionConfig | FFNConfig:
         """The config of the subblock with this alternative."""

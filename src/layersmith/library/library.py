@@ -118,9 +118,12 @@ class Library:
     def weights(self, alternative: Alternative) -> dict[str, torch.Tensor]:
         """The weights of the layer with this alternative that differ from the parent's, by name in the layer.
 
-        They have the values that the checkpoint will hold, in the dtype of the computation.
+        They have the values that the checkpoint will hold, in the dtype of the computation. An alternative in a number
+        format has the weights of its shape until quantized ones are kept for it.
         """
-        return self.sliced(alternative) | self._on_device(self.kept.of(alternative.identity))
+        shape = alternative.shape
+        kept = self.kept.of(shape.identity) | (self.kept.of(alternative.identity) if alternative.format else {})
+        return self.sliced(shape) | self._on_device(kept)
 
     def _on_device(self, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         runtime = self.parent.runtime
@@ -207,7 +210,8 @@ class Library:
             offered = set(self.alternatives)
             blocks = list(self.parent.blocks)
             alike = {index}
-            alike.update(i for i in range(len(blocks)) if offered >= {dataclasses.replace(a, layer=i) for a in changed})
+            shapes = [a.shape for a in changed]
+            alike.update(i for i in range(len(blocks)) if offered >= {dataclasses.replace(a, layer=i) for a in shapes})
             for i in alike:
                 blocks[i] = dataclasses.replace(blocks[i], **configs)
             made = meta_layers(self.parent.descriptor, self.parent.config, blocks)
@@ -219,11 +223,14 @@ class Library:
         return {i: self.layer(*alternatives) for i, alternatives in changed_by_layer(chosen).items()}
 
     def weights_together(self, changed: Sequence[Alternative]) -> dict[str, torch.Tensor]:
-        """:meth:`weights` of all alternatives of one layer, jointly trained if they are in ``pairs``."""
+        """:meth:`weights` of all alternatives of one layer, jointly trained or quantized if they are in ``pairs``."""
         weights: dict[str, torch.Tensor] = {}
         for alternative in changed:
             weights |= self.weights(alternative)
-        return weights | self._on_device(self.pairs.of(pair_identity(changed)))
+        shapes = [a.shape for a in changed if not a.shape.is_parent]
+        for identity in dict.fromkeys((pair_identity(shapes), pair_identity(changed))):
+            weights |= self._on_device(self.pairs.of(identity))
+        return weights
 
     def blocks(self, chosen: Sequence[Alternative]) -> list[BlockConfig]:
         """The block configs of the child that a solution makes."""
@@ -250,7 +257,7 @@ def write_library(library: Library, folder: Path) -> None:
     """Write a library's alternatives, orders of units, importance and kept weights into a folder."""
     tensors = {f"order.{k}": v for k, v in library.orders.items()} | {f"map.{k}": v for k, v in library.maps.items()}
     write_tensors(folder / "tensors.safetensors", tensors)
-    data = {"alternatives": [to_data(a) for a in library.alternatives], "notes": list(library.notes)}
+    data = {"alternatives": [a.to_data() for a in library.alternatives], "notes": list(library.notes)}
     write_json(folder / "library.json", data | {"axes": [to_data(a) for a in library.axes]})
     write_json(folder / "importance.json", {k: [list(point) for point in v] for k, v in library.importance.items()})
     library.kept.write(folder)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -238,6 +239,10 @@ def _costs(child: Child) -> str:
         amounts = [format_cost(name, before[name]), format_cost(name, after[name])]
         limit = format_cost(name, solution.limits[name]) if name in solution.limits else ""
         rows.append([cost_label(name), *amounts, DASH if left is None else f"{left:.0%}", limit])
+    formats = Counter(a.format for a in solution.alternatives if a.format)
+    if formats:
+        counts = ", ".join(f"{name} in {n}" for name, n in sorted(formats.items()))
+        workload += f" Number formats of the weights: {counts} of {len(solution.alternatives)} attentions and FFNs."
     return table(["", "parent", "child", "child / parent", "budget"], rows) + f"\n\n{workload}"
 
 

@@ -18,6 +18,7 @@ from layersmith.units import format_cost
 # Kind of alternative to its label in the legend and the name of its colour in the page.
 KINDS = {
     "parent": ("unchanged", "kind-same"),
+    "quantized": ("fewer bits", "kind-bits"),
     "smaller": ("smaller", "kind-smaller"),
     "window": ("sliding window", "kind-window"),
     "linear": ("one linear map", "kind-linear"),
@@ -49,14 +50,14 @@ def mosaic(layers: Sequence[Layer]) -> Plot:
         cells = [str(layer.layer)]
         for subblock in (layer.attention, layer.ffn):
             left = f"{_left(subblock):.0%}" if _exists(subblock) else ""
-            cells += [_became(subblock), left, number(subblock.score)]
+            cells += [_became(subblock), left, _bits(subblock), number(subblock.score)]
         rows.append(cells)
     step = 24 if len(rows) <= 40 else 17
     base = alt.Chart(alt.NamedData("mosaic")).encode(
         y=alt.Y("layer:O", axis=_names_axis("layer")),
         tooltip=tooltip(
             layer="layer", subblock="subblock", was="parent", now="child", kind="change",
-            parameters="parameters", memory="memory", method="method", score="score",
+            parameters="parameters", memory="memory", bits="bits a weight", method="method", score="score",
         ),
     )  # fmt: skip
     headings = alt.Axis(
@@ -77,7 +78,7 @@ def mosaic(layers: Sequence[Layer]) -> Plot:
         "Bar length: the share of parameters kept. Pale background: the parent.",
         make_spec(alt.layer(track, bar, text).properties(height=step * len(rows)), title),
         data,
-        Table(title, ["layer", "attention", "left", "score", "FFN", "left", "score"], rows),
+        Table(title, ["layer", "attention", "left", "bits", "score", "FFN", "left", "bits", "score"], rows),
     )
 
 
@@ -96,6 +97,7 @@ def _bar(layer: int, place: int, subblock: Subblock) -> dict[str, Any]:
         "now": subblock.child if exists else "none",
         "parameters": _amounts(subblock, "parameters"),
         "memory": _amounts(subblock, "memory_bytes"),
+        "bits": _bits(subblock),
         "method": METHODS.get(subblock.method, subblock.method.replace("_", " ")) or "none",
         "score": number(subblock.score),
     }
@@ -129,6 +131,12 @@ def _exists(subblock: Subblock) -> bool:
 
 def _left(subblock: Subblock) -> float:
     return min(1.0, max(0.0, subblock.kept))
+
+
+def _bits(subblock: Subblock) -> str:
+    """Average bits of a weight, with the scales of its format."""
+    weights = subblock.costs["parameters"]
+    return number(8 * subblock.costs["weight_bytes"] / weights) if weights else ""
 
 
 def _became(subblock: Subblock) -> str:

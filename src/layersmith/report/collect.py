@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from layersmith.library.alternative import Alternative, in_words
@@ -32,6 +32,7 @@ from layersmith.report.data import (
 )
 from layersmith.report.optional import Optional
 from layersmith.report.words import cost_unit, metric_unit
+from layersmith.scoring.formats import FormatScores, foretold
 from layersmith.scoring.metrics import METRICS
 from layersmith.scoring.score import Score, losses
 from layersmith.search.solution import Solution
@@ -59,6 +60,7 @@ class Results:
         costs: Key of an alternative to its costs.
         evaluation: The child's evaluation.
         optional: Results that not every run has.
+        of_formats: Scores of number formats, if the run offers any.
     """
 
     header: dict[str, Any]
@@ -69,6 +71,7 @@ class Results:
     evaluation: Evaluation
     recipe: Recipe
     optional: Optional
+    of_formats: FormatScores = field(default_factory=dict)
 
 
 def collect(results: Results) -> Report:
@@ -141,11 +144,13 @@ def described(library: Library, alternative: Alternative) -> tuple[str, str]:
     unsaid = alternative.subblock == "attention" and was.num_attention_heads is None
     if unsaid and heads is not None and now.num_attention_heads is not None:
         was = dataclasses.replace(was, num_attention_heads=heads.num_heads * heads.together)
-    return in_words(was), in_words(now)
+    words = in_words(now)
+    return in_words(was), f"{words}, {alternative.format}" if alternative.format else words
 
 
 def _layers(results: Results) -> tuple[Layer, ...]:
     loss = losses(results.scores, results.recipe.scoring.objective)
+    loss |= {a.key: v for a, v in foretold(results.library.alternatives, loss, results.of_formats).items()}
     layers: list[dict[str, Subblock]] = [{} for _ in results.library.parent.blocks]
     for alternative in results.solution.alternatives:
         parent = Alternative(alternative.layer, alternative.subblock, "parent")
@@ -155,7 +160,7 @@ def _layers(results: Results) -> tuple[Layer, ...]:
         layers[alternative.layer][alternative.subblock] = Subblock(
             parent=was,
             child=now,
-            kind=alternative.kind,
+            kind="quantized" if alternative.shape.is_parent and alternative.format else alternative.kind,
             method=alternative.method,
             kept=left / whole if whole else 1.0,
             parameters=left,
@@ -169,7 +174,7 @@ def _layers(results: Results) -> tuple[Layer, ...]:
 
 def _score_table(results: Results) -> Scores:
     scores, objective = results.scores, results.recipe.scoring.objective
-    chosen, loss = {a.key for a in results.solution.alternatives}, losses(scores, objective)
+    chosen, loss = {a.shape.key for a in results.solution.alternatives}, losses(scores, objective)
     names = list(dict.fromkeys(s.alternative.name for s in scores if not s.alternative.is_parent))
     columns = sorted(names, key=lambda name: not name.startswith("attention"))
     by_place = {(s.alternative.layer, s.alternative.name): s for s in scores}

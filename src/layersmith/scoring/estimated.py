@@ -152,7 +152,7 @@ class Sweep:
         assert task.layerwise is not None
         samples = range(task.recipe.samples)
         seeded = [
-            SeededBatch(task.rows(rows), [[_row_seed(self.seed, k, row) for row in rows] for k in samples])
+            SeededBatch(task.rows(rows), [[row_seed(self.seed, k, row) for row in rows] for k in samples])
             for rows in batches
         ]
         values = estimate(task.layerwise, task.pending, self.survey, seeded, task.states(), task.work)
@@ -284,5 +284,5 @@ def _scatter(values: Sequence[float]) -> float:
     return 0.0 if error is None or mean <= 0 else error * math.sqrt(len(values)) / mean
 
 
-def _row_seed(seed: int, sample: int, row: int) -> int:
+def row_seed(seed: int, sample: int, row: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {sample} {row}".encode()).digest()[:7], "big")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from layersmith.block_config import BlockConfig
@@ -13,6 +13,7 @@ from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
+from layersmith.library.formats import EMBEDDINGS
 from layersmith.recipe import SearchRecipe
 from layersmith.search import rules as rules_of
 from layersmith.search.solution import Solution
@@ -156,7 +157,7 @@ class SearchProblem:
         except Infeasible:
             return None
         solution = self.solution_of(result)
-        return dataclasses.replace(solution, score=self.score(solution.alternatives))
+        return dataclasses.replace(solution, score=self.score(solution.alternatives, solution.embeddings))
 
     def several(self, count: int, places: int) -> list[Solution]:
         """The best solutions, each of which differs from all before it in at least ``places`` subblocks."""
@@ -188,15 +189,18 @@ class SearchProblem:
     def solution_of(self, result: ProgramSolution) -> Solution:
         """The solution with the program's candidates."""
         by_key = {key: group for members in self._members for key, group in members.items()}
-        chosen = sorted((a for key in result.chosen for a in by_key[key]), key=lambda a: (a.layer, a.subblock))
-        return dataclasses.replace(self.of(chosen, result.proven_optimal), bound=result.bound)
+        alternatives = (a for key in result.chosen for a in by_key.get(key, ()))
+        chosen = sorted(alternatives, key=lambda a: (a.layer, a.subblock))
+        embeddings = result.chosen[-1].removeprefix(EMBEDDINGS).removeprefix(", ") if self.costs.outside else ""
+        return dataclasses.replace(self.of(chosen, result.proven_optimal, embeddings), bound=result.bound)
 
-    def of(self, chosen: Sequence[Alternative], proven: bool = False) -> Solution:
-        """A solution of these alternatives, with its score and costs."""
+    def of(self, chosen: Sequence[Alternative], proven: bool = False, embeddings: str = "") -> Solution:
+        """A solution of these alternatives with embeddings and head in a format, with its score and costs."""
         return Solution(
             alternatives=tuple(chosen),
-            score=self.score(chosen),
-            costs=self._costs_of(chosen),
+            score=self.score(chosen, embeddings),
+            costs=self._costs_of(chosen, embeddings),
+            embeddings=embeddings,
             parent_costs=self.costs.parent,
             limits=self.limits,
             asked=self.asked,
@@ -204,18 +208,20 @@ class SearchProblem:
             proven_optimal=proven,
         )
 
-    def _costs_of(self, chosen: Sequence[Alternative]) -> dict[str, Any]:
+    def _costs_of(self, chosen: Sequence[Alternative], embeddings: str = "") -> dict[str, Any]:
         """Costs of the whole child."""
         sums: dict[str, Any] = {}
+        fixed = self.costs.outside[embeddings] if embeddings else self.costs.fixed
         for name in self.costs.parent:
             values = [self.costs.by_key[a.key][name] for a in chosen]
             whole = all(isinstance(v, int) for v in values)
-            sums[name] = self.costs.fixed[name] + (sum(values) if whole else math.fsum(values))
+            sums[name] = fixed[name] + (sum(values) if whole else math.fsum(values))
         return self.costs.whole(sums)
 
-    def score(self, chosen: Sequence[Alternative]) -> float:
-        """The sum of the losses of these alternatives."""
-        return math.fsum(self.losses[a.key] for a in chosen)
+    def score(self, chosen: Sequence[Alternative], embeddings: str = "") -> float:
+        """The sum of the losses of these alternatives, and of embeddings and head in a format."""
+        outside = self.losses[f"{EMBEDDINGS}, {embeddings}"] if embeddings else 0.0
+        return math.fsum([*(self.losses[a.key] for a in chosen), outside])
 
     def fits(self, chosen: Sequence[Alternative]) -> bool:
         """Whether a solution is within all limits. Rules on groups of equal layers are not checked."""
@@ -238,20 +244,12 @@ class SearchProblem:
     ) -> Solver:
         """The integer program under some losses, and costs that count how many subblocks equal another solution's."""
         losses = self.losses if losses is None else losses
-        groups = []
-        for members in self._members:
-            candidates = []
-            for key, group in members.items():
-                names = self._costs_by_key[group[0].key]
-                costs = {name: sum(self._costs_by_key[a.key][name] for a in group) for name in names}
-                for name, (keys, sign) in (likes or {}).items():
-                    costs[name] = sign * sum(a.key in keys for a in group)
-                changes = sum(not a.is_parent for a in group)
-                score = math.fsum(losses[a.key] for a in group)
-                candidates.append(Candidate(key=key, score=score, costs=costs, is_parent=changes == 0, changes=changes))
-            first = next(iter(members.values()))
-            groups.append(Group(f"layer {first[0].layer} {first[0].subblock}", tuple(candidates)))
-        return Solver(groups, rules_of.fixed_of(self.rules, self.costs), self.costs.parent, self.conversion.to_whole)
+        groups = [_group(members, losses, likes or {}, self._costs_by_key) for members in self._members]
+        fixed = rules_of.fixed_of(self.rules, self.costs)
+        if self.costs.outside:  # what is outside the layers is a choice too
+            groups.append(_embeddings(self, groups[0].candidates[0].costs))
+            fixed = {}
+        return Solver(groups, fixed, self.costs.parent, self.conversion.to_whole)
 
 
 def _candidates(
@@ -267,3 +265,43 @@ def _candidates(
         )
     members = [tuple(names[name] for names in by_name) for name in common]
     return {" ".join(a.key for a in group): group for group in members}
+
+
+def _group(
+    members: Mapping[str, tuple[Alternative, ...]],
+    losses: Mapping[str, float],
+    likes: Mapping[str, tuple[set[str], int]],
+    costs_by_key: Mapping[str, Mapping[str, float]],
+) -> Group:
+    """The group of the program whose candidates, by key, stand for these alternatives."""
+    candidates = []
+    for key, group in members.items():
+        costs = {name: sum(costs_by_key[a.key][name] for a in group) for name in costs_by_key[group[0].key]}
+        for name, (keys, sign) in likes.items():
+            costs[name] = sign * sum(a.key in keys for a in group)
+        changes, score = sum(not a.is_parent for a in group), math.fsum(losses[a.key] for a in group)
+        candidates.append(Candidate(key=key, score=score, costs=costs, is_parent=changes == 0, changes=changes))
+    first = next(iter(members.values()))
+    return Group(f"layer {first[0].layer} {first[0].subblock}", tuple(candidates))
+
+
+def _embeddings(problem: SearchProblem, names: Iterable[str]) -> Group:
+    """Embeddings and head in the parent's data type, and in every format, with these costs."""
+    candidates = []
+    for format, outside in {"": problem.costs.fixed, **problem.costs.outside}.items():
+        fixed = rules_of.fixed_of(problem.rules, dataclasses.replace(problem.costs, fixed=outside))
+        key = f"{EMBEDDINGS}, {format}" if format else EMBEDDINGS
+        costs, score = {name: fixed.get(name, 0) for name in names}, problem.score((), format)
+        candidates.append(Candidate(key, score, costs, is_parent=not format, changes=bool(format)))
+    return Group(EMBEDDINGS, tuple(candidates))
+
+
+def shapes_of(problem: SearchProblem, solution: Solution) -> SearchProblem:
+    """The problem of choosing shapes alone, where everything has the number format that it has in a solution."""
+    shapes, formats = [a for a in problem.alternatives if not a.format], solution.formats
+    pairs = {a.key: a.in_format(formats[a.layer, a.subblock]).key for a in shapes}
+    by_key = {key: problem.costs.by_key[pair] for key, pair in pairs.items()}
+    fixed = problem.costs.outside.get(solution.embeddings, problem.costs.fixed)
+    costs = dataclasses.replace(problem.costs, by_key=by_key, fixed=fixed, outside={})
+    losses = {key: problem.losses[pair] for key, pair in pairs.items()}
+    return SearchProblem(shapes, losses, costs, problem.asked, problem.rules, problem.blocks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from layersmith.costs.budget import Limits, Workload
 from layersmith.costs.counted import COSTS as COUNTED
 from layersmith.errors import InputError
 from layersmith.library.alternative import Alternative
-from layersmith.records import check, parse, to_data
+from layersmith.records import check, parse
 from layersmith.tables import Shown, Table
 from layersmith.units import format_cost
 
@@ -40,6 +41,7 @@ class Solution(Shown):
         workload: What the costs are for.
         proven_optimal: Whether no other solution within the limits has a lower score.
         bound: No solution within the limits has a lower score than this, if known.
+        embeddings: Number format of embeddings and head; empty for the parent's data type.
     """
 
     alternatives: tuple[Alternative, ...]
@@ -51,6 +53,7 @@ class Solution(Shown):
     workload: Workload
     proven_optimal: bool
     bound: float | None = None
+    embeddings: str = ""
 
     def tables(self) -> list[Table]:
         """The layers, and the costs of parent and child."""
@@ -76,9 +79,15 @@ class Solution(Shown):
             f"sum of scores {self.score:.4f})"
         )
 
+    @property
+    def formats(self) -> dict[tuple[int, str], str]:
+        """Layer and subblock to its number format; of a removed subblock the solution's most frequent one."""
+        ((usual, _),) = Counter(a.format for a in self.alternatives if not a.is_no_op).most_common(1) or [("", 0)]
+        return {(a.layer, a.subblock): usual if a.is_no_op else a.format for a in self.alternatives}
+
     def to_dict(self) -> dict[str, Any]:
         return {
-            "alternatives": [to_data(a) for a in self.alternatives],
+            "alternatives": [a.to_data() for a in self.alternatives],
             "score": self.score,
             "costs": self.costs,
             "parent_costs": self.parent_costs,
@@ -87,6 +96,7 @@ class Solution(Shown):
             "workload": dataclasses.asdict(self.workload),
             "proven_optimal": self.proven_optimal,
             "bound": self.bound,
+            **({"embeddings": self.embeddings} if self.embeddings else {}),
         }
 
     @staticmethod

@@ -98,7 +98,7 @@ def _against_limits(solution: Solution, measured: Check, times: Times) -> tuple[
     limits = [limit for limit in solution.asked if limit.cost in child]
     if not limits:
         return 0.0, 0.0
-    overrun = max(child[limit.cost] / limit.resolve(parent[limit.cost]) - 1 for limit in limits)
+    overrun = max(child[limit.cost] / limit.resolve(parent[limit.base]) - 1 for limit in limits)
     errors = []
     for limit in limits:
         predicted = solution.costs[limit.cost] / solution.parent_costs[limit.cost]

@@ -12,6 +12,7 @@ HOLDS = {
     "statistics": "the order of importance of all channels, heads and experts, and least-squares linear maps",
     "library": "all alternatives, and the weights of those that were refitted or trained",
     "scores": "metrics of every alternative on every scoring row",
+    "formats": "scores of every subblock of the parent in every number format, if the recipe names any",
     "search": "the best solution by scores, and times as corrected by timing whole children",
     "frontier": "the best solution for every budget, and those of simpler methods",
     "refine": "losses of the whole children that were evaluated, and the refined solution",

@@ -33,8 +33,8 @@ _TOKENS_OF_A_STEP = 8
 # Seconds of a stage for each second that a forward pass takes for as many operations: statistics, backward passes and
 # small modules are slower than a forward pass. From runs of the two demos on one thread.
 _SLOWER = {
-    "statistics": 1.3, "library": 1.9, "scores": 1.2, "refine": 1.15, "pairs": 1.0, "evaluation": 1.0, "tasks": 1.2,
-    "clock": 0.6, "distilled": 1.2,
+    "statistics": 1.3, "library": 1.9, "scores": 1.2, "formats": 1.3, "refine": 1.15, "pairs": 1.0, "evaluation": 1.0,
+    "tasks": 1.2, "clock": 0.6, "distilled": 1.2,
 }  # fmt: skip
 # Seconds of a stage besides its arithmetic, at least.
 _AT_LEAST = {"describe": 4.0, "data": 1.0, "frontier": 1.0, "child": 0.5, "evaluation": 1.0}
@@ -96,7 +96,7 @@ def stage_seconds(
 
 # Stages that take time, in the order of the pipeline; tasks are a part of the evaluation.
 ORDER = (
-    "describe", "data", "costs", "statistics", "library", "scores", "frontier", "refine", "pairs", "child",
+    "describe", "data", "costs", "statistics", "library", "scores", "formats", "frontier", "refine", "pairs", "child",
     "evaluation", "tasks", "clock", "distilled",
 )  # fmt: skip
 
@@ -116,6 +116,7 @@ def stage_flops(space: SearchSpace, recipe: Recipe) -> dict[str, float]:
         "statistics": 2.0 * whole * calibration + _moments(space, calibration),
         "library": _library(space, recipe.local_distillation, calibration, training),
         "scores": 2.0 * scoring * _scoring_passes(space, recipe, layers),
+        "formats": 2.0 * whole * (calibration + scoring * (3.5 + len(recipe.formats))) if recipe.formats else 0.0,
         "refine": 2.0 * recipe.search.refine_passes * whole * scoring,
         "pairs": _pairs(space, recipe.local_distillation, calibration, training),
         "evaluation": 4.0 * whole * (evaluation + samples),

@@ -17,10 +17,11 @@ from layersmith.costs.roofline import device_of, predict
 from layersmith.costs.stopwatch import Stopwatch
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.costs.times import PREFILL, Times, from_csv, to_csv
-from layersmith.errors import Infeasible, InputError
+from layersmith.errors import Infeasible, InputError, UsageError
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.library.alternative import Alternative
+from layersmith.library.formats import EMBEDDINGS, in_formats
 from layersmith.library.library import Library
 from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -60,9 +61,9 @@ def shape_of(parent: Parent, survey: Survey | Library) -> ModelShape:
     return ModelShape(parent.descriptor, parent.config, parent.blocks, survey.axes, parent.dtype)
 
 
-def cost_table(parent: Parent, survey: Survey | Library, workload: Workload) -> CostTable:
-    """Count the costs of all alternatives of a parent."""
-    return count_costs(shape_of(parent, survey), survey.alternatives, workload)
+def cost_table(parent: Parent, survey: Survey | Library, workload: Workload, formats: Sequence[str] = ()) -> CostTable:
+    """Count the costs of all alternatives of a parent, also in formats."""
+    return count_costs(shape_of(parent, survey), survey.alternatives, workload, formats)
 
 
 def check_reachable(
@@ -80,7 +81,8 @@ def check_reachable(
     if PREFILL not in costs.parent:
         rules = without_times(rules)
         limits = limits.counted or Limits((Limit("parameters", fraction="1"),))
-    SearchProblem(alternatives, dict.fromkeys(costs.by_key, 0.0), costs, limits, rules, blocks).reachable()
+    keys = [*costs.by_key, *(f"{EMBEDDINGS}, {name}" for name in costs.outside)]
+    SearchProblem(alternatives, dict.fromkeys(keys, 0.0), costs, limits, rules, blocks).reachable()
 
 
 def wants_times(limits: Limits, rules: SearchRecipe) -> bool:
@@ -159,13 +161,20 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
         device_of(source.device)  # raises
     if source.times is not None and not Path(source.times).is_file():
         raise InputError(f"recipe costs.times: {source.times}: no such file.")
-    counted = cost_table(parent, surveyed, job.workload)
+    formats = job.formats
+    if formats and wants_times(job.limits, rules):
+        raise UsageError(
+            f"formats {', '.join(formats)}: their times are not known, so no limit can be on a time. Leave out the "
+            "formats or that limit."
+        )
+    counted = cost_table(parent, surveyed, job.workload, formats)
     for note in context_note(job.workload.context, counted.workload):
         progress.note(note)
 
     def check(times: Times | None) -> None:
         table = Costs(counted, times).table(surveyed.alternatives)
-        check_reachable(surveyed.alternatives, table, job.limits, rules, parent.blocks)
+        alternatives = [*surveyed.alternatives, *in_formats(surveyed.alternatives, formats)]
+        check_reachable(alternatives, table, job.limits, rules, parent.blocks)
 
     def check_fastest(fastest: Times) -> None:
         """Refuse early if even a child of no-ops takes twice what is allowed; near misses are measured in full."""
@@ -188,7 +197,7 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
 def _inputs(job: Job) -> Any:
     given = job.recipe.costs.times
     file = None if given is None else content_digest(Path(given))
-    sections = [job.settings("costs"), job.settings("search", without=REFINEMENT)]
+    sections = [job.settings("costs"), job.settings("search", without=REFINEMENT), *job.formats]
     return [job.made_from(DESCRIBE), job.limits.to_data(), dataclasses.asdict(job.workload), *sections, file, job.dtype]
 
 

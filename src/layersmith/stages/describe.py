@@ -29,7 +29,7 @@ def _make(job: Job, making: Making) -> None:
         making.progress.note(note)
     data = {
         "axes": [to_data(axis) for axis in surveyed.axes],
-        "alternatives": [to_data(alternative) for alternative in surveyed.alternatives],
+        "alternatives": [alternative.to_data() for alternative in surveyed.alternatives],
         "ffn_ranking": surveyed.ffn_ranking,
         "notes": surveyed.notes,
     }

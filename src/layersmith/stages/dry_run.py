@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
-from layersmith.costs.counted import COSTS
+from layersmith.costs.counted import COSTS, ModelShape
+from layersmith.costs.table import count_costs
 from layersmith.data.read import read_documents
 from layersmith.evaluation.task_size import tokens_of_tasks
 from layersmith.heterogeneous.weight_files import check_files
+from layersmith.library.formats import in_formats
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
 from layersmith.run.runtime import Runtime
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.effort import TOP
-from layersmith.stages.inspect import outline
+from layersmith.stages.inspect import Outline, outline
+from layersmith.stages.job import formats_of
 from layersmith.stages.time_plan import forward_rate, plan_time
 from layersmith.units import format_cost, format_seconds
 
@@ -130,7 +134,8 @@ def plan(
     next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
     runtime = Runtime.detect(recipe.device, recipe.dtype)
     space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
-    check_reachable(space.alternatives, space.costs, budget.limits, recipe.search, space.blocks)
+    priced = _in_formats(space, formats_of(recipe), budget)
+    check_reachable(priced.alternatives, priced.costs, budget.limits, recipe.search, space.blocks)
     timed = plan_time(space, recipe, forward_rate(space, recipe, runtime), budget.limits.has_times)
     recipe = timed.recipe
     whole = space.costs.parent
@@ -141,7 +146,7 @@ def plan(
     return Plan(
         parent=str(parent),
         budget=str(budget.limits),
-        costs={name: Reach(whole[name], _smallest(space, name)) for name in COSTS if whole[name]},
+        costs={name: Reach(whole[name], _smallest(priced, name)) for name in COSTS if whole[name]},
         layers=len(space.axes),
         alternatives=dict(kinds),
         data=str(data),
@@ -163,6 +168,13 @@ def plan(
         out=str(out),
         notes=notes,
     )
+
+
+def _in_formats(space: Outline, formats: Sequence[str], budget: Budget) -> Outline:
+    """The search space with all alternatives in formats as well."""
+    shape = ModelShape(space.descriptor, space.config, space.blocks, space.axes, space.dtype)
+    costs = count_costs(shape, space.alternatives, budget.workload, formats) if formats else space.costs
+    return replace(space, alternatives=[*space.alternatives, *in_formats(space.alternatives, formats)], costs=costs)
 
 
 def _smallest(space: Any, name: str) -> int:

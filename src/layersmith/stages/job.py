@@ -11,6 +11,7 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,7 @@ import torch
 
 from layersmith.costs.budget import Budget, Limits, Workload
 from layersmith.data.splits import load_tokenizer
-from layersmith.errors import InputError
+from layersmith.errors import InputError, UsageError
 from layersmith.execution.exchange import first_overflow
 from layersmith.execution.parent import Parent, identity_of, load_parent
 from layersmith.execution.streaming import is_too_large
@@ -27,6 +28,7 @@ from layersmith.heterogeneous.weight_files import check_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import read_config
 from layersmith.model_descriptor.factory import ModelDescriptorFactory, source_of
+from layersmith.quantization.formats import format_named
 from layersmith.recipe import Recipe
 from layersmith.run import ranks
 from layersmith.run.digests import digest
@@ -39,6 +41,29 @@ T = TypeVar("T")
 
 # Settings of the section ``search`` that matter only to refinement.
 REFINEMENT = ("refine_passes", "refine_rows")
+
+
+def formats_of(recipe: Recipe) -> list[str]:
+    """The number formats that a recipe offers besides the parent's data type.
+
+    Raises:
+        UsageError: One is unknown, or they cannot be used together or with another setting.
+    """
+    formats = [format_named(name) for name in dict.fromkeys(recipe.formats)]
+    storages = {f.storage for f in formats} - {"plain"}
+    if len(storages) > 1:
+        names = ", ".join(recipe.formats)
+        raise UsageError(f"recipe formats: no file holds all of {names}. Choose those of one file format.")
+    if storages and recipe.scoring.objective != "kl_divergence":
+        raise UsageError(f"recipe formats: they are scored by kl_divergence only, not by {recipe.scoring.objective}.")
+    if "compressed-tensors" in storages and find_spec("compressed_tensors") is None:
+        raise UsageError(
+            f"recipe formats: {', '.join(recipe.formats)} need the package compressed-tensors: "
+            "pip install 'layersmith[quantized]'"
+        )
+    if storages and recipe.distillation.tokens:
+        raise UsageError("recipe formats: a quantized child cannot be distilled. Set distillation.tokens to 0.")
+    return [f.name for f in formats if f.storage != "plain"]
 
 
 @dataclass(eq=False)
@@ -159,6 +184,11 @@ class Job:
         return load_tokenizer(self.path, trust_remote_code=self.trust_remote_code)
 
     # ------------------------------------------------------------------------------------------ the request
+
+    @property
+    def formats(self) -> list[str]:
+        """The number formats that its recipe offers."""
+        return formats_of(self.recipe)
 
     def settings(self, section: str, without: Sequence[str] = ()) -> Any:
         """A section of the recipe as JSON data, ``without`` some of its settings."""

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from layersmith.distillation.joint import distill_jointly
 from layersmith.distillation.layer_by_layer import TrainingSetup
+from layersmith.distillation.quantize import quantize_child
 from layersmith.execution.parent import Parent
+from layersmith.heterogeneous.quantized import write_quantized
+from layersmith.library.formats import embeddings_in
 from layersmith.library.library import Library
 from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.stock import quiet_transformers
+from layersmith.quantization.rounding import Quantized
 from layersmith.report.card import Child, write_card
+from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
+from layersmith.search.solution import Solution
 from layersmith.stages.data import DATA, TOKENIZER_FILES, digest_of_split
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
@@ -33,8 +43,8 @@ def _pairs(job: Job, making: Making) -> Kept:
         inputs=making.inputs,
         progress=making.progress,
     )
-    solution, tokens = job.read(SOLUTION), job.read(DATA)
-    library = distill_jointly(job.read(LIBRARY), solution.alternatives, tokens.calibration, tokens.training, setup)
+    shapes, tokens = [a.shape for a in job.read(SOLUTION).alternatives], job.read(DATA)
+    library = distill_jointly(job.read(LIBRARY), shapes, tokens.calibration, tokens.training, setup)
     return library.pairs
 
 
@@ -53,6 +63,23 @@ def library_with_pairs(job: Job) -> Library:
     return library.with_kept(library.kept, job.read(PAIRS))
 
 
+@contextmanager
+def composed(
+    job: Job, solution: Solution, progress: Progress
+) -> Iterator[tuple[PreTrainedModel, dict[str, Quantized]]]:
+    """The child of a solution in the parent's data type, with jointly trained weights, and those that are rounded."""
+    tokens, batch_tokens = job.read(DATA).calibration, job.recipe.scoring.batch_tokens
+    library, rounded = quantize_child(library_with_pairs(job), solution.alternatives, tokens, batch_tokens, progress)
+    child = library.with_parent(job.stored_parent).compose(solution.alternatives)
+    with embeddings_in(child, solution.embeddings) as more:
+        yield child, rounded | more
+
+
+def write_formats(folder: Path, rounded: Mapping[str, Quantized]) -> None:
+    """Give the weights in a child's folder their formats."""
+    write_quantized(folder, {name: weight.format for name, weight in rounded.items()}, rounded.__getitem__)
+
+
 def shards(parent: Parent) -> dict[str, Any]:
     """Size of the child's files: the usual one; small if the parent is streamed, so that few weights are in memory."""
     return {} if parent.stream is None else {"max_shard_size": "500MB"}
@@ -60,16 +87,19 @@ def shards(parent: Parent) -> dict[str, Any]:
 
 def _make(job: Job, making: Making) -> None:
     """Write the child in the parent's dtype, and check that it has the parameters that the search counted."""
-    solution, library = job.read(SOLUTION), library_with_pairs(job).with_parent(job.stored_parent)
-    with making.progress.stage("child", 1, "child") as advance:
-        child = library.compose(solution.alternatives)
+    solution = job.read(SOLUTION)
+    with (
+        composed(job, solution, making.progress) as (child, rounded),
+        making.progress.stage("child", 1, "child") as advance,
+    ):
         counted = sum(parameter.numel() for parameter in child.parameters())
         if counted != solution.costs["parameters"]:
             raise RuntimeError(f"the child has {counted} parameters, the search counted {solution.costs['parameters']}")
         with quiet_transformers():
-            child.save_pretrained(making.folder, **shards(library.parent))
+            child.save_pretrained(making.folder, **shards(job.parent))
             job.tokenizer.save_pretrained(making.folder)
-        write_card(making.folder, Child(job.run, library, solution, job.recipe))
+        write_formats(making.folder, rounded)
+        write_card(making.folder, Child(job.run, job.read(LIBRARY), solution, job.recipe))
         advance(1)
 
 

@@ -17,7 +17,7 @@ from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.journal import Recording
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.children import child_evaluator
-from layersmith.search.problem import SearchProblem
+from layersmith.search.problem import SearchProblem, shapes_of
 from layersmith.search.refine import Evaluations, Refined, read_refined, refine
 from layersmith.search.solution import Solution
 from layersmith.stages.data import DATA, digest_of_split
@@ -50,6 +50,8 @@ class RefineSetup:
 def refined_solution(problem: SearchProblem, solution: Solution, setup: RefineSetup, recording: Recording) -> Refined:
     """Evaluate children near a solution on the scoring rows; see :mod:`layersmith.search.refine`.
 
+    Number formats stay as the solution has them. Children are evaluated in the parent's data type.
+
     Raises:
         UnsupportedModel: Children of this parent cannot be evaluated.
     """
@@ -60,9 +62,25 @@ def refined_solution(problem: SearchProblem, solution: Solution, setup: RefineSe
     ):
         models = child_evaluator(setup.library, setup.rows, setup.scoring, progress, recording.folder)
         evaluations = Evaluations(models, setup.scoring.objective, journal, advance)
-        refined = refine(problem, solution, evaluations, setup.search, setup.seed)
+        if not any(a.format for a in solution.alternatives):
+            refined = refine(problem, solution, evaluations, setup.search, setup.seed)
+        else:
+            refined = _refined_shapes(problem, solution, evaluations, setup)
     progress.note(str(refined))
     return refined
+
+
+def _refined_shapes(
+    problem: SearchProblem, solution: Solution, evaluations: Evaluations, setup: RefineSetup
+) -> Refined:
+    """Refine the shapes of a solution with number formats."""
+    formats, of_shapes = solution.formats, shapes_of(problem, solution)
+    shapes = of_shapes.of([a.shape for a in solution.alternatives])
+    refined = refine(of_shapes, shapes, evaluations, setup.search, setup.seed)
+    if refined.solution.alternatives == shapes.alternatives:
+        return dataclasses.replace(refined, solution=solution, plain=solution)
+    pairs = [a.in_format(formats[a.layer, a.subblock]) for a in refined.solution.alternatives]
+    return dataclasses.replace(refined, solution=problem.of(pairs, embeddings=solution.embeddings), plain=solution)
 
 
 def setup_of(job: Job) -> RefineSetup:

@@ -33,7 +33,7 @@ from layersmith.stages.distill import COMPARED
 from layersmith.stages.evaluate import EVALUATION
 from layersmith.stages.job import Job, job_of_run
 from layersmith.stages.library import LIBRARY
-from layersmith.stages.realize import CHILD, library_with_pairs
+from layersmith.stages.realize import CHILD, composed, write_formats
 from layersmith.stages.refine import SOLUTION, refined_solution, setup_of
 from layersmith.stages.report import Result, write_report
 from layersmith.stages.scores import SCORES
@@ -64,6 +64,7 @@ class SearchRequest:
         verify: Hash all files of the run that are read, also large ones whose size and time of change are as before.
         trust_remote_code: Let Transformers run code from the parent's folder or hub page.
         times_on: Device, and server or None, that times are predicted for; default: the run's times.
+        formats: Number formats of weights, of those of the run; default: all of those.
     """
 
     run_folder: str | Path
@@ -74,6 +75,7 @@ class SearchRequest:
     verify: bool = False
     trust_remote_code: bool = False
     times_on: tuple[str, str | None] | None = None
+    formats: Sequence[str] | None = None
 
     def open(self, progress: Progress) -> tuple[Job, SearchProblem]:
         """The run with these settings, and the search problem under them.
@@ -99,7 +101,9 @@ class SearchRequest:
         if self.times_on is not None:
             device, server = self.times_on
             costs = dataclasses.replace(costs, device=device, server=server, times=None)
-        return dataclasses.replace(recipe, scoring=scoring, costs=costs, search=self.rules or recipe.search)
+        formats = recipe.formats if self.formats is None else tuple(self.formats)
+        rules = self.rules or recipe.search
+        return dataclasses.replace(recipe, scoring=scoring, costs=costs, search=rules, formats=formats)
 
 
 @dataclass(frozen=True, repr=False)
@@ -140,6 +144,7 @@ def search(
     verify: bool = False,
     trust_remote_code: bool = False,
     times_on: tuple[str, str | None] | None = None,
+    formats: Sequence[str] | None = None,
 ) -> Searched:
     """Find the best child for another budget from the scores of a finished run, in seconds.
 
@@ -158,6 +163,7 @@ def search(
         verify: Hash all files of the run, also large ones whose size and time of change are as before.
         trust_remote_code: Let Transformers run code from the parent's folder or hub page.
         times_on: Device, and server or None, that times are predicted for; default: the run's times.
+        formats: Number formats of weights, of those of the run; default: all of those.
 
     Raises:
         Infeasible: No child of the run's library fits.
@@ -165,7 +171,7 @@ def search(
         UsageError: An argument is wrong.
     """
     request = SearchRequest(
-        run, Budget.parse(budget), objective, rules, descriptor, verify, trust_remote_code, times_on
+        run, Budget.parse(budget), objective, rules, descriptor, verify, trust_remote_code, times_on, formats
     )
     shown, how = progress_of(progress, callback), {"solutions": solutions, "min_distance": min_distance}
     library, best = search_several(request, out=out, refine=refine, progress=shown, **how)
@@ -235,12 +241,17 @@ def search_several(
 
 def _write_child(job: Job, solution: Solution, out: Path, progress: Progress) -> None:
     child = Child(job.run, job.read(LIBRARY), solution, job.recipe)
-    with progress.stage(CHILD.name, 1, "child") as advance:
+
+    def write_extra(folder: Path) -> None:
+        write_formats(folder, rounded)
+        write_text(folder / CARD, model_card(folder, child))
+
+    with composed(job, solution, progress) as (model, rounded), progress.stage(CHILD.name, 1, "child") as advance:
         save(
-            library_with_pairs(job).with_parent(job.stored_parent).compose(solution.alternatives),
+            model,
             out,
             tokenizer=job.tokenizer,
-            write_extra=lambda folder: write_text(folder / CARD, model_card(folder, child)),
+            write_extra=write_extra,
         )
         advance(1)
 

@@ -22,6 +22,7 @@ from layersmith.search.solution import Solution
 from layersmith.stages.distill import COMPARED, DISTILLED, keep_card_of_distilled
 from layersmith.stages.evaluate import EVALUATION
 from layersmith.stages.finalists import FINALISTS
+from layersmith.stages.formats import scores_of_formats
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD
@@ -129,6 +130,7 @@ def _write(job: Job, result: Result, inputs: str) -> None:
         evaluation=parse(Evaluation, result.evaluation, "evaluation.json: "),
         recipe=job.recipe,
         optional=read_optional(run),
+        of_formats=scores_of_formats(job),
     )
     report = collect(results).to_json()
     files = [run.folder / "report.json", run.folder / PAGE]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from layersmith.costs.times import Times
 from layersmith.errors import InputError, some_of
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
+from layersmith.library.formats import EMBEDDINGS
 from layersmith.library.library import Library
 from layersmith.recipe import CostsRecipe, Recipe
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
+from layersmith.scoring.formats import FormatScores, foretold
 from layersmith.scoring.score import Score, losses
 from layersmith.search import baselines
 from layersmith.search.frontier import frontier, to_dict
@@ -28,6 +31,7 @@ from layersmith.search.solution import Solution
 from layersmith.search.time_limits import TOLERANCE, TimedSolution, overrun_of, solve_within
 from layersmith.stages.costs import COSTS, read_times, write_times
 from layersmith.stages.describe import DESCRIBE
+from layersmith.stages.formats import FORMATS, scores_of_formats
 from layersmith.stages.job import REFINEMENT, Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.scores import SCORES
@@ -42,18 +46,29 @@ MEASURED_POINTS = 10
 
 
 def search_problem(
-    library: Library, scores: list[Score], recipe: Recipe, costs: CostTable, limits: Limits
+    library: Library,
+    scores: list[Score],
+    recipe: Recipe,
+    costs: CostTable,
+    limits: Limits,
+    of_formats: FormatScores | None = None,
 ) -> SearchProblem:
-    """The search problem under the recipe's objective and constraints."""
+    """The search problem under the recipe's objective and constraints; with formats if there are scores of some."""
     loss_by_key = losses(scores, recipe.scoring.objective)
-    return SearchProblem(library.alternatives, loss_by_key, costs, limits, recipe.search, library.parent.blocks)
+    pairs = foretold(library.alternatives, loss_by_key, of_formats or {})
+    loss_by_key |= {a.key: loss for a, loss in pairs.items()}
+    outside = {name: of_format[EMBEDDINGS] for name, of_format in (of_formats or {}).items() if EMBEDDINGS in of_format}
+    loss_by_key |= {f"{EMBEDDINGS}, {name}": math.fsum(rows) / len(rows) for name, rows in outside.items()}
+    costs = dataclasses.replace(costs, outside={name: costs.outside[name] for name in outside})
+    alternatives = [*library.alternatives, *pairs]
+    return SearchProblem(alternatives, loss_by_key, costs, limits, recipe.search, library.parent.blocks)
 
 
 def problem_as_measured(job: Job) -> SearchProblem:
     """The search problem of a job, with times as they were measured."""
     library = job.read(LIBRARY)
     costs = job.read(COSTS).table(library.alternatives)
-    return search_problem(library, job.read(SCORES), job.recipe, costs, job.limits)
+    return search_problem(library, job.read(SCORES), job.recipe, costs, job.limits, scores_of_formats(job))
 
 
 def problem_of(job: Job) -> SearchProblem:
@@ -126,7 +141,8 @@ def _inputs(job: Job) -> Any:
     measured = None if times is None else times.to_dict(job.read(DESCRIBE).alternatives)
     keep = job.recipe.evaluation.keep
     kept = [*task_inputs(job), keep] if keep and _allows_parent(problem_as_measured(job)) else []
-    return [job.made_from(SCORES), job.made_from(COSTS), measured, job.settings("search", without=REFINEMENT), *kept]
+    made = [job.made_from(stage) for stage in ((SCORES, COSTS, FORMATS) if job.formats else (SCORES, COSTS))]
+    return [*made, measured, job.settings("search", without=REFINEMENT), *kept]
 
 
 def _allows_parent(problem: SearchProblem) -> bool:

@@ -1,0 +1,284 @@
+"""Shapes and number formats chosen together, compared with formats alone and with pruning before quantizing.
+
+    python -m benchmarks.bits --program --out benchmarks/results/bits.json
+    python -m benchmarks.bits --run RUN --shares 0.6,0.5,0.4,0.3,0.25 --rows 24 --out benchmarks/results/bits.json
+
+RUN is a folder that ``compress --formats ... --until formats`` made. At each share of the parent's bytes (weights with
+scales, embeddings and head) the methods are
+
+* together: the program's shapes and formats, refined;
+* one format: everything in the largest format that fits;
+* prune, then quantize: the best shapes within the bytes if everything has one format, refined; the format with the
+  lowest sum of scores;
+* shapes alone: pruning in the parent's data type, refined.
+
+All use the same scores and the same GPTQ on the child's inputs. KL is that of whole children on evaluation rows, in
+nats per token, ± one standard error; differences to the first method are paired by row. ``--foretold`` compares the
+foretold scores of pairs with estimates in which the pair ran. ``--program`` times the program on made-up costs of 80
+layers with 54 shapes in 8 formats for each attention and FFN, with five limits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from benchmarks.search import made_up
+from layersmith.costs.budget import Budget
+from layersmith.errors import Infeasible
+from layersmith.evaluation.compare import compare
+from layersmith.execution.hidden_states import States
+from layersmith.execution.layerwise import split_layers
+from layersmith.library.formats import InputMoments, in_formats, matrices, quantized
+from layersmith.library.stored_weights import Kept
+from layersmith.quantization.formats import format_named
+from layersmith.run.journal import Recording
+from layersmith.run.progress import SILENT
+from layersmith.scoring.estimated import row_seed
+from layersmith.scoring.score import standard_error
+from layersmith.scoring.second_order import SeededBatch, estimate
+from layersmith.scoring.silencing import Survey
+from layersmith.search.problem import SearchProblem, shapes_of
+from layersmith.search.solution import Solution
+from layersmith.search.solve import Candidate, Group, Solver
+from layersmith.stages.data import DATA
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+from layersmith.stages.realize import composed
+from layersmith.stages.refine import refined_solution, setup_of
+from layersmith.stages.reopen import SearchRequest
+
+# Bits of a weight in made-up formats, and limits of the five costs that bind together.
+_BITS = {"": 16, "8": 8.25, "6": 6.5625, "5": 5.5, "4a": 4.5, "4b": 4.25, "4c": 4.125, "3": 3.25}
+_LIMITS = {"parameters": 0.63, "kv": 0.37, "memory": 0.21, "prefill": 0.615, "decode": 0.18}
+
+
+def with_formats(groups: list[Group], seed: int) -> list[Group]:
+    """Every candidate in every made-up format; rounding loses 4 times less with every bit."""
+    rng, result = random.Random(seed), []
+    for group in groups:
+        noise, candidates = 64 * max(c.score for c in group.candidates) * math.exp(rng.gauss(0, 0.5)), []
+        for c in group.candidates:
+            size = int(c.costs["parameters"])
+            for name, bits in _BITS.items() if size else [("", 16.0)]:
+                score = c.score + (noise * 4.0**-bits * math.exp(rng.gauss(0, 0.1)) if name else 0.0)
+                decode = int(c.costs["decode"] * (0.25 + 0.75 * bits / 16))
+                costs = {**c.costs, "memory": int(size * bits / 8) + c.costs["kv"], "decode": decode}
+                candidates.append(Candidate(f"{c.key} {name}", score, costs, c.is_parent and not name))
+        result.append(Group(group.name, tuple(candidates)))
+    return result
+
+
+def program(seeds: int) -> dict[str, Any]:
+    """CPU seconds of the proven optimum with five limits, and of a frontier of 50 budgets."""
+    rows = []
+    for seed in range(seeds):
+        groups, fixed, parent = made_up(80, 54, seed)
+        groups = with_formats(groups, seed)
+        started = time.process_time()
+        solution = Solver(groups, fixed, parent).solve({n: int(parent[n] * share) for n, share in _LIMITS.items()})
+        seconds = time.process_time() - started
+        candidates = sum(len(group.candidates) for group in groups)
+        rows.append({"candidates": candidates, "seconds": seconds, "proven": solution.proven_optimal})
+    started, solver = time.process_time(), Solver(groups, fixed, parent)
+    least = int(solver.least("memory", {}))
+    for k in range(50):
+        solver.solve({"memory": least + (parent["memory"] - least) * k // 49})
+    return {"rows": rows, "frontier_seconds": time.process_time() - started}
+
+
+# ---------------------------------------------------------------------------------------------- children
+
+
+def uniform(problem: SearchProblem, name: str) -> Solution:
+    """The parent's shapes, all in one format."""
+    chosen = [a for a in problem.alternatives if a.shape.is_parent and a.format == name]
+    return problem.of(chosen, embeddings=name if name in problem.costs.outside else "")
+
+
+def methods(job: Job, problem: SearchProblem) -> dict[str, Solution]:
+    """The solution of each method that has one."""
+    result, limit = {}, problem.limits["weight_bytes"]
+
+    def refined(of: SearchProblem, solution: Solution) -> Solution:
+        return refined_solution(of, solution, setup_of(job), Recording(progress=SILENT)).solution
+
+    result["together"] = refined(problem, problem.best())
+    alone = [solution for name in job.formats if (solution := uniform(problem, name)).costs["weight_bytes"] <= limit]
+    if alone:
+        result["one format"] = max(alone, key=lambda solution: solution.costs["weight_bytes"])
+    sequences = []
+    for name in ["", *job.formats]:
+        whole = uniform(problem, name)
+        shapes = shapes_of(problem, whole)
+        try:
+            best = shapes.best()
+        except Infeasible:
+            continue
+        best = refined(shapes, best)
+        pairs = [a.in_format(name) for a in best.alternatives]
+        solution = problem.of(pairs, embeddings=whole.embeddings)
+        if name:
+            sequences.append(solution)
+        else:
+            result["shapes alone"] = solution
+    if sequences:
+        result["prune, then quantize"] = min(sequences, key=lambda solution: solution.score)
+    return result
+
+
+def kl_by_row(job: Job, solution: Solution, rows: torch.Tensor) -> list[float]:
+    with composed(job, solution, SILENT) as (child, _):
+        models = job.parent.model, child.to(job.runtime.dtype)
+        compared = compare(*models, rows, batch_sequences=4, tokenizer=job.tokenizer)
+    return compared.metrics["kl_divergence"]
+
+
+def children(run: Path, share: float, num_rows: int, only: list[str] | None) -> list[dict[str, Any]]:
+    job, problem = SearchRequest(run, Budget.parse({"weights": str(share)})).open(SILENT)
+    every = max(1, len(job.read(DATA).evaluation) // num_rows)
+    rows, first, result = job.read(DATA).evaluation[::every][:num_rows], None, []
+    for name, solution in methods(job, problem).items():
+        if only is not None and name not in only:
+            continue
+        kl = kl_by_row(job, solution, rows)
+        first = kl if first is None else first
+        difference = [a - b for a, b in zip(kl, first, strict=True)]
+        row = {"share": share, "method": name, "score": solution.score, "rows": len(kl)}
+        row |= {"bytes": solution.costs["weight_bytes"], "parent_bytes": solution.parent_costs["weight_bytes"]}
+        row |= {"parameters": solution.costs["parameters"] / solution.parent_costs["parameters"]}
+        row |= {"formats": _counts([*solution.formats.values(), solution.embeddings]), "kl": math.fsum(kl) / len(kl)}
+        row |= {"error": standard_error(kl), "more": math.fsum(difference) / len(kl)}
+        result.append(row | {"more_error": standard_error(difference), "seconds": time.process_time()})
+        print(json.dumps(result[-1]), flush=True)
+    return result
+
+
+def _counts(names: list[str]) -> dict[str, int]:
+    return {name or "parent's": names.count(name) for name in sorted(set(names))}
+
+
+# ---------------------------------------------------------------------------------------------- foretold scores
+
+
+@torch.no_grad()
+def foretold_errors(run: Path, layers: int, num_rows: int) -> list[dict[str, Any]]:
+    """Estimates of pairs that ran, against the sums of the estimates of their parts, in some of the layers."""
+    job, _ = SearchRequest(run, Budget.parse("1.0")).open(SILENT)
+    library, tokens, depth = job.read(LIBRARY), job.read(DATA), len(job.parent.blocks)
+    chosen = {round(k * (depth - 1) / max(1, layers - 1)) for k in range(layers)}
+    shapes = [a for a in library.alternatives if a.layer in chosen and not a.is_no_op]
+    pairs, layerwise = in_formats(shapes, job.formats), split_layers(library.parent, library)
+    batch = layerwise.start(tokens.calibration[: 2 * num_rows])
+    inputs, kept = layerwise.hidden_states(batch), {}
+    for shape in shapes:
+        layer, i = library.layer(shape), shape.layer
+        names = matrices(library.parent.descriptor, layer, i, depth, library.axes[i])[shape.subblock]
+        moments = InputMoments(layer, names)
+        with moments.watching():
+            layerwise.run(batch, i, inputs[i], layer)
+        for a in in_formats([shape], job.formats):
+            kept[a.identity] = quantized(layer, dict.fromkeys(names, format_named(a.format)), moments)
+    records = tuple({"identity": a.identity, "layer": a.layer, "weights": a.identity} for a in pairs)
+    weights = {a.identity: {**library.kept.of(a.shape.identity), **kept[a.identity]} for a in pairs}
+    whole = library.with_kept(Kept((*library.kept.records, *records), weights, library.kept.folder))
+    with torch.enable_grad():
+        rows = list(range(num_rows))
+        seeded = SeededBatch(tokens.scoring[rows], [[row_seed(0, 0, row) for row in rows]])
+        every = [a for a in [*shapes, *pairs] if not a.is_parent]
+        (values,) = estimate(split_layers(library.parent, whole), every, Survey(), [seeded], States())
+    score = {a.identity: float(values[a.identity].mean()) for a in every}
+    result = []
+    for a in pairs:
+        if not a.shape.is_parent:
+            of_parent = dataclasses.replace(a.shape, kind="parent", method="", size=0, query_heads=0)
+            parts = score[a.shape.identity], score[of_parent.in_format(a.format).identity]
+            result.append({"of": a.key, "format": a.format, "kind": a.kind, "pair": score[a.identity], "parts": parts})
+    return result
+
+
+def _quantiles(errors: list[float]) -> str:
+    low, middle, high = torch.tensor(errors).quantile(torch.tensor([0.1, 0.5, 0.9])).tolist()
+    return f"{low:+.1%} to {high:+.1%}, median {middle:+.1%}"
+
+
+# ---------------------------------------------------------------------------------------------- the table
+
+
+def table(data: dict[str, Any]) -> str:
+    """The results as Markdown."""
+    lines = ["# Bits", ""]
+    if "program" in data:
+        rows = data["program"]["rows"]
+        seconds = ", ".join(f"{row['seconds']:.2f}" for row in rows)
+        frontier = f"{data['program']['frontier_seconds']:.1f}"
+        lines += [
+            f"80 layers, 54 shapes in 8 formats ({rows[0]['candidates']:,} candidates), five limits: proven optimal in "
+            f"{seconds} CPU seconds. Frontier of 50 memory budgets: {frontier} CPU seconds.",
+            "",
+        ]
+    for name, of_run in data.get("runs", {}).items():
+        lines += [f"## {name}", "", "| bytes | method | used | parameters | formats | KL | more than together |"]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        for row in of_run.get("children", []):
+            formats = ", ".join(f"{count} {format}" for format, count in row["formats"].items())
+            used, error = row["bytes"] / row["parent_bytes"], row["error"] or 0.0
+            more = f"{row['more']:+.4f} ± {row['more_error']:.4f}" if row["method"] != "together" else ""
+            lines.append(
+                f"| {row['share']:.0%} | {row['method']} | {used:.1%} | {row['parameters']:.0%} | {formats} | "
+                f"{row['kl']:.4f} ± {error:.4f} | {more} |"
+            )
+        if pairs := of_run.get("foretold"):
+            large = [row for row in pairs if sum(row["parts"]) > 0]
+            lines += [
+                "",
+                f"Foretold scores of {len(pairs)} pairs, relative to estimates in which the pair ran (10% to 90%):",
+                "",
+            ]
+            for format in dict.fromkeys(row["format"] for row in large):
+                errors = [sum(row["parts"]) / row["pair"] - 1 for row in large if row["format"] == format]
+                lines.append(f"- {format}: {_quantiles(errors)}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--program", action="store_true")
+    parser.add_argument("--run", type=Path)
+    parser.add_argument("--shares", type=lambda text: [float(x) for x in text.split(",")], default=[])
+    parser.add_argument("--only", nargs="+", help="these methods only")
+    parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--foretold", type=int, default=0, metavar="LAYERS")
+    parser.add_argument("--out", type=Path, required=True, help="JSON file; the table is written next to it")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    data = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else {}
+    if args.program:
+        data["program"] = program(3)
+    if args.run is not None:
+        of_run = data.setdefault("runs", {}).setdefault(args.run.name, {})
+        if args.foretold:
+            of_run["foretold"] = foretold_errors(args.run, args.foretold, 4)
+        for share in args.shares:
+            made = children(args.run, share, args.rows, args.only)
+            names = {row["method"] for row in made}
+            others = [r for r in of_run.get("children", []) if r["share"] != share or r["method"] not in names]
+            of_run["children"] = sorted([*others, *made], key=lambda row: -row["share"])
+    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    args.out.with_suffix(".md").write_text(table(data), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

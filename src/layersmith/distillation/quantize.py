@@ -1,0 +1,119 @@
+"""Quantize a child: the weights of each layer in the number formats that a solution chose.
+
+Layers are quantized in order by GPTQ. The second moments of a layer's inputs are those of the child whose layers
+before it are quantized already, so that each layer is quantized for the inputs that it will have.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import nn
+
+from layersmith.distillation.activations import Rows
+from layersmith.errors import UnsupportedModel
+from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers
+from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity
+from layersmith.library.formats import InputMoments, matrices, quantized
+from layersmith.library.library import Library
+from layersmith.library.stored_weights import Kept, Tensors, digest_of
+from layersmith.quantization.formats import Format, format_named
+from layersmith.quantization.rounding import Quantized
+from layersmith.run.progress import SILENT, Progress
+
+
+def layerwise_of(library: Library) -> LayerwiseParent[Library]:
+    """The parent, run layer by layer.
+
+    Raises:
+        UnsupportedModel: It cannot be, so its weights cannot be quantized.
+    """
+    try:
+        return split_layers(library.parent, library)
+    except NotLayerwise as reason:
+        raise UnsupportedModel(
+            f"{library.parent.path}: weights are quantized layer by layer, but {reason}. Leave formats out."
+        ) from None
+
+
+def formats_of(library: Library, layer: nn.Module, alternatives: Sequence[Alternative]) -> dict[str, Format]:
+    """Name of each weight in a layer to its format, for alternatives of that layer."""
+    parent, i = library.parent, alternatives[0].layer
+    of_subblock = matrices(parent.descriptor, layer, i, len(parent.blocks), library.axes[i])
+    return {name: format_named(a.format) for a in alternatives if a.format for name in of_subblock[a.subblock]}
+
+
+def quantize_child(
+    library: Library,
+    solution: Sequence[Alternative],
+    calibration: torch.Tensor,
+    batch_tokens: int,
+    progress: Progress = SILENT,
+) -> tuple[Library, dict[str, Quantized]]:
+    """Quantize the layers of a solution that have formats.
+
+    Args:
+        library: Library with the jointly trained weights of the solution's shapes.
+        solution: One alternative for each subblock of each layer.
+        calibration: ``[N, T]`` rows for the second moments.
+        batch_tokens: Tokens per forward pass.
+        progress: Receives rows through a layer.
+
+    Returns:
+        The library with quantized weights of the layers, which :meth:`.Library.compose` takes; and the rounded weights
+        by their names in the model.
+
+    Raises:
+        UnsupportedModel: The parent cannot run layer by layer.
+    """
+    changed = changed_by_layer(solution)
+    last = max((i for i, members in changed.items() if any(a.format for a in members)), default=-1)
+    rounded: dict[str, Quantized] = {}
+    if last < 0:
+        return library, rounded
+    layerwise, rows = layerwise_of(library), Rows(calibration, batch_tokens)
+    with progress.stage("quantize", (last + 1) * len(calibration), "rows through a layer") as advance:
+        for i in range(last + 1):
+            members = changed.get(i, [])
+            if any(a.format for a in members):
+                of_layer = dict(_quantized(library, layerwise, members, rows))
+                prefix = library.parent.descriptor.layer_block_name(i)
+                rounded |= {f"{prefix}.{name}": weight for name, weight in of_layer.items()}
+                pairs = _with(library.pairs, members, {name: weight.values() for name, weight in of_layer.items()})
+                library = library.with_kept(library.kept, pairs)
+            layer = library.layer(*members) if members else library.parent.layer(i)
+            rows.pass_through_child(layerwise, i, layer)
+            rows.advance()
+            advance(len(calibration))
+    return library, rounded
+
+
+@torch.no_grad()
+def _quantized(
+    library: Library, layerwise: LayerwiseParent[Library], members: Sequence[Alternative], rows: Rows
+) -> Iterator[tuple[str, Quantized]]:
+    """The quantized weights of a layer, attention first: the FFN is given what the quantized attention returns."""
+    layer, i = library.layer(*members), members[0].layer
+    for a in sorted(members, key=lambda a: a.subblock):
+        formats = formats_of(library, layer, [a])
+        moments = InputMoments(layer, list(formats))
+        if not formats:
+            continue
+        with moments.watching():
+            for numbers in rows.batches():
+                batch, hidden = rows.start(layerwise, numbers)
+                layerwise.run(batch, i, rows.child_input(numbers, hidden), layer)
+        for name, weight in quantized(layer, formats, moments).items():
+            holder, _, last = name.rpartition(".")
+            values = weight.values().to(layer.get_parameter(name))
+            layer.get_submodule(holder).register_parameter(last, nn.Parameter(values, requires_grad=False))
+            yield name, weight
+
+
+def _with(pairs: Kept, members: Sequence[Alternative], weights: Tensors) -> Kept:
+    """Kept weights with those of a layer."""
+    identity = pair_identity(members)
+    record = {"of": " + ".join(a.key for a in members), "identity": identity, "layer": members[0].layer}
+    record |= {"subblock": "block", "weights": digest_of(weights), "tokens": 0, "before": None, "after": None}
+    return Kept((*pairs.records, record), {**pairs.in_memory, identity: weights}, pairs.folder)

@@ -1,0 +1,191 @@
+"""Scores of number formats: the loss increase when one subblock of the parent has its weights in a format.
+
+The second-order estimate of :mod:`.second_order` needs only how the subblock's output changes, so a sweep with the
+quantized subblocks gives the scores of all of them. Errors of rounding are small, where the estimate is accurate. In a
+child many of them add up, so the scores of a format are scaled such that their sum is the KL divergence of the parent
+with all subblocks in that format, which is measured.
+
+The score of an alternative in a format is foretold by its parts: the score of its shape plus that of the format on the
+parent's subblock. To second order this is E[(g . (s + r))^2] for the changes s of pruning and r of rounding; rounding
+errors are nearly uncorrelated with what pruning changes, so the mixed term is small. docs/log.md has the error.
+
+Shapes: N rows, T tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from layersmith.execution.exchange import logits_and_hidden
+from layersmith.execution.hidden_states import States, StatesOnDisk
+from layersmith.execution.layerwise import split_layers, tokens_at_once
+from layersmith.library.alternative import Alternative
+from layersmith.library.formats import (
+    EMBEDDINGS,
+    InputMoments,
+    embeddings_in,
+    in_formats,
+    matrices,
+    quantized,
+    with_embeddings,
+)
+from layersmith.library.library import Library
+from layersmith.library.stored_weights import Kept, layer_file, write_layer
+from layersmith.quantization.formats import format_named
+from layersmith.recipe import ScoringRecipe
+from layersmith.run.progress import Progress
+from layersmith.scoring.children import child_evaluator
+from layersmith.scoring.estimated import row_seed
+from layersmith.scoring.metrics import Reference, as_rows, measure, row_means
+from layersmith.scoring.second_order import SeededBatch, estimate
+from layersmith.scoring.silencing import Survey
+from layersmith.scoring.task import KL
+
+# Name of a format to the loss increase on each row, by the key of the parent's subblock in that format.
+FormatScores = dict[str, dict[str, list[float]]]
+
+
+@dataclass(frozen=True, eq=False)
+class FormatTask:
+    """What formats are scored with.
+
+    Attributes:
+        library: The library of the parent.
+        formats: Names of the formats.
+        calibration: ``[N, T]`` rows for GPTQ's second moments.
+        scoring: ``[N, T]`` rows to score on.
+        recipe: Settings of scoring.
+        seed: Seed of the random signs.
+        folder: Folder for quantized weights; those that an interrupted run left there are used.
+        progress: Receives layers and rows.
+    """
+
+    library: Library
+    formats: Sequence[str]
+    calibration: torch.Tensor
+    scoring: torch.Tensor
+    recipe: ScoringRecipe
+    seed: int
+    folder: Path
+    progress: Progress
+
+    def batches(self, rows: torch.Tensor) -> list[torch.Tensor]:
+        """Numbers of the rows that run together."""
+        layerwise = split_layers(self.library.parent, self.library)
+        most = tokens_at_once(self.library.parent, layerwise, self.recipe.batch_tokens)
+        return list(torch.arange(len(rows)).split(max(1, most // rows.shape[1])))
+
+    def states(self) -> States:
+        return States() if self.library.parent.stream is None else StatesOnDisk(self.folder)
+
+
+def score_formats(task: FormatTask) -> FormatScores:
+    """Score every subblock of the parent in every format.
+
+    Raises:
+        NotLayerwise: The parent cannot run layer by layer.
+    """
+    subblocks = [a for a in task.library.alternatives if a.is_parent]
+    children = [[a.in_format(name) for a in subblocks] for name in task.formats]
+    alternatives = [a for child in children for a in child]
+    library = task.library.with_kept(_quantized(task, alternatives))
+    scores = _estimated(task, library, alternatives)
+    evaluator = child_evaluator(library, task.scoring, task.recipe, task.progress, task.folder)
+    measured = evaluator.run(children, range(len(task.scoring)))
+    result: FormatScores = {}
+    for name, child, rows in zip(task.formats, children, measured, strict=True):
+        total = math.fsum(value for a in child for value in scores[a.key])
+        factor = math.fsum(row[KL] for row in rows) / total if total > 0 else 1.0
+        result[name] = {a.key: [factor * value for value in scores[a.key]] for a in child}
+    for name, values in _of_embeddings(task).items():
+        result[name][EMBEDDINGS] = values
+    return result
+
+
+@torch.no_grad()
+def _of_embeddings(task: FormatTask) -> dict[str, list[float]]:
+    """KL of the parent with embeddings and head in each format that a program runs them in, on every row."""
+    parent, losses = task.library.parent, {name: list[float]() for name in with_embeddings(task.formats)}
+    if not losses or parent.stream is not None:
+        return {}
+    with task.progress.stage("score embeddings", len(task.scoring), "rows") as advance:
+        for row in task.scoring.to(parent.runtime.device).split(1):
+            reference = Reference.of(*logits_and_hidden(parent, row), row)
+            for name, values in losses.items():
+                with embeddings_in(parent.model, name):
+                    values += [r[KL] for r in as_rows(row_means([measure(reference, *logits_and_hidden(parent, row))]))]
+            advance(1)
+    return losses
+
+
+def foretold(
+    shapes: Sequence[Alternative], losses: Mapping[str, float], scores: FormatScores
+) -> dict[Alternative, float]:
+    """Each alternative in each format to its loss, from the losses of shapes by key and the scores of formats."""
+    of_parent = {
+        (a.layer, a.subblock, name): math.fsum(rows) / len(rows)
+        for name, by_key in scores.items()
+        for a in shapes
+        if a.is_parent
+        for rows in [by_key[a.in_format(name).key]]
+    }
+    pairs = in_formats(shapes, list(scores))
+    return {a: losses[a.shape.key] + of_parent[a.layer, a.subblock, a.format] for a in pairs}
+
+
+def _estimated(task: FormatTask, library: Library, alternatives: Sequence[Alternative]) -> dict[str, list[float]]:
+    """Second-order estimates; all rows pass a layer together if layers are read from the disk."""
+    parent, batches, samples = library.parent, task.batches(task.scoring), range(task.recipe.samples)
+    scores: dict[str, list[float]] = {a.key: [] for a in alternatives}
+    with task.progress.stage("score formats", len(task.scoring), "rows") as advance:
+        for some in [batches] if parent.stream is not None else [[batch] for batch in batches]:
+            seeded = [
+                SeededBatch(
+                    task.scoring[batch].to(parent.runtime.device),
+                    [[row_seed(task.seed, k, row) for row in batch.tolist()] for k in samples],
+                )
+                for batch in some
+            ]
+            layerwise = split_layers(parent, library)
+            for values in estimate(layerwise, alternatives, Survey(), seeded, task.states()):
+                for a in alternatives:
+                    scores[a.key] += values[a.identity].tolist()
+            advance(sum(map(len, some)))
+    return scores
+
+
+@torch.no_grad()
+def _quantized(task: FormatTask, alternatives: Sequence[Alternative]) -> Kept:
+    """The parent's subblocks in formats, quantized on the parent's inputs; in files by layer."""
+    parent, states = task.library.parent, task.states()
+    layerwise = split_layers(parent, task.library)
+    depth, started, records = len(layerwise.layers), [], []
+    for n, rows in enumerate(task.batches(task.calibration)):
+        batch = layerwise.start(task.calibration[rows].to(parent.runtime.device))
+        states.put(n, batch.embedded)
+        started.append(batch.without_embedded())
+    with task.progress.stage("quantize", depth, "layers") as advance:
+        for i, layer in enumerate(layerwise.layers):
+            layerwise.read(i)
+            of_layer = [a for a in alternatives if a.layer == i]
+            names = matrices(parent.descriptor, layer, i, depth, task.library.axes[i])
+            is_new = not layer_file(task.folder, i).is_file()
+            moments = InputMoments(layer, [name for members in names.values() for name in members] if is_new else ())
+            with moments.watching():
+                for n, batch in enumerate(started):
+                    states.put(n, layerwise.run(batch, i, states.get(n)))
+            if is_new:
+                of_names = {a.identity: dict.fromkeys(names[a.subblock], format_named(a.format)) for a in of_layer}
+                weights = {
+                    identity: {name: q.values() for name, q in quantized(layer, formats, moments).items()}
+                    for identity, formats in of_names.items()
+                }
+                write_layer(layer_file(task.folder, i), weights)
+            records += [{"identity": a.identity, "layer": i, "weights": a.identity} for a in of_layer]
+            advance(1)
+    return Kept(tuple(records), {}, task.folder)

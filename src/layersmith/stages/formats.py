@@ -1,0 +1,79 @@
+"""Score number formats: the loss increase of every subblock of the parent in each of the recipe's formats."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from layersmith.errors import UnsupportedModel, UsageError
+from layersmith.execution.layerwise import NotLayerwise
+from layersmith.run.artifacts import read_json, write_json
+from layersmith.run.journal import work_folder
+from layersmith.run.stage import Making, Stage
+from layersmith.scoring.formats import FormatScores, FormatTask, score_formats
+from layersmith.scoring.task import row_order
+from layersmith.stages.data import DATA, digest_of_split
+from layersmith.stages.describe import DESCRIBE
+from layersmith.stages.job import Job
+from layersmith.stages.library import LIBRARY
+
+_FILE = "formats.json"
+# One row in four: rounding errors differ little from row to row, and with all rows eight formats would more than double
+# the cost of scoring.
+_SHARE = 4
+
+
+def _inputs(job: Job) -> Any:
+    rows = [digest_of_split(job, split) for split in ("calibration", "scoring")]
+    return [job.made_from(DESCRIBE), *rows, job.formats, job.settings("scoring"), job.recipe.seed, job.dtype]
+
+
+def _make(job: Job, making: Making) -> None:
+    tokens = job.read(DATA)
+    few = [
+        rows[sorted(row_order(len(rows))[: -(-len(rows) // _SHARE)])] for rows in (tokens.calibration, tokens.scoring)
+    ]
+    task = FormatTask(
+        library=job.read(LIBRARY),
+        formats=job.formats,
+        calibration=few[0],
+        scoring=few[1],
+        recipe=job.recipe.scoring,
+        seed=job.recipe.seed,
+        folder=work_folder(making.scratch, making.inputs),
+        progress=making.progress,
+    )
+    try:
+        scores = score_formats(task)
+    except NotLayerwise as reason:
+        raise UnsupportedModel(
+            f"{job.path}: weights are quantized layer by layer, but {reason}. Leave formats out."
+        ) from None
+    write_json(making.folder / _FILE, scores)
+
+
+FORMATS: Stage[Job, FormatScores] = Stage(
+    name="formats",
+    inputs=_inputs,
+    make=_make,
+    read=lambda job, folder: read_json(folder / _FILE, FormatScores),
+    is_wanted=lambda job: bool(job.formats),
+    is_shared=True,
+)
+
+
+def scores_of_formats(job: Job) -> FormatScores:
+    """Scores of the formats that the job offers; none if it offers none.
+
+    Raises:
+        UsageError: The run has no scores of one of them.
+    """
+    if not job.formats:
+        return {}
+    scores, wanted = job.read(FORMATS) if job.made_from(FORMATS) else {}, set(job.formats)
+    result = {name: of_format for name, of_format in scores.items() if name in wanted}
+    if missing := sorted(wanted - result.keys()):
+        raise UsageError(
+            f"formats: the run has no scores of {', '.join(missing)}, but of {', '.join(scores) or 'none'}. Run "
+            "compress again with these formats."
+        )
+    return result

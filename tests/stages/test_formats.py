@@ -1,0 +1,108 @@
+"""A run that chooses number formats: what its child is, and what is refused."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import layersmith
+from layersmith.costs.budget import parse_budget
+from layersmith.errors import UsageError
+from layersmith.heterogeneous.quantized import read_gguf_blocks
+from layersmith.quantization.formats import FORMATS
+from layersmith.recipe import Recipe
+from layersmith.run.artifacts import read_json
+from layersmith.stages.job import formats_of
+from layersmith.stages.reopen import search
+from tests.conftest import TINY_RECIPE
+
+RECIPE: dict[str, Any] = TINY_RECIPE | {"local_distillation": {"tokens": 0, "coupled_tokens": 0}}
+
+
+def made(parent: Path, text: Path, out: Path, formats: list[str], weights: str) -> layersmith.Result:
+    recipe = RECIPE | {"formats": formats}
+    return layersmith.compress(parent, out, data=text, budget={"weights": weights}, recipe=recipe, progress=False)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs next to each other share what does not depend on formats."""
+    return tmp_path_factory.mktemp("formats")
+
+
+def test_a_child_with_formats_of_gguf(make_parent: Callable[..., Path], text_folder: Path, runs: Path) -> None:
+    parent = make_parent("llama", torch.bfloat16)
+    result = made(parent, text_folder, runs / "gguf", ["q8_0", "q4_0"], "0.4")
+    solution = result.solution
+    assert solution.proven_optimal
+    assert solution.costs["weight_bytes"] <= 0.4 * solution.parent_costs["weight_bytes"]
+    assert solution.embeddings in ("q8_0", "q4_0")
+    assert {a.format for a in solution.alternatives if not a.is_no_op} <= {"", "q8_0", "q4_0"}
+    blocks = read_gguf_blocks(result.child)
+    stored = load_file(result.child / "model.safetensors")
+    of_file = sum(b.numel() for _, b in blocks.values())
+    of_file += sum(t.numel() * t.element_size() for name, t in stored.items() if name not in blocks)
+    assert of_file == solution.costs["weight_bytes"]
+    child = layersmith.load(result.child)
+    assert sum(p.numel() for p in child.parameters()) == solution.costs["parameters"]
+    assert 0 < result.metric("kl_divergence")["child"] < 0.2
+    assert "q4_0" in (result.child / "README.md").read_text()
+    report = read_json(result.run / "report.json")
+    kinds = {layer[s]["kind"] for layer in report["layers"] for s in ("attention", "ffn")}
+    assert "quantized" in kinds
+
+    (plain,) = search(result.run, {"weights": "0.8"}, formats=["bf16"], progress=False).solutions
+    assert all(not a.format for a in plain.alternatives)
+    (free,) = search(result.run, {"weights": "0.8"}, progress=False).solutions
+    assert free.score < plain.score
+    with pytest.raises(UsageError, match="no scores of q5_0, but of q4_0, q8_0"):
+        search(result.run, {"weights": "0.8"}, formats=["q5_0"], progress=False)
+
+
+def test_a_child_with_formats_of_compressed_tensors(
+    make_parent: Callable[..., Path], text_folder: Path, runs: Path
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    parent = make_parent("llama", torch.bfloat16)
+    result = made(parent, text_folder, runs / "tensors", ["int8", "int4-g32"], "0.5")
+    stored = load_file(result.child / "model.safetensors")
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == result.solution.costs["weight_bytes"]
+    assert result.solution.embeddings == ""
+    child = layersmith.load(result.child)
+    assert sum(p.numel() for p in child.parameters()) == result.solution.costs["parameters"]
+    assert 0 < result.metric("kl_divergence")["child"] < 0.2
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"formats": ["int5"]}, "unknown format 'int5'"),
+        ({"formats": ["q8_0", "nvfp4"]}, "no file holds all of q8_0, nvfp4"),
+        ({"formats": ["q8_0"], "scoring": {"objective": "lm_loss"}}, "kl_divergence only"),
+        ({"formats": ["q8_0"], "distillation": {"tokens": 100}}, "cannot be distilled"),
+    ],
+)
+def test_what_cannot_be_asked_for(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        formats_of(Recipe.from_dict(change))
+
+
+def test_bf16_alone_offers_no_format() -> None:
+    assert formats_of(Recipe(formats=("bf16",))) == formats_of(Recipe()) == []
+    assert formats_of(Recipe(formats=("bf16", "q8_0", "q8_0"))) == ["q8_0"]
+    assert FORMATS["bf16"].storage == "plain"
+
+
+def test_bits_are_of_the_parents_parameters() -> None:
+    limits = parse_budget(bits="4.5").limits
+    assert limits.resolve({"parameters": 1000, "weight_bytes": 4000}) == {"weight_bytes": 562}
+    assert type(limits).from_data(limits.to_data()) == limits
+    assert str(limits) == "weights 4.5 bits a parameter of the parent"
+    with pytest.raises(UsageError, match="limited twice"):
+        parse_budget(bits="4.5", weights="0.5")
+    for wrong in ("0", "4.5x", "100", "none"):
+        with pytest.raises(UsageError, match="not a number of bits"):
+            parse_budget(bits=wrong)
