@@ -18,6 +18,10 @@ from layersmith.model_descriptor.infer.trial import Candidate, Trial
 
 NOT_UNDERSTOOD = "with every KV head there twice the model gives something else, so where they lie is not understood"
 OF_QUERIES = "keys are made of the queries that read them too, so none can go without its queries"
+# Numbers of heads that are tried: where the first two that run give something else, so do the others.
+_MOST_NUMBERS = 2
+# KV heads for each one that an attribute counts. With more than one it counts those of other layers.
+_FACTORS = (1, 2, 4)
 _MORE = "there are more of them than the config says, which says what other layers have"
 
 
@@ -104,11 +108,20 @@ class _KVCandidate(Candidate):
             a is not None and b is not None and torch.allclose(a, b, atol=1e-5) for a, b in zip(*outputs, strict=True)
         )
 
+    @cached_property
+    def factors(self) -> dict[bool, int]:
+        """What :func:`_factor` gave for each of the trial's ways that was tried."""
+        return {}
+
+    def is_same(self, way: Trial) -> bool:
+        """Whether models of two seeds give the same with each head there several times."""
+        self.factors[way.alone] = _factor(way, self.path, 0, _FACTORS if self.is_expected else _FACTORS[:1])
+        return self.factors[way.alone] == 1 and _factor(way, self.path, 1) == 1
+
     def why_not_same(self) -> str:
         if not self.is_expected:
             return ""
-        more = any(_duplicates(way, self.path, 0, factors=(2, 4)) for way in self.trial.ways())
-        return _MORE if more else NOT_UNDERSTOOD
+        return _MORE if max(self.factors.values()) > 1 else NOT_UNDERSTOOD
 
 
 _EXPERIMENTS = (
@@ -134,7 +147,7 @@ _EXPERIMENTS = (
     Experiment[_KVCandidate, Trial](
         question="Does the model give the same with each of {} KV heads there several times?",
         changes=lambda candidate: candidate.trial.ways(),
-        expectation=lambda candidate, way: all(_duplicates(way, candidate.path, seed) for seed in (0, 1)),
+        expectation=lambda candidate, way: candidate.is_same(way),
         conclusion=lambda candidate: candidate.why_not_same(),
     ),
 )
@@ -186,8 +199,9 @@ def _heads_of_keys(specimen: Specimen, index: int) -> int | None:
     return keys.shape[1] if keys is not None and keys.ndim == 4 else None
 
 
-def _duplicates(trial: Trial, path: AttributePath, seed: int, factors: Sequence[int] = (1,)) -> bool:
-    """Whether a model with few heads gives what one with each of them there several times gives.
+def _factor(trial: Trial, path: AttributePath, seed: int, factors: Sequence[int] = (1,)) -> int:
+    """How many KV heads there are for each one that an attribute counts: with these, a model with few heads gives what
+    one with each of them there several times gives. 0 if none of the factors is right.
 
     Where the specimen has as many heads as queries, the model with fewer has every head once. How often they can be
     there depends on the number of query heads, so several numbers are tried.
@@ -196,10 +210,11 @@ def _duplicates(trial: Trial, path: AttributePath, seed: int, factors: Sequence[
         trial: The kind of layer.
         path: The attribute.
         seed: Seed of the weights.
-        factors: KV heads for each one that the attribute counts; one of them has to be right.
+        factors: The factors to try.
     """
     value = trial.value(path)
     model_with = lru_cache(2)(lambda heads: trial.specimen_with({path: heads}, seed))
+    tried = 0
     for times in (2, 3, 5, 7):
         for few in (value, value // times) if value % times == 0 else (value,):
             fewer = model_with(few)
@@ -209,8 +224,11 @@ def _duplicates(trial: Trial, path: AttributePath, seed: int, factors: Sequence[
                 continue
             for factor, by_head in product(factors, (False, True)):
                 if _same_repeated(fewer, more, factor * few, times, by_head):
-                    return True
-    return False
+                    return factor
+            tried += 1
+            if tried == _MOST_NUMBERS:
+                return 0
+    return 0
 
 
 def _same_repeated(fewer: Specimen, more: Specimen, heads: int, times: int, by_head: bool) -> bool:

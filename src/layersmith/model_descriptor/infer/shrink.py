@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
+from layersmith import upstream
 from layersmith.errors import UnsupportedModel, first_line
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.conventions import ROTARY, TOKEN, TOKEN_ID, VOCABULARY
@@ -18,15 +19,16 @@ from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import signature
 from layersmith.model_descriptor.stock import stock_model
 
-# Numbers of parameters. A model with at most _WHOLE is not shrunk. A shrunk model has at most _SMALL if one that runs
-# exists, else at most _LARGEST.
-_WHOLE = 30_000_000
-_SMALL = 8_000_000
-_LARGEST = _WHOLE
+# Numbers of parameters. A model with at most _WHOLE is not shrunk, since a hundred of it are built and run. A shrunk one
+# has at most _SMALL if one that runs exists, else at most _LARGEST. A model of that size is taken whole if none exists.
+_WHOLE = 3_000_000
+_SMALL = 3_000_000
+_LARGEST = 30_000_000
 _VOCABULARY = 997
-_DIVISORS = (2, 4, 8, 16, 32, 64)
-# Numbers below this are not divided.
-_LEAST = (2, 4, 8)
+# With 1, only layers and tokens become fewer: enough for a narrow model with a large vocabulary.
+_DIVISORS = (1, 2, 4, 8, 16, 32, 64)
+# Numbers below this are not divided; the last three are for a narrow model with a few large numbers, e.g. of experts.
+_LEAST = (2, 4, 8, 33, 65, 129)
 # Head sizes that are not divided: where a state has heads, their number and their size cannot both be divided.
 _KEPT: tuple[tuple[int, ...], ...] = ((), (64,), (128,), (64, 128), (256,), (64, 128, 256))
 # The last resort: this many attributes are tried, each as the only one that is not divided.
@@ -62,7 +64,16 @@ class _Division:
                     # An attribute that is computed from others cannot be set and need not be.
                     with foreign_code(f"Can {name} be set?", refusal_is_answer=True) as attempt:
                         attempt.call(setattr, part, name, changed)
+            if upstream.is_heterogeneous(part):
+                with foreign_code("Can some layers have other attributes?", refusal_is_answer=True) as attempt:
+                    attempt.call(upstream.set_per_layer_entries, part, self._entries(part))
         return small
+
+    def _entries(self, part: PretrainedConfig) -> dict[int, dict[str, Any]]:
+        """Smaller entries of ``per_layer_config`` for the layers that are left."""
+        length = max(self.depth.values(), default=self.num_layers)
+        entries = upstream.per_layer_entries(part)
+        return {i: {n: self._smaller(n, v) for n, v in e.items()} for i, e in entries.items() if i < length}
 
     def _smaller(self, name: str, value: Any) -> Any:
         if name.endswith(TOKEN_ID):
@@ -112,7 +123,7 @@ def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
     whole = _Division(len(search.kinds))
     # An odd number of heads is not divided, since the other sizes are multiples of it.
     values = {v for part in _configs(config) for n, v in vars(part).items() if type(v) is int and TOKEN not in n}
-    odd = tuple(sorted(v for v in values if v % 2 and v > max(_LEAST)))
+    odd = tuple(sorted(v for v in values if v % 2 and v > 8))
     for attempt in ("everything", "all but patterns", "factors"):
         if attempt == "all but patterns":
             whole = replace(whole, fixed=frozenset(search.patterns()))
@@ -123,6 +134,8 @@ def shrunk(config: PretrainedConfig, large: nn.Module) -> PretrainedConfig:
             staying = [replace(whole, fixed=whole.fixed | {name}) for name in _factors(config)]
         if (small := search.first_that_runs(staying, sizes)) is not None:
             return small
+    if _elements(large) <= _LARGEST:
+        return config
     raise UnsupportedModel(f"no smaller model of its family could be made to experiment with ({search.problem}).")
 
 
@@ -150,6 +163,8 @@ class _Search:
         for division, length, kept, divisor, least in itertools.product(
             staying, self._lengths, sizes, _DIVISORS, _LEAST
         ):
+            if divisor == 1 and (kept, least) != (sizes[0], _LEAST[0]):
+                continue  # nothing is divided, so it is the same config
             depth = dict.fromkeys(self._depths, length)
             small = replace(division, divisor=divisor, least=least, kept=kept, depth=depth).of(self.config)
             model, problem = _built(small)
