@@ -41,6 +41,7 @@ from layersmith.options import (
     PushToHub,
     Quiet,
     RecipeFile,
+    Rounds,
     Run,
     Server,
     Settings,
@@ -115,6 +116,7 @@ def compress(
     tasks: Tasks = None,
     keep: Keep = None,
     within: Within = None,
+    rounds: Rounds = None,
     push_to_hub: PushToHub = None,
     public: Public = False,
     until: Annotated[str | None, typer.Option(help=f"Stop after this stage: {', '.join(NAMES)}.")] = None,
@@ -127,8 +129,8 @@ def compress(
     as_json: Json = False,
 ) -> None:
     """Compress PARENT to a budget. To resume an interrupted run, repeat the command."""
-    given = [*(settings or ()), *task_settings(tasks, keep), *time_settings(on, server), *effort_settings(within)]
-    given += format_settings(formats)
+    given = [*(settings or ()), *task_settings(tasks, keep), *time_settings(on, server)]
+    given += [*effort_settings(within, rounds), *format_settings(formats)]
     chosen = _recipe(recipe, given, device)
     budget = _budget(command.params, is_open=bool(chosen.evaluation.keep))
     screen = open_screen(verbose, quiet, as_json)
@@ -139,9 +141,7 @@ def compress(
         planned = plan(parent, out, data, chosen, budget, family, trust_remote_code)
         screen.show(lambda: planned, lambda: screen.line(str(planned)))
         return
-    from layersmith import outputs
-    from layersmith.hub import check_push
-    from layersmith.hub import push as push_child
+    from layersmith import hub, outputs
     from layersmith.pipeline import Result, stages
     from layersmith.run import ranks
     from layersmith.terminal import print_result
@@ -149,7 +149,7 @@ def compress(
     if until is not None and until not in NAMES:
         raise UsageError(f"--until {until}: no such stage. {did_you_mean(until, NAMES)}")
     if push_to_hub is not None:
-        check_push(push_to_hub)
+        hub.check_push(push_to_hub)
     reached: str | Result = ""
     for reached in stages(parent, out, data, budget, chosen, family, screen.progress, verify, trust_remote_code):
         if reached == until:
@@ -157,7 +157,7 @@ def compress(
     if isinstance(reached, Result):
         result = reached
         first = push_to_hub if ranks.is_first() else None
-        address = None if first is None else push_child(result.child, first, private=not public)
+        address = None if first is None else hub.push(result.child, first, private=not public)
 
         def draw() -> None:
             print_result(screen.results, result)

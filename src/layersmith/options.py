@@ -138,6 +138,12 @@ Keep = Annotated[
         rich_help_panel=BUDGET,
     ),
 ]
+Rounds = Annotated[
+    int | None,
+    typer.Option(
+        help="Compress in this many rounds, each from the child of the round before.", rich_help_panel=SETTINGS
+    ),
+]
 Within = Annotated[
     str | None,
     typer.Option(
@@ -204,9 +210,10 @@ def _task(name: str) -> str:
     return str(path.resolve()) if path.is_file() else name.strip()
 
 
-def effort_settings(within: str | None) -> list[str]:
-    """``--within`` as a setting of the recipe."""
-    return [] if within is None else [f"effort.within={json.dumps(within)}"]
+def effort_settings(within: str | None, rounds: int | None = None) -> list[str]:
+    """``--within`` and ``--rounds`` as settings of the recipe."""
+    settings = [] if within is None else [f"effort.within={json.dumps(within)}"]
+    return settings if rounds is None else [*settings, f"rounds.count={rounds}"]
 
 
 def format_settings(formats: str | None) -> list[str]:

@@ -35,6 +35,7 @@ from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD, PAIRS
 from layersmith.stages.refine import REFINE, SOLUTION
 from layersmith.stages.report import Result, write_report
+from layersmith.stages.rounds import place_of, rounds_of
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import FRONTIER, SEARCH
 from layersmith.stages.statistics import STATISTICS
@@ -122,10 +123,12 @@ def stages(
 ) -> Iterator[str | Result]:
     """:func:`compress` as a generator: yields the name of each stage when it is done, and the result last.
 
+    Names of stages of rounds before the last begin with the round, as in ``rounds/1/scores``.
+
     Stop iterating to interrupt the run. Calling again with the same arguments resumes it.
     """
-    started, folder, asked = time.monotonic(), Path(out), Budget.parse(budget)
-    job = Job(
+    folder, asked = Path(out), Budget.parse(budget)
+    whole = Job(
         run=Run(folder, Store.near(folder), verify),
         source=checkpoint_of(parent),
         data=source_of(data),
@@ -136,11 +139,22 @@ def stages(
         progress=progress,
         trust_remote_code=trust_remote_code,
     )
-    seed_everything(job.recipe.seed)
-    ranks.start(job.runtime)
+    seed_everything(whole.recipe.seed)
+    ranks.start(whole.runtime)
     ranks.on_first(lambda: Run.check(folder))
-    require_tasks(job.recipe.evaluation.tasks)
-    _ = job.path  # a parent in another format is converted by all processes together
+    require_tasks(whole.recipe.evaluation.tasks)
+    _ = whole.path  # a parent in another format is converted by all processes together
+    for job in rounds_of(whole):
+        for step in _run(job):
+            if isinstance(step, str):
+                yield place_of(job) + step
+            elif not place_of(job):
+                yield step
+
+
+def _run(job: Job) -> Iterator[str | Result]:
+    """All stages of a job; most runs have one job."""
+    started, job.progress.timeline = time.monotonic(), None
     asked_recipe, job.recipe = job.recipe, ranks.from_first(lambda: choose_effort(job, started))
     _show_where(job)
     planning = time.monotonic() - started

@@ -274,6 +274,28 @@ class DistillationRecipe:
         return round(min(MOST_STEP_TOKENS, max(LEAST_STEP_TOKENS, tokens * STEP_SHARE)))
 
 
+@record("recipe: rounds.")
+class RoundsRecipe:
+    """Compression in rounds: a step, a short distillation, and all again from the child of that step."""
+
+    count: Annotated[int, Field(ge=1, le=20)] = 1
+    """Number of rounds. Each is a run of all stages whose parent is the child of the round before; what children are
+    compared with and learn from is always the first parent."""
+    sizes: Annotated[tuple[Fraction, ...], _MOST] | None = None
+    """What the child of each round but the last may cost, as fractions of the parent's costs that the budget limits,
+    e.g. `[0.9, 0.75]` for three rounds. Default: each round shrinks them by the same factor."""
+    tokens: Annotated[tuple[NonNegativeInt, ...], _MOST] | None = None
+    """Training tokens of global distillation at the end of each round but the last, which has `distillation.tokens`.
+    Default: that many in each round."""
+
+    def __post_init__(self) -> None:
+        for name, values in (("sizes", self.sizes), ("tokens", self.tokens)):
+            if values is not None and len(values) != self.count - 1:
+                raise ValueError(f"rounds.{name} needs {self.count - 1} values, one for each round but the last.")
+        if self.sizes is not None and list(self.sizes) != sorted(self.sizes, reverse=True):
+            raise ValueError("rounds.sizes must fall from round to round.")
+
+
 @record("recipe: search.limits.")
 class CombinedLimit:
     """An upper limit on a weighted sum of costs, e.g. `{costs: {weights: 1, kv_cache: 2}, at_most: 10GiB}`."""
@@ -378,8 +400,8 @@ class EffortRecipe:
     """How much work the run does; see how-to/time.md. Settings that differ from their defaults stay as they are."""
 
     within: str | None = None
-    """Time that the whole run should take, e.g. `30min`. It chooses `level` once, from the arithmetic of every stage
-    and the speed of this machine."""
+    """Time that the whole run should take, e.g. `30min`; rounds share it equally. It chooses `level` once, from the
+    arithmetic of every stage and the speed of this machine."""
     level: Annotated[float, Field(ge=0, le=6)] | None = None
     """Amount of work, from 0 to 6. Level 3 is that of the defaults; each level does about twice the work of the one
     before. Default: none, so that every setting has its default."""
@@ -401,6 +423,7 @@ class Recipe:
     local_distillation: LocalDistillationRecipe = field(default_factory=LocalDistillationRecipe)
     scoring: ScoringRecipe = field(default_factory=ScoringRecipe)
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
+    rounds: RoundsRecipe = field(default_factory=RoundsRecipe)
     search: SearchRecipe = field(default_factory=SearchRecipe)
     costs: CostsRecipe = field(default_factory=CostsRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)

@@ -37,6 +37,7 @@ from layersmith.report.words import (
 from layersmith.run.artifacts import read_json
 from layersmith.run.cards import CARD, is_edited, write_card_of
 from layersmith.run.folder import Run
+from layersmith.run.header import first_parent
 from layersmith.search.solution import Solution
 from layersmith.units import format_cost
 from layersmith.untrusted import MAX_YAML_BYTES, parse_yaml
@@ -94,11 +95,14 @@ def complete_card(folder: Path, child: Child, evaluation: Evaluation) -> None:
 def model_card(folder: Path, child: Child, evaluation: Evaluation | None = None) -> str:
     """The text of a child's card; ``folder`` has its weights and code."""
     header, solution = child.header(), child.solution
-    parent = base_model(str(header["parent"]["path"]))
+    parent = base_model(first_parent(header))
     before, after = (format_cost("parameters", c["parameters"]) for c in (solution.parent_costs, solution.costs))
     left = share(solution.costs["parameters"], solution.parent_costs["parameters"])
     title = f"{parent_name(header)} compressed to {after} parameters"
-    if child.changed:
+    rounds = "first_parent" in header
+    if rounds:
+        summary = f"It was made in {child.recipe.rounds.count} rounds, each of which compressed the child of the last."
+    elif child.changed:
         summary = f"{child.changed} of its {len(solution.alternatives)} attentions and FFNs differ from the parent's."
     else:
         summary = "Nothing was changed: the budget allows the parent itself."
@@ -106,7 +110,7 @@ def model_card(folder: Path, child: Child, evaluation: Evaluation | None = None)
         f"# {_md(title)}",
         f"This model was made from {_md(parent)} with layersmith. It has {after} of the parent's {before} parameters "
         f"({left}). {summary}",
-        "## Changes",
+        "## Changes in the last round" if rounds else "## Changes",
         _changes(child) if child.changed else "None.",
         _costs(child),
         "## Quality",
@@ -125,7 +129,7 @@ def model_card(folder: Path, child: Child, evaluation: Evaluation | None = None)
 
 
 def _front_matter(child: Child, header: dict[str, Any], title: str, evaluation: Evaluation | None) -> dict[str, Any]:
-    parent = str(header["parent"]["path"])
+    parent = first_parent(header)
     card = _parent_front_matter(parent)
     sources = [header["data"]["source"], *([child.learned_from] if child.learned_from else [])]
     datasets = [name for name in map(_hub_data_set, sources) if name]

@@ -32,6 +32,7 @@ from layersmith.report.data import (
 )
 from layersmith.report.optional import Optional
 from layersmith.report.words import cost_unit, metric_unit
+from layersmith.run.header import first_parent
 from layersmith.scoring.formats import FormatScores, foretold
 from layersmith.scoring.metrics import METRICS
 from layersmith.scoring.score import Score, losses
@@ -113,6 +114,7 @@ def collect(results: Results) -> Report:
         timings=optional.timings,
         warnings=tuple(w for w in warnings if not w.endswith(_NO_LOSS)),
         notes=(*(w for w in warnings if w.endswith(_NO_LOSS)), *results.library.notes),
+        rounds=optional.rounds,
     )
 
 
@@ -128,8 +130,8 @@ def _measured_costs(solution: Solution, optional: Optional) -> tuple[dict[str, A
 
 
 def parent_name(header: dict[str, Any]) -> str:
-    """The last part of the parent's path or hub name."""
-    return str(header["parent"]["path"]).rstrip("/").rsplit("/", 1)[-1]
+    """The last part of the first parent's path or hub name."""
+    return first_parent(header).rstrip("/").rsplit("/", 1)[-1]
 
 
 def described(library: Library, alternative: Alternative) -> tuple[str, str]:
@@ -242,7 +244,8 @@ def _checked_sums(results: Results, optional: Optional) -> tuple[CheckedSum, ...
     objective, frontier = results.recipe.scoring.objective, optional.frontier
     checked = []
     measured = measured_loss(optional.as_cut or results.evaluation, objective)
-    if measured is not None:
+    # The scores of a later round are of its own parent, and its child was compared with the first.
+    if measured is not None and not optional.rounds:
         checked.append(CheckedSum(THIS_CHILD, results.solution.score, *measured))
     if frontier is not None and frontier.objective == objective:
         checked += [

@@ -350,6 +350,25 @@ class StageTime:
 
 
 @dataclass(frozen=True)
+class Round:
+    """What one of several rounds did.
+
+    Attributes:
+        parameters: Parameters of its child.
+        changed: Subblocks in which its child differs from its parent.
+        tokens: Tokens of global distillation.
+        kl: KL divergence of its child from the first parent on the evaluation rows; after it ``kl_distilled``.
+    """
+
+    number: int
+    parameters: int
+    changed: int
+    tokens: int
+    kl: float | None
+    kl_distilled: float | None
+
+
+@dataclass(frozen=True)
 class BudgetRow:
     """One limit, and how much of it the child uses."""
 
@@ -393,6 +412,7 @@ class Report:
     warnings: tuple[str, ...]
     notes: tuple[str, ...]
     samples: tuple[Sample, ...] = ()
+    rounds: tuple[Round, ...] = ()
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> dict[str, Any]:

@@ -14,10 +14,11 @@ from typing_extensions import TypedDict
 from layersmith.costs.times import Check, Timing, kept_in
 from layersmith.library.stored_weights import Record
 from layersmith.records import parse
-from layersmith.report.data import Clock, Curve, Distillation, Evaluation, Frontier, Refined, StageTime, Trained
+from layersmith.report.data import Clock, Curve, Distillation, Evaluation, Frontier, Refined, Round, StageTime, Trained
 from layersmith.run.artifacts import read_json
-from layersmith.run.folder import ASKED_FRONTIER, Run
+from layersmith.run.folder import ASKED_FRONTIER, ROUNDS, Run
 from layersmith.search.refine import RefinedData
+from layersmith.search.solution import Solution
 
 T = TypeVar("T")
 
@@ -53,6 +54,7 @@ class Optional:
     distillation: Distillation | None = None
     refined: Refined | None = None
     timings: tuple[StageTime, ...] = ()
+    rounds: tuple[Round, ...] = ()
 
 
 def read_optional(run: Run) -> Optional:
@@ -65,7 +67,37 @@ def read_optional(run: Run) -> Optional:
         distillation=read_distillation(run.folder),
         refined=read_refined(run.folder / "refine" / "refine.json"),
         timings=tuple(parse(StageTime, timing, "log.jsonl: ") for timing in run.log.times()),
+        rounds=read_rounds(run),
     )
+
+
+def read_rounds(run: Run) -> tuple[Round, ...]:
+    """What each of several rounds did, this run as the last; empty for a run without rounds."""
+    count = run.header()["recipe"].get("rounds", {}).get("count", 1)
+    if count == 1 or not (run.folder / ROUNDS).is_dir():
+        return ()
+    folders = [*(run.folder / ROUNDS / f"{number}" for number in range(1, count)), run.folder]
+    return tuple(_round(number, folder) for number, folder in enumerate(folders, 1))
+
+
+def _round(number: int, folder: Path) -> Round:
+    solution = Solution.from_dict(read_json(folder / "solution" / "solution.json"))
+    compared = folder / "distillation" / "evaluation" / "evaluation.json"
+    after = parse(Evaluation, read_json(compared)["after"], f"{compared}: ") if compared.is_file() else None
+    header = Run(folder).header()
+    return Round(
+        number=number,
+        parameters=solution.costs["parameters"],
+        changed=sum(not a.is_parent for a in solution.alternatives),
+        tokens=header["recipe"]["distillation"]["tokens"] if after is not None else 0,
+        kl=_kl(_read(Evaluation, folder / "evaluation" / "evaluation.json")),
+        kl_distilled=_kl(after),
+    )
+
+
+def _kl(evaluation: Evaluation | None) -> float | None:
+    row = None if evaluation is None else evaluation.row("kl_divergence")
+    return None if row is None else row.child
 
 
 def _read(cls: type[T], path: Path) -> T | None:

@@ -6,6 +6,7 @@ recipe.yaml       every setting, defaults included
 run.json          format, parent, budget, versions, seed; of each finished stage the digest of its inputs and the sizes
                   and digests of its files; digests of the model cards that layersmith wrote; a digest of all this
 distillation/     curve of global distillation; while it trains, checkpoints
+rounds/           runs of the rounds before the last, by their numbers, if the recipe asks for several
 report.html, report.json
 log.jsonl         when stages began and ended, and what those wrote whose files hold times; it and these files differ
                   between equal runs
@@ -46,6 +47,9 @@ from layersmith.run.store import Store
 # Their files hold times, so they differ between equal runs. They are recorded in the log, so that run.json is equal.
 MEASURED = ("clock", "report")
 
+# Holds the runs of earlier rounds.
+ROUNDS = "rounds"
+
 # What `search --frontier` wrote last; the run's frontier is not touched.
 ASKED_FRONTIER = "asked-frontier"
 
@@ -75,7 +79,7 @@ class RunFolder:
         if (folder / HEADER).is_file():
             RunFolder(folder).header()
         # A process that was stopped before it wrote run.json leaves no more than these.
-        elif any(not path.name.startswith((".lock", TEMPORARY)) for path in folder.iterdir()):
+        elif any(not path.name.startswith((".lock", TEMPORARY, ROUNDS)) for path in folder.iterdir()):
             raise InputError(f"{folder}: already there and not a run of layersmith. Choose another folder.")
 
     @classmethod
@@ -139,13 +143,17 @@ class RunFolder:
 
     @contextmanager
     def removed_if_refused(self) -> Iterator[None]:
-        """A new run whose request turns out to be impossible leaves no folder behind."""
-        is_new = not self.header()["stages"]
+        """A new run whose request turns out to be impossible leaves no folder behind, but for earlier rounds."""
+        is_new = not self.header()["stages"] and not (self.folder / ROUNDS).is_dir()
         try:
             yield
         except LayersmithError:
             if is_new and ranks.is_first():
                 shutil.rmtree(self.folder, ignore_errors=True)
+                if self.folder.parent.name == ROUNDS:
+                    with suppress(OSError):  # other rounds are there
+                        self.folder.parent.rmdir()
+                        self.folder.parent.parent.rmdir()
             raise
 
     def header(self) -> dict[str, Any]:
@@ -155,6 +163,9 @@ class RunFolder:
     def path_as_meant(self, path: str) -> str:
         """A local path, relative to where the command that made the run was called; anything else unchanged."""
         there = Path(self.header().get("working_directory", ""), path)
+        of_round = self.folder.joinpath(*Path(path).parts[-3:])  # moved with the run
+        if Path(path).parts[-3:-2] == (ROUNDS,) and of_round.exists():
+            return str(of_round)
         return str(there) if there.exists() else path
 
     def change_recipe(self, recipe: Recipe) -> None:

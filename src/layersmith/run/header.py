@@ -10,7 +10,7 @@ import reprlib
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -45,6 +45,7 @@ class Header(TypedDict):
     """What ``run.json`` holds."""
 
     parent: _Parent
+    first_parent: NotRequired[str]
     data: _Data
     budget: dict[str, Any]
     recipe: dict[str, Any]
@@ -87,6 +88,11 @@ def read_header(folder: Path) -> dict[str, Any]:
         if header.pop("digest", None) == fingerprint(header):
             return cast(dict[str, Any], check(header, Header, path))
     raise InputError(f"{path}: differs from what was written. {_RESTORE}")
+
+
+def first_parent(header: dict[str, Any]) -> str:
+    """Path or hub name of the first parent; after several rounds the parent is the child of the round before."""
+    return str(header.get("first_parent") or header["parent"]["path"])
 
 
 def write_header(folder: Path, header: dict[str, Any]) -> None:

@@ -34,6 +34,7 @@ from layersmith.run.stage import Making, Stage
 from layersmith.search.problem import SearchProblem
 from layersmith.search.rules import without_times
 from layersmith.stages.describe import DESCRIBE
+from layersmith.stages.inspect import outline
 from layersmith.stages.job import REFINEMENT, Job, is_streamed
 
 _COUNTED, _TIMES = "costs.json", "times.json"
@@ -145,6 +146,14 @@ def times_of(
     return times, surveyed.alternatives
 
 
+def costs_of_first(job: Job) -> dict[str, int]:
+    """Counted costs of the first parent, which all rounds' budgets and results refer to."""
+    recipe = job.recipe
+    source = job.source if job.first is None else job.first
+    space = outline(source, recipe.library, job.workload, job.family, job.trust_remote_code, recipe.checkpoint_dtype)
+    return space.costs.parent
+
+
 def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Costs:
     """Count, measure if a limit or rule is about time, and check that the limits can be met.
 
@@ -168,6 +177,8 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
             "formats or that limit."
         )
     counted = cost_table(parent, surveyed, job.workload, formats)
+    if job.first is not None:
+        counted = dataclasses.replace(counted, parent=costs_of_first(job))
     for note in context_note(job.workload.context, counted.workload):
         progress.note(note)
 

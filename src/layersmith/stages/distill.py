@@ -65,7 +65,7 @@ def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dt
         name="global distillation",
     )
     with making.progress.stage(DISTILLED.name, settings.tokens, "tokens") as advance:
-        trained = train(job.parent, child, TrainingRows(rows, job.read(DATA).scoring, cache), setup, advance)
+        trained = train(job.first_parent, child, TrainingRows(rows, job.read(DATA).scoring, cache), setup, advance)
     making.elsewhere.append(setup.curve)
     return child, trained, dtype
 
@@ -75,12 +75,12 @@ def _remembered(job: Job, settings: DistillationRecipe, rows: torch.Tensor, prog
     if not settings.cache_top or not settings.kl:
         return None
     top = TopTokens(settings.cache_top, settings.temperature)
-    folder = cache_folder(job.run.folder / "distillation" / "parent-logits", job.parent, rows, top)
+    folder = cache_folder(job.run.folder / "distillation" / "parent-logits", job.first_parent, rows, top)
     at_once = max(1, settings.device_tokens // rows.shape[1])
     with progress.stage("parent's logits", len(rows), "rows") as advance:
 
         def make(advance: Callable[[float], None]) -> ParentLogits:
-            return remember(job.parent, rows, top, folder, at_once, advance)
+            return remember(job.first_parent, rows, top, folder, at_once, advance)
 
         ranks.on_first(lambda: make(advance))
         return make(lambda done: None)  # read from the disk
@@ -112,7 +112,12 @@ def _evaluate(job: Job, making: Making) -> None:
         trusts = job.trust_remote_code
         child = load(job.read(stage), dtype=runtime.dtype, device=runtime.device, trust_remote_code=trusts).eval()
         comparisons[when] = compare(
-            job.parent.model, child, tokens, batch_sequences=batch, tokenizer=job.tokenizer, progress=making.progress
+            job.first_parent.model,
+            child,
+            tokens,
+            batch_sequences=batch,
+            tokenizer=job.tokenizer,
+            progress=making.progress,
         ).to_dict()
         comparisons[when]["rows"] += rows_of_tasks(job, child, job.made_from(stage), making.progress)
         del child

@@ -23,6 +23,7 @@ from layersmith.stages.costs import check_reachable
 from layersmith.stages.effort import TOP
 from layersmith.stages.inspect import Outline, outline
 from layersmith.stages.job import formats_of
+from layersmith.stages.rounds import check_rounds, limits_of_round, of_round
 from layersmith.stages.time_plan import forward_rate, plan_time
 from layersmith.units import format_cost, format_seconds
 
@@ -47,7 +48,8 @@ class Plan:
         sequence_length: Tokens in a row of data; the three numbers of sequences count rows.
         device, dtype: Where and in what the run computes.
         within, level: Time that was asked for, and level of work; None if neither was.
-        operations: Floating-point operations of each stage.
+        rounds: Budget of each round; one for a run without rounds.
+        operations: Floating-point operations of each stage, in all rounds.
         operations_per_second: Rate of the parent's forward pass here, as measured.
         seconds: Time of each stage.
         tasks_not_estimated: Whether the time of tasks comes on top.
@@ -71,6 +73,7 @@ class Plan:
     dtype: str
     within: str | None
     level: float | None
+    rounds: list[str]
     operations: dict[str, float]
     operations_per_second: float
     seconds: dict[str, float]
@@ -97,6 +100,8 @@ class Plan:
             + ")",
             f"data: {self.data}, rows of {self.sequence_length} tokens: {self.calibration_sequences} calibration, "
             f"{self.scoring_sequences} scoring, {self.evaluation_sequences} evaluation",
+            *([] if len(self.rounds) == 1 else [f"rounds: {len(self.rounds)}, each counted as if of the first parent"]),
+            *(f"  round {n}: {limits}" for n, limits in enumerate(self.rounds, 1) if len(self.rounds) > 1),
             *([] if self.level is None else [f"level of work: {self.level:g} of {TOP}{asked}"]),
             f"estimated time: {format_seconds(round(sum(self.seconds.values())))} on this {self.device}, at "
             f"{self.operations_per_second / 1e9:,.1f} GFLOP/s in the parent's forward pass",
@@ -136,8 +141,10 @@ def plan(
     space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
     priced = _in_formats(space, formats_of(recipe), budget)
     check_reachable(priced.alternatives, priced.costs, budget.limits, recipe.search, space.blocks)
+    check_rounds(budget.limits, recipe)
     timed = plan_time(space, recipe, forward_rate(space, recipe, runtime), budget.limits.has_times)
-    recipe = timed.recipe
+    recipe, every = timed.recipe, range(1, recipe.rounds.count)
+    plans = [plan_time(space, of_round(recipe, n), timed.rate, is_timed=False) for n in every] + [timed]
     whole = space.costs.parent
     kinds = Counter(a.kind for a in space.alternatives if not a.is_parent)
     notes = list(space.notes)
@@ -158,9 +165,10 @@ def plan(
         dtype=str(runtime.dtype).removeprefix("torch."),
         within=recipe.effort.within,
         level=recipe.effort.level,
-        operations=dict(timed.flops),
+        rounds=[*(str(limits_of_round(budget.limits, recipe, n, whole)) for n in every), str(budget.limits)],
+        operations={stage: sum(p.flops.get(stage, 0.0) for p in plans) for stage in timed.flops},
         operations_per_second=timed.rate,
-        seconds=dict(timed.seconds),
+        seconds={stage: sum(p.seconds.get(stage, 0.0) for p in plans) for stage in timed.seconds},
         tasks_not_estimated=tokens_of_tasks(recipe.evaluation) is None,
         parent_bytes=whole["parameters"] * runtime.dtype.itemsize,
         statistics_gib=recipe.library.statistics_gib,

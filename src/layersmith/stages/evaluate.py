@@ -49,7 +49,7 @@ def _load_child(job: Job) -> Any:
 
 def _samples(job: Job, child: Any, tokens: Any) -> list[dict[str, str]]:
     """Texts that parent and child write; none if each token would read all weights from the disk."""
-    length, parent, tokenizer = job.recipe.completion_tokens, job.parent, job.tokenizer
+    length, parent, tokenizer = job.recipe.completion_tokens, job.first_parent, job.tokenizer
     if not length or parent.stream is not None:
         return []
     prompts = job.recipe.prompts or (tokenizer.decode(tokens[0][: min(48, len(tokens[0]) // 2)]),)
@@ -77,7 +77,7 @@ def rows_of_tasks(job: Job, child: Any, child_digest: str | None, progress: Prog
     if job.parent.stream is not None:
         progress.note("tasks are not evaluated: the parent does not fit in memory.")
         return []
-    models = ((job.parent.model, job.identity), (child, child_digest))
+    models = ((job.first_parent.model, job.first_identity), (child, child_digest))
     parent, of_child = (task_results(job, model, digest, progress) for model, digest in models)
     kept = kept_shares(job.recipe.evaluation.keep, parent, of_child)
     return [*task_rows(parent, of_child), *(share.row() for share in kept)]
@@ -86,9 +86,8 @@ def rows_of_tasks(job: Job, child: Any, child_digest: str | None, progress: Prog
 def _make(job: Job, making: Making) -> None:
     tokens, child = job.read(DATA).evaluation, _load_child(job)
     batch = job.recipe.scoring.rows_at_once(tokens.shape[1])
-    table = compare(
-        job.parent.model, child, tokens, batch_sequences=batch, tokenizer=job.tokenizer, progress=making.progress
-    ).to_dict()
+    parent, progress = job.first_parent.model, making.progress
+    table = compare(parent, child, tokens, batch_sequences=batch, tokenizer=job.tokenizer, progress=progress).to_dict()
     table["rows"] += rows_of_tasks(job, child, job.made_from(CHILD), making.progress)
     write_json(making.folder / _FILE, table | {"samples": _samples(job, child, tokens)})
 
@@ -119,7 +118,7 @@ def _is_wanted(job: Job) -> bool:
 
 
 def _time(job: Job, making: Making) -> None:
-    parent, workload, child = job.parent, _workload(job), _load_child(job)
+    parent, workload, child = job.first_parent, _workload(job), _load_child(job)
     with making.progress.stage("clock", 1, "pair") as advance:
         with foreign_code("do parent and child generate?") as attempt:
             measured = time_models([parent.model, child], workload, job.recipe.costs, parent.language_config.vocab_size)

@@ -90,7 +90,7 @@ def _try(job: Job, trial: _Trial, library: Library, advance: Callable[[float], N
         curve=folder / "log.json",
         name=f"finalist {trial.number}",
     )
-    trained = train(job.parent, child, TrainingRows(job.read(ROWS), job.read(DATA).scoring), setup, advance)
+    trained = train(job.first_parent, child, TrainingRows(job.read(ROWS), job.read(DATA).scoring), setup, advance)
     finalist = Finalist(
         number=trial.number,
         score=trial.solution.score,

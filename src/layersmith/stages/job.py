@@ -81,6 +81,7 @@ class Job:
         progress: Receives steps and notes.
         training_data: Source of global distillation; default: that of the run's data.
         rate: Operations per second of the parent's forward pass, if they were measured.
+        first: The first parent, as the user named it, where the parent is the child of an earlier round.
         trust_remote_code: Whether code from the folders of parent and child may run. No file can allow it.
     """
 
@@ -95,6 +96,7 @@ class Job:
     training_data: str | None = None
     trust_remote_code: bool = False
     rate: float | None = None
+    first: str | None = None
     _results: dict[str, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------ the parent
@@ -122,12 +124,11 @@ class Job:
     @cached_property
     def path(self) -> str:
         """The parent as an ordinary checkpoint: the source itself, or what it was converted to."""
-        recipe = self.recipe
-        return ranks.from_first(
-            lambda: ordinary_checkpoint(
-                self.source, recipe.checkpoint_dtype, self.trust_remote_code, progress=self.progress
-            )
-        )
+        return self._ordinary(self.source)
+
+    def _ordinary(self, source: str) -> str:
+        dtype, trusts = self.recipe.checkpoint_dtype, self.trust_remote_code
+        return ranks.from_first(lambda: ordinary_checkpoint(source, dtype, trusts, progress=self.progress))
 
     @cached_property
     def is_streamed(self) -> bool:
@@ -163,7 +164,17 @@ class Job:
     @cached_property
     def parent(self) -> Parent:
         """The parent, loaded."""
-        return self._load(self.runtime)
+        return self._load(self.path, self.runtime)
+
+    @cached_property
+    def first_parent(self) -> Parent:
+        """What children are compared with and learn from: the parent, or in a later round the first one."""
+        return self.parent if self.first is None else self._load(self._ordinary(self.first), self.runtime)
+
+    @cached_property
+    def first_identity(self) -> str:
+        """Digest of the first parent."""
+        return self.identity if self.first is None else self.first_parent.identity
 
     @property
     def stored_parent(self) -> Parent:
@@ -173,11 +184,11 @@ class Job:
         """
         if self.parent.runtime.dtype == self.parent.dtype:
             return self.parent
-        return self._load(Runtime(torch.device("cpu"), self.parent.dtype), self.parent.descriptor)
+        return self._load(self.path, Runtime(torch.device("cpu"), self.parent.dtype), self.parent.descriptor)
 
-    def _load(self, runtime: Runtime, family: type[ModelDescriptor] | None = None) -> Parent:
+    def _load(self, path: str, runtime: Runtime, family: type[ModelDescriptor] | None = None) -> Parent:
         near = self.run.folder if self.is_streamed else None
-        return load_parent(self.path, runtime, family or self.family, self.trust_remote_code, stream_near=near)
+        return load_parent(path, runtime, family or self.family, self.trust_remote_code, stream_near=near)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -198,6 +209,7 @@ class Job:
         """``run.json`` of a new run."""
         return {
             "parent": {"path": self.source, "identity": self.identity},
+            **({} if self.first is None else {"first_parent": self.first}),
             "descriptor": self.descriptor,
             "data": {"source": self.data, "digest": data_digest},
             "budget": Budget(self.limits, self.workload).to_dict(),
@@ -296,6 +308,7 @@ def job_of_run(
         family=family,
         progress=progress,
         trust_remote_code=trust_remote_code,
+        first=run.path_as_meant(header["first_parent"]) if "first_parent" in header else None,
     )
     progress.note(f"parent: {job.source}")
     if job.identity != header["parent"]["identity"]:

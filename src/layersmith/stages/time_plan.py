@@ -78,7 +78,7 @@ def plan_time(space: SearchSpace, recipe: Recipe, rate: float, is_timed: bool, s
     effort = recipe.effort
     if effort.within is None or effort.level is not None:
         return at(with_effort(recipe))
-    within = parse_seconds(effort.within, "--within") - spent
+    within = _within(recipe) - spent
     return at(at_level(recipe, highest_level(lambda level: at(at_level(recipe, level)).total, within)))
 
 
@@ -103,7 +103,7 @@ def choose_effort(job: Job, started: float) -> Recipe:
     plan = plan_time(space, recipe, rate, job.limits.has_times, time.monotonic() - started)
     chosen = plan.recipe.effort
     job.progress.note(f"--within {effort.within}: level {chosen.level:g} of {TOP}, planned to take " + _of(plan.total))
-    within = parse_seconds(effort.within, "--within")
+    within = _within(recipe)
     if plan.total > 1.1 * within:
         job.progress.note(f"this is the least work there is; it does not fit into {effort.within}.")
     if chosen.level == TOP and plan.total < 0.9 * within:
@@ -130,7 +130,7 @@ def choose_late_effort(job: Job, asked: Recipe, planning: float) -> Recipe:
     if made and work:
         rate = work / max(1e-9, sum(taken[stage] for stage in made))
         spent = planning + sum(t["seconds"] for t in job.run.log.times())
-        left = parse_seconds(effort.within, "--within") - spent
+        left = _within(job.recipe) - spent
 
         def seconds(late: float) -> float:
             recipe = at_level(asked, level, late)
@@ -161,6 +161,12 @@ def space_of(job: Job) -> SearchSpace:
     """What work is counted from in a run whose costs are known."""
     survey = job.read(DESCRIBE)
     return Found(survey.alternatives, survey.axes, job.read(COSTS).counted)
+
+
+def _within(recipe: Recipe) -> float:
+    """Seconds that a round should take; most runs have one."""
+    assert recipe.effort.within is not None
+    return parse_seconds(recipe.effort.within, "--within") / recipe.rounds.count
 
 
 def _of(seconds: float) -> str:

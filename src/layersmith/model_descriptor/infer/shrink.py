@@ -19,7 +19,7 @@ from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import signature
 from layersmith.model_descriptor.stock import stock_model
 
-# Numbers of parameters. A model with at most _WHOLE is not shrunk, since a hundred of it are built and run. A shrunk one
+# Numbers of parameters. A model with at most _WHOLE is not shrunk: a hundred of it are built and run. A shrunk model
 # has at most _SMALL if one that runs exists, else at most _LARGEST. A model of that size is taken whole if none exists.
 _WHOLE = 3_000_000
 _SMALL = 3_000_000
