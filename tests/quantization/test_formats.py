@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from layersmith.errors import UsageError
@@ -41,3 +43,24 @@ def test_kv_formats() -> None:
     assert {name: row.bytes_an_element for name, row in KV_FORMATS.items()} == {
         "bf16": 2, "fp8": 1, "q8_0": 34 / 32, "q4_0": 18 / 32,
     }  # fmt: skip
+
+
+def test_the_documented_table_is_the_code() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "formats.md").read_text(encoding="utf-8")
+    documented = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line[:3] == "| `"]
+    groups = {"channel": "all", "tensor": "whole matrix"}
+    weights = [
+        [
+            f"`{row.name}`",
+            f"{row.bits_a_weight:.7g}",
+            groups.get(str(row.group), str(row.group)),
+            str(row.block),
+            ", ".join(row.servers),
+            ", ".join(row.embedding_servers),
+        ]
+        for row in FORMATS.values()
+    ]
+    weights[0][2] = ""  # bf16 has no scale
+    assert [row for row in documented if len(row) == 6] == weights
+    caches = [[f"`{row.name}`", f"{row.bytes_an_element:.7g}"] for row in KV_FORMATS.values()]
+    assert [row[:2] for row in documented if len(row) == 3] == caches
