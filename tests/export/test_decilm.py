@@ -20,7 +20,7 @@ from layersmith.model_descriptor.deci import multiple_of, width_of
 from layersmith.model_descriptor.describe import read_config
 from layersmith.stages.evaluate_model import evaluate
 from tests.conftest import TINY_RECIPE
-from tests.export.children import ALIKE_EXPERTS, MIXED, attention, ffn, write_child
+from tests.export.children import ALIKE_EXPERTS, MIXED, PRUNED_EXPERTS, attention, experts, ffn, write_child
 
 
 def config_of(folder: Path) -> dict[str, Any]:
@@ -77,26 +77,43 @@ def test_linear_maps_go_to_tensorrt_llm_and_come_back(tmp_path: Path) -> None:
     assert "model.layers.0.self_attn.linear_attn.weight" in load_file(tmp_path / "out" / "model.safetensors")
     with pytest.raises(CannotExport, match="layer 0: its attention is one linear map, which SGLang"):
         layersmith.export(child, tmp_path / "sglang", "sglang")
-    assert layersmith.export(child, tmp_path / "vllm", "vllm").layout == "LlamaForCausalLM"  # its Transformers backend
+    with pytest.raises(CannotExport, match="layer 0: its attention is one linear map, and vLLM's"):
+        layersmith.export(child, tmp_path / "vllm", "vllm")
 
 
 @pytest.mark.parametrize(
-    ("family", "layout", "reason"),
+    ("family", "reason"),
     [
-        ("qwen3", "Qwen3ForCausalLM", "no model.layers.0.self_attn.[qk]_norm"),
-        ("gemma", "GemmaForCausalLM", "logits differ|config"),
-        ("mistral", "MistralForCausalLM", "layer 1 attends to the last 12 tokens"),
-        ("qwen2_windows", "Qwen2ForCausalLM", "layer 2 attends to the last 8 tokens"),
+        ("qwen3", "no model.layers.0.self_attn.[qk]_norm"),
+        ("gemma", "logits differ|config"),
+        ("mistral", "layer 1 attends to the last 12 tokens"),
+        ("qwen2_windows", "layer 2 attends to the last 8 tokens"),
     ],
 )
-def test_other_families_take_the_transformers_backend(family: str, layout: str, reason: str, tmp_path: Path) -> None:
+def test_other_families_take_the_transformers_backend(family: str, reason: str, tmp_path: Path) -> None:
     child = write_child(tmp_path / "child", family, MIXED)
-    assert layersmith.export(child, tmp_path / "vllm", "vllm").layout == layout
+    assert layersmith.export(child, tmp_path / "vllm", "vllm").layout == "TransformersForCausalLM"
     config = config_of(tmp_path / "vllm")
-    slots = [layer["cache_slot"] for layer in config["layersmith"]["layers"]]
-    assert slots == ([0, 0, 2, 3] if family == "qwen2_windows" else [0, 0, 1, 2])
+    blocks = config["block_configs"]
+    # An attention of zeros in layer 0, and heads of zeros in layer 3, for vLLM reads one number of query heads.
+    assert [b["attention"]["num_key_value_heads"] for b in blocks] == [1, 2, 1, 4]
+    assert not any(b["attention"]["no_op"] for b in blocks)
+    kv = config["num_key_value_heads"]
+    assert config["per_layer_config"] == {
+        str(i): {"num_key_value_heads": n} for i, n in enumerate([1, 2, 1, 4]) if n != kv
+    }
     with pytest.raises(CannotExport, match=reason):
         layersmith.export(child, tmp_path / "sglang", "sglang")
+
+
+def test_experts_in_the_transformers_backend(tmp_path: Path) -> None:
+    child = write_child(tmp_path / "child", "qwen3_moe", PRUNED_EXPERTS)
+    assert layersmith.export(child, tmp_path / "vllm", "vllm").layout == "TransformersMoEForCausalLM"
+    widths = [b["ffn"]["moe"]["expert_intermediate_dim"] for b in config_of(tmp_path / "vllm")["block_configs"][:3]]
+    assert widths == [16, 16, 16]
+    fewer = (PRUNED_EXPERTS[0], BlockConfig(ffn=experts(3, per_token=1)), *PRUNED_EXPERTS[2:])
+    with pytest.raises(CannotExport, match="layer 1 uses 1 experts per token and layer 0 2"):
+        layersmith.export(write_child(tmp_path / "fewer", "qwen3_moe", fewer), tmp_path / "out", "vllm")
 
 
 def test_a_child_whose_layers_are_alike_is_an_ordinary_checkpoint(tmp_path: Path) -> None:

@@ -88,6 +88,7 @@ CHILDREN = (
     Child("Llama, mixed", _random(LlamaConfig(**SIZES), MIXED)),
     Child("Llama, no attention in layer 0", _random(LlamaConfig(**SIZES | {"tie_word_embeddings": False}), FIRST)),
     Child("Mistral, mixed", _random(MistralConfig(**SIZES, sliding_window=None), MIXED)),
+    Child("Mistral with a window of 256, mixed", _random(MistralConfig(**SIZES, sliding_window=256), MIXED)),
     Child("Qwen2, mixed", _random(Qwen2Config(**SIZES), MIXED)),
     Child("Qwen2, no attention in layer 0", _random(Qwen2Config(**SIZES), FIRST)),
     Child("Qwen3, mixed", _random(Qwen3Config(**SIZES), MIXED)),

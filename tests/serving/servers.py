@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -89,12 +90,10 @@ def _await(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
 
 
 def _reason(log: Path) -> str:
-    """The first error in a log."""
+    """The first error in a log that is not a warning, without what the server's logger puts before it."""
     lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    marks = ("Error", "error:", "ASSERT", "assert")
-    return next((line.strip() for line in lines if any(mark in line for mark in marks)), lines[-1] if lines else "")[
-        :300
-    ]
+    errors = [line for line in lines if re.search(r"\w*(Error|ASSERT)\b.*: ", line) and "WARNING" not in line]
+    return re.sub(r"^\(.*?\) ERROR \S+ \S+ \S+\s*", "", (errors or lines[-1:] or [""])[0])[:300]
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

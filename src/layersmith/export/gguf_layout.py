@@ -140,6 +140,7 @@ def gguf_layout(source: Source) -> Layout:
         known = ", ".join(FAMILIES)
         raise CannotExport(f"--to gguf: only children of the families {known} can be written, not of {family}.")
     _refuse_windows(source)
+    _experts(source)  # first, since a padded copy, which other refusals name as the way, cannot hold them either
     refusals = {}
     for arch in _candidates(source, FAMILIES[family]):
         try:
