@@ -15,16 +15,16 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 from transformers import LlamaConfig, PretrainedConfig, Qwen3Config
 
-from layersmith.costs.aiconfigurator import ask, predict_served
+from layersmith.costs.aiconfigurator import ask_whole, predict_served
 from layersmith.costs.budget import Workload
 from layersmith.costs.counted import ModelShape
 from layersmith.costs.roofline import predict
 from layersmith.costs.times import Timing, costs_of
 from layersmith.costs.trial_solutions import trial_solutions
+from layersmith.errors import UnsupportedModel
 from layersmith.library.alternative import Alternative, child_blocks
 from layersmith.recipe import LibraryRecipe
 from layersmith.stages.inspect import Outline, outline
@@ -89,42 +89,25 @@ def _table(title: str, space: Outline, names: tuple[str, str], workload: Workloa
     for solution in trial_solutions(served, space.alternatives, space.costs, CHILDREN):
         parameters = space.costs.fixed["parameters"] + sum(space.costs.by_key[a.key]["parameters"] for a in solution)
         child, flat = (times.whole(a.key for a in solution) for times in (served, roofline))
-        whole = _whole(space, solution, system, workload)
+        whole = _whole(shape, solution, system, workload)
         faster = [_throughput(p, workload) / _throughput(c, workload) for c, p in ((child, parent), (flat, of_parent))]
         lines.append(
             f"| {parameters / space.costs.parent['parameters']:.3f} | {child.decode / parent.decode:.3f} "
-            f"| {flat.decode / of_parent.decode:.3f} | {_share(whole and whole.decode, parent.decode)} "
+            f"| {flat.decode / of_parent.decode:.3f} | {_share(whole.decode if whole else None, parent.decode)} "
             f"| {faster[0]:.2f}x | {faster[1]:.2f}x | {child.prefill / parent.prefill:.3f} "
-            f"| {flat.prefill / of_parent.prefill:.3f} | {_share(whole and whole.prefill, parent.prefill)} |"
+            f"| {flat.prefill / of_parent.prefill:.3f} | {_share(whole.prefill if whole else None, parent.prefill)} |"
         )
     return lines
 
 
-def _whole(space: Outline, solution: list[Alternative], system: str, workload: Workload) -> Timing | None:
+def _whole(shape: ModelShape, solution: list[Alternative], system: str, workload: Workload) -> Timing | None:
     """A Llama child asked as a whole; None if the layout cannot express it."""
-    if type(space.config) is not LlamaConfig:
+    if type(shape.config) is not LlamaConfig:
         return None
-    config, entries = space.config, []
-    for block in child_blocks(space.blocks, solution):
-        attention, ffn = block.attention, block.ffn
-        if attention.replace_with_linear or ffn.replace_with_linear or attention.num_attention_heads is not None:
-            return None
-        kv = attention.num_key_value_heads
-        group = None if attention.no_op or kv is None else config.num_attention_heads // kv
-        width = None if ffn.no_op or ffn.intermediate_size is None else 1.5 * ffn.intermediate_size / config.hidden_size
-        entries.append(
-            {
-                "attention": {"n_heads_in_group": group, "no_op": attention.no_op, "replace_with_linear": False},
-                "ffn": {"ffn_mult": width, "no_op": ffn.no_op, "replace_with_linear": False},
-            }
-        )
-    fields: dict[str, Any] = {
-        key: getattr(config, key)
-        for key in ("hidden_size", "num_attention_heads", "num_hidden_layers", "vocab_size", "max_position_embeddings")
-    }
-    fields |= {"architectures": ["DeciLMForCausalLM"], "model_type": "nemotron-nas", "block_configs": entries}
-    fields |= {"num_key_value_heads": None, "intermediate_size": None}
-    return ask(system, SERVER, fields, workload).whole
+    try:
+        return ask_whole(system, SERVER, shape, child_blocks(shape.blocks, solution), workload)
+    except UnsupportedModel:
+        return None
 
 
 def _share(of: float | None, whole: float) -> str:

@@ -64,7 +64,7 @@ def print_result(console: Console, result: Any, with_samples: bool = False) -> N
         f"evaluated on {tokens:,} held-out tokens; ± is one standard error of the mean over rows", style="dim"
     )
     if clock is not None:
-        console.print(f"timed on {workload_in_words(clock)}", style="dim", highlight=False)
+        console.print(workload_in_words(clock), style="dim", highlight=False)
     if with_samples:
         print_samples(console, result.evaluation["samples"])
     console.print(f"child:  {result.child}", markup=False, highlight=False, soft_wrap=True)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 from transformers import LlamaConfig, Qwen3MoeConfig
 
-from layersmith.costs.aiconfigurator import ask, predict_served
+import layersmith
+from layersmith.costs.aiconfigurator import ask, ask_whole, predict_served
 from layersmith.costs.budget import Workload
 from layersmith.costs.counted import ModelShape
 from layersmith.costs.times import Times
 from layersmith.errors import UnsupportedModel, UsageError
+from layersmith.library.alternative import child_blocks
 from layersmith.recipe import LibraryRecipe
+from layersmith.report.optional import read_clock
 from layersmith.stages.inspect import Outline, outline
+from tests.conftest import TINY_RECIPE
 
 pytest.importorskip("aiconfigurator")
 
@@ -68,6 +73,9 @@ def test_sums_are_what_whole_models_take(tmp_path: Any) -> None:
     kv = chosen[1, "attention"].block_config(space.blocks[1]).attention.num_key_value_heads
     width = chosen[3, "ffn"].block_config(space.blocks[3]).ffn.intermediate_size
     child = ask("h100_sxm", "vllm", decilm([(8, 14336), (kv, 14336), (8, None), (8, width)]), LOAD)
+    shape = ModelShape(space.descriptor, space.config, space.blocks, space.axes, space.dtype)
+    blocks = child_blocks(space.blocks, list(chosen.values()))
+    assert ask_whole("h100_sxm", "vllm", shape, blocks, LOAD) == child.whole
     predicted = times.whole(a.key for a in chosen.values())
     assert predicted.prefill == pytest.approx(child.ttft, rel=0.02)
     asked = child.mixed_share * sum(child.mixed.values()) + (1 - child.mixed_share) * sum(child.decode.values())
@@ -78,7 +86,7 @@ def _changes_only(a: Any, space: Outline, key: str) -> bool:
     before, after = (
         getattr(block, a.subblock).to_dict() for block in (space.blocks[a.layer], a.block_config(space.blocks[a.layer]))
     )
-    return {name for name in after if after[name] != before[name]} == {key}
+    return {name for name in after if after[name] != before.get(name)} == {key}
 
 
 def test_fewer_experts_and_other_servers(tmp_path: Any) -> None:
@@ -91,7 +99,7 @@ def test_fewer_experts_and_other_servers(tmp_path: Any) -> None:
     whole = {(a.layer, a.subblock): times.by_key[a.key] for a in space.alternatives if a.is_parent}
     for a in space.alternatives:
         assert times.by_key[a.key].decode <= whole[a.layer, a.subblock].decode * 1.001
-    fewer = [a for a in space.alternatives if _changes_only(a, space, "num_local_experts")]
+    fewer = [a for a in space.alternatives if a.kind == "experts"]
     assert fewer
     assert all(times.by_key[a.key].decode < 0.95 * whole[a.layer, "ffn"].decode for a in fewer)
 
@@ -107,3 +115,24 @@ def test_what_is_not_known_is_refused(tmp_path: Any) -> None:
         predict_served("h200_sxm", "ollama", shape, space.alternatives, LOAD)
     with pytest.raises(UnsupportedModel, match="AIConfigurator has no times for this model"):
         ask("h200_sxm", "vllm", LLAMA | {"architectures": ["Nobody"]}, LOAD)
+
+
+def test_the_final_child_is_asked_as_a_whole(make_parent: Any, text_folder: Any, tmp_path: Any) -> None:
+    """The report has the sum over its parts and the answer for the whole child."""
+    quick = TINY_RECIPE | {
+        "local_distillation": {"tokens": 0, "coupled_tokens": 0},
+        "library": {"ffn_fractions": [0.5], "linear": [], "query_heads": False},
+        "costs": {"device": "h100_sxm", "server": "vllm"},
+    }
+    parent = make_parent("llama", num_hidden_layers=2)
+    budget = {"throughput": "1.2x", "batch": 8, "context": 64, "generate": 16}
+    result = layersmith.compress(parent, tmp_path / "run", data=text_folder, budget=budget, recipe=quick)
+    clock = read_clock(result.run)
+    assert clock is not None
+    assert clock.predicted
+    assert clock.child["token_seconds"] < clock.parent["token_seconds"]
+    report = json.loads((result.run / "report.json").read_text())
+    times = [c for c in report["checks"]["times"] if c["what"] == "this child"]
+    assert {c["phase"] for c in times} == {"prefill", "decode"}
+    assert all(c["predicted"] == pytest.approx(c["measured"], rel=0.15) for c in times)  # a model of microseconds
+    assert "predicted for h100_sxm, vllm" in (result.run / "report.html").read_text()

@@ -242,6 +242,38 @@ def ask(system: str, server: str, config: Mapping[str, Any], workload: Workload)
     return Answer(mixed, decode, counts[0] / sum(counts), float(result.ttft) / 1e3)
 
 
+def ask_whole(
+    system: str, server: str, parent: ModelShape, blocks: Sequence[BlockConfig], workload: Workload
+) -> Timing:
+    """Times of a whole child of a Llama-like parent, asked in the DeciLM layout.
+
+    Raises:
+        UnsupportedModel: The layout cannot express a layer, or AIConfigurator has no data for it.
+    """
+    language, entries = parent.language, []
+    queries = language.num_attention_heads
+    for i, block in enumerate(blocks):
+        attention, ffn = block.attention, block.ffn
+        other_heads = attention.num_attention_heads not in (None, queries)
+        if attention.replace_with_linear or ffn.replace_with_linear or other_heads or ffn.moe is not None:
+            raise UnsupportedModel(f"AIConfigurator is not asked for the whole child: layer {i} is none of Llama's")
+        kv = attention.num_key_value_heads or getattr(language, _KV_HEADS, None) or queries
+        width = 1.5 * (ffn.intermediate_size or language.intermediate_size) / language.hidden_size
+        entries.append(
+            {
+                "attention": _entry(attention, "n_heads_in_group", queries // kv),
+                "ffn": _entry(ffn, "ffn_mult", width),
+            }
+        )
+    config = config_of(parent, parent.blocks[0]) | {"architectures": ["DeciLMForCausalLM"], "block_configs": entries}
+    config |= {"model_type": "nemotron-nas", _KV_HEADS: None, "intermediate_size": None}
+    return ask(system, server, config, workload).whole
+
+
+def _entry(subblock: Subblock, name: str, size: float) -> dict[str, Any]:
+    return {name: None if subblock.no_op else size, "no_op": subblock.no_op, "replace_with_linear": False}
+
+
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep what AIConfigurator prints and logs off the screen."""

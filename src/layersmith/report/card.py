@@ -235,7 +235,7 @@ def _costs(child: Child) -> str:
     workload = f"KV cache for a batch of {solution.workload.batch} with {solution.workload.context:,} tokens each."
     if clock is not None:
         before, after = before | clock.parent, after | clock.child
-        workload += f" Timed on {_md(workload_in_words(clock))}."
+        workload += f" They are {_md(workload_in_words(clock))}."
     rows = []
     uncertain = clock.child if clock is not None and clock.is_busy else {}
     for name in ordered_costs(after):

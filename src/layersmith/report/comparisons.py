@@ -102,8 +102,8 @@ def checked_times(report: Report) -> list[Plot]:
     x, y = _Axis("predicted", "sum of parts / parent"), _Axis("measured", "measured / parent")
     tips = tooltip(what="model", phase="", predicted="sum of parts", text="measured")
     note = (
-        "Parts are timed in models in which all layers have them. Whole models, timed here, are used to correct the "
-        "sums of parts. The sum for this child is shown after that correction."
+        "Parts are timed in models in which all layers have them. Whole models that were timed before the search "
+        "correct the sums of parts. The sum for this child is shown after that correction."
     )
     table = Table("Times relative to the parent's", ["model", "", "sum of parts", "measured", "error"], rows)
     spec = _against("times", data, x, y, "phase", tips)

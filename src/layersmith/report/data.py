@@ -199,9 +199,10 @@ class Checks:
 
 @dataclass(frozen=True)
 class Clock:
-    """Measured times of parent and child, and the workload.
+    """Times of parent and child, and the workload.
 
     Attributes:
+        predicted: Whether they were not measured, but asked of AIConfigurator for both as whole models.
         noise: For parent and child: standard errors and spread of the repeats, and whether the machine was busy.
     """
 
@@ -212,6 +213,7 @@ class Clock:
     generated: int
     device: str
     noise: dict[str, Noise] = field(default_factory=dict)
+    predicted: bool = False
 
     @property
     def is_busy(self) -> bool:

@@ -50,7 +50,7 @@ def render(data: dict[str, Any]) -> str:
         cards=_cards(report),
         child="distilled" if report.distillation and report.distillation.curves else "child",
         costs=_cost_rows(report),
-        workload=f"; timed on {workload_in_words(report.times)}" if report.times else "",
+        workload=f"; {workload_in_words(report.times)}" if report.times else "",
         budget=[_budget_row(row) for row in report.budget],
         plots=sections,
         objective=metric_label(report.scores.objective),

@@ -90,8 +90,8 @@ def share(part: float, whole: float) -> str:
 
 
 def workload_in_words(clock: Clock) -> str:
-    """The device and the workload that parent and child were timed with."""
+    """How parent and child were timed: the device and the workload."""
     return (
-        f"{clock.device}: batch {clock.batch}, prompt of {clock.prompt:,} tokens, then {clock.generated:,} generated "
-        "tokens"
+        f"{'predicted for' if clock.predicted else 'timed on'} {clock.device}: batch {clock.batch}, prompt of "
+        f"{clock.prompt:,} tokens, then {clock.generated:,} generated tokens"
     ) + ("; the machine was busy, so these times are uncertain" if clock.is_busy else "")

@@ -5,22 +5,28 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from layersmith.costs.aiconfigurator import ask_whole
 from layersmith.costs.budget import Workload
 from layersmith.costs.clock import device_name
 from layersmith.costs.stopwatch import time_models
-from layersmith.costs.times import costs_of
+from layersmith.costs.times import Times, costs_of
+from layersmith.errors import UnsupportedModel
 from layersmith.evaluation.compare import compare, complete
 from layersmith.evaluation.tasks import task_rows
 from layersmith.execution.streaming import load_streamed
+from layersmith.export.decilm import VLLM, why_not_llama
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.checkpoint import load
+from layersmith.library.alternative import child_blocks
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
-from layersmith.stages.costs import COSTS
+from layersmith.stages.costs import COSTS, shape_of
 from layersmith.stages.data import DATA, digest_of_split
+from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.job import Job
 from layersmith.stages.realize import CHILD
+from layersmith.stages.refine import SOLUTION
 from layersmith.stages.search import SEARCH
 from layersmith.stages.tasks import kept_shares, task_inputs, task_results
 
@@ -111,13 +117,47 @@ def _workload(job: Job) -> Workload:
 
 
 def _is_wanted(job: Job) -> bool:
-    """Nothing is timed if times are those of another machine, or the parent is not in memory."""
+    """Times of another machine are asked for where a server's layout holds whole children; no other can be timed here.
+
+    A parent that is not in memory is not timed.
+    """
     times = job.read(COSTS).times
+    if times is not None and times.source == "predicted" and job.recipe.costs.server is not None:
+        return not why_not_llama(VLLM, job.parent.config, job.parent.descriptor)
     is_possible = not job.is_streamed and (times is None or times.source == "measured")
     return is_possible and (job.limits.has_times or job.recipe.costs.time_child)
 
 
 def _time(job: Job, making: Making) -> None:
+    times = job.read(COSTS).times
+    if times is not None and times.source == "predicted":
+        _ask(job, making, times)
+    else:
+        _measure(job, making)
+
+
+def _ask(job: Job, making: Making, times: Times) -> None:
+    """The times of the whole parent and child on the server that the recipe names."""
+    parent, solution = job.parent, job.read(SOLUTION)
+    shape, source = shape_of(parent, job.read(DESCRIBE)), job.recipe.costs
+    children = [list(parent.blocks), child_blocks(parent.blocks, solution.alternatives)]
+    with making.progress.stage("clock", 1, "pair") as advance:
+        try:
+            asked = [ask_whole(str(source.device), str(source.server), shape, c, times.workload) for c in children]
+        except UnsupportedModel as reason:
+            making.progress.note(f"{reason}. Its predicted times are sums over its parts.")
+            return
+        advance(1)
+    before, after = (costs_of(timing, times.workload) for timing in asked)
+    _write_times(making, times.workload, before, after, {"device": times.device, "predicted": True})
+
+
+def _write_times(making: Making, workload: Workload, before: Any, after: Any, more: dict[str, Any]) -> None:
+    how = {"batch": workload.batch, "prompt": workload.prompt, "generated": workload.generated}
+    write_json(making.folder / "times.json", {"parent": before, "child": after, **how, **more})
+
+
+def _measure(job: Job, making: Making) -> None:
     parent, workload, child = job.first_parent, _workload(job), _load_child(job)
     with making.progress.stage("clock", 1, "pair") as advance:
         with foreign_code("do parent and child generate?") as attempt:
@@ -127,7 +167,6 @@ def _time(job: Job, making: Making) -> None:
         making.progress.note(f"parent and child are not timed: they do not generate here ({attempt.reason}).")
         return
     before, after = (costs_of(measurement.time, workload) for measurement in measured)
-    how = {"batch": workload.batch, "prompt": workload.prompt, "generated": workload.generated}
     noise = {
         name: {"error": dataclasses.asdict(m.error), "spread": dataclasses.asdict(m.spread), "busy": m.busy}
         for name, m in zip(("parent", "child"), measured, strict=True)
@@ -138,8 +177,7 @@ def _time(job: Job, making: Making) -> None:
             f"the machine was busy while parent and child were timed: repeats of one time differ by {widest:.0%}. "
             "Do not read a speed-up from these times; time them again on a quiet machine."
         )
-    data = {"parent": before, "child": after, **how, "device": device_name(parent.runtime), "noise": noise}
-    write_json(making.folder / "times.json", data)
+    _write_times(making, workload, before, after, {"device": device_name(parent.runtime), "noise": noise})
 
 
 CLOCK = Stage(
