@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test check conformance families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test examples check conformance families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -93,6 +93,19 @@ serve-test: .venv-serving/.ready .venv-vllm/.ready
 	  > .venv-vllm/requirements.txt
 	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -r .venv-vllm/requirements.txt
 	touch .venv-vllm/.ready
+
+# The scripts in examples/after: what is done with a child afterwards, with the packages that do it. Five minutes of a
+# core. llm-compressor's upper bound of Transformers is older than the version that is tested here, which it works with.
+examples: .venv-examples/.ready
+	LAYERSMITH_EXAMPLES=all .venv-examples/bin/python -m pytest -rP tests/test_examples.py
+
+.venv-examples/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-examples
+	.venv-examples/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-examples/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[onnx,tasks]' pytest \
+	  peft==0.21.2 trl==1.16.0 torchao==0.18.0 compressed-tensors==0.20.1 loguru
+	.venv-examples/bin/pip install --quiet --disable-pip-version-check --no-deps llmcompressor==0.14.0.1
+	touch .venv-examples/.ready
 
 check: lint types test
 

@@ -139,7 +139,8 @@ def page(results: dict[str, dict[str, str]], vllm: str | None) -> str:
         "",
     ]
     names = [f"`{target}`, {server}" for target, server in COLUMNS]
-    return "\n".join([*head, *lines(results, names), ""])
+    ordered = {child.name: results[child.name] for child in CHILDREN if child.name in results}
+    return "\n".join([*head, *lines(ordered, names), ""])
 
 
 if __name__ == "__main__":

@@ -140,7 +140,7 @@ def _ask(job: Job, making: Making, times: Times) -> None:
     """The times of the whole parent and child on the server that the recipe names."""
     parent, solution = job.parent, job.read(SOLUTION)
     shape, source = shape_of(parent, job.read(DESCRIBE)), job.recipe.costs
-    children = [list(parent.blocks), child_blocks(parent.blocks, solution.alternatives)]
+    children = [list(job.first_parent.blocks), child_blocks(parent.blocks, solution.alternatives)]
     with making.progress.stage("clock", 1, "pair") as advance:
         try:
             asked = [ask_whole(str(source.device), str(source.server), shape, c, times.workload) for c in children]
