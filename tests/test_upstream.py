@@ -185,7 +185,8 @@ def test_init_weights_fills_a_module() -> None:
 
 
 def test_models_have_the_methods_that_a_child_extends() -> None:
-    for name in ("from_pretrained", "save_pretrained", "set_attn_implementation", "initialize_weights", "_from_config"):
+    implementations = ("set_attn_implementation", "set_experts_implementation")
+    for name in ("from_pretrained", "save_pretrained", *implementations, "initialize_weights", "_from_config"):
         assert callable(getattr(PreTrainedModel, name)), name
     assert callable(PreTrainedModel.register_for_auto_class)
 

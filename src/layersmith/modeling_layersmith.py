@@ -621,12 +621,19 @@ class HeterogeneousMixin:
 
     def set_attn_implementation(self, attn_implementation: Any, *args: Any, **kwargs: Any) -> None:
         super().set_attn_implementation(attn_implementation, *args, **kwargs)  # type: ignore[misc]
-        # Each layer holds a config that the stock method does not reach.
+        self._tell_layers("_attn_implementation_internal")
+
+    def set_experts_implementation(self, experts_implementation: Any, *args: Any, **kwargs: Any) -> None:
+        super().set_experts_implementation(experts_implementation, *args, **kwargs)  # type: ignore[misc]
+        self._tell_layers("_experts_implementation_internal")
+
+    def _tell_layers(self, name: str) -> None:
+        """Give an attribute of the model's config to the configs of the layers, which stock code cannot reach."""
+        value = getattr(_text_config(self.config), name)  # type: ignore[attr-defined]
         for module in self.modules():  # type: ignore[attr-defined]
             layer_config = getattr(module, "config", None)
             if isinstance(layer_config, PretrainedConfig) and not isinstance(module, PreTrainedModel):
-                text_config = _text_config(self.config)  # type: ignore[attr-defined]
-                layer_config._attn_implementation_internal = text_config._attn_implementation_internal
+                setattr(layer_config, name, value)
 
     def _get_static_cache_init_shape(self) -> None:
         # The stock method would give every layer the KV heads of the model's config. With None, each layer takes its

@@ -109,10 +109,12 @@ def test_wrong_number_of_blocks() -> None:
         layersmith.build(FAMILIES["llama"](), [block()] * 3)
 
 
-def test_attention_implementation_reaches_every_layer() -> None:
+def test_implementations_of_attention_and_experts_reach_every_layer() -> None:
     config = FAMILIES["llama"]()
     child = child_model(config, [block({"num_key_value_heads": 2})] * 4)
     sdpa = child(IDS).logits
     child.set_attn_implementation("eager")
     assert {layer.self_attn.config._attn_implementation for layer in child.model.layers} == {"eager"}
+    child.set_experts_implementation("eager")
+    assert {layer.self_attn.config._experts_implementation for layer in child.model.layers} == {"eager"}
     torch.testing.assert_close(child(IDS).logits, sdpa, rtol=1e-4, atol=1e-4)

@@ -51,7 +51,7 @@ def test_a_child_always_has_its_card(make_parent: Callable[..., Path], text_fold
     loss = result.metric("loss")
     assert f"{loss['child']:.4f} ± {loss['child_standard_error']:.4f}" in text
     assert "Not evaluated." not in text
-    assert "Timed on" in text
+    assert "They are timed on" in text
     (results,) = front["model-index"][0]["results"]
     assert {m["type"]: m["value"] for m in results["metrics"]}["loss"] == pytest.approx(loss["child"], rel=1e-5)
     card = ModelCard.load(result.child / "README.md")  # as huggingface_hub reads it

@@ -39,7 +39,10 @@ def prepare(source: Source) -> Callable[[Path], None]:
 
 
 def _write(source: Source, folder: Path) -> None:
-    model = _Logits(load(source.folder, dtype=torch.float32).eval())
+    child = load(source.folder, dtype=torch.float32).eval()
+    if any(block.ffn.moe is not None for block in source.blocks):
+        child.set_experts_implementation("batched_mm")  # the usual one has an operator that ONNX does not have
+    model = _Logits(child)
     ids = torch.arange(24).view(2, 12) % source.language.vocab_size
     longest = getattr(source.language, "max_position_embeddings", None) or 2**16
     sizes = {0: torch.export.Dim("batch"), 1: torch.export.Dim("tokens", max=longest)}
