@@ -67,7 +67,7 @@ def gptq_quantize(weight: Tensor, second_moment: Tensor, format: Format, *, damp
             errors[:, j - start] = (column - grids[-1].values(levels[:, j : j + 1], group))[:, 0] / factor[j, j]
             rest[:, j + 1 : end] -= errors[:, j - start, None] * factor[j, j + 1 : end]
         rest[:, end:] -= errors @ factor[start:end, end:]
-    return Quantized(_joined(grids), levels)
+    return Quantized(_joined(grids), levels.bfloat16())
 
 
 def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:

@@ -29,24 +29,24 @@ def compressed_tensors(quantized: Quantized) -> dict[str, Tensor]:
     Integers are packed as ``weight_packed`` in words of 32 bits, FP4 in bytes; FP8 stays ``weight``. Scales of integers
     and of FP8 are in bfloat16.
     """
-    form, grid, rows = quantized.format, quantized.grid, len(quantized.levels)
+    form, grid, levels = quantized.format, quantized.grid, quantized.levels.float()
     if form.levels == "e4m3":
         scale = grid.scale.bfloat16()
         return {
-            "weight": quantized.levels.to(torch.float8_e4m3fn),
+            "weight": levels.to(torch.float8_e4m3fn),
             "weight_scale": scale.reshape(1) if form.group == "tensor" else scale,
         }
     if form.levels == "e2m1":
-        packed = {"weight_packed": _bytes_of_fours(_index(quantized.levels, _E2M1_CODES))}
+        packed = {"weight_packed": _bytes_of_fours(_index(levels, _E2M1_CODES))}
         if "global_scale" not in grid.stored:
             return packed | {"weight_scale": (grid.scale.log2().round() + 127).to(torch.uint8)}
         scale = (grid.scale * grid.stored["global_scale"]).to(torch.float8_e4m3fn)
         return packed | {"weight_scale": scale, "weight_global_scale": grid.stored["global_scale"]}
     lowest = integer_range(form)[0]
     out = {
-        "weight_packed": _words(quantized.levels - lowest, form.bits),
+        "weight_packed": _words(levels - lowest, form.bits),
         "weight_scale": grid.scale.bfloat16(),
-        "weight_shape": torch.tensor([rows, quantized.levels.shape[1]]),
+        "weight_shape": torch.tensor(levels.shape),
     }
     if form.is_asymmetric:
         out["weight_zero_point"] = _words(grid.stored["zeros"].T, form.bits).T.contiguous()
@@ -137,7 +137,7 @@ class _Block:
     """The blocks of a matrix: each property is bytes or codes in uint8, ``[rows, blocks, n]``."""
 
     def __init__(self, quantized: Quantized) -> None:
-        form, grid, levels = quantized.format, quantized.grid, quantized.levels
+        form, grid, levels = quantized.format, quantized.grid, quantized.levels.float()
         shape = (len(levels), levels.shape[1] // form.block, -1)
         if form.levels == "iq4_nl":
             codes = _index(levels, {float(level): code for code, level in enumerate(IQ4_NL)})

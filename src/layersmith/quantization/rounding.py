@@ -80,7 +80,7 @@ class Quantized:
 
     Attributes:
         grid: The values that its weights can have.
-        levels: ``[rows, columns]`` in float32, which of them each weight has.
+        levels: ``[rows, columns]``, which of them each weight has; in bfloat16, which holds the levels of all formats.
     """
 
     grid: Grid
@@ -93,7 +93,7 @@ class Quantized:
 
     def values(self) -> Tensor:
         """The weights in float32."""
-        return self.grid.values(self.levels)
+        return self.grid.values(self.levels.float())
 
 
 def fake_quantize(weight: Tensor, format: Format, *, importance: Tensor | None = None) -> Tensor:
@@ -122,7 +122,7 @@ def fake_quantize(weight: Tensor, format: Format, *, importance: Tensor | None =
 def quantize(weight: Tensor, format: Format, *, importance: Tensor | None = None) -> Quantized:
     """Like :func:`fake_quantize` for a matrix ``[out, in]``; returns levels and scales, which can be stored."""
     grid = fit(weight, format, importance=importance)
-    return Quantized(grid, grid.levels(weight.float()))
+    return Quantized(grid, grid.levels(weight.float()).bfloat16())
 
 
 @torch.no_grad()
