@@ -23,6 +23,7 @@ from layersmith.library.slicing import members_of
 from layersmith.library.statistics import Calibration, gather
 from layersmith.library.survey import Survey
 from layersmith.recipe import LibraryRecipe
+from layersmith.run import ranks
 
 Tensors = dict[str, torch.Tensor]
 
@@ -39,19 +40,29 @@ def build_library(parent: Parent, recipe: LibraryRecipe, survey: Survey, calibra
     library = Library(
         parent=parent, axes=survey.axes, alternatives=survey.alternatives, orders={}, maps={}, notes=survey.notes
     )
+    means = gather_means(library, recipe, survey, calibration)
+    rankings = _Rankings(survey.ffn_ranking)
+    for i, (axes, of_layer) in enumerate(zip(survey.axes, means, strict=True)):
+        rankings.add_layer(parent.layer(i), i, axes, of_layer)
+    library.orders, library.maps, library.importance = rankings.orders, rankings.maps, rankings.importance
+    return library
+
+
+def gather_means(
+    library: Library, recipe: LibraryRecipe, survey: Survey, calibration: Calibration
+) -> Iterable[Tensors]:
+    """The means for each layer; other processes than the first help to gather them, and get none.
+
+    If the parent's weights stay on the disk, the first process works alone.
+    """
+    parent = library.parent
     probes = probes_for(parent, survey.axes, survey.alternatives, survey.ffn_ranking)
-    means: Iterable[Tensors] | None = None
     if parent.stream is not None:
         with suppress(NotLayerwise):
-            means = gather_layerwise(split_layers(parent, library), probes, calibration)
-    if means is None:
-        of_all = gather(parent, probes, calibration, memory_bytes=recipe.statistics_gib * 1024**3)
-        means = repeat(of_all, len(survey.axes))
-    ranks = _Rankings(survey.ffn_ranking)
-    for i, (axes, of_layer) in enumerate(zip(survey.axes, means, strict=True)):
-        ranks.add_layer(parent.layer(i), i, axes, of_layer)
-    library.orders, library.maps, library.importance = ranks.orders, ranks.maps, ranks.importance
-    return library
+            layerwise = split_layers(parent, library)
+            return gather_layerwise(layerwise, probes, calibration) if ranks.is_first() else ()
+    of_all = gather(parent, probes, calibration, memory_bytes=recipe.statistics_gib * 1024**3)
+    return repeat(of_all, len(survey.axes))
 
 
 @dataclass

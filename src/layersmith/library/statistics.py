@@ -41,6 +41,7 @@ from layersmith.execution.parent import Parent
 from layersmith.library.axes.axis import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
 from layersmith.library.slicing import common_module, members_of
 from layersmith.modeling_layersmith import first_tensor as first_argument
+from layersmith.run import ranks
 from layersmith.run.journal import Checkpoint
 from layersmith.run.progress import SILENT, Progress
 
@@ -100,6 +101,9 @@ def gather(
 ) -> dict[str, torch.Tensor]:
     """Run the parent over calibration rows and gather all probes, in one pass if their sums fit in memory.
 
+    All processes of a launcher call this and divide the batches. The first returns the means, the others nothing. The
+    sums are added in another order than in one process, in float64.
+
     Args:
         parent: The parent.
         probes: The sums to gather.
@@ -111,23 +115,31 @@ def gather(
         ``cross`` two entries ``name.input`` and ``name.output``, ``[D, D]`` each, for ``reader`` two entries
         ``name.channels``, ``[experts, F]``, and ``name.members``, ``[experts, experts]``.
     """
-    passes, tokens = _passes(probes, memory_bytes), calibration.tokens
-    batches = tokens.split(calibration.batch_sequences)
+    sums = ranks.together(lambda: _sums_of_this_process(parent, _passes(probes, memory_bytes), calibration))
+    ranks.add_up(sums)
+    count = calibration.tokens.numel()
+    return {name: (total / count).float() for name, total in sums.items()} if ranks.is_first() else {}
+
+
+def _sums_of_this_process(
+    parent: Parent, passes: Sequence[Sequence[Probe]], calibration: Calibration
+) -> dict[str, torch.Tensor]:
+    """The sums over every n-th batch, where there are n processes."""
+    tokens = calibration.tokens
+    batches = list(enumerate(tokens.split(calibration.batch_sequences)))[ranks.number() :: ranks.count()]
     saved = Checkpoint(calibration.checkpoint, calibration.inputs, _SAVE_EVERY_SECONDS)
     sums, done = saved.load() or ({}, 0)
     with calibration.progress.stage("statistics", len(passes) * len(tokens), "sequences") as advance:
-        advance(sum(len(batches[i % len(batches)]) for i in range(done)))
+        advance(sum(ranks.count() * len(batches[i % len(batches)][1]) for i in range(done)))
         for number, group in enumerate(passes):
-            for index, batch in enumerate(batches):
-                position = number * len(batches) + index
-                if position < done:
+            for index, (position, batch) in enumerate(batches, start=number * len(batches)):
+                if index < done:
                     continue
                 add_batch(parent, group, batch, sums, position)
-                advance(len(batch))
+                advance(ranks.count() * len(batch))
                 if saved.is_due:
-                    saved.save(sums, position + 1)
-    count = tokens.numel()
-    return {name: (total / count).float() for name, total in sums.items()}
+                    saved.save(sums, index + 1)
+    return sums
 
 
 def _passes(probes: Sequence[Probe], memory_bytes: float) -> list[list[Probe]]:

@@ -12,7 +12,7 @@ import os
 import tempfile
 import time
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -71,6 +71,7 @@ class Journal:
     def __init__(self, path: Path | None, inputs: str):
         self.path, self.inputs = path, inputs
         self.known: dict[tuple[str, int], Values] = {}
+        self._new: list[tuple[str, int]] = []
         self._file: IO[bytes] | None = None
         self._synced = time.monotonic()
 
@@ -97,7 +98,27 @@ class Journal:
         for row, values in zip(rows, results, strict=True):
             if (of, row) not in self.known:  # a batch may have been cut off in its middle
                 self.known[of, row] = values
+                self._new.append((of, row))
                 self._append({"of": of, "row": row, "values": values})
+
+    def share(self) -> None:
+        """Give all processes what the first one has read."""
+        self.known = ranks.from_first(lambda: self.known)
+
+    def from_each(self, work: Callable[[], object]) -> None:
+        """Call ``work``, which writes results, in every process; afterwards all know the results of all.
+
+        The first process alone has a file. So results of the others are kept when all have finished.
+        """
+
+        def found() -> dict[tuple[str, int], Values]:
+            self._new.clear()
+            work()
+            return {key: self.known[key] for key in self._new}
+
+        for of_process in ranks.from_each(found):
+            for (of, row), values in of_process.items():
+                self.write(of, [row], [values])
 
     def _append(self, record: dict[str, Any]) -> None:
         if self._file is not None and self.path is not None:
@@ -137,14 +158,16 @@ class Recording:
         path: File of the journal; None for no file.
         inputs: Digest of everything that results depend on; a journal of other inputs is started anew.
         progress: Receives steps and notes.
+        is_kept: Whether this process keeps results; of several that work together, the first does.
     """
 
     path: Path | None = None
     inputs: str = ""
     progress: Progress = SILENT
+    is_kept: bool = True
 
     def journal(self) -> Journal:
-        return Journal(self.path, self.inputs)
+        return Journal(self.path if self.is_kept else None, self.inputs)
 
     @property
     def folder(self) -> Path:

@@ -12,6 +12,7 @@ from datetime import timedelta
 from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from layersmith import errors
@@ -63,6 +64,39 @@ def together(work: Callable[[], T]) -> T:
         raise
     _exchange(None)
     return result
+
+
+def count() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def from_each(work: Callable[[], T]) -> list[T]:
+    """Call ``work`` in every process, which may do different things in each, and return all results in all.
+
+    Raises:
+        Exception: As from :func:`together`.
+    """
+    mine = together(work)
+    return _gathered(mine) if are_several() else [mine]
+
+
+def add_up(tensors: dict[str, torch.Tensor]) -> None:
+    """Add each tensor of all processes to that of the first, in place, in an order that the number of processes fixes.
+
+    Args:
+        tensors: Tensors by name, on the CPU. A process may lack any of them but those of the first.
+    """
+    if not are_several():
+        return
+    for name, (shape, dtype) in from_first(lambda: {n: (t.shape, t.dtype) for n, t in tensors.items()}).items():
+        mine = tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
+        dist.reduce(mine, 0, group=_group())
 
 
 def on_first(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> None:

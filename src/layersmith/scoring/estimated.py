@@ -9,10 +9,12 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 
 import torch
 
 from layersmith.library.alternative import Alternative
+from layersmith.run import ranks
 from layersmith.run.journal import Journal
 from layersmith.scoring.correction import Prior, correct, prior
 from layersmith.scoring.exact_runs import ExactRuns, RowCounts
@@ -23,6 +25,7 @@ from layersmith.scoring.score import Score, standard_error
 from layersmith.scoring.second_order import SeededBatch, estimate, plan_estimate
 from layersmith.scoring.silencing import Survey, look
 from layersmith.scoring.task import KL, ScoringTask, exact_passes, has_experts, row_order
+from layersmith.scoring.work import shared
 
 _ESTIMATE = "second order "  # before the identity of an alternative, in the journal
 # Rounds of exact runs to plan for while no estimate is known. Only the displayed remaining time depends on it
@@ -79,8 +82,7 @@ def _run_rounds(
     for k in range(rounds.count):
         with task.work.doing("choose", 0):
             observed = _observed(task, by_row, done)
-            following = rounds.after(k, done, observed, count)
-            _, planned = rounds.foresee(k, done, observed, max(count, k + 1))
+            following, planned = ranks.from_first(partial(_choose, rounds, k, done, observed, count))
         task.work.forget()
         if following == done:
             break
@@ -89,6 +91,12 @@ def _run_rounds(
         runs.run(*(_by_identity(task, of) for of in (following, done, planned)))
         done = following
     return done, _observed(task, by_row, done)
+
+
+def _choose(rounds: Rounds, k: int, done: Runs, observed: Observed, count: int) -> tuple[Runs, Runs]:
+    """The exact runs after another round, and all that are foreseen."""
+    following = rounds.after(k, done, observed, count)
+    return following, rounds.foresee(k, done, observed, max(count, k + 1))[1]
 
 
 def _by_identity(task: ScoringTask, runs: Runs) -> RowCounts:
@@ -124,9 +132,9 @@ class Sweep:
         return [[known[_ESTIMATE + a.identity, row][KL] for row in rows] for a in self.task.pending]
 
     def plan(self) -> None:
-        """Add the sweep to the planned work."""
+        """Add this process's part of the sweep to the planned work."""
         task = self.task
-        task.progress.begin("estimated", task.num_rows)
+        task.progress.begin("estimated", task.num_rows / ranks.count())
         for together, missing in zip(self._sweeps, self._missing, strict=True):
             known = [rows for rows in together if rows not in missing]
             for plan, batches in ((task.work.plan, missing), (task.work.done_before, known)):
@@ -138,18 +146,23 @@ class Sweep:
         """Estimate on what is missing; yields whenever results were added."""
         task = self.task
         assert task.layerwise is not None
-        for batches in self._missing:
+        # Where nothing is read from the disk, batches need not go through the layers together.
+        parts = self._missing if task.streamed else [[rows for batches in self._missing for rows in batches]]
+        for batches in parts:
             while batches:
                 size = self._batches_of_a_minute(batches[0])
                 if task.streamed and size < len(batches):
                     task.work.plan("reading", 2 * len(task.layerwise.layers))
-                self._run(batches[:size])
-                batches = batches[size:]
+                start = ranks.number() * size
+                task.results.from_each(partial(self._run, batches[start : start + size]))
+                batches = batches[ranks.count() * size :]
                 yield
 
     def _run(self, batches: Sequence[list[int]]) -> None:
         task = self.task
         assert task.layerwise is not None
+        if not batches:
+            return
         samples = range(task.recipe.samples)
         seeded = [
             SeededBatch(task.rows(rows), [[row_seed(self.seed, k, row) for row in rows] for k in samples])
@@ -166,7 +179,7 @@ class Sweep:
         task = self.task
         assert task.layerwise is not None
         shapes = [task.tokens[rows].shape for rows in batches]
-        plan_estimate(task.layerwise, task.pending, self.survey, shapes, task.recipe.samples, plan)
+        plan_estimate(task.layerwise, task.pending, self.survey, shapes, task.recipe.samples, shared(plan))
 
     def _batches_together(self) -> Iterator[list[list[int]]]:
         """Batches that go through a layer before the next layer runs: single ones if layers are in memory."""
@@ -185,7 +198,7 @@ class Sweep:
             yield batches[start : start + size]
 
     def _batches_of_a_minute(self, rows: list[int]) -> int:
-        """How many batches like this one go through one sweep of a streamed parent.
+        """How many batches like this one go through one sweep of a streamed parent; the same in all processes.
 
         Results come at the end of a sweep, so a longer one loses more if it is interrupted; a shorter one reads the
         layers more often.
@@ -195,11 +208,12 @@ class Sweep:
             return 1
         assert task.layerwise is not None
         amounts: dict[str, float] = {}
-        self._plan([rows], amounts.__setitem__)
+        shapes = [task.tokens[rows].shape]
+        plan_estimate(task.layerwise, task.pending, self.survey, shapes, task.recipe.samples, amounts.__setitem__)
         seconds = [task.work.seconds_of(kind, n) for kind, n in amounts.items() if kind != "reading"]
-        if None in seconds:  # nothing was timed yet
-            return 1
-        return max(1, int(most_seconds(task.layerwise, task.work, 2) / max(math.fsum(s or 0.0 for s in seconds), 1e-9)))
+        most, needed = most_seconds(task.layerwise, task.work, 2), math.fsum(s or 0.0 for s in seconds)
+        is_known = None not in seconds  # or nothing was timed yet
+        return ranks.from_first(lambda: max(1, int(most / max(needed, 1e-9))) if is_known else 1)
 
 
 class _Forecast:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
 from layersmith.library.alternative import Alternative
+from layersmith.run import ranks
 from layersmith.run.journal import Journal
 from layersmith.scoring.exact import (
     Job,
@@ -22,7 +25,7 @@ from layersmith.scoring.exact import (
 from layersmith.scoring.metrics import METRICS, PARENT_VALUES
 from layersmith.scoring.score import Score, relative_error
 from layersmith.scoring.task import PARENT, ScoringTask, row_order
-from layersmith.scoring.work import plan_all
+from layersmith.scoring.work import plan_all, shared
 
 # Identity of an alternative to the number of rows on which it runs exactly.
 RowCounts = Mapping[str, int]
@@ -69,9 +72,16 @@ class ExactRuns:
         parts = list(self._parts(task.results, wanted, done))
         for part in parts:
             task.progress.add_resumed(len(part.rows) * (sum(map(len, part.groups)) - sum(map(len, part.missing))))
+        task.results.from_each(lambda: self._run(list(self._share(parts))))
+
+    def _run(self, parts: Sequence[_Part]) -> None:
+        """Run what is missing of parts."""
+        task = self.task
         if task.streamed:
             assert task.layerwise is not None
             parts, jobs = self._jobs(parts)
+            if not parts:
+                return
             measured = run_layer_by_layer(task.layerwise, jobs, task.states(), task.spill_bytes, task.work)
             for n, result in measured:
                 self._write(parts[n].rows, result)
@@ -80,6 +90,26 @@ class ExactRuns:
             if part.is_needed:
                 for result in run_exactly(task.library, task.layerwise, part.missing, task.rows(part.rows), task.work):
                     self._write(part.rows, result)
+
+    def _share(self, parts: Sequence[_Part]) -> Iterator[_Part]:
+        """This process's share of the missing groups: a range of them with its share of their costs.
+
+        Each range is in one piece, so that few parts are run by two processes, which both need the parent's outputs.
+        """
+        task = self.task
+        if ranks.count() == 1:
+            yield from parts
+            return
+        costs = [[len(part.rows) * sum(map(task.exact_cost, group)) for group in part.missing] for part in parts]
+        total, before = sum(map(sum, costs)), 0.0
+        for part, of_groups in zip(parts, costs, strict=True):
+            mine = []
+            for group, cost in zip(part.missing, of_groups, strict=True):
+                if int((before + cost / 2) / total * ranks.count()) == ranks.number():
+                    mine.append(group)
+                before += cost
+            of_parent_alone = part.is_needed and not part.missing and ranks.is_first()
+            yield dataclasses.replace(part, missing=mine, is_needed=bool(mine) or of_parent_alone)
 
     def plan(self, wanted: RowCounts, done: RowCounts, results: Journal, sign: int = 1) -> None:
         """Add the work of exact runs to the planned work, or with ``sign`` -1 take it back.
@@ -92,6 +122,7 @@ class ExactRuns:
         """
         task = self.task
 
+        @shared
         def add(kind: str, amount: float) -> None:
             task.work.plan(kind, sign * amount)
 
@@ -148,7 +179,8 @@ def exact_scores(task: ScoringTask) -> list[Score]:
         runs.run(wanted, before, planned)
         done = end
         if precision and done < num_rows:
-            error = relative_error(_loss_increases(task, row_order(num_rows)[:done]), num_rows)
+            increases = _loss_increases(task, row_order(num_rows)[:done])
+            error = ranks.from_first(partial(relative_error, increases, num_rows))
             if error <= precision:
                 break
             # The error falls with the square root of 1/n - 1/N.

@@ -39,6 +39,8 @@ def score_library(
 ) -> list[Score]:
     """Score every alternative of a library; the parent's subblocks score as the parent.
 
+    All processes of a launcher call this, divide the work, and return the scores that one process would.
+
     Args:
         library: The library.
         tokens: ``[N, T]`` scoring rows.
@@ -61,6 +63,7 @@ def score_library(
             progress.note(f"each alternative is scored by running the whole model, because {reason}.")
         shown = ScoringProgress(advance, steps, tokens.shape[1], clock_of(progress, parent.runtime.device))
         with recording.journal() as results:
+            results.share()
             task = ScoringTask(
                 library=library,
                 layerwise=layerwise,

@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from layersmith.library.alternative import Alternative
+from layersmith.run import ranks
 
 # Kind to similar kinds, all in operations; the first that has a rate is used.
 ALIKE = {
@@ -44,6 +45,11 @@ def plan_all(plan: Plan, amounts: Mapping[str, float]) -> None:
     """Plan work of several kinds."""
     for kind, amount in amounts.items():
         plan(kind, amount)
+
+
+def shared(plan: Plan) -> Plan:
+    """Plans this process's share of work that is divided among all processes."""
+    return lambda kind, amount: plan(kind, amount / ranks.count())
 
 
 def share_of_layer(a: Alternative) -> float:

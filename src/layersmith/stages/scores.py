@@ -8,6 +8,7 @@ from typing import Any
 
 from layersmith.errors import InputError, some_of
 from layersmith.run.artifacts import fingerprint, read_json, write_json
+from layersmith.run.journal import Recording
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.library_scores import score_library
 from layersmith.scoring.regret import Axis
@@ -34,15 +35,20 @@ def _inputs(job: Job) -> Any:
     return [job.made_from(LIBRARY), rows, job.settings("scoring"), axes, job.recipe.seed, job.dtype]
 
 
-def _make(job: Job, making: Making) -> None:
-    scores = score_library(
+def _scored(job: Job, recording: Recording) -> list[Score]:
+    """The scores; all processes work on them together."""
+    return score_library(
         job.read(LIBRARY),
         job.read(DATA).scoring,
         job.recipe.scoring,
         axes=_axes(job),
         seed=job.recipe.seed,
-        recording=making.recording,
+        recording=recording,
     )
+
+
+def _make(job: Job, making: Making) -> None:
+    scores = _scored(job, making.recording)
     write_json(making.folder / _FILE, [score.to_dict() for score in scores])
 
 
@@ -59,5 +65,6 @@ SCORES = Stage(
     inputs=_inputs,
     make=_make,
     read=_read,
+    meanwhile=lambda job, making: _scored(job, dataclasses.replace(making.recording, is_kept=False)),
     is_shared=True,
 )

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layersmith.library.build import build_library
+from layersmith.library.build import build_library, gather_means
 from layersmith.library.library import CURVES, Library
 from layersmith.library.statistics import Calibration
 from layersmith.records import to_data
+from layersmith.run import ranks
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.data import DATA, digest_of_split
@@ -31,24 +32,34 @@ def _inputs(job: Job) -> Any:
     ]
 
 
-def _make(job: Job, making: Making) -> None:
-    tokens = job.read(DATA).calibration
-    library = build_library(
-        job.parent,
-        job.recipe.library,
-        job.read(DESCRIBE),
-        Calibration(
-            tokens=tokens,
-            batch_sequences=job.recipe.scoring.rows_at_once(tokens.shape[1]),
-            checkpoint=making.unfinished,
-            inputs=making.inputs,
-            progress=making.progress,
-        ),
+def _calibration(job: Job, making: Making) -> Calibration:
+    """The rows, with a place of each process's own for its unfinished sums."""
+    tokens, checkpoint = job.read(DATA).calibration, making.unfinished
+    if ranks.count() > 1:
+        checkpoint = making.scratch / f"sums-{ranks.number()}-of-{ranks.count()}"
+        making.scratch.mkdir(exist_ok=True)
+    return Calibration(
+        tokens=tokens,
+        batch_sequences=job.recipe.scoring.rows_at_once(tokens.shape[1]),
+        checkpoint=checkpoint,
+        inputs=making.inputs,
+        progress=making.progress,
     )
+
+
+def _make(job: Job, making: Making) -> None:
+    library = build_library(job.parent, job.recipe.library, job.read(DESCRIBE), _calibration(job, making))
     tensors = {f"order.{name}": order for name, order in library.orders.items()}
     tensors |= {f"map.{name}": weight for name, weight in library.maps.items()}
     write_tensors(making.folder / "tensors.safetensors", tensors)
     write_json(making.folder / "importance.json", {k: [list(p) for p in v] for k, v in library.importance.items()})
+
+
+def _help(job: Job, making: Making) -> None:
+    """Gather a share of the sums, which the first process adds to its own."""
+    survey = job.read(DESCRIBE)
+    library = Library(job.parent, survey.axes, survey.alternatives, orders={}, maps={}, notes=survey.notes)
+    gather_means(library, job.recipe.library, survey, _calibration(job, making))
 
 
 def _read(job: Job, folder: Path) -> Library:
@@ -70,5 +81,6 @@ STATISTICS = Stage(
     inputs=_inputs,
     make=_make,
     read=_read,
+    meanwhile=_help,
     is_shared=True,
 )
