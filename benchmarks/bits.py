@@ -55,10 +55,11 @@ from layersmith.search.solve import Candidate, Group, Solver
 from layersmith.stages.data import DATA
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
-from layersmith.stages.realize import composed
+from layersmith.stages.realize import PAIRS, composed
 from layersmith.stages.refine import refined_solution, setup_of
 from layersmith.stages.reopen import SearchRequest
 
+METHODS = ("together", "one format", "prune, then quantize", "shapes alone")
 # Bits of a weight in made-up formats, and limits of the five costs that bind together.
 _BITS = {"": 16, "8": 8.25, "6": 6.5625, "5": 5.5, "4a": 4.5, "4b": 4.25, "4c": 4.125, "3": 3.25}
 _LIMITS = {"parameters": 0.63, "kv": 0.37, "memory": 0.21, "prefill": 0.615, "decode": 0.18}
@@ -107,35 +108,38 @@ def uniform(problem: SearchProblem, name: str) -> Solution:
     return problem.of(chosen, embeddings=name if name in problem.costs.outside else "")
 
 
-def methods(job: Job, problem: SearchProblem) -> dict[str, Solution]:
-    """The solution of each method that has one."""
-    result, limit = {}, problem.limits["weight_bytes"]
+def refined(job: Job, problem: SearchProblem, solution: Solution) -> Solution:
+    """A solution with refined shapes, if any shape differs from the parent's."""
+    if all(a.shape.is_parent for a in solution.alternatives):
+        return solution
+    return refined_solution(problem, solution, setup_of(job), Recording(progress=SILENT)).solution
 
-    def refined(of: SearchProblem, solution: Solution) -> Solution:
-        return refined_solution(of, solution, setup_of(job), Recording(progress=SILENT)).solution
 
-    result["together"] = refined(problem, problem.best())
-    alone = [solution for name in job.formats if (solution := uniform(problem, name)).costs["weight_bytes"] <= limit]
-    if alone:
-        result["one format"] = max(alone, key=lambda solution: solution.costs["weight_bytes"])
-    sequences = []
-    for name in ["", *job.formats]:
-        whole = uniform(problem, name)
-        shapes = shapes_of(problem, whole)
-        try:
-            best = shapes.best()
-        except Infeasible:
-            continue
-        best = refined(shapes, best)
-        pairs = [a.in_format(name) for a in best.alternatives]
-        solution = problem.of(pairs, embeddings=whole.embeddings)
-        if name:
-            sequences.append(solution)
-        else:
-            result["shapes alone"] = solution
-    if sequences:
-        result["prune, then quantize"] = min(sequences, key=lambda solution: solution.score)
-    return result
+def sequence(problem: SearchProblem, name: str) -> tuple[Solution, SearchProblem] | None:
+    """The best shapes within the limits if everything has one format, and the problem of choosing them."""
+    shapes = shapes_of(problem, uniform(problem, name))
+    try:
+        return shapes.best(), shapes
+    except Infeasible:
+        return None
+
+
+def solution_of(method: str, job: Job, problem: SearchProblem) -> Solution | None:
+    """The solution of a method; None if it has none."""
+    if method == "together":
+        return refined(job, problem, problem.best())
+    if method == "one format":
+        every = [uniform(problem, name) for name in job.formats]
+        fitting = [s for s in every if s.costs["weight_bytes"] <= problem.limits["weight_bytes"]]
+        return max(fitting, key=lambda solution: solution.costs["weight_bytes"], default=None)
+    names = [""] if method == "shapes alone" else job.formats
+    found = {name: best for name in names if (best := sequence(problem, name)) is not None}
+    if not found:
+        return None
+    name = min(found, key=lambda name: found[name][0].score)
+    best, shapes = found[name]
+    pairs = [a.in_format(name) for a in refined(job, shapes, best).alternatives]
+    return problem.of(pairs, embeddings=uniform(problem, name).embeddings)
 
 
 def kl_by_row(job: Job, solution: Solution, rows: torch.Tensor) -> list[float]:
@@ -145,12 +149,15 @@ def kl_by_row(job: Job, solution: Solution, rows: torch.Tensor) -> list[float]:
     return compared.metrics["kl_divergence"]
 
 
-def children(run: Path, share: float, num_rows: int, only: list[str] | None) -> list[dict[str, Any]]:
+def children(run: Path, share: float, args: argparse.Namespace) -> list[dict[str, Any]]:
     job, problem = SearchRequest(run, Budget.parse({"weights": str(share)})).open(SILENT)
-    every = max(1, len(job.read(DATA).evaluation) // num_rows)
-    rows, first, result = job.read(DATA).evaluation[::every][:num_rows], None, []
-    for name, solution in methods(job, problem).items():
-        if only is not None and name not in only:
+    tokens = job.read(DATA)
+    job.put(DATA, dataclasses.replace(tokens, calibration=tokens.calibration[: args.calibration]))
+    job.put(PAIRS, Kept())  # the run was stopped before, and no method trains
+    every = max(1, len(tokens.evaluation) // args.rows)
+    rows, first, result = tokens.evaluation[::every][: args.rows], None, []
+    for name in args.only or METHODS:
+        if (solution := solution_of(name, job, problem)) is None:
             continue
         kl = kl_by_row(job, solution, rows)
         first = kl if first is None else first
@@ -189,7 +196,8 @@ def foretold_errors(run: Path, layers: int, num_rows: int) -> list[dict[str, Any
         with moments.watching():
             layerwise.run(batch, i, inputs[i], layer)
         for a in in_formats([shape], job.formats):
-            kept[a.identity] = quantized(layer, dict.fromkeys(names, format_named(a.format)), moments)
+            rounded = quantized(layer, dict.fromkeys(names, format_named(a.format)), moments)
+            kept[a.identity] = {name: weight.values() for name, weight in rounded.items()}
     records = tuple({"identity": a.identity, "layer": a.layer, "weights": a.identity} for a in pairs)
     weights = {a.identity: {**library.kept.of(a.shape.identity), **kept[a.identity]} for a in pairs}
     whole = library.with_kept(Kept((*library.kept.records, *records), weights, library.kept.folder))
@@ -258,8 +266,9 @@ def main() -> None:
     parser.add_argument("--program", action="store_true")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--shares", type=lambda text: [float(x) for x in text.split(",")], default=[])
-    parser.add_argument("--only", nargs="+", help="these methods only")
+    parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods only")
     parser.add_argument("--rows", type=int, default=24)
+    parser.add_argument("--calibration", type=int, help="calibration rows of a child's GPTQ; default: all")
     parser.add_argument("--foretold", type=int, default=0, metavar="LAYERS")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table is written next to it")
     args = parser.parse_args()
@@ -272,7 +281,7 @@ def main() -> None:
         if args.foretold:
             of_run["foretold"] = foretold_errors(args.run, args.foretold, 4)
         for share in args.shares:
-            made = children(args.run, share, args.rows, args.only)
+            made = children(args.run, share, args)
             names = {row["method"] for row in made}
             others = [r for r in of_run.get("children", []) if r["share"] != share or r["method"] not in names]
             of_run["children"] = sorted([*others, *made], key=lambda row: -row["share"])

@@ -121,13 +121,14 @@ class _Enumeration:
         """About how many solutions have wastes that sum to at most the gap."""
         counts = np.zeros(_BINS + 1)
         counts[0] = 1.0
-        for columns in self.groups:
+        for columns in self.groups:  # many candidates make infinitely many solutions, which is more than any target
             wastes = self.relaxed.waste[columns]
             steps = np.rint(wastes[wastes <= gap] / gap * _BINS).astype(int)
             if len(steps) > 1:
                 extended = np.zeros(_BINS + 1)
-                for step in steps:
-                    extended[step:] += counts[: _BINS + 1 - step]
+                with np.errstate(over="ignore"):
+                    for step in steps:
+                        extended[step:] += counts[: _BINS + 1 - step]
                 counts = extended
         return float(counts.sum())
 

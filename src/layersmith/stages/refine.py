@@ -89,7 +89,7 @@ def setup_of(job: Job) -> RefineSetup:
 
 
 def _is_wanted(job: Job) -> bool:
-    changed = any(not a.is_parent for a in job.read(SEARCH).solution.alternatives)
+    changed = any(not a.shape.is_parent for a in job.read(SEARCH).solution.alternatives)
     return bool(job.recipe.search.refine_passes) and changed
 
 

@@ -221,7 +221,7 @@ def search_several(
         best[0] = timed.solution
     wants = out is not None if refine is None else refine
     passes = recipe.search.refine_passes or (SearchRecipe.refine_passes if refine else 0)
-    if wants and passes and best[0].score > 0:
+    if wants and passes and best[0].score > 0 and any(not a.shape.is_parent for a in best[0].alternatives):
         search = dataclasses.replace(recipe.search, refine_passes=passes)
         setup = dataclasses.replace(setup_of(job), search=search)
         try:
