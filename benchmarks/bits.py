@@ -261,6 +261,11 @@ def table(data: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def save(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    path.with_suffix(".md").write_text(table(data), encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--program", action="store_true")
@@ -285,8 +290,8 @@ def main() -> None:
             names = {row["method"] for row in made}
             others = [r for r in of_run.get("children", []) if r["share"] != share or r["method"] not in names]
             of_run["children"] = sorted([*others, *made], key=lambda row: -row["share"])
-    args.out.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
-    args.out.with_suffix(".md").write_text(table(data), encoding="utf-8")
+            save(args.out, data)
+    save(args.out, data)
 
 
 if __name__ == "__main__":

@@ -191,4 +191,4 @@ def _smallest(space: Any, name: str) -> int:
         place = (alternative.layer, alternative.subblock)
         cost = space.costs.by_key[alternative.key][name]
         by_place[place] = min(cost, by_place.get(place, cost))
-    return sum(by_place.values()) + space.costs.fixed[name]
+    return sum(by_place.values()) + min(fixed[name] for fixed in (space.costs.fixed, *space.costs.outside.values()))
