@@ -33,10 +33,6 @@ from layersmith.run.progress import SILENT, Progress
 
 # One training row in this many is held out: more make the errors more certain, fewer leave more to train on.
 _HELD_OUT_EVERY = 24
-# A child's layers are trained no further if the error of the first few that were trained fell by less than this share
-# on held-out rows. On SmolLM2-135M it fell by 1%. On the demo model it fell by 2.3%, and all layers together lowered
-# the KL by 4%.
-_TRIAL_LAYERS, _LEAST_GAIN = 3, 0.015
 
 
 @dataclass(frozen=True)
@@ -163,22 +159,6 @@ class LayerByLayer:
                     rows.pass_through_child(layerwise, i, module)
             for rows in splits.values():
                 rows.advance()
-            if self.child and "training" in splits and not self._pays(store, i):
-                self.setup.progress.note(
-                    f"{self.stage}: training stops after {_TRIAL_LAYERS} layers, since it gains less than "
-                    f"{_LEAST_GAIN:.0%} here."
-                )
-                left = len(layerwise.layers) - i - 1
-                advance(left * sum(len(rows.tokens) for name, rows in splits.items() if name != "calibration"))
-                splits = {name: rows for name, rows in splits.items() if name == "calibration"}
-                if not splits:
-                    return
-
-    def _pays(self, store: Store, i: int) -> bool:
-        """Whether training the layers up to this one gained enough to go on; only asked once, after a few layers."""
-        trained = [record for record in store.kept(range(i + 1)).records if record["tokens"]]
-        before, after = (sum(record[when] for record in trained) for when in ("before", "after"))
-        return len(trained) != _TRIAL_LAYERS or after < (1 - _LEAST_GAIN) * before
 
     def _child_layer(self, i: int, changed: Mapping[int, Sequence[Alternative]], store: Store) -> nn.Module:
         """A layer of the child, with its trained weights."""
