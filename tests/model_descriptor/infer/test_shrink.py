@@ -24,11 +24,12 @@ def test_a_smaller_model_of_the_same_layers_is_found(model_type: str) -> None:
 
 
 def test_a_narrow_model_with_a_few_large_numbers_becomes_small() -> None:
-    sizes = {"vocab_size": 256, "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 4}
-    layers = ["indexed_attention", "sliding_attention"] * 2
-    heads = {"1": {"num_attention_heads": 64, "num_key_value_heads": 64}, "3": {"kv_lora_rank": 1024}}
-    config = CONFIG_MAPPING["dots3_note_text"](
-        **sizes, num_hidden_layers=4, layer_types=layers, per_layer_config=heads, pad_token_id=0
-    )
+    """Among them are those of layers that differ from the rest, in ``per_layer_config``."""
+    cls = CONFIG_MAPPING["dots3_note_text"]
+    patterns = {name: getattr(cls(), name)[:4] for name in ("layer_types", "mlp_layer_types")}
+    config = cls(
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=128, pad_token_id=0, bos_token_id=1, eos_token_id=2, **patterns,
+    )  # fmt: skip
     small = stock_model(shrunk(config, stock_model(config)))
     assert sum(p.numel() for p in small.parameters()) < 3_000_000
