@@ -83,7 +83,7 @@ def rows_of_tasks(job: Job, child: Any, child_digest: str | None, progress: Prog
     if job.parent.stream is not None:
         progress.note("tasks are not evaluated: the parent does not fit in memory.")
         return []
-    models = ((job.first_parent.model, job.first_identity), (child, child_digest))
+    models = ((job.first_parent.model, job.first_parent.identity), (child, child_digest))
     parent, of_child = (task_results(job, model, digest, progress) for model, digest in models)
     kept = kept_shares(job.recipe.evaluation.keep, parent, of_child)
     return [*task_rows(parent, of_child), *(share.row() for share in kept)]

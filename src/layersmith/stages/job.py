@@ -171,11 +171,6 @@ class Job:
         """What children are compared with and learn from: the parent, or in a later round the first one."""
         return self.parent if self.first is None else self._load(self._ordinary(self.first), self.runtime)
 
-    @cached_property
-    def first_identity(self) -> str:
-        """Digest of the first parent."""
-        return self.identity if self.first is None else self.first_parent.identity
-
     @property
     def stored_parent(self) -> Parent:
         """The parent in its checkpoint's dtype, in which the child is written.

@@ -125,7 +125,7 @@ def smallest_that_keeps(job: Job, problem: SearchProblem, progress: Progress) ->
 
 def _shares_of(job: Job, solution: Solution, progress: Progress) -> list[Kept]:
     digest = fingerprint([job.made_from(LIBRARY), [a.key for a in solution.alternatives]])
-    parent = task_results(job, job.first_parent.model, job.first_identity, progress)
+    parent = task_results(job, job.first_parent.model, job.first_parent.identity, progress)
     child = job.read(LIBRARY).compose(solution.alternatives)
     return kept_shares(job.recipe.evaluation.keep, parent, task_results(job, child, digest, progress))
 
