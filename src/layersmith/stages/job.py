@@ -149,11 +149,9 @@ class Job:
     def descriptor(self) -> dict[str, Any] | None:
         """Name and digest of the source of a descriptor that was given or registered; None if it is inferred."""
         family = self.family or ModelDescriptorFactory.registered(self._config.model_type)
-        return (
-            None
-            if family is None
-            else {"name": f"{family.__module__}:{family.__qualname__}", "source": source_of(family)}
-        )
+        if family is None:
+            return None
+        return {"name": f"{family.__module__}:{family.__qualname__}", "source": source_of(family)}
 
     def files_besides_weights(self, *patterns: str) -> dict[str, str]:
         """Digests of files of the parent's folder; of a model of the hub its identity says all."""
