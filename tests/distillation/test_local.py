@@ -3,10 +3,6 @@
 import dataclasses
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -138,51 +134,6 @@ def test_interrupted_at_any_step_it_ends_with_the_same_bytes(tmp_path: Path, mon
         other.kept.records[0]["tokens"]
         < read_sealed(tmp_path / "whole" / "layers" / "layer-001.json", dict)["records"][0]["tokens"]
     )
-
-
-SCRIPT = """
-import sys
-from pathlib import Path
-from layersmith.distillation import store
-from tests.distillation.test_local import CALIBRATION, RECIPE, TRAINING, TrainingSetup, distill_locally, open_library
-store._SAVE_EVERY_SECONDS = 0.0
-setup = TrainingSetup(RECIPE, folder=Path(sys.argv[2]), inputs="these")
-distill_locally(open_library(Path(sys.argv[1])), CALIBRATION, TRAINING, setup)
-"""
-
-
-def started(*arguments: object, **environment: str) -> subprocess.Popen[bytes]:
-    env = os.environ | {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.Popen([sys.executable, "-c", SCRIPT, *map(str, arguments)], env=env, stderr=subprocess.PIPE)
-
-
-def test_killed_or_on_two_ranks_it_ends_with_the_same_bytes(tmp_path: Path) -> None:
-    library = library_of("llama", tmp_path / "parent")
-    distill_locally(library, CALIBRATION, TRAINING, TrainingSetup(RECIPE, folder=tmp_path / "whole", inputs="these"))
-    process = started(tmp_path / "parent", tmp_path / "killed")
-    while process.poll() is None and not list((tmp_path / "killed" / "layers").glob("layer-001.partial")):
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() != 0
-    assert (tmp_path / "killed" / "layers" / "layer-000.json").is_file()
-    assert not (tmp_path / "killed" / "layers" / "layer-003.json").is_file()
-    last = started(tmp_path / "parent", tmp_path / "killed")
-    port = str(20000 + os.getpid() % 20000)
-    ranks = [
-        started(
-            tmp_path / "parent",
-            tmp_path / "ranks",
-            RANK=str(r),
-            WORLD_SIZE="2",
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=port,
-        )
-        for r in range(2)
-    ]
-    for process in (last, *ranks):
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    assert contents(tmp_path / "killed") == contents(tmp_path / "ranks") == contents(tmp_path / "whole")
 
 
 def test_groups_that_fit_in_memory_learn_the_same(tmp_path: Path) -> None:

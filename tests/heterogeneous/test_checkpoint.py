@@ -54,6 +54,7 @@ def test_loads_here(child: tuple[Path, torch.Tensor], family: str) -> None:
     assert json.loads((folder / "config.json").read_text())["model_type"] == FAMILIES[family]().model_type
 
 
+@pytest.mark.parametrize("family", ["llama_tied", "qwen2_windows", "qwen3"])
 def test_loads_in_stock_transformers(child: tuple[Path, torch.Tensor], run_python: Callable, tmp_path: Path) -> None:
     folder, logits = child
     script = """

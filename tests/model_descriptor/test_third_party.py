@@ -217,6 +217,7 @@ def parent(
     return request.param, descriptor, tmp_path / "parent"
 
 
+@pytest.mark.parametrize("parent", ["olmo2", "cohere"], indirect=True)
 def test_the_whole_way(
     parent: tuple[str, type[ModelDescriptor], Path], text_folder: Path, tmp_path: Path, run_python: Callable
 ) -> None:

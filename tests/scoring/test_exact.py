@@ -20,6 +20,8 @@ from layersmith.scoring.metrics import METRICS, Reference, measure, row_means
 from layersmith.scoring.score import losses, relative_error, standard_error
 from layersmith.scoring.task import row_order
 
+# For what does not depend on the family.
+TWO = ("llama_tied", "qwen2_windows")
 TOKENS = torch.randint(0, 512, (6, 24), generator=torch.Generator().manual_seed(4))
 
 
@@ -60,6 +62,7 @@ def test_scores_equal_a_run_of_the_whole_model(library: Library) -> None:
         assert score.mean("hidden_distance") == pytest.approx(1 - float(cosine), rel=1e-3, abs=1e-6)
 
 
+@pytest.mark.parametrize("family", TWO)
 def test_batches_do_not_matter(library: Library) -> None:
     one, all_at_once = (score_library(library, TOKENS, exact(n)) for n in (1, 6))
     for a, b in zip(one, all_at_once, strict=True):
@@ -77,6 +80,7 @@ def test_the_parent_is_the_best_answer(library: Library, objective: str) -> None
             assert worse[score.alternative.key] == 0
 
 
+@pytest.mark.parametrize("family", TWO)
 def test_interrupted_scoring_goes_on_to_the_same_scores(library: Library, tmp_path: Path) -> None:
     whole = score_library(library, TOKENS, exact(3))
     journal = tmp_path / "journal"
@@ -90,6 +94,7 @@ def test_interrupted_scoring_goes_on_to_the_same_scores(library: Library, tmp_pa
         assert sorted(journal.read_bytes().splitlines()) == sorted(line.rstrip(b"\n") for line in lines)
 
 
+@pytest.mark.parametrize("family", TWO)
 def test_a_journal_of_other_inputs_is_not_believed(library: Library, tmp_path: Path) -> None:
     journal = tmp_path / "journal"
     score_library(library, TOKENS[:3], exact(3), recording=Recording(journal, "other data"))

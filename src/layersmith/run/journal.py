@@ -223,13 +223,15 @@ def _digest_of(tensors: dict[str, torch.Tensor], text: str) -> str:
 
 
 def work_folder(folder: Path, inputs: str) -> Path:
-    """A folder for files of unfinished work; files of other inputs are removed. All processes call this."""
+    """A folder for files of unfinished work; files of other inputs are removed. One process calls this."""
+    file = folder / "inputs.json"
+    if read_sealed(file, str) != inputs:
+        remove(folder)
+        write_sealed(file, inputs)
+    return folder
 
-    def make() -> None:
-        file = folder / "inputs.json"
-        if read_sealed(file, str) != inputs:
-            remove(folder)
-            write_sealed(file, inputs)
 
-    ranks.on_first(make)
+def shared_work_folder(folder: Path, inputs: str) -> Path:
+    """:func:`work_folder` of all processes, which all call this."""
+    ranks.on_first(lambda: work_folder(folder, inputs))
     return folder

@@ -20,7 +20,7 @@ HOLDS = {
     "pairs": "weights of the solution's alternatives after joint distillation",
     "child": "the child, a Hugging Face folder with a model card",
     "evaluation": "quality of the child compared with the parent, and sample texts",
-    "clock": "times of parent and child on this machine",
+    "clock": "times of parent and child on this machine, or as AIConfigurator predicts them for whole models",
     "distillation/data": "rows for global distillation",
     "distillation/finalists": "solutions that were distilled for a short while, and the winner",
     "distilled": "the child after global distillation",

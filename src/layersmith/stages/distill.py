@@ -24,7 +24,7 @@ from layersmith.report.data import Evaluation
 from layersmith.run import ranks
 from layersmith.run.artifacts import read_json, remove, write_json
 from layersmith.run.cards import keep_card
-from layersmith.run.journal import work_folder
+from layersmith.run.journal import shared_work_folder
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.data import DATA
@@ -60,7 +60,7 @@ def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dt
         recipe=settings,
         tokens=settings.tokens,
         seed=job.recipe.seed,
-        folder=work_folder(folder / "checkpoints", making.inputs),
+        folder=shared_work_folder(folder / "checkpoints", making.inputs),
         curve=folder / "log.json",
         name="global distillation",
     )

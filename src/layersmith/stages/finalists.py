@@ -17,7 +17,7 @@ from layersmith.records import parse, to_data
 from layersmith.run import ranks
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.digests import read_sealed, write_sealed
-from layersmith.run.journal import work_folder
+from layersmith.run.journal import shared_work_folder
 from layersmith.run.stage import Making, Stage
 from layersmith.search.solution import Solution
 from layersmith.stages.data import DATA
@@ -55,7 +55,7 @@ def _try_all(job: Job, making: Making) -> tuple[list[Solution], list[Finalist]]:
     solutions = _solutions(job)
     if len(solutions) < settings.finalists:
         making.progress.note(f"only {len(solutions)} solutions differ enough to be tried")
-    work_folder(making.scratch, making.inputs)
+    shared_work_folder(making.scratch, making.inputs)
     with making.progress.stage(FINALISTS.name, tokens * len(solutions), "tokens") as advance:
         tried = [
             _try(job, _Trial(i, solution, tokens, making.scratch / f"{i}"), library, advance)
