@@ -81,7 +81,11 @@ def print_layers(console: Console, layers: Sequence[Sequence[Cell]]) -> None:
     for heading in ("layer", "attention", "FFN"):
         table.add_column(heading)
     for layer, cells in enumerate(layers):
-        words = [Text("unchanged", style="dim") if child is None else f"{parent} => {child}" for parent, child in cells]
+        words = [
+            # If only the number format changes, it alone is named.
+            Text("unchanged", style="dim") if child is None else f"{parent} => {child.removeprefix(f'{parent}, ')}"
+            for parent, child in cells
+        ]
         table.add_row(str(layer), *words)
     console.print(table)
 
