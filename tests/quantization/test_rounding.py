@@ -11,7 +11,7 @@ from layersmith.quantization.formats import FORMATS
 from layersmith.quantization.rounding import fake_quantize, fit
 
 QUANTIZED = [name for name, row in FORMATS.items() if row.storage != "plain"]
-# Root mean square error of normal weights, relative to their size, that no format of so many bits exceeds.
+# Root mean square error of normal weights, relative to their size, that no format with this number of bits exceeds.
 LARGEST_ERROR = {8: 0.03, 6: 0.02, 5: 0.045, 4: 0.12, 3: 0.21, 2: 0.3}
 
 

@@ -267,8 +267,8 @@ def parse_budget(
 ) -> Budget:
     """A budget from what was typed; each limit is a fraction of the parent's or an amount with a unit.
 
-    ``bits`` limits the weights to so many bits per parameter of the parent, on average. If the tokens of the ``prompt``
-    are given, the context is prompt and generated tokens together.
+    ``bits`` limits the memory of the weights: it is the average number of bits per parameter of the parent. If the
+    tokens of the ``prompt`` are given, the context is prompt and generated tokens together.
 
     Raises:
         UsageError: a unit or number that makes no sense, or no limit at all.

@@ -1,8 +1,8 @@
 """Targets ``vllm``, ``sglang`` and ``tensorrt-llm``: the DeciLM layout (``nemotron-nas``), which all three read.
 
-Its layers compute what Llama's do. An experiment decides whether a family does: a small random model of the family
-and one of the layout get the same weights and must give the same logits. The servers differ in what they read, see
-:class:`Server`. All layers have as many query heads; where a child has fewer, the layout gets heads of zeros.
+Its layers are those of Llama. An experiment decides whether those of a family compute the same: a small random model
+of the family and one of the layout get the same weights and must give the same logits. The servers differ in what they
+read, see :class:`Server`. All layers have as many query heads; where a child has fewer, the layout gets heads of zeros.
 """
 
 from __future__ import annotations

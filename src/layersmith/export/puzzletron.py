@@ -3,8 +3,8 @@
 * ``puzzletron``: the parent's config with ``block_configs``, and one file per embedding, head and subblock.
 * ``anymodel``: the parent's config with ``base_architecture`` and a ``per_layer_config`` of what differs.
 
-Both keep the tensor names of the family. In neither can query heads or windows differ by layer: missing query heads
-are filled up with zeros.
+Both keep the tensor names of the family. Neither can express query heads or windows that differ
+by layer, so missing query heads are filled up with zeros.
 """
 
 from __future__ import annotations

@@ -156,7 +156,7 @@ def format_named(name: str) -> Format:
     """A format of the table.
 
     Raises:
-        UsageError: There is none of that name.
+        UsageError: The name is unknown.
     """
     if name not in FORMATS:
         raise UsageError(f"unknown format {name!r}. {did_you_mean(name, FORMATS)}")

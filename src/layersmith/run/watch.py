@@ -21,7 +21,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import NoReturn
 
-# A process is given up after so many beats without a sign of it: 42 seconds. After a failed collective operation one is
+# A process that is silent for PATIENCE beats (42 seconds) counts as lost. After a failed collective operation one is
 # gone for certain, and fewer beats say which.
 BEAT_SECONDS, PATIENCE, PATIENCE_AFTER_A_FAILURE = 3.0, 14, 3
 _ENDED = "ended"
