@@ -9,6 +9,7 @@ import torch
 
 from layersmith.costs.budget import Workload
 from layersmith.distillation.quantize import quantize_child
+from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.find import find_axes
@@ -119,7 +120,17 @@ def test_costs_count_every_byte_of_a_format(library: Library) -> None:
 
 
 def task(library: Library, folder: Path, formats: list[str]) -> FormatTask:
-    return FormatTask(library, formats, TOKENS, TOKENS[:4], ScoringRecipe(batch_tokens=48), 0, folder, SILENT)
+    return FormatTask(
+        library,
+        split_layers(library.parent, library),
+        formats,
+        TOKENS,
+        TOKENS[:4],
+        ScoringRecipe(batch_tokens=48),
+        0,
+        folder,
+        SILENT,
+    )
 
 
 def test_scores_add_up_to_what_a_format_costs(library: Library, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig, has_attention
@@ -104,8 +103,9 @@ def subblock_costs(
             }
         )
         for name in formats:
-            saved = _saved_bytes(shape, i, model.get_submodule(descriptor.layer_block_name(i)), format_named(name))
-            for subblock, less in saved.items():
+            layer, format = model.get_submodule(descriptor.layer_block_name(i)), format_named(name)
+            for subblock, of_subblock in matrices(descriptor, layer, i, len(blocks), axes[i]).items():
+                less = _saved_bytes([layer.get_parameter(weight) for weight in of_subblock], format)
                 whole = layers[-1][subblock]
                 layers[-1][f"{subblock} {name}"] = whole | {"weight_bytes": whole["weight_bytes"] - less}
         for costs in layers[-1].values():
@@ -125,27 +125,16 @@ def outside_costs(shape: ModelShape, fixed: Mapping[str, int], formats: Sequence
     model = stock_model(as_parent(causal_lm_config(shape.config)), dtype=shape.dtype)
     result = {}
     for name in with_embeddings(formats):
-        format = format_named(name)
-        saved = sum(
-            w.numel() * w.element_size() - format.bytes_of(w.shape)
-            for w in embeddings(model)
-            if format.refusal(w.shape) is None
-        )
+        saved = _saved_bytes(embeddings(model), format_named(name))
         less = {cost: fixed[cost] - saved for cost in ("weight_bytes", "memory_bytes")}
         result[name] = {**fixed, **less}
     return result
 
 
-def _saved_bytes(shape: ModelShape, i: int, layer: nn.Module, format: Format) -> dict[str, int]:
-    """Subblock to the bytes that its matrices take less in a format than in the data type of the weights."""
-    of_layer = matrices(shape.descriptor, layer, i, len(shape.blocks), shape.axes[i])
-    saved = {}
-    for subblock, names in of_layer.items():
-        weights = [layer.get_parameter(name) for name in names]
-        saved[subblock] = sum(
-            w.numel() * w.element_size() - format.bytes_of(w.shape) for w in weights if format.refusal(w.shape) is None
-        )
-    return saved
+def _saved_bytes(weights: Iterable[torch.Tensor], format: Format) -> int:
+    """The bytes that weights take less in a format, where it allows their shape, than in their data type."""
+    allowed = (w for w in weights if format.refusal(w.shape) is None)
+    return sum(w.numel() * w.element_size() - format.bytes_of(w.shape) for w in allowed)
 
 
 def layers_alike(

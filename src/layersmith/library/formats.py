@@ -31,6 +31,11 @@ from layersmith.quantization.rounding import Quantized, quantize
 EMBEDDINGS = "embeddings"
 
 
+def embeddings_key(name: str) -> str:
+    """Key of embeddings and head in a format among losses and candidates; an empty name is the parent's data type."""
+    return f"{EMBEDDINGS}, {name}" if name else EMBEDDINGS
+
+
 def in_formats(alternatives: Sequence[Alternative], formats: Sequence[str]) -> list[Alternative]:
     """Alternatives that have weights, in each of some formats."""
     return [a.in_format(name) for a in alternatives if not a.is_no_op for name in formats]

@@ -43,12 +43,22 @@ def _group() -> Any:
     return dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
+def count() -> int:
+    """Number of processes."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def number() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def are_several() -> bool:
-    return dist.is_initialized() and dist.get_world_size() > 1
+    return count() > 1
 
 
 def is_first() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+    return number() == 0
 
 
 def together(work: Callable[[], T]) -> T:
@@ -64,16 +74,6 @@ def together(work: Callable[[], T]) -> T:
         raise
     _exchange(None)
     return result
-
-
-def count() -> int:
-    """Number of processes."""
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def number() -> int:
-    """Number of this process, from 0."""
-    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def from_each(work: Callable[[], T]) -> list[T]:
@@ -132,7 +132,7 @@ def watched() -> Iterator[None]:
     if not are_several() or _watches:
         yield
         return
-    watch = watch_over(dist.get_rank(), _gathered)
+    watch = watch_over(number(), _gathered)
     _watches.append(watch)
     try:
         yield
@@ -143,7 +143,7 @@ def watched() -> Iterator[None]:
 
 def _gathered(mine: T) -> list[T]:
     """What each process has, by its number."""
-    result: list[Any] = [None] * dist.get_world_size()
+    result: list[Any] = [None] * count()
     dist.all_gather_object(result, mine, group=_group())
     return result
 
@@ -161,9 +161,8 @@ def _exchange(error: Exception | None) -> None:
     """
     if not are_several():
         return
-    failures: list[Any] = [None] * dist.get_world_size()
     try:
-        dist.all_gather_object(failures, None if error is None else _as_data(error), group=_group())
+        failures = _gathered(None if error is None else _as_data(error))
     except RuntimeError as lost:  # a process is gone
         if error is None or isinstance(error, RuntimeError):
             for watch in _watches:

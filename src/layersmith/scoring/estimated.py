@@ -139,7 +139,7 @@ class Sweep:
             known = [rows for rows in together if rows not in missing]
             for plan, batches in ((task.work.plan, missing), (task.work.done_before, known)):
                 if batches:
-                    self._plan(batches, plan)
+                    self._plan(batches, shared(plan))
             task.progress.add_resumed(len(task.pending) * sum(map(len, known)))
 
     def run(self) -> Iterator[None]:
@@ -179,7 +179,7 @@ class Sweep:
         task = self.task
         assert task.layerwise is not None
         shapes = [task.tokens[rows].shape for rows in batches]
-        plan_estimate(task.layerwise, task.pending, self.survey, shapes, task.recipe.samples, shared(plan))
+        plan_estimate(task.layerwise, task.pending, self.survey, shapes, task.recipe.samples, plan)
 
     def _batches_together(self) -> Iterator[list[list[int]]]:
         """Batches that go through a layer before the next layer runs: single ones if layers are in memory."""
@@ -208,8 +208,7 @@ class Sweep:
             return 1
         assert task.layerwise is not None
         amounts: dict[str, float] = {}
-        shapes = [task.tokens[rows].shape]
-        plan_estimate(task.layerwise, task.pending, self.survey, shapes, task.recipe.samples, amounts.__setitem__)
+        self._plan([rows], amounts.__setitem__)
         seconds = [task.work.seconds_of(kind, n) for kind, n in amounts.items() if kind != "reading"]
         most, needed = most_seconds(task.layerwise, task.work, 2), math.fsum(s or 0.0 for s in seconds)
         is_known = None not in seconds  # or nothing was timed yet

@@ -23,7 +23,7 @@ import torch
 
 from layersmith.execution.exchange import logits_and_hidden
 from layersmith.execution.hidden_states import States, StatesOnDisk
-from layersmith.execution.layerwise import split_layers, tokens_at_once
+from layersmith.execution.layerwise import LayerwiseParent, split_layers, tokens_at_once
 from layersmith.library.alternative import Alternative
 from layersmith.library.formats import (
     EMBEDDINGS,
@@ -56,6 +56,7 @@ class FormatTask:
 
     Attributes:
         library: The library of the parent.
+        layerwise: The parent, run layer by layer.
         formats: Names of the formats.
         calibration: ``[N, T]`` rows for GPTQ's second moments.
         scoring: ``[N, T]`` rows to score on.
@@ -66,6 +67,7 @@ class FormatTask:
     """
 
     library: Library
+    layerwise: LayerwiseParent[Library]
     formats: Sequence[str]
     calibration: torch.Tensor
     scoring: torch.Tensor
@@ -76,8 +78,7 @@ class FormatTask:
 
     def batches(self, rows: torch.Tensor) -> list[torch.Tensor]:
         """Numbers of the rows that run together."""
-        layerwise = split_layers(self.library.parent, self.library)
-        most = tokens_at_once(self.library.parent, layerwise, self.recipe.batch_tokens)
+        most = tokens_at_once(self.library.parent, self.layerwise, self.recipe.batch_tokens)
         return list(torch.arange(len(rows)).split(max(1, most // rows.shape[1])))
 
     def states(self) -> States:
@@ -85,11 +86,7 @@ class FormatTask:
 
 
 def score_formats(task: FormatTask) -> FormatScores:
-    """Score every subblock of the parent in every format.
-
-    Raises:
-        NotLayerwise: The parent cannot run layer by layer.
-    """
+    """Score every subblock of the parent in every format."""
     subblocks = [a for a in task.library.alternatives if a.is_parent]
     children = [[a.in_format(name) for a in subblocks] for name in task.formats]
     alternatives = [a for child in children for a in child]
@@ -142,6 +139,7 @@ def _estimated(task: FormatTask, library: Library, alternatives: Sequence[Altern
     """Second-order estimates; all rows pass a layer together if layers are read from the disk."""
     parent, batches, samples = library.parent, task.batches(task.scoring), range(task.recipe.samples)
     scores: dict[str, list[float]] = {a.key: [] for a in alternatives}
+    layerwise = split_layers(parent, library)
     with task.progress.stage("score formats", len(task.scoring), "rows") as advance:
         for some in [batches] if parent.stream is not None else [[batch] for batch in batches]:
             seeded = [
@@ -151,7 +149,6 @@ def _estimated(task: FormatTask, library: Library, alternatives: Sequence[Altern
                 )
                 for batch in some
             ]
-            layerwise = split_layers(parent, library)
             for values in estimate(layerwise, alternatives, Survey(), seeded, task.states()):
                 for a in alternatives:
                     scores[a.key] += values[a.identity].tolist()
@@ -163,7 +160,7 @@ def _estimated(task: FormatTask, library: Library, alternatives: Sequence[Altern
 def _quantized(task: FormatTask, alternatives: Sequence[Alternative]) -> Kept:
     """The parent's subblocks in formats, quantized on the parent's inputs; in files by layer."""
     parent, states = task.library.parent, task.states()
-    layerwise = split_layers(parent, task.library)
+    layerwise = task.layerwise
     depth, started, records = len(layerwise.layers), [], []
     for n, rows in enumerate(task.batches(task.calibration)):
         batch = layerwise.start(task.calibration[rows].to(parent.runtime.device))

@@ -13,7 +13,7 @@ from layersmith.costs.table import CostTable
 from layersmith.costs.times import Times
 from layersmith.errors import Infeasible
 from layersmith.library.alternative import Alternative
-from layersmith.library.formats import EMBEDDINGS
+from layersmith.library.formats import EMBEDDINGS, embeddings_key
 from layersmith.recipe import SearchRecipe
 from layersmith.search import rules as rules_of
 from layersmith.search.solution import Solution
@@ -191,7 +191,7 @@ class SearchProblem:
         by_key = {key: group for members in self._members for key, group in members.items()}
         alternatives = (a for key in result.chosen for a in by_key.get(key, ()))
         chosen = sorted(alternatives, key=lambda a: (a.layer, a.subblock))
-        embeddings = result.chosen[-1].removeprefix(EMBEDDINGS).removeprefix(", ") if self.costs.outside else ""
+        embeddings = next((name for name in self.costs.outside if embeddings_key(name) == result.chosen[-1]), "")
         return dataclasses.replace(self.of(chosen, result.proven_optimal, embeddings), bound=result.bound)
 
     def of(self, chosen: Sequence[Alternative], proven: bool = False, embeddings: str = "") -> Solution:
@@ -220,7 +220,7 @@ class SearchProblem:
 
     def score(self, chosen: Sequence[Alternative], embeddings: str = "") -> float:
         """The sum of the losses of these alternatives, and of embeddings and head in a format."""
-        outside = self.losses[f"{EMBEDDINGS}, {embeddings}"] if embeddings else 0.0
+        outside = self.losses[embeddings_key(embeddings)] if embeddings else 0.0
         return math.fsum([*(self.losses[a.key] for a in chosen), outside])
 
     def fits(self, chosen: Sequence[Alternative]) -> bool:
@@ -290,9 +290,8 @@ def _embeddings(problem: SearchProblem, names: Iterable[str]) -> Group:
     candidates = []
     for format, outside in {"": problem.costs.fixed, **problem.costs.outside}.items():
         fixed = rules_of.fixed_of(problem.rules, dataclasses.replace(problem.costs, fixed=outside))
-        key = f"{EMBEDDINGS}, {format}" if format else EMBEDDINGS
         costs, score = {name: fixed.get(name, 0) for name in names}, problem.score((), format)
-        candidates.append(Candidate(key, score, costs, is_parent=not format, changes=bool(format)))
+        candidates.append(Candidate(embeddings_key(format), score, costs, is_parent=not format, changes=bool(format)))
     return Group(EMBEDDINGS, tuple(candidates))
 
 

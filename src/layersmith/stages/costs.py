@@ -21,7 +21,7 @@ from layersmith.errors import Infeasible, InputError, UsageError
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.library.alternative import Alternative
-from layersmith.library.formats import EMBEDDINGS, in_formats
+from layersmith.library.formats import embeddings_key, in_formats
 from layersmith.library.library import Library
 from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -82,7 +82,7 @@ def check_reachable(
     if PREFILL not in costs.parent:
         rules = without_times(rules)
         limits = limits.counted or Limits((Limit("parameters", fraction="1"),))
-    keys = [*costs.by_key, *(f"{EMBEDDINGS}, {name}" for name in costs.outside)]
+    keys = [*costs.by_key, *map(embeddings_key, costs.outside)]
     SearchProblem(alternatives, dict.fromkeys(keys, 0.0), costs, limits, rules, blocks).reachable()
 
 

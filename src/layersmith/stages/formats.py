@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from layersmith.errors import UnsupportedModel, UsageError
-from layersmith.execution.layerwise import NotLayerwise
+from layersmith.distillation.quantize import layerwise_of
+from layersmith.errors import UsageError
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.journal import work_folder
 from layersmith.run.stage import Making, Stage
@@ -32,8 +32,10 @@ def _make(job: Job, making: Making) -> None:
     few = [
         rows[sorted(row_order(len(rows))[: -(-len(rows) // _SHARE)])] for rows in (tokens.calibration, tokens.scoring)
     ]
+    library = job.read(LIBRARY)
     task = FormatTask(
-        library=job.read(LIBRARY),
+        library=library,
+        layerwise=layerwise_of(library),
         formats=job.formats,
         calibration=few[0],
         scoring=few[1],
@@ -42,13 +44,7 @@ def _make(job: Job, making: Making) -> None:
         folder=work_folder(making.scratch, making.inputs),
         progress=making.progress,
     )
-    try:
-        scores = score_formats(task)
-    except NotLayerwise as reason:
-        raise UnsupportedModel(
-            f"{job.path}: weights are quantized layer by layer, but {reason}. Leave formats out."
-        ) from None
-    write_json(making.folder / _FILE, scores)
+    write_json(making.folder / _FILE, score_formats(task))
 
 
 FORMATS: Stage[Job, FormatScores] = Stage(

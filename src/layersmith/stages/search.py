@@ -16,7 +16,7 @@ from layersmith.costs.times import Times
 from layersmith.errors import InputError, some_of
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative
-from layersmith.library.formats import EMBEDDINGS
+from layersmith.library.formats import EMBEDDINGS, embeddings_key
 from layersmith.library.library import Library
 from layersmith.recipe import CostsRecipe, Recipe
 from layersmith.run.artifacts import read_json, write_json
@@ -58,7 +58,7 @@ def search_problem(
     pairs = foretold(library.alternatives, loss_by_key, of_formats or {})
     loss_by_key |= {a.key: loss for a, loss in pairs.items()}
     outside = {name: of_format[EMBEDDINGS] for name, of_format in (of_formats or {}).items() if EMBEDDINGS in of_format}
-    loss_by_key |= {f"{EMBEDDINGS}, {name}": math.fsum(rows) / len(rows) for name, rows in outside.items()}
+    loss_by_key |= {embeddings_key(name): math.fsum(rows) / len(rows) for name, rows in outside.items()}
     costs = dataclasses.replace(costs, outside={name: costs.outside[name] for name in outside})
     alternatives = [*library.alternatives, *pairs]
     return SearchProblem(alternatives, loss_by_key, costs, limits, recipe.search, library.parent.blocks)
