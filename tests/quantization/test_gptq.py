@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from layersmith.quantization.formats import FORMATS
-from layersmith.quantization.gptq import gptq, gptq_quantize
+from layersmith.quantization.gptq import gptq, gptq_quantize, inverse_factor
 from layersmith.quantization.rounding import fake_quantize
 
 QUANTIZED = [name for name, row in FORMATS.items() if row.storage != "plain"]
@@ -46,7 +46,7 @@ def test_it_is_greedy_optimal_brain_surgery() -> None:
     weight = torch.randn(5, width, generator=torch.Generator().manual_seed(3)).double()
     moment = correlated(width).double()
     damped = moment + 0.01 * moment.diagonal().mean() * torch.eye(width)
-    result = gptq_quantize(weight.float(), moment, form)
+    result = gptq_quantize(weight.float(), inverse_factor(moment), form)
     rest, levels = weight.clone(), torch.empty(5, width)
     for j in range(width):
         levels[:, j : j + 1] = result.grid.levels(rest[:, j : j + 1].float())

@@ -24,7 +24,7 @@ from layersmith.library.axes.axis import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.modeling_layersmith import first_tensor as first_argument
 from layersmith.quantization.formats import Format, format_named
-from layersmith.quantization.gptq import gptq_quantize
+from layersmith.quantization.gptq import gptq_quantize, inverse_factor
 from layersmith.quantization.rounding import Quantized, quantize
 
 # What a solution calls embeddings and head, which have one format together.
@@ -104,6 +104,7 @@ class InputMoments:
         self._first: dict[str, str] = {}  # of linear maps that are given the same tensor
         self._tokens: dict[str, int] = {}
         self._given: dict[str, torch.Tensor] = {}
+        self._factors: dict[str, torch.Tensor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -116,10 +117,21 @@ class InputMoments:
                 handle.remove()
             self._given.clear()
 
+    def source(self, weight: str) -> str:
+        """Name of the first weight with the same inputs."""
+        return self._first.get(weight, weight)
+
     def of(self, weight: str) -> torch.Tensor | None:
         """The mean product; None if the linear map was given nothing."""
-        name = self._first.get(weight, weight)
+        name = self.source(weight)
         return self._sums[name] / self._tokens[name] if self._tokens.get(name) else None
+
+    def factor(self, weight: str) -> torch.Tensor | None:
+        """The mean product's inverse factor, which GPTQ needs; None if the linear map was given nothing."""
+        name = self.source(weight)
+        if name not in self._factors and (moment := self.of(name)) is not None:
+            self._factors[name] = inverse_factor(moment)
+        return self._factors.get(name)
 
     def _module(self, weight: str) -> nn.Module:
         return self.layer.get_submodule(weight.removesuffix(".weight"))
@@ -152,10 +164,19 @@ def quantized(layer: nn.Module, formats: Mapping[str, Format], moments: InputMom
     Returns:
         Name of a weight to the rounded one.
     """
-    result = {}
+    together: dict[tuple[Any, ...], list[str]] = {}
     for name, format in formats.items():
-        weight = layer.get_parameter(name).detach()
-        if format.refusal(weight.shape) is None:
-            moment = moments.of(name)
-            result[name] = quantize(weight, format) if moment is None else gptq_quantize(weight, moment, format)
-    return result
+        if format.refusal(layer.get_parameter(name).shape) is None:
+            alone = name if format.group == "tensor" else None
+            together.setdefault((moments.source(name), format, alone), []).append(name)
+    result: dict[str, Quantized] = {}
+    for (source, format, _), names in together.items():
+        weights, factor = [layer.get_parameter(name).detach() for name in names], moments.factor(source)
+        if factor is None:
+            result |= {name: quantize(weight, format) for name, weight in zip(names, weights, strict=True)}
+        elif len(names) == 1:
+            result[names[0]] = gptq_quantize(weights[0], factor, format)
+        else:  # rows do not depend on each other
+            parts = gptq_quantize(torch.cat(weights), factor, format).split([len(weight) for weight in weights])
+            result |= zip(names, parts, strict=True)
+    return {name: result[name] for name in formats if name in result}

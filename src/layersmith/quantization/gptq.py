@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from layersmith.quantization.formats import Format
-from layersmith.quantization.rounding import Grid, Quantized, fit, shared_scales
+from layersmith.quantization.rounding import Grid, Quantized, closest, fit, inverse_scale, shared_scales
 
 # Columns between two updates of all columns to the right.
 _PANEL = 128
@@ -36,41 +36,41 @@ def gptq(weight: Tensor, second_moment: Tensor, format: Format, *, damping: floa
     """
     if format.storage == "plain":
         return weight.bfloat16().float()
-    return gptq_quantize(weight, second_moment, format, damping=damping).values()
+    return gptq_quantize(weight, inverse_factor(second_moment, damping), format).values()
 
 
 @torch.no_grad()
-def gptq_quantize(weight: Tensor, second_moment: Tensor, format: Format, *, damping: float = 0.01) -> Quantized:
-    """Like :func:`gptq`; returns levels and scales, which can be stored.
+def gptq_quantize(weight: Tensor, factor: Tensor, format: Format) -> Quantized:
+    """Like :func:`gptq`, from what :func:`inverse_factor` returns; gives levels and scales, which can be stored.
 
     The scales of a block of columns are fitted when its turn comes, to the weights as changed by then; those of whole
     channels or tensors before. Each column counts in it as in the error above.
     """
-    factor = inverse_factor(second_moment, damping)
     importance = factor.diagonal() ** -2
-    rest = weight.float().clone()
-    shared = shared_scales(rest, format)
-    blocks = isinstance(format.group, int)
-    width, size = rest.shape[1], format.block if blocks else rest.shape[1]
-    grids = [] if blocks else [fit(rest, format, importance=importance, shared=shared)]
-    levels, panel = torch.empty_like(rest), max(_PANEL, format.block)
+    rest = weight.float().T.clone(memory_format=torch.contiguous_format)  # [in, out]: columns are contiguous
+    shared, width = shared_scales(weight, format), len(rest)
+    size, panel = format.block if isinstance(format.group, int) else width, max(_PANEL, format.block)
+    grids: list[Grid] = []
+    levels, errors = torch.empty_like(rest), torch.empty_like(rest)
     for start in range(0, width, panel):
         end = min(start + panel, width)
-        errors = torch.empty_like(rest[:, start:end])
-        for j in range(start, end):
-            if j % size == 0 and blocks:
-                columns = slice(j, j + size)
-                grids.append(fit(rest[:, columns], format, importance=importance[columns], shared=shared))
-            group = (j % size) // format.group if isinstance(format.group, int) else 0
-            column = rest[:, j : j + 1]
-            levels[:, j : j + 1] = grids[-1].levels(column, group)
-            errors[:, j - start] = (column - grids[-1].values(levels[:, j : j + 1], group))[:, 0] / factor[j, j]
-            rest[:, j + 1 : end] -= errors[:, j - start, None] * factor[j, j + 1 : end]
-        rest[:, end:] -= errors @ factor[start:end, end:]
-    return Quantized(_joined(grids), levels.bfloat16())
+        for first in range(start, end, min(size, panel)):
+            if first % size == 0:
+                block = slice(first, first + size)
+                columns = rest[block].T.contiguous()
+                grids.append(fit(columns, format, importance=importance[block], shared=shared))
+            scale, offset = grids[-1].by_column(min(size, end - first))
+            inverse = inverse_scale(scale)
+            for k, j in enumerate(range(first, min(first + size, end))):
+                shifted = rest[j] if offset is None else rest[j] - offset[k]
+                level = closest(shifted * inverse[k], format)
+                levels[j], errors[j] = level, (shifted - level * scale[k]) / factor[j, j]
+                rest[j + 1 : end].addr_(factor[j, j + 1 : end], errors[j], alpha=-1)
+        rest[end:].addmm_(factor[start:end, end:].T, errors[start:end], alpha=-1)
+    return Quantized(_joined(grids), levels.bfloat16().T.contiguous())
 
 
-def inverse_factor(second_moment: Tensor, damping: float) -> Tensor:
+def inverse_factor(second_moment: Tensor, damping: float = 0.01) -> Tensor:
     """The upper Cholesky factor of the inverse of a second moment ``[in, in]``, in float32.
 
     Inputs that are always zero count as if they were not correlated with others.

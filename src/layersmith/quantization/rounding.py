@@ -9,6 +9,7 @@ with the levels ``q`` of the weights ``x`` fixed and ``h`` the importance of eac
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -51,26 +52,26 @@ class Grid:
     offset: Tensor | None
     stored: dict[str, Tensor]
 
-    def levels(self, weight: Tensor, group: int = 0) -> Tensor:
-        """The nearest level of each weight.
+    def levels(self, weight: Tensor) -> Tensor:
+        """The nearest level of each weight ``[rows, columns]`` in float32."""
+        return nearest(weight, *self._of_columns(weight.shape[-1]), self.format)
 
-        Args:
-            weight: ``[rows, columns]`` in float32, the first column in group ``group``.
-            group: Index of a group.
-        """
-        scale, offset = self._of_columns(weight.shape[-1], group)
-        return nearest(weight, scale, offset, self.format)
-
-    def values(self, levels: Tensor, group: int = 0) -> Tensor:
+    def values(self, levels: Tensor) -> Tensor:
         """The weights of levels ``[rows, columns]``, in float32."""
-        scale, offset = self._of_columns(levels.shape[-1], group)
+        scale, offset = self._of_columns(levels.shape[-1])
         return levels * scale if offset is None else levels * scale + offset
 
-    def _of_columns(self, columns: int, group: int) -> tuple[Tensor, Tensor | None]:
+    def by_column(self, columns: int) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset of the weights in the first columns: ``[columns, rows]``, or ``[columns, 1]``."""
+        scale, offset = self._of_columns(columns)
+        shape = columns, len(scale)
+        return scale.T.expand(shape).contiguous(), None if offset is None else offset.T.expand(shape).contiguous()
+
+    def _of_columns(self, columns: int) -> tuple[Tensor, Tensor | None]:
         size = self.format.group
         if not isinstance(size, int):
             return self.scale, self.offset
-        index = group + torch.arange(columns, device=self.scale.device) // size
+        index = torch.arange(columns, device=self.scale.device) // size
         return self.scale[:, index], None if self.offset is None else self.offset[:, index]
 
 
@@ -94,6 +95,16 @@ class Quantized:
     def values(self) -> Tensor:
         """The weights in float32."""
         return self.grid.values(self.levels.float())
+
+    def split(self, sizes: Sequence[int]) -> list[Quantized]:
+        """Matrices of ``sizes`` rows that were rounded as one, below each other. Not for a scale of a whole matrix."""
+        grid, result = self.grid, []
+        for levels, start in zip(self.levels.split(list(sizes)), [0, *itertools.accumulate(sizes)], strict=False):
+            rows = slice(start, start + len(levels))
+            stored = {name: part if name == "global_scale" else part[rows] for name, part in grid.stored.items()}
+            offset = None if grid.offset is None else grid.offset[rows]
+            result.append(Quantized(Grid(grid.format, grid.scale[rows], offset, stored), levels))
+        return result
 
 
 def fake_quantize(weight: Tensor, format: Format, *, importance: Tensor | None = None) -> Tensor:
@@ -167,15 +178,24 @@ def shared_scales(weight: Tensor, format: Format) -> dict[str, Tensor]:
 
 def nearest(x: Tensor, scale: Tensor, offset: Tensor | None, format: Format) -> Tensor:
     """The levels nearest to weights; where the scale is zero, the level of zero."""
-    inverse = torch.where(scale == 0, 0.0, 1 / scale)
-    scaled = x * inverse if offset is None else (x - offset) * inverse
+    inverse = inverse_scale(scale)
+    return closest(x * inverse if offset is None else (x - offset) * inverse, format)
+
+
+def inverse_scale(scale: Tensor) -> Tensor:
+    """The inverse of scales; 0 for a scale of zero."""
+    return torch.where(scale == 0, 0.0, 1 / scale)
+
+
+def closest(scaled: Tensor, format: Format) -> Tensor:
+    """The levels nearest to weights in units of their scale, which may be overwritten."""
     if format.levels in ("signed", "unsigned"):
         return scaled.round_().clamp_(*integer_range(format))
     if format.levels == "e4m3":
         return scaled.clamp_(-448, 448).to(torch.float8_e4m3fn).float()
     cells, first, table = _lookup(format.levels)
     index = scaled.mul_(cells).floor_().clamp_(first, first + len(table) - 1).sub_(first).to(torch.int32)
-    return table.to(x.device)[index]
+    return table.to(scaled.device)[index]
 
 
 @functools.cache
@@ -236,7 +256,7 @@ def _represent(
     dtype = torch.float16 if format.storage == "gguf" else torch.bfloat16
     scale = scale.to(dtype).float()
     if offset is not None and format.levels == "signed":  # an integer zero point, among the levels
-        inverse = torch.where(scale == 0, 0.0, 1 / scale)
+        inverse = inverse_scale(scale)
         return scale, -(-offset * inverse).round_().clamp_(*integer_range(format)) * scale
     return scale, None if offset is None else offset.to(dtype).float()
 
