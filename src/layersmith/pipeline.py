@@ -24,6 +24,7 @@ from layersmith.run.progress import SILENT, Callback, Progress, progress_of
 from layersmith.run.stage import Stage
 from layersmith.run.store import Store
 from layersmith.run.timeline import Timeline
+from layersmith.stages.automatic_formats import with_formats, without_impossible
 from layersmith.stages.costs import COSTS
 from layersmith.stages.data import DATA, digest_of_source
 from layersmith.stages.describe import DESCRIBE
@@ -144,6 +145,7 @@ def stages(
     ranks.on_first(lambda: Run.check(folder))
     require_tasks(whole.recipe.evaluation.tasks)
     _ = whole.path  # a parent in another format is converted by all processes together
+    whole.recipe = ranks.from_first(lambda: with_formats(whole))
     for job in rounds_of(whole):
         for step in _run(job):
             if isinstance(step, str):
@@ -162,6 +164,8 @@ def _run(job: Job) -> Iterator[str | Result]:
     with ranks.first(lambda: job.run.open(header, job.recipe)):
         with job.run.removed_if_refused():
             for stage in PREPARATION:
+                if stage is COSTS:
+                    job.recipe = ranks.from_first(lambda: without_impossible(job))
                 job.do(stage)
                 yield stage.name
             if is_wanted(job):

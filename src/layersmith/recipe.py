@@ -53,6 +53,8 @@ Count = Annotated[int, Field(gt=0, le=100_000_000)]
 CountOrNone = Annotated[int, Field(ge=0, le=100_000_000)]
 # Lists of sizes are as long as that at most.
 _MOST = Len(0, 1000)
+# Stands among the formats of a recipe if they are chosen for the budget.
+AUTOMATIC = "auto"
 # A share strictly between 0 and 1.
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 
@@ -428,9 +430,10 @@ class Recipe:
     costs: CostsRecipe = field(default_factory=CostsRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)
     effort: EffortRecipe = field(default_factory=EffortRecipe)
-    formats: Annotated[tuple[str, ...], _MOST] = ()
+    formats: Annotated[tuple[str, ...], _MOST] = (AUTOMATIC,)
     """Number formats to offer for the weights of every attention and FFN besides the parent's data type, all of one
-    file format: e.g. `[int8, int4-g128]`. Default: none, so weights keep the parent's data type."""
+    file format: e.g. `[int8, int4-g128]`. `auto` offers int8 and integers of 4 bits if the budget limits bytes to fewer
+    than the parent has. `bf16` alone, or nothing, offers none."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed. The same seed gives the same child."""
     device: str = "auto"

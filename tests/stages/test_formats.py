@@ -1,5 +1,6 @@
 """A run that chooses number formats: what its child is, and what is refused."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,12 +10,15 @@ import torch
 from safetensors.torch import load_file
 
 import layersmith
-from layersmith.costs.budget import parse_budget
+from layersmith.costs.budget import Workload, parse_budget
 from layersmith.errors import UsageError
 from layersmith.heterogeneous.quantized import read_gguf_blocks
 from layersmith.quantization.formats import FORMATS
 from layersmith.recipe import Recipe
 from layersmith.run.artifacts import read_json
+from layersmith.stages.automatic_formats import automatic_formats
+from layersmith.stages.distill_finished import distill
+from layersmith.stages.inspect import outline
 from layersmith.stages.job import formats_of
 from layersmith.stages.reopen import search
 from tests.conftest import TINY_RECIPE
@@ -58,6 +62,10 @@ def test_a_child_with_formats_of_gguf(make_parent: Callable[..., Path], text_fol
     assert all(not a.format for a in plain.alternatives)
     (free,) = search(result.run, {"weights": "0.8"}, progress=False).solutions
     assert free.score < plain.score
+    assert all(a.shape.is_parent and a.format for a in free.alternatives)  # quantization alone is best
+    (less_cache,) = search(result.run, {"kv_cache": "0.5"}, progress=False).solutions
+    assert not less_cache.has_formats  # no format makes the cache smaller
+    assert any(not a.is_parent for a in less_cache.alternatives)
     with pytest.raises(UsageError, match="no scores of q5_0, but of q4_0, q8_0"):
         search(result.run, {"weights": "0.8"}, formats=["q5_0"], progress=False)
 
@@ -75,6 +83,16 @@ def test_a_child_with_formats_of_compressed_tensors(
     assert sum(p.numel() for p in child.parameters()) == result.solution.costs["parameters"]
     assert 0 < result.metric("kl_divergence")["child"] < 0.2
 
+    quick = {"batch_tokens": 128, "device_tokens": 64, "learning_rate": 0.003, "tokens": 4096}
+    learned = distill(result.run, recipe={"distillation": quick}, progress=False)
+    before, after = ({r["metric"]: r["child"] for r in e["rows"]} for e in (learned.before, learned.after))
+    assert before["kl_divergence"] == result.metric("kl_divergence")["child"]
+    assert after["kl_divergence"] < before["kl_divergence"]
+    again = load_file(learned.child / "model.safetensors")
+    assert {name: (t.shape, t.dtype) for name, t in again.items()} == {n: (t.shape, t.dtype) for n, t in stored.items()}
+    assert any(not torch.equal(t, stored[name]) for name, t in again.items() if name.endswith("weight_packed"))
+    assert all(torch.equal(t, stored[name]) for name, t in again.items() if name.endswith("weight_scale"))
+
 
 @pytest.mark.parametrize(
     ("change", "message"),
@@ -82,7 +100,7 @@ def test_a_child_with_formats_of_compressed_tensors(
         ({"formats": ["int5"]}, "unknown format 'int5'"),
         ({"formats": ["q8_0", "nvfp4"]}, "no file holds all of q8_0, nvfp4"),
         ({"formats": ["q8_0"], "scoring": {"objective": "lm_loss"}}, "kl_divergence only"),
-        ({"formats": ["q8_0"], "distillation": {"tokens": 100}}, "cannot be distilled"),
+        ({"formats": ["q8_0"], "distillation": {"tokens": 100, "finalists": 2}}, "finalists are trained without them"),
     ],
 )
 def test_what_cannot_be_asked_for(change: dict[str, Any], message: str) -> None:
@@ -94,6 +112,40 @@ def test_bf16_alone_offers_no_format() -> None:
     assert formats_of(Recipe(formats=("bf16",))) == formats_of(Recipe()) == []
     assert formats_of(Recipe(formats=("bf16", "q8_0", "q8_0"))) == ["q8_0"]
     assert FORMATS["bf16"].storage == "plain"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "budget", "formats"),
+    [
+        ({}, {"memory": "0.6"}, ["int8", "int4-g32"]),
+        ({}, {"bits": "6"}, ["int8", "int4-g32"]),
+        ({}, {"memory": "0.6", "params": "0.9"}, ["int8", "int4-g32"]),
+        ({}, {"memory": "1GiB"}, []),  # the parent is smaller
+        ({}, {"params": "0.6"}, []),
+        ({}, {"kv_cache": "0.6"}, []),
+        ({}, {"memory": "0.6", "ttft": "0.9"}, []),
+        ({"formats": ["bf16"]}, {"memory": "0.6"}, []),
+        ({"formats": ["q8_0"]}, {"memory": "0.6"}, ["q8_0"]),
+        ({"scoring": {"objective": "lm_loss"}}, {"memory": "0.6"}, []),
+        ({"rounds": {"count": 2}}, {"memory": "0.6"}, []),
+    ],
+)
+def test_formats_that_are_offered_by_default(
+    recipe: dict[str, Any], budget: dict[str, str], formats: list[str], make_parent: Callable[..., Path]
+) -> None:
+    pytest.importorskip("compressed_tensors")
+    asked = Recipe.from_dict(recipe)
+    parent = make_parent("llama", torch.bfloat16)
+    limits = parse_budget(**budget).limits
+    notes: list[str] = []
+    chosen = automatic_formats(asked, limits, outline(parent, asked.library, Workload()), notes.append)
+    assert formats_of(chosen) == formats
+    assert dataclasses.replace(chosen, formats=asked.formats) == asked
+    assert formats_of(Recipe.from_dict(chosen.to_dict())) == formats
+    assert len(notes) <= 1
+    assert bool(notes) == (
+        asked.formats == ("auto",) and ("memory" in budget or "bits" in budget) and "GiB" not in str(budget)
+    )
 
 
 def test_bits_are_of_the_parents_parameters() -> None:

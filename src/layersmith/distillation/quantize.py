@@ -13,7 +13,8 @@ from torch import nn
 
 from layersmith.distillation.activations import Rows
 from layersmith.errors import UnsupportedModel
-from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers
+from layersmith.execution.layerwise import Builder, LayerwiseParent, NotLayerwise, split_layers
+from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity
 from layersmith.library.formats import InputMoments, matrices, quantized
 from layersmith.library.library import Library
@@ -23,17 +24,17 @@ from layersmith.quantization.rounding import Quantized
 from layersmith.run.progress import SILENT, Progress
 
 
-def layerwise_of(library: Library) -> LayerwiseParent[Library]:
-    """The parent, run layer by layer.
+def layerwise_of(parent: Parent, builder: Builder) -> LayerwiseParent[Builder]:
+    """The parent, run layer by layer; ``builder`` builds layers with alternatives.
 
     Raises:
         UnsupportedModel: It cannot be, so its weights cannot be quantized.
     """
     try:
-        return split_layers(library.parent, library)
+        return split_layers(parent, builder)
     except NotLayerwise as reason:
         raise UnsupportedModel(
-            f"{library.parent.path}: weights are quantized layer by layer, but {reason}. Leave formats out."
+            f"{parent.path}: weights are quantized layer by layer, but {reason}. Leave formats out."
         ) from None
 
 
@@ -72,7 +73,7 @@ def quantize_child(
     rounded: dict[str, Quantized] = {}
     if last < 0:
         return library, rounded
-    layerwise, rows = layerwise_of(library), Rows(calibration, batch_tokens)
+    layerwise, rows = layerwise_of(library.parent, library), Rows(calibration, batch_tokens)
     with progress.stage("quantize", (last + 1) * len(calibration), "rows through a layer") as advance:
         for i in range(last + 1):
             members = changed.get(i, [])

@@ -224,7 +224,7 @@ class _Facts:
         stand_ins = [_StandIn(layer, i, outputs[i]) for i, layer in enumerate(parent.layers)]
         facts = _Facts(logits.shape[-1], hidden.element_size() * hidden.shape[-1], stand_ins)
         with torch.no_grad():
-            layerwise = LayerwiseParent(parent, _NoAlternatives(), facts)
+            layerwise = LayerwiseParent(parent, NoAlternatives(), facts)
             expected, read = layerwise.head(probe, layerwise.start(probe).embedded)
             facts.plain_head = parent.head is not None and torch.equal(parent.head(read), expected)
         return facts
@@ -424,7 +424,7 @@ def split_layers(parent: Parent, builder: Builder) -> LayerwiseParent[Builder]:
     return LayerwiseParent(parent, builder, facts)
 
 
-class _NoAlternatives:
+class NoAlternatives:
     """Builds nothing; the check of a parent needs no alternatives."""
 
     def layer(self, *alternatives: Any) -> nn.Module:
@@ -448,7 +448,7 @@ def _checked(parent: Parent) -> _Facts | NotLayerwise:
     with foreign_code("do the layers run one at a time?") as attempt:
         try:
             facts = _Facts.of(parent)
-            logits = _logits_layer_by_layer(LayerwiseParent(parent, _NoAlternatives(), facts), facts, input_ids)
+            logits = _logits_layer_by_layer(LayerwiseParent(parent, NoAlternatives(), facts), facts, input_ids)
         except NotLayerwise as reason:
             return reason
     if attempt.failed:

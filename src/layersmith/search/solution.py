@@ -80,6 +80,11 @@ class Solution(Shown):
         )
 
     @property
+    def has_formats(self) -> bool:
+        """Whether some weights are not in the parent's data type."""
+        return bool(self.embeddings) or any(a.format for a in self.alternatives)
+
+    @property
     def formats(self) -> dict[tuple[int, str], str]:
         """Layer and subblock to its number format; of a removed subblock the solution's most frequent one."""
         ((usual, _),) = Counter(a.format for a in self.alternatives if not a.is_no_op).most_common(1) or [("", 0)]

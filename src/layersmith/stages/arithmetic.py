@@ -19,6 +19,7 @@ from layersmith.library.axes.axis import LayerAxes
 from layersmith.recipe import LocalDistillationRecipe, Recipe
 from layersmith.scoring.library_scores import SWEEP_PASSES
 from layersmith.scoring.task import exact_passes
+from layersmith.stages.job import formats_of
 
 # A training step takes a forward pass and twice as much for the gradients of activations and weights.
 TRAINING = 3.0
@@ -103,7 +104,7 @@ ORDER = (
 
 def stage_flops(space: SearchSpace, recipe: Recipe) -> dict[str, float]:
     """Operations of each stage, in the order of the pipeline; for the clock those of one round."""
-    data, layers = recipe.data, _layers(space)
+    data, layers, formats = recipe.data, _layers(space), formats_of(recipe)
     head = space.costs.fixed["active_parameters"]
     whole = sum(layers) + head
     calibration, scoring, evaluation = (
@@ -116,7 +117,7 @@ def stage_flops(space: SearchSpace, recipe: Recipe) -> dict[str, float]:
         "statistics": 2.0 * whole * calibration + _moments(space, calibration),
         "library": _library(space, recipe.local_distillation, calibration, training),
         "scores": 2.0 * scoring * _scoring_passes(space, recipe, layers),
-        "formats": 2.0 * whole * (calibration + scoring * (3.5 + len(recipe.formats))) if recipe.formats else 0.0,
+        "formats": 2.0 * whole * (calibration + scoring * (3.5 + len(formats))) if formats else 0.0,
         "refine": 2.0 * recipe.search.refine_passes * whole * scoring,
         "pairs": _pairs(space, recipe.local_distillation, calibration, training),
         "evaluation": 4.0 * whole * (evaluation + samples),

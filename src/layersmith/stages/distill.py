@@ -6,7 +6,9 @@ Every process of a launcher such as ``torchrun`` trains; the first one alone wri
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,11 @@ import torch
 from transformers import PreTrainedModel
 
 from layersmith.distillation.parent_logits import ParentLogits, TopTokens, cache_folder, remember
-from layersmith.distillation.train import GlobalSetup, Trained, TrainingRows, save_trained, train
+from layersmith.distillation.straight_through import rounded_again, rounded_in_forward
+from layersmith.distillation.train import GlobalSetup, Trained, TrainingRows, in_float32, save_trained, train
 from layersmith.evaluation.compare import compare
 from layersmith.heterogeneous.checkpoint import load
+from layersmith.quantization.rounding import Quantized
 from layersmith.recipe import DistillationRecipe
 from layersmith.records import parse
 from layersmith.report.card import Child, complete_card, write_card
@@ -32,7 +36,7 @@ from layersmith.stages.evaluate import rows_of_tasks
 from layersmith.stages.finalists import FINALISTS, starting_child, training_inputs
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
-from layersmith.stages.realize import CHILD
+from layersmith.stages.realize import CHILD, composed, write_formats
 from layersmith.stages.tasks import task_inputs
 from layersmith.stages.training_rows import ROWS, check, is_wanted, training_source
 
@@ -50,11 +54,35 @@ def _described(job: Job) -> Child:
     )
 
 
-def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dtype]:
+@dataclass(frozen=True, eq=False)
+class _Student:
+    """A child that is trained.
+
+    Attributes:
+        model: The child in float32.
+        dtype: Data type in which it is written.
+        rounded: Its weights in number formats, by name.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    rounded: dict[str, Quantized]
+
+
+def _student(job: Job, progress: Progress) -> _Student:
+    folder, solution = starting_child(job)
+    if not solution.has_formats:
+        child = load(folder, trust_remote_code=job.trust_remote_code)
+        dtype = child.dtype
+        return _Student(child.float(), dtype, {})
+    with composed(job, solution, progress) as (child, rounded):
+        return _Student(in_float32(child), job.stored_parent.dtype, rounded)
+
+
+def _train(job: Job, making: Making) -> tuple[_Student, Trained]:
     settings, rows, folder = job.recipe.distillation, job.read(ROWS), job.run.folder / "distillation" / "global"
-    child = load(starting_child(job)[0], trust_remote_code=job.trust_remote_code)
-    dtype = child.dtype
-    child.float()
+    student, parent = _student(job, making.progress), job.first_parent
+    child = student.model
     cache = _remembered(job, settings, rows, making.progress)
     setup = GlobalSetup(
         recipe=settings,
@@ -64,10 +92,13 @@ def _train(job: Job, making: Making) -> tuple[PreTrainedModel, Trained, torch.dt
         curve=folder / "log.json",
         name="global distillation",
     )
-    with making.progress.stage(DISTILLED.name, settings.tokens, "tokens") as advance:
-        trained = train(job.first_parent, child, TrainingRows(rows, job.read(DATA).scoring, cache), setup, advance)
+    with (
+        making.progress.stage(DISTILLED.name, settings.tokens, "tokens") as advance,
+        rounded_in_forward(child, student.rounded, parent.runtime.device),
+    ):
+        trained = train(parent, child, TrainingRows(rows, job.read(DATA).scoring, cache), setup, advance)
     making.elsewhere.append(setup.curve)
-    return child, trained, dtype
+    return dataclasses.replace(student, rounded=rounded_again(child, student.rounded)), trained
 
 
 def _remembered(job: Job, settings: DistillationRecipe, rows: torch.Tensor, progress: Progress) -> ParentLogits | None:
@@ -87,8 +118,9 @@ def _remembered(job: Job, settings: DistillationRecipe, rows: torch.Tensor, prog
 
 
 def _make_distilled(job: Job, making: Making) -> None:
-    child, trained, dtype = _train(job, making)
-    save_trained(child, trained, dtype, job.tokenizer, making.folder)
+    student, trained = _train(job, making)
+    save_trained(student.model, trained, student.dtype, job.tokenizer, making.folder)
+    write_formats(making.folder, student.rounded)
     write_card(making.folder, _described(job))
 
 

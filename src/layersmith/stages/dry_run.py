@@ -19,6 +19,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
 from layersmith.run.runtime import Runtime
+from layersmith.stages.automatic_formats import automatic_formats
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.effort import TOP
 from layersmith.stages.inspect import Outline, outline
@@ -139,6 +140,8 @@ def plan(
     next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
     runtime = Runtime.detect(recipe.device, recipe.dtype)
     space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
+    notes = list(space.notes)
+    recipe = automatic_formats(recipe, budget.limits, space, notes.append)
     priced = _in_formats(space, formats_of(recipe), budget)
     check_reachable(priced.alternatives, priced.costs, budget.limits, recipe.search, space.blocks)
     check_rounds(budget.limits, recipe)
@@ -147,7 +150,6 @@ def plan(
     plans = [plan_time(space, of_round(recipe, n), timed.rate, is_timed=False) for n in every] + [timed]
     whole = space.costs.parent
     kinds = Counter(a.kind for a in space.alternatives if not a.is_parent)
-    notes = list(space.notes)
     if budget.limits.has_times:
         notes.append("latency limits cannot be checked in a dry run; a run checks them once the parent is timed.")
     return Plan(

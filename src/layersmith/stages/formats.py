@@ -35,7 +35,7 @@ def _make(job: Job, making: Making) -> None:
     library = job.read(LIBRARY)
     task = FormatTask(
         library=library,
-        layerwise=layerwise_of(library),
+        layerwise=layerwise_of(library.parent, library),
         formats=job.formats,
         calibration=few[0],
         scoring=few[1],

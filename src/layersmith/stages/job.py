@@ -29,7 +29,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import read_config
 from layersmith.model_descriptor.factory import ModelDescriptorFactory, source_of
 from layersmith.quantization.formats import format_named
-from layersmith.recipe import Recipe
+from layersmith.recipe import AUTOMATIC, Recipe
 from layersmith.run import ranks
 from layersmith.run.digests import digest
 from layersmith.run.folder import Run, versions
@@ -49,7 +49,7 @@ def formats_of(recipe: Recipe) -> list[str]:
     Raises:
         UsageError: One is unknown, or they cannot be used together or with another setting.
     """
-    formats = [format_named(name) for name in dict.fromkeys(recipe.formats)]
+    formats = [format_named(name) for name in dict.fromkeys(recipe.formats) if name != AUTOMATIC]
     storages = {f.storage for f in formats} - {"plain"}
     if len(storages) > 1:
         names = ", ".join(recipe.formats)
@@ -61,8 +61,8 @@ def formats_of(recipe: Recipe) -> list[str]:
             f"recipe formats: {', '.join(recipe.formats)} need the package compressed-tensors: "
             "pip install 'layersmith[quantized]'"
         )
-    if storages and recipe.distillation.tokens:
-        raise UsageError("recipe formats: a quantized child cannot be distilled. Set distillation.tokens to 0.")
+    if storages and recipe.distillation.tokens and recipe.distillation.finalists > 1:
+        raise UsageError("recipe formats: finalists are trained without them. Set distillation.finalists to 1.")
     return [f.name for f in formats if f.storage != "plain"]
 
 

@@ -14,7 +14,7 @@ from layersmith.errors import InputError, UnsupportedModel, UsageError, did_you_
 from layersmith.heterogeneous.checkpoint import save
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.recipe import Recipe, SearchRecipe
+from layersmith.recipe import AUTOMATIC, Recipe, SearchRecipe
 from layersmith.report.card import Child, model_card
 from layersmith.run.artifacts import fingerprint, whole_folder, write_json, write_text
 from layersmith.run.cards import CARD
@@ -26,6 +26,7 @@ from layersmith.scoring.metrics import METRICS, loss_of
 from layersmith.scoring.score import standard_error
 from layersmith.search.problem import SearchProblem
 from layersmith.search.solution import Solution
+from layersmith.stages.automatic_formats import reason_against
 from layersmith.stages.costs import COSTS, find_costs
 from layersmith.stages.data import DATA
 from layersmith.stages.describe import DESCRIBE
@@ -103,7 +104,10 @@ class SearchRequest:
             costs = dataclasses.replace(costs, device=device, server=server, times=None)
         formats = recipe.formats if self.formats is None else tuple(self.formats)
         rules = self.rules or recipe.search
-        return dataclasses.replace(recipe, scoring=scoring, costs=costs, search=rules, formats=formats)
+        changed = dataclasses.replace(recipe, scoring=scoring, costs=costs, search=rules, formats=formats)
+        if AUTOMATIC in formats and reason_against(changed, self.budget.limits):
+            return dataclasses.replace(changed, formats=())
+        return changed
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,7 +18,7 @@ from layersmith.run.folder import ROUNDS, Run
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.distill import DISTILLED
 from layersmith.stages.inspect import outline
-from layersmith.stages.job import Job
+from layersmith.stages.job import Job, formats_of
 from layersmith.stages.realize import CHILD
 
 
@@ -35,7 +35,7 @@ def rounds_of(job: Job) -> Iterator[Job]:
         return
     check_rounds(job.limits, recipe)
     space = outline(job.path, recipe.library, job.workload, job.family, job.trust_remote_code, recipe.checkpoint_dtype)
-    if not recipe.formats:  # in which a child may become smaller still
+    if not formats_of(recipe):  # in which a child may become smaller still
         check_reachable(space.alternatives, space.costs, job.limits, recipe.search, space.blocks)
     source, first = job.source, None
     for number in range(1, recipe.rounds.count):
@@ -57,7 +57,7 @@ def check_rounds(limits: Limits, recipe: Recipe) -> None:
     """Raises: UsageError: The budget does not say how large the children of rounds may be."""
     if recipe.rounds.count == 1:
         return
-    if recipe.rounds.sizes is None and (limits.counted is None or recipe.evaluation.keep or recipe.formats):
+    if recipe.rounds.sizes is None and (limits.counted is None or recipe.evaluation.keep or formats_of(recipe)):
         raise UsageError(
             "--rounds: the budget does not say how small the child of each round should be. Say it with rounds.sizes."
         )

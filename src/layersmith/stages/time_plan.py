@@ -116,13 +116,13 @@ def choose_late_effort(job: Job, asked: Recipe, planning: float) -> Recipe:
 
     Args:
         job: The job, whose scores and search are finished.
-        asked: Its recipe before a level was applied.
+        asked: Its recipe before a level was applied; formats are those of the job.
         planning: Seconds that this process took before its first stage.
     """
     effort = job.recipe.effort
     if effort.within is None or effort.level is None or effort.late_level is not None:
         return job.recipe
-    space, level = space_of(job), effort.level
+    space, level, asked = space_of(job), effort.level, replace(asked, formats=job.recipe.formats)
     taken = job.run.log.worked()
     flops, made = stage_flops(space, job.recipe), [stage for stage in _KNOWN_BY if stage in taken]
     work = sum(stage_work(flops)[stage] for stage in made)

@@ -47,6 +47,10 @@ def check(job: Job) -> Steps:
     steps = Steps.of(settings, settings.tokens, job.read(DATA).evaluation.shape[1], parent.runtime.world_size)
     size = hidden_size_of(parent)
     arguments = training_arguments(settings, steps, parent.runtime, size, job.recipe.seed, job.run.folder)  # raises
+    if job.formats and (arguments.fsdp or arguments.deepspeed):
+        raise UsageError(
+            "distillation: a child with number formats cannot be divided among processes (FSDP, DeepSpeed)."
+        )
     if parent.runtime.world_size == 1:
         job.once("rehearsal of training", lambda: rehearse(arguments, settings.trainer))
     return steps
