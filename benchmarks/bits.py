@@ -154,6 +154,9 @@ def children(run: Path, share: float, args: argparse.Namespace) -> list[dict[str
     tokens = job.read(DATA)
     job.put(DATA, dataclasses.replace(tokens, calibration=tokens.calibration[: args.calibration]))
     job.put(PAIRS, Kept())  # the run was stopped before, and no method trains
+    if args.passes is not None:
+        search = dataclasses.replace(job.recipe.search, refine_passes=args.passes)
+        job.recipe = dataclasses.replace(job.recipe, search=search)
     every = max(1, len(tokens.evaluation) // args.rows)
     rows, first, result = tokens.evaluation[::every][: args.rows], None, []
     for name in args.only or METHODS:
@@ -165,7 +168,8 @@ def children(run: Path, share: float, args: argparse.Namespace) -> list[dict[str
         row = {"share": share, "method": name, "score": solution.score, "rows": len(kl)}
         row |= {"bytes": solution.costs["weight_bytes"], "parent_bytes": solution.parent_costs["weight_bytes"]}
         row |= {"parameters": solution.costs["parameters"] / solution.parent_costs["parameters"]}
-        row |= {"formats": _counts([*solution.formats.values(), solution.embeddings]), "kl": math.fsum(kl) / len(kl)}
+        formats = [a.format for a in solution.alternatives if not a.is_no_op]
+        row |= {"formats": _counts([*formats, solution.embeddings]), "kl": math.fsum(kl) / len(kl)}
         row |= {"error": standard_error(kl), "more": math.fsum(difference) / len(kl)}
         result.append(row | {"more_error": standard_error(difference), "seconds": time.process_time()})
         print(json.dumps(result[-1]), flush=True)
@@ -274,6 +278,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods only")
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--calibration", type=int, help="calibration rows of a child's GPTQ; default: all")
+    parser.add_argument("--passes", type=int, help="forward passes of refinement; default: the recipe's")
     parser.add_argument("--foretold", type=int, default=0, metavar="LAYERS")
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table is written next to it")
     args = parser.parse_args()

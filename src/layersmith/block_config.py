@@ -103,6 +103,8 @@ class AttentionConfig(_SubblockConfig):
     """Number of query heads. The size of a head does not change."""
     layer_type: str | None = None
     """What the attention sees, in the words of the model's config: ``sliding_attention``, ``full_attention``."""
+    kv_cache_format: str | None = None
+    """Number format of keys and values in the KV cache. None: the data type of the model."""
     mamba: MambaConfig | None = None
     """The mixer's sizes, where it takes the attention's place."""
     llama4: dict[str, Any] | None = None

@@ -480,6 +480,48 @@ def set_cache_slot(layer: nn.Module, slot: int, within: Sequence[str] | None = N
         setattr(module, name, slot * len(indices) + indices.index(getattr(module, name)))
 
 
+def rounded_cache(x: torch.Tensor, name: str) -> torch.Tensor:
+    """Keys or values ``[batch, heads, tokens, head size]`` as a KV cache in a number format gives them back.
+
+    ``fp8`` is E4M3 without a scale, as vLLM has it. ``int4`` has 16 levels between the least and the largest number of
+    each head and token, as the quantized cache of Transformers. Gradients pass as if nothing was rounded.
+    """
+    numbers = x.detach().float()
+    if name == "fp8":
+        rounded = numbers.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    elif name == "int4":
+        low, high = (bound.half().float() for bound in (numbers.amin(-1, keepdim=True), numbers.amax(-1, keepdim=True)))
+        scale = ((high - low) / 15).half().float()
+        levels = (numbers - low) / torch.where(scale == 0, 1.0, scale)
+        rounded = levels.round().clamp(0, 15) * scale + low
+    else:
+        raise ValueError(f"no KV cache has the number format {name}")
+    return rounded.to(x.dtype) + (x - x.detach())
+
+
+class RoundingCache:
+    """Rounds keys and values before a cache keeps them; without a cache they are only rounded."""
+
+    def __init__(self, cache: Any, name: str):
+        self._cache, self._name = cache, name
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        keys, values = rounded_cache(keys, self._name), rounded_cache(values, self._name)
+        return (keys, values) if self._cache is None else self._cache.update(keys, values, *args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._cache, name)
+
+
+def round_cache_of(layer: nn.Module, name: str) -> None:
+    """Let a decoder layer keep its keys and values in a number format."""
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return args, {**kwargs, "past_key_values": RoundingCache(kwargs.get("past_key_values"), name)}
+
+    layer.register_forward_pre_hook(before, with_kwargs=True)
+
+
 # ---------------------------------------------------------------------------------------------- the plan in config.json
 
 
@@ -500,6 +542,8 @@ def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
         for name, record in records[index]["modules"].items():
             layer.set_submodule(name, make_replacement(record))
         set_cache_slot(layer, records[index]["cache_slot"], records[index].get("cached"))
+        if name := records[index].get("kv_cache_format"):
+            round_cache_of(layer, name)
 
     with heterogeneous_layers([_import(name) for name in plan["decoder_layers"]], configure, finish):
         yield

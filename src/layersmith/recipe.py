@@ -434,6 +434,9 @@ class Recipe:
     """Number formats to offer for the weights of every attention and FFN besides the parent's data type, all of one
     file format: e.g. `[int8, int4-g128]`. `auto` offers int8 and integers of 4 bits if the budget limits bytes to fewer
     than the parent has. `bf16` alone, or nothing, offers none."""
+    kv_formats: Annotated[tuple[str, ...], _MOST] = ()
+    """Number formats to offer for the KV cache of every attention besides the parent's data type: `fp8`, `int4`.
+    layersmith and Transformers compute with them; exports do not hold them."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Random seed. The same seed gives the same child."""
     device: str = "auto"

@@ -40,7 +40,9 @@ def test_a_step_of_training_moves_weights_on_their_grid(name: str) -> None:
 
 
 def test_tied_weights_stay_tied() -> None:
-    model = stock_model(tiny_config("qwen2", tie_word_embeddings=True))
+    config = tiny_config("qwen2")
+    config.tie_word_embeddings = True
+    model = stock_model(config)
     weight = model.get_input_embeddings().weight
     rounded = {"model.embed_tokens.weight": quantize(weight.detach(), FORMATS["q8_0"])}
     with rounded_in_forward(model, rounded, torch.device("cpu")):

@@ -26,7 +26,7 @@ from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.formats import FormatTask, foretold, score_formats
-from layersmith.stages.costs import cost_table
+from layersmith.stages.costs import cost_table, smaller_caches
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 
@@ -119,11 +119,12 @@ def test_costs_count_every_byte_of_a_format(library: Library) -> None:
         assert costs["parameters"] == shape["parameters"]
 
 
-def task(library: Library, folder: Path, formats: list[str]) -> FormatTask:
+def task(library: Library, folder: Path, formats: list[str], kv_alternatives: list[Alternative]) -> FormatTask:
     return FormatTask(
         library,
         split_layers(library.parent, library),
         formats,
+        kv_alternatives,
         TOKENS,
         TOKENS[:4],
         ScoringRecipe(batch_tokens=48),
@@ -134,11 +135,16 @@ def task(library: Library, folder: Path, formats: list[str]) -> FormatTask:
 
 
 def test_scores_add_up_to_what_a_format_costs(library: Library, tmp_path: Path) -> None:
-    scores = score_formats(task(library, tmp_path, ["int8", "int4-g32"]))
+    costs = cost_table(library.parent, library, Workload(1, 64), ["int8", "int4-g32"], ["int4"])
+    caches = smaller_caches(library.alternatives, costs, ["int4"])
+    scores = score_formats(task(library, tmp_path, ["int8", "int4-g32"], caches))
     parents = [a for a in library.alternatives if a.is_parent]
+    of_caches = scores.pop("int4 KV cache")
     assert {name: set(of) for name, of in scores.items()} == {
         name: {a.in_format(name).key for a in parents} for name in ("int8", "int4-g32")
     }
+    assert of_caches.keys() == {a.with_kv_format("int4").key for a in parents if a.subblock == "attention"}
+    assert min(map(min, of_caches.values())) > 0
     total = {name: sum(map(sum, of.values())) / 4 for name, of in scores.items()}
     assert 0 < 10 * total["int8"] < total["int4-g32"]
     quantized = quantize_parent(library.parent, library, TOKENS)
@@ -146,7 +152,7 @@ def test_scores_add_up_to_what_a_format_costs(library: Library, tmp_path: Path) 
     (rows,) = evaluator.run([[a.in_format("int4-g32") for a in parents]], range(4))
     # The child's layers are quantized on the inputs of the child, those of the scores on the parent's.
     assert sum(r["kl_divergence"] for r in rows) / 4 == pytest.approx(total["int4-g32"], rel=0.5)
-    again = score_formats(task(library, tmp_path, ["int8", "int4-g32"]))  # takes the weights that are there
+    again = score_formats(task(library, tmp_path, ["int8", "int4-g32"], []))  # takes the weights that are there
     assert again == scores
     losses = {a.key: 0.5 for a in library.alternatives} | {a.key: 0.0 for a in parents}
     pairs = foretold(library.alternatives, losses, scores)
@@ -154,6 +160,15 @@ def test_scores_add_up_to_what_a_format_costs(library: Library, tmp_path: Path) 
     narrow = Alternative(1, "ffn", "ffn_width", "iterative", 32, format="int8")
     of_parent = Alternative(1, "ffn", "parent", format="int8")
     assert pairs[narrow] == 0.5 + pairs[of_parent] == 0.5 + sum(scores["int8"][of_parent.key]) / 4
+    few = Alternative(1, "attention", "kv_heads", "contribution", 2, format="int8", kv_format="int4")
+    both = foretold(library.alternatives, losses, scores | {"int4 KV cache": of_caches})
+    alone = few.shape.with_kv_format("int4")
+    assert both[few] == pytest.approx(both[few.with_kv_format("")] + both[alone] - 0.5)
+    assert set(both) == set(in_formats(library.alternatives, ["int8", "int4-g32"], ["int4"]))
+    for a, whole in ((few, few.with_kv_format("")), (alone, few.shape)):  # 2 heads of 16 numbers in float32
+        changed, before = costs.by_key[a.key], costs.by_key[whole.key]
+        assert (changed["kv_cache_bytes"], before["kv_cache_bytes"]) == (2 * 2 * 64 * (8 + 4), 2 * 2 * 64 * 16 * 4)
+        assert changed["memory_bytes"] - changed["kv_cache_bytes"] == before["weight_bytes"] == changed["weight_bytes"]
 
 
 def quantize_parent(parent: Parent, library: Library, tokens: torch.Tensor, **more: Any) -> Library:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from layersmith.errors import UsageError
-from layersmith.quantization.formats import FORMATS, KV_FORMATS, format_named
+from layersmith.quantization.formats import FORMATS, KV_FORMATS, format_named, kv_format_named
 
 # Bytes of a block in llama.cpp, of 32 or 256 weights.
 GGML = {"q8_0": 34, "q5_0": 22, "q5_1": 24, "q4_0": 18, "q4_1": 20, "iq4_nl": 18, "q6_k": 210, "q5_k": 176, "q4_k": 144,
@@ -40,9 +40,9 @@ def test_a_width_that_blocks_do_not_divide_is_refused() -> None:
 
 
 def test_kv_formats() -> None:
-    assert {name: row.bytes_an_element for name, row in KV_FORMATS.items()} == {
-        "bf16": 2, "fp8": 1, "q8_0": 34 / 32, "q4_0": 18 / 32,
-    }  # fmt: skip
+    assert {name: row.bytes_of(2 * 3 * 64, 64) for name, row in KV_FORMATS.items()} == {"fp8": 384, "int4": 6 * 36}
+    with pytest.raises(UsageError, match="unknown format 'fp9' of the KV cache"):
+        kv_format_named("fp9")
 
 
 def test_the_documented_table_is_the_code() -> None:
@@ -62,5 +62,8 @@ def test_the_documented_table_is_the_code() -> None:
     ]
     weights[0][2] = ""  # bf16 has no scale
     assert [row for row in documented if len(row) == 6] == weights
-    caches = [[f"`{row.name}`", f"{row.bytes_an_element:.7g}"] for row in KV_FORMATS.values()]
-    assert [row[:2] for row in documented if len(row) == 3] == caches
+    caches = [[f"`{row.name}`", str(row.bytes_of(64, 64)), row.like] for row in KV_FORMATS.values()]
+    assert [[cell.replace("`", "") for cell in row[1:]] for row in documented if len(row) == 3] == [
+        row[1:] for row in caches
+    ]
+    assert [row[0] for row in documented if len(row) == 3] == [row[0] for row in caches]

@@ -21,7 +21,7 @@ from layersmith.library.formats import embeddings, matrices, with_embeddings
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import causal_lm_config, stock_model, whole_number
 from layersmith.modeling_layersmith import as_parent
-from layersmith.quantization.formats import Format, format_named
+from layersmith.quantization.formats import Format, KVFormat, format_named, kv_format_named
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
 
@@ -68,7 +68,7 @@ def context_note(asked: int, workload: Workload) -> list[str]:
 
 
 def subblock_costs(
-    shape: ModelShape, workload: Workload, formats: Sequence[str] = ()
+    shape: ModelShape, workload: Workload, formats: Sequence[str] = (), kv_formats: Sequence[str] = ()
 ) -> tuple[list[dict[str, dict[str, int]]], dict[str, int]]:
     """Costs of every subblock of a model, and of what is outside the layers.
 
@@ -76,10 +76,11 @@ def subblock_costs(
         shape: The model.
         workload: What costs are for.
         formats: Number formats to count subblocks in as well.
+        kv_formats: The same for the KV cache.
 
     Returns:
-        For every layer ``{"attention": costs, "ffn": costs}``, with those in formats ``"attention int8"`` and so on;
-        and the costs of embeddings, head and final norm.
+        For every layer ``{"attention": costs, "ffn": costs}``, with those in formats ``"attention int8"``, ``"kv fp8"``
+        and so on; and the costs of embeddings, head and final norm.
     """
     descriptor, blocks, axes, dtype = shape.descriptor, shape.blocks, shape.axes, shape.dtype
     with deci_x_patcher(descriptor, list(blocks)):
@@ -88,16 +89,16 @@ def subblock_costs(
     groups = weight_groups(descriptor, sizes, len(blocks))
     layers = []
     for i, block in enumerate(blocks):
-        kv_bytes = kv_cache_bytes(shape, i, workload)
+        kv_bytes, state_bytes = kv_cache_bytes(shape, i, workload), 0
         if has_attention(block):
             layer = model.get_submodule(descriptor.layer_block_name(i))
             shapes = {name: tuple(p.shape) for name, p in layer.named_parameters()}
-            kv_bytes += workload.batch * descriptor.state_bytes(i, block, shapes, dtype)
+            state_bytes = workload.batch * descriptor.state_bytes(i, block, shapes, dtype)
         ffn = groups.get(f"block_{i}_ffn", ())
         layers.append(
             {
                 "attention": _costs(sizes[name] for name in groups.get(f"block_{i}_attention", ()))
-                | {"kv_cache_bytes": kv_bytes},
+                | {"kv_cache_bytes": kv_bytes + state_bytes},
                 "ffn": _costs(sizes[name] for name in ffn)
                 | {"active_parameters": _active(descriptor, block, i, axes[i], {name: sizes[name][0] for name in ffn})},
             }
@@ -108,6 +109,9 @@ def subblock_costs(
                 less = _saved_bytes([layer.get_parameter(weight) for weight in of_subblock], format)
                 whole = layers[-1][subblock]
                 layers[-1][f"{subblock} {name}"] = whole | {"weight_bytes": whole["weight_bytes"] - less}
+        for name in kv_formats:
+            kv_bytes = kv_cache_bytes(shape, i, workload, kv_format_named(name))
+            layers[-1][f"kv {name}"] = layers[-1]["attention"] | {"kv_cache_bytes": kv_bytes + state_bytes}
         for costs in layers[-1].values():
             costs["memory_bytes"] = costs["weight_bytes"] + costs["kv_cache_bytes"]
     inside = {name for group, names in groups.items() if group.startswith("block_") for name in names}
@@ -198,8 +202,10 @@ def _active(
     return sum(sizes.values()) - of_experts + share
 
 
-def kv_cache_bytes(shape: ModelShape, index: int, workload: Workload) -> int:
+def kv_cache_bytes(shape: ModelShape, index: int, workload: Workload, format: KVFormat | None = None) -> int:
     """Bytes of the keys and values of one layer: heads x (value size + key size) x tokens x bytes.
+
+    In a format only the keys and values of heads are smaller. It is for caches without anything else.
 
     A layer with sliding-window attention keeps at most its window. Latent attention keeps one latent vector per token
     instead of heads. Whatever else is kept per token, e.g. the keys of an indexer, is included; states of fixed size
@@ -209,17 +215,20 @@ def kv_cache_bytes(shape: ModelShape, index: int, workload: Workload) -> int:
     facts = descriptor.layer_facts(index)
     kept = has_attention(block) or facts.attention_stays
     other_bytes = descriptor.token_bytes(index, shape.dtype, kept) * workload.context
-    numbers, tokens = 0, workload.context
+    of_token, tokens = 0, workload.context
     if kept and not facts.keeps_state and not facts.caches_nothing:
         if (window := sliding_window(shape.language, index, block.attention.layer_type)) is not None:
             tokens = min(tokens, window)
         latent = facts.latent_cache
-        numbers = _of_heads(shape, index) if latent is None else latent
-    return facts.cache_slots * workload.batch * (numbers * tokens * itemsize + other_bytes)
+        numbers, head_dim = _of_heads(shape, index)
+        of_token = (numbers if latent is None else latent) * itemsize
+        if format is not None and latent is None and numbers and not other_bytes:
+            of_token = format.bytes_of(numbers, head_dim)
+    return facts.cache_slots * workload.batch * (of_token * tokens + other_bytes)
 
 
-def _of_heads(shape: ModelShape, index: int) -> int:
-    """Numbers that are kept of a token where each KV head has its own."""
+def _of_heads(shape: ModelShape, index: int) -> tuple[int, int]:
+    """Numbers that are kept of a token where each KV head has its own, and the size of a head."""
     language, attention, axis = shape.language, shape.blocks[index].attention, shape.axes[index].kv
     usual_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
     facts = shape.descriptor.layer_facts(index)
@@ -232,7 +241,7 @@ def _of_heads(shape: ModelShape, index: int) -> int:
     heads = heads or attention.num_attention_heads or query_heads
     head_dim = axis.head_dim if axis else None
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (usual_heads or 1)
-    return round(facts.cached_numbers * heads * head_dim) if heads and head_dim else 0
+    return (round(facts.cached_numbers * heads * head_dim), head_dim) if heads and head_dim else (0, 1)
 
 
 def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:

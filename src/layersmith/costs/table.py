@@ -80,7 +80,11 @@ class CostTable:
 
 
 def count_costs(
-    parent: ModelShape, alternatives: Sequence[Alternative], workload: Workload, formats: Sequence[str] = ()
+    parent: ModelShape,
+    alternatives: Sequence[Alternative],
+    workload: Workload,
+    formats: Sequence[str] = (),
+    kv_formats: Sequence[str] = (),
 ) -> CostTable:
     """Count the costs of every alternative.
 
@@ -93,12 +97,13 @@ def count_costs(
         workload: Workload to count for. A context beyond the model's positions is capped to them, since the model
             cannot fill it; the table's ``workload`` is the capped one.
         formats: Number formats in which alternatives are counted as well.
+        kv_formats: The same for the KV cache.
     """
-    blocks = parent.blocks
+    blocks, more = parent.blocks, (formats, kv_formats)
     workload = workload.within(max_positions(parent.language))
-    parent_layers, fixed = subblock_costs(parent, workload, formats)
+    parent_layers, fixed = subblock_costs(parent, workload, *more)
     kinds = layers_alike(parent.descriptor, parent.config, blocks, parent_layers)
-    by_key = _in_all_formats(alternatives, parent_layers, formats)
+    by_key = _in_all_formats(alternatives, parent_layers, *more)
     # For every kind of layer the blocks that it can become, each with the alternatives that make it so.
     waiting: dict[int, dict[tuple[str, BlockConfig], list[Alternative]]] = {kind: {} for kind in kinds}
     for a in alternatives:
@@ -111,17 +116,23 @@ def count_costs(
             if waiting[kind]:
                 (subblock, block), members = waiting[kind].popitem()
                 changed[i], counted[i] = block, (subblock, members)
-        layers, _ = subblock_costs(dataclasses.replace(parent, blocks=changed), workload, formats)
+        layers, _ = subblock_costs(dataclasses.replace(parent, blocks=changed), workload, *more)
         for i, (_, members) in counted.items():
-            by_key |= _in_all_formats(members, {a.layer: layers[i] for a in members}, formats)
+            by_key |= _in_all_formats(members, {a.layer: layers[i] for a in members}, *more)
     whole = total([*(by_key[a.key] for a in alternatives if a.is_parent), fixed])
     outside = outside_costs(parent, fixed, formats) if formats else {}
     return CostTable(by_key, fixed, whole, workload=workload, outside=outside)
 
 
 def _in_all_formats(
-    alternatives: Sequence[Alternative], layers: Any, formats: Sequence[str]
+    alternatives: Sequence[Alternative], layers: Any, formats: Sequence[str], kv_formats: Sequence[str]
 ) -> dict[str, dict[str, int]]:
     """Key of each alternative, as it is and in each format, to its costs in ``layers``."""
-    costs = {a.key: layers[a.layer][a.subblock] for a in alternatives}
-    return costs | {a.key: layers[a.layer][f"{a.subblock} {a.format}"] for a in in_formats(alternatives, formats)}
+    result = {}
+    for a in [*alternatives, *in_formats(alternatives, formats, kv_formats)]:
+        costs = layers[a.layer][f"{a.subblock} {a.format}".strip()]
+        if a.kv_format:
+            kv_bytes = layers[a.layer][f"kv {a.kv_format}"]["kv_cache_bytes"]
+            costs = costs | {"kv_cache_bytes": kv_bytes, "memory_bytes": costs["weight_bytes"] + kv_bytes}
+        result[a.key] = costs
+    return result

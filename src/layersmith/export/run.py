@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from layersmith.errors import InputError, UsageError, did_you_mean
 from layersmith.export.proof import Proof, prove
-from layersmith.export.source import Source, open_source
+from layersmith.export.source import CannotExport, Source, open_source
 from layersmith.export.target import TARGETS, Target
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.run.artifacts import read_json, whole_folder, write_json
@@ -88,6 +88,11 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: already there and not empty. Choose another folder.")
     with open_source(child) as source, Run.locked_around(folder), progress.stage("export", 2, "steps") as advance:
+        if layers := [str(i) for i, block in enumerate(source.blocks) if block.attention.kv_cache_format]:
+            raise CannotExport(
+                f"layers {', '.join(layers)}: their KV caches have number formats of their own, which no export holds. "
+                "Search again without kv_formats."
+            )
         write = target.prepare(source)
         with whole_folder(folder) as made:
             with quiet_transformers():

@@ -23,6 +23,7 @@ from layersmith.modeling_layersmith import (
     make_replacement,
     renumber,
     resize,
+    round_cache_of,
     set_cache_slot,
     with_overrides,
 )
@@ -77,6 +78,8 @@ def deci_x_patcher(
             within = cached_modules(model_descriptor, layer, index, slots[index])
             _replace_subblocks(model_descriptor, layer, blocks[index], cache_slots_of_layers is not None)
             set_cache_slot(layer, slots[index], within)
+            if name := blocks[index].attention.kv_cache_format:
+                round_cache_of(layer, name)
 
     with heterogeneous_layers(layer_classes(model_descriptor), configure, finish):
         yield

@@ -51,6 +51,7 @@ class _Layer(TypedDict):
     shapes: NotRequired[dict[str, list[_Size | None]]]
     numbers: NotRequired[dict[str, dict[str, int]]]
     cached: NotRequired[list[str]]
+    kv_cache_format: NotRequired[Literal["fp8", "int4"]]
 
 
 class Plan(TypedDict):
@@ -238,6 +239,8 @@ def make_plan(
             record["numbers"] = numbers
         if (within := cached_modules(descriptor, layer, len(records), slot)) is not None:
             record["cached"] = within
+        if name := block.attention.kv_cache_format:
+            record["kv_cache_format"] = name
         records.append(record)
     plan = {
         "version": version("layersmith"),

@@ -178,6 +178,8 @@ class Alternative:
         query_heads: query heads that are left with ``head_groups``; heads that are left with ``mixer_groups``.
         format: number format of its weights, a key of :data:`~layersmith.quantization.formats.FORMATS`; empty for the
             parent's data type.
+        kv_format: number format of its keys and values in the KV cache, a key of
+            :data:`~layersmith.quantization.formats.KV_FORMATS`; empty for the parent's data type.
     """
 
     layer: int
@@ -187,6 +189,7 @@ class Alternative:
     size: int = 0
     query_heads: int = 0
     format: str = ""
+    kv_format: str = ""
 
     def __post_init__(self) -> None:
         is_known = self.kind in KINDS and self.subblock in ("attention", "ffn")
@@ -201,7 +204,7 @@ class Alternative:
     @property
     def is_parent(self) -> bool:
         """Whether it is the parent's subblock itself."""
-        return self.kind == "parent" and not self.format
+        return self.kind == "parent" and not self.format and not self.kv_format
 
     @property
     def is_no_op(self) -> bool:
@@ -214,7 +217,8 @@ class Alternative:
         plural = "s" if self.size != 1 else ""
         words = self.traits.label.format(subblock=self.subblock, size=self.size, s=plural)
         words += f" ({self.method})" if self.method in ("contribution", "iterative", "pool") else ""
-        return f"{words}, {self.format}" if self.format else words
+        words += f", {self.format}" if self.format else ""
+        return f"{words}, {self.kv_format} KV cache" if self.kv_format else words
 
     @property
     def key(self) -> str:
@@ -230,22 +234,28 @@ class Alternative:
         return fingerprint(self.to_data())
 
     def to_data(self) -> dict[str, Any]:
-        """All fields as JSON data, without an empty format."""
+        """All fields as JSON data, without empty formats."""
         data: dict[str, Any] = to_data(self)
-        return data if self.format else {name: value for name, value in data.items() if name != "format"}
+        return {name: value for name, value in data.items() if value or name not in ("format", "kv_format")}
 
     @property
     def shape(self) -> Alternative:
         """The same alternative in the parent's data type."""
-        return self.in_format("")
+        return self.in_format("").with_kv_format("")
 
     def in_format(self, name: str) -> Alternative:
         """The same alternative with its weights in another format; a no-op has none."""
         return self if name == self.format or self.is_no_op else dataclasses.replace(self, format=name)
 
+    def with_kv_format(self, name: str) -> Alternative:
+        """The same alternative with its keys and values in another format, if it may have any."""
+        may = self.subblock == "attention" and self.traits.runs_subblock
+        return dataclasses.replace(self, kv_format=name) if may and name != self.kv_format else self
+
     def subblock_config(self, parent: BlockConfig) -> AttentionConfig | FFNConfig:
         """The config of the subblock with this alternative."""
-        return self.traits.config(parent.subblock(self.subblock), self)
+        config = self.traits.config(parent.subblock(self.subblock), self)
+        return dataclasses.replace(config, kv_cache_format=self.kv_format) if self.kv_format else config
 
     def block_config(self, parent: BlockConfig) -> BlockConfig:
         """The parent's block with this alternative in it."""
@@ -290,6 +300,7 @@ def in_words(config: AttentionConfig | FFNConfig) -> str:
             f"{n} {what}{'s' if n != 1 else ''}" for n, what in ((queries, "head"), (kv, "KV head")) if n is not None
         ]
         words += ["window"] if config.layer_type == "sliding_attention" else []
+        words += [f"{config.kv_cache_format} KV cache"] if config.kv_cache_format else []
         if (mamba := config.mamba) is not None:
             heads = f"{mamba.num_heads} mixer head{'s' if mamba.num_heads != 1 else ''} of {mamba.head_dim}"
             words += [f"{heads}, state {mamba.state_dim}"]

@@ -36,9 +36,20 @@ def embeddings_key(name: str) -> str:
     return f"{EMBEDDINGS}, {name}" if name else EMBEDDINGS
 
 
-def in_formats(alternatives: Sequence[Alternative], formats: Sequence[str]) -> list[Alternative]:
-    """Alternatives that have weights, in each of some formats."""
-    return [a.in_format(name) for a in alternatives if not a.is_no_op for name in formats]
+def in_formats(
+    shapes: Sequence[Alternative], formats: Sequence[str], kv_formats: Sequence[str] = ()
+) -> list[Alternative]:
+    """Alternatives in each of some formats, with keys and values in each of others; not those that are as given."""
+    pairs = [
+        a.in_format(name).with_kv_format(kv) for a in shapes for kv in ("", *kv_formats) for name in ("", *formats)
+    ]
+    given = set(shapes)
+    return [a for a in dict.fromkeys(pairs) if a not in given]
+
+
+def kv_key(name: str) -> str:
+    """What a format of the KV cache is called among those of weights."""
+    return f"{name} KV cache"
 
 
 def with_embeddings(formats: Sequence[str]) -> list[str]:

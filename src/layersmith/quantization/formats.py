@@ -165,35 +165,41 @@ def format_named(name: str) -> Format:
 
 @dataclass(frozen=True)
 class KVFormat:
-    """A number format of the KV cache.
+    """A number format of the KV cache, for keys after rotation and for values.
 
     Attributes:
         name: Name in recipes and on the command line.
         bits: Bits of an element.
-        group: Channels of a head that share a scale; 0 where a scale belongs to a whole layer.
-        scale_bits: Bits of a group's scale.
-        servers: Programs that keep a cache in it: the option is vLLM's ``--kv-cache-dtype``, llama.cpp's
-            ``--cache-type-k`` and ``--cache-type-v``.
+        head_bits: Bits of what the elements of one head and token share: scale and offset.
+        like: What it rounds like.
     """
 
     name: str
     bits: int
-    group: int
-    scale_bits: int
-    servers: tuple[str, ...]
+    head_bits: int
+    like: str
 
-    @property
-    def bytes_an_element(self) -> float:
-        """Bytes of an element with its share of the scale."""
-        return (self.bits + (self.scale_bits / self.group if self.group else 0)) / 8
+    def bytes_of(self, numbers: int, head_dim: int) -> int:
+        """Bytes of the ``numbers`` that a layer keeps of a token, in heads of ``head_dim``."""
+        return (numbers * self.bits + numbers // head_dim * self.head_bits) // 8
 
 
+# Rounded by ``modeling_layersmith.rounded_cache``.
 KV_FORMATS: dict[str, KVFormat] = {
     row.name: row
     for row in (
-        KVFormat("bf16", 16, 0, 0, _ALL),
-        KVFormat("fp8", 8, 0, 0, ("vllm",)),
-        KVFormat("q8_0", 8, 32, 16, _LLAMA),
-        KVFormat("q4_0", 4, 32, 16, _LLAMA),
+        KVFormat("fp8", 8, 0, "vLLM with --kv-cache-dtype fp8: E4M3 without a scale"),
+        KVFormat("int4", 4, 32, "QuantizedCache of Transformers: unsigned, with scale and offset"),
     )
 }
+
+
+def kv_format_named(name: str) -> KVFormat:
+    """A format of the table for the KV cache.
+
+    Raises:
+        UsageError: The name is unknown.
+    """
+    if name not in KV_FORMATS:
+        raise UsageError(f"unknown format {name!r} of the KV cache. {did_you_mean(name, KV_FORMATS)}")
+    return KV_FORMATS[name]

@@ -247,6 +247,10 @@ def _costs(child: Child) -> str:
     if formats:
         counts = ", ".join(f"{name} in {n}" for name, n in sorted(formats.items()))
         workload += f" Number formats of the weights: {counts} of {len(solution.alternatives)} attentions and FFNs."
+    caches = Counter(a.kv_format for a in solution.alternatives if a.kv_format)
+    if caches:
+        counts = ", ".join(f"{name} in {n}" for name, n in sorted(caches.items()))
+        workload += f" Number formats of the KV cache: {counts} attentions."
     return table(["", "parent", "child", "child / parent", "budget"], rows) + f"\n\n{workload}"
 
 

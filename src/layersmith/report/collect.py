@@ -162,7 +162,7 @@ def _layers(results: Results) -> tuple[Layer, ...]:
         layers[alternative.layer][alternative.subblock] = Subblock(
             parent=was,
             child=now,
-            kind="quantized" if alternative.shape.is_parent and alternative.format else alternative.kind,
+            kind="quantized" if alternative.shape.is_parent and not alternative.is_parent else alternative.kind,
             method=alternative.method,
             kept=left / whole if whole else 1.0,
             parameters=left,

@@ -15,7 +15,7 @@ Shapes: N rows, T tokens.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,13 +30,14 @@ from layersmith.library.formats import (
     InputMoments,
     embeddings_in,
     in_formats,
+    kv_key,
     matrices,
     quantized,
     with_embeddings,
 )
 from layersmith.library.library import Library
 from layersmith.library.stored_weights import Kept, layer_file, write_layer
-from layersmith.quantization.formats import format_named
+from layersmith.quantization.formats import FORMATS, KV_FORMATS, format_named
 from layersmith.recipe import ScoringRecipe
 from layersmith.run.progress import Progress
 from layersmith.scoring.children import child_evaluator
@@ -48,6 +49,7 @@ from layersmith.scoring.task import KL
 
 # Name of a format to the loss increase on each row, by the key of the parent's subblock in that format.
 FormatScores = dict[str, dict[str, list[float]]]
+_TABLES: tuple[tuple[Iterable[str], Callable[[str], str]], ...] = ((FORMATS, str), (KV_FORMATS, kv_key))
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,7 @@ class FormatTask:
         library: The library of the parent.
         layerwise: The parent, run layer by layer.
         formats: Names of the formats.
+        kv_alternatives: The parent's attentions with their keys and values in each format of the KV cache.
         calibration: ``[N, T]`` rows for GPTQ's second moments.
         scoring: ``[N, T]`` rows to score on.
         recipe: Settings of scoring.
@@ -69,6 +72,7 @@ class FormatTask:
     library: Library
     layerwise: LayerwiseParent[Library]
     formats: Sequence[str]
+    kv_alternatives: Sequence[Alternative]
     calibration: torch.Tensor
     scoring: torch.Tensor
     recipe: ScoringRecipe
@@ -88,14 +92,16 @@ class FormatTask:
 def score_formats(task: FormatTask) -> FormatScores:
     """Score every subblock of the parent in every format."""
     subblocks = [a for a in task.library.alternatives if a.is_parent]
-    children = [[a.in_format(name) for a in subblocks] for name in task.formats]
-    alternatives = [a for child in children for a in child]
-    library = task.library.with_kept(_quantized(task, alternatives))
-    scores = _estimated(task, library, alternatives)
+    children = {name: [a.in_format(name) for a in subblocks] for name in task.formats}
+    quantized = [a for child in children.values() for a in child]
+    for a in task.kv_alternatives:
+        children.setdefault(kv_key(a.kv_format), []).append(a)
+    library = task.library.with_kept(_quantized(task, quantized)) if quantized else task.library
+    scores = _estimated(task, library, [*quantized, *task.kv_alternatives])
     evaluator = child_evaluator(library, task.scoring, task.recipe, task.progress, task.folder)
-    measured = evaluator.run(children, range(len(task.scoring)))
+    measured = evaluator.run(list(children.values()), range(len(task.scoring)))
     result: FormatScores = {}
-    for name, child, rows in zip(task.formats, children, measured, strict=True):
+    for (name, child), rows in zip(children.items(), measured, strict=True):
         total = math.fsum(value for a in child for value in scores[a.key])
         factor = math.fsum(row[KL] for row in rows) / total if total > 0 else 1.0
         result[name] = {a.key: [factor * value for value in scores[a.key]] for a in child}
@@ -124,15 +130,19 @@ def foretold(
     shapes: Sequence[Alternative], losses: Mapping[str, float], scores: FormatScores
 ) -> dict[Alternative, float]:
     """Each alternative in each format to its loss, from the losses of shapes by key and the scores of formats."""
+    formats, kv_formats = ([name for name in table if key(name) in scores] for table, key in _TABLES)
+    every = {key: math.fsum(rows) / len(rows) for by_key in scores.values() for key, rows in by_key.items()}
     of_parent = {
-        (a.layer, a.subblock, name): math.fsum(rows) / len(rows)
-        for name, by_key in scores.items()
-        for a in shapes
-        if a.is_parent
-        for rows in [by_key[a.in_format(name).key]]
+        (a.layer, a.subblock, a.format, a.kv_format): every[a.key]
+        for a in in_formats([a for a in shapes if a.is_parent], formats, kv_formats)
+        if a.key in every
     }
-    pairs = in_formats(shapes, list(scores))
-    return {a: losses[a.shape.key] + of_parent[a.layer, a.subblock, a.format] for a in pairs}
+    result = {}
+    for a in in_formats(shapes, formats, kv_formats):
+        parts = [key for key in ((a.format, ""), ("", a.kv_format)) if any(key)]
+        if all((a.layer, a.subblock, *part) in of_parent for part in parts):
+            result[a] = losses[a.shape.key] + math.fsum(of_parent[a.layer, a.subblock, *part] for part in parts)
+    return result
 
 
 def _estimated(task: FormatTask, library: Library, alternatives: Sequence[Alternative]) -> dict[str, list[float]]:

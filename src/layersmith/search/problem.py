@@ -297,8 +297,8 @@ def _embeddings(problem: SearchProblem, names: Iterable[str]) -> Group:
 
 def shapes_of(problem: SearchProblem, solution: Solution) -> SearchProblem:
     """The problem of choosing shapes alone, where everything has the number format that it has in a solution."""
-    shapes, formats = [a for a in problem.alternatives if not a.format], solution.formats
-    pairs = {a.key: a.in_format(formats[a.layer, a.subblock]).key for a in shapes}
+    shapes = [a for a in problem.alternatives if a == a.shape]
+    pairs = {a.key: pair.key for a, pair in zip(shapes, solution.with_formats(shapes), strict=True)}
     by_key = {key: problem.costs.by_key[pair] for key, pair in pairs.items()}
     fixed = problem.costs.outside.get(solution.embeddings, problem.costs.fixed)
     costs = dataclasses.replace(problem.costs, by_key=by_key, fixed=fixed, outside={})

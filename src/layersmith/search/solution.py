@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -84,11 +85,12 @@ class Solution(Shown):
         """Whether some weights are not in the parent's data type."""
         return bool(self.embeddings) or any(a.format for a in self.alternatives)
 
-    @property
-    def formats(self) -> dict[tuple[int, str], str]:
-        """Layer and subblock to its number format; of a removed subblock the solution's most frequent one."""
+    def with_formats(self, shapes: Sequence[Alternative]) -> list[Alternative]:
+        """Shapes in the number formats of this solution in their places; where it removes, the most frequent one."""
         ((usual, _),) = Counter(a.format for a in self.alternatives if not a.is_no_op).most_common(1) or [("", 0)]
-        return {(a.layer, a.subblock): usual if a.is_no_op else a.format for a in self.alternatives}
+        formats = {(a.layer, a.subblock): (usual if a.is_no_op else a.format, a.kv_format) for a in self.alternatives}
+        places = ((a, *formats[a.layer, a.subblock]) for a in shapes)
+        return [a.in_format(name).with_kv_format(kv) for a, name, kv in places]
 
     def to_dict(self) -> dict[str, Any]:
         return {

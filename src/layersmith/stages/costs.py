@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from layersmith.block_config import BlockConfig
 from layersmith.costs.aiconfigurator import predict_served
 from layersmith.costs.budget import Limit, Limits, Workload
@@ -17,11 +19,12 @@ from layersmith.costs.roofline import device_of, predict
 from layersmith.costs.stopwatch import Stopwatch
 from layersmith.costs.table import CostTable, count_costs
 from layersmith.costs.times import PREFILL, Times, from_csv, to_csv
-from layersmith.errors import Infeasible, InputError, UsageError
+from layersmith.distillation.quantize import layerwise_of
+from layersmith.errors import Infeasible, InputError, UnsupportedModel, UsageError
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.library.alternative import Alternative
-from layersmith.library.formats import embeddings_key, in_formats
+from layersmith.library.formats import embeddings_key, in_formats, kv_key
 from layersmith.library.library import Library
 from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -62,9 +65,15 @@ def shape_of(parent: Parent, survey: Survey | Library) -> ModelShape:
     return ModelShape(parent.descriptor, parent.config, parent.blocks, survey.axes, parent.dtype)
 
 
-def cost_table(parent: Parent, survey: Survey | Library, workload: Workload, formats: Sequence[str] = ()) -> CostTable:
+def cost_table(
+    parent: Parent,
+    survey: Survey | Library,
+    workload: Workload,
+    formats: Sequence[str] = (),
+    kv_formats: Sequence[str] = (),
+) -> CostTable:
     """Count the costs of all alternatives of a parent, also in formats."""
-    return count_costs(shape_of(parent, survey), survey.alternatives, workload, formats)
+    return count_costs(shape_of(parent, survey), survey.alternatives, workload, formats, kv_formats)
 
 
 def check_reachable(
@@ -170,21 +179,22 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
         device_of(source.device)  # raises
     if source.times is not None and not Path(source.times).is_file():
         raise InputError(f"recipe costs.times: {source.times}: no such file.")
-    formats = job.formats
-    if formats and wants_times(job.limits, rules):
+    formats, kv_formats = job.formats, job.kv_formats
+    if (formats or kv_formats) and wants_times(job.limits, rules):
         raise UsageError(
-            f"formats {', '.join(formats)}: their times are not known, so no limit can be on a time. Leave out the "
-            "formats or that limit."
+            f"formats {', '.join([*formats, *kv_formats])}: their times are not known, so no limit can be on a time. "
+            "Leave out the formats or that limit."
         )
-    counted = cost_table(parent, surveyed, job.workload, formats)
+    counted = cost_table(parent, surveyed, job.workload, formats, kv_formats)
     if job.first is not None:
         counted = dataclasses.replace(counted, parent=costs_of_first(job))
     for note in context_note(job.workload.context, counted.workload):
         progress.note(note)
+    _check_caches(parent, surveyed, smaller_caches(surveyed.alternatives, counted, kv_formats))
 
     def check(times: Times | None) -> None:
         table = Costs(counted, times).table(surveyed.alternatives)
-        alternatives = [*surveyed.alternatives, *in_formats(surveyed.alternatives, formats)]
+        alternatives = [*surveyed.alternatives, *in_formats(surveyed.alternatives, formats, kv_formats)]
         check_reachable(alternatives, table, job.limits, rules, parent.blocks)
 
     def check_fastest(fastest: Times) -> None:
@@ -205,10 +215,35 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
     return Costs(counted, times)
 
 
+def smaller_caches(
+    alternatives: Sequence[Alternative], costs: CostTable, kv_formats: Sequence[str]
+) -> list[Alternative]:
+    """The parent's attentions with keys and values in each of some formats that makes the KV cache smaller."""
+    pairs, by_key = in_formats([a for a in alternatives if a.is_parent], (), kv_formats), costs.by_key
+    return [a for a in pairs if by_key[a.key]["kv_cache_bytes"] < by_key[a.shape.key]["kv_cache_bytes"]]
+
+
+@torch.no_grad()
+def _check_caches(parent: Parent, survey: Survey, caches: Sequence[Alternative]) -> None:
+    """Raises: UnsupportedModel: Rounding the keys and values of a layer does not change what it returns."""
+    if not caches:
+        return
+    library = Library(parent, survey.axes, survey.alternatives, {}, {}, [])
+    layerwise = layerwise_of(parent, library)
+    batch = layerwise.start(torch.arange(3, 19, device=parent.runtime.device)[None] % layerwise.vocab_size)
+    hidden = layerwise.hidden_states(batch)
+    for a in caches:
+        if torch.equal(layerwise.run(batch, a.layer, hidden[a.layer], library.layer(a)), hidden[a.layer + 1]):
+            raise UnsupportedModel(
+                f"layer {a.layer}: what its attention keeps of keys and values cannot be rounded. Leave kv_formats out."
+            )
+
+
 def _inputs(job: Job) -> Any:
     given = job.recipe.costs.times
     file = None if given is None else content_digest(Path(given))
-    sections = [job.settings("costs"), job.settings("search", without=REFINEMENT), *job.formats]
+    sections = [job.settings("costs"), job.settings("search", without=REFINEMENT)]
+    sections += [*job.formats, *map(kv_key, job.kv_formats)]
     return [job.made_from(DESCRIBE), job.limits.to_data(), dataclasses.asdict(job.workload), *sections, file, job.dtype]
 
 

@@ -23,7 +23,7 @@ from layersmith.stages.automatic_formats import automatic_formats
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.effort import TOP
 from layersmith.stages.inspect import Outline, outline
-from layersmith.stages.job import formats_of
+from layersmith.stages.job import formats_of, kv_formats_of
 from layersmith.stages.rounds import check_rounds, limits_of_round, of_round
 from layersmith.stages.time_plan import forward_rate, plan_time
 from layersmith.units import format_cost, format_seconds
@@ -142,7 +142,7 @@ def plan(
     space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
     notes = list(space.notes)
     recipe = automatic_formats(recipe, budget.limits, space, notes.append)
-    priced = _in_formats(space, formats_of(recipe), budget)
+    priced = _in_formats(space, formats_of(recipe), kv_formats_of(recipe), budget)
     check_reachable(priced.alternatives, priced.costs, budget.limits, recipe.search, space.blocks)
     check_rounds(budget.limits, recipe)
     timed = plan_time(space, recipe, forward_rate(space, recipe, runtime), budget.limits.has_times)
@@ -180,11 +180,12 @@ def plan(
     )
 
 
-def _in_formats(space: Outline, formats: Sequence[str], budget: Budget) -> Outline:
+def _in_formats(space: Outline, formats: Sequence[str], kv_formats: Sequence[str], budget: Budget) -> Outline:
     """The search space with all alternatives in formats as well."""
     shape = ModelShape(space.descriptor, space.config, space.blocks, space.axes, space.dtype)
-    costs = count_costs(shape, space.alternatives, budget.workload, formats) if formats else space.costs
-    return replace(space, alternatives=[*space.alternatives, *in_formats(space.alternatives, formats)], costs=costs)
+    pairs = in_formats(space.alternatives, formats, kv_formats)
+    costs = count_costs(shape, space.alternatives, budget.workload, formats, kv_formats) if pairs else space.costs
+    return replace(space, alternatives=[*space.alternatives, *pairs], costs=costs)
 
 
 def _smallest(space: Any, name: str) -> int:

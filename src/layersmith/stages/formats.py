@@ -6,11 +6,13 @@ from typing import Any
 
 from layersmith.distillation.quantize import layerwise_of
 from layersmith.errors import UsageError
+from layersmith.library.formats import kv_key
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.journal import work_folder
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.formats import FormatScores, FormatTask, score_formats
 from layersmith.scoring.task import row_order
+from layersmith.stages.costs import COSTS, smaller_caches
 from layersmith.stages.data import DATA, digest_of_split
 from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.job import Job
@@ -24,7 +26,8 @@ _SHARE = 4
 
 def _inputs(job: Job) -> Any:
     rows = [digest_of_split(job, split) for split in ("calibration", "scoring")]
-    return [job.made_from(DESCRIBE), *rows, job.formats, job.settings("scoring"), job.recipe.seed, job.dtype]
+    formats = [*job.formats, *map(kv_key, job.kv_formats)]
+    return [job.made_from(DESCRIBE), *rows, formats, job.settings("scoring"), job.recipe.seed, job.dtype]
 
 
 def _make(job: Job, making: Making) -> None:
@@ -37,6 +40,7 @@ def _make(job: Job, making: Making) -> None:
         library=library,
         layerwise=layerwise_of(library.parent, library),
         formats=job.formats,
+        kv_alternatives=smaller_caches(library.alternatives, job.read(COSTS).counted, job.kv_formats),
         calibration=few[0],
         scoring=few[1],
         recipe=job.recipe.scoring,
@@ -52,7 +56,7 @@ FORMATS: Stage[Job, FormatScores] = Stage(
     inputs=_inputs,
     make=_make,
     read=lambda job, folder: read_json(folder / _FILE, FormatScores),
-    is_wanted=lambda job: bool(job.formats),
+    is_wanted=lambda job: bool(job.formats or job.kv_formats),
     is_shared=True,
 )
 
@@ -63,9 +67,10 @@ def scores_of_formats(job: Job) -> FormatScores:
     Raises:
         UsageError: The run has no scores of one of them.
     """
-    if not job.formats:
+    wanted = {*job.formats, *map(kv_key, job.kv_formats)}
+    if not wanted:
         return {}
-    scores, wanted = job.read(FORMATS) if job.made_from(FORMATS) else {}, set(job.formats)
+    scores = job.read(FORMATS) if job.made_from(FORMATS) else {}
     result = {name: of_format for name, of_format in scores.items() if name in wanted}
     if missing := sorted(wanted - result.keys()):
         raise UsageError(

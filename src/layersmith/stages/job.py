@@ -28,7 +28,7 @@ from layersmith.heterogeneous.weight_files import check_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import read_config
 from layersmith.model_descriptor.factory import ModelDescriptorFactory, source_of
-from layersmith.quantization.formats import format_named
+from layersmith.quantization.formats import format_named, kv_format_named
 from layersmith.recipe import AUTOMATIC, Recipe
 from layersmith.run import ranks
 from layersmith.run.digests import digest
@@ -54,8 +54,8 @@ def formats_of(recipe: Recipe) -> list[str]:
     if len(storages) > 1:
         names = ", ".join(recipe.formats)
         raise UsageError(f"recipe formats: no file holds all of {names}. Choose those of one file format.")
-    if storages and recipe.scoring.objective != "kl_divergence":
-        raise UsageError(f"recipe formats: they are scored by kl_divergence only, not by {recipe.scoring.objective}.")
+    if storages:
+        _check_objective(recipe)
     if "compressed-tensors" in storages and find_spec("compressed_tensors") is None:
         raise UsageError(
             f"recipe formats: {', '.join(recipe.formats)} need the package compressed-tensors: "
@@ -64,6 +64,22 @@ def formats_of(recipe: Recipe) -> list[str]:
     if storages and recipe.distillation.tokens and recipe.distillation.finalists > 1:
         raise UsageError("recipe formats: finalists are trained without them. Set distillation.finalists to 1.")
     return [f.name for f in formats if f.storage != "plain"]
+
+
+def kv_formats_of(recipe: Recipe) -> list[str]:
+    """The number formats that a recipe offers for the KV cache besides the parent's data type.
+
+    Raises:
+        UsageError: One is unknown, or they cannot be scored.
+    """
+    if recipe.kv_formats:
+        _check_objective(recipe)
+    return [kv_format_named(name).name for name in dict.fromkeys(recipe.kv_formats)]
+
+
+def _check_objective(recipe: Recipe) -> None:
+    if (objective := recipe.scoring.objective) != "kl_divergence":
+        raise UsageError(f"recipe formats: they are scored by kl_divergence only, not by {objective}.")
 
 
 @dataclass(eq=False)
@@ -193,6 +209,11 @@ class Job:
     def formats(self) -> list[str]:
         """The number formats that its recipe offers."""
         return formats_of(self.recipe)
+
+    @property
+    def kv_formats(self) -> list[str]:
+        """The number formats that its recipe offers for the KV cache."""
+        return kv_formats_of(self.recipe)
 
     def settings(self, section: str, without: Sequence[str] = ()) -> Any:
         """A section of the recipe as JSON data, ``without`` some of its settings."""

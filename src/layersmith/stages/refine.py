@@ -62,7 +62,7 @@ def refined_solution(problem: SearchProblem, solution: Solution, setup: RefineSe
     ):
         models = child_evaluator(setup.library, setup.rows, setup.scoring, progress, recording.folder)
         evaluations = Evaluations(models, setup.scoring.objective, journal, advance)
-        if not any(a.format for a in solution.alternatives):
+        if all(a == a.shape for a in solution.alternatives):
             refined = refine(problem, solution, evaluations, setup.search, setup.seed)
         else:
             refined = _refined_shapes(problem, solution, evaluations, setup)
@@ -74,12 +74,12 @@ def _refined_shapes(
     problem: SearchProblem, solution: Solution, evaluations: Evaluations, setup: RefineSetup
 ) -> Refined:
     """Refine the shapes of a solution with number formats."""
-    formats, of_shapes = solution.formats, shapes_of(problem, solution)
+    of_shapes = shapes_of(problem, solution)
     shapes = of_shapes.of([a.shape for a in solution.alternatives])
     refined = refine(of_shapes, shapes, evaluations, setup.search, setup.seed)
     if refined.solution.alternatives == shapes.alternatives:
         return dataclasses.replace(refined, solution=solution, plain=solution)
-    pairs = [a.in_format(formats[a.layer, a.subblock]) for a in refined.solution.alternatives]
+    pairs = solution.with_formats(refined.solution.alternatives)
     return dataclasses.replace(refined, solution=problem.of(pairs, embeddings=solution.embeddings), plain=solution)
 
 

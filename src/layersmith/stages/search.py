@@ -141,7 +141,7 @@ def _inputs(job: Job) -> Any:
     measured = None if times is None else times.to_dict(job.read(DESCRIBE).alternatives)
     keep = job.recipe.evaluation.keep
     kept = [*task_inputs(job), keep] if keep and _allows_parent(problem_as_measured(job)) else []
-    made = [job.made_from(stage) for stage in ((SCORES, COSTS, FORMATS) if job.formats else (SCORES, COSTS))]
+    made = [job.made_from(stage) for stage in ((SCORES, COSTS, FORMATS) if FORMATS.is_wanted(job) else (SCORES, COSTS))]
     return [*made, measured, job.settings("search", without=REFINEMENT), *kept]
 
 
