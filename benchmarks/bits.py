@@ -195,7 +195,9 @@ def foretold_errors(run: Path, layers: int, num_rows: int) -> list[dict[str, Any
     inputs, kept = layerwise.hidden_states(batch), {}
     for shape in shapes:
         layer, i = library.layer(shape), shape.layer
-        names = matrices(library.parent.descriptor, layer, i, depth, library.axes[i])[shape.subblock]
+        names = matrices(library.parent.model, library.parent.descriptor, layer, i, depth, library.axes[i])[
+            shape.subblock
+        ]
         moments = InputMoments(layer, names)
         with moments.watching():
             layerwise.run(batch, i, inputs[i], layer)

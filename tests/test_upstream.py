@@ -58,12 +58,38 @@ def test_model_from_config() -> None:
     assert model.dtype == torch.bfloat16
 
 
-def test_shapes_on_disk(tmp_path: Path) -> None:
-    """Also of a family whose experts are one tensor in memory and many in its files."""
-    model = Qwen3MoeForCausalLM(
+def mixture() -> Qwen3MoeForCausalLM:
+    """A model whose experts are one tensor in memory and many in its files."""
+    return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(hidden_size=16, num_hidden_layers=1, num_experts=2, vocab_size=32, num_attention_heads=2,
-                       num_key_value_heads=1, intermediate_size=8, moe_intermediate_size=8, head_dim=8)
-    )  # fmt: skip
+                       num_key_value_heads=1, intermediate_size=8, moe_intermediate_size=8, head_dim=8,
+                       num_experts_per_tok=1)
+    ).eval()  # fmt: skip
+
+
+def test_rows_on_disk(tmp_path: Path) -> None:
+    model, name = mixture(), "model.layers.0.mlp.experts.gate_up_proj"
+    model.save_pretrained(tmp_path)
+    rows, stack = upstream.rows_on_disk(model, name, (2, 16, 16)), model.get_parameter(name).flatten(0, 1)
+    assert len(rows) == 4
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        for written, numbers in rows.items():
+            assert torch.equal(file.get_tensor(written), stack[numbers])
+
+
+def test_experts_one_at_a_time() -> None:
+    model = mixture()
+    experts = model.model.layers[0].mlp.experts
+    assert [upstream.is_stack_of_experts(m) for m in (experts, model.lm_head, model.model)] == [True, False, False]
+    before, name = model(TOKENS).logits, experts.config._experts_implementation
+    with upstream.one_expert_at_a_time([experts]):
+        torch.testing.assert_close(model(TOKENS).logits, before)
+        assert experts.config._experts_implementation == "eager"
+    assert experts.config._experts_implementation == name
+
+
+def test_shapes_on_disk(tmp_path: Path) -> None:
+    model = mixture()
     model.save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         written = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118

@@ -11,7 +11,7 @@ Add a function under the heading of its project.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,6 +72,52 @@ def shapes_on_disk(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, weights).items()}
+
+
+def rows_on_disk(model: PreTrainedModel, name: str, shape: Sequence[int]) -> dict[str, list[int]]:
+    """The matrices that ``save_pretrained`` writes a stack of matrices as, with the numbers of their rows.
+
+    Replaces a public way to ask for them, like :func:`shapes_on_disk`.
+
+    Args:
+        model: The model; it may be on the meta device.
+        name: Name of the stack in the model.
+        shape: ``[E, out, in]`` of the stack, which need not be the model's.
+
+    Returns:
+        Name of a matrix in the file to its rows, numbered through all matrices of the stack; empty if it is written in
+        another way.
+    """
+    numbers = torch.arange(shape[0] * shape[1], dtype=torch.float64).reshape(shape[0], shape[1], 1)
+    made = revert_weight_conversion(model, {name: numbers})
+    if not all(tensor.ndim == 2 and tensor.shape[1] == 1 for tensor in made.values()):
+        return {}
+    return {n: [int(number) for number in tensor.flatten().tolist()] for n, tensor in made.items()}
+
+
+def is_stack_of_experts(module: nn.Module) -> bool:
+    """Whether a module has the weights of its experts in stacks ``[E, out, in]``.
+
+    Replaces a public attribute of experts that says whether their matrices are transposed.
+    """
+    return getattr(module, "is_transposed", None) is False
+
+
+@contextmanager
+def one_expert_at_a_time(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """While open, stacks of experts compute with one matrix after another, as ``experts_implementation="eager"`` does.
+
+    Replaces ``set_experts_implementation`` of a model, for layers alone.
+    """
+    given: list[Any] = [module.config for module in modules]
+    configs = [(config, config._experts_implementation) for config in given]
+    for config, _ in configs:
+        config._experts_implementation = "eager"
+    try:
+        yield
+    finally:
+        for config, name in configs:
+            config._experts_implementation = name
 
 
 # ---------------------------------------------------------------------------------------------- Transformers: Trainer

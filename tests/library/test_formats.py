@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+import layersmith
 from layersmith.costs.budget import Workload
 from layersmith.distillation.quantize import quantize_child
 from layersmith.execution.layerwise import split_layers
@@ -14,7 +16,7 @@ from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.find import find_axes
 from layersmith.library.build import build_library
-from layersmith.library.formats import InputMoments, in_formats, matrices
+from layersmith.library.formats import InputMoments, in_formats, matrices, quantized, saved_bytes
 from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
@@ -27,6 +29,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.formats import FormatTask, foretold, score_formats
 from layersmith.stages.costs import cost_table, smaller_caches
+from layersmith.stages.realize import write_formats
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 
@@ -42,7 +45,7 @@ def library(make_parent: Callable[..., Path]) -> Library:
 
 def of_layer(library: Library, i: int) -> dict[str, list[str]]:
     parent = library.parent
-    return matrices(parent.descriptor, parent.layers[i], i, len(parent.blocks), library.axes[i])
+    return matrices(parent.model, parent.descriptor, parent.layers[i], i, len(parent.blocks), library.axes[i])
 
 
 def test_without_a_format_an_alternative_is_what_it_was() -> None:
@@ -64,15 +67,50 @@ def test_all_linear_maps_of_a_subblock_have_its_format(library: Library) -> None
     assert of_layer(library, 1) == {"attention": of_attention, "ffn": of_ffn}
 
 
-def test_routers_and_stacks_of_experts_have_none(make_parent: Callable[..., Path]) -> None:
-    model = stock_model(tiny_config("qwen3_moe"))
+def mixture(family: str) -> tuple[Any, dict[str, list[str]]]:
+    """A mixture of experts, and the weights of its last layer that can have formats."""
+    model = stock_model(tiny_config(family))
     descriptor = describe(model.config)
     blocks = descriptor.parent_blocks(model.config)
-    axes = find_axes(descriptor, model.config, blocks)
-    for i, layer in enumerate(model.model.layers):
-        names = matrices(descriptor, layer, i, len(blocks), axes[i])
-        assert len(names["attention"]) == 4
-        assert not any("gate.weight" in name or "experts" in name for name in names["ffn"])
+    axes, i = find_axes(descriptor, model.config, blocks), len(blocks) - 1
+    return model, matrices(model, descriptor, model.model.layers[i], i, len(blocks), axes[i])
+
+
+def test_experts_have_formats_where_files_have_them_apart(tmp_path: Path) -> None:
+    pytest.importorskip("compressed_tensors")
+    assert not any("experts" in name for name in mixture("gpt_oss")[1]["ffn"])
+    model, names = mixture("qwen3_moe")
+    assert len(names["attention"]) == 4
+    assert names["ffn"] == ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    model = model.bfloat16()
+    layer, prefix = model.model.layers[-1], f"model.layers.{len(model.model.layers) - 1}."
+    given: list[tuple[torch.Tensor, torch.Tensor]] = []
+    handle = layer.mlp.experts.register_forward_pre_hook(lambda module, args: given.append(args[:2]))
+    moments = InputMoments(layer, [*names["attention"], *names["ffn"]])
+    with moments.watching():
+        model(input_ids=TOKENS % model.config.vocab_size)
+    handle.remove()
+    for expert in range(len(layer.mlp.experts.down_proj)):
+        x = given[0][0].flatten(0, -2)[(given[0][1].reshape(-1, given[0][1].shape[-1]) == expert).any(-1)].double()
+        torch.testing.assert_close(
+            moments.of(f"{names['ffn'][0]}:{expert}"), x.T @ x / len(x), rtol=1e-3, atol=1e-3, check_dtype=False
+        )
+    weights = {prefix + name: layer.get_parameter(name) for name in names["ffn"]}
+    fitting = next(
+        n for n in ("int4-g32", "int8") if all(FORMATS[n].refusal(w.shape) is None for w in weights.values())
+    )
+    rounded = quantized(layer, dict.fromkeys(names["ffn"], FORMATS[fitting]), moments)
+    saved = saved_bytes(model, weights, FORMATS[fitting])
+    before = sum(p.numel() * p.element_size() for p in model.parameters())
+    for name, weight in rounded.items():
+        layer.get_parameter(name).data = weight.values().bfloat16()
+    model.save_pretrained(tmp_path)
+    write_formats(tmp_path, model, {prefix + name: weight for name, weight in rounded.items()})
+    stored = load_file(tmp_path / "model.safetensors")
+    assert sum(t.numel() * t.element_size() for t in stored.values()) == before - saved
+    again = layersmith.load(tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
 
 
 def test_moments_are_mean_products_of_inputs(library: Library) -> None:
@@ -106,7 +144,9 @@ def test_costs_count_every_byte_of_a_format(library: Library) -> None:
     assert len(table.by_key) == len(plain.by_key) + len(pairs)
     for a in pairs:
         layer, format = library.layer(a.shape), FORMATS[a.format]
-        names = matrices(library.parent.descriptor, layer, a.layer, 4, library.axes[a.layer])[a.subblock]
+        names = matrices(library.parent.model, library.parent.descriptor, layer, a.layer, 4, library.axes[a.layer])[
+            a.subblock
+        ]
         weights = {n: layer.get_parameter(n) for n in names}
         saved = sum(
             w.numel() * w.element_size() - format.bytes_of(w.shape)
@@ -147,8 +187,8 @@ def test_scores_add_up_to_what_a_format_costs(library: Library, tmp_path: Path) 
     assert min(map(min, of_caches.values())) > 0
     total = {name: sum(map(sum, of.values())) / 4 for name, of in scores.items()}
     assert 0 < 10 * total["int8"] < total["int4-g32"]
-    quantized = quantize_parent(library.parent, library, TOKENS)
-    evaluator = child_evaluator(quantized, TOKENS[:4], ScoringRecipe(), SILENT)
+    of_parent = quantize_parent(library.parent, library, TOKENS)
+    evaluator = child_evaluator(of_parent, TOKENS[:4], ScoringRecipe(), SILENT)
     (rows,) = evaluator.run([[a.in_format("int4-g32") for a in parents]], range(4))
     # The child's layers are quantized on the inputs of the child, those of the scores on the parent's.
     assert sum(r["kl_divergence"] for r in rows) / 4 == pytest.approx(total["int4-g32"], rel=0.5)

@@ -62,7 +62,8 @@ def test_a_child_with_formats_of_gguf(make_parent: Callable[..., Path], text_fol
     assert all(not a.format for a in plain.alternatives)
     (free,) = search(result.run, {"weights": "0.8"}, progress=False).solutions
     assert free.score < plain.score
-    assert all(a.shape.is_parent and a.format for a in free.alternatives)  # quantization alone is best
+    assert free.has_formats
+    assert all(a.shape.is_parent for a in free.alternatives)  # quantization alone is best
     (less_cache,) = search(result.run, {"kv_cache": "0.5"}, progress=False).solutions
     assert not less_cache.has_formats  # no format makes the cache smaller
     assert any(not a.is_parent for a in less_cache.alternatives)
@@ -83,7 +84,7 @@ def test_a_child_with_formats_of_compressed_tensors(
     assert sum(p.numel() for p in child.parameters()) == result.solution.costs["parameters"]
     assert 0 < result.metric("kl_divergence")["child"] < 0.2
 
-    quick = {"batch_tokens": 128, "device_tokens": 64, "learning_rate": 0.003, "tokens": 4096}
+    quick = {"batch_tokens": 128, "device_tokens": 128, "learning_rate": 0.001, "tokens": 8192}
     learned = distill(result.run, recipe={"distillation": quick}, progress=False)
     before, after = ({r["metric"]: r["child"] for r in e["rows"]} for e in (learned.before, learned.after))
     assert before["kl_divergence"] == result.metric("kl_divergence")["child"]

@@ -17,11 +17,11 @@ from layersmith.costs.budget import Workload
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.patcher import deci_x_patcher
 from layersmith.library.axes.axis import REST, LayerAxes
-from layersmith.library.formats import embeddings, matrices, with_embeddings
+from layersmith.library.formats import embeddings, matrices, saved_bytes, with_embeddings
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.stock import causal_lm_config, stock_model, whole_number
 from layersmith.modeling_layersmith import as_parent
-from layersmith.quantization.formats import Format, KVFormat, format_named, kv_format_named
+from layersmith.quantization.formats import KVFormat, format_named, kv_format_named
 
 COSTS = ("parameters", "active_parameters", "weight_bytes", "kv_cache_bytes", "memory_bytes")
 
@@ -103,11 +103,12 @@ def subblock_costs(
                 | {"active_parameters": _active(descriptor, block, i, axes[i], {name: sizes[name][0] for name in ffn})},
             }
         )
-        for name in formats:
-            layer, format = model.get_submodule(descriptor.layer_block_name(i)), format_named(name)
-            for subblock, of_subblock in matrices(descriptor, layer, i, len(blocks), axes[i]).items():
-                less = _saved_bytes([layer.get_parameter(weight) for weight in of_subblock], format)
-                whole = layers[-1][subblock]
+        layer, prefix = model.get_submodule(descriptor.layer_block_name(i)), f"{descriptor.layer_block_name(i)}."
+        weights = matrices(model, descriptor, layer, i, len(blocks), axes[i]) if formats else {}
+        for subblock, of_subblock in weights.items():
+            by_name, whole = {prefix + name: layer.get_parameter(name) for name in of_subblock}, layers[-1][subblock]
+            for name in formats:
+                less = saved_bytes(model, by_name, format_named(name))
                 layers[-1][f"{subblock} {name}"] = whole | {"weight_bytes": whole["weight_bytes"] - less}
         for name in kv_formats:
             kv_bytes = kv_cache_bytes(shape, i, workload, kv_format_named(name))
@@ -129,16 +130,10 @@ def outside_costs(shape: ModelShape, fixed: Mapping[str, int], formats: Sequence
     model = stock_model(as_parent(causal_lm_config(shape.config)), dtype=shape.dtype)
     result = {}
     for name in with_embeddings(formats):
-        saved = _saved_bytes(embeddings(model), format_named(name))
+        saved = saved_bytes(model, embeddings(model), format_named(name))
         less = {cost: fixed[cost] - saved for cost in ("weight_bytes", "memory_bytes")}
         result[name] = {**fixed, **less}
     return result
-
-
-def _saved_bytes(weights: Iterable[torch.Tensor], format: Format) -> int:
-    """The bytes that weights take less in a format, where it allows their shape, than in their data type."""
-    allowed = (w for w in weights if format.refusal(w.shape) is None)
-    return sum(w.numel() * w.element_size() - format.bytes_of(w.shape) for w in allowed)
 
 
 def layers_alike(

@@ -20,7 +20,7 @@ from layersmith.library.formats import InputMoments, matrices, quantized
 from layersmith.library.library import Library
 from layersmith.library.stored_weights import Kept, Tensors, digest_of
 from layersmith.quantization.formats import Format, format_named
-from layersmith.quantization.rounding import Quantized
+from layersmith.quantization.rounding import Rounded
 from layersmith.run.progress import SILENT, Progress
 
 
@@ -41,7 +41,7 @@ def layerwise_of(parent: Parent, builder: Builder) -> LayerwiseParent[Builder]:
 def formats_of(library: Library, layer: nn.Module, alternatives: Sequence[Alternative]) -> dict[str, Format]:
     """Name of each weight in a layer to its format, for alternatives of that layer."""
     parent, i = library.parent, alternatives[0].layer
-    of_subblock = matrices(parent.descriptor, layer, i, len(parent.blocks), library.axes[i])
+    of_subblock = matrices(parent.model, parent.descriptor, layer, i, len(parent.blocks), library.axes[i])
     return {name: format_named(a.format) for a in alternatives if a.format for name in of_subblock[a.subblock]}
 
 
@@ -51,7 +51,7 @@ def quantize_child(
     calibration: torch.Tensor,
     batch_tokens: int,
     progress: Progress = SILENT,
-) -> tuple[Library, dict[str, Quantized]]:
+) -> tuple[Library, dict[str, Rounded]]:
     """Quantize the layers of a solution that have formats.
 
     Args:
@@ -70,7 +70,7 @@ def quantize_child(
     """
     changed = changed_by_layer(solution)
     last = max((i for i, members in changed.items() if any(a.format for a in members)), default=-1)
-    rounded: dict[str, Quantized] = {}
+    rounded: dict[str, Rounded] = {}
     if last < 0:
         return library, rounded
     layerwise, rows = layerwise_of(library.parent, library), Rows(calibration, batch_tokens)
@@ -93,7 +93,7 @@ def quantize_child(
 @torch.no_grad()
 def _quantized(
     library: Library, layerwise: LayerwiseParent[Library], members: Sequence[Alternative], rows: Rows
-) -> Iterator[tuple[str, Quantized]]:
+) -> Iterator[tuple[str, Rounded]]:
     """The quantized weights of a layer, attention first: the FFN is given what the quantized attention returns."""
     layer, i = library.layer(*members), members[0].layer
     for a in sorted(members, key=lambda a: a.subblock):
@@ -109,7 +109,7 @@ def _quantized(
             holder, _, last = name.rpartition(".")
             values = weight.values().to(layer.get_parameter(name))
             layer.get_submodule(holder).register_parameter(last, nn.Parameter(values, requires_grad=False))
-            yield name, weight
+            yield name, weight.to(torch.device("cpu"))
 
 
 def _with(pairs: Kept, members: Sequence[Alternative], weights: Tensors) -> Kept:

@@ -6,7 +6,6 @@ and offsets of each weight stay those of the quantized child, so that training b
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
@@ -14,41 +13,40 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from layersmith.quantization.rounding import Grid, Quantized
+from layersmith.quantization.rounding import Rounded
 
 
 class _OnGrid(nn.Module):
-    """Rounds a weight to its grid."""
+    """Rounds a weight as another one is rounded."""
 
-    def __init__(self, grid: Grid, device: torch.device):
+    def __init__(self, like: Rounded):
         super().__init__()
-        offset = None if grid.offset is None else grid.offset.to(device)
-        self.grid = dataclasses.replace(grid, scale=grid.scale.to(device), offset=offset)
+        self.like = like
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
-            rounded = self.grid.values(self.grid.levels(weight.float())).to(weight.dtype)
+            rounded = self.like.again(weight).values().to(weight.dtype)
         return rounded + (weight - weight.detach())  # exactly the rounded weight, with the gradient of the other
 
 
 @contextmanager
-def rounded_in_forward(model: nn.Module, rounded: Mapping[str, Quantized], device: torch.device) -> Iterator[None]:
+def rounded_in_forward(model: nn.Module, rounded: Mapping[str, Rounded], device: torch.device) -> Iterator[None]:
     """While open, weights of a model are rounded wherever it reads them; afterwards they are the rounded ones.
 
     Args:
         model: The model; its parameters are those that are trained.
-        rounded: Name of a parameter to its rounded weight, whose grid is used.
+        rounded: Name of a parameter to its rounded weight, whose scales are used.
         device: Where the model runs.
     """
-    grids = {id(model.get_parameter(name)): weight.grid for name, weight in rounded.items()}
+    likes = {id(model.get_parameter(name)): weight.to(device) for name, weight in rounded.items()}
     holders = [
-        (module, name, grids[id(parameter)])
+        (module, name, likes[id(parameter)])
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
-        if id(parameter) in grids
+        if id(parameter) in likes
     ]
-    for module, name, grid in holders:
-        parametrize.register_parametrization(module, name, _OnGrid(grid, device))
+    for module, name, like in holders:
+        parametrize.register_parametrization(module, name, _OnGrid(like))
     try:
         yield
     finally:
@@ -57,10 +55,7 @@ def rounded_in_forward(model: nn.Module, rounded: Mapping[str, Quantized], devic
 
 
 @torch.no_grad()
-def rounded_again(model: nn.Module, rounded: Mapping[str, Quantized]) -> dict[str, Quantized]:
-    """The weights of a model after :func:`rounded_in_forward`, with the levels that they have now."""
-    result = {}
-    for name, weight in rounded.items():
-        values = model.get_parameter(name).to(weight.grid.scale.device, torch.float32)
-        result[name] = Quantized(weight.grid, weight.grid.levels(values).bfloat16())
-    return result
+def rounded_again(model: nn.Module, rounded: Mapping[str, Rounded]) -> dict[str, Rounded]:
+    """The weights of a model after :func:`rounded_in_forward`, as files hold them."""
+    cpu = torch.device("cpu")
+    return {name: weight.to(cpu).again(model.get_parameter(name).to(cpu)) for name, weight in rounded.items()}

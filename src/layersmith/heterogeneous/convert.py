@@ -172,7 +172,7 @@ def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remot
             tensors = attempt.call(dense_tensors, path, settings)
         if attempt.failed:
             raise InputError(f"{path}: damaged ({attempt.reason}). Make it again.") from attempt.error
-        return _plain(config, tensors, dtype, path, method)
+        return _loaded(config, tensors, dtype, path)
     cls: Any = stock_class(config)
     how: dict[str, str] = {}
     if location := gguf_location(path):
@@ -216,15 +216,37 @@ def _silence() -> Iterator[None]:
         yield
 
 
-def _plain(
-    config: PretrainedConfig, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, path: Path, method: str | None
-) -> PreTrainedModel:
-    """A model with these weights, which knows nothing of their former format."""
+def _without_format(config: PretrainedConfig) -> PretrainedConfig:
+    """The config, which knows nothing of a former format of the weights."""
     for part in (config, config.get_text_config()):
         for name in ("quantization_config", "_name_or_path"):
             if name in vars(part):
                 delattr(part, name)
-    config = without_guard(config)
+    return without_guard(config)
+
+
+def _loaded(
+    config: PretrainedConfig, weights: dict[str, torch.Tensor], dtype: torch.dtype, path: Path
+) -> PreTrainedModel:
+    """A model with weights by their names in files."""
+    config = _without_format(config)
+    cls: Any = class_for(stock_class(config), config)
+    with foreign_code(f"do the weights of {path} load?", refusal_is_answer=True) as attempt, _silence():
+        model, info = attempt.call(
+            cls.from_pretrained, None, config=config, state_dict=weights, dtype=dtype, output_loading_info=True
+        )
+        refuse_incomplete(info, str(path))
+    if attempt.failed:
+        raise InputError(f"{path}: the weights do not match config.json: {attempt.reason}.") from attempt.error
+    result: PreTrainedModel = model
+    return result
+
+
+def _plain(
+    config: PretrainedConfig, weights: Mapping[str, torch.Tensor], dtype: torch.dtype, path: Path, method: str | None
+) -> PreTrainedModel:
+    """A model with these weights, which knows nothing of their former format."""
+    config = _without_format(config)
     with torch.device("meta"), quiet_transformers():
         plain = model_from_config(class_for(stock_class(config), config), copy.deepcopy(config), dtype=dtype)
     tensors = {name: t.to(dtype) if t.is_floating_point() else t for name, t in weights.items()}

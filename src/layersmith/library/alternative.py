@@ -255,7 +255,9 @@ class Alternative:
     def subblock_config(self, parent: BlockConfig) -> AttentionConfig | FFNConfig:
         """The config of the subblock with this alternative."""
         config = self.traits.config(parent.subblock(self.subblock), self)
-        return dataclasses.replace(config, kv_cache_format=self.kv_format) if self.kv_format else config
+        if isinstance(config, AttentionConfig) and self.kv_format:
+            return dataclasses.replace(config, kv_cache_format=self.kv_format)
+        return config
 
     def block_config(self, parent: BlockConfig) -> BlockConfig:
         """The parent's block with this alternative in it."""

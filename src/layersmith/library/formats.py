@@ -1,7 +1,7 @@
 """Number formats of the weights in a layer: which weights have one, and the weights in it.
 
-A format belongs to a subblock: all linear maps in it have the same one. Norms, biases, routers, convolutions and
-stacks of experts stay in the parent's data type, as does a matrix whose shape the format does not allow.
+A format belongs to a subblock: all linear maps in it, and all experts, have the same one. Norms, biases, routers and
+convolutions stay in the parent's data type, as does a matrix whose shape the format does not allow.
 
 Weights are quantized by GPTQ, from the second moments of what the linear maps are given. Where a linear map was given
 nothing, as an expert that no token chose, its weight is rounded to nearest.
@@ -9,14 +9,17 @@ nothing, as an expert that no token chose, its weight is rounded to nearest.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 from transformers import PreTrainedModel
 
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative
@@ -25,10 +28,13 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.modeling_layersmith import first_tensor as first_argument
 from layersmith.quantization.formats import Format, format_named
 from layersmith.quantization.gptq import gptq_quantize, inverse_factor
-from layersmith.quantization.rounding import Quantized, quantize
+from layersmith.quantization.rounding import Quantized, QuantizedStack, Rounded, quantize
+from layersmith.upstream import is_stack_of_experts, one_expert_at_a_time, rows_on_disk
 
 # What a solution calls embeddings and head, which have one format together.
 EMBEDDINGS = "embeddings"
+# Bytes of the second moments of a stack's experts, each apart.
+_MOST_MOMENTS = 2**30
 
 
 def embeddings_key(name: str) -> str:
@@ -57,24 +63,21 @@ def with_embeddings(formats: Sequence[str]) -> list[str]:
     return [name for name in formats if format_named(name).embedding_servers]
 
 
-def embeddings(model: PreTrainedModel) -> list[nn.Parameter]:
-    """The weights of embeddings and head; one if they are tied."""
-    weights: dict[int, nn.Parameter] = {}
-    for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            weights[id(weight)] = weight
-    return list(weights.values())
+def embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:
+    """The weights of embeddings and head by name; one if they are tied."""
+    modules = (model.get_input_embeddings(), model.get_output_embeddings())
+    wanted = {id(getattr(module, "weight", None)) for module in modules}
+    return {name: weight for name, weight in model.named_parameters() if id(weight) in wanted}
 
 
 @torch.no_grad()
 def quantized_embeddings(model: PreTrainedModel, name: str) -> dict[str, Quantized]:
     """Name of each weight of embeddings and head, if a format's shape allows it, to the weight rounded to nearest."""
-    format, wanted = format_named(name), {id(weight) for weight in embeddings(model)}
+    format = format_named(name)
     return {
         name: quantize(weight.detach(), format)
-        for name, weight in model.named_parameters()
-        if id(weight) in wanted and format.refusal(weight.shape) is None
+        for name, weight in embeddings(model).items()
+        if format.refusal(weight.shape) is None
     }
 
 
@@ -96,21 +99,95 @@ def embeddings_in(model: PreTrainedModel, name: str) -> Iterator[dict[str, Quant
 
 
 def matrices(
-    descriptor: type[ModelDescriptor], layer: nn.Module, i: int, num_layers: int, axes: LayerAxes
+    model: PreTrainedModel,
+    descriptor: type[ModelDescriptor],
+    layer: nn.Module,
+    i: int,
+    num_layers: int,
+    axes: LayerAxes,
 ) -> dict[str, list[str]]:
-    """Subblock to the names in layer ``i`` of the weights that a format applies to, perhaps on the meta device."""
+    """Subblock to the names in layer ``i`` of the weights that a format applies to, perhaps on the meta device.
+
+    These are the weights of linear maps, and stacks of experts whose matrices the files of ``model`` have one by one.
+    """
     prefix = f"{descriptor.layer_block_name(i)}."
-    linear = [f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
     router = axes.experts.router if axes.experts is not None else ()
-    groups = weight_groups(descriptor, [prefix + name for name in linear if name not in router], num_layers)
+    names = [f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name in names if name not in router]
+    names += [name for name in _stacks(layer) if rows_of_matrices(model, prefix + name, layer.get_parameter(name))]
+    groups = weight_groups(descriptor, [prefix + name for name in names], num_layers)
     return {s: [name.removeprefix(prefix) for name in groups.get(f"block_{i}_{s}", ())] for s in SUBBLOCKS}
 
 
+def _stacks(layer: nn.Module) -> list[str]:
+    return [
+        f"{name}.{last}"
+        for name, module in layer.named_modules()
+        if is_stack_of_experts(module)
+        for last, parameter in module.named_parameters(recurse=False)
+        if parameter.ndim == 3
+    ]
+
+
+# Kind of model, name of a weight without numbers, and its first dimensions to the rows of its matrices in files.
+_written: dict[tuple[Any, ...], tuple[int, ...]] = {}
+
+
+def rows_of_matrices(model: PreTrainedModel, name: str, weight: torch.Tensor) -> tuple[int, ...]:
+    """Rows of each matrix that a model's files have a weight in; none for a stack that they have as it is."""
+    if weight.ndim == 2:
+        return (len(weight),)
+    key = (type(model), re.sub(r"\d+", "#", name), weight.shape[:2])
+    if key not in _written:
+        with foreign_code(f"how is {name} written?", refusal_is_answer=True) as attempt:
+            _written[key] = tuple(len(rows) for rows in rows_on_disk(model, name, weight.shape).values())
+        if attempt.failed:
+            _written[key] = ()
+    return _written[key]
+
+
+def saved_bytes(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], format: Format) -> int:
+    """The bytes that weights take less in a format, where it allows their shapes, than in their data type.
+
+    Args:
+        model: Has weights of these names; theirs may have other shapes.
+        weights: Name in the model to a weight, perhaps on the meta device.
+        format: The format.
+    """
+    saved = 0
+    for name, weight in weights.items():
+        for rows in rows_of_matrices(model, name, weight):
+            shape = rows, weight.shape[-1]
+            if format.refusal(shape) is None:
+                saved += rows * weight.shape[-1] * weight.element_size() - format.bytes_of(shape)
+    return saved
+
+
+def as_written(model: PreTrainedModel, rounded: Mapping[str, Rounded]) -> dict[str, Quantized]:
+    """Rounded weights by their names in the files of a model, instead of in the model itself."""
+    result: dict[str, Quantized] = {}
+    for name, weight in rounded.items():
+        if isinstance(weight, Quantized):
+            result[name] = weight
+            continue
+        count = len(weight.members[0].levels)
+        for written, rows in rows_on_disk(model, name, (len(weight.members), count, 1)).items():
+            expert = rows[0] // count
+            result[written] = weight.members[expert].rows(torch.tensor(rows) - expert * count)
+    return result
+
+
 class InputMoments:
-    """Mean products E[x x^T] ``[in, in]`` of the inputs of linear maps, by the name of their weight."""
+    """Mean products E[x x^T] ``[in, in]`` of the inputs of linear maps, by the name of their weight.
+
+    Each expert of a stack has its own, under the name ``stack:number``, unless they would take too much memory; then
+    the experts of a stack share theirs.
+    """
 
     def __init__(self, layer: nn.Module, weights: Sequence[str]):
-        self.layer, self.weights = layer, weights
+        self.layer = layer
+        self.linear = [name for name in weights if layer.get_parameter(name).ndim == 2]
+        self.stacks = [name for name in weights if name not in self.linear]
         self._sums: dict[str, torch.Tensor] = {}
         self._first: dict[str, str] = {}  # of linear maps that are given the same tensor
         self._tokens: dict[str, int] = {}
@@ -120,17 +197,23 @@ class InputMoments:
     @contextmanager
     def watching(self) -> Iterator[None]:
         """While open, what the layer is given counts."""
-        handles = [self._module(w).register_forward_pre_hook(self._hook(w), with_kwargs=True) for w in self.weights]
+        modules = {name: self.layer.get_submodule(name.rpartition(".")[0]) for name in (*self.linear, *self.stacks)}
+        hooks = [modules[w].register_forward_pre_hook(self._hook(w), with_kwargs=True) for w in self.linear]
         try:
-            yield
+            products = _Products(self._of_expert) if self.stacks else nullcontext()
+            with one_expert_at_a_time(modules[w] for w in self.stacks), products:
+                yield
         finally:
-            for handle in handles:
-                handle.remove()
+            for hook in hooks:
+                hook.remove()
             self._given.clear()
+            self._factors.clear()
 
     def source(self, weight: str) -> str:
         """Name of the first weight with the same inputs."""
-        return self._first.get(weight, weight)
+        stack = weight.partition(":")[0]
+        name = weight if stack == weight or self._is_apart(self.layer.get_parameter(stack)) else stack
+        return self._first.get(name, name)
 
     def of(self, weight: str) -> torch.Tensor | None:
         """The mean product; None if the linear map was given nothing."""
@@ -144,8 +227,9 @@ class InputMoments:
             self._factors[name] = inverse_factor(moment)
         return self._factors.get(name)
 
-    def _module(self, weight: str) -> nn.Module:
-        return self.layer.get_submodule(weight.removesuffix(".weight"))
+    @staticmethod
+    def _is_apart(stack: torch.Tensor) -> bool:
+        return 8 * len(stack) * stack.shape[-1] ** 2 <= _MOST_MOMENTS
 
     def _hook(self, weight: str) -> Callable[..., None]:
         def add(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -155,16 +239,43 @@ class InputMoments:
             if first != weight and twin == first:
                 return
             self._given[weight] = x
-            rows = x.detach().flatten(0, -2).float()
-            product = (rows.T @ rows).double()
-            self._sums[weight] = self._sums[weight] + product if weight in self._sums else product
-            self._tokens[weight] = self._tokens.get(weight, 0) + len(rows)
+            self._add(weight, x)
 
         return add
 
+    def _of_expert(self, x: torch.Tensor, weight: torch.Tensor) -> None:
+        """Count what a linear map was given, if its weight is a matrix of a stack."""
+        for name in self.stacks:
+            stack = self.layer.get_parameter(name)
+            if weight.untyped_storage().data_ptr() != stack.untyped_storage().data_ptr():
+                continue
+            number, rest = divmod(int(weight.storage_offset() - stack.storage_offset()), int(stack.stride(0)))
+            if weight.shape == stack.shape[1:] and rest == 0 and 0 <= number < len(stack):
+                self._add(self.source(f"{name}:{number}"), x)
+
+    def _add(self, name: str, x: torch.Tensor) -> None:
+        rows = x.detach().flatten(0, -2).float()
+        product = (rows.T @ rows).double()
+        self._sums[name] = self._sums[name] + product if name in self._sums else product
+        self._tokens[name] = self._tokens.get(name, 0) + len(rows)
+
+
+class _Products(TorchFunctionMode):
+    """While open, a callback is given the input and the weight of every linear map."""
+
+    def __init__(self, callback: Callable[[torch.Tensor, torch.Tensor], None]):
+        super().__init__()
+        self.callback = callback
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.linear and len(args) > 1:
+            with torch.no_grad():
+                self.callback(args[0], args[1])
+        return func(*args, **(kwargs or {}))
+
 
 @torch.no_grad()
-def quantized(layer: nn.Module, formats: Mapping[str, Format], moments: InputMoments) -> dict[str, Quantized]:
+def quantized(layer: nn.Module, formats: Mapping[str, Format], moments: InputMoments) -> dict[str, Rounded]:
     """Weights in their formats.
 
     Args:
@@ -176,18 +287,25 @@ def quantized(layer: nn.Module, formats: Mapping[str, Format], moments: InputMom
         Name of a weight to the rounded one.
     """
     together: dict[tuple[Any, ...], list[str]] = {}
+    result: dict[str, Rounded] = {}
     for name, format in formats.items():
-        if format.refusal(layer.get_parameter(name).shape) is None:
+        weight = layer.get_parameter(name).detach()
+        if format.refusal(weight.shape) is not None:
+            continue
+        if weight.ndim == 3:
+            factors = (moments.factor(f"{name}:{number}") for number in range(len(weight)))
+            members = zip(weight, factors, strict=True)
+            result[name] = QuantizedStack(tuple(_rounded(matrix, factor, format) for matrix, factor in members))
+        else:
             alone = name if format.group == "tensor" else None
             together.setdefault((moments.source(name), format, alone), []).append(name)
-    result: dict[str, Quantized] = {}
     for (source, format, _), names in together.items():
-        weights, factor = [layer.get_parameter(name).detach() for name in names], moments.factor(source)
-        if factor is None:
-            result |= {name: quantize(weight, format) for name, weight in zip(names, weights, strict=True)}
-        elif len(names) == 1:
-            result[names[0]] = gptq_quantize(weights[0], factor, format)
-        else:  # rows do not depend on each other
-            parts = gptq_quantize(torch.cat(weights), factor, format).split([len(weight) for weight in weights])
-            result |= zip(names, parts, strict=True)
+        weights = [layer.get_parameter(name).detach() for name in names]
+        # Rows do not depend on each other.
+        whole = _rounded(torch.cat(weights) if len(weights) > 1 else weights[0], moments.factor(source), format)
+        result |= zip(names, whole.split([len(weight) for weight in weights]), strict=True)
     return {name: result[name] for name in formats if name in result}
+
+
+def _rounded(weight: torch.Tensor, factor: torch.Tensor | None, format: Format) -> Quantized:
+    return quantize(weight, format) if factor is None else gptq_quantize(weight, factor, format)

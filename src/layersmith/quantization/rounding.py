@@ -96,15 +96,60 @@ class Quantized:
         """The weights in float32."""
         return self.grid.values(self.levels.float())
 
+    def rows(self, rows: Tensor | slice) -> Quantized:
+        """Some rows of the matrix. Not for formats in which other rows would change the scale of the whole matrix."""
+        grid = self.grid
+        if grid.format.group == "tensor":
+            return Quantized(grid, self.levels[rows])
+        stored = {name: part if name == "global_scale" else part[rows] for name, part in grid.stored.items()}
+        offset = None if grid.offset is None else grid.offset[rows]
+        return Quantized(Grid(grid.format, grid.scale[rows], offset, stored), self.levels[rows])
+
     def split(self, sizes: Sequence[int]) -> list[Quantized]:
-        """Matrices of ``sizes`` rows that were rounded as one, below each other. Not for a scale of a whole matrix."""
-        grid, result = self.grid, []
-        for levels, start in zip(self.levels.split(list(sizes)), [0, *itertools.accumulate(sizes)], strict=False):
-            rows = slice(start, start + len(levels))
-            stored = {name: part if name == "global_scale" else part[rows] for name, part in grid.stored.items()}
-            offset = None if grid.offset is None else grid.offset[rows]
-            result.append(Quantized(Grid(grid.format, grid.scale[rows], offset, stored), levels))
-        return result
+        """Matrices of ``sizes`` rows that were rounded as one, below each other."""
+        starts = [0, *itertools.accumulate(sizes)]
+        return [self.rows(slice(start, start + size)) for start, size in zip(starts, sizes, strict=False)]
+
+    def again(self, weight: Tensor) -> Quantized:
+        """Another weight with the same scales and offsets."""
+        return Quantized(self.grid, self.grid.levels(weight.float()).bfloat16())
+
+    def to(self, device: torch.device) -> Quantized:
+        """The same on a device; what only files need stays where it is."""
+        grid = self.grid
+        offset = None if grid.offset is None else grid.offset.to(device)
+        return Quantized(Grid(grid.format, grid.scale.to(device), offset, grid.stored), self.levels.to(device))
+
+
+@dataclass(frozen=True)
+class QuantizedStack:
+    """Rounded matrices of equal shape, all in one format.
+
+    Attributes:
+        members: The matrices.
+    """
+
+    members: tuple[Quantized, ...]
+
+    @property
+    def format(self) -> Format:
+        """The number format."""
+        return self.members[0].format
+
+    def values(self) -> Tensor:
+        """The weights ``[E, out, in]`` in float32."""
+        return torch.stack([member.values() for member in self.members])
+
+    def again(self, weight: Tensor) -> QuantizedStack:
+        """Another weight with the same scales and offsets."""
+        return QuantizedStack(tuple(m.again(matrix) for m, matrix in zip(self.members, weight, strict=True)))
+
+    def to(self, device: torch.device) -> QuantizedStack:
+        """The same on a device."""
+        return QuantizedStack(tuple(member.to(device) for member in self.members))
+
+
+Rounded = Quantized | QuantizedStack
 
 
 def fake_quantize(weight: Tensor, format: Format, *, importance: Tensor | None = None) -> Tensor:

@@ -180,7 +180,7 @@ def _quantized(task: FormatTask, alternatives: Sequence[Alternative]) -> Kept:
         for i, layer in enumerate(layerwise.layers):
             layerwise.read(i)
             of_layer = [a for a in alternatives if a.layer == i]
-            names = matrices(parent.descriptor, layer, i, depth, task.library.axes[i])
+            names = matrices(parent.model, parent.descriptor, layer, i, depth, task.library.axes[i])
             is_new = not layer_file(task.folder, i).is_file()
             moments = InputMoments(layer, [name for members in names.values() for name in members] if is_new else ())
             with moments.watching():

@@ -20,7 +20,7 @@ from layersmith.distillation.straight_through import rounded_again, rounded_in_f
 from layersmith.distillation.train import GlobalSetup, Trained, TrainingRows, in_float32, save_trained, train
 from layersmith.evaluation.compare import compare
 from layersmith.heterogeneous.checkpoint import load
-from layersmith.quantization.rounding import Quantized
+from layersmith.quantization.rounding import Rounded
 from layersmith.recipe import DistillationRecipe
 from layersmith.records import parse
 from layersmith.report.card import Child, complete_card, write_card
@@ -66,7 +66,7 @@ class _Student:
 
     model: PreTrainedModel
     dtype: torch.dtype
-    rounded: dict[str, Quantized]
+    rounded: dict[str, Rounded]
 
 
 def _student(job: Job, progress: Progress) -> _Student:
@@ -120,7 +120,7 @@ def _remembered(job: Job, settings: DistillationRecipe, rows: torch.Tensor, prog
 def _make_distilled(job: Job, making: Making) -> None:
     student, trained = _train(job, making)
     save_trained(student.model, trained, student.dtype, job.tokenizer, making.folder)
-    write_formats(making.folder, student.rounded)
+    write_formats(making.folder, student.model, student.rounded)
     write_card(making.folder, _described(job))
 
 

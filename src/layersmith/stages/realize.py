@@ -14,11 +14,11 @@ from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.quantize import quantize_child
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.quantized import write_quantized
-from layersmith.library.formats import embeddings_in
+from layersmith.library.formats import as_written, embeddings_in
 from layersmith.library.library import Library
 from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.quantization.rounding import Quantized
+from layersmith.quantization.rounding import Rounded
 from layersmith.report.card import Child, write_card
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
@@ -64,20 +64,19 @@ def library_with_pairs(job: Job) -> Library:
 
 
 @contextmanager
-def composed(
-    job: Job, solution: Solution, progress: Progress
-) -> Iterator[tuple[PreTrainedModel, dict[str, Quantized]]]:
+def composed(job: Job, solution: Solution, progress: Progress) -> Iterator[tuple[PreTrainedModel, dict[str, Rounded]]]:
     """The child of a solution in the parent's data type, with jointly trained weights, and those that are rounded."""
     tokens, batch_tokens = job.read(DATA).calibration, job.recipe.scoring.batch_tokens
     library, rounded = quantize_child(library_with_pairs(job), solution.alternatives, tokens, batch_tokens, progress)
     child = library.with_parent(job.stored_parent).compose(solution.alternatives)
     with embeddings_in(child, solution.embeddings) as more:
-        yield child, rounded | more
+        yield child, {**rounded, **more}
 
 
-def write_formats(folder: Path, rounded: Mapping[str, Quantized]) -> None:
+def write_formats(folder: Path, child: PreTrainedModel, rounded: Mapping[str, Rounded]) -> None:
     """Give the weights in a child's folder their formats."""
-    write_quantized(folder, {name: weight.format for name, weight in rounded.items()}, rounded.__getitem__)
+    written = as_written(child, rounded)
+    write_quantized(folder, {name: weight.format for name, weight in written.items()}, written.__getitem__)
 
 
 def shards(parent: Parent) -> dict[str, Any]:
@@ -98,7 +97,7 @@ def _make(job: Job, making: Making) -> None:
         with quiet_transformers():
             child.save_pretrained(making.folder, **shards(job.parent))
             job.tokenizer.save_pretrained(making.folder)
-        write_formats(making.folder, rounded)
+        write_formats(making.folder, child, rounded)
         write_card(making.folder, Child(job.run, job.read(LIBRARY), solution, job.recipe))
         advance(1)
 

@@ -247,7 +247,7 @@ def _write_child(job: Job, solution: Solution, out: Path, progress: Progress) ->
     child = Child(job.run, job.read(LIBRARY), solution, job.recipe)
 
     def write_extra(folder: Path) -> None:
-        write_formats(folder, rounded)
+        write_formats(folder, model, rounded)
         write_text(folder / CARD, model_card(folder, child))
 
     with composed(job, solution, progress) as (model, rounded), progress.stage(CHILD.name, 1, "child") as advance:
