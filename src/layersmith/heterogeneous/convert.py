@@ -63,7 +63,8 @@ def ordinary_checkpoint(
 
     Args:
         path: Checkpoint folder, hub id, or GGUF file.
-        dtype: Data type of its weights. ``auto``: as they are; bfloat16 if they are quantized.
+        dtype: Data type of its weights. ``auto``: as they are; if they are quantized, bfloat16, or that of the others
+            in a child of layersmith.
         trust_remote_code: Let Transformers run code from the checkpoint.
         progress: Receives a note when weights are converted.
 
@@ -79,7 +80,7 @@ def ordinary_checkpoint(
     method = quantization_of(path, trust_remote_code)
     if method is None and (dtype == "auto" or not _differs(path, dtype, trust_remote_code)):
         return str(path)
-    wanted = DTYPE if dtype == "auto" else dtype
+    wanted = _dtype_beside(path, trust_remote_code) if dtype == "auto" else dtype
     place = Path(path)
     if method is not None and not place.exists():
         place = Path(snapshot_download(str(path)))
@@ -156,6 +157,15 @@ def _settings(config: PretrainedConfig) -> dict[str, Any] | None:
 def _differs(path: str | os.PathLike[str], dtype: str, trust_remote_code: bool) -> bool:
     stored = getattr(read_config(path, trust_remote_code=trust_remote_code).get_text_config(), "dtype", None)
     return str(stored).removeprefix("torch.") != dtype
+
+
+def _dtype_beside(path: str | os.PathLike[str], trust_remote_code: bool) -> str:
+    """The data type for weights that are quantized."""
+    if gguf_location(path):
+        return DTYPE
+    config = read_config(path, trust_remote_code=trust_remote_code)
+    stored = str(getattr(config.get_text_config(), "dtype", None)).removeprefix("torch.")
+    return stored if names_modules(_settings(config) or {}) and stored != "None" else DTYPE
 
 
 def _dequantized(path: Path, dtype: torch.dtype, method: str | None, trust_remote_code: bool) -> PreTrainedModel:
