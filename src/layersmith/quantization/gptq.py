@@ -70,6 +70,7 @@ def gptq_quantize(weight: Tensor, factor: Tensor, format: Format) -> Quantized:
     return Quantized(_joined(grids), levels.bfloat16().T.contiguous())
 
 
+@torch.no_grad()
 def inverse_factor(second_moment: Tensor, damping: float = 0.01) -> Tensor:
     """The upper Cholesky factor of the inverse of a second moment ``[in, in]``, in float32.
 
