@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
 from layersmith.data.in_memory import Text, source_of
+from layersmith.errors import Infeasible
 from layersmith.evaluation.tasks import require_tasks
 from layersmith.heterogeneous.in_memory import Model, checkpoint_of
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.recipe import Recipe
+from layersmith.recipe import HiddenSizeRecipe, Recipe
 from layersmith.run import ranks
 from layersmith.run.folder import Run
 from layersmith.run.progress import SILENT, Callback, Progress, progress_of
@@ -31,6 +33,7 @@ from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.distill import COMPARED, DISTILLATION, remove_checkpoints
 from layersmith.stages.evaluate import CLOCK, EVALUATION
 from layersmith.stages.formats import FORMATS
+from layersmith.stages.hidden_size import HIDDEN_SIZE, NARROWED, hidden_sizes_of
 from layersmith.stages.job import Job, seed_everything
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD, PAIRS
@@ -46,6 +49,7 @@ from layersmith.stages.training_rows import check, is_wanted
 
 # Stages that find out whether the request can be met. A new run that is refused here leaves no folder behind.
 PREPARATION: tuple[Stage[Job, Any], ...] = (
+    HIDDEN_SIZE, # what every hidden size would cost
     DESCRIBE,    # what can be changed in each layer of the parent
     DATA,        # token rows
     COSTS,       # parameters, bytes and times of every alternative
@@ -64,6 +68,9 @@ WORK: tuple[Stage[Job, Any], ...] = (
     EVALUATION,  # its quality
     CLOCK,       # its speed
 )  # fmt: skip
+# Of a run with other hidden sizes: what makes their parents, and what tells the cost of each.
+PARENTS: tuple[Stage[Job, Any], ...] = (DATA, NARROWED)
+BY_SCORES = (*PREPARATION, *WORK[: WORK.index(SEARCH) + 1])
 STAGES = (*PREPARATION, *WORK, *DISTILLATION)
 
 
@@ -147,11 +154,22 @@ def stages(
     _ = whole.path  # a parent in another format is converted by all processes together
     whole.recipe = ranks.from_first(lambda: with_formats(whole))
     for job in rounds_of(whole):
-        for step in _run(job):
-            if isinstance(step, str):
-                yield place_of(job) + step
-            elif not place_of(job):
-                yield step
+        for part, is_part in hidden_sizes_of(job):
+            for step in _run_part(part) if is_part else _run(part):
+                if isinstance(step, str):
+                    yield place_of(part) + step
+                elif not place_of(part):
+                    yield step
+
+
+def _run_part(job: Job) -> Iterator[str]:
+    """The stages that tell what a hidden size would cost, or those that make narrow parents."""
+    makes_parents, job.progress.timeline = job.recipe.hidden_size != HiddenSizeRecipe(), None
+    header = ranks.from_first(lambda: job.header(digest_of_source(job)))
+    with ranks.first(lambda: job.run.open(header, job.recipe)), suppress(Infeasible), job.run.removed_if_refused():
+        for stage in PARENTS if makes_parents else BY_SCORES:
+            job.do(stage)
+            yield stage.name
 
 
 def _run(job: Job) -> Iterator[str | Result]:

@@ -298,6 +298,24 @@ class RoundsRecipe:
             raise ValueError("rounds.sizes must fall from round to round.")
 
 
+@record("recipe: hidden_size.")
+class HiddenSizeRecipe:
+    """Smaller hidden sizes that the search may choose for the whole model; see how-to/hidden-size.md."""
+
+    fractions: Annotated[tuple[Fraction, ...], _MOST] = ()
+    """Hidden sizes to offer, as fractions of the parent's, rounded to `multiple`; e.g. `[0.875]`.
+    Default: none."""
+    sizes: Annotated[tuple[Count, ...], _MOST] | None = None
+    """Hidden sizes to offer, in channels. Overrides `fractions`."""
+    multiple: PositiveInt = 8
+    """Hidden sizes given by `fractions` are rounded to multiples of this."""
+    ranking: Literal["second_order", "activations"] = "second_order"
+    """Which channels stay: those whose removal would cost most by a second-order estimate, or those with the largest
+    activations after norms."""
+    refit: bool = True
+    """Whether the maps that read norms are refitted by least squares on the calibration rows."""
+
+
 @record("recipe: search.limits.")
 class CombinedLimit:
     """An upper limit on a weighted sum of costs, e.g. `{costs: {weights: 1, kv_cache: 2}, at_most: 10GiB}`."""
@@ -426,6 +444,7 @@ class Recipe:
     scoring: ScoringRecipe = field(default_factory=ScoringRecipe)
     distillation: DistillationRecipe = field(default_factory=DistillationRecipe)
     rounds: RoundsRecipe = field(default_factory=RoundsRecipe)
+    hidden_size: HiddenSizeRecipe = field(default_factory=HiddenSizeRecipe)
     search: SearchRecipe = field(default_factory=SearchRecipe)
     costs: CostsRecipe = field(default_factory=CostsRecipe)
     evaluation: EvaluationRecipe = field(default_factory=EvaluationRecipe)

@@ -29,6 +29,7 @@ from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.errors import LayersmithError, UnsupportedModel
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.build import decoder_layers
+from layersmith.hidden_size.prove import reason_of
 from layersmith.library.survey import Survey, survey
 from layersmith.model_descriptor.infer.descriptor import InferredDescriptor
 from layersmith.model_descriptor.infer.removal import silent_stay_silent
@@ -195,7 +196,8 @@ class _Examination:
 
     def axes(self) -> dict[str, str]:
         pairs = zip(self.found.axes, self.blocks, strict=True)
-        return over_layers([axis_verdicts(axes, block) for axes, block in pairs])
+        of_layers = over_layers([axis_verdicts(axes, block) for axes, block in pairs])
+        return of_layers | {"hidden size": reason_of(self.config) or OK}
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:

@@ -40,6 +40,7 @@ AXES = (
     "mixer head size",
     "state sizes",
     "window",
+    "hidden size",
 )
 CACHE_MODES = tuple(name for name in CACHE_CHECKS if name != "generation")
 WANTED = (

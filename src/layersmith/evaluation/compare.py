@@ -52,6 +52,8 @@ class Comparison:
         """One row for each metric: label, parent, child, difference, and standard errors."""
         rows = [self._loss_row(), *self._perplexity_rows(), *self._rows_by_text()]
         for name, label in _LABELS.items():
+            if name not in self.metrics:
+                continue
             values = self.metrics[name]
             rows.append(
                 {
@@ -201,7 +203,7 @@ def compare(
         sequence_length=tokens.shape[1],
         parent_loss=parent_loss,
         child_loss=[row["lm_loss"] for row in child_rows],
-        metrics={name: [row[name] for row in child_rows] for name in _LABELS},
+        metrics={name: [row[name] for row in child_rows] for name in _LABELS if name in child_rows[0]},
         sizes=None if tokenizer is None else _text_sizes(tokenizer, tokens),
     )
 

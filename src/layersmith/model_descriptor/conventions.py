@@ -49,3 +49,7 @@ CACHES = ("cache", "cache_params", "state", "past_buckets_states")
 # The name of an attention module contains one of these. Read only where a linear layer replaced a module that the
 # patterns of a third party's descriptor do not match; with another name its weights go to the FFN's group.
 ATTENTION = ("attn", "attention")
+
+# Part of the names of a config's attributes that are epsilons of norms. A parent with a smaller hidden size has smaller
+# ones; in a family with other names, its norms differ from the parent's in what an epsilon adds.
+EPSILON = "eps"

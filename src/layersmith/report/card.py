@@ -99,13 +99,15 @@ def model_card(folder: Path, child: Child, evaluation: Evaluation | None = None)
     before, after = (format_cost("parameters", c["parameters"]) for c in (solution.parent_costs, solution.costs))
     left = share(solution.costs["parameters"], solution.parent_costs["parameters"])
     title = f"{parent_name(header)} compressed to {after} parameters"
-    rounds = "first_parent" in header
+    rounds = child.recipe.rounds.count > 1
     if rounds:
         summary = f"It was made in {child.recipe.rounds.count} rounds, each of which compressed the child of the last."
     elif child.changed:
         summary = f"{child.changed} of its {len(solution.alternatives)} attentions and FFNs differ from the parent's."
     else:
         summary = "Nothing was changed: the budget allows the parent itself."
+    if "first_parent" in header and not rounds:
+        summary = f"Its hidden size was made smaller. {summary.replace('the parent', 'what was left')}"
     lines = [
         f"# {_md(title)}",
         f"This model was made from {_md(parent)} with layersmith. It has {after} of the parent's {before} parameters "

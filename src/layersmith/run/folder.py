@@ -50,6 +50,9 @@ MEASURED = ("clock", "report")
 # Holds the runs of earlier rounds.
 ROUNDS = "rounds"
 
+# Holds parents with smaller hidden sizes, and their runs up to the search.
+HIDDEN_SIZES = "hidden-sizes"
+
 # What `search --frontier` wrote last; the run's frontier is not touched.
 ASKED_FRONTIER = "asked-frontier"
 
@@ -79,7 +82,7 @@ class RunFolder:
         if (folder / HEADER).is_file():
             RunFolder(folder).header()
         # A process that was stopped before it wrote run.json leaves no more than these.
-        elif any(not path.name.startswith((".lock", TEMPORARY, ROUNDS)) for path in folder.iterdir()):
+        elif any(not path.name.startswith((".lock", TEMPORARY, ROUNDS, HIDDEN_SIZES)) for path in folder.iterdir()):
             raise InputError(f"{folder}: already there and not a run of layersmith. Choose another folder.")
 
     @classmethod
@@ -150,8 +153,8 @@ class RunFolder:
         except LayersmithError:
             if is_new and ranks.is_first():
                 shutil.rmtree(self.folder, ignore_errors=True)
-                if self.folder.parent.name == ROUNDS:
-                    with suppress(OSError):  # other rounds are there
+                if self.folder.parent.name in (ROUNDS, HIDDEN_SIZES):
+                    with suppress(OSError):  # others are there
                         self.folder.parent.rmdir()
                         self.folder.parent.parent.rmdir()
             raise
@@ -163,9 +166,10 @@ class RunFolder:
     def path_as_meant(self, path: str) -> str:
         """A local path, relative to where the command that made the run was called; anything else unchanged."""
         there = Path(self.header().get("working_directory", ""), path)
-        of_round = self.folder.joinpath(*Path(path).parts[-3:])  # moved with the run
-        if Path(path).parts[-3:-2] == (ROUNDS,) and of_round.exists():
-            return str(of_round)
+        parts = Path(path).parts
+        for place in (place for place, name in enumerate(parts) if name in (ROUNDS, HIDDEN_SIZES)):
+            if (inside := self.folder.joinpath(*parts[place:])).exists():  # moved with the run
+                return str(inside)
         return str(there) if there.exists() else path
 
     def change_recipe(self, recipe: Recipe) -> None:

@@ -89,12 +89,12 @@ def measure(parent: Reference, logits: torch.Tensor, hidden: torch.Tensor) -> di
     Args:
         parent: The parent's outputs on a span of ``t`` tokens.
         logits: The model's logits, ``[..., B, t, V]``; overwritten.
-        hidden: The inputs of its head, ``[..., B, t, D]``.
+        hidden: The inputs of its head, ``[..., B, t, D]``; its D may be another.
 
     ``kl_divergence``: sum over v of p(v) (log p(v) - log q(v)), p the parent's, in nats.
     ``lm_loss``: minus log q of the next token of the text, in nats; nan at the last token.
     ``top_k_agreement``: whether the parent's most likely next token is among the model's k most likely ones.
-    ``hidden_distance``: one minus the cosine between the inputs of the heads.
+    ``hidden_distance``: one minus the cosine between the inputs of the heads; left out if their sizes differ.
     """
     logits = logits.float().clamp_min_(_LOWEST) if parent.has_lowest else logits.float()
     shape = logits.shape[:-1]
@@ -109,24 +109,29 @@ def measure(parent: Reference, logits: torch.Tensor, hidden: torch.Tensor) -> di
     kl = torch.linalg.vecdot(p, d.neg_().clamp_max_(_MOST_NATS).exp_().sub_(1)).log1p()
     log_normalizers = parent.log_normalizers + kl - mean
     loss = log_normalizers - at_label
-    cosine = torch.nn.functional.cosine_similarity(hidden.float(), parent.hidden.float(), dim=-1)
+    same = hidden.shape[-1] == parent.hidden.shape[-1]
+    distance = {"hidden_distance": 1 - _cosine(hidden, parent.hidden)} if same else {}
     return {
         "kl_divergence": kl,
         "lm_loss": loss.masked_fill(parent.labels < 0, torch.nan),
         **{f"top_{k}_agreement": (rank < k).float() for k in _TOP},
-        "hidden_distance": 1 - cosine,
+        **distance,
     }
+
+
+def _cosine(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.cosine_similarity(first.float(), second.float(), dim=-1)
 
 
 def row_means(spans: Sequence[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
     """Means ``[..., B]`` over all tokens of a row, float64, from what :func:`measure` gives for its spans."""
-    return {name: torch.cat([span[name] for span in spans], -1).double().nanmean(-1) for name in METRICS}
+    return {name: torch.cat([span[name] for span in spans], -1).double().nanmean(-1) for name in spans[0]}
 
 
 def as_rows(means: dict[str, torch.Tensor]) -> Rows:
     """``[B]`` values of every metric as one mapping per row."""
-    values = {name: means[name].tolist() for name in METRICS}
-    return [{name: values[name][j] for name in METRICS} for j in range(len(values[METRICS[0]]))]
+    values = {name: of_rows.tolist() for name, of_rows in means.items()}
+    return [{name: values[name][j] for name in values} for j in range(len(values[METRICS[0]]))]
 
 
 def check_rows(rows: Rows, of: object) -> None:

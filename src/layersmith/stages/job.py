@@ -97,7 +97,9 @@ class Job:
         progress: Receives steps and notes.
         training_data: Source of global distillation; default: that of the run's data.
         rate: Operations per second of the parent's forward pass, if they were measured.
-        first: The first parent, as the user named it, where the parent is the child of an earlier round.
+        first: The first parent, as the user named it, where the parent was made from it: by an earlier round, or by
+            narrowing.
+        hidden_sizes: What each hidden size would cost, where there was a choice.
         trust_remote_code: Whether code from the folders of parent and child may run. No file can allow it.
     """
 
@@ -113,6 +115,7 @@ class Job:
     trust_remote_code: bool = False
     rate: float | None = None
     first: str | None = None
+    hidden_sizes: tuple[Any, ...] = ()
     _results: dict[str, Any] = field(default_factory=dict)
 
     # ------------------------------------------------------------------------------------------ the parent

@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping
 from layersmith.costs.budget import Limit, Limits, is_time
 from layersmith.errors import UsageError
 from layersmith.recipe import EvaluationRecipe, Recipe
-from layersmith.run.folder import ROUNDS, Run
+from layersmith.run.folder import HIDDEN_SIZES, ROUNDS, Run
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.distill import DISTILLED
 from layersmith.stages.inspect import outline
@@ -48,9 +48,11 @@ def rounds_of(job: Job) -> Iterator[Job]:
 
 
 def place_of(job: Job) -> str:
-    """The place of a job's folder in the run, which the names of its stages begin with; empty for the last round."""
-    folder = job.run.folder
-    return f"{ROUNDS}/{folder.name}/" if folder.parent.name == ROUNDS else ""
+    """The place of a job's folder in the run, which the names of its stages begin with; empty for the run itself."""
+    folder, place = job.run.folder, ""
+    while folder.parent.name in (ROUNDS, HIDDEN_SIZES):
+        place, folder = f"{folder.parent.name}/{folder.name}/{place}", folder.parent.parent
+    return place
 
 
 def check_rounds(limits: Limits, recipe: Recipe) -> None:

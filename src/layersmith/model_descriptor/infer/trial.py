@@ -65,7 +65,7 @@ class Survey:
             if not self._layer_configs:
                 self._layer_configs.append(config)
             changed = with_overrides(config, overrides)
-            return changed if overrides else _noting_what_is_missing(changed, self.missing)
+            return changed if overrides else noting_what_is_missing(changed, self.missing)
 
         return shapes_of_layers(self.specimen.config, self.layer_classes, self.layers_name, configure)
 
@@ -255,7 +255,7 @@ def shapes_of_layers(
     return [{name: tuple(p.shape) for name, p in layer.named_parameters()} for layer in layers.children()]
 
 
-def _noting_what_is_missing(config: PretrainedConfig, missing: list[str]) -> PretrainedConfig:
+def noting_what_is_missing(config: PretrainedConfig, missing: list[str]) -> PretrainedConfig:
     """The config, changed to note the attributes that it is asked for and does not have."""
     cls = type(config)
 
