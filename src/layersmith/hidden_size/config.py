@@ -128,8 +128,8 @@ class Configs:
         self.base = shapes_of(model)
         self.size = _embedding_width(model)
 
-    def changed(self, values: Mapping[AttributePath, Any]) -> PretrainedConfig:
-        """A copy with other values, written and read again as a checkpoint's config is.
+    def changed(self, values: Mapping[AttributePath, Any], is_checked: bool = True) -> PretrainedConfig:
+        """A copy with other values, written and read again as a checkpoint's config is, and checked as when written.
 
         Raises:
             UnsupportedModel: The config class does not take them.
@@ -140,7 +140,7 @@ class Configs:
             for path, value in values.items():
                 setattr(_part(changed, path[:-1]), path[-1], value)
             changed = attempt.call(type(changed).from_dict, changed.to_dict())
-            if hasattr(changed, "validate"):
+            if is_checked and hasattr(changed, "validate"):
                 attempt.call(changed.validate)
         if changed is None or attempt.failed:
             raise UnsupportedModel(f"its config does not take these values ({whole_reason(attempt.error)}).")
@@ -152,7 +152,7 @@ class Configs:
         if key not in self._shapes:
             self._shapes[key] = None
             try:
-                changed = self.changed(values)
+                changed = self.changed(values, is_checked=False)  # other sizes may have to change too
             except UnsupportedModel as refusal:
                 self.refusal = first_line(refusal)
                 return None
@@ -205,7 +205,7 @@ class Configs:
         for size in sizes_to_try(self.size):
             values = dict.fromkeys(paths, size)
             if self.shapes(values) is not None:
-                return _embedding_width(stock_model(self.changed(values))) == size
+                return _embedding_width(stock_model(self.changed(values, is_checked=False))) == size
         return False
 
     def grown(self, multipliers: tuple[AttributePath, ...], size: int) -> dict[AttributePath, int]:

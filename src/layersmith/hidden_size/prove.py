@@ -34,8 +34,10 @@ from layersmith.model_descriptor.stock import causal_lm_config, stock_model
 logger = logging.getLogger(__name__)
 
 _POWERS = (1, -1, 2, -2)
-# Weights with several entries for a channel whose layouts are tried; there are seldom more than two.
-_MOST_FUSED = 4
+# Ways to say the hidden size that are tried.
+_MOST_GUESSES = 12
+# Weights with several entries for a channel whose layouts are tried; there are seldom more.
+_MOST_FUSED = 2
 
 
 def prove_narrowing(config: PretrainedConfig) -> Narrowing:
@@ -50,12 +52,15 @@ def prove_narrowing(config: PretrainedConfig) -> Narrowing:
     config = causal_lm_config(config)
     small = shrunk(config, stock_model(config))
     configs, problems = Configs(small), list[str]()
+    guesses = itertools.count()
     for paths in configs.hidden_paths():
         for size in sizes_to_try(configs.size):
             if configs.shapes(dict.fromkeys(paths, size)) is None:
                 problems.append(f"with hidden size {size} it cannot be built ({configs.refusal})")
                 continue
             for hidden_size in configs.found(paths, size):
+                if next(guesses) >= _MOST_GUESSES:
+                    break
                 try:
                     return _proved(configs, hidden_size, size)
                 except UnsupportedModel as problem:
