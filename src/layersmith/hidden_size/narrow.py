@@ -59,9 +59,9 @@ class Narrower:
     def of(parent: Parent, narrowing: Narrowing, size: int) -> Narrower:
         """Raises: UnsupportedModel: The family has no model of that size with everything else as it is."""
         config = narrowing.hidden_size.narrower(parent.config, size)
-        shapes, hidden_size = [shapes_of(parent.model), shapes_of(stock_model(config))], hidden_size_of(parent)
+        before, after, hidden_size = shapes_of(parent.model), shapes_of(stock_model(config)), hidden_size_of(parent)
         heads = narrowing.hidden_size.number_of_heads(parent.config)
-        carriers = narrowing.carriers(*shapes, hidden_size, size, hidden_size // heads)
+        carriers = narrowing.carriers(before, after, hidden_size, size, hidden_size // heads)
         return Narrower(parent, narrowing, config, carriers, hidden_size, size, heads)
 
     @property
@@ -163,7 +163,7 @@ def _readers(narrower: Narrower, norms: Mapping[str, nn.Module], rows: torch.Ten
     uses: dict[int, int] = {}
     for _, parameter in model.named_parameters(remove_duplicate=False):
         uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    linear = {
+    linear: dict[str, nn.Module] = {
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" in inputs and uses[id(module.weight)] == 1
@@ -183,7 +183,7 @@ def _readers(narrower: Narrower, norms: Mapping[str, nn.Module], rows: torch.Ten
     return readers
 
 
-def write(narrower: Narrower, model: PreTrainedModel, folder: Path, **how: Any) -> None:
+def write(narrower: Narrower, model: Any, folder: Path, **how: Any) -> None:
     """Write a narrow parent as an ordinary checkpoint in the parent's dtype."""
     dtype = narrower.parent.dtype
     for _, parameter in model.named_parameters():

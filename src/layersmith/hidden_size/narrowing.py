@@ -87,7 +87,7 @@ class Kept:
     """
 
     channels: torch.Tensor
-    heads: Mapping[int, torch.Tensor] = field(default_factory=dict)
+    heads: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def of(self, carrier: Carrier) -> torch.Tensor:
         """The channels or heads that stay in a dimension."""

@@ -110,15 +110,20 @@ def _make(job: Job, making: Making) -> None:
         if units is None:
             units = _units(job, narrower, batches, making.progress)
         kept = units.best(size, narrower.heads_left)
-        model = narrower.model(kept)
+        model: Any = narrower.model(kept)
         if recipe.refit:
             with making.progress.stage(f"refit {size}", len(tokens.calibration), "rows") as advance:
                 refit(narrower, model, kept, batches, advance)
         folder = making.folder / str(size)
         write(narrower, model, folder, **shards(parent))
         job.tokenizer.save_pretrained(folder)
-        model.to(parent.runtime.dtype)
-        loss = _loss(job.first_parent, model, tokens.scoring, job.recipe.scoring.objective, len(batches[0]))
+        loss = _loss(
+            job.first_parent,
+            model.to(dtype=parent.runtime.dtype),
+            tokens.scoring,
+            job.recipe.scoring.objective,
+            len(batches[0]),
+        )
         made.append(Narrowed(size=size, loss=loss, problem=""))
     write_json(making.folder / _FILE, Made(hidden_size=hidden_size_of(parent), narrowed=made))
 
@@ -216,8 +221,8 @@ def hidden_sizes_of(job: Job) -> Iterator[tuple[Job, bool]]:
             choice["problem"] = "no child of this size meets the budget"
             continue
         solution = part.read(SEARCH).solution
-        total = made["loss"] + solution.score
-        choice.update(scores=solution.score, total=total, parameters=int(solution.costs["parameters"]))
+        choice["scores"], choice["total"] = solution.score, made["loss"] + solution.score
+        choice["parameters"] = int(solution.costs["parameters"])
     taken = min(
         (c for c in choices if c["total"] is not None), key=lambda c: float(c["total"] or 0), default=choices[0]
     )
