@@ -62,7 +62,7 @@ TENSORRT_LLM = Server("tensorrt-llm", "TensorRT-LLM", biases=False, linear=True,
 
 CONFIG_FILE = "configuration_decilm.py"
 # The config class that vLLM and SGLang import with --trust-remote-code: they read entries as attributes.
-_CONFIG_CLASS = '''\
+CONFIG_CLASS = '''\
 """The config of this checkpoint: Llama's, with an entry for every layer in ``block_configs``. layersmith wrote it."""
 
 from transformers import LlamaConfig
@@ -110,12 +110,7 @@ def prepare(server: Server, source: Source) -> Callable[[Path], None]:
     _refuse_family(server, source, names)
     for queries in sorted({max((h.queries for h in _all_heads(source)), default=1), source.num_query_heads}):
         heads = of_query_heads(source, queries)
-        data = _fields(server, source.language, names) | {
-            "num_attention_heads": queries,
-            "num_hidden_layers": len(source.blocks),
-            "torch_dtype": str(source.dtype).removeprefix("torch."),
-            "block_configs": _entries(server, source, heads),
-        }
+        data = config_json(server, source, names, queries) | {"torch_dtype": str(source.dtype).removeprefix("torch.")}
         if (config := _read(data)) is not None:
             break
     else:
@@ -142,7 +137,7 @@ def _of(block: BlockConfig, queries: int) -> Heads | None:
 
 def _write(data: dict[str, Any], grown: Grown, folder: Path) -> None:
     write_json(folder / "config.json", data)
-    write_text(folder / CONFIG_FILE, _CONFIG_CLASS)
+    write_text(folder / CONFIG_FILE, CONFIG_CLASS)
     names = {_linear_name(name): name for name in grown.shapes}
     shapes = {new: grown.shapes[name] for new, name in names.items()}
     write_shards(folder, shapes, lambda new: grown.tensor(names[new]), grown.source.dtype.itemsize)
@@ -163,6 +158,22 @@ def _read(data: dict[str, Any]) -> PretrainedConfig | None:
 
 
 # ---------------------------------------------------------------------------------------------- config.json
+
+
+def config_json(server: Server, source: Source, names: Any, queries: int) -> dict[str, Any]:
+    """``config.json`` of a child without its dtype; no weights are needed.
+
+    Args:
+        server: Who reads it.
+        source: The child.
+        names: Names of the parent's tensors.
+        queries: Query heads of every attention.
+    """
+    return _fields(server, source.language, names) | {
+        "num_attention_heads": queries,
+        "num_hidden_layers": len(source.blocks),
+        "block_configs": _entries(server, source, of_query_heads(source, queries)),
+    }
 
 
 def _fields(server: Server, language: Any, names: Any) -> dict[str, Any]:
