@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test examples check conformance families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test launchers examples check conformance families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -106,6 +106,16 @@ examples: .venv-examples/.ready
 	  peft==0.21.2 trl==1.16.0 torchao==0.18.0 compressed-tensors==0.20.1 loguru
 	.venv-examples/bin/pip install --quiet --disable-pip-version-check --no-deps llmcompressor==0.14.0.1
 	touch .venv-examples/.ready
+
+# Two processes by every launcher that pip installs; five minutes.
+launchers: .venv-launchers/.ready
+	LAYERSMITH_LAUNCHERS=1 .venv-launchers/bin/python -m pytest tests/test_launchers.py
+
+.venv-launchers/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-launchers
+	.venv-launchers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-launchers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest 'ray[default]==2.60.0'
+	touch .venv-launchers/.ready
 
 check: lint types test
 

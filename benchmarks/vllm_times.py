@@ -6,7 +6,8 @@ PARENT is a folder whose layers the DeciLM layout can express (Llama, Qwen2, Mis
 is timed in a model in which all layers have it; a layer saves what that model saves, over the number of layers. The
 CSV file is what ``--set costs.times=times.csv`` takes, so that ``search --time-per-token 0.7x`` is about vLLM. Five
 other children correct the sums, as after measuring in Transformers. Then ``vllm bench latency`` runs on further
-children, from small to large; none of them was timed before. Weights are made up: times do not depend on them.
+children, from small to large; none of them was timed before. Weights are made up: times do not depend on them. Times
+that are kept beside the CSV file are not measured again.
 """
 
 from __future__ import annotations
@@ -58,6 +59,7 @@ def main() -> None:
     options.add_argument("--vllm", required=True, help="Python of an environment with vLLM")
     options.add_argument("--csv", type=Path, required=True, help="file for the times")
     options.add_argument("--out", type=Path, help="Markdown file for the comparison with vllm bench")
+    options.add_argument("--name", help="the parent's name in the table")
     options.add_argument("--prompt", type=int, default=384)
     options.add_argument("--generate", type=int, default=128)
     options.add_argument("--dtype", default="float32")
@@ -67,11 +69,16 @@ def main() -> None:
     workload = Workload(1, args.prompt + args.generate, args.generate)
     space = outline(args.parent, LibraryRecipe(linear=()), workload)  # the layout has no linear maps
     server = _Server(args.vllm, args.dtype, workload, space)
-    times = server.times(args.checks)
-    write_text(args.csv, to_csv(times, space.alternatives))
-    print(f"Written: {args.csv}")
+    kept = args.csv.with_suffix(".json")
+    if kept.is_file():
+        times = Times.from_dict(json.loads(kept.read_text(encoding="utf-8")))
+    else:
+        times = server.times(args.checks)
+        write_text(args.csv, to_csv(times, space.alternatives))
+        write_json(kept, times.to_dict(space.alternatives))
+        print(f"Written: {args.csv}, and with the children that correct the sums: {kept}")
     if args.out:
-        write_text(args.out, _compared(server, times, args.children, Path(args.parent).name))
+        write_text(args.out, _compared(server, times, args.children, args.name or Path(args.parent).name))
         print(f"Written: {args.out}")
 
 
@@ -157,11 +164,12 @@ class _Server:
                 "--disable-detokenize", "--trust-remote-code", "--enforce-eager", "--no-enable-prefix-caching",
                 "--dtype", self.dtype, "--max-model-len", str(self.workload.context), "--max-num-seqs", "1",
                 "--batch-size", "1", "--input-len", str(self.workload.prompt), "--output-len", str(tokens),
-                "--num-iters-warmup", "1", "--num-iters", "5", "--output-json", str(out),
+                "--num-iters-warmup", "1", "--num-iters", "8", "--output-json", str(out),
             ]  # fmt: skip
             subprocess.run(command, env=os.environ | _ENVIRONMENT, check=True, capture_output=True)
             seen = json.loads(out.read_text(encoding="utf-8"))["latencies"]
-        return statistics.median(seen), statistics.stdev(seen) / math.sqrt(len(seen))
+        # Whatever else the machine does only adds time, so the least counts.
+        return min(seen), statistics.stdev(seen) / math.sqrt(len(seen))
 
     def write(self, folder: Path, blocks: Sequence[BlockConfig]) -> None:
         """The config of a model as ``export --to vllm`` writes it, where other numbers of query heads are filled up."""

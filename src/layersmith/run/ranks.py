@@ -6,6 +6,7 @@ another works. An error in one process is raised in all. With a single process t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from layersmith import errors
 from layersmith.errors import LayersmithError, first_line
@@ -33,8 +35,18 @@ def start(runtime: Runtime) -> None:
     """Connect the processes; all must call this."""
     if runtime.world_size > 1:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if runtime.device.type == "cuda" else "gloo", timeout=_TIMEOUT)
+            _connect("nccl" if runtime.device.type == "cuda" else "gloo")
         _group()
+
+
+def _connect(backend: str) -> None:
+    """Make the default group. Addresses of processes before a restart of ``torchrun`` are not mistaken for new ones.
+
+    torchrun keeps one store for all its restarts, and in torch 2.13 nothing in its keys tells them apart.
+    """
+    store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
+    store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
 
 
 @cache
