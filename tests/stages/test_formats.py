@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,12 +12,13 @@ from safetensors.torch import load_file
 
 import layersmith
 from layersmith.costs.budget import Workload, parse_budget
-from layersmith.errors import UsageError
+from layersmith.errors import UnsupportedModel, UsageError
 from layersmith.heterogeneous.quantized import read_gguf_blocks
 from layersmith.quantization.formats import FORMATS
 from layersmith.recipe import Recipe
 from layersmith.run.artifacts import read_json
-from layersmith.stages.automatic_formats import automatic_formats
+from layersmith.stages import automatic_formats as automatic_formats_module
+from layersmith.stages.automatic_formats import automatic_formats, without_impossible
 from layersmith.stages.distill_finished import distill
 from layersmith.stages.inspect import outline
 from layersmith.stages.job import formats_of
@@ -147,6 +149,28 @@ def test_formats_that_are_offered_by_default(
     assert bool(notes) == (
         asked.formats == ("auto",) and ("memory" in budget or "bits" in budget) and "GiB" not in str(budget)
     )
+
+
+@pytest.mark.parametrize("formats", [("auto", "int8"), ("int8",)])
+def test_formats_of_a_parent_that_does_not_run_layer_by_layer(
+    formats: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*given: Any) -> None:
+        raise UnsupportedModel("its layers pass on more than hidden states")
+
+    monkeypatch.setattr(automatic_formats_module, "layerwise_of", refused)
+    recipe, seen = Recipe(formats=formats), list[Any]()
+    run, progress = SimpleNamespace(change_recipe=seen.append), SimpleNamespace(note=seen.append)
+    job: Any = SimpleNamespace(
+        recipe=recipe, formats=["int8"], made_from=lambda stage: None, parent=None, progress=progress, run=run
+    )
+    if "auto" not in formats:
+        with pytest.raises(UnsupportedModel):
+            without_impossible(job)
+        return
+    left = without_impossible(job)
+    assert left.formats == ("auto",)
+    assert seen == ["its layers pass on more than hidden states", left]
 
 
 def test_bits_are_of_the_parents_parameters() -> None:
