@@ -168,6 +168,8 @@ def _run_part(job: Job) -> Iterator[str]:
     header = ranks.from_first(lambda: job.header(digest_of_source(job)))
     with ranks.first(lambda: job.run.open(header, job.recipe)), suppress(Infeasible), job.run.removed_if_refused():
         for stage in PARENTS if makes_parents else BY_SCORES:
+            if stage is COSTS:
+                job.recipe = ranks.from_first(lambda: without_impossible(job))
             job.do(stage)
             yield stage.name
 

@@ -68,6 +68,8 @@ def test_the_search_takes_the_size_without_dead_channels_and_is_resumed(
     assert by_size[24]["taken"]
     assert by_size[24]["narrowing"] < 1e-5 < by_size[16]["narrowing"]
     assert by_size[24]["total"] == min(c["total"] for c in by_size.values() if c["total"] is not None)
+    report = read_json(run / "report.json")
+    assert [(row["size"], row["taken"]) for row in report["hidden_sizes"]] == [(32, False), (24, True), (16, False)]
     child, original = layersmith.load(result.child), layersmith.load(parent)
     assert child.config.hidden_size == 24
     sizes = [sum(p.numel() for p in model.parameters()) for model in (original, child)]

@@ -201,11 +201,15 @@ class Configs:
             yield from (pair for pair in itertools.combinations(equal, 2) if self._narrows(pair))
 
     def _narrows(self, paths: tuple[AttributePath, ...]) -> bool:
-        """Whether another value makes the embedding narrower."""
+        """Whether another value makes the embedding narrower, alone or with what multiplies it."""
         for size in sizes_to_try(self.size):
-            values = dict.fromkeys(paths, size)
-            if self.shapes(values) is not None:
-                return _embedding_width(stock_model(self.changed(values, is_checked=False))) == size
+            values: dict[AttributePath, Any] = dict.fromkeys(paths, size)
+            grown = (
+                {path: n * self.size // size} for path, n in self.numbers.items() if n and not n * self.size % size
+            )
+            for more in itertools.chain([{}], grown if size == self.size // 2 else ()):
+                if self.shapes(values | more) is not None:
+                    return _embedding_width(stock_model(self.changed(values | more, is_checked=False))) == size
         return False
 
     def grown(self, multipliers: tuple[AttributePath, ...], size: int) -> dict[AttributePath, int]:
@@ -266,7 +270,8 @@ class Configs:
                 values |= pinned
                 pins.append(path)
         hidden_size = HiddenSize(paths, tuple(pins))
-        yield hidden_size
+        if self.shapes(values) is not None:
+            yield hidden_size
         multipliers = [path for path in self.numbers if self._multiplies(path, values, size)]
         if multipliers:
             yield dataclasses.replace(hidden_size, multipliers=tuple(multipliers))
@@ -285,10 +290,10 @@ class Configs:
     def _multiplies(self, path: AttributePath, values: Mapping[AttributePath, Any], size: int) -> bool:
         value = self.numbers[path]
         before = self.effect(values)
-        if path in values or not value or value * self.size % size or before is None:
+        if path in values or not value or value * self.size % size:
             return False
         after = self.effect({**values, path: value * self.size // size})
-        return after is not None and len(after) < len(before)
+        return after is not None and (before is None or len(after) < len(before))
 
 
 def carriers(base: Shapes, changed: Shapes, hidden_size: int, size: int) -> tuple[Carrier, ...]:

@@ -55,10 +55,10 @@ def prove_narrowing(config: PretrainedConfig) -> Narrowing:
     guesses = itertools.count()
     for paths in configs.hidden_paths():
         for size in sizes_to_try(configs.size):
-            if configs.shapes(dict.fromkeys(paths, size)) is None:
+            found = list(itertools.islice(configs.found(paths, size), _MOST_GUESSES))
+            if not found:
                 problems.append(f"with hidden size {size} it cannot be built ({configs.refusal})")
-                continue
-            for hidden_size in configs.found(paths, size):
+            for hidden_size in found:
                 if next(guesses) >= _MOST_GUESSES:
                     break
                 try:
@@ -86,16 +86,20 @@ def _proved(configs: Configs, hidden_size: HiddenSize, size: int) -> Narrowing:
     fused = sorted({template(c.name) for c in found if c.times > 1})[:_MOST_FUSED]
     layouts = itertools.chain.from_iterable(itertools.combinations(fused, n) for n in range(len(fused) + 1))
     first: UnsupportedModel | None = None
-    for interleaved, centered, (way, narrower) in itertools.product(layouts, (False, True), narrowers):
-        guess = Narrowing(way, frozenset(interleaved), centered=centered)
-        try:
-            factors = _factors(Pair(configs, narrower, guess, seed=0))
-            proved = Pair(configs, narrower, dataclasses.replace(guess, factors=factors), seed=1)
-            proved.check()
-        except UnsupportedModel as problem:
-            first = first or problem
-        else:
-            return proved.guess
+    for interleaved, centered in itertools.product(layouts, (False, True)):
+        for way, narrower in narrowers:
+            guess = Narrowing(way, frozenset(interleaved), centered=centered)
+            pair = Pair(configs, narrower, guess, seed=0)
+            try:
+                factors = _factors(pair)
+                proved = Pair(configs, narrower, dataclasses.replace(guess, factors=factors), seed=1)
+                proved.check()
+            except UnsupportedModel as problem:
+                first = first or problem
+                if not pair.fixed:  # with other epsilons it is no better
+                    break
+            else:
+                return proved.guess
     assert first is not None
     raise first
 
@@ -120,15 +124,18 @@ def _factors(pair: Pair) -> dict[str, Factor]:
     """
     powers = _POWERS if pair.embedding else ()
     presets: list[dict[str, Factor]] = [{}, *({pair.embedding: Factor(power)} for power in powers)]
-    problems = []
+    first: UnsupportedModel | None = None
     for preset in presets:
         pair.load(preset)
         try:
             _fix_all(pair)
             return _by_template(pair)
         except UnsupportedModel as problem:
-            problems.append(problem)
-    raise problems[0]
+            first = first or problem
+            if not pair.fixed:  # the first norm differs, to which the size of embeddings does not matter
+                break
+    assert first is not None
+    raise first
 
 
 def _fix_all(pair: Pair) -> None:

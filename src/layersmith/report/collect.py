@@ -115,6 +115,7 @@ def collect(results: Results) -> Report:
         warnings=tuple(w for w in warnings if not w.endswith(_NO_LOSS)),
         notes=(*(w for w in warnings if w.endswith(_NO_LOSS)), *results.library.notes),
         rounds=optional.rounds,
+        hidden_sizes=optional.hidden_sizes,
     )
 
 
@@ -246,7 +247,7 @@ def _checked_sums(results: Results, optional: Optional) -> tuple[CheckedSum, ...
     measured = measured_loss(optional.as_cut or results.evaluation, objective)
     # The scores of a later round are of its own parent, and its child was compared with the first.
     if measured is not None and not optional.rounds:
-        checked.append(CheckedSum(THIS_CHILD, results.solution.score, *measured))
+        checked.append(CheckedSum(THIS_CHILD, optional.narrowing + results.solution.score, *measured))
     if frontier is not None and frontier.objective == objective:
         checked += [
             CheckedSum("frontier" if series.name == "search" else series.name, p.score, p.measured.mean,

@@ -371,6 +371,29 @@ class Round:
 
 
 @dataclass(frozen=True)
+class HiddenSizeRow:
+    """What a hidden size would cost, where there was a choice.
+
+    Attributes:
+        size: The hidden size.
+        narrowing: Loss of the parent with that hidden size.
+        scores: Sum of the scores of its best solution; None if it was not searched.
+        total: Both together.
+        parameters: Parameters of that solution.
+        problem: Why it was not searched.
+        taken: Whether the child has it.
+    """
+
+    size: int
+    narrowing: float
+    scores: float | None
+    total: float | None
+    parameters: int | None
+    problem: str
+    taken: bool
+
+
+@dataclass(frozen=True)
 class BudgetRow:
     """One limit, and how much of it the child uses."""
 
@@ -415,6 +438,7 @@ class Report:
     notes: tuple[str, ...]
     samples: tuple[Sample, ...] = ()
     rounds: tuple[Round, ...] = ()
+    hidden_sizes: tuple[HiddenSizeRow, ...] = ()
     schema: int = field(default=SCHEMA)
 
     def to_json(self) -> dict[str, Any]:

@@ -14,7 +14,18 @@ from typing_extensions import TypedDict
 from layersmith.costs.times import Check, Timing, kept_in
 from layersmith.library.stored_weights import Record
 from layersmith.records import parse
-from layersmith.report.data import Clock, Curve, Distillation, Evaluation, Frontier, Refined, Round, StageTime, Trained
+from layersmith.report.data import (
+    Clock,
+    Curve,
+    Distillation,
+    Evaluation,
+    Frontier,
+    HiddenSizeRow,
+    Refined,
+    Round,
+    StageTime,
+    Trained,
+)
 from layersmith.run.artifacts import read_json
 from layersmith.run.folder import ASKED_FRONTIER, ROUNDS, Run
 from layersmith.search.refine import RefinedData
@@ -55,6 +66,12 @@ class Optional:
     refined: Refined | None = None
     timings: tuple[StageTime, ...] = ()
     rounds: tuple[Round, ...] = ()
+    hidden_sizes: tuple[HiddenSizeRow, ...] = ()
+
+    @property
+    def narrowing(self) -> float:
+        """Loss of the parent with the hidden size that was taken."""
+        return next((row.narrowing for row in self.hidden_sizes if row.taken), 0.0)
 
 
 def read_optional(run: Run) -> Optional:
@@ -68,7 +85,14 @@ def read_optional(run: Run) -> Optional:
         refined=read_refined(run.folder / "refine" / "refine.json"),
         timings=tuple(parse(StageTime, timing, "log.jsonl: ") for timing in run.log.times()),
         rounds=read_rounds(run),
+        hidden_sizes=read_hidden_sizes(run.folder),
     )
+
+
+def read_hidden_sizes(folder: Path) -> tuple[HiddenSizeRow, ...]:
+    """What each hidden size would cost; empty for a run without a choice."""
+    path = folder / "hidden_size" / "hidden_size.json"
+    return tuple(parse(HiddenSizeRow, row, f"{path}: ") for row in read_json(path)) if path.is_file() else ()
 
 
 def read_rounds(run: Run) -> tuple[Round, ...]:

@@ -152,6 +152,8 @@ def plan(
     kinds = Counter(a.kind for a in space.alternatives if not a.is_parent)
     if budget.limits.has_times:
         notes.append("latency limits cannot be checked in a dry run; a run checks them once the parent is timed.")
+    if recipe.hidden_size.fractions or recipe.hidden_size.sizes:
+        notes.append("the run has other hidden sizes; each adds about the time of all stages up to the search.")
     return Plan(
         parent=str(parent),
         budget=str(budget.limits),
