@@ -26,7 +26,7 @@ from layersmith.hidden_size.channels import by_activations, by_second_order, hea
 from layersmith.hidden_size.narrow import Narrower, check_narrow, hidden_size_of, refit, why_not, write
 from layersmith.hidden_size.narrowing import Kept
 from layersmith.hidden_size.prove import prove_narrowing
-from layersmith.recipe import HiddenSizeRecipe, Objective
+from layersmith.recipe import HiddenSizeRecipe, Objective, Recipe
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.folder import HIDDEN_SIZES, Run
 from layersmith.run.progress import Progress
@@ -196,6 +196,9 @@ def hidden_sizes_of(job: Job) -> Iterator[tuple[Job, bool]]:
     if not recipe.fractions and not recipe.sizes:
         yield job, False
         return
+    if job.first is not None:  # the first of several rounds has chosen
+        yield dataclasses.replace(job, recipe=_without_hidden_states(job.recipe)), False
+        return
     _check(job)
     folder, settings = job.run.folder / HIDDEN_SIZES, with_effort(job.recipe)
     yield (parents := _part(job, folder / "parents", recipe=settings)), True
@@ -233,11 +236,14 @@ def hidden_sizes_of(job: Job) -> Iterator[tuple[Job, bool]]:
 
 def _taken(job: Job, size: int, whole: int, choices: Sequence[Choice]) -> Job:
     """The run of the hidden size that was taken."""
-    recipe = job.recipe
-    if size != whole:  # hidden states of different sizes are not compared
-        recipe = dataclasses.replace(recipe, distillation=dataclasses.replace(recipe.distillation, hidden=0.0))
+    recipe = job.recipe if size == whole else _without_hidden_states(job.recipe)
     source = _source(job, size, whole)
     return dataclasses.replace(job, **source, recipe=recipe, hidden_sizes=tuple(choices), _results={})
+
+
+def _without_hidden_states(recipe: Recipe) -> Recipe:
+    """A recipe in which parent and child do not compare hidden states, which may have different sizes."""
+    return dataclasses.replace(recipe, distillation=dataclasses.replace(recipe.distillation, hidden=0.0))
 
 
 def _part(job: Job, folder: Path, **changes: Any) -> Job:
