@@ -168,15 +168,15 @@ def _readers(narrower: Narrower, norms: Mapping[str, nn.Module], rows: torch.Ten
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" in inputs and uses[id(module.weight)] == 1
     }
-    given: dict[int, tuple[str, torch.Tensor]] = {}
+    given: dict[tuple[int, torch.Size], tuple[str, torch.Tensor]] = {}
     readers: dict[str, list[str]] = {}
 
     def made(name: str, before: torch.Tensor, output: torch.Tensor) -> None:
-        given[id(output)] = (name, output)  # kept, so that no other tensor gets the same id
+        given[output.data_ptr(), output.shape] = name, output  # kept, so that no other tensor gets its place
 
     def read(name: str, before: torch.Tensor, output: torch.Tensor) -> None:
-        if id(before) in given:
-            readers.setdefault(given[id(before)][0], []).append(name)
+        if (place := (before.data_ptr(), before.shape)) in given:
+            readers.setdefault(given[place][0], []).append(name)
 
     with watched(dict(norms), made), watched(linear, read):
         model(input_ids=rows.to(narrower.parent.runtime.device), use_cache=False)

@@ -35,6 +35,7 @@ class Pair:
         names: Modules that hold weights which carry the residual stream.
         embedding: The weight of the first embedding that does; empty if none does.
         fixed: Factors of weights of the narrow model, by their names.
+        stream: Power of sqrt(D / D') with which the residual stream of the narrow model is multiplied.
     """
 
     def __init__(self, configs: Configs, narrower: PretrainedConfig, guess: Narrowing, seed: int):
@@ -57,6 +58,7 @@ class Pair:
         for layer in sorted({layer_of(c.name) for c in self.carriers if c.unit > 1}):
             self.kept.heads[layer], self.gone.heads[layer] = self._some(heads)
         self.fixed: dict[str, Factor] = {}
+        self.stream = 0
         names = (f"{name}.weight" for name, m in self.large.model.named_modules() if isinstance(m, nn.Embedding))
         self.embedding = next((name for name in names if any(c.name == name for c in self.carriers)), "")
         self._make_dead()
@@ -153,7 +155,7 @@ class Pair:
             if after != times * self.size or before % self.hidden_size or self._gives_heads(name):
                 return True  # it is no vector of channels; what follows from it is compared
             entries = Carrier("", dim, times).entries(self.kept.channels, self.hidden_size)
-            expected = expected.index_select(dim, entries)
+            expected = expected.index_select(dim, entries) * self.ratio ** (self.stream / 2)
         return close(expected, made)
 
     def _gives_heads(self, name: str) -> bool:

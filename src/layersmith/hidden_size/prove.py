@@ -123,9 +123,12 @@ def _factors(pair: Pair) -> dict[str, Factor]:
         UnsupportedModel: No factors give equal logits.
     """
     powers = _POWERS if pair.embedding else ()
-    presets: list[dict[str, Factor]] = [{}, *({pair.embedding: Factor(power)} for power in powers)]
+    presets: list[tuple[dict[str, Factor], int]] = [
+        ({}, 0),
+        *(({pair.embedding: Factor(power)}, 0) for power in powers),
+    ]
     first: UnsupportedModel | None = None
-    for preset in presets:
+    for preset, pair.stream in [*presets, ({}, -1)]:  # the last for norms without weights, whose outputs are smaller
         pair.load(preset)
         try:
             _fix_all(pair)
