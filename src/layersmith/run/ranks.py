@@ -31,12 +31,17 @@ _watches: list[Watch] = []
 T = TypeVar("T")
 
 
+class FailedElsewhere(RuntimeError):
+    """Another process failed while this one worked with it; :func:`together` raises that one's error instead."""
+
+
 def start(runtime: Runtime) -> None:
     """Connect the processes; all must call this."""
     if runtime.world_size > 1:
         if not dist.is_initialized():
             _connect("nccl" if runtime.device.type == "cuda" else "gloo")
         _group()
+        message_group()
 
 
 def _connect(backend: str) -> None:
@@ -52,6 +57,12 @@ def _connect(backend: str) -> None:
 @cache
 def _group() -> Any:
     """A group of all processes on the CPU: waiting needs no GPU, and the time limit of the launcher does not apply."""
+    return dist.new_group(backend="gloo", timeout=_TIMEOUT)
+
+
+@cache
+def message_group() -> Any:
+    """A group for messages from one process to another, which other threads receive (:mod:`.messages`)."""
     return dist.new_group(backend="gloo", timeout=_TIMEOUT)
 
 
@@ -81,6 +92,9 @@ def together(work: Callable[[], T]) -> T:
     """
     try:
         result = work()
+    except FailedElsewhere:
+        _exchange(None)
+        raise
     except Exception as error:
         _exchange(error)
         raise
@@ -96,6 +110,15 @@ def from_each(work: Callable[[], T]) -> list[T]:
     """
     mine = together(work)
     return _gathered(mine) if are_several() else [mine]
+
+
+def to_first(mine: T) -> list[T]:
+    """What each process has, by its number, in the first; nothing in the others."""
+    if not are_several():
+        return [mine]
+    result: list[Any] | None = [None] * count() if is_first() else None
+    dist.gather_object(mine, result, group=_group())
+    return result or []
 
 
 def add_up(tensors: dict[str, torch.Tensor]) -> None:

@@ -28,6 +28,13 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
 
+    @property
+    def processes_on_device(self) -> int:
+        """How many processes share the memory of the device: those of a machine share its CPU memory."""
+        if self.world_size == 1 or self.device.type == "cuda":
+            return 1
+        return int(os.environ.get("LOCAL_WORLD_SIZE", self.world_size))
+
     @staticmethod
     def detect(device: str = "auto", dtype: str = "auto") -> Runtime:
         """Read the settings; ``auto`` is the first CUDA device in bfloat16 if there is one, else the CPU in float32.
