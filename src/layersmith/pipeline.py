@@ -2,7 +2,7 @@
 
 A stage that was made from the same inputs is skipped, and an interrupted one is resumed; see
 :mod:`layersmith.run.folder`. Every process of a launcher such as ``torchrun`` runs all of this. The first alone writes;
-the others help where training is divided, and wait for it elsewhere (:mod:`layersmith.run.ranks`).
+the others help where work is divided, and wait for it elsewhere (:mod:`layersmith.run.ranks`).
 """
 
 from __future__ import annotations
@@ -177,6 +177,7 @@ def _run_part(job: Job) -> Iterator[str]:
 def _run(job: Job) -> Iterator[str | Result]:
     """All stages of a job; most runs have one job."""
     started, job.progress.timeline = time.monotonic(), None
+    _ = job.path, job.is_streamed  # all processes ask together
     asked_recipe, job.recipe = job.recipe, ranks.from_first(lambda: choose_effort(job, started))
     _show_where(job)
     planning = time.monotonic() - started

@@ -472,7 +472,7 @@ class Recipe:
     """Prompts of these samples. Default: the start of an evaluation row."""
     stream: Literal["auto", "never", "always"] = "auto"
     """Whether to keep the parent's weights on the disk and read them layer by layer. `auto` does so where they need
-    more than three quarters of the free memory."""
+    more than three quarters of the free memory, once for each process. Several processes then hold some layers each."""
 
     RENAMED: ClassVar = {"trust_remote_code": "--trust-remote-code, an option of the command line only"}
 

@@ -1,17 +1,26 @@
-"""Hidden states between layers: in memory, or in a file where the parent's weights stay on the disk."""
+"""Hidden states between layers: in memory, in a file where the parent's weights stay on the disk, or sent on.
+
+Where several processes work on one model, each has some of its layers. All run the same loops over layers, in which
+each skips those of others. A tensor that one puts goes to the process that gets it, and who gets a tensor waits for it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import tempfile
-from collections.abc import Hashable
+import threading
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 from layersmith.execution.files import read_into, write_from
+from layersmith.run import ranks
 from layersmith.run.artifacts import saying_disk_full
+from layersmith.run.messages import Messages, exchanging
 
 
 class States:
@@ -106,3 +115,75 @@ class StatesOnDisk(States):
     def forget(self, key: Hashable) -> None:
         slot = self._slots.pop(key)
         self._free.setdefault(slot.bytes, []).append(slot.start)
+
+
+class SharedStates(States):
+    """Tensors that several processes share: what one puts under a key goes to the processes that will get it.
+
+    Args:
+        states: Where tensors wait that this process will get.
+        homes: Gives the numbers of the processes that get a key; perhaps none.
+        device: Where tensors that arrive are wanted.
+    """
+
+    def __init__(self, states: States, homes: Callable[[Any], Iterable[int]], device: torch.device):
+        self._states, self._homes, self._device, self.capacity = states, homes, device, states.capacity
+        self._arrived = threading.Condition()
+        self._error: Exception | None = None
+        self._here: set[Hashable] = set()
+        self._messages: Messages | None = None
+
+    @contextmanager
+    def open(self) -> Iterator[Self]:
+        """All processes open theirs together, and leave when all are done.
+
+        Raises:
+            FailedElsewhere: Another process failed.
+            RuntimeError: A process is gone.
+        """
+        with exchanging(self._deliver, self._fail) as self._messages:
+            yield self
+        if self._error is not None:
+            raise self._error
+
+    def _deliver(self, key: Hashable, tensor: torch.Tensor) -> None:
+        with self._arrived:
+            self._states.put(key, tensor)
+            self._here.add(key)
+            self._arrived.notify_all()
+
+    def _fail(self, error: Exception) -> None:
+        with self._arrived:
+            self._error = error
+            self._arrived.notify_all()
+
+    def put(self, key: Hashable, tensor: torch.Tensor) -> None:
+        for rank in self._homes(key):
+            if rank == ranks.number():
+                self._deliver(key, tensor)
+            else:
+                assert self._messages is not None
+                assert isinstance(key, tuple)
+                self._messages.send(key, tensor, rank)
+
+    @contextmanager
+    def _waited(self, key: Hashable) -> Iterator[None]:
+        """With the tensor of a key here, and no other thread at work."""
+        with self._arrived:
+            self._arrived.wait_for(lambda: key in self._here or self._error is not None)
+            if self._error is not None:
+                raise self._error
+            yield
+
+    def get(self, key: Hashable) -> torch.Tensor:
+        with self._waited(key):
+            return self._states.get(key).to(self._device)
+
+    def part(self, key: Hashable, start: int, end: int) -> torch.Tensor:
+        with self._waited(key):
+            return self._states.part(key, start, end).to(self._device)
+
+    def forget(self, key: Hashable) -> None:
+        with self._waited(key):
+            self._here.remove(key)
+            self._states.forget(key)

@@ -25,6 +25,7 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import nn
 
+from layersmith.execution.division import Division
 from layersmith.execution.exchange import (
     LAYER_TYPE,
     exchanged,
@@ -38,6 +39,7 @@ from layersmith.execution.flops import Arithmetic
 from layersmith.execution.parent import Parent
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.no_op import DummyBlock
+from layersmith.run import ranks
 
 # Hidden states of tokens that run at once, where the parent's weights stay on the disk and memory is scarce.
 STREAMED_BYTES = 64 * 1024**2
@@ -240,12 +242,13 @@ class LayerwiseParent(Generic[Builder]):
         vocab_size: V, of its logits.
         bytes_of_a_token: size of one token's hidden states.
         arithmetic: counts the operations of everything that runs.
+        division: the layers that are this process's where several work together.
     """
 
     def __init__(self, parent: Parent, builder: Builder, facts: _Facts):
         self.parent, self.builder, self.layers, self._facts = parent, builder, parent.layers, facts
         self.vocab_size, self.bytes_of_a_token = facts.vocab_size, facts.bytes_of_a_token
-        self.arithmetic = Arithmetic()
+        self.arithmetic, self.division = Arithmetic(), Division(parent.owners, parent.runtime.device)
         self._splits: dict[int, Split] = {}
         self._types = getattr(parent.language_config, "layer_types", None)
         self._norm = parent.model.get_submodule(parent.descriptor.final_norm_name().removesuffix(".weight"))
@@ -254,6 +257,11 @@ class LayerwiseParent(Generic[Builder]):
     def streamed(self) -> bool:
         """Whether weights stay on the disk until a layer runs."""
         return self.parent.stream is not None
+
+    @property
+    def can_be_divided(self) -> bool:
+        """Whether there are several processes, none of which has all layers in memory."""
+        return self.streamed and ranks.are_several()
 
     @contextmanager
     def _without_layers(self) -> Iterator[_StandIn]:
@@ -408,12 +416,13 @@ class LayerwiseParent(Generic[Builder]):
         return self.run(batch, i, self.run(batch, i, hidden, module), split.ffn)
 
 
-def split_layers(parent: Parent, builder: Builder) -> LayerwiseParent[Builder]:
+def split_layers(parent: Parent, builder: Builder, by_all: bool = False) -> LayerwiseParent[Builder]:
     """The parent, ready to run layer by layer. That it then computes what it computes as a whole is checked once.
 
     Args:
         parent: the model.
         builder: builds layers with alternatives in them.
+        by_all: whether all processes will work on it together, so that they divide one that stays on the disk.
 
     Raises:
         NotLayerwise: it computes something else.
@@ -421,7 +430,9 @@ def split_layers(parent: Parent, builder: Builder) -> LayerwiseParent[Builder]:
     facts = parent.once("runs layer by layer", lambda: _checked(parent))
     if isinstance(facts, NotLayerwise):
         raise NotLayerwise(*facts.args)
-    return LayerwiseParent(parent, builder, facts)
+    layerwise = LayerwiseParent(parent, builder, facts)
+    layerwise.division.is_open = by_all and layerwise.can_be_divided
+    return layerwise
 
 
 class NoAlternatives:

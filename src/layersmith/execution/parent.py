@@ -16,12 +16,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig
 from layersmith.errors import ALLOW_CODE, UnsupportedModel
+from layersmith.execution.dealing import deal
 from layersmith.execution.streaming import WeightStream, load_streamed
 from layersmith.heterogeneous.build import block_configs_of, decoder_layers, head_of
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.heterogeneous.weight_files import weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
+from layersmith.run import ranks
 from layersmith.run.artifacts import fingerprint, plain
 from layersmith.run.digests import digest, remembered
 from layersmith.run.runtime import Runtime
@@ -78,6 +80,12 @@ class Parent:
         """The language-model head."""
         return head_of(self.model, self.descriptor)
 
+    @property
+    def owners(self) -> list[int]:
+        """The process that has each layer where the layers are dealt to all processes."""
+        found: list[int] = self.once("owners", lambda: deal(list(map(_size_of, self.layers)), ranks.count()))
+        return found
+
     def once(self, question: str, find: Callable[[], Any]) -> Any:
         """The answer to a question about this model; ``find`` runs the first time that it is asked."""
         if question not in self._answers:
@@ -108,6 +116,10 @@ class Parent:
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """A computed weight as the checkpoint will hold it, in the dtype of the computation."""
         return as_stored(tensor, self.dtype).to(self.runtime.dtype)
+
+
+def _size_of(layer: nn.Module) -> int:
+    return sum(p.numel() for p in layer.parameters())
 
 
 def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,6 +5,9 @@ unit. Before a unit runs, its weights are read and those of the unit before are 
 are in memory, besides those of alternatives of that layer. Of the input embedding, only the rows that a batch needs are
 read.
 
+Among several processes each keeps the layers that are dealt to it in memory, if they fit, and reads others when it has
+to run them. So n processes hold a model together, and no layer is read twice while each works on its own.
+
 Transformers decides which tensor of which file is which weight. Weights that it has to convert while it loads (experts
 that become one tensor) are written once into files of a scratch folder. These are unlinked as soon as they are open, so
 a killed process leaves nothing behind.
@@ -25,6 +28,7 @@ from transformers import PreTrainedModel
 
 from layersmith import upstream
 from layersmith.errors import InputError
+from layersmith.execution.dealing import deal
 from layersmith.execution.files import Files
 from layersmith.execution.memory import free_memory, give_back
 from layersmith.heterogeneous.build import decoder_layers, num_layers_of
@@ -38,6 +42,8 @@ from layersmith.untrusted import read_safetensors_header
 
 # Units smaller than this share of the largest are read once and stay in memory; dropping them would save little.
 _SMALL_SHARE = 0.01
+# Weights may take this share of the free memory; activations and alternatives need the rest.
+_SHARE_OF_MEMORY = 0.75
 
 
 class WeightStream:
@@ -49,6 +55,7 @@ class WeightStream:
         embedding: its input embedding.
         files: its weights by their names in ``state_dict()``.
         device: where they are wanted.
+        held: those of its layers that are read at once and stay.
     """
 
     def __init__(
@@ -58,6 +65,7 @@ class WeightStream:
         embedding: nn.Module,
         files: Files,
         device: torch.device,
+        held: Sequence[nn.Module] = (),
     ):
         self.files, self.device = files, device
         give_back()
@@ -73,7 +81,8 @@ class WeightStream:
                     self._units.setdefault(unit, []).append((module, local, name))
         largest = max((self._bytes(unit) for unit in self._units), default=0)
         for unit in list(self._units):
-            if unit not in layers and self._bytes(unit) < _SMALL_SHARE * largest:
+            is_small = unit not in layers and self._bytes(unit) < _SMALL_SHARE * largest
+            if is_small or unit in held:
                 self._fill(self._units.pop(unit))
             elif unit is embedding and isinstance(unit, nn.Embedding):
                 ((_, _, name),) = self._units.pop(unit)
@@ -181,11 +190,23 @@ def load_streamed(
             _set(module, name, parameter.to("meta" if parameter.is_meta else runtime.device, runtime.dtype, copy=True))
     layers = decoder_layers(model, descriptor, num_layers_of(model.config, descriptor))
     embedding = model.get_submodule(descriptor.input_embedding_name())
-    return model.eval(), dtype, WeightStream(model, layers, embedding, files, runtime.device)
+    held = _held(layers, runtime)
+    return model.eval(), dtype, WeightStream(model, layers, embedding, files, runtime.device, held)
+
+
+def _held(layers: Sequence[nn.Module], runtime: Runtime) -> list[nn.Module]:
+    """The layers of this process, if there are others and its share of the free memory holds them."""
+    if runtime.world_size == 1:
+        return []
+    sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
+    owners = deal(sizes, runtime.world_size)
+    mine = [i for i, owner in enumerate(owners) if owner == runtime.rank]
+    fit = sum(sizes[i] for i in mine) <= _SHARE_OF_MEMORY * free_memory(runtime.device) / runtime.processes_on_device
+    return [layers[i] for i in mine] if fit else []
 
 
 def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:
-    """Whether a checkpoint's weights would take more than three quarters of the memory that is free for them."""
+    """Whether a checkpoint's weights, once for each process, would take most of the memory that is free for them."""
     folder = Path(path)
     if not folder.is_dir():
         return False  # not here yet
@@ -194,7 +215,8 @@ def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:
     for file in weight_files(folder):
         entries, _ = read_safetensors_header(file)
         count += sum(math.prod(entry["shape"]) for name, entry in entries.items() if name != "__metadata__")
-    return count * runtime.dtype.itemsize > 0.75 * free_memory(runtime.device)
+    size = count * runtime.dtype.itemsize * runtime.processes_on_device
+    return size > _SHARE_OF_MEMORY * free_memory(runtime.device)
 
 
 def _all_on_disk_but(model: nn.Module, stays: str) -> dict[str, str]:

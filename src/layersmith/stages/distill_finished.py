@@ -97,15 +97,15 @@ def distill(
         section = dataclasses.replace(section, **changes)
         return dataclasses.replace(settings, distillation=section, device=device or settings.device)
 
-    needed = (LIBRARY, COSTS, CHILD)
-    job = job_of_run(run, needed, descriptor, progress_of(progress, callback), change, verify, trust_remote_code)
+    shown = progress_of(progress, callback)
+    job = job_of_run(run, (LIBRARY, COSTS, CHILD), descriptor, shown, change, verify, trust_remote_code)
     job.training_data = None if data is None else source_of(data)
     ranks.start(Runtime.detect(job.recipe.device, job.recipe.dtype))
+    _ = job.is_streamed  # all processes ask together
     with ranks.first(job.run.locked):
         for stage in DISTILLATION:
             job.do(stage)
         ranks.on_first(lambda: remove_checkpoints(job))
         ranks.on_first(lambda: keep_card_of_distilled(job))
-    compared = job.read(COMPARED)
-    tried = job.read(FINALISTS) if has_finalists(job) else []
+    compared, tried = job.read(COMPARED), job.read(FINALISTS) if has_finalists(job) else []
     return Distilled(job.read(DISTILLED), compared["before"], compared["after"], tried)

@@ -151,8 +151,8 @@ class Job:
 
     @cached_property
     def is_streamed(self) -> bool:
-        """Whether the parent's weights stay on the disk until a layer runs."""
-        return is_streamed(self.path, self.recipe, self.runtime)
+        """Whether the parent's weights stay on the disk until a layer runs; all processes ask together."""
+        return any(ranks.from_each(lambda: is_streamed(self.path, self.recipe, self.runtime)))
 
     @cached_property
     def identity(self) -> str:

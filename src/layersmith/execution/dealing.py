@@ -1,0 +1,48 @@
+"""How the layers of a model are dealt to several processes, and how long these then wait for each other.
+
+Rows go through the layers in batches. Each process finishes one of its layers on all batches before it begins the next,
+as one process alone does, and passes each batch on at once. Because neighbouring layers belong to different processes,
+all are busy as soon as as many batches are under way as there are processes. Time is lost at the start and the end of a
+pass, and where neighbouring layers take different times: a process that has the quicker one waits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def deal(sizes: Sequence[float], processes: int) -> list[int]:
+    """The process that has each layer: of every ``processes`` neighbouring layers each process has one.
+
+    The largest of the neighbours goes to the process that has least so far, so that a period of attention and mixer
+    layers does not give all of one kind to one process. Layers of equal size are dealt out in turn.
+    """
+    loads, owners = [0.0] * processes, [0] * len(sizes)
+    for start in range(0, len(sizes), processes):
+        neighbours = sorted(range(len(sizes))[start : start + processes], key=lambda i: -sizes[i])
+        for i, owner in zip(neighbours, sorted(range(processes), key=loads.__getitem__), strict=False):
+            owners[i] = owner
+            loads[owner] += sizes[i]
+    return owners
+
+
+def makespan(costs: Sequence[float], owners: Sequence[int], batches: int) -> float:
+    """Time until all batches have left the last layer, in the unit of the costs.
+
+    Args:
+        costs: Time of each layer on all batches.
+        owners: The process that has each layer.
+        batches: Number of batches, which take the same time each.
+    """
+    left = [0.0] * batches  # when each batch left the layer before
+    free = dict.fromkeys(owners, 0.0)
+    for cost, owner in zip(costs, owners, strict=True):
+        for n in range(batches):
+            left[n] = free[owner] = max(left[n], free[owner]) + cost / batches
+    return max(left)
+
+
+def efficiency(costs: Sequence[float], processes: int, batches: int) -> float:
+    """Time of one process over ``processes`` times that of so many processes, waiting included."""
+    owners = deal(costs, processes)
+    return sum(costs) / (processes * makespan(costs, owners, batches))
