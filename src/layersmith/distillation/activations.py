@@ -5,13 +5,14 @@ Shapes: N rows, B rows of a batch, T tokens, D hidden.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
+from layersmith.execution.hidden_states import SharedStates
 from layersmith.execution.layerwise import Batch, LayerwiseParent, Split
 
 BLOCK = "block"
@@ -42,6 +43,10 @@ class HiddenStates:
         """Whether the current layer's outputs are known for all rows."""
         return self._next is not None and bool(self._is_known.all())
 
+    def inputs(self, rows: torch.Tensor) -> torch.Tensor | None:
+        """Inputs of the current layer for some rows; None where :attr:`current` is."""
+        return None if self.current is None else self.current[rows]
+
     def outputs(self, rows: torch.Tensor) -> torch.Tensor:
         """What the current layer returned for some rows; only once :attr:`is_recorded`."""
         assert self._next is not None
@@ -50,6 +55,45 @@ class HiddenStates:
     def advance(self) -> None:
         """Go to the next layer."""
         self.current, self._next = self._next, None
+
+
+class PassedStates(HiddenStates):
+    """Hidden states of layers that are dealt to several processes, which pass them on row by row.
+
+    Args:
+        name: Name of the rows.
+        states: Where the input of layer i for a row is ``(name, i, row)``.
+    """
+
+    def __init__(self, name: str, states: SharedStates):
+        super().__init__()
+        self._name, self._states, self._layer = name, states, 0
+        self._given: set[int] = set()
+
+    def record(self, rows: torch.Tensor, num_rows: int, output: torch.Tensor) -> None:
+        """Send what was not sent before to the process that has the next layer."""
+        if not len(self._is_known):
+            self._is_known = torch.zeros(num_rows, dtype=torch.bool)
+        for row, of_row in zip(rows.tolist(), output.detach().cpu(), strict=True):
+            if not self._is_known[row]:
+                self._states.put((self._name, self._layer + 1, row), of_row)
+                self._is_known[row] = True
+
+    @property
+    def is_recorded(self) -> bool:
+        return len(self._is_known) > 0 and bool(self._is_known.all())
+
+    def inputs(self, rows: torch.Tensor) -> torch.Tensor | None:
+        if not self._layer:
+            return None
+        self._given.update(rows.tolist())
+        return torch.stack([self._states.get((self._name, self._layer, row)) for row in rows.tolist()])
+
+    def advance(self) -> None:
+        for row in self._given:
+            self._states.forget((self._name, self._layer, row))
+        self._given.clear()
+        self._layer, self._is_known = self._layer + 1, self._is_known[:0]
 
 
 class Rows:
@@ -72,11 +116,13 @@ class Rows:
         """A batch, and the input of the parent's current layer for it."""
         device = layerwise.parent.runtime.device
         batch = layerwise.start(self.tokens[rows].to(device))
-        return batch, batch.embedded if self.parent.current is None else self.parent.current[rows].to(device)
+        inputs = self.parent.inputs(rows)
+        return batch, batch.embedded if inputs is None else inputs.to(device)
 
     def child_input(self, rows: torch.Tensor, parent_input: torch.Tensor) -> torch.Tensor:
         """The input of the child's current layer; up to its first changed layer that is the parent's."""
-        return parent_input if self.child.current is None else self.child.current[rows].to(parent_input.device)
+        inputs = self.child.inputs(rows)
+        return parent_input if inputs is None else inputs.to(parent_input.device)
 
     @torch.no_grad()
     def pass_through_parent(self, layerwise: LayerwiseParent[Any], i: int) -> None:
@@ -128,15 +174,34 @@ class Target:
 
 
 def run_parent_layer(
-    layerwise: LayerwiseParent[Any], i: int, split: Split, batch: Batch, hidden: torch.Tensor
+    layerwise: LayerwiseParent[Any],
+    i: int,
+    split: Split,
+    batch: Batch,
+    hidden: torch.Tensor,
+    run: Callable[[str, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[dict[str, Target], torch.Tensor]:
-    """Run a layer of the parent: targets for ``attention``, ``ffn`` and ``block``, and the layer's output."""
+    """Run a layer of the parent: targets for ``attention``, ``ffn`` and ``block``, and the layer's output.
+
+    Args:
+        layerwise: The parent, whose layers can be run one at a time.
+        i: Index of the layer.
+        split: The layer's attention and FFN.
+        batch: The rows.
+        hidden: Their input of the layer.
+        run: Runs the attention, the FFN, or the ``block`` that is not split, on its input; default: just that.
+    """
+
+    def run_alone(place: str, given: torch.Tensor) -> torch.Tensor:
+        return layerwise.run(batch, i, given, None if place == BLOCK else getattr(split, place))
+
+    run = run or run_alone
     if split.layout == "whole":
-        output = layerwise.run(batch, i, hidden)
+        output = run(BLOCK, hidden)
         return dict.fromkeys(("attention", "ffn", BLOCK), Target(batch, hidden, hidden, output)), output
-    middle = layerwise.run(batch, i, hidden, split.attention)
+    middle = run("attention", hidden)
     given = middle if split.layout == "sequence" else hidden
-    output = layerwise.run(batch, i, given, split.ffn)
+    output = run("ffn", given)
     whole = output if split.layout == "sequence" else middle + output - hidden
     targets = {"attention": Target(batch, hidden, hidden, middle), "ffn": Target(batch, given, given, output)}
     return targets | {BLOCK: Target(batch, hidden, hidden, whole)}, whole

@@ -1,7 +1,7 @@
 """Local distillation of many layers: rows pass through the parent once, a layer at a time.
 
-No gradient leaves a subblock, so layers are trained one after another. Among several processes each trains every
-``world_size``-th layer and runs the parent for itself, so the alternatives are the same for any number of processes.
+No gradient leaves a subblock, so layers are trained one after another. Several processes have some of the layers each,
+and pass the rows on to each other as these leave a layer, so the alternatives are the same for any number of processes.
 If layers are trained on the child's hidden states, those depend on the layers before them, and the first process
 trains them all.
 
@@ -18,11 +18,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from layersmith.distillation.activations import BLOCK, Rows
+from layersmith.distillation.activations import BLOCK, PassedStates, Rows
 from layersmith.distillation.one_layer import LayerDistillation
 from layersmith.distillation.replacement import Replacement
 from layersmith.distillation.store import Store, layer_name
 from layersmith.errors import UsageError
+from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -119,23 +120,46 @@ class LayerByLayer:
         return {name: Rows(tokens, self.setup.recipe.batch_tokens) for name, tokens in splits.items() if len(tokens)}
 
     def _all_layers(self, layerwise: LayerwiseParent[Any], store: Store, splits: dict[str, Rows]) -> None:
-        total = len(layerwise.layers) * sum(len(rows.tokens) for rows in splits.values())
         ranks.start(self.library.parent.runtime)
+        layers = range(len(layerwise.layers)) if self.child is not None else layerwise.division.mine
+        total = len(layers) * sum(len(rows.tokens) for rows in splits.values())
         with self.setup.progress.stage(self.stage, total, "rows through a layer") as advance:
-            if self.child is None:
-                ranks.together(lambda: self._layers_of_this_rank(layerwise, store, splits, advance))
+            if self.child is not None:
+                ranks.on_first(lambda: self._layers(layerwise, store, splits, advance, layers))
             else:
-                ranks.on_first(lambda: self._layers_of_this_rank(layerwise, store, splits, advance))
+                ranks.together(lambda: self._layers_passing_on(layerwise, store, splits, advance, layers))
 
-    def _layers_of_this_rank(
-        self, layerwise: LayerwiseParent[Any], store: Store, splits: dict[str, Rows], advance: Callable[[float], None]
+    def _layers_passing_on(
+        self,
+        layerwise: LayerwiseParent[Any],
+        store: Store,
+        splits: dict[str, Rows],
+        advance: Callable[[float], None],
+        mine: Sequence[int],
     ) -> None:
-        """Take rows through all layers, and distil those that are this process's."""
-        runtime = self.library.parent.runtime
+        """Distil the layers of this process, on rows that come from the layers of others and go on to them."""
+        if not ranks.are_several():
+            self._layers(layerwise, store, splits, advance, mine)
+            return
+        with layerwise.division.shared(States()) as states:
+            for name, rows in splits.items():
+                rows.parent = PassedStates(name, states)
+            self._layers(layerwise, store, splits, advance, mine)
+
+    def _layers(
+        self,
+        layerwise: LayerwiseParent[Any],
+        store: Store,
+        splits: dict[str, Rows],
+        advance: Callable[[float], None],
+        mine: Sequence[int],
+    ) -> None:
+        """Take rows through some layers, and distil these."""
         for i in range(len(layerwise.layers)):
-            is_mine = self.child is not None or i % runtime.world_size == runtime.rank
             replacements = self.replacements.get(i, [])
-            if is_mine and replacements and not store.has(layer_name(i)):
+            if i not in mine:
+                pass  # rows arrive at the next one
+            elif replacements and not store.has(layer_name(i)):
                 layer = LayerDistillation(
                     library=self.library,
                     layerwise=layerwise,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import nn
 
-from layersmith.distillation.activations import Rows, run_parent_layer
+from layersmith.distillation.activations import BLOCK, Rows, run_parent_layer
 from layersmith.distillation.reconstruction import Moments, refits
 from layersmith.execution.layerwise import LayerwiseParent, Split
 from layersmith.library.alternative import Alternative
@@ -55,12 +55,17 @@ def refit_layer(
         given = targets[subblock].given
         to_refit = refits(library, alternatives, module, lambda a: layerwise.module_of(a, split), run, given)
         moments[subblock] = Moments(module, to_refit, run, layerwise.arithmetic.add)
+
+    def run_and_add(place: str, given: torch.Tensor) -> torch.Tensor:
+        """The output of a part of the parent's layer, which its moments observe."""
+        outputs = [sums.add(given) for subblock, sums in moments.items() if place in (subblock, BLOCK)]
+        module = layerwise.layers[index] if place == BLOCK else getattr(split, place)
+        observed = next((output for output in outputs if output is not None), None)
+        return run(module, given) if observed is None else observed
+
     for numbers in rows.batches():
-        batch, hidden = rows.start(layerwise, numbers)
-        current[0] = batch
-        targets, output = run_parent_layer(layerwise, index, split, batch, hidden)
-        for subblock, sums in moments.items():
-            sums.add(targets[subblock].given)
+        current[0], hidden = rows.start(layerwise, numbers)
+        _, output = run_parent_layer(layerwise, index, split, current[0], hidden, run_and_add)
         rows.record_parent(numbers, output)
         advance(len(numbers))
     return {

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Generator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from itertools import repeat
 
@@ -31,6 +31,8 @@ Tensors = dict[str, torch.Tensor]
 def build_library(parent: Parent, recipe: LibraryRecipe, survey: Survey, calibration: Calibration) -> Library:
     """The library of a parent: gather statistics and rank all units by them.
 
+    All processes of a launcher call this. The rankings are in the library of the first.
+
     Args:
         parent: The parent.
         recipe: The memory for statistics.
@@ -40,29 +42,38 @@ def build_library(parent: Parent, recipe: LibraryRecipe, survey: Survey, calibra
     library = Library(
         parent=parent, axes=survey.axes, alternatives=survey.alternatives, orders={}, maps={}, notes=survey.notes
     )
-    means = gather_means(library, recipe, survey, calibration)
+    mine = _rank(library, recipe, survey, calibration)
+    of_all = {i: of_layer for of_process in ranks.to_first(mine) for i, of_layer in of_process.items()}
     rankings = _Rankings(survey.ffn_ranking)
-    for i, (axes, of_layer) in enumerate(zip(survey.axes, means, strict=True)):
-        rankings.add_layer(parent.layer(i), i, axes, of_layer)
+    for _, of_layer in sorted(of_all.items()):
+        rankings.add(of_layer)
     library.orders, library.maps, library.importance = rankings.orders, rankings.maps, rankings.importance
     return library
 
 
-def gather_means(
-    library: Library, recipe: LibraryRecipe, survey: Survey, calibration: Calibration
-) -> Iterable[Tensors]:
-    """The means for each layer; other processes than the first help to gather them, and get none.
+def _rank(library: Library, recipe: LibraryRecipe, survey: Survey, calibration: Calibration) -> dict[int, _Rankings]:
+    """The rankings of each layer of which this process has the means."""
+    parent, rankings = library.parent, {}
+    with closing(_means(library, recipe, survey, calibration)) as means:
+        for i, of_layer in means:
+            rankings[i] = _Rankings(survey.ffn_ranking)
+            rankings[i].add_layer(parent.layer(i), i, survey.axes[i], of_layer)
+    return rankings
 
-    If the parent's weights stay on the disk, the first process works alone.
-    """
+
+def _means(
+    library: Library, recipe: LibraryRecipe, survey: Survey, calibration: Calibration
+) -> Generator[tuple[int, Tensors], None, None]:
+    """The means of layers: of all of them in the first process, or of a divided parent in each those of its layers."""
     parent = library.parent
     probes = probes_for(parent, survey.axes, survey.alternatives, survey.ffn_ranking)
     if parent.stream is not None:
         with suppress(NotLayerwise):
-            layerwise = split_layers(parent, library)
-            return gather_layerwise(layerwise, probes, calibration) if ranks.is_first() else ()
-    of_all = gather(parent, probes, calibration, memory_bytes=recipe.statistics_gib * 1024**3)
-    return repeat(of_all, len(survey.axes))
+            yield from gather_layerwise(split_layers(parent, library, by_all=True), probes, calibration)
+            return
+    means = gather(parent, probes, calibration, memory_bytes=recipe.statistics_gib * 1024**3)
+    if ranks.is_first():
+        yield from zip(range(len(survey.axes)), repeat(means))
 
 
 @dataclass
@@ -73,6 +84,11 @@ class _Rankings:
     orders: Tensors = field(default_factory=dict)
     maps: Tensors = field(default_factory=dict)
     importance: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+
+    def add(self, others: _Rankings) -> None:
+        self.orders |= others.orders
+        self.maps |= others.maps
+        self.importance |= others.importance
 
     def add_layer(self, layer: nn.Module, i: int, axes: LayerAxes, means: Tensors) -> None:
         """Rank all units of a layer for which there are means."""

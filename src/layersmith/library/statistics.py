@@ -348,7 +348,7 @@ def expert_reader(parent: Parent, i: int, axes: LayerAxes) -> Bundle:
     for bundle in axes.ffn.bundles if axes.ffn is not None else ():
         if bundle.members:
             return bundle
-    layer = parent.layer(i)
+    layer = parent.layers[i]
     shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
     stacks = [w for w in experts.weights if len(shapes[w.name]) == 3]
     if len({w.name.rpartition(".")[0] for w in stacks}) > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from layersmith.library.build import build_library, gather_means
+from layersmith.library.build import build_library
 from layersmith.library.library import CURVES, Library
 from layersmith.library.statistics import Calibration
 from layersmith.records import to_data
@@ -47,19 +47,17 @@ def _calibration(job: Job, making: Making) -> Calibration:
     )
 
 
+def _ranked(job: Job, making: Making) -> Library:
+    """The library with its rankings; all processes work on them together."""
+    return build_library(job.parent, job.recipe.library, job.read(DESCRIBE), _calibration(job, making))
+
+
 def _make(job: Job, making: Making) -> None:
-    library = build_library(job.parent, job.recipe.library, job.read(DESCRIBE), _calibration(job, making))
+    library = _ranked(job, making)
     tensors = {f"order.{name}": order for name, order in library.orders.items()}
     tensors |= {f"map.{name}": weight for name, weight in library.maps.items()}
     write_tensors(making.folder / "tensors.safetensors", tensors)
     write_json(making.folder / "importance.json", {k: [list(p) for p in v] for k, v in library.importance.items()})
-
-
-def _help(job: Job, making: Making) -> None:
-    """Gather a share of the sums, which the first process adds to its own."""
-    survey = job.read(DESCRIBE)
-    library = Library(job.parent, survey.axes, survey.alternatives, orders={}, maps={}, notes=survey.notes)
-    gather_means(library, job.recipe.library, survey, _calibration(job, making))
 
 
 def _read(job: Job, folder: Path) -> Library:
@@ -81,6 +79,6 @@ STATISTICS = Stage(
     inputs=_inputs,
     make=_make,
     read=_read,
-    meanwhile=_help,
+    meanwhile=_ranked,
     is_shared=True,
 )
