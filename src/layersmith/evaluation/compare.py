@@ -15,8 +15,9 @@ import torch
 from transformers import PreTrainedModel
 
 from layersmith.heterogeneous.build import head_of
+from layersmith.run import ranks
 from layersmith.run.progress import SILENT, Progress
-from layersmith.scoring.metrics import Reference, as_rows, check_rows, measure, row_means
+from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, measure, row_means
 from layersmith.scoring.score import standard_error
 
 # exp of more is near the end of float64, where products with standard errors overflow.
@@ -166,7 +167,6 @@ def _times(factor: float, value: float | None) -> float | None:
     return None if value is None else factor * value
 
 
-@torch.inference_mode()
 def compare(
     parent: PreTrainedModel,
     child: PreTrainedModel,
@@ -180,32 +180,70 @@ def compare(
 
     With the tokenizer, the loss is also given for each byte and word of the text.
     """
-    parent_loss: list[float] = []
-    child_rows: list[dict[str, float]] = []
-    device = next(
-        p.device for p in parent.parameters() if not p.is_meta
-    )  # a streamed parent has others on the meta device
-    with progress.stage("evaluate", len(tokens), "sequences") as advance:
-        for start in range(0, len(tokens), batch_sequences):
-            batch = tokens[start : start + batch_sequences].to(device)
-            logits, hidden = _run(parent, batch)
-            child_logits, child_hidden = _run(child, batch)
-            for j in range(len(batch)):
-                one = slice(j, j + 1)
-                reference = Reference.of(logits[one], hidden[one], batch[one])
-                parent_loss += row_means([measure(reference, logits[one].clone(), hidden[one])])["lm_loss"].tolist()
-                child_rows += as_rows(row_means([measure(reference, child_logits[one], child_hidden[one])]))
-            check_rows([{"loss": loss} for loss in parent_loss[start:]], "the parent")
-            check_rows(child_rows[start:], "the child")
-            advance(len(batch))
-    return Comparison(
-        sequences=len(tokens),
-        sequence_length=tokens.shape[1],
-        parent_loss=parent_loss,
-        child_loss=[row["lm_loss"] for row in child_rows],
-        metrics={name: [row[name] for row in child_rows] for name in _LABELS if name in child_rows[0]},
-        sizes=None if tokenizer is None else _text_sizes(tokenizer, tokens),
-    )
+    rows = RowsToCompare(tokens, batch_sequences, tokenizer)
+    return rows.comparison(rows.evaluate(parent, child, rows.starts, progress))
+
+
+@dataclass(frozen=True)
+class RowsToCompare:
+    """Rows ``[N, T]`` on which models are compared, with the other arguments of :func:`compare`."""
+
+    tokens: torch.Tensor
+    batch_sequences: int
+    tokenizer: Any = None
+
+    @property
+    def starts(self) -> range:
+        """The first row of each batch."""
+        return range(0, len(self.tokens), self.batch_sequences)
+
+    def compare_in_all(self, parent: PreTrainedModel, child: PreTrainedModel, progress: Progress) -> Comparison:
+        """:func:`compare`, in all processes of a launcher, which evaluate some batches each."""
+        mine = self.starts[ranks.number() :: ranks.count()]
+        found = ranks.from_each(lambda: self.evaluate(parent, child, mine, progress))
+        return self.comparison({start: rows for of_process in found for start, rows in of_process.items()})
+
+    @torch.inference_mode()
+    def evaluate(
+        self, parent: PreTrainedModel, child: PreTrainedModel, starts: Sequence[int], progress: Progress
+    ) -> dict[int, tuple[Rows, Rows]]:
+        """Metrics of parent and child on each row of some batches, by the first row of the batch."""
+        # A streamed parent has other parameters on the meta device.
+        device, found = next(p.device for p in parent.parameters() if not p.is_meta), {}
+        batches = {start: self.tokens[start : start + self.batch_sequences].to(device) for start in starts}
+        with progress.stage("evaluate", sum(map(len, batches.values())), "sequences") as advance:
+            for start, batch in batches.items():
+                found[start] = _evaluated(parent, child, batch)
+                advance(len(batch))
+        return found
+
+    def comparison(self, found: dict[int, tuple[Rows, Rows]]) -> Comparison:
+        """The comparison, from the metrics on all batches."""
+        of_parent, of_child = ([row for start in self.starts for row in found[start][k]] for k in range(2))
+        return Comparison(
+            sequences=len(self.tokens),
+            sequence_length=self.tokens.shape[1],
+            parent_loss=[row["lm_loss"] for row in of_parent],
+            child_loss=[row["lm_loss"] for row in of_child],
+            metrics={name: [row[name] for row in of_child] for name in _LABELS if name in of_child[0]},
+            sizes=None if self.tokenizer is None else _text_sizes(self.tokenizer, self.tokens),
+        )
+
+
+def _evaluated(parent: PreTrainedModel, child: PreTrainedModel, batch: torch.Tensor) -> tuple[Rows, Rows]:
+    """Metrics of parent and child on each row of a batch ``[B, T]``."""
+    logits, hidden = _run(parent, batch)
+    child_logits, child_hidden = _run(child, batch)
+    of_parent: Rows = []
+    of_child: Rows = []
+    for j in range(len(batch)):
+        one = slice(j, j + 1)
+        reference = Reference.of(logits[one], hidden[one], batch[one])
+        of_parent += as_rows(row_means([measure(reference, logits[one].clone(), hidden[one])]))
+        of_child += as_rows(row_means([measure(reference, child_logits[one], child_hidden[one])]))
+    check_rows([{"loss": row["lm_loss"]} for row in of_parent], "the parent")
+    check_rows(of_child, "the child")
+    return of_parent, of_child
 
 
 def _text_sizes(tokenizer: Any, tokens: torch.Tensor) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,12 +29,13 @@ from layersmith.execution.layerwise import Batch, LayerwiseParent, NotLayerwise,
 from layersmith.library.alternative import Alternative, no_op_of_other
 from layersmith.library.library import Library
 from layersmith.recipe import ScoringRecipe
+from layersmith.run import ranks
+from layersmith.run.crew import Crew
 from layersmith.run.progress import Progress
-from layersmith.scoring.exact import by_spans, spans
+from layersmith.scoring.child_ways import Batched, Places, Results, Ways
+from layersmith.scoring.exact import spans
 from layersmith.scoring.exchanges import ExchangeEffects, exchange_effects
 from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, measure, row_means
-
-Places = tuple[tuple[Alternative, ...], ...]  # the changed alternatives of every layer
 
 # Neighbours of a solution share most of their layers, so built layers are kept, up to this share of the parent's
 # weights.
@@ -91,6 +92,7 @@ class ChildEvaluator:
         folder: Stores hidden states if the parent's weights stay on the disk.
         spill_bytes: Limit of these hidden states.
         passes: Work done so far.
+        crew: Of several processes, the others follow the first while it leads, and take part in all evaluations.
     """
 
     library: Library
@@ -100,11 +102,13 @@ class ChildEvaluator:
     folder: Path = Path(tempfile.gettempdir())
     spill_bytes: float = math.inf
     passes: float = 0.0
+    crew: Crew = field(init=False)
     _ends: dict[tuple[int, ...], States] = field(default_factory=dict)
     _started: dict[tuple[int, ...], tuple[Batch | None, Reference]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self._layers = _Layers(self.library)
+        self.crew = Crew({"run": self._run, "effects": self._exchange_effects})
 
     @torch.no_grad()
     def run(
@@ -114,21 +118,63 @@ class ChildEvaluator:
         advance: Callable[[float], None] = lambda rows: None,
     ) -> list[Rows]:
         """Metrics of every solution on each of some rows; ``advance`` is called with the number of rows just done."""
-        order = sorted(range(len(solutions)), key=lambda k: _sort_key(self._places(solutions[k])))
-        sorted_places = [self._places(solutions[k]) for k in order]
-        results: list[Rows] = [[] for _ in solutions]
-        batches = [tuple(rows[start : start + self.batch_rows]) for start in range(0, len(rows), self.batch_rows)]
-        method = self._from_shared_layers if self.layerwise is not None else self._by_exchange
-        parts: Iterable[list[tuple[int, ...]]] = ([batch] for batch in batches)
-        if self.streamed:
-            self._ends = {batch: kept for batch, kept in self._ends.items() if batch in batches}
-            method, parts = self._layer_by_layer, self._within_limit(batches, len(solutions))
-        for part in parts:
-            for index, result in method(sorted_places, part).items():
+        found = self.crew.do("run", solutions, rows, *([] if self.crew.is_open else [advance]))
+        return [[row for batch in self._batches(rows) for row in found[self._places(s), batch]] for s in solutions]
+
+    def _batches(self, rows: Sequence[int]) -> list[Batched]:
+        return [tuple(rows[start : start + self.batch_rows]) for start in range(0, len(rows), self.batch_rows)]
+
+    @torch.no_grad()
+    def _run(
+        self,
+        solutions: Sequence[Sequence[Alternative]],
+        rows: Sequence[int],
+        advance: Callable[[float], None] = lambda rows: None,
+    ) -> Results:
+        """Metrics of every solution on every batch; all processes of the crew find some of them."""
+        places, batches = sorted(map(self._places, solutions), key=_sort_key), self._batches(rows)
+
+        def run_here() -> Results:
+            found = (self._run_streamed if self.streamed else self._run_share)(places, batches, advance)
+            for result in found.values():
                 check_rows(result, "a candidate child")
-                results[order[index]] += result
+            return found
+
+        if not self.crew.is_open:
+            return run_here()
+        return {key: result for of_process in ranks.from_each(run_here) for key, result in of_process.items()}
+
+    def _run_streamed(
+        self, places: Sequence[Places], batches: Sequence[Batched], advance: Callable[[float], None]
+    ) -> Results:
+        assert self.layerwise is not None
+        found: Results = {}
+        self.layerwise.division.is_open = self.crew.is_open
+        self._ends = {batch: kept for batch, kept in self._ends.items() if batch in batches}
+        # The hidden states before and after a layer are within the limit of bytes.
+        of_batch = 2 * (len(places) + 1) * self.batch_rows * self.tokens.shape[1] * self.layerwise.bytes_of_a_token
+        size = max(1, int(min(len(batches), self.spill_bytes / of_batch)))
+        for part in (batches[start : start + size] for start in range(0, len(batches), size)):
+            ways = Ways(self.library, self.layerwise, {rows: self._tokens_of(rows) for rows in part}, self._states)
+            found |= ways.run(places, self._ends)
+            self.passes += ways.weights / self._layers.total / len(self.tokens)
             advance(sum(map(len, part)))
-        return results
+        return found
+
+    def _run_share(
+        self, places: Sequence[Places], batches: Sequence[Batched], advance: Callable[[float], None]
+    ) -> Results:
+        """Run a range of neighbouring solutions, which share layers, on each batch; the whole range without a crew."""
+        count, number = (ranks.count(), ranks.number()) if self.crew.is_open else (1, 0)
+        first, last = (len(batches) * len(places) * k // count for k in (number, number + 1))
+        method = self._from_shared_layers if self.layerwise is not None else self._by_exchange
+        found: Results = {}
+        for n, batch in enumerate(batches):
+            start = n * len(places)
+            if mine := places[max(0, first - start) : max(0, last - start)]:
+                found |= {(one, batch): result for one, result in method(mine, batch).items()}
+            advance(len(batch))
+        return found
 
     @property
     def streamed(self) -> bool:
@@ -148,8 +194,15 @@ class ChildEvaluator:
         self, solution: Sequence[Alternative], others: Sequence[Alternative], rows: Sequence[int], seed: int
     ) -> ExchangeEffects:
         """Effects of exchanges for other alternatives on a solution's loss; only where ``layerwise`` is not None."""
+        effects: ExchangeEffects = self.crew.do("effects", solution, others, rows, seed)
+        return effects
+
+    def _exchange_effects(
+        self, solution: Sequence[Alternative], others: Sequence[Alternative], rows: Sequence[int], seed: int
+    ) -> ExchangeEffects:
         assert self.layerwise is not None
-        batches = [self._tokens_of(rows[k : k + self.batch_rows]) for k in range(0, len(rows), self.batch_rows)]
+        batches = [self._tokens_of(batch) for batch in self._batches(rows)]
+        self.layerwise.division.is_open = self.crew.is_open
         self.passes += self.cost_of_effects(solution, others, len(rows))
         return exchange_effects(self.layerwise, solution, others, batches, seed, self._states())
 
@@ -161,18 +214,16 @@ class ChildEvaluator:
 
     # ------------------------------------------------------------------------------------------ three methods
 
-    def _from_shared_layers(
-        self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]
-    ) -> Mapping[int, Rows]:
+    def _from_shared_layers(self, solutions: Sequence[Places], rows: Batched) -> dict[Places, Rows]:
         """Run each solution from the first layer in which it differs from the one before it."""
-        layerwise, (rows,) = self.layerwise, batches
+        layerwise = self.layerwise
         assert layerwise is not None
         batch, reference = self._start(rows)
         assert batch is not None
-        results: dict[int, Rows] = {}
+        results: dict[Places, Rows] = {}
         states: list[torch.Tensor] = [batch.embedded]  # the inputs of the layers that are known
         before: Places | None = None
-        for index, places in enumerate(solutions):
+        for places in solutions:
             first = 0 if before is None else _first_difference(before, places)
             del states[first + 1 :]
             for i, changes in enumerate(places[first:], first):
@@ -183,74 +234,23 @@ class ChildEvaluator:
                 logits, read = layerwise.head(batch.input_ids[:, start:end], states[-1][:, start:end])
                 measured.append(measure(reference.span(start, end), logits, read))
             self._count(self._layers.head, rows)
-            results[index] = as_rows(row_means(measured))
+            results[places] = as_rows(row_means(measured))
             before = places
         return results
-
-    def _layer_by_layer(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
-        """Run shared leading layers once. In the first call for some rows, the parent runs as one of the solutions."""
-        layerwise = self.layerwise
-        assert layerwise is not None
-        states, depth = self._states(), len(layerwise.layers)
-        known = self._ends.keys() >= set(batches)
-        wanted = list(solutions) if known else [*solutions, ((),) * depth]
-        started = [layerwise.start(self._tokens_of(rows)) for rows in batches]
-        for n, batch in enumerate(started):
-            states.put(((), n), batch.embedded)
-            started[n] = batch.without_embedded()
-        for i in range(depth):
-            layerwise.read(i)
-            reached = dict.fromkeys(places[: i + 1] for places in wanted)
-            for changes in dict.fromkeys(prefix[i] for prefix in reached):
-                module = self.library.layer(*changes) if changes else None
-                for prefix in reached:
-                    if prefix[i] == changes:
-                        for n, rows in enumerate(batches):
-                            hidden = states.get((prefix[:i], n))
-                            states.put((prefix, n), layerwise.run(started[n], i, hidden, module))
-                            self._count(self._layers.num_parameters(i, changes), rows)
-                del module  # frees its weights
-            for prefix in dict.fromkeys(places[:i] for places in wanted):
-                for n in range(len(batches)):
-                    states.forget((prefix, n))
-        if not known:
-            kept = self._states()
-            for n, rows in enumerate(batches):
-                kept.put(rows, states.get((wanted[-1], n)))
-            self._ends |= dict.fromkeys(batches, kept)
-        results: dict[int, Rows] = {k: [] for k in range(len(solutions))}
-        for n, rows in enumerate(batches):
-            states.put("parent", self._ends[rows].get(rows))
-            keys = ["parent", *((places, n) for places in solutions)]
-            _, *measured = by_spans(layerwise, self._tokens_of(rows), states, keys)
-            states.forget("parent")
-            for k, metrics in enumerate(measured):
-                results[k] += metrics
-                self._count(self._layers.head, rows)
-        return results
-
-    def _within_limit(self, batches: Sequence[tuple[int, ...]], solutions: int) -> Iterator[list[tuple[int, ...]]]:
-        """Split batches so that their hidden states before and after a layer are within the limit of bytes."""
-        assert self.layerwise is not None
-        of_batch = 2 * (solutions + 1) * self.batch_rows * self.tokens.shape[1] * self.layerwise.bytes_of_a_token
-        size = max(1, int(min(len(batches), self.spill_bytes / of_batch)))
-        for start in range(0, len(batches), size):
-            yield list(batches[start : start + size])
 
     def _states(self) -> States:
         return StatesOnDisk(self.folder, self.spill_bytes) if self.streamed else States()
 
-    def _by_exchange(self, solutions: Sequence[Places], batches: Sequence[tuple[int, ...]]) -> Mapping[int, Rows]:
+    def _by_exchange(self, solutions: Sequence[Places], rows: Batched) -> dict[Places, Rows]:
         """Run the whole model with exchanged layers."""
-        (rows,) = batches
         _, reference = self._start(rows)
         results = {}
-        for index, places in enumerate(solutions):
+        for places in solutions:
             layers = {i: self._layers.module(i, changes) for i, changes in enumerate(places) if changes}
             with exchanged(self.library.parent, layers):
                 logits, hidden = logits_and_hidden(self.library.parent, self._tokens_of(rows))
             self._count(self._layers.num_parameters_from(0, places), rows)
-            results[index] = as_rows(row_means([measure(reference, logits, hidden)]))
+            results[places] = as_rows(row_means([measure(reference, logits, hidden)]))
         return results
 
     def _start(self, rows: tuple[int, ...]) -> tuple[Batch | None, Reference]:

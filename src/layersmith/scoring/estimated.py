@@ -153,9 +153,11 @@ class Sweep:
                 size = self._batches_of_a_minute(batches[0])
                 if task.streamed and size < len(batches):
                     task.work.plan("reading", 2 * len(task.layerwise.layers))
-                start = ranks.number() * size
-                task.results.from_each(partial(self._run, batches[start : start + size]))
-                batches = batches[ranks.count() * size :]
+                together = ranks.count() * size
+                mine = batches[ranks.number() * size :][:size]
+                divided = task.layerwise.division.is_open  # each process runs some layers on all batches
+                task.results.from_each(partial(self._run, batches[:together] if divided else mine))
+                batches = batches[together:]
                 yield
 
     def _run(self, batches: Sequence[list[int]]) -> None:
@@ -170,10 +172,9 @@ class Sweep:
         ]
         values = estimate(task.layerwise, task.pending, self.survey, seeded, task.states(), task.work)
         for rows, value_by_identity in zip(batches, values, strict=True):
-            task.progress.add(len(task.pending) * len(rows))
-            for a in task.pending:
-                of_rows = [{KL: float(v)} for v in value_by_identity[a.identity]]
-                task.results.write(_ESTIMATE + a.identity, rows, of_rows)
+            task.progress.add(len(value_by_identity) * len(rows))
+            for identity, of_rows in value_by_identity.items():
+                task.results.write(_ESTIMATE + identity, rows, [{KL: float(v)} for v in of_rows])
 
     def _plan(self, batches: Sequence[list[int]], plan: Callable[[str, float], None]) -> None:
         task = self.task

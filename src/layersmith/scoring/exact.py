@@ -19,7 +19,9 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
+from typing import Any
 
 import torch
 
@@ -28,6 +30,7 @@ from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import Batch, LayerwiseParent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
+from layersmith.run import ranks
 from layersmith.scoring.forward import most_seconds, plan_start, read, start_all
 from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, labels_of, measure, row_means
 from layersmith.scoring.work import Plan, Work, plan_all, share_of_layer
@@ -170,7 +173,8 @@ def run_layer_by_layer(
 
     A wave reads each layer once, from the layer of its first alternative on, and gives its results at its end. Its size
     is limited by the bytes of its hidden states, and to about a minute of work, but never so small that reading layers
-    takes a large share of the time.
+    takes a large share of the time. Processes that a parent is divided between do this together, and each gives the
+    results whose heads it ran.
 
     Args:
         layerwise: The parent, run layer by layer.
@@ -182,41 +186,100 @@ def run_layer_by_layer(
     Yields:
         The number of the job, and the metrics.
     """
-    work = work or Work()
-    started = start_all(layerwise, [job.rows for job in jobs], states, work)
-    depth = len(layerwise.layers)
+    with layerwise.division.passing(states, partial(_homes, layerwise)) as shared:
+        yield from _Waves(layerwise, jobs, shared, work or Work()).run(most_bytes)
 
-    def of_head(n: int) -> float:
-        return layerwise.head_operations(*jobs[n].rows.shape)
 
-    for n, job in enumerate(jobs):
-        with work.doing("head", of_head(n)):
-            (of_parent,) = by_spans(layerwise, job.rows, states, [("parent", depth, n)])
-        yield n, Measured(None, of_parent)
-    seconds = work.seconds_of("forward", 1.0)
-    most_operations = most_seconds(layerwise, work, 1) / seconds if seconds else math.inf
-    waves = list(_waves(layerwise, jobs, most_bytes, most_operations))
-    planned = _amounts_of_waves(layerwise, jobs, list(_waves(layerwise, jobs, most_bytes)))
-    for kind, amount in _amounts_of_waves(layerwise, jobs, waves).items():
-        work.plan(kind, amount - planned[kind])
-    for wave in waves:
-        for j in range(wave[0][0].layer, depth):
+def _homes(layerwise: LayerwiseParent, key: tuple[Any, ...]) -> Sequence[int]:
+    """The processes that get what is put under a key: the parent's final hidden states and limits go to all of them.
+
+    Of an alternative ``(identity, i, n, number)`` the final ones go to the process that has its head.
+    """
+    owners, i = layerwise.division.owners, key[1]
+    if i < len(owners):
+        return owners[i : i + 1]
+    return range(ranks.count()) if key[0] in ("parent", "limit") else [(key[2] + key[3]) % ranks.count()]
+
+
+# Alternatives, each with the numbers of its jobs.
+_Wave = list[tuple[Alternative, list[int]]]
+
+
+@dataclass(frozen=True, eq=False)
+class _Waves:
+    """The work of :func:`run_layer_by_layer`.
+
+    Where a parent is divided between processes, each runs some layers on all that passes through, and begins what is
+    changed in them. ``(identity, i, n, number)`` is the input of layer i, or of the head, of an alternative.
+    """
+
+    layerwise: LayerwiseParent
+    jobs: Sequence[Job]
+    states: States
+    work: Work
+
+    @property
+    def depth(self) -> int:
+        return len(self.layerwise.layers)
+
+    def run(self, most_bytes: float) -> Iterator[tuple[int, Measured]]:
+        layerwise, jobs, states, work = self.layerwise, self.jobs, self.states, self.work
+        started = start_all(layerwise, [job.rows for job in jobs], states, work)
+        for n, job in enumerate(jobs):
+            if self.layerwise.division.is_mine(n):
+                with work.doing("head", self._of_head(n)):
+                    (of_parent,) = by_spans(layerwise, job.rows, states, [("parent", self.depth, n)])
+                yield n, Measured(None, of_parent)
+        waves = list(_waves(layerwise, jobs, most_bytes, self._most_operations()))
+        planned = _amounts_of_waves(layerwise, jobs, list(_waves(layerwise, jobs, most_bytes)))
+        for kind, amount in _amounts_of_waves(layerwise, jobs, waves).items():
+            work.plan(kind, amount - planned[kind])
+        for wave in waves:
+            self._through_layers(wave, started)
+            yield from self._heads(wave)
+
+    def _most_operations(self) -> float:
+        """The limit of a wave, from the first process's times."""
+        if ranks.is_first() or not self.layerwise.division.is_open:
+            seconds = self.work.seconds_of("forward", 1.0)
+            most = most_seconds(self.layerwise, self.work, 1) / seconds if seconds else math.inf
+            self.states.put(("limit", self.depth), torch.tensor(most, dtype=torch.float64))
+        return float(self.states.pop(("limit", self.depth)))
+
+    def _of_head(self, n: int) -> float:
+        return self.layerwise.head_operations(*self.jobs[n].rows.shape)
+
+    def _through_layers(self, wave: _Wave, started: Sequence[Batch]) -> None:
+        layerwise, jobs, states, work = self.layerwise, self.jobs, self.states, self.work
+        for j in layerwise.division.here:
+            if j < wave[0][0].layer:
+                continue
             read(layerwise, j, work)
-            for alternative, numbers in wave:
+            for number, (alternative, numbers) in enumerate(wave):
                 if alternative.layer < j:
                     for n in numbers:
                         with work.doing("rest", layerwise.operations(j, j + 1, *jobs[n].rows.shape)):
-                            hidden = layerwise.run(started[n], j, states.get((alternative.identity, n)))
-                            states.put((alternative.identity, n), hidden)
-            _begin(layerwise, jobs, started, [entry for entry in wave if entry[0].layer == j], states, work)
-        for n, job in enumerate(jobs):
-            run = [alternative for alternative, numbers in wave if n in numbers]
-            with work.doing("head", (1 + len(run)) * of_head(n)):
-                changed = [(alternative.identity, n) for alternative in run]
-                _, *measured = by_spans(layerwise, job.rows, states, [("parent", depth, n), *changed])
+                            hidden = states.pop((alternative.identity, j, n, number))
+                            states.put((alternative.identity, j + 1, n, number), layerwise.run(started[n], j, hidden))
+            of_layer = [(number, *entry) for number, entry in enumerate(wave) if entry[0].layer == j]
+            _begin(layerwise, jobs, started, of_layer, states, work)
+
+    def _heads(self, wave: _Wave) -> Iterator[tuple[int, Measured]]:
+        layerwise, depth = self.layerwise, self.depth
+        for n, job in enumerate(self.jobs):
+            run = [
+                (number, a)
+                for number, (a, numbers) in enumerate(wave)
+                if n in numbers and layerwise.division.is_mine(n + number)
+            ]
+            if not run and layerwise.division.is_open:
+                continue
+            with self.work.doing("head", (1 + len(run)) * self._of_head(n)):
+                changed = [(a.identity, depth, n, number) for number, a in run]
+                _, *measured = by_spans(layerwise, job.rows, self.states, [("parent", depth, n), *changed])
                 for key in changed:
-                    states.forget(key)
-            for alternative, rows in zip(run, measured, strict=True):
+                    self.states.forget(key)
+            for (_, alternative), rows in zip(run, measured, strict=True):
                 yield n, Measured(alternative, rows)
 
 
@@ -226,10 +289,6 @@ def plan_layer_by_layer(layerwise: LayerwiseParent, jobs: Sequence[Job], most_by
     for job in jobs:
         plan("head", layerwise.head_operations(*job.rows.shape))
     plan_all(plan, _amounts_of_waves(layerwise, jobs, list(_waves(layerwise, jobs, most_bytes))))
-
-
-# Alternatives, each with the numbers of its jobs.
-_Wave = list[tuple[Alternative, list[int]]]
 
 
 def _amounts_of_waves(layerwise: LayerwiseParent, jobs: Sequence[Job], waves: Sequence[_Wave]) -> dict[str, float]:
@@ -265,13 +324,13 @@ def _begin(
     layerwise: LayerwiseParent,
     jobs: Sequence[Job],
     started: Sequence[Batch],
-    entries: _Wave,
+    entries: Sequence[tuple[int, Alternative, list[int]]],
     states: States,
     work: Work,
 ) -> None:
-    """Run a layer with each of its alternatives, which are the entries of a wave."""
+    """Run a layer with each of its alternatives, which are entries of a wave, with their numbers in it."""
     middles: set[int] = set()
-    for alternative, numbers in entries:
+    for number, alternative, numbers in entries:
         i, module = alternative.layer, None
         for n in numbers:
             hidden = states.get(("parent", i, n))
@@ -284,13 +343,14 @@ def _begin(
                 if stages.layout == "sequence" and alternative.subblock == "ffn":
                     if n not in middles:
                         middles.add(n)
-                        states.put(("middle", n), layerwise.run(started[n], i, hidden, stages.attention))
-                    middle = states.get(("middle", n))
+                        states.put(("middle", i, n), layerwise.run(started[n], i, hidden, stages.attention))
+                    middle = states.get(("middle", i, n))
                 states.put(
-                    (alternative.identity, n), layerwise.replaced(started[n], alternative, hidden, middle, module)
+                    (alternative.identity, i + 1, n, number),
+                    layerwise.replaced(started[n], alternative, hidden, middle, module),
                 )
     for n in middles:
-        states.pop(("middle", n))
+        states.forget(("middle", entries[0][1].layer, n))
 
 
 def by_spans(layerwise: LayerwiseParent, rows: torch.Tensor, states: States, keys: Sequence[Hashable]) -> list[Rows]:

@@ -94,10 +94,12 @@ class ExactRuns:
     def _share(self, parts: Sequence[_Part]) -> Iterator[_Part]:
         """This process's share of the missing groups: a range of them with its share of their costs.
 
+        All of them where the parent is divided, since each process runs some layers of all groups.
+
         Each range is in one piece, so that few parts are run by two processes, which both need the parent's outputs.
         """
         task = self.task
-        if ranks.count() == 1:
+        if ranks.count() == 1 or (task.layerwise is not None and task.layerwise.division.is_open):
             yield from parts
             return
         costs = [[len(part.rows) * sum(map(task.exact_cost, group)) for group in part.missing] for part in parts]

@@ -18,7 +18,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial, reduce
 from itertools import islice
+from operator import add
 
 import numpy as np
 import torch
@@ -27,8 +29,9 @@ from torch import nn
 from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import Batch, LayerwiseParent
 from layersmith.library.alternative import Alternative
+from layersmith.run import ranks
 from layersmith.scoring.exact import spans
-from layersmith.scoring.second_order import drawn
+from layersmith.scoring.second_order import drawn, homes
 
 # Number of evenly spaced tokens that are kept: the mean product over that many is known within a few hundredths.
 _MOST_TOKENS = 4096
@@ -61,15 +64,15 @@ class ExchangeEffects:
 
 @dataclass
 class _Sums:
-    """Sums over tokens by key of an alternative; products are kept for one of ``every`` tokens."""
+    """Sums over the tokens of each batch by key of an alternative, and the products of one of ``every`` tokens."""
 
     every: int
-    linear: dict[str, float] = field(default_factory=dict)
+    linear: dict[str, list[float]] = field(default_factory=dict)
     products: dict[str, list[torch.Tensor]] = field(default_factory=dict)
 
     def add(self, a: Alternative, change: torch.Tensor, cotangents: Sequence[torch.Tensor]) -> None:
         slope, sign = (torch.linalg.vecdot(g.float(), change) for g in cotangents)
-        self.linear[a.key] = self.linear.get(a.key, 0.0) + float(slope.double().sum())
+        self.linear.setdefault(a.key, []).append(float(slope.double().sum()))
         self.products.setdefault(a.key, []).append(sign.flatten()[:: self.every].cpu())
 
 
@@ -84,7 +87,8 @@ def exchange_effects(
 ) -> ExchangeEffects:
     """Effects of exchanges on a child.
 
-    Each layer is finished on as many batches as the capacity of ``states`` allows before the next one begins.
+    Each layer is finished on as many batches as the capacity of ``states`` allows before the next one begins. Where the
+    layers of the parent are dealt to processes, all call this.
 
     Args:
         layerwise: The parent, run layer by layer.
@@ -99,19 +103,35 @@ def exchange_effects(
         child.setdefault(a.layer, {})[a.subblock] = a
     total = sum(rows.numel() for rows in batches)
     sums = _Sums(max(1, -(-total // _MOST_TOKENS)))
-    sweep = _Sweep(layerwise, child, others, states, sums)
     # The inputs of every layer, two final hidden states and two gradients.
     of_batch = (len(layerwise.layers) + 4) * max(rows.numel() for rows in batches) * layerwise.bytes_of_a_token
     size = max(1, int(min(len(batches), states.capacity / of_batch)))
     seeds = iter(range(seed * 1_000_003, (seed + 1) * 1_000_003))
-    for start in range(0, len(batches), size):
-        part = batches[start : start + size]
-        sweep.run(part, [list(islice(seeds, len(rows))) for rows in part])
+
+    def sweep() -> _Sums:
+        with layerwise.division.passing(states, partial(homes, layerwise)) as shared:
+            for start in range(0, len(batches), size):
+                part = batches[start : start + size]
+                seeds_of = [list(islice(seeds, len(rows))) for rows in part]
+                _Sweep(layerwise, child, others, shared, sums).run(part, seeds_of)
+        return sums
+
+    sums = _of_all(sweep, {a.key: a.layer for a in others}) if layerwise.division.is_open else sweep()
     keys = list(sums.linear)
     products = np.stack([torch.cat(sums.products[key]).numpy() for key in keys]).astype(np.float64)
     mixed = products @ products.T / products.shape[1]
-    linear = np.array([sums.linear[key] for key in keys]) / total
+    linear = np.array([reduce(add, sums.linear[key], 0.0) for key in keys]) / total
     return ExchangeEffects({key: k for k, key in enumerate(keys)}, linear, mixed)
+
+
+def _of_all(sweep: Callable[[], _Sums], layers: Mapping[str, int]) -> _Sums:
+    """The sums of all processes, in the order in which one process would have come to them."""
+    linear, products = dict[str, list[float]](), dict[str, list[torch.Tensor]]()
+    for of_process in ranks.from_each(sweep):
+        linear |= of_process.linear
+        products |= of_process.products
+    keys = sorted(linear, key=lambda key: -layers[key])
+    return _Sums(0, {key: linear[key] for key in keys}, {key: products[key] for key in keys})
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,41 +154,42 @@ class _Sweep:
 
     def run(self, batches: Sequence[torch.Tensor], seeds: Sequence[Sequence[int]]) -> None:
         """Add the effects on some batches, with one seed per row."""
-        states, started = self.states, self._forward(batches)
+        layerwise, states, depth = self.layerwise, self.states, len(self.layerwise.layers)
+        started = self._forward(batches)
         for n, rows in enumerate(batches):
-            parent, child = (states.pop((name, n)) for name in ("parent", "child"))
-            for k, g in enumerate(_of_the_head(self.layerwise, rows, parent, child, seeds[n])):
-                states.put(("gradient", k, n), g)
-        for i in reversed(range(len(self.layerwise.layers))):
-            self.layerwise.read(i)
+            if not layerwise.division.is_mine(n):
+                continue
+            parent, child = (states.pop((name, depth, n)) for name in ("parent", "child"))
+            for k, g in enumerate(_of_the_head(layerwise, rows, parent, child, seeds[n])):
+                states.put(("gradient", depth, k, n), g)
+        for i in reversed(layerwise.division.here):
+            layerwise.read(i)
             of_layer = [a for a in self.others if a.layer == i]
             for n, batch in enumerate(started):
-                cotangents = [states.pop(("gradient", k, n)) for k in range(2)]
-                layer = _Layer(self.layerwise, batch, self.child[i], states.pop(("given", i, n)), self.sums)
+                cotangents = [states.pop(("gradient", i + 1, k, n)) for k in range(2)]
+                layer = _Layer(layerwise, batch, self.child[i], states.pop(("child", i, n)), self.sums)
                 for k, g in enumerate(layer.back(of_layer, cotangents)):
-                    states.put(("gradient", k, n), g)
+                    if i:
+                        states.put(("gradient", i, k, n), g)
                 del layer, cotangents, g  # frees their weights
-        for n in range(len(batches)):
-            for k in range(2):
-                states.forget(("gradient", k, n))
 
     def _forward(self, batches: Sequence[torch.Tensor]) -> list[Batch]:
-        """Run parent and child; ``("given", i, n)`` is the input of the child's layer i for batch n."""
+        """Run parent and child; ``("child", i, n)`` is the input of the child's layer i for batch n."""
         layerwise, states = self.layerwise, self.states
         started = []
         for n, rows in enumerate(batches):
             batch = layerwise.start(rows)
-            for name in ("parent", "child"):
-                states.put((name, n), batch.embedded)
+            if 0 in layerwise.division.here:
+                for name in ("parent", "child"):
+                    states.put((name, 0, n), batch.embedded)
             started.append(batch.without_embedded())
-        for i in range(len(layerwise.layers)):
+        for i in layerwise.division.here:
             layerwise.read(i)
             module = layerwise.builder.layer(*self.child[i].values())
             for n, batch in enumerate(started):
-                hidden = states.get(("child", n))
-                states.put(("given", i, n), hidden)
-                states.put(("child", n), layerwise.run(batch, i, hidden, module))
-                states.put(("parent", n), layerwise.run(batch, i, states.get(("parent", n))))
+                hidden = layerwise.run(batch, i, states.get(("child", i, n)), module)
+                states.put(("child", i + 1, n), hidden)
+                states.put(("parent", i + 1, n), layerwise.run(batch, i, states.pop(("parent", i, n))))
             del module  # frees its weights
         return started
 

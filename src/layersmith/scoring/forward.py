@@ -25,15 +25,17 @@ def most_seconds(layerwise: LayerwiseParent, work: Work, readings: int) -> float
 def start_all(layerwise: LayerwiseParent, batches: Sequence[torch.Tensor], states: States, work: Work) -> list[Batch]:
     """Run batches through the parent; ``("parent", i, n)`` is the input of layer i, or of the head, for batch n.
 
-    Each layer runs on all batches before the next begins.
+    Each layer runs on all batches before the next begins. Processes that a parent is divided between run its layers
+    together.
     """
     started = []
     with layerwise.arithmetic.needs():
         for n, rows in enumerate(batches):
             batch = layerwise.start(rows)
-            states.put(("parent", 0, n), batch.embedded)
+            if 0 in layerwise.division.here:
+                states.put(("parent", 0, n), batch.embedded)
             started.append(batch.without_embedded())
-        for i in range(len(layerwise.layers)):
+        for i in layerwise.division.here:
             read(layerwise, i, work)
             for n, batch in enumerate(started):
                 with work.doing("forward", layerwise.operations(i, i + 1, *batches[n].shape)):

@@ -58,7 +58,7 @@ def score_library(
     with progress.stage("score", steps, "alternatives") as advance:
         layerwise: LayerwiseParent[Library] | None = None
         try:
-            layerwise = split_layers(parent, library)
+            layerwise = split_layers(parent, library, by_all=True)
         except NotLayerwise as reason:
             progress.note(f"each alternative is scored by running the whole model, because {reason}.")
         shown = ScoringProgress(advance, steps, tokens.shape[1], clock_of(progress, parent.runtime.device))

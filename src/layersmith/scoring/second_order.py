@@ -30,12 +30,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 
 from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import LayerwiseParent, key_of
 from layersmith.library.alternative import Alternative
+from layersmith.run import ranks
 from layersmith.scoring.exact import spans
 from layersmith.scoring.forward import plan_start, read, start_all
 from layersmith.scoring.silencing import ParentLayer, Survey, bias_of, refitted_reader, watched
@@ -83,7 +86,8 @@ def estimate(
 ) -> list[dict[str, torch.Tensor]]:
     """Second-order estimates of KL in nats per token, on every row.
 
-    Each layer is finished on all batches before the next one begins.
+    Each layer is finished on all batches before the next one begins. Processes that a parent is divided between do
+    this together: hidden states pass on through their layers, and gradients back.
 
     Args:
         layerwise: The parent, run layer by layer.
@@ -94,20 +98,40 @@ def estimate(
         work: Counts and times the work.
 
     Returns:
-        For each batch, identity of an alternative to ``[B]`` float64.
+        For each batch, identity of an alternative of a layer of this process to ``[B]`` float64.
     """
-    work = work or Work()
+    with layerwise.division.passing(states, partial(homes, layerwise)) as shared:
+        return _estimates(layerwise, alternatives, survey, batches, shared, work or Work())
+
+
+def homes(layerwise: LayerwiseParent, key: tuple[Any, ...]) -> Sequence[int]:
+    """The process that gets a hidden state, or the gradient of the input of layer ``key[1]``; all share the head."""
+    owners = layerwise.division.owners
+    i = key[1] - (key[0] == "gradient")
+    return owners[i : i + 1] if 0 <= i < len(owners) else [key[-1] % ranks.count()] if i > 0 else []
+
+
+def _estimates(
+    layerwise: LayerwiseParent,
+    alternatives: Sequence[Alternative],
+    survey: Survey,
+    batches: Sequence[SeededBatch],
+    states: States,
+    work: Work,
+) -> list[dict[str, torch.Tensor]]:
     depth = len(layerwise.layers)
     started = start_all(layerwise, [batch.rows for batch in batches], states, work)
     for n, batch in enumerate(batches):
+        if not layerwise.division.is_mine(n):
+            continue
         with work.doing("head back", _amount_of_head(layerwise, len(batch.seeds), batch.rows.shape)):
             for k, g in enumerate(_of_the_head(layerwise, batch, states.pop(("parent", depth, n)))):
-                states.put(("gradient", k, n), g)
+                states.put(("gradient", depth, k, n), g)
     by_place: dict[tuple[int, str], list[Alternative]] = {}
     for a in alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
     sums = [_Sums() for _ in batches]
-    for i in reversed(range(depth)):
+    for i in reversed(layerwise.division.here):
         by_subblock = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
         read(layerwise, i, work)
         both = [*by_subblock["attention"], *by_subblock["ffn"]]
@@ -117,13 +141,11 @@ def estimate(
             with work.doing("back", amount):
                 hidden = states.pop(("parent", i, n))
                 layer = ParentLayer(layerwise, i, started[n], hidden, work)
-                cotangents = [states.pop(("gradient", k, n)) for k in passes]
+                cotangents = [states.pop(("gradient", i + 1, k, n)) for k in passes]
                 for k, g in enumerate(_through(layer, by_subblock, survey, hidden, cotangents, sums[n])):
-                    states.put(("gradient", k, n), g)
+                    if i:
+                        states.put(("gradient", i, k, n), g)
                 del layer, hidden, cotangents, g  # frees their weights
-    for n, batch in enumerate(batches):
-        for k in range(len(batch.seeds)):
-            states.pop(("gradient", k, n))
     scales = [0.5 / (len(batch.seeds) * batch.rows.shape[1]) for batch in batches]
     return [
         {identity: total * scale for identity, total in of_batch.squares.items()}

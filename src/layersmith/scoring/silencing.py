@@ -18,8 +18,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import Batch, LayerwiseParent, key_of
 from layersmith.library.alternative import Alternative
+from layersmith.run import ranks
 from layersmith.scoring.forward import read
 from layersmith.scoring.work import Work
 
@@ -79,28 +81,54 @@ def look(
 ) -> Survey:
     """Measure the size of every change, and which alternatives only silence units, on the first tokens of a row.
 
+    All processes of a launcher call this, look at some layers each, and return what all have seen.
+
     Args:
         layerwise: The parent, run layer by layer.
         alternatives: The alternatives, without the parent's subblocks.
         rows: Token ids ``[B, T]``.
         work: Counts and times the work.
     """
-    work = work or Work()
+    if not ranks.are_several():
+        return _look(layerwise, alternatives, rows, States(), work or Work(), range(len(layerwise.layers)))
+
+    def look_here() -> Survey:
+        with layerwise.division.shared(States()) as states:
+            return _look(layerwise, alternatives, rows, states, work or Work(), layerwise.division.mine)
+
+    of_all = Survey()
+    for survey in ranks.from_each(look_here):
+        of_all.size.update(survey.size)
+        of_all.silencing.update(survey.silencing)
+        of_all.refitted.update(survey.refitted)
+    return of_all
+
+
+def _look(
+    layerwise: LayerwiseParent,
+    alternatives: Sequence[Alternative],
+    rows: torch.Tensor,
+    states: States,
+    work: Work,
+    layers: Sequence[int],
+) -> Survey:
+    """:func:`look` at some layers, whose inputs are ``("input", i)``."""
     batch = layerwise.start(rows[:1, :_PROBE_TOKENS])
-    hidden, survey = batch.embedded, Survey()
+    survey = Survey()
     tried: dict[Hashable, bool] = {}
-    for i in range(len(layerwise.layers)):
+    if 0 in layers:
+        states.put(("input", 0), batch.embedded)
+    for i in layers:
         read(layerwise, i, work)
-        of_layer = [a for a in alternatives if a.layer == i]
+        of_layer, hidden = [a for a in alternatives if a.layer == i], states.pop(("input", i))
         with work.doing("look", len(of_layer)):
+            states.put(("input", i + 1), layerwise.run(batch, i, hidden))
             layer = ParentLayer(layerwise, i, batch, hidden, work)
-            whole = layerwise.run(batch, i, hidden)
             middle = layer.run("attention", hidden) if layer.stages.layout == "sequence" else hidden
             for subblock, given in (("attention", hidden), ("ffn", middle)):
                 of_subblock = [a for a in of_layer if a.subblock == subblock]
                 if of_subblock:
                     _look_at(layer, of_subblock, given, survey, tried)
-            hidden = whole
             del layer  # frees its weights
     return survey
 

@@ -11,7 +11,7 @@ from layersmith.costs.clock import device_name
 from layersmith.costs.stopwatch import time_models
 from layersmith.costs.times import Times, costs_of
 from layersmith.errors import UnsupportedModel
-from layersmith.evaluation.compare import compare, complete
+from layersmith.evaluation.compare import Comparison, RowsToCompare, complete
 from layersmith.evaluation.tasks import task_rows
 from layersmith.execution.streaming import load_streamed
 from layersmith.export.decilm import VLLM, why_not_llama
@@ -89,13 +89,18 @@ def rows_of_tasks(job: Job, child: Any, child_digest: str | None, progress: Prog
     return [*task_rows(parent, of_child), *(share.row() for share in kept)]
 
 
-def _make(job: Job, making: Making) -> None:
+def _compared(job: Job, making: Making) -> tuple[Any, Comparison]:
+    """The child and its comparison with the parent; all processes work on it together."""
     tokens, child = job.read(DATA).evaluation, _load_child(job)
-    batch = job.recipe.scoring.rows_at_once(tokens.shape[1])
-    parent, progress = job.first_parent.model, making.progress
-    table = compare(parent, child, tokens, batch_sequences=batch, tokenizer=job.tokenizer, progress=progress).to_dict()
+    rows = RowsToCompare(tokens, job.recipe.scoring.rows_at_once(tokens.shape[1]), job.tokenizer)
+    return child, rows.compare_in_all(job.first_parent.model, child, making.progress)
+
+
+def _make(job: Job, making: Making) -> None:
+    child, compared = _compared(job, making)
+    table = compared.to_dict()
     table["rows"] += rows_of_tasks(job, child, job.made_from(CHILD), making.progress)
-    write_json(making.folder / _FILE, table | {"samples": _samples(job, child, tokens)})
+    write_json(making.folder / _FILE, table | {"samples": _samples(job, child, job.read(DATA).evaluation)})
 
 
 EVALUATION: Stage[Job, dict[str, Any]] = Stage(
@@ -103,6 +108,7 @@ EVALUATION: Stage[Job, dict[str, Any]] = Stage(
     inputs=_inputs,
     make=_make,
     read=lambda job, folder: read_json(folder / _FILE),
+    meanwhile=_compared,
 )
 
 

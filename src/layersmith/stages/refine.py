@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from layersmith.library.library import Library
 from layersmith.recipe import ScoringRecipe, SearchRecipe
 from layersmith.run.artifacts import read_json, write_json
 from layersmith.run.journal import Recording
+from layersmith.run.progress import SILENT
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.children import child_evaluator
 from layersmith.search.problem import SearchProblem, shapes_of
@@ -62,10 +64,11 @@ def refined_solution(problem: SearchProblem, solution: Solution, setup: RefineSe
     ):
         models = child_evaluator(setup.library, setup.rows, setup.scoring, progress, recording.folder)
         evaluations = Evaluations(models, setup.scoring.objective, journal, advance)
-        if all(a == a.shape for a in solution.alternatives):
-            refined = refine(problem, solution, evaluations, setup.search, setup.seed)
-        else:
-            refined = _refined_shapes(problem, solution, evaluations, setup)
+        with models.crew.led():
+            if all(a == a.shape for a in solution.alternatives):
+                refined = refine(problem, solution, evaluations, setup.search, setup.seed)
+            else:
+                refined = _refined_shapes(problem, solution, evaluations, setup)
     progress.note(str(refined))
     return refined
 
@@ -105,6 +108,13 @@ def _make(job: Job, making: Making) -> None:
     write_json(making.folder / _FILE, dataclasses.replace(refined, solution=taken).to_dict())
 
 
+def _help(job: Job, making: Making) -> None:
+    """Evaluate children that the first process chooses."""
+    setup = setup_of(job)
+    with suppress(UnsupportedModel):  # which the first process says
+        child_evaluator(setup.library, setup.rows, setup.scoring, SILENT, making.recording.folder).crew.follow()
+
+
 def _read(job: Job, folder: Path) -> Solution | None:
     return read_refined(read_json(folder / _FILE)).solution if (folder / _FILE).is_file() else None
 
@@ -119,6 +129,7 @@ REFINE = Stage(
     make=_make,
     read=_read,
     is_wanted=_is_wanted,
+    meanwhile=_help,
 )
 
 
