@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test launchers examples check conformance families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test launchers examples check conformance divided families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -42,6 +42,10 @@ test: $(READY)
 # Interrupted, it goes on from where it was.
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance
+
+# Two, three and five processes that divide a parent: four minutes.
+divided: $(READY)
+	LAYERSMITH_DIVIDED=1 $(BIN)/pytest -q tests/execution/test_divided.py
 
 # A few types only, and nothing written: make families TYPES="llama gpt2"
 families: $(READY)

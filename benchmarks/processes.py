@@ -1,9 +1,14 @@
-"""CPU seconds of each stage in each of several processes, on a parent with random weights.
+"""CPU seconds of each stage in each of several processes, on a parent with random weights, and their memory.
 
     python -m benchmarks.processes OUT.md --processes 1 2 4
+    python -m benchmarks.processes OUT.md --processes 1 2 4 --divided
 
 The efficiency at n processes is the CPU time of one process over n times that of the busiest of n. It is what wall time
-would show on n free cores, except for waiting, and also holds on a busy machine.
+would show on n free cores, except for waiting, and also holds on a busy machine. What waiting costs where layers are
+dealt to processes follows from their number and that of the batches (:mod:`layersmith.execution.dealing`).
+
+With ``--divided``, weights stay on the disk, and each of several processes holds the layers that are dealt to it.
+Memory is the largest resident set of the process less that after all imports.
 """
 
 from __future__ import annotations
@@ -15,7 +20,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,14 +30,14 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import layersmith
 from layersmith.demo.job import MODEL
+from layersmith.execution.dealing import efficiency
 from layersmith.pipeline import stages
 from layersmith.run import ranks
 
 STAGES = ("statistics", "library", "scores")
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "device": "cpu",
-    "data": {"sequence_length": 256, "calibration_sequences": 32, "scoring_sequences": 32, "evaluation_sequences": 4,
-             "training_sequences": 0},
+    "data": {"sequence_length": 256, "evaluation_sequences": 4, "training_sequences": 0},
     "local_distillation": {"tokens": 0, "coupled_tokens": 0},
 }  # fmt: skip
 
@@ -46,30 +53,77 @@ def parent(folder: Path, layers: int, hidden: int) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def work(folder: Path) -> None:
+def resident() -> tuple[float, float]:
+    """The resident set of this process in MiB: now, and the largest since the last call."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    sizes = {line.split(":")[0]: float(line.split()[1]) / 1024 for line in lines if line.startswith(("VmRSS", "VmHWM"))}
+    Path("/proc/self/clear_refs").write_text("5")
+    return sizes["VmRSS"], sizes["VmHWM"]
+
+
+def work(folder: Path, recipe: dict[str, Any]) -> None:
     """One process: everything up to the scores."""
     torch.set_num_threads(1)
-    seconds, before = {}, time.process_time()
-    for stage in stages(folder / "parent", folder / "run", folder / "rows.npy", 0.7, RECIPE):
+    (base, _), seconds, memory, before = resident(), {}, {}, time.process_time()
+    for stage in stages(folder / "parent", folder / "run", folder / "rows.npy", 0.7, recipe):
         now = time.process_time()
         seconds[str(stage)], before = now - before, now
+        memory[str(stage)] = resident()[1] - base
         if stage == STAGES[-1]:
             break
-    (folder / f"seconds-{ranks.number()}.json").write_text(json.dumps(seconds))
+    (folder / f"{ranks.number()}.json").write_text(json.dumps({"seconds": seconds, "memory": memory}))
 
 
-def measured(processes: int, layers: int, hidden: int) -> tuple[list[dict[str, float]], str]:
-    """Seconds by stage of each process, and the scores."""
+def measured(processes: int, args: argparse.Namespace) -> tuple[list[dict[str, dict[str, float]]], str]:
+    """Seconds and MiB by stage of each process, and the scores."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        parent(folder / "parent", layers, hidden)
-        np.save(folder / "rows.npy", np.random.default_rng(0).integers(0, 4096, 100 * 256, dtype=np.int64))
+        parent(folder / "parent", args.layers, args.hidden)
+        np.save(
+            folder / "rows.npy", np.random.default_rng(0).integers(0, 4096, (3 * args.rows + 8) * 256, dtype=np.int64)
+        )
+        data = RECIPE["data"] | {"calibration_sequences": args.rows, "scoring_sequences": args.rows}
+        recipe = RECIPE | {"data": data, "stream": "always" if args.divided else "never"}
+        (folder / "recipe.json").write_text(json.dumps(recipe))
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERSMITH_STORE": "off"}
         command = [sys.executable, *launcher, "-m", "benchmarks.processes", "--work", name]
         subprocess.run(command, check=True, env=environment)
-        seconds = [json.loads((folder / f"seconds-{rank}.json").read_text()) for rank in range(processes)]
-        return seconds, (folder / "run" / "scores" / "scores.json").read_text()
+        found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
+        return found, (folder / "run" / "scores" / "scores.json").read_text()
+
+
+def table(results: dict[int, tuple[list[dict[str, dict[str, float]]], str]], args: argparse.Namespace) -> Iterator[str]:
+    first = min(results)
+    where = "each process holds the layers that are dealt to it" if args.divided else "each process holds the parent"
+    yield (
+        f"CPU seconds of the busiest process, with the efficiency, and MiB of the largest; {where}. A random Llama of "
+        f"{args.layers} layers, hidden size {args.hidden}; {args.rows} calibration and {args.rows} scoring rows of 256 "
+        "tokens; one thread a process; float32."
+    )
+    yield ""
+    yield "| processes | " + " | ".join(f"{stage}, s | MiB" for stage in STAGES) + " | scores |"
+    yield "| --- |" + " --- |" * (2 * len(STAGES) + 1)
+    for n, (found, scores) in results.items():
+        cells = []
+        for stage in STAGES:
+            busiest = max(of_process["seconds"][stage] for of_process in found)
+            alone = first * max(of_process["seconds"][stage] for of_process in results[first][0])
+            cells.append(f"{busiest:.1f} ({alone / (n * busiest):.0%})")
+            cells.append(f"{max(of_process['memory'][stage] for of_process in found):.0f}")
+        yield f"| {n} | {' | '.join(cells)} | {'equal' if scores == results[first][1] else 'differ'} |"
+    yield ""
+    batches = (2, 4, 8, 32)
+    yield (
+        "Waiting where layers are dealt, by the model of costs: the share of the time of "
+        + "; ".join(
+            f"{n} processes that is work is "
+            + ", ".join(f"{efficiency([1.0] * args.layers, n, b):.0%} with {b}" for b in batches)
+            for n in results
+            if n > 1
+        )
+        + " batches."
+    )
 
 
 def main() -> None:
@@ -78,27 +132,14 @@ def main() -> None:
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
     parser.add_argument("--layers", type=int, default=24)
     parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--divided", action="store_true", help="keep the weights on the disk")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        work(args.work)
+        work(args.work, json.loads((args.work / "recipe.json").read_text()))
         return
-    results = {n: measured(n, args.layers, args.hidden) for n in args.processes}
-    first = min(results)
-    lines = [
-        f"CPU seconds of the busiest process, and the efficiency. A random Llama of {args.layers} layers, hidden size "
-        f"{args.hidden}; 32 calibration and 32 scoring rows of 256 tokens; one thread a process.",
-        "",
-        "| processes | " + " | ".join(STAGES) + " | scores |",
-        "| --- |" + " --- |" * (len(STAGES) + 1),
-    ]
-    for n, (seconds, scores) in results.items():
-        cells = []
-        for stage in STAGES:
-            busiest = max(of_process[stage] for of_process in seconds)
-            alone = first * max(of_process[stage] for of_process in results[first][0])
-            cells.append(f"{busiest:.1f} ({alone / (n * busiest):.0%})")
-        lines.append(f"| {n} | {' | '.join(cells)} | {'equal' if scores == results[first][1] else 'differ'} |")
+    lines = list(table({n: measured(n, args) for n in args.processes}, args))
     print("\n".join(lines))
     if args.out is not None:
         args.out.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -34,7 +34,7 @@ from layersmith.stages.distill import COMPARED, DISTILLATION, remove_checkpoints
 from layersmith.stages.evaluate import CLOCK, EVALUATION
 from layersmith.stages.formats import FORMATS
 from layersmith.stages.hidden_size import HIDDEN_SIZE, NARROWED, hidden_sizes_of
-from layersmith.stages.job import Job, seed_everything
+from layersmith.stages.job import Job, ask_together, seed_everything
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD, PAIRS
 from layersmith.stages.refine import REFINE, SOLUTION
@@ -154,7 +154,9 @@ def stages(
     _ = whole.path  # a parent in another format is converted by all processes together
     whole.recipe = ranks.from_first(lambda: with_formats(whole))
     for job in rounds_of(whole):
+        ask_together(job)
         for part, is_part in hidden_sizes_of(job):
+            ask_together(part)
             for step in _run_part(part) if is_part else _run(part):
                 if isinstance(step, str):
                     yield place_of(part) + step
@@ -177,7 +179,6 @@ def _run_part(job: Job) -> Iterator[str]:
 def _run(job: Job) -> Iterator[str | Result]:
     """All stages of a job; most runs have one job."""
     started, job.progress.timeline = time.monotonic(), None
-    _ = job.path, job.is_streamed  # all processes ask together
     asked_recipe, job.recipe = job.recipe, ranks.from_first(lambda: choose_effort(job, started))
     _show_where(job)
     planning = time.monotonic() - started

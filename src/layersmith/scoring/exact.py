@@ -17,7 +17,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, A alternatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -168,7 +168,7 @@ class Job:
 @torch.no_grad()
 def run_layer_by_layer(
     layerwise: LayerwiseParent, jobs: Sequence[Job], states: States, most_bytes: float, work: Work | None = None
-) -> Iterator[tuple[int, Measured]]:
+) -> Generator[tuple[int, Measured], None, None]:
     """Metrics of the parent, then of alternatives in waves, on the rows of several batches.
 
     A wave reads each layer once, from the layer of its first alternative on, and gives its results at its end. Its size

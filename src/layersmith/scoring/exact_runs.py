@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 
@@ -82,9 +83,11 @@ class ExactRuns:
             parts, jobs = self._jobs(parts)
             if not parts:
                 return
-            measured = run_layer_by_layer(task.layerwise, jobs, task.states(), task.spill_bytes, task.work)
-            for n, result in measured:
-                self._write(parts[n].rows, result)
+            with closing(
+                run_layer_by_layer(task.layerwise, jobs, task.states(), task.spill_bytes, task.work)
+            ) as measured:  # other processes hear of an error at once
+                for n, result in measured:
+                    self._write(parts[n].rows, result)
             return
         for part in parts:
             if part.is_needed:

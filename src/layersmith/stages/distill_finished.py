@@ -19,7 +19,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.stages.costs import COSTS
 from layersmith.stages.distill import COMPARED, DISTILLATION, DISTILLED, keep_card_of_distilled, remove_checkpoints
 from layersmith.stages.finalists import FINALISTS, has_finalists
-from layersmith.stages.job import job_of_run
+from layersmith.stages.job import ask_together, job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import CHILD
 from layersmith.tables import Shown, Table
@@ -101,7 +101,7 @@ def distill(
     job = job_of_run(run, (LIBRARY, COSTS, CHILD), descriptor, shown, change, verify, trust_remote_code)
     job.training_data = None if data is None else source_of(data)
     ranks.start(Runtime.detect(job.recipe.device, job.recipe.dtype))
-    _ = job.is_streamed  # all processes ask together
+    ask_together(job)
     with ranks.first(job.run.locked):
         for stage in DISTILLATION:
             job.do(stage)

@@ -143,11 +143,7 @@ class Job:
     @cached_property
     def path(self) -> str:
         """The parent as an ordinary checkpoint: the source itself, or what it was converted to."""
-        return self._ordinary(self.source)
-
-    def _ordinary(self, source: str) -> str:
-        dtype, trusts = self.recipe.checkpoint_dtype, self.trust_remote_code
-        return ranks.from_first(lambda: ordinary_checkpoint(source, dtype, trusts, progress=self.progress))
+        return ordinary_of(self, self.source)
 
     @cached_property
     def is_streamed(self) -> bool:
@@ -186,7 +182,7 @@ class Job:
     @cached_property
     def first_parent(self) -> Parent:
         """What children are compared with and learn from: the parent, or in a later round the first one."""
-        return self.parent if self.first is None else self._load(self._ordinary(self.first), self.runtime)
+        return self.parent if self.first is None else self._load(ordinary_of(self, self.first), self.runtime)
 
     @property
     def stored_parent(self) -> Parent:
@@ -286,6 +282,21 @@ class Job:
             self._results[name] = make()
         result: T = self._results[name]
         return result
+
+
+def ordinary_of(job: Job, source: str) -> str:
+    """A parent as an ordinary checkpoint; the first time all processes ask together."""
+    dtype, trusts = job.recipe.checkpoint_dtype, job.trust_remote_code
+
+    def convert() -> str:
+        return ordinary_checkpoint(source, dtype, trusts, progress=job.progress)
+
+    return job.once(f"ordinary {source}", lambda: ranks.from_first(convert))
+
+
+def ask_together(job: Job) -> None:
+    """Find out what all processes have to ask at the same time, before a stage asks in the first alone."""
+    _ = job.path, job.is_streamed, ordinary_of(job, job.first or job.source)
 
 
 def job_of_run(
