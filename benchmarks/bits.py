@@ -14,7 +14,8 @@ scales, embeddings and head) the methods are
 
 All use the same scores and the same GPTQ on the child's inputs. KL is that of whole children on evaluation rows, in
 nats per token, ± one standard error; differences to the first method are paired by row. ``--foretold`` compares the
-foretold scores of pairs with estimates in which the pair ran. ``--program`` times the program on made-up costs of 80
+foretold scores of pairs with estimates in which the pair ran. ``--caches 0.5,0.3`` makes children for these limits on
+the KV cache, with formats of it and without. ``--program`` times the program on made-up costs of 80
 layers with 54 shapes in 8 formats for each attention and FFN, with five limits.
 """
 
@@ -26,6 +27,7 @@ import json
 import math
 import os
 import random
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -35,29 +37,35 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 
 from benchmarks.search import made_up
-from layersmith.costs.budget import Budget
+from layersmith.costs.budget import Budget, Workload
+from layersmith.distillation.quantize import layerwise_of
 from layersmith.errors import Infeasible
 from layersmith.evaluation.compare import compare
 from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import split_layers
 from layersmith.library.formats import InputMoments, in_formats, matrices, quantized
 from layersmith.library.stored_weights import Kept
-from layersmith.quantization.formats import format_named
+from layersmith.quantization.formats import KV_FORMATS, format_named
 from layersmith.run.journal import Recording
 from layersmith.run.progress import SILENT
+from layersmith.scoring.children import child_evaluator
 from layersmith.scoring.estimated import row_seed
+from layersmith.scoring.formats import FormatTask, score_formats
 from layersmith.scoring.score import standard_error
 from layersmith.scoring.second_order import SeededBatch, estimate
 from layersmith.scoring.silencing import Survey
 from layersmith.search.problem import SearchProblem, shapes_of
 from layersmith.search.solution import Solution
 from layersmith.search.solve import Candidate, Group, Solver
+from layersmith.stages.costs import cost_table, smaller_caches
 from layersmith.stages.data import DATA
-from layersmith.stages.job import Job
+from layersmith.stages.job import Job, job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import PAIRS, composed
 from layersmith.stages.refine import refined_solution, setup_of
 from layersmith.stages.reopen import SearchRequest
+from layersmith.stages.scores import SCORES
+from layersmith.stages.search import search_problem
 
 METHODS = ("together", "one format", "prune, then quantize", "shapes alone")
 # Bits of a weight in made-up formats, and limits of the five costs that bind together.
@@ -180,6 +188,35 @@ def _counts(names: list[str]) -> dict[str, int]:
     return {name or "parent's": names.count(name) for name in sorted(set(names))}
 
 
+# ---------------------------------------------------------------------------------------------- the KV cache
+
+
+def caches(run: Path, num_rows: int, shares: list[float]) -> list[dict[str, Any]]:
+    """Children for limits on the KV cache, with all formats of it and with none; shapes are not refined."""
+    job = job_of_run(run)
+    library, tokens, names = job.read(LIBRARY), job.read(DATA), list(KV_FORMATS)
+    costs = cost_table(job.parent, library, Workload(), [], names)
+    layerwise, settings = layerwise_of(job.parent, library), job.recipe.scoring
+    kv_alternatives = smaller_caches(library.alternatives, costs, names)
+    with tempfile.TemporaryDirectory() as folder:
+        rows = tokens.calibration[:num_rows], tokens.scoring[:num_rows]
+        task = FormatTask(library, layerwise, [], kv_alternatives, *rows, settings, 0, Path(folder), SILENT)
+        scores = score_formats(task)
+    judge, result = child_evaluator(library, tokens.evaluation[:num_rows], settings, SILENT), []
+    for share in shares:
+        limits = Budget.parse({"kv_cache": str(share)}).limits
+        for of_formats in (scores, {}):
+            problem = search_problem(library, job.read(SCORES), job.recipe, costs, limits, of_formats)
+            solution = problem.best()
+            (rows_of_child,) = judge.run([solution.alternatives], range(len(judge.tokens)))
+            kl = [row["kl_divergence"] for row in rows_of_child]
+            formats = _counts([a.kv_format for a in solution.alternatives if a.subblock == "attention"])
+            changed = sum(not a.shape.is_parent for a in solution.alternatives)
+            row = {"share": share, "formats": formats, "changed": changed, "kl": math.fsum(kl) / len(kl)}
+            result.append(row | {"error": standard_error(kl), "score": solution.score, "rows": len(kl)})
+    return result
+
+
 # ---------------------------------------------------------------------------------------------- foretold scores
 
 
@@ -263,6 +300,12 @@ def table(data: dict[str, Any]) -> str:
             for format in dict.fromkeys(row["format"] for row in large):
                 errors = [sum(row["parts"]) / row["pair"] - 1 for row in large if row["format"] == format]
                 lines.append(f"- {format}: {_quantiles(errors)}")
+        if rows := of_run.get("caches"):
+            lines += ["", "| KV cache | formats of attentions | other shapes | KL |", "| --- | --- | --- | --- |"]
+            for row in rows:
+                formats = ", ".join(f"{count} {format}" for format, count in row["formats"].items())
+                kl = f"{row['kl']:.4f} ± {row['error']:.4f}"
+                lines.append(f"| {row['share']:.0%} | {formats} | {row['changed']} | {kl} |")
         lines.append("")
     return "\n".join(lines)
 
@@ -282,6 +325,7 @@ def main() -> None:
     parser.add_argument("--calibration", type=int, help="calibration rows of a child's GPTQ; default: all")
     parser.add_argument("--passes", type=int, help="forward passes of refinement; default: the recipe's")
     parser.add_argument("--foretold", type=int, default=0, metavar="LAYERS")
+    parser.add_argument("--caches", type=lambda text: [float(x) for x in text.split(",")], default=[])
     parser.add_argument("--out", type=Path, required=True, help="JSON file; the table is written next to it")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -292,6 +336,8 @@ def main() -> None:
         of_run = data.setdefault("runs", {}).setdefault(args.run.name, {})
         if args.foretold:
             of_run["foretold"] = foretold_errors(args.run, args.foretold, 4)
+        if args.caches:
+            of_run["caches"] = caches(args.run, args.rows, args.caches)
         for share in args.shares:
             made = children(args.run, share, args)
             names = {row["method"] for row in made}
