@@ -6,7 +6,8 @@ before it are quantized already, so that each layer is quantized for the inputs 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -81,7 +82,7 @@ def quantize_child(
                 of_layer = dict(_quantized(library, layerwise, members, rows))
                 prefix = library.parent.descriptor.layer_block_name(i)
                 rounded |= {f"{prefix}.{name}": weight for name, weight in of_layer.items()}
-                pairs = _with(library.pairs, members, {name: weight.values() for name, weight in of_layer.items()})
+                pairs = _with(library.pairs, members, of_layer)
                 library = library.with_kept(library.kept, pairs)
             layer = library.layer(*members) if members else library.parent.layer(i)
             rows.pass_through_child(layerwise, i, layer)
@@ -112,9 +113,30 @@ def _quantized(
             yield name, weight.to(torch.device("cpu"))
 
 
-def _with(pairs: Kept, members: Sequence[Alternative], weights: Tensors) -> Kept:
-    """Kept weights with those of a layer."""
-    identity = pair_identity(members)
+@dataclass(eq=False)
+class _Dequantized(Mapping[str, Tensors]):
+    """Weights by the identity of alternatives. Of rounded ones only the levels stay in memory."""
+
+    others: Mapping[str, Tensors]
+    rounded: dict[str, Mapping[str, Rounded]] = field(default_factory=dict)
+
+    def __getitem__(self, identity: str) -> Tensors:
+        if identity in self.rounded:
+            return {name: weight.values() for name, weight in self.rounded[identity].items()}
+        return self.others[identity]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter({**self.others, **self.rounded})
+
+    def __len__(self) -> int:
+        return len({**self.others, **self.rounded})
+
+
+def _with(pairs: Kept, members: Sequence[Alternative], rounded: Mapping[str, Rounded]) -> Kept:
+    """Kept weights with the rounded ones of a layer."""
+    identity, known = pair_identity(members), pairs.in_memory
+    weights = known if isinstance(known, _Dequantized) else _Dequantized(known)
+    weights.rounded[identity] = rounded
     record = {"of": " + ".join(a.key for a in members), "identity": identity, "layer": members[0].layer}
-    record |= {"subblock": "block", "weights": digest_of(weights), "tokens": 0, "before": None, "after": None}
-    return Kept((*pairs.records, record), {**pairs.in_memory, identity: weights}, pairs.folder)
+    record |= {"subblock": "block", "weights": digest_of(weights[identity]), "tokens": 0, "before": None, "after": None}
+    return Kept((*pairs.records, record), weights, pairs.folder)
