@@ -262,19 +262,25 @@ class Configs:
         return sorted(lengths | {self.size // n for n in heads if self.size % n == 0}, reverse=True)
 
     def found(self, paths: tuple[AttributePath, ...], size: int) -> Iterator[HiddenSize]:
-        """The hidden size with what has to be pinned for it; then with what multiplies it."""
+        """The hidden size alone, with what has to be pinned for it, with what multiplies it, and with heads."""
         values: dict[AttributePath, Any] = dict.fromkeys(paths, size)
-        pins: list[AttributePath] = []
+        needed: tuple[AttributePath, ...] = ()
+        if self.shapes(values) is None:  # it has to be built with what multiplies the hidden size
+            needed = tuple(path for path in self.numbers if self._multiplies(path, values, size))[:1]
+            values |= self.grown(needed, size)
+        hidden_size = HiddenSize(paths, multipliers=needed)
+        if self.shapes(values) is None:
+            return
+        yield hidden_size
         for path in self._unset:
             if pinned := self.pin(path, values):
                 values |= pinned
-                pins.append(path)
-        hidden_size = HiddenSize(paths, tuple(pins))
-        if self.shapes(values) is not None:
+                hidden_size = dataclasses.replace(hidden_size, pins=(*hidden_size.pins, path))
+        if hidden_size.pins:
             yield hidden_size
         multipliers = [path for path in self.numbers if self._multiplies(path, values, size)]
         if multipliers:
-            yield dataclasses.replace(hidden_size, multipliers=tuple(multipliers))
+            yield dataclasses.replace(hidden_size, multipliers=(*needed, *multipliers))
         for path, number in self.numbers.items():
             if path not in values and 1 < number < self.size and not (self.size % number or number * size % self.size):
                 fewer = {**values, path: number * size // self.size}

@@ -55,16 +55,16 @@ def prove_narrowing(config: PretrainedConfig) -> Narrowing:
     guesses = itertools.count()
     for paths in configs.hidden_paths():
         for size in sizes_to_try(configs.size):
-            found = list(itertools.islice(configs.found(paths, size), _MOST_GUESSES))
-            if not found:
-                problems.append(f"with hidden size {size} it cannot be built ({configs.refusal})")
-            for hidden_size in found:
+            hidden_size = None
+            for hidden_size in configs.found(paths, size):
                 if next(guesses) >= _MOST_GUESSES:
                     break
                 try:
                     return _proved(configs, hidden_size, size)
                 except UnsupportedModel as problem:
                     problems.append(str(problem))
+            if hidden_size is None:
+                problems.append(f"with hidden size {size} it cannot be built ({configs.refusal})")
     logger.debug("no narrower model: %s", "; ".join(problems))
     if not problems:
         raise UnsupportedModel("no attribute of its config makes the embedding narrower.")
