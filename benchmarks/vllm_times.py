@@ -106,16 +106,20 @@ class _Server:
     def times(self, checks: int) -> Times:
         """Times of all alternatives, corrected by whole children."""
         space, parent = self.space, self.space.blocks
-        shapes: dict[tuple[str, str], list[Alternative]] = {}
+        shapes: dict[tuple[str, BlockConfig], dict[int, list[Alternative]]] = {}
         for a in space.alternatives:
-            if not a.is_parent:
-                shapes.setdefault((a.subblock, a.name), []).append(a)
-        models = [parent, *(child_blocks(parent, [*_elsewhere(space, like), *like]) for like in shapes.values())]
+            if not a.is_parent:  # two methods may lead to one shape
+                by_layer = shapes.setdefault((a.subblock, a.block_config(parent[a.layer])), {})
+                by_layer.setdefault(a.layer, []).append(a)
+        models: list[Sequence[BlockConfig]] = [parent]
+        for layers in shapes.values():
+            like = [of_layer[0] for of_layer in layers.values()]
+            models.append(child_blocks(parent, [*_elsewhere(space, like), *like]))
         whole, *timed = self.clock(models)
         savings: dict[str, Timing] = {}
-        for like, timing in zip(shapes.values(), timed, strict=True):
-            saving = (whole - timing).scaled(1 / len(like), 1 / len(like))
-            savings |= {a.key: saving for a in like}
+        for layers, timing in zip(shapes.values(), timed, strict=True):
+            saving = (whole - timing).scaled(1 / len(layers), 1 / len(layers))
+            savings |= {a.key: saving for of_layer in layers.values() for a in of_layer}
         times = as_times(space.alternatives, savings, whole, f"{platform.machine()} CPU, vLLM", self.workload)
         solutions = trial_solutions(times, space.alternatives, space.costs, checks)
         again, *children = self.clock([parent, *(child_blocks(parent, solution) for solution in solutions)])
