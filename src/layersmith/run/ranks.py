@@ -6,6 +6,7 @@ another works. An error in one process is raised in all. With a single process t
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -52,6 +53,15 @@ def _connect(backend: str) -> None:
     store, rank, world_size = next(rendezvous("env://", timeout=_TIMEOUT))
     store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=_TIMEOUT)
+    atexit.register(_disconnect)
+
+
+def _disconnect() -> None:
+    """End the threads of all groups before the interpreter ends, which they may abort otherwise."""
+    for group in (_group, message_group):
+        group.cache_clear()
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @cache
