@@ -309,9 +309,9 @@ class HiddenSizeRecipe:
     """Hidden sizes to offer, in channels. Overrides `fractions`."""
     multiple: PositiveInt = 8
     """Hidden sizes given by `fractions` are rounded to multiples of this."""
-    ranking: Literal["second_order", "activations"] = "second_order"
-    """Which channels stay: those whose removal would cost most by a second-order estimate, or those with the largest
-    activations after norms."""
+    ranking: Literal["activations", "second_order"] = "activations"
+    """Which channels stay: those with the largest activations after norms, or those whose removal would cost most by a
+    second-order estimate."""
     refit: bool = True
     """Whether the maps that read norms are refitted by least squares on the calibration rows."""
 

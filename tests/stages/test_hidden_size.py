@@ -19,7 +19,8 @@ from layersmith.stages.hidden_size import sizes_of
 from tests.conftest import TINY_RECIPE
 
 SETTINGS = TINY_RECIPE | {
-    "local_distillation": {"coupled_tokens": 0},
+    "library": {"ffn_fractions": [0.5], "linear": []},
+    "local_distillation": {"tokens": 0, "coupled_tokens": 0},
     "search": {"refine_passes": 0, "frontier_points": 3},
 }
 DEAD = slice(0, 8)  # of 32 channels
@@ -55,31 +56,34 @@ def test_the_search_takes_the_size_without_dead_channels_and_is_resumed(
     parent, run = parent_with_dead_channels, tmp_path / "run"
     settings = SETTINGS | {"hidden_size": {"sizes": [24, 16]}}
     reached = []
-    for step in stages(parent, run, text_folder, 0.5, settings):
+    for step in stages(parent, run, text_folder, 0.7, settings):
         reached.append(step)
         if step == "hidden-sizes/24/library":
             break
-    (result,) = [r for r in stages(parent, run, text_folder, 0.5, settings) if isinstance(r, Result)]
+    (result,) = [r for r in stages(parent, run, text_folder, 0.7, settings) if isinstance(r, Result)]
     assert "hidden-sizes/parents/narrowed" in reached
     assert "hidden-sizes/32/search" in reached
 
     by_size = {choice["size"]: choice for choice in read_json(run / "hidden_size" / "hidden_size.json")}
     assert list(by_size) == [32, 24, 16]
-    assert by_size[24]["taken"]
+    assert by_size[24]["taken"], by_size
+    assert by_size[16]["total"] is None
+    assert "its narrow parent alone loses more" in by_size[16]["problem"]
     assert by_size[24]["narrowing"] < 1e-5 < by_size[16]["narrowing"]
-    assert by_size[24]["total"] == min(c["total"] for c in by_size.values() if c["total"] is not None)
+    assert by_size[24]["total"] < min(by_size[32]["total"], by_size[16]["narrowing"])
+    assert by_size[24]["scores"] > 0
     report = read_json(run / "report.json")
     assert [(row["size"], row["taken"]) for row in report["hidden_sizes"]] == [(32, False), (24, True), (16, False)]
     child, original = layersmith.load(result.child), layersmith.load(parent)
     assert child.config.hidden_size == 24
     sizes = [sum(p.numel() for p in model.parameters()) for model in (original, child)]
     assert result.solution.parent_costs["parameters"] == sizes[0]
-    assert sizes[1] == result.solution.costs["parameters"] <= sizes[0] / 2
+    assert sizes[1] == result.solution.costs["parameters"] <= 0.7 * sizes[0]
     narrow = layersmith.load(run / "hidden-sizes" / "parents" / "narrowed" / "24")
     ids = torch.arange(3, 30)[None]
     with torch.no_grad():
         assert torch.allclose(original(ids).logits, narrow(ids).logits, atol=1e-4)
-    again = layersmith.compress(parent, run, data=text_folder, budget=0.5, recipe=settings)
+    again = layersmith.compress(parent, run, data=text_folder, budget=0.7, recipe=settings)
     assert again.child == result.child
     log = (run / "log.jsonl").read_text(encoding="utf-8")
     assert log.count('"begun"') == len({line for line in log.splitlines() if '"begun"' in line})

@@ -32,7 +32,8 @@ class Pair:
     """A random model with dead channels, and one without these channels.
 
     Attributes:
-        names: Modules that hold weights which carry the residual stream.
+        names: Modules that are compared: those that hold weights which carry the residual stream.
+        with_weights: All modules that hold weights.
         embedding: The weight of the first embedding that does; empty if none does.
         fixed: Factors of weights of the narrow model, by their names.
         stream: Power of sqrt(D / D') with which the residual stream of the narrow model is multiplied.
@@ -70,9 +71,11 @@ class Pair:
             for name, module in self.small.model.named_modules()
             if any(f"{name}.{own}".lstrip(".") in carrying for own, _ in module.named_parameters(recurse=False))
         ]
+        modules = self.small.model.named_modules()
+        self.with_weights = [name for name, m in modules if next(m.parameters(recurse=False), None) is not None]
         self.outputs: dict[str, list[Any]] = {}  # of the modules of the large model, in the order of their calls
-        for call in self.large.trace(self.large.ids, keep=self.names):
-            if call.name in self.names:
+        for call in self.large.trace(self.large.ids, keep=self.with_weights):
+            if call.name in self.with_weights:
                 self.outputs.setdefault(call.name, []).append(call.output)
 
     def _some(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -145,6 +148,8 @@ class Pair:
 
     def agrees(self, name: str, number: int, output: Any) -> bool:
         """Whether an output of a module is that of the large model without the dead channels."""
+        if number >= len(self.outputs.get(name, ())):
+            return True
         expected, made = first_tensor_of(self.outputs[name][number]), first_tensor_of(output)
         if expected is None or made is None or not made.is_floating_point() or expected.ndim != made.ndim:
             return True

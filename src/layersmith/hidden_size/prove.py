@@ -136,9 +136,12 @@ def _factors(pair: Pair) -> dict[str, Factor]:
         except UnsupportedModel as problem:
             first = first or problem
             if not pair.fixed:  # the first norm differs, to which the size of embeddings does not matter
-                break
-    assert first is not None
-    raise first
+                raise first from None
+    # Other modules may depend on the hidden size too, e.g. by a scale of what they read.
+    pair.names, pair.stream = pair.with_weights, 0
+    pair.load({})
+    _fix_all(pair)
+    return _by_template(pair)
 
 
 def _fix_all(pair: Pair) -> None:
