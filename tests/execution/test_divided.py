@@ -17,9 +17,9 @@ def run(*arguments: object) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_three_processes_make_what_one_makes_and_fail_together(tmp_path: Path) -> None:
-    said = run(tmp_path, "llama")
-    assert "llama: 3 processes, on the disk: equal" in said
+def test_two_processes_make_what_one_makes_and_fail_together(tmp_path: Path) -> None:
+    said = run(tmp_path, "quick")
+    assert "quick: 2 processes, on the disk: equal" in said
     assert "all failed with one error" in said
 
 
