@@ -30,7 +30,7 @@ _MARK = "verdict: "
 def main() -> int:
     options = _options()
     if options.one:
-        print(_MARK + json.dumps(dataclasses.asdict(examine(options.one))))
+        print(_MARK + json.dumps(dataclasses.asdict(examine(options.one, with_hidden_size=True))))
         return 0
     if options.render:
         before, made_with = table.read()

@@ -103,12 +103,14 @@ def by_parent(result: str) -> bool:
     return result.startswith("parent: ")
 
 
-def examine(model_type: str) -> Verdict:
-    """Put one family to all checks."""
+def examine(model_type: str, with_hidden_size: bool = False) -> Verdict:
+    """Put one family to all checks; to the proof of its hidden size, which may take a minute, only on request."""
     torch.set_num_threads(1)
     begin = time.perf_counter()
     verdict = Verdict(model_type)
     _examine(verdict)
+    if with_hidden_size and verdict.axes:
+        verdict.axes["hidden size"] = reason_of(tiny_config(model_type)) or OK
     verdict.seconds = round(time.perf_counter() - begin, 1)
     return verdict
 
@@ -196,8 +198,7 @@ class _Examination:
 
     def axes(self) -> dict[str, str]:
         pairs = zip(self.found.axes, self.blocks, strict=True)
-        of_layers = over_layers([axis_verdicts(axes, block) for axes, block in pairs])
-        return of_layers | {"hidden size": reason_of(self.config) or OK}
+        return over_layers([axis_verdicts(axes, block) for axes, block in pairs])
 
     @contextmanager
     def _without_gradients(self) -> Iterator[None]:
