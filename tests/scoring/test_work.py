@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -130,8 +131,8 @@ class Listening(Progress):
 def listening(monkeypatch: pytest.MonkeyPatch) -> Callable[[], Listening]:
     made: list[Listening] = []
 
-    def split(parent: Parent, library: Library) -> LayerwiseParent:
-        made[-1].layerwise.append(split_layers(parent, library))
+    def split(parent: Parent, library: Library, **more: Any) -> LayerwiseParent:
+        made[-1].layerwise.append(split_layers(parent, library, **more))
         return made[-1].layerwise[-1]
 
     monkeypatch.setattr(library_scores, "split_layers", split)

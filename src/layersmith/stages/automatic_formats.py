@@ -59,7 +59,7 @@ def automatic_formats(recipe: Recipe, limits: Limits, space: Outline, note: Call
         return recipe
     reason = reason_against(recipe, limits)
     if reason is None and any(block.ffn.moe is not None for block in space.blocks):
-        reason = "Transformers does not load experts of 8 or 4 bits, which --formats int8,int4-g128 offers"
+        reason = "Transformers does not load every mixture of 8 or 4 bits; --formats int8,int4-g128 offers them"
     names = [] if reason else _useful(space)
     if names:
         note(f"weights may be stored in {' and '.join(names)} too, as memory is limited; --formats bf16 forbids it.")
