@@ -6,9 +6,9 @@ Modules: ``job`` is what all stages are given; ``reopen``, ``inspect``, ``verify
 
 # Name of a stage => what its folder holds.
 HOLDS = {
-    "describe": "what can be changed in each layer, and all alternatives",
-    "hidden_size": "what every hidden size would cost, if the recipe names any, and which was taken",
     "narrowed": "parents with a smaller hidden size, and their losses",
+    "hidden_size": "what every hidden size would cost, if the recipe names any, and which was taken",
+    "describe": "what can be changed in each layer, and all alternatives",
     "data": "token rows of each split, and what they were made from",
     "costs": "counted costs of all alternatives, and their times if the budget limits any",
     "statistics": "the order of importance of all channels, heads and experts, and least-squares linear maps",
