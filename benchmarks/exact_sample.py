@@ -5,7 +5,7 @@
 RUN is a folder that ``compress --until scores`` made. The sample has as many alternatives of every kind as there are,
 in proportion, and at least four of each. Each of them runs exactly, as a whole model with one change, on all scoring
 rows: its KL divergence to the parent is compared with the run's score and with the second-order estimate of the run.
-Batches that are done are kept beside the output, so that an interrupted call goes on.
+Finished rows are stored next to the output file, so an interrupted call resumes.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ is timed in a model in which all layers have it; a layer saves what that model s
 CSV file is what ``--set costs.times=times.csv`` takes, so that ``search --time-per-token 0.7x`` is about vLLM. Five
 other children correct the sums, as after measuring in Transformers. Then ``vllm bench latency`` runs on further
 children, from small to large; none of them was timed before. Weights are made up: times do not depend on them. Times
-that are kept beside the CSV file are not measured again.
+that an earlier call stored next to the CSV file are used again.
 """
 
 from __future__ import annotations
@@ -159,7 +159,7 @@ class _Server:
         return times
 
     def bench(self, blocks: Sequence[BlockConfig], tokens: int) -> tuple[float, float]:
-        """Latency of a request that writes so many tokens, and its standard error, by ``vllm bench latency``."""
+        """Seconds of a request that generates ``tokens`` tokens, by ``vllm bench``, and its standard error."""
         with tempfile.TemporaryDirectory() as temporary:
             self.write(Path(temporary), blocks)
             out = Path(temporary, "latency.json")

@@ -10,7 +10,8 @@ Shapes: N rows, T tokens.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,28 +124,25 @@ class LayerByLayer:
         ranks.start(self.library.parent.runtime)
         layers = range(len(layerwise.layers)) if self.child is not None else layerwise.division.mine
         total = len(layers) * sum(len(rows.tokens) for rows in splits.values())
+        in_processes: Callable[[Callable[[], None]], None] = ranks.together if self.child is None else ranks.on_first
         with self.setup.progress.stage(self.stage, total, "rows through a layer") as advance:
-            if self.child is not None:
-                ranks.on_first(lambda: self._layers(layerwise, store, splits, advance, layers))
-            else:
-                ranks.together(lambda: self._layers_passing_on(layerwise, store, splits, advance, layers))
 
-    def _layers_passing_on(
-        self,
-        layerwise: LayerwiseParent[Any],
-        store: Store,
-        splits: dict[str, Rows],
-        advance: Callable[[float], None],
-        mine: Sequence[int],
-    ) -> None:
-        """Distil the layers of this process, on rows that come from the layers of others and go on to them."""
-        if not ranks.are_several():
-            self._layers(layerwise, store, splits, advance, mine)
+            def work() -> None:
+                with self._passed_on(layerwise, splits):
+                    self._layers(layerwise, store, splits, advance, layers)
+
+            in_processes(work)
+
+    @contextmanager
+    def _passed_on(self, layerwise: LayerwiseParent[Any], splits: dict[str, Rows]) -> Iterator[None]:
+        """While open, rows come from the layers of other processes and go on to them, where layers are dealt."""
+        if self.child is not None or not ranks.are_several():
+            yield
             return
         with layerwise.division.shared(States()) as states:
             for name, rows in splits.items():
                 rows.parent = PassedStates(name, states)
-            self._layers(layerwise, store, splits, advance, mine)
+            yield
 
     def _layers(
         self,

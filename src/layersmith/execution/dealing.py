@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from torch import nn
+
 
 def deal(sizes: Sequence[float], processes: int) -> list[int]:
     """The process that has each layer: of every ``processes`` neighbouring layers each process has one.
@@ -24,6 +26,11 @@ def deal(sizes: Sequence[float], processes: int) -> list[int]:
             owners[i] = owner
             loads[owner] += sizes[i]
     return owners
+
+
+def owners_of(layers: Sequence[nn.Module], processes: int) -> list[int]:
+    """The process that has each layer, by the number of its parameters."""
+    return deal([sum(p.numel() for p in layer.parameters()) for layer in layers], processes)
 
 
 def makespan(costs: Sequence[float], owners: Sequence[int], batches: int) -> float:
@@ -43,6 +50,6 @@ def makespan(costs: Sequence[float], owners: Sequence[int], batches: int) -> flo
 
 
 def efficiency(costs: Sequence[float], processes: int, batches: int) -> float:
-    """Time of one process over ``processes`` times that of so many processes, waiting included."""
+    """Time of one process divided by ``processes`` times the time of that many processes, including waiting."""
     owners = deal(costs, processes)
     return sum(costs) / (processes * makespan(costs, owners, batches))

@@ -16,7 +16,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig
 from layersmith.errors import ALLOW_CODE, UnsupportedModel
-from layersmith.execution.dealing import deal
+from layersmith.execution.dealing import owners_of
 from layersmith.execution.streaming import WeightStream, load_streamed
 from layersmith.heterogeneous.build import block_configs_of, decoder_layers, head_of
 from layersmith.heterogeneous.checkpoint import load
@@ -83,7 +83,7 @@ class Parent:
     @property
     def owners(self) -> list[int]:
         """The process that has each layer where the layers are dealt to all processes."""
-        found: list[int] = self.once("owners", lambda: deal(list(map(_size_of, self.layers)), ranks.count()))
+        found: list[int] = self.once("owners", lambda: owners_of(self.layers, ranks.count()))
         return found
 
     def once(self, question: str, find: Callable[[], Any]) -> Any:
@@ -116,10 +116,6 @@ class Parent:
     def stored(self, tensor: torch.Tensor) -> torch.Tensor:
         """A computed weight as the checkpoint will hold it, in the dtype of the computation."""
         return as_stored(tensor, self.dtype).to(self.runtime.dtype)
-
-
-def _size_of(layer: nn.Module) -> int:
-    return sum(p.numel() for p in layer.parameters())
 
 
 def as_stored(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -28,7 +28,7 @@ from transformers import PreTrainedModel
 
 from layersmith import upstream
 from layersmith.errors import InputError
-from layersmith.execution.dealing import deal
+from layersmith.execution.dealing import owners_of
 from layersmith.execution.files import Files
 from layersmith.execution.memory import free_memory, give_back
 from layersmith.heterogeneous.build import decoder_layers, num_layers_of
@@ -198,11 +198,10 @@ def _held(layers: Sequence[nn.Module], runtime: Runtime) -> list[nn.Module]:
     """The layers of this process, if there are others and its share of the free memory holds them."""
     if runtime.world_size == 1:
         return []
-    sizes = [sum(p.numel() * p.element_size() for p in layer.parameters()) for layer in layers]
-    owners = deal(sizes, runtime.world_size)
-    mine = [i for i, owner in enumerate(owners) if owner == runtime.rank]
-    fit = sum(sizes[i] for i in mine) <= _SHARE_OF_MEMORY * free_memory(runtime.device) / runtime.processes_on_device
-    return [layers[i] for i in mine] if fit else []
+    owners = owners_of(layers, runtime.world_size)
+    mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == runtime.rank]
+    size = sum(p.numel() * p.element_size() for layer in mine for p in layer.parameters())
+    return mine if size <= _SHARE_OF_MEMORY * free_memory(runtime.device) / runtime.processes_on_device else []
 
 
 def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:

@@ -74,7 +74,7 @@ def by_activations(
         parent: The model.
         norms: Its norms.
         batches: Rows ``[B, T]`` of tokens.
-        advance: Told of rows that are done.
+        advance: Called with the number of rows just done.
     """
     sums: dict[str, torch.Tensor] = {}
     tokens = sum(rows.numel() for rows in batches)

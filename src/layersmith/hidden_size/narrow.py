@@ -123,7 +123,7 @@ def refit(narrower: Narrower, model: PreTrainedModel, kept: Kept, rows: Sequence
         model: The narrow parent, changed in place.
         kept: What stays.
         rows: Batches ``[B, T]`` of tokens.
-        advance: Told of rows that are done.
+        advance: Called with the number of rows just done.
     """
     parent = narrower.parent
     norms = norms_of(parent.model, narrower.carriers)

@@ -133,7 +133,7 @@ class Pair:
         raise UnsupportedModel(f"with fewer channels it does not run ({attempt.reason}).")
 
     def first_difference(self) -> tuple[str, Any]:
-        """The first module whose output differs from that in the large model, and its call; empty if there is none."""
+        """Name and call of the first module whose output differs from the large model's; an empty name if all agree."""
         calls = []
         with experiment("Does the narrow model run?") as attempt:
             calls = self.small.trace(self.large.ids, keep=self.names)

@@ -110,7 +110,7 @@ class Ways:
 
 
 class _Finals(States):
-    """The parent's final hidden states of a batch, under the numbers of its rows, beside those of children."""
+    """Final hidden states of a batch: the parent's, whose key is the numbers of the rows, and those of children."""
 
     def __init__(self, of_parent: States, rows: Batched, of_children: States):
         self._of_parent, self._rows, self._of_children = of_parent, rows, of_children

@@ -42,7 +42,7 @@ _FILE = "hidden_size.json"
 
 
 class Narrowed(TypedDict):
-    """A narrow parent: its hidden size, its loss on the scoring rows, and why there is none of that size."""
+    """A narrow parent: its hidden size, its loss on the scoring rows, and the reason if it could not be made."""
 
     size: int
     loss: float
