@@ -141,6 +141,7 @@ def _write(data: dict[str, Any], grown: Grown, folder: Path) -> None:
     names = {_linear_name(name): name for name in grown.shapes}
     shapes = {new: grown.shapes[name] for new, name in names.items()}
     write_shards(folder, shapes, lambda new: grown.tensor(names[new]), grown.source.dtype.itemsize)
+    grown.write_formats(folder)
 
 
 def _linear_name(name: str) -> str:

@@ -8,7 +8,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel
 
 from layersmith.block_config import BlockConfig, FFNConfig
 from layersmith.export.source import CannotExport, Heads, Source, layer_of
+from layersmith.heterogeneous.quantized import write_quantized
 from layersmith.model_descriptor.conventions import ATTENTION
+from layersmith.quantization.rounding import Grid, Quantized
 from layersmith.upstream import shapes_on_disk
 
 Shape = tuple[int, ...]
@@ -44,6 +47,37 @@ class Grown:
             if name not in self.shapes:
                 raise CannotExport(f"layer {layer_of(name)}: the layout has no tensor {name}")
             list(self.entries(name))
+        for name in self.source.grids:
+            self.grid(name)
+
+    def write_formats(self, folder: Path) -> None:
+        """Give the weights in a folder of :meth:`tensor` the child's formats of compressed-tensors."""
+
+        def rounded(name: str) -> Quantized:
+            grid = self.grid(name)
+            return Quantized(grid, grid.levels(self.tensor(name).float()).bfloat16())
+
+        write_quantized(folder, {name: grid.format for name, grid in self.source.grids.items()}, rounded)
+
+    def grid(self, name: str) -> Grid:
+        """The values that the weights of :meth:`tensor` can have.
+
+        Raises:
+            CannotExport: Input channels that share a scale in the child are in different groups of the layout.
+        """
+        grid, size = self.source.grids[name], self.source.grids[name].format.group
+        for dim, entries in self.entries(name) if size != "tensor" else ():
+            if dim == 1 and size == "channel":
+                continue
+            fits = grid.format.refusal(self.shapes[name]) is None
+            groups = _of_groups(entries, int(size) if dim == 1 else 1) if fits else None
+            if groups is None:
+                raise CannotExport(
+                    f"layer {layer_of(name)}: {name} has the format {grid.format}, and the layout has zeros or "
+                    "repeated heads between channels that share a scale. Search with formats of smaller groups or int8"
+                )
+            grid = _picked(grid, dim, groups)
+        return grid
 
     def tensor(self, name: str) -> torch.Tensor:
         """The child's tensor, filled up with zeros; all zeros where a subblock was removed."""
@@ -152,6 +186,24 @@ def _spread(unit: Sequence[list[int]], old: int, new: int) -> torch.Tensor | Non
             entries += [-1] * size if u < 0 else list(range(start + u * size, start + (u + 1) * size))
         start += count * size
     return torch.tensor(entries)
+
+
+def _of_groups(entries: torch.Tensor, size: int) -> torch.Tensor | None:
+    """The child's group for each group of ``size`` entries, -1 where all are zeros; None if one has parts of two."""
+    groups = entries.where(entries < 0, entries // size).view(-1, size)
+    largest = groups.amax(1, keepdim=True)
+    return largest.flatten() if ((groups < 0) | (groups == largest)).all() else None
+
+
+def _picked(grid: Grid, dim: int, entries: torch.Tensor) -> Grid:
+    """A grid with these rows or groups of another; those of zeros, which every grid has, get a scale of 1."""
+
+    def pick(part: torch.Tensor, fill: float) -> torch.Tensor:
+        return part.index_select(dim, entries.clamp_min(0)).index_fill_(dim, (entries < 0).nonzero().flatten(), fill)
+
+    stored = {n: part if n == "global_scale" else pick(part, 0) for n, part in grid.stored.items()}
+    offset = None if grid.offset is None else pick(grid.offset, 0)
+    return replace(grid, scale=pick(grid.scale, 1), offset=offset, stored=stored)
 
 
 def widths_of(ffn: FFNConfig) -> tuple[int | None, int | None, int | None]:

@@ -77,6 +77,7 @@ class _Copy:
         self.config.architectures = [stock_class(self.config).__name__]
         self.config.save_pretrained(folder)
         write_shards(folder, self.grown.shapes, self.grown.tensor, self.grown.source.dtype.itemsize)
+        self.grown.write_formats(folder)
 
 
 # ---------------------------------------------------------------------------------------------- the shape of all layers

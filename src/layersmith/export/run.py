@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -93,7 +93,7 @@ def export(
                 f"layers {', '.join(layers)}: their KV caches have number formats of their own, which no export holds. "
                 "Search again without kv_formats."
             )
-        write = target.prepare(source)
+        write = target.prepare(source if target.keeps_formats else replace(source, compressed=None))
         with whole_folder(folder) as made:
             with quiet_transformers():
                 write(made)

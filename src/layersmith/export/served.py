@@ -19,7 +19,7 @@ from layersmith.block_config import AttentionConfig, BlockConfig, FFNConfig
 from layersmith.export import decilm, padded
 from layersmith.export.grow import Grown, of_query_heads, shapes_of
 from layersmith.export.proof import Reader, with_layersmith, with_stock_transformers
-from layersmith.export.source import CannotExport, Source
+from layersmith.export.source import CannotExport, Source, layer_of
 from layersmith.export.tensors import write_shards
 from layersmith.heterogeneous.build import build
 from layersmith.modeling_layersmith import finish_folder
@@ -28,6 +28,12 @@ from layersmith.run.artifacts import read_json
 
 def prepare(source: Source) -> Callable[[Path], None]:
     """Choose the layout; returns a function that writes it."""
+    for name, grid in source.grids.items():
+        if "vllm" not in grid.format.servers:
+            raise CannotExport(
+                f"--to vllm: layer {layer_of(name)}: {name} has the format {grid.format}, which vLLM does not read. "
+                "Search with other formats, or export it --to padded, which has weights in bfloat16."
+            )
     if source.is_alike:
         return padded.prepare(source)
     try:
@@ -39,7 +45,8 @@ def prepare(source: Source) -> Callable[[Path], None]:
 def read(folder: Path) -> Reader:
     """The reader of whichever layout the folder has."""
     data = read_json(folder / "config.json")
-    is_stock = not data.get("block_configs") and "layersmith" not in data
+    # Transformers alone does not read all formats of compressed-tensors that vLLM reads.
+    is_stock = not (data.get("block_configs") or "layersmith" in data or "quantization_config" in data)
     return with_stock_transformers(folder) if is_stock else with_layersmith(folder)
 
 
@@ -114,3 +121,4 @@ def _write(config: PretrainedConfig, grown: Grown, folder: Path) -> None:
     config.save_pretrained(folder)
     finish_folder(folder)
     write_shards(folder, grown.shapes, grown.tensor, grown.source.dtype.itemsize)
+    grown.write_formats(folder)

@@ -21,13 +21,14 @@ from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.build import block_configs_of
 from layersmith.heterogeneous.checkpoint import save
 from layersmith.heterogeneous.convert import ordinary_checkpoint
-from layersmith.heterogeneous.quantized import read_gguf_blocks
+from layersmith.heterogeneous.quantized import read_gguf_blocks, read_grids
 from layersmith.heterogeneous.weight_files import check_files, stored_shapes, weight_map
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.describe import describe, read_config
+from layersmith.model_descriptor.describe import describe, read_config, read_other_layout
 from layersmith.model_descriptor.stock import causal_lm_config, whole_number
 from layersmith.modeling_layersmith import as_parent
 from layersmith.quantization.formats import Format
+from layersmith.quantization.rounding import Grid
 from layersmith.run.artifacts import temporary_folder
 
 
@@ -60,6 +61,7 @@ class Source:
         blocks: The block config of every layer; sizes that it leaves to the model's config are filled in.
         of_parent: The blocks of a model of ``parent_config``.
         places: The file of every tensor, by its name on the disk.
+        compressed: The child's folder if its weights have formats of compressed-tensors; ``folder`` has them unpacked.
     """
 
     folder: Path
@@ -69,6 +71,7 @@ class Source:
     blocks: tuple[BlockConfig, ...]
     of_parent: tuple[BlockConfig, ...]
     places: dict[str, Path]
+    compressed: Path | None = None
 
     @property
     def language(self) -> Any:
@@ -94,6 +97,11 @@ class Source:
     def gguf_blocks(self) -> dict[str, tuple[Format, torch.Tensor]]:
         """The weights that the child has in formats of llama.cpp, by their names."""
         return read_gguf_blocks(self.folder)
+
+    @cached_property
+    def grids(self) -> dict[str, Grid]:
+        """The values that weights in formats of compressed-tensors can have, by their names."""
+        return {} if self.compressed is None else read_grids(self.compressed)
 
     def heads(self, i: int) -> Heads | None:
         """The heads of layer ``i``; None if it has no attention with heads."""
@@ -168,4 +176,6 @@ def _source(child: str | os.PathLike[str]) -> Source:
     descriptor = describe(parent)
     of_parent = tuple(descriptor.parent_blocks(parent))
     blocks = tuple(replace(block) for block in block_configs_of(config, descriptor))
-    return Source(folder, config, parent, descriptor, blocks, of_parent, weight_map(folder))
+    given = Path(child)
+    compressed = given if given.is_dir() and read_other_layout(given) is None and given != folder else None
+    return Source(folder, config, parent, descriptor, blocks, of_parent, weight_map(folder), compressed)

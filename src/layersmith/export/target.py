@@ -34,6 +34,7 @@ class Target:
         extra: The extra of layersmith that it needs, by the package that is imported; empty for none.
         tolerance: Largest difference of logits, relative to the largest logit.
         quantize: Stores the proved export with quantized weights, and says what that changed.
+        keeps_formats: Whether weights keep formats of compressed-tensors; otherwise they are unpacked.
         copies: Whether tokenizer and generation settings are copied into the folder.
     """
 
@@ -45,6 +46,7 @@ class Target:
     tolerance: float = TOLERANCE
     copies: bool = True
     quantize: Callable[[Source, Path, str], str] | None = None
+    keeps_formats: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -68,6 +70,7 @@ TARGETS: dict[str, Target] = {
         prepare=served.prepare,
         reader="layersmith's reader of the layout",
         read=served.read,
+        keeps_formats=True,
     ),
     "sglang": Target(
         purpose="stock SGLang; the DeciLM layout",

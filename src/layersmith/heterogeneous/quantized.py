@@ -6,13 +6,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
 from torch import Tensor
 
 from layersmith.errors import UsageError, some_of
-from layersmith.heterogeneous.weight_files import INDEX, stored_shapes, weight_files
+from layersmith.heterogeneous.weight_files import INDEX, stored_shapes, weight_files, weight_map
 from layersmith.quantization.formats import Format, format_named
-from layersmith.quantization.packing import compressed_tensors, gguf_blocks, quantization_config
-from layersmith.quantization.rounding import Quantized
+from layersmith.quantization.packing import compressed_tensors, format_of, gguf_blocks, grid_of, quantization_config
+from layersmith.quantization.rounding import Grid, Quantized
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
 from layersmith.untrusted import read_safetensors_header
 
@@ -86,6 +87,25 @@ def read_gguf_blocks(folder: Path) -> dict[str, tuple[Format, Tensor]]:
         return {}
     names = read_safetensors_header(file)[0]["__metadata__"]
     return {name: (format_named(names[name]), blocks) for name, blocks in read_tensors(file).items()}
+
+
+def read_grids(folder: Path) -> dict[str, Grid]:
+    """The values that each weight can have which :func:`write_quantized` wrote as compressed-tensors."""
+    settings = read_json(folder / "config.json", dict[str, Any]).get("quantization_config") or {}
+    if not names_modules(settings):
+        return {}
+    places, grids = weight_map(folder), {}
+    for group in settings["config_groups"].values():
+        if (form := format_of(group)) is None:
+            continue
+        for module in group["targets"]:
+            stored = {}
+            for rest in ("weight_scale", "weight_global_scale", "weight_zero_point"):
+                if (name := f"{module}.{rest}") in places:
+                    with safe_open(places[name], framework="pt") as tensors:
+                        stored[rest] = tensors.get_tensor(name)
+            grids[f"{module}.weight"] = grid_of(form, stored)
+    return grids
 
 
 def names_modules(settings: Mapping[str, Any]) -> bool:

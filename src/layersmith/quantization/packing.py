@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from layersmith.quantization.formats import Format
-from layersmith.quantization.rounding import E2M1, IQ4_NL, Quantized, integer_range
+from layersmith.quantization.formats import FORMATS, Format
+from layersmith.quantization.rounding import E2M1, IQ4_NL, Grid, Quantized, integer_range
 
 # Codes of the levels of E2M1: three bits of the magnitude, and the sign.
 _E2M1_CODES = {level: E2M1.index(abs(level)) - E2M1.index(0.0) + 8 * (level < 0) for level in E2M1}
@@ -77,6 +77,28 @@ def quantization_config(formats: Mapping[str, Format], others: list[str]) -> dic
     }
 
 
+def format_of(group: Mapping[str, Any]) -> Format | None:
+    """The format of a group of :func:`quantization_config`; None if layersmith has no such format."""
+    known = (form for form in FORMATS.values() if form.storage == "compressed-tensors")
+    return next((form for form in known if group.get("weights") == _arguments(form)), None)
+
+
+def grid_of(form: Format, stored: Mapping[str, Tensor]) -> Grid:
+    """The values that the weights of a matrix can have, from its tensors as :func:`compressed_tensors` returns them."""
+    scale, kept = stored["weight_scale"].float(), {}
+    if form.name == "mxfp4":
+        scale = torch.exp2(scale - 127)
+    elif form.name == "nvfp4":
+        kept["global_scale"] = stored["weight_global_scale"]
+        scale = scale / kept["global_scale"]
+    if form.group == "tensor":
+        scale = scale.reshape(1, 1)
+    if not form.is_asymmetric:
+        return Grid(form, scale, None, kept)
+    zeros = _codes(stored["weight_zero_point"].T, form.zero_bits, len(scale)).T
+    return Grid(form, scale, -zeros * scale, {"zeros": zeros})
+
+
 # Names of layouts in compressed-tensors.
 _LAYOUTS = {
     "int": "pack-quantized",
@@ -112,6 +134,12 @@ def _words(codes: Tensor, bits: int) -> Tensor:
     packed = np.packbits(ones.flatten(1).numpy(), axis=1, bitorder="little")
     packed = np.pad(packed, ((0, 0), (0, -packed.shape[1] % 4)))
     return torch.from_numpy(packed.view(np.dtype("<i4")))
+
+
+def _codes(words: Tensor, bits: int, count: int) -> Tensor:
+    """The ``count`` codes of each row that :func:`_words` packed, in float32."""
+    ones = np.unpackbits(words.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")[:, : count * bits]
+    return torch.from_numpy(ones.reshape(-1, count, bits) @ (1 << np.arange(bits))).float()
 
 
 def _bytes_of_fours(codes: Tensor) -> Tensor:
