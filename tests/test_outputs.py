@@ -90,6 +90,9 @@ def test_commands_of_a_run(
     _, asked = command("search", run, "--frontier")
     assert len(asked["result"]["frontier"]["points"]) > 2
 
+    _, of_sizes = command("search", run, "--nested", "0.9,0.8")
+    assert [size["name"] for size in of_sizes["result"]["sizes"]] == ["0.9", "0.8"]
+
     _, reported = command("report", run)
     assert json.loads(Path(reported["result"]["data"]).read_text())["schema"] >= 1
 

@@ -23,7 +23,9 @@ weights = QuantizationArgs(num_bits=4, group_size=32, strategy="group", symmetri
 oneshot(
     model=model,
     tokenizer=tokenizer,
-    dataset=Dataset.from_list([{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows]),
+    dataset=Dataset.from_list(
+        [{"input_ids": row["input_ids"], "attention_mask": row["attention_mask"]} for row in rows]
+    ),
     recipe=GPTQModifier(
         config_groups={"all": QuantizationScheme(targets=["Linear"], weights=weights)}, ignore=["lm_head"]
     ),

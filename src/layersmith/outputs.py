@@ -25,6 +25,7 @@ from layersmith.search.solution import Solution
 from layersmith.stages.distill_finished import Distilled
 from layersmith.stages.dry_run import Plan
 from layersmith.stages.inspect import Inspection
+from layersmith.stages.nested import NestedChildren
 from layersmith.stages.reopen import Searched
 from layersmith.stages.verify import Verification
 
@@ -191,7 +192,7 @@ class ErrorOutput:
 RESULTS: dict[str, Any] = {
     "compress": Compressed | Plan | Stopped,
     "inspect": Inspection | Verified,
-    "search": SearchOutput | FrontierOutput,
+    "search": SearchOutput | FrontierOutput | NestedChildren,
     "costs": TimesOutput,
     "distill": DistilledOutput,
     "evaluate": Evaluation,

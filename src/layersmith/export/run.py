@@ -58,6 +58,7 @@ def export(
     out: str | os.PathLike[str],
     to: str = "padded",
     *,
+    size: str | float | None = None,
     quantize: str | None = None,
     progress: Progress = SILENT,
 ) -> Exported:
@@ -69,6 +70,7 @@ def export(
         child: Checkpoint folder, hub id, or a model from :func:`layersmith.load`.
         out: The new folder; if it exists, it must be empty.
         to: A name of :data:`layersmith.export.target.TARGETS`.
+        size: Which of the nested children in a folder, such as ``0.7``. Default: the largest.
         quantize: Format of the weights, such as ``Q4_K_M``, in which the proved export is stored; for ``gguf`` only.
         progress: Receives steps and notes.
 
@@ -87,7 +89,7 @@ def export(
         raise UsageError(f"--quantize {quantize}: only --to gguf stores quantized weights.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: already there and not empty. Choose another folder.")
-    with open_source(child) as source, Run.locked_around(folder), progress.stage("export", 2, "steps") as advance:
+    with open_source(child, size) as source, Run.locked_around(folder), progress.stage("export", 2, "steps") as advance:
         if layers := [str(i) for i, block in enumerate(source.blocks) if block.attention.kv_cache_format]:
             raise CannotExport(
                 f"layers {', '.join(layers)}: their KV caches have number formats of their own, which no export holds. "

@@ -21,6 +21,7 @@ from layersmith.errors import UnsupportedModel
 from layersmith.heterogeneous.build import block_configs_of
 from layersmith.heterogeneous.checkpoint import save
 from layersmith.heterogeneous.convert import ordinary_checkpoint
+from layersmith.heterogeneous.nested import cut
 from layersmith.heterogeneous.quantized import read_gguf_blocks, read_grids
 from layersmith.heterogeneous.weight_files import check_files, stored_shapes, weight_map
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -150,8 +151,10 @@ def layer_of(name: str) -> int | None:
 
 
 @contextmanager
-def open_source(child: str | os.PathLike[str] | PreTrainedModel) -> Iterator[Source]:
-    """Open a checkpoint folder, a hub id, a GGUF file, or a loaded model, which is saved for as long.
+def open_source(child: str | os.PathLike[str] | PreTrainedModel, size: str | float | None = None) -> Iterator[Source]:
+    """Open a checkpoint folder, or one of its nested children; a hub id, a GGUF file, or a loaded model.
+
+    A loaded model is saved, and a nested child is cut, for as long as it is open.
 
     No code of the checkpoint runs.
 
@@ -162,6 +165,10 @@ def open_source(child: str | os.PathLike[str] | PreTrainedModel) -> Iterator[Sou
     if isinstance(child, PreTrainedModel):
         with temporary_folder(Path(tempfile.gettempdir()), "export") as near:
             save(child, near / "child")
+            yield _source(near / "child")
+    elif size is not None:
+        with temporary_folder(Path(tempfile.gettempdir()), "export") as near:
+            cut(child, size, near / "child")
             yield _source(near / "child")
     else:
         yield _source(child)

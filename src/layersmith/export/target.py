@@ -12,6 +12,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,16 @@ from pathlib import Path
 from layersmith.export import decilm, gguf, onnx_graph, padded, puzzletron, served
 from layersmith.export.proof import TOLERANCE, Reader, with_layersmith, with_stock_transformers
 from layersmith.export.source import Source
+from layersmith.heterogeneous.nested import NESTED, SIZES
+
+
+def _prepare_copy(source: Source) -> Callable[[Path], None]:
+    """Copies the child's folder without the nested children in it."""
+
+    def write(folder: Path) -> None:
+        shutil.copytree(source.folder, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(SIZES, NESTED))
+
+    return write
 
 
 @dataclass(frozen=True)
@@ -50,6 +61,12 @@ class Target:
 
 
 TARGETS: dict[str, Target] = {
+    "checkpoint": Target(
+        purpose="Transformers: the child's folder itself, e.g. one of several nested children",
+        prepare=_prepare_copy,
+        reader="layersmith",
+        read=with_layersmith,
+    ),
     "padded": Target(
         purpose="every tool that loads the parent; filled up with zeros",
         prepare=padded.prepare,

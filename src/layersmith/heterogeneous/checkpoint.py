@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from layersmith.errors import InputError, UsageError, whole_reason
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import class_for
 from layersmith.heterogeneous.convert import ordinary_checkpoint
+from layersmith.heterogeneous.nested import cut
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.heterogeneous.weight_files import check_files, stored_shapes, weight_files, weight_map, write_files
 from layersmith.model_descriptor.base import ModelDescriptor
@@ -38,7 +40,7 @@ from layersmith.modeling_layersmith import (
     refuse_incomplete,
     without_guard,
 )
-from layersmith.run.artifacts import read_tensors, whole_folder
+from layersmith.run.artifacts import read_tensors, temporary_folder, whole_folder
 
 SUBBLOCK_FOLDER = "subblocks_safetensors"
 
@@ -51,6 +53,7 @@ def load(
     device_map: Any = None,
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
+    size: str | float | None = None,
     **how: Any,
 ) -> PreTrainedModel:
     """Load any causal language model, heterogeneous or not.
@@ -62,6 +65,7 @@ def load(
         device_map: Devices of its modules, as ``from_pretrained`` of Transformers takes it, e.g. ``"auto"``.
         descriptor: Descriptor of the model family, for a heterogeneous checkpoint without a plan.
         trust_remote_code: Let Transformers run code from the checkpoint; layersmith's checkpoints do not need it.
+        size: Which of the nested children in a folder, such as ``0.7``. Default: the largest.
         how: Other arguments of ``from_pretrained``, e.g. ``attn_implementation="eager"``.
 
     Raises:
@@ -70,6 +74,11 @@ def load(
     """
     if device is not None and device_map is not None:
         raise UsageError("give a device or a device_map, not both.")
+    if size is not None:
+        with temporary_folder(Path(tempfile.gettempdir()), "size") as near:
+            cut(path, size, near / "child")
+            more = {"device_map": device_map, "descriptor": descriptor, "trust_remote_code": trust_remote_code, **how}
+            return load(near / "child", dtype=dtype, device=device, **more)
     path = ordinary_checkpoint(path, trust_remote_code=trust_remote_code)
     cls, config = class_of(path, descriptor, trust_remote_code)
     if device_map is not None:

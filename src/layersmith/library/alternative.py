@@ -32,6 +32,7 @@ class Kind:
         reader: The part of an axis whose one weight makes the subblock's output.
         has_weights: Whether it has weights, which local distillation can train.
         runs_subblock: Whether a subblock of the parent's type runs, only smaller.
+        is_part: Whether its weights are among the parent's, and among those of a larger size of the same kind.
     """
 
     label: str
@@ -43,6 +44,7 @@ class Kind:
     reader: cuts.Reader | None = None
     has_weights: bool = True
     runs_subblock: bool = True
+    is_part: bool = True
 
     def config(self, parent: AttentionConfig | FFNConfig, alternative: Alternative) -> AttentionConfig | FFNConfig:
         """The config of a subblock with an alternative of this kind."""
@@ -75,6 +77,7 @@ KINDS = {
         words="linear",
         cut=cuts.linear_map,
         runs_subblock=False,
+        is_part=False,
     ),
     "window": Kind("attention with a window", sizes={"layer_type": "method"}, words="window", reader=cuts.heads_reader),
     "kv_heads": Kind(
@@ -84,6 +87,7 @@ KINDS = {
         cut=cuts.kv_heads,
         gone=cuts.heads_gone(cuts.queries_of_gone_heads),
         reader=cuts.heads_reader,
+        is_part=False,  # the query heads of removed KV heads read others
     ),
     "head_groups": Kind(
         "attention {size} KV head{s} with their query heads",
@@ -242,6 +246,17 @@ class Alternative:
     def shape(self) -> Alternative:
         """The same alternative in the parent's data type."""
         return self.in_format("").with_kv_format("")
+
+    def is_within(self, larger: Alternative) -> bool:
+        """Whether all weights of this alternative, up to its refitted projection, are among those of another one.
+
+        Both are alternatives of one subblock. What a removed KV head, a mean of heads or a linear map is replaced by
+        is not a part of the parent, so these are only within themselves; a no-op is within everything.
+        """
+        if self == larger or self.is_no_op:
+            return True
+        of_one_kind = (self.kind, self.method) == (larger.kind, larger.method) and self.size <= larger.size
+        return self.traits.is_part and (larger.is_parent or of_one_kind)
 
     def in_format(self, name: str) -> Alternative:
         """The same alternative with its weights in another format; a no-op has none."""
