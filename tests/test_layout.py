@@ -13,7 +13,7 @@ LAYERS = (
     "errors", "units", "untrusted", "foreign", "records", "tables", "block_config", "recipe", "modeling_layersmith",
     "upstream", "run", "data", "model_descriptor", "quantization", "heterogeneous", "execution", "library",
     "hidden_size", "costs", "scoring", "search", "distillation", "evaluation", "export", "report", "stages", "pipeline",
-    "demo", "hub", "outputs", "terminal", "options", "screen", "cli", "__main__",
+    "demo", "hub", "outputs", "terminal", "options", "screen", "exit_codes", "cli", "__main__",
 )  # fmt: skip
 # Imports inside these modules' functions keep `layersmith --help` and `import layersmith` quick: torch takes seconds.
 DEFERRED = {"__init__.py", "cli.py", "screen.py"}

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from layersmith.stages.nested import NestedChildren, search_nested
     from layersmith.stages.reopen import Searched, report, search
     from layersmith.stages.verify import Verification, verify
+    from layersmith.stages.vocabulary import Trimmed, trim_vocabulary
 
 __version__ = version("layersmith")
 
@@ -68,6 +69,8 @@ _PUBLIC = {
     "Distilled": "layersmith.stages.distill_finished:Distilled",
     "evaluate": "layersmith.stages.evaluate_model:evaluate",
     "Evaluation": "layersmith.report.data:Evaluation",
+    "trim_vocabulary": "layersmith.stages.vocabulary:trim_vocabulary",
+    "Trimmed": "layersmith.stages.vocabulary:Trimmed",
     "report": "layersmith.stages.reopen:report",
     "push": "layersmith.hub:push",
     "Budget": "layersmith.costs.budget:Budget",
@@ -94,6 +97,7 @@ __all__ = [
     "Result",
     "Searched",
     "Solution",
+    "Trimmed",
     "Verification",
     "block_configs",
     "build",
@@ -109,6 +113,7 @@ __all__ = [
     "save",
     "search",
     "search_nested",
+    "trim_vocabulary",
     "verify",
 ]
 

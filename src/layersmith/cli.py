@@ -6,20 +6,16 @@ import, such as torch, are imported inside the commands, so that ``--help`` answ
 
 from __future__ import annotations
 
-import errno
 import os
-import signal
 import sys
 from pathlib import Path
-from types import FrameType
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-from layersmith.errors import LayersmithError, UsageError, did_you_mean, printable
-from layersmith.foreign import is_out_of_memory
+from layersmith.errors import UsageError, did_you_mean
+from layersmith.exit_codes import run_app
 from layersmith.options import (
-    FORMER_OPTIONS,
     TTFT,
     ActiveParams,
     Batch,
@@ -69,7 +65,7 @@ from layersmith.options import (
     times_elsewhere,
 )
 from layersmith.recipe import BATCH, CONTEXT, DataRecipe, Recipe
-from layersmith.screen import JSON, open_screen, wants_json
+from layersmith.screen import open_screen
 from layersmith.stages import NAMES
 
 app = typer.Typer(
@@ -458,6 +454,24 @@ def push(
 
 
 @app.command()
+def vocabulary(
+    model: Annotated[str, typer.Argument(help="Parent or child: a checkpoint folder, a hub id, or a GGUF file.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the model with fewer tokens.")],
+    data: Annotated[str, typer.Option(help="All text that the model is to read and write; see `compress --data`.")],
+    trust_remote_code: TrustRemoteCode = False,
+    verbose: Verbose = 0,
+    quiet: Quiet = False,
+    as_json: Json = False,
+) -> None:
+    """Drop the tokens that DATA never has, and prove that all else is the same."""
+    from layersmith.stages.vocabulary import trim_vocabulary
+
+    screen = open_screen(verbose, quiet, as_json)
+    trimmed = trim_vocabulary(model, out, data=data, progress=screen.progress, trust_remote_code=trust_remote_code)
+    screen.show(lambda: trimmed, lambda: screen.line(str(trimmed)))
+
+
+@app.command()
 def demo(
     out: Annotated[Path, typer.Argument(help="Folder of the run.")] = Path("runs/demo"),
     model: DemoModel = "code",
@@ -519,79 +533,6 @@ def _descriptor(path: str | None) -> Any:
     return import_descriptor(path)
 
 
-# ---------------------------------------------------------------------------------------------- exit codes
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
-
-
-def _terminate(signum: int, frame: FrameType | None) -> NoReturn:
-    raise _Terminated
-
-
-def _command() -> str | None:
-    """The command that was given, or None if it is none of ours."""
-    names = {c.name or getattr(c.callback, "__name__", "") for c in app.registered_commands}
-    return sys.argv[1] if len(sys.argv) > 1 and sys.argv[1] in names else None
-
-
 def main() -> None:
-    """Run the command line and exit.
-
-    Exit codes: 0, 2 for what the user can mend, 3 for a budget that cannot be met, 1 for a failed check or a bug of
-    layersmith, 130 and 143 after SIGINT and SIGTERM, 141 if the reader of a pipe has gone.
-    """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if "OMP_WAIT_POLICY" not in os.environ:
-        # Threads that wait for each other spin, by libgomp's default for milliseconds, and so hinder the threads that
-        # they wait for when cores are shared: small layers took three times as long. On free cores nothing changes.
-        os.environ.setdefault("GOMP_SPINCOUNT", "20000")
-    signal.signal(signal.SIGTERM, _terminate)
-    if wants_json():
-        JSON.open(_command())
-    try:
-        _run()
-    finally:
-        JSON.close()
-
-
-def _run() -> NoReturn:
-    try:
-        status = app(standalone_mode=False)
-    except LayersmithError as error:
-        _fail(str(error), error.exit_code, type(error).__name__)
-    except (KeyboardInterrupt, typer.Abort):
-        status = 130
-    except _Terminated:
-        _fail("terminated. To resume, run the same command again.", 143, "Terminated")
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own flush at exit is silent
-        sys.exit(141)
-    except Exception as error:
-        if hasattr(error, "show") and hasattr(error, "exit_code"):  # a usage error of typer, which has its own click
-            error.show()
-            instead = FORMER_OPTIONS.get(getattr(error, "option_name", ""))
-            advice = "" if instead is None else f" Use {instead} instead."
-            if advice:
-                print(advice.strip(), file=sys.stderr)
-            JSON.write_error("UsageError", str(getattr(error, "message", error)) + advice, error.exit_code)
-            sys.exit(error.exit_code)
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            _fail("no space left on the disk. Free some and run the same command again.", 2, "DiskFull")
-        if is_out_of_memory(error):
-            advice = "Lower scoring.batch_tokens or set stream=always, and run the same command again."
-            _fail(f"out of memory. {advice}", 1, "OutOfMemory")
-        if isinstance(error, OSError) and error.errno is not None:  # a name that is too long, a link to itself, ...
-            _fail(f"{str(error.filename or '')[:300]}: {error.strerror}.", 2, "InputError")
-        JSON.write_error("Bug", f"{type(error).__name__}: {error}", 1)
-        raise
-    if status == 130:  # typer returns it for Ctrl-C
-        _fail("interrupted. To resume, run the same command again.", 130, "Interrupted")
-    sys.exit(status if isinstance(status, int) else 0)
-
-
-def _fail(message: str, code: int, kind: str) -> NoReturn:
-    print(f"layersmith: {printable(message)}", file=sys.stderr)
-    JSON.write_error(kind, message, code)
-    sys.exit(code)
+    """Run the command line and exit; :func:`layersmith.exit_codes.run_app` says with which code."""
+    run_app(app)

@@ -28,6 +28,7 @@ from layersmith.stages.inspect import Inspection
 from layersmith.stages.nested import NestedChildren
 from layersmith.stages.reopen import Searched
 from layersmith.stages.verify import Verification
+from layersmith.stages.vocabulary import Trimmed
 
 
 @dataclass(frozen=True)
@@ -199,6 +200,7 @@ RESULTS: dict[str, Any] = {
     "report": ReportOutput,
     "export": Exported,
     "push": PushOutput,
+    "vocabulary": Trimmed,
     "demo": Compressed,
 }
 
