@@ -6,8 +6,8 @@ PARENT is a folder whose layers the DeciLM layout can express (Llama, Qwen2, Mis
 is timed in a model in which all layers have it; a layer saves what that model saves, over the number of layers. The
 CSV file is what ``--set costs.times=times.csv`` takes, so that ``search --time-per-token 0.7x`` is about vLLM. Five
 other children correct the sums, as after measuring in Transformers. Then ``vllm bench latency`` runs on further
-children, from small to large; none of them was timed before. Weights are made up: times do not depend on them. Times
-that an earlier call stored next to the CSV file are used again.
+children, from small to large; none of them was timed before. All run in one process and one thread. Weights are made
+up: times do not depend on them. Times that an earlier call stored next to the CSV file are used again.
 """
 
 from __future__ import annotations
@@ -50,6 +50,7 @@ _BENCH = (
 _ENVIRONMENT = {
     "OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # as the parts were timed: no second process that waits for the first
 }  # fmt: skip
 
 
@@ -202,8 +203,8 @@ def _compared(server: _Server, times: Times, children: int, name: str) -> str:
     lines = [
         "# Times in vLLM, predicted and measured",
         "",
-        f"Written by `python -m benchmarks.vllm_times`: {name}, {len(space.blocks)} layers, vLLM on one thread of a "
-        f"CPU, {server.dtype}, one request of {server.workload.prompt} tokens, {generated} written. The parent, by "
+        f"Written by `python -m benchmarks.vllm_times`: {name}, {len(space.blocks)} layers, vLLM in one process on one thread "
+        f"of a CPU, {server.dtype}, one request of {server.workload.prompt} tokens, {generated} written. The parent, by "
         f"`vllm bench latency`: {first[0]:.3f} ± {first[1]:.3f} s for one token, {whole[0]:.3f} ± {whole[1]:.3f} s for "
         f"all; by CPU time {parent.prefill:.3f} s and {parent.prefill + (generated - 1) * parent.decode:.3f} s.",
         "",
