@@ -203,10 +203,11 @@ def _compared(server: _Server, times: Times, children: int, name: str) -> str:
     lines = [
         "# Times in vLLM, predicted and measured",
         "",
-        f"Written by `python -m benchmarks.vllm_times`: {name}, {len(space.blocks)} layers, vLLM in one process on one thread "
-        f"of a CPU, {server.dtype}, one request of {server.workload.prompt} tokens, {generated} written. The parent, by "
-        f"`vllm bench latency`: {first[0]:.3f} ± {first[1]:.3f} s for one token, {whole[0]:.3f} ± {whole[1]:.3f} s for "
-        f"all; by CPU time {parent.prefill:.3f} s and {parent.prefill + (generated - 1) * parent.decode:.3f} s.",
+        f"Written by `python -m benchmarks.vllm_times`: {name}, {len(space.blocks)} layers, vLLM in one process on one "
+        f"thread of a CPU, {server.dtype}, one request of {server.workload.prompt} tokens, {generated} written. The "
+        f"parent, by `vllm bench latency`: {first[0]:.3f} ± {first[1]:.3f} s for one token, {whole[0]:.3f} ± "
+        f"{whole[1]:.3f} s for all; by CPU time {parent.prefill:.3f} s and "
+        f"{parent.prefill + (generated - 1) * parent.decode:.3f} s.",
         "",
         "Shares of the parent's latency; `sum` is that of the parts, `predicted` the corrected one.",
         "",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,9 @@ def _run(job: Job) -> Iterator[str | Result]:
             if is_wanted(job):
                 check(job)
         for stage in WORK:
-            if stage is REFINE:
-                job.recipe = ranks.from_first(lambda: choose_late_effort(job, asked_recipe, planning))
-            if stage in (STATISTICS, REFINE):
+            if stage in (REFINE, PAIRS):
+                job.recipe = ranks.from_first(partial(choose_late_effort, job, asked_recipe, planning, stage.name))
+            if stage in (STATISTICS, REFINE, PAIRS):
                 _show_where(job)
             job.do(stage)
             yield stage.name

@@ -141,6 +141,8 @@ class LocalDistillationRecipe:
     child_refit: Annotated[float, Field(ge=0, le=1)] = 0.5
     """After the search, refit the last projections of the changed layers by least squares on the child's inputs, so
     that each layer corrects this part of the errors of those before it; 0 for none. Needs `coupled_on: child`."""
+    child_refit_sequences: NonNegativeInt = 64
+    """Training rows for this refit besides the calibration rows, of those that joint distillation does not use."""
     coupled_on: Literal["child", "parent"] = "child"
     """Inputs of a layer in joint distillation. `child` uses the output of the child's already trained layers below, so
     each layer corrects the errors of those before it, but layers train one after the other in a single process.
@@ -426,8 +428,11 @@ class EffortRecipe:
     """Amount of work, from 0 to 6. Level 3 is that of the defaults; each level does about twice the work of the one
     before. Default: none, so that every setting has its default."""
     late_level: Annotated[float, Field(ge=0, le=6)] | None = None
-    """The level of refinement and joint distillation, where it differs. A run with `within` chooses it after the
-    search, from the time that is left."""
+    """The level of refinement, where it differs. A run with `within` chooses it after the search, from the time that is
+    left."""
+    last_level: Annotated[float, Field(ge=0, le=6)] | None = None
+    """The level of the refit on the child's inputs and of joint distillation, where it differs from that of refinement.
+    A run with `within` chooses it after refinement."""
 
     def __post_init__(self) -> None:
         if self.within is not None:

@@ -348,6 +348,24 @@ def test_without_a_share_or_behind_a_norm_nothing_is_refitted(family: str, share
     assert distill_jointly(library, chosen, CALIBRATION, TRAINING[:0], setup).pairs.identity == ""
 
 
+def test_training_rows_that_are_left_serve_the_refit_as_calibration_rows_do(tmp_path: Path) -> None:
+    library = library_of("llama", tmp_path)
+    recipe = dataclasses.replace(RECIPE, coupled_tokens=0, child_refit_sequences=2)
+    made = [
+        distill_jointly(library, chosen_of(library), calibration, training, TrainingSetup(recipe)).pairs
+        for calibration, training in (
+            (CALIBRATION, TRAINING),
+            (torch.cat([CALIBRATION, TRAINING[:2]]), TRAINING[:0]),
+            (CALIBRATION, TRAINING[:0]),
+        )
+    ]
+    weights = [[pairs.of(r["identity"]) for r in pairs.records] for pairs in made]
+    names = [(i, name) for i, of_layer in enumerate(weights[0]) for name in of_layer]
+    assert names
+    assert all(torch.equal(weights[0][i][name], weights[1][i][name]) for i, name in names)
+    assert not any(torch.equal(weights[0][i][name], weights[2][i][name]) for i, name in names)
+
+
 def test_refitted_layers_resume_with_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library = library_of("llama", tmp_path / "parent")
     chosen, given = chosen_of(library), {"inputs": "these"}

@@ -26,7 +26,9 @@ SMALL: dict[str, Any] = {
 
 def values(recipe: Recipe) -> dict[tuple[str, str], Any]:
     data = recipe.to_dict()
-    return {(section, name): data[section][name] for section, name in {**effort._LEVELS, **effort._LATE}}
+    return {
+        (section, name): data[section][name] for section, name in {**effort._LEVELS, **effort._LATE, **effort._LAST}
+    }
 
 
 def test_more_work_never_means_less_of_anything() -> None:
@@ -43,10 +45,11 @@ def test_level_3_has_the_defaults_and_no_level_changes_nothing() -> None:
 
 def test_settings_that_were_changed_are_kept_and_a_level_is_applied_once() -> None:
     asked = Recipe().with_settings(["scoring.exact_passes=2.5", "data.evaluation_sequences=9"])
-    chosen = at_level(asked, 4.5, 1.0)
+    chosen = at_level(asked, 4.5, 2.0, 1.0)
     assert (chosen.scoring.exact_passes, chosen.data.evaluation_sequences) == (2.5, 9)
     assert chosen.data.calibration_sequences == 192
-    assert chosen.search.refine_passes == 4
+    assert chosen.search.refine_passes == 5
+    assert chosen.local_distillation.child_refit_sequences == 16
     assert with_effort(chosen) == chosen == Recipe.read(chosen.to_dict())
 
 
@@ -108,6 +111,7 @@ def test_a_run_keeps_the_levels_that_it_chose(
     chosen = Recipe.from_dict(read_json(result.run / "run.json")["recipe"])
     assert chosen.effort.level is not None
     assert chosen.effort.late_level is not None
+    assert chosen.effort.last_level is not None
     assert any(note.startswith("--within 9s: level") for note in heard.notes)
     assert Recipe.read(result.run / "recipe.yaml") == chosen == with_effort(chosen)
 

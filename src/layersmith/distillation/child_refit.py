@@ -25,7 +25,7 @@ import torch
 from torch import nn
 
 from layersmith.distillation.activations import BLOCK, Rows, run_parent_layer
-from layersmith.distillation.reconstruction import watched
+from layersmith.distillation.reconstruction import correction, watched
 from layersmith.execution.layerwise import LayerwiseParent, Split
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -95,16 +95,15 @@ class ChildRefit:
             missing = (wanted.float() - reached.float()).flatten(0, -2)
             products = [(given.T @ given).double(), (missing.T @ given).double()]
             sums = [total + product for total, product in zip(sums, products, strict=True)] if sums else products
-        correction = self.share * _solve(*sums)
-        if not correction.any():
+        moment, cross = sums
+        change = self.share * correction(moment, cross, RIDGE)
+        if not change.any():
             return {}
         weight = module.get_parameter(name).detach()
-        changed = (weight.movedim(dim, 1).double() + correction).movedim(1, dim).to(weight.dtype).contiguous()
-        return {name: changed} if self._is_linear(module, name, changed, correction, rows) else {}
+        changed = (weight.movedim(dim, 1).double() + change).movedim(1, dim).to(weight.dtype).contiguous()
+        return {name: changed} if self._is_linear(module, name, changed, change, rows) else {}
 
-    def _is_linear(
-        self, module: nn.Module, name: str, changed: torch.Tensor, correction: torch.Tensor, rows: Rows
-    ) -> bool:
+    def _is_linear(self, module: nn.Module, name: str, changed: torch.Tensor, change: torch.Tensor, rows: Rows) -> bool:
         """Whether the corrected weight changes the output by the correction alone; a norm behind it prevents that."""
         numbers = torch.arange(1)
         batch, hidden = rows.start(self.layerwise, numbers)
@@ -115,17 +114,10 @@ class ChildRefit:
         _set(module, name, changed)
         after = self.layerwise.run(batch, self.index, given, module)
         _set(module, name, previous)
-        step = (seen[0][0].double() @ correction.T).view(before.shape)
+        step = (seen[0][0].double() @ change.T).view(before.shape)
         error = (after.double() - before.double() - step).abs().max()
         rounding = 4 * torch.finfo(before.dtype).eps * before.double().abs().max()
         return bool(error <= 0.05 * step.abs().max() + rounding)
-
-
-def _solve(moment: torch.Tensor, cross: torch.Tensor) -> torch.Tensor:
-    """D of the module's docstring, ``[D, K]``, from sums over tokens."""
-    strength = RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    factor = torch.linalg.cholesky(moment + strength * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
-    return torch.cholesky_solve(cross.T, factor).T
 
 
 def _set(module: nn.Module, name: str, weight: torch.Tensor) -> None:

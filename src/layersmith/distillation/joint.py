@@ -36,7 +36,8 @@ def distill_jointly(
         library: Library with the locally distilled weights.
         solution: One alternative for each subblock of each layer.
         calibration: ``[N, T]`` rows for the refit.
-        training: ``[N, T]`` rows to train on; with fewer than two nothing is trained.
+        training: ``[N, T]`` rows to train on; with fewer than two nothing is trained. Those that are left are for the
+            refit, as many as the recipe wants.
         setup: How to train; its recipe's ``coupled_on`` says whose hidden states layers are given.
 
     Returns:
@@ -54,7 +55,9 @@ def distill_jointly(
         stage="distill pairs",
         child=changed if setup.recipe.coupled_on == "child" else None,
     )
+    trained = rows_for(training, setup.recipe.coupled_tokens)
     refits = setup.recipe.coupled_on == "child" and setup.recipe.child_refit
-    rows = calibration if refits else calibration[:0]
-    pairs = layers.run(rows, rows_for(training, setup.recipe.coupled_tokens))
+    more = training[len(trained) :][: setup.recipe.child_refit_sequences]
+    rows = torch.cat([calibration, more]) if refits else calibration[:0]
+    pairs = layers.run(rows, trained)
     return library if pairs is None else library.with_kept(library.kept, pairs)

@@ -50,9 +50,24 @@ def refit(weight: torch.Tensor, moment: torch.Tensor, cross: torch.Tensor, ridge
         ``[D, K]`` float64.
     """
     current, moment = weight.double(), moment.double()
+    return current + correction(moment, cross.double() - current @ moment, ridge)
+
+
+def correction(moment: torch.Tensor, missing: torch.Tensor, ridge: float) -> torch.Tensor:
+    """The D that minimises E|D b - y|^2 + lambda |D|^2.
+
+    Args:
+        moment: E[b b^T], or its sum over tokens, ``[K, K]`` float64.
+        missing: E[y b^T], or its sum, ``[D, K]`` float64.
+        ridge: Lambda as a fraction of the mean of E[b_k^2].
+
+    Returns:
+        ``[D, K]`` float64.
+    """
     strength = ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    factor = torch.linalg.cholesky(moment + strength * torch.eye(len(moment), dtype=moment.dtype, device=moment.device))
-    return current + torch.cholesky_solve((cross.double() - current @ moment).T, factor).T
+    ridged = moment.clone()
+    ridged.diagonal().add_(strength)
+    return torch.cholesky_solve(missing.T, torch.linalg.cholesky(ridged)).T
 
 
 @dataclass(frozen=True)
@@ -156,7 +171,6 @@ class Moments:
     def __init__(self, stage: nn.Module, refitted: Sequence[Refit], run: Run, count: Callable[[float], None]):
         self.stage, self.refitted, self.run, self._count = stage, refitted, run, count
         self._sums: dict[str, torch.Tensor] = {}
-        self.tokens = 0
 
     @torch.no_grad()
     def add(self, hidden: torch.Tensor) -> torch.Tensor | None:
@@ -178,7 +192,6 @@ class Moments:
                 ((_, y),) = seen[r.projection]
                 self._add(f"{r.alternative.identity} moment", b, b)
                 self._add(f"{r.alternative.identity} cross", y, b)
-        self.tokens += hidden.shape[0] * hidden.shape[1]
         return output
 
     def _watch(
@@ -201,17 +214,24 @@ class Moments:
         result = {}
         for r in self.refitted:
             layer = library.parent.layer(r.alternative.layer)
-            sliced = library.sliced(r.alternative).get(r.weight, layer.state_dict()[r.weight])
-            sliced = sliced.detach().movedim(r.dim, 1).double()  # [D, K]
+            weight = library.sliced(r.alternative).get(r.weight, layer.state_dict()[r.weight])
+            weight = weight.detach().movedim(r.dim, 1).double()  # V, [D, K]
+            outputs, size = weight.shape
+            self._count(size**3 / 3 + 2.0 * outputs * size**2)
             if r.left is not None:
-                moment = self._sums[r.projection]
-                whole = layer.get_parameter(r.weight).detach().movedim(r.dim, 1).double()
-                cross, moment = whole @ moment[:, r.left], moment[r.left][:, r.left]
+                moments = self._sums[r.projection]
+                whole = layer.get_parameter(r.weight).detach().movedim(r.dim, 1)
+                gone = torch.ones(whole.shape[1], dtype=torch.bool, device=whole.device).index_fill(0, r.left, False)
+                # W E[a b^T] less V E[b b^T] is what the removed entries of a contributed.
+                missing = whole[:, gone].double() @ moments[gone][:, r.left]
+                moment = moments[r.left][:, r.left]
+                self._count(2.0 * outputs * (whole.shape[1] - size) * size)
             else:
                 cross, moment = (self._sums[f"{r.alternative.identity} {what}"] for what in ("cross", "moment"))
-            refitted = refit(sliced, moment / self.tokens, cross / self.tokens)
-            outputs, size = sliced.shape
-            self._count(size**3 / 3 + 4.0 * outputs * size**2)
-            weight = refitted.movedim(1, r.dim).contiguous()
-            result[r.alternative.identity] = {r.weight: as_stored(weight, library.parent.dtype)}
+                missing = cross - weight @ moment
+                self._count(2.0 * outputs * size**2)
+            refitted = weight + correction(moment, missing, RIDGE)
+            result[r.alternative.identity] = {
+                r.weight: as_stored(refitted.movedim(1, r.dim).contiguous(), library.parent.dtype)
+            }
         return result

@@ -32,11 +32,13 @@ _KEPT, _OF_ATTENTION = 0.8, 0.3
 # Generating a token reads all weights, which takes as long as this many tokens of a forward pass.
 _TOKENS_OF_A_STEP = 8
 # Seconds of a stage for each second that a forward pass takes for as many operations: statistics, backward passes and
-# small modules are slower than a forward pass. From runs of the two demos on one thread.
+# small modules are slower than a forward pass. From runs of the two demos on one thread and on two.
 _SLOWER = {
-    "statistics": 1.3, "library": 1.9, "scores": 1.2, "formats": 1.3, "refine": 1.15, "pairs": 1.0, "evaluation": 1.0,
-    "tasks": 1.2, "clock": 0.6, "distilled": 1.2,
+    "statistics": 1.3, "library": 1.3, "scores": 1.12, "formats": 1.3, "refine": 1.15, "pairs": 1.0, "evaluation": 1.0,
+    "tasks": 1.2, "clock": 0.8, "distilled": 1.2,
 }  # fmt: skip
+# Making an alternative takes as long as this many tokens take to pass it, and so does scoring it.
+_TOKENS_OF_AN_ALTERNATIVE = 1500
 # Seconds of a stage besides its arithmetic, at least.
 _AT_LEAST = {"describe": 4.0, "data": 1.0, "frontier": 1.0, "child": 0.5, "evaluation": 1.0}
 # Bytes of a checkpoint that are read, or written and read again, in a second.
@@ -116,10 +118,10 @@ def stage_flops(space: SearchSpace, recipe: Recipe) -> dict[str, float]:
     flops = {
         "statistics": 2.0 * whole * calibration + _moments(space, calibration),
         "library": _library(space, recipe.local_distillation, calibration, training),
-        "scores": 2.0 * scoring * _scoring_passes(space, recipe, layers),
+        "scores": 2.0 * scoring * _scoring_passes(space, recipe, layers) + _handling(space),
         "formats": 2.0 * whole * (calibration + scoring * (3.5 + len(formats))) if formats else 0.0,
         "refine": 2.0 * recipe.search.refine_passes * whole * scoring,
-        "pairs": _pairs(space, recipe.local_distillation, calibration, training),
+        "pairs": _pairs(space, recipe, calibration, training),
         "evaluation": 4.0 * whole * (evaluation + samples),
         "tasks": 4.0 * whole * (tokens_of_tasks(recipe.evaluation) or 0.0),
         "clock": _round(recipe, whole) if recipe.costs.time_child else 0.0,
@@ -159,7 +161,7 @@ def _library(space: SearchSpace, recipe: LocalDistillationRecipe, calibration: i
     if recipe.reconstruct:
         total += 2.0 * sum(_layers(space)) * calibration + _moments(space, calibration)
         total += sum(2.0 * _size(space, a) * calibration for a in changed if a.kind in _RUN_FOR_REFIT)
-        total += _solutions(changed)
+        total += _solutions(space, changed) + _handling(space)
     tokens = min(recipe.tokens, training)
     if tokens:
         trained = [a for a in changed if recipe.kinds is None or a.kind in recipe.kinds]
@@ -168,10 +170,20 @@ def _library(space: SearchSpace, recipe: LocalDistillationRecipe, calibration: i
     return total
 
 
-def _solutions(changed: Sequence[Alternative]) -> float:
-    """Cholesky factors of the FFNs' moments, in double precision, which takes twice as long."""
-    widths = [float(a.size) for a in changed if a.kind == "ffn_width" and isinstance(a.size, int)]
-    return 2.0 * sum(width**3 / 3 for width in widths)
+def _handling(space: SearchSpace) -> float:
+    """What making or scoring alternatives takes however many rows there are: copies of weights, many small products."""
+    return 2.0 * _TOKENS_OF_AN_ALTERNATIVE * sum(_size(space, a) for a in space.alternatives if not a.is_parent)
+
+
+def _solutions(space: SearchSpace, changed: Sequence[Alternative]) -> float:
+    """The equations of the FFNs' refits, in double precision, which takes twice as long: a factor of K^3 / 3, and for
+    D outputs 2 D K^2 to solve and 2 D K (F - K) for what is missing, where three projections have 3 D K weights."""
+    total = 0.0
+    for a in changed:
+        ffn = space.axes[a.layer].ffn
+        if a.kind == "ffn_width" and isinstance(a.size, int) and ffn is not None:
+            total += a.size**3 / 3 + 2 / 3 * _size(space, a) * ffn.size
+    return 2.0 * total
 
 
 def _scoring_passes(space: SearchSpace, recipe: Recipe, layers: Sequence[int]) -> float:
@@ -186,12 +198,14 @@ def _scoring_passes(space: SearchSpace, recipe: Recipe, layers: Sequence[int]) -
     return estimated if recipe.scoring.mode == "second_order" else min(exact, estimated)
 
 
-def _pairs(space: SearchSpace, recipe: LocalDistillationRecipe, calibration: int, training: int) -> float:
+def _pairs(space: SearchSpace, recipe: Recipe, calibration: int, training: int) -> float:
     """Before training the refit: the parent's layer, the child's attention, and the child's layer twice. For training
     the parent's layer, training of the child's, and the child's once more to go on."""
-    layers, tokens = sum(_layers(space)), min(recipe.coupled_tokens, training)
+    settings = recipe.local_distillation
+    layers, tokens = sum(_layers(space)), min(settings.coupled_tokens, training)
     total = 2.0 * (1.0 + (TRAINING + _EVALUATION + 1.0) * _KEPT) * layers * tokens
-    if recipe.child_refit and recipe.coupled_on == "child":
-        total += 2.0 * (1.0 + (_OF_ATTENTION + 2.0) * _KEPT) * layers * calibration
-        total += 1.5 * _KEPT**2 * _moments(space, calibration)
+    if settings.child_refit and settings.coupled_on == "child":
+        more = min(settings.child_refit_sequences * recipe.data.sequence_length, training - tokens)
+        total += 2.0 * (1.0 + (_OF_ATTENTION + 2.0) * _KEPT) * layers * (calibration + more)
+        total += 1.5 * _KEPT**2 * _moments(space, calibration + more)
     return total

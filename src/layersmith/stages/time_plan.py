@@ -1,8 +1,8 @@
 """Plans the time of a run: the rate of this machine, the level of work that fits into ``effort.within``, the stages.
 
-The level is chosen once and kept in the run's recipe. After the search, when the actual rate is known, the level of the
-work that is left (refinement and joint distillation) is chosen again, once, and kept in the same way. So a resumed run
-makes the same choices.
+The level is chosen once and kept in the run's recipe. When the actual rate is known, the level of the work that is left
+is chosen again: of refinement after the search, and of the refit and the training of the chosen layers after
+refinement. Both are kept in the same way, so a resumed run makes the same choices.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from layersmith.block_config import BlockConfig
 from layersmith.foreign import foreign_code
-from layersmith.heterogeneous.build import build
+from layersmith.heterogeneous.build import build, decoder_layers
 from layersmith.recipe import Recipe
 from layersmith.run.header import HEADER
 from layersmith.run.runtime import Runtime
@@ -34,9 +35,12 @@ _MATRICES_ARE_FASTER = 2.5
 _TIMED_TOKENS = 2048
 # Layers with more bytes than this are not built to be timed.
 _MOST_BYTES = 8e9
-# Stages after the search that can be planned again, and those by which the rate is known then.
-_ADAPT, _KNOWN_BY = ("refine", "pairs"), ("statistics", "library", "scores")
-_FOLLOWING = ("child", "evaluation", "tasks", "clock", "distilled")
+# Stages after the search, before two of which the rest is planned again: the setting and the name of what is chosen.
+_FOLLOWING = ("refine", "pairs", "child", "evaluation", "tasks", "clock", "distilled")
+_LEVEL_OF = {"refine": "late_level", "pairs": "last_level"}
+_WORK_OF = {"refine": "refinement", "pairs": "local distillation of the chosen layers"}
+# Stages that took less do not tell the rate.
+_LEAST_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,7 @@ def choose_effort(job: Job, started: float) -> Recipe:
     if (job.run.folder / HEADER).is_file():
         known = Recipe.from_dict(job.run.header()["recipe"]).effort
         if known.within == effort.within and known.level is not None and effort.level in (None, known.level):
-            return at_level(recipe, known.level, known.late_level)
+            return at_level(recipe, known.level, known.late_level, known.last_level)
     if effort.level is not None:
         return with_effort(recipe)
     space = outline(job.path, recipe.library, job.workload, job.family, job.trust_remote_code, recipe.checkpoint_dtype)
@@ -111,42 +115,53 @@ def choose_effort(job: Job, started: float) -> Recipe:
     return plan.recipe
 
 
-def choose_late_effort(job: Job, asked: Recipe, planning: float) -> Recipe:
-    """The recipe with the level of the work after the search chosen from the time that is left, once for a run.
+def choose_late_effort(job: Job, asked: Recipe, planning: float, stage: str) -> Recipe:
+    """The recipe with the level of the work that is left chosen from the time that is left, once for each stage.
 
     Args:
-        job: The job, whose scores and search are finished.
+        job: The job, whose stages before this one are finished.
         asked: Its recipe before a level was applied; formats are those of the job.
         planning: Seconds that this process took before its first stage.
+        stage: ``refine`` or ``pairs``, which is about to begin.
     """
-    effort = job.recipe.effort
-    if effort.within is None or effort.level is None or effort.late_level is not None:
+    effort, asked = job.recipe.effort, replace(asked, formats=job.recipe.formats)
+    if effort.within is None or effort.level is None or getattr(effort, _LEVEL_OF[stage]) is not None:
         return job.recipe
-    space, level, asked = space_of(job), effort.level, replace(asked, formats=job.recipe.formats)
-    taken = job.run.log.worked()
-    flops, made = stage_flops(space, job.recipe), [stage for stage in _KNOWN_BY if stage in taken]
-    work = sum(stage_work(flops)[stage] for stage in made)
-    late_level = level
-    if made and work:
-        rate = work / max(1e-9, sum(taken[stage] for stage in made))
-        spent = planning + sum(t["seconds"] for t in job.run.log.times())
-        left = _within(job.recipe) - spent
+    first = effort.level
+    before = first if effort.late_level is None else effort.late_level
 
-        def seconds(late: float) -> float:
-            recipe = at_level(asked, level, late)
-            every = stage_seconds(stage_flops(space, recipe), space, recipe, rate)
-            return sum(every.get(stage, 0.0) for stage in (*_ADAPT, *_FOLLOWING))
+    def at(level: float) -> Recipe:
+        return at_level(asked, first, **{"late_level": effort.late_level, _LEVEL_OF[stage]: level})
 
-        late_level = highest_level(seconds, left)
-        if abs(late_level - level) > 0.1:
-            what = "less" if late_level < level else "more"
+    chosen, space, rate = before, space_of(job), _rate_so_far(job, stage)
+    if rate is not None:
+        left = _within(job.recipe) - planning - sum(t["seconds"] for t in job.run.log.times())
+        following = _FOLLOWING[_FOLLOWING.index(stage) :]
+
+        def seconds(level: float) -> float:
+            every = stage_seconds(stage_flops(space, at(level)), space, at(level), rate)
+            return sum(every.get(stage, 0.0) for stage in following)
+
+        chosen = highest_level(seconds, left)
+        if abs(chosen - before) > 0.1:
+            what = "less" if chosen < before else "more"
             job.progress.note(
-                f"{_of(left)} are left, so there is {what} refinement and joint distillation than was planned: "
-                f"level {late_level:g} instead of {level:g}."
+                f"{_of(left)} are left, so there is {what} {_WORK_OF[stage]} than was planned: "
+                f"level {chosen:g} instead of {before:g}."
             )
-    recipe = at_level(asked, level, late_level)
-    job.run.change_recipe(recipe)
-    return recipe
+    job.run.change_recipe(at(chosen))
+    return at(chosen)
+
+
+def _rate_so_far(job: Job, stage: str) -> float | None:
+    """Operations per second of a forward pass, from the stages whose speed is most like that of those to come."""
+    taken, work = job.run.log.worked(), stage_work(stage_flops(space_of(job), job.recipe))
+    for known in (("refine",), ("statistics", "library", "scores")):
+        made = [name for name in known if name in taken and work.get(name)]
+        seconds = sum(taken[name] for name in made)
+        if seconds >= _LEAST_SECONDS:
+            return sum(work[name] for name in made) / seconds
+    return None
 
 
 def planned_work(job: Job) -> Planned:
@@ -191,11 +206,10 @@ def forward_rate(space: Outline, recipe: Recipe, runtime: Runtime) -> float:
     stored = space.costs.fixed["parameters"] + max(1, len(kept)) * space.costs.parent["parameters"] / max(1, count)
     if some and stored * runtime.dtype.itemsize < _MOST_BYTES:
         with foreign_code("how fast are two layers?") as attempt:
-            of_head, of_some = (_seconds_of(space, layers, recipe, runtime) for layers in ([], kept))
-        if not attempt.failed and of_some > of_head:
+            of_layers, of_rest = _seconds_of(space, kept, recipe, runtime)
+        if not attempt.failed:
             tokens = _rows(recipe) * _length(space, recipe)
-            whole = of_head + (of_some - of_head) * sum(sizes) / some
-            return 2.0 * (sum(sizes) + head) * tokens / whole
+            return 2.0 * (sum(sizes) + head) * tokens / (of_rest + of_layers * sum(sizes) / some)
     return matrix_rate(runtime) / _MATRICES_ARE_FASTER
 
 
@@ -209,22 +223,36 @@ def _rows(recipe: Recipe) -> int:
 
 
 @torch.no_grad()
-def _seconds_of(space: Outline, layers: list[int], recipe: Recipe, runtime: Runtime) -> float:
-    """Seconds of a forward pass through the head and some layers, the others being left out."""
+def _seconds_of(space: Outline, kept: list[int], recipe: Recipe, runtime: Runtime) -> tuple[float, float]:
+    """Seconds of a forward pass in some layers, and in all that is no layer; the other layers are left out."""
     blocks = [
-        b if i in layers else BlockConfig(replace(b.attention, no_op=True), replace(b.ffn, no_op=True))
+        b if i in kept else BlockConfig(replace(b.attention, no_op=True), replace(b.ffn, no_op=True))
         for i, b in enumerate(space.blocks)
     ]
     model = build(space.config, blocks, dtype=runtime.dtype, device=runtime.device, descriptor=space.descriptor).eval()
+    moments: list[float] = []
+
+    def note(*_: Any) -> None:
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+        moments.append(time.perf_counter())
+
+    layers = decoder_layers(model, space.descriptor, len(blocks))
+    for i in kept:
+        layers[i].register_forward_pre_hook(note)
+        layers[i].register_forward_hook(note)
     ids = torch.zeros((_rows(recipe), _length(space, recipe)), dtype=torch.long, device=runtime.device)
-    best = float("inf")
-    for rows in (ids[:1], ids, ids):
-        started = time.perf_counter()
-        logits = model(input_ids=rows, use_cache=False).logits
-        float(logits[0, 0, 0])  # waits for the device
+    of_layers = of_rest = float("inf")
+    for rows in (ids[:1], ids, ids, ids):
+        moments.clear()
+        note()
+        model(input_ids=rows, use_cache=False)
+        note()
+        begun, *within, ended = moments
+        inside = sum(after - before for before, after in zip(within[::2], within[1::2], strict=True))
         if len(rows) == len(ids):
-            best = min(best, time.perf_counter() - started)
-    return best
+            of_layers, of_rest = min(of_layers, inside), min(of_rest, ended - begun - inside)
+    return of_layers, of_rest
 
 
 def matrix_rate(runtime: Runtime, size: int = 1024) -> float:
