@@ -27,7 +27,7 @@ from layersmith.library.axes.axis import LayerAxes
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.modeling_layersmith import first_tensor as first_argument
 from layersmith.quantization.formats import Format, format_named
-from layersmith.quantization.gptq import gptq_quantize, inverse_factor
+from layersmith.quantization.gptq import Factor, gptq_quantize, inverse_factor
 from layersmith.quantization.rounding import Quantized, QuantizedStack, Rounded, quantize
 from layersmith.upstream import is_stack_of_experts, one_expert_at_a_time, rows_on_disk
 
@@ -192,7 +192,7 @@ class InputMoments:
         self._first: dict[str, str] = {}  # of linear maps that are given the same tensor
         self._tokens: dict[str, int] = {}
         self._given: dict[str, torch.Tensor] = {}
-        self._factors: dict[str, torch.Tensor] = {}
+        self._factors: dict[str, Factor] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -220,8 +220,8 @@ class InputMoments:
         name = self.source(weight)
         return self._sums[name] / self._tokens[name] if self._tokens.get(name) else None
 
-    def factor(self, weight: str) -> torch.Tensor | None:
-        """The mean product's inverse factor, which GPTQ needs; None if the linear map was given nothing."""
+    def factor(self, weight: str) -> Factor | None:
+        """The mean product's factor, which GPTQ needs; None if the linear map was given nothing."""
         name = self.source(weight)
         if name not in self._factors and (moment := self.of(name)) is not None:
             self._factors[name] = inverse_factor(moment)
@@ -307,5 +307,5 @@ def quantized(layer: nn.Module, formats: Mapping[str, Format], moments: InputMom
     return {name: result[name] for name in formats if name in result}
 
 
-def _rounded(weight: torch.Tensor, factor: torch.Tensor | None, format: Format) -> Quantized:
+def _rounded(weight: torch.Tensor, factor: Factor | None, format: Format) -> Quantized:
     return quantize(weight, format) if factor is None else gptq_quantize(weight, factor, format)

@@ -61,11 +61,15 @@ class Grid:
         scale, offset = self._of_columns(levels.shape[-1])
         return levels * scale if offset is None else levels * scale + offset
 
-    def by_column(self, columns: int) -> tuple[Tensor, Tensor | None]:
-        """Scale and offset of the weights in the first columns: ``[columns, rows]``, or ``[columns, 1]``."""
-        scale, offset = self._of_columns(columns)
-        shape = columns, len(scale)
-        return scale.T.expand(shape).contiguous(), None if offset is None else offset.T.expand(shape).contiguous()
+    def by_column(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and offset of the weights in some columns: ``[columns, rows]``, or ``[columns, 1]``."""
+        size, shape = self.format.group, (len(columns), len(self.scale))
+        if not isinstance(size, int):
+            return self.scale.T.expand(shape), None if self.offset is None else self.offset.T.expand(shape)
+        index = columns // size
+        return self.scale[:, index].T.contiguous(), None if self.offset is None else self.offset[
+            :, index
+        ].T.contiguous()
 
     def _of_columns(self, columns: int) -> tuple[Tensor, Tensor | None]:
         size = self.format.group
