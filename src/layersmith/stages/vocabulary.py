@@ -239,7 +239,8 @@ def _proof(path: Path, folder: Path, kept: list[int], trust_remote_code: bool) -
     sizes = [sum(p.numel() for p in before.parameters())]
     del before
     auto: Any = AutoModelForCausalLM
-    after = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
+    with quiet_transformers():
+        after = auto.from_pretrained(folder, dtype=torch.float32, trust_remote_code=trust_remote_code).eval()
     sizes.append(sum(p.numel() for p in after.parameters()))
     difference = float((after(tokens).logits - wanted).abs().max() / wanted.abs().max().clamp_min(1e-9))
     if not difference <= _TOLERANCE:
