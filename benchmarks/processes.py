@@ -2,6 +2,7 @@
 
     python -m benchmarks.processes OUT.md --processes 1 2 4
     python -m benchmarks.processes OUT.md --processes 1 2 4 --divided
+    python -m benchmarks.processes OUT.md --processes 1 2 4 --divided --plan
 
 The efficiency at n processes is the CPU time of one process over n times that of the busiest of n. It is what wall time
 would show on n free cores, except for waiting, and also holds on a busy machine. What waiting costs where layers are
@@ -9,6 +10,9 @@ dealt to processes follows from their number and that of the batches (:mod:`laye
 
 With ``--divided``, weights stay on the disk, and each of several processes holds the layers that are dealt to it.
 Memory is the largest resident set of the process less that after all imports.
+
+With ``--plan``, the runs go on to the evaluation, and what ``--dry-run`` plans is put beside what they take. The plan's
+rate is measured by CPU time as well.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -29,14 +34,21 @@ import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import layersmith
+from layersmith.costs.budget import Budget
 from layersmith.demo.job import MODEL
 from layersmith.execution.dealing import efficiency
 from layersmith.pipeline import stages
+from layersmith.recipe import Recipe
 from layersmith.run import ranks
+from layersmith.stages import time_plan
+from layersmith.stages.dry_run import Asked, plan
+from layersmith.stages.placement import Placement
 
 STAGES = ("statistics", "library", "scores")
+PLANNED = (*STAGES, "refine", "pairs", "child", "evaluation")
+BUDGET = 0.7
 RECIPE: dict[str, Any] = {
-    "device": "cpu",
+    "device": "cpu", "completion_tokens": 0, "costs": {"time_child": False},
     "data": {"sequence_length": 256, "evaluation_sequences": 4, "training_sequences": 0},
     "local_distillation": {"tokens": 0, "coupled_tokens": 0},
 }  # fmt: skip
@@ -61,21 +73,33 @@ def resident() -> tuple[float, float]:
     return sizes["VmRSS"], sizes["VmHWM"]
 
 
-def work(folder: Path, recipe: dict[str, Any]) -> None:
-    """One process: everything up to the scores."""
+def work(folder: Path, recipe: dict[str, Any], until: str) -> None:
+    """One process: everything up to a stage."""
     torch.set_num_threads(1)
     (base, _), seconds, memory, before = resident(), {}, {}, time.process_time()
-    for stage in stages(folder / "parent", folder / "run", folder / "rows.npy", 0.7, recipe):
+    for stage in stages(folder / "parent", folder / "run", folder / "rows.npy", BUDGET, recipe):
         now = time.process_time()
         seconds[str(stage)], before = now - before, now
         memory[str(stage)] = resident()[1] - base
-        if stage == STAGES[-1]:
+        if stage == until:
             break
     (folder / f"{ranks.number()}.json").write_text(json.dumps({"seconds": seconds, "memory": memory}))
 
 
-def measured(processes: int, args: argparse.Namespace) -> tuple[list[dict[str, dict[str, float]]], str]:
-    """Seconds and MiB by stage of each process, and the scores."""
+def planned(folder: Path, processes: int, recipe: dict[str, Any]) -> Placement:
+    """What ``--dry-run`` plans for so many processes."""
+    time_plan.time = SimpleNamespace(perf_counter=time.process_time, monotonic=time.monotonic)  # type: ignore[assignment]
+    (folder / "text.txt").write_text("A plan reads a document, and no rows of tokens.")
+    given = folder / "parent", folder / "run", folder / "text.txt", Recipe.from_dict(recipe), Budget.parse(BUDGET)
+    placement = plan(*given, asked=Asked(processes)).placement
+    assert placement is not None
+    return placement
+
+
+def measured(
+    processes: int, args: argparse.Namespace
+) -> tuple[list[dict[str, dict[str, float]]], str, Placement | None]:
+    """Seconds and MiB by stage of each process, the scores, and the plan if it is wanted."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         parent(folder / "parent", args.layers, args.hidden)
@@ -85,15 +109,41 @@ def measured(processes: int, args: argparse.Namespace) -> tuple[list[dict[str, d
         data = RECIPE["data"] | {"calibration_sequences": args.rows, "scoring_sequences": args.rows}
         recipe = RECIPE | {"data": data, "stream": "always" if args.divided else "never"}
         (folder / "recipe.json").write_text(json.dumps(recipe))
+        placement = planned(folder, processes, recipe) if args.plan else None
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "LAYERSMITH_STORE": "off"}
         command = [sys.executable, *launcher, "-m", "benchmarks.processes", "--work", name]
+        command += ["--plan"] if args.plan else []
         subprocess.run(command, check=True, env=environment)
         found = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(processes)]
-        return found, (folder / "run" / "scores" / "scores.json").read_text()
+        return found, (folder / "run" / "scores" / "scores.json").read_text(), placement
 
 
-def table(results: dict[int, tuple[list[dict[str, dict[str, float]]], str]], args: argparse.Namespace) -> Iterator[str]:
+Results = dict[int, tuple[list[dict[str, dict[str, float]]], str, Placement | None]]
+
+
+def against_plan(results: Results) -> Iterator[str]:
+    """What the process that takes most was planned to take, without waiting, and takes."""
+    yield "| processes | stage | MiB planned | measured | ratio | CPU seconds planned | measured | ratio |"
+    yield "| --- |" + " --- |" * 7
+    for n, (found, _, placement) in results.items():
+        totals = [0.0, 0.0]
+        for stage in PLANNED if placement is not None else ():
+            share = placement.stages[stage]
+            planned_seconds = share.seconds - share.waiting
+            memory, seconds = (max(of[what][stage] for of in found) for what in ("memory", "seconds"))
+            totals = [totals[0] + planned_seconds, totals[1] + seconds]
+            size = share.on_device / 1024**2
+            cells = [f"{size:.0f}", f"{memory:.0f}", f"{size / memory:.2f}"]
+            cells += [f"{planned_seconds:.1f}", f"{seconds:.1f}", f"{planned_seconds / max(seconds, 0.1):.2f}"]
+            yield f"| {n} | {stage} | {' | '.join(cells)} |"
+        most = max(placement.stages[stage].on_device for stage in PLANNED) / 1024**2
+        peak = max(of["memory"][stage] for of in found for stage in PLANNED)
+        cells = [f"{most:.0f}", f"{peak:.0f}", f"{most / peak:.2f}", *(f"{t:.1f}" for t in totals)]
+        yield f"| {n} | all | {' | '.join([*cells, f'{totals[0] / totals[1]:.2f}'])} |"
+
+
+def table(results: Results, args: argparse.Namespace) -> Iterator[str]:
     first = min(results)
     where = "each process holds the layers that are dealt to it" if args.divided else "each process holds the parent"
     yield (
@@ -104,7 +154,7 @@ def table(results: dict[int, tuple[list[dict[str, dict[str, float]]], str]], arg
     yield ""
     yield "| processes | " + " | ".join(f"{stage}, s | MiB" for stage in STAGES) + " | scores |"
     yield "| --- |" + " --- |" * (2 * len(STAGES) + 1)
-    for n, (found, scores) in results.items():
+    for n, (found, scores, _) in results.items():
         cells = []
         for stage in STAGES:
             busiest = max(of_process["seconds"][stage] for of_process in found)
@@ -113,6 +163,9 @@ def table(results: dict[int, tuple[list[dict[str, dict[str, float]]], str]], arg
             cells.append(f"{max(of_process['memory'][stage] for of_process in found):.0f}")
         yield f"| {n} | {' | '.join(cells)} | {'equal' if scores == results[first][1] else 'differ'} |"
     yield ""
+    if args.plan:
+        yield from against_plan(results)
+        yield ""
     batches = (2, 4, 8, 32)
     yield (
         "Waiting where layers are dealt, by the model of costs: the share of the time of "
@@ -134,10 +187,12 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--divided", action="store_true", help="keep the weights on the disk")
+    parser.add_argument("--plan", action="store_true", help="compare with what --dry-run plans")
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.work is not None:
-        work(args.work, json.loads((args.work / "recipe.json").read_text()))
+        until = (PLANNED if args.plan else STAGES)[-1]
+        work(args.work, json.loads((args.work / "recipe.json").read_text()), until)
         return
     lines = list(table({n: measured(n, args) for n in args.processes}, args))
     print("\n".join(lines))

@@ -21,9 +21,13 @@ from layersmith.options import (
     Batch,
     Bits,
     Context,
+    Data,
     DemoModel,
     Descriptor,
     Device,
+    DeviceMemory,
+    DeviceRate,
+    DryRun,
     Formats,
     Frontier,
     Generate,
@@ -56,6 +60,7 @@ from layersmith.options import (
     Version,
     Weights,
     Within,
+    WorldSize,
     effort_settings,
     format_names,
     format_settings,
@@ -87,13 +92,7 @@ def compress(
     command: typer.Context,
     parent: Parent,
     out: Annotated[Path, typer.Argument(help="Folder of the run. The child is written to OUT/child.")],
-    data: Annotated[
-        str,
-        typer.Option(
-            help="Text for calibration and evaluation: a text, JSONL or Parquet file, a folder of them, or a hub "
-            "dataset as name or name:config."
-        ),
-    ],
+    data: Data,
     params: Params = None,
     active_params: ActiveParams = None,
     weights: Weights = None,
@@ -122,9 +121,10 @@ def compress(
     push_to_hub: PushToHub = None,
     public: Public = False,
     until: Annotated[str | None, typer.Option(help=f"Stop after this stage: {', '.join(NAMES)}.")] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show what the run will do and take and whether the budget can be met.")
-    ] = False,
+    dry_run: DryRun = False,
+    world_size: WorldSize = None,
+    device_memory: DeviceMemory = None,
+    device_rate: DeviceRate = None,
     verify: Verify = False,
     verbose: Verbose = 0,
     quiet: Quiet = False,
@@ -138,11 +138,14 @@ def compress(
     screen = open_screen(verbose, quiet, as_json)
     family = _descriptor(descriptor)
     if dry_run:
-        from layersmith.stages.dry_run import plan
+        from layersmith.stages.dry_run import Asked, plan
 
-        planned = plan(parent, out, data, chosen, budget, family, trust_remote_code)
+        asked = Asked(world_size, device_memory, device_rate)
+        planned = plan(parent, out, data, chosen, budget, family, trust_remote_code, asked)
         screen.show(lambda: planned, lambda: screen.line(str(planned)))
         return
+    if (world_size, device_memory, device_rate) != (None, None, None):
+        raise UsageError("--world-size, --device-memory and --device-rate are for plans. Add --dry-run.")
     from layersmith import hub, outputs
     from layersmith.pipeline import Result, stages
     from layersmith.run import ranks

@@ -21,7 +21,7 @@ def print_version(asked: bool) -> None:
 Version = Annotated[
     bool, typer.Option("--version", "-V", callback=print_version, is_eager=True, help="Show the version and exit.")
 ]
-BUDGET, WORKLOAD, SETTINGS = "Budget", "Workload", "Settings"
+BUDGET, WORKLOAD, SETTINGS, PLAN = "Budget", "Workload", "Settings", "Plan"
 
 # Options of earlier versions, and what to give instead.
 FORMER_OPTIONS = {
@@ -43,6 +43,13 @@ FORMER_OPTIONS = {
 
 Parent = Annotated[str, typer.Argument(help="Model to compress: a checkpoint folder, a hub id, or a GGUF file.")]
 Run = Annotated[Path, typer.Argument(help="Folder of a finished `compress` run.")]
+Data = Annotated[
+    str,
+    typer.Option(
+        help="Text for calibration and evaluation: a text, JSONL or Parquet file, a folder of them, or a hub dataset "
+        "as name or name:config."
+    ),
+]
 Params = Annotated[
     str | None,
     typer.Option(help="Parameters of the child: 0.7 of the parent's, or an amount such as 7B.", rich_help_panel=BUDGET),
@@ -195,6 +202,27 @@ PushToHub = Annotated[
     str | None, typer.Option(help="Then upload the child to this repository on the Hub, as user/name.")
 ]
 Public = Annotated[bool, typer.Option("--public", help="Make a new repository public. Default: private.")]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Show what the run will do and take and whether the budget can be met.")
+]
+WorldSize = Annotated[
+    int | None,
+    typer.Option(help="With --dry-run: plan for this number of processes, each with a device.", rich_help_panel=PLAN),
+]
+DeviceMemory = Annotated[
+    str | None,
+    typer.Option(
+        help="With --dry-run: memory of each device, e.g. 80GiB. Default: what is free.", rich_help_panel=PLAN
+    ),
+]
+DeviceRate = Annotated[
+    str | None,
+    typer.Option(
+        help="With --dry-run: a device that need not be here, by its rate in a forward pass, e.g. 400TFLOP/s, or by "
+        "its name, e.g. H100. Default: the rate measured here.",
+        rich_help_panel=PLAN,
+    ),
+]
 Verify = Annotated[
     bool,
     typer.Option(

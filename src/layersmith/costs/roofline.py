@@ -35,37 +35,39 @@ class Device:
         operations: Dense operations a second on matrix units, in bfloat16, or float16 if it has no bfloat16.
         operations_fp32: Operations a second in float32.
         bandwidth: Bytes a second of its memory.
+        memory: Bytes of its memory.
     """
 
     operations: float
     operations_fp32: float
     bandwidth: float
+    memory: float
 
 
 # From the manufacturers' data sheets: dense rates, of the SXM or OAM form if there are several.
 DEVICES = {
-    "A10": Device(125e12, 31.2e12, 600e9),
-    "A100-40GB": Device(312e12, 19.5e12, 1555e9),
-    "A100": Device(312e12, 19.5e12, 2039e9),
-    "B200": Device(2250e12, 75e12, 8000e9),
-    "H100": Device(989e12, 67e12, 3350e9),
-    "H100-PCIE": Device(756e12, 51e12, 2000e9),
-    "H200": Device(989e12, 67e12, 4800e9),
-    "L4": Device(121e12, 30.3e12, 300e9),
-    "L40S": Device(362e12, 91.6e12, 864e9),
-    "MI300X": Device(1307e12, 163.4e12, 5300e9),
-    "RTX4090": Device(165e12, 82.6e12, 1008e9),
-    "T4": Device(65e12, 8.1e12, 320e9),
-    "V100": Device(125e12, 15.7e12, 900e9),
+    "A10": Device(125e12, 31.2e12, 600e9, 24e9),
+    "A100-40GB": Device(312e12, 19.5e12, 1555e9, 40e9),
+    "A100": Device(312e12, 19.5e12, 2039e9, 80e9),
+    "B200": Device(2250e12, 75e12, 8000e9, 180e9),
+    "H100": Device(989e12, 67e12, 3350e9, 80e9),
+    "H100-PCIE": Device(756e12, 51e12, 2000e9, 80e9),
+    "H200": Device(989e12, 67e12, 4800e9, 141e9),
+    "L4": Device(121e12, 30.3e12, 300e9, 24e9),
+    "L40S": Device(362e12, 91.6e12, 864e9, 48e9),
+    "MI300X": Device(1307e12, 163.4e12, 5300e9, 192e9),
+    "RTX4090": Device(165e12, 82.6e12, 1008e9, 24e9),
+    "T4": Device(65e12, 8.1e12, 320e9, 16e9),
+    "V100": Device(125e12, 15.7e12, 900e9, 32e9),
 }
 
 
-def device_of(name: str) -> Device:
-    """A device by its name, in any case. Raises: UsageError: The device is unknown."""
+def device_of(name: str, where: str = "recipe costs.device") -> Device:
+    """A device by its name, in any case; ``where`` it was given. Raises: UsageError: The device is unknown."""
     by_name = {known.upper(): device for known, device in DEVICES.items()}
     wanted = name.upper().replace(" ", "-")
     if wanted not in by_name:
-        raise UsageError(f"recipe costs.device: {name!r} is not known. {did_you_mean(name, DEVICES)}")
+        raise UsageError(f"{where}: {name!r} is not known. {did_you_mean(name, DEVICES)}")
     return by_name[wanted]
 
 

@@ -67,7 +67,9 @@ def correction(moment: torch.Tensor, missing: torch.Tensor, ridge: float) -> tor
     strength = ridge * moment.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     ridged = moment.clone()
     ridged.diagonal().add_(strength)
-    return torch.cholesky_solve(missing.T, torch.linalg.cholesky(ridged)).T
+    factor = torch.linalg.cholesky(ridged)
+    del ridged  # of a wide FFN each of these matrices takes gigabytes
+    return torch.cholesky_solve(missing.T, factor).T
 
 
 @dataclass(frozen=True)
@@ -207,7 +209,10 @@ class Moments:
         if not torch.isfinite(product).all():  # squares of large activations overflow float32
             product = x.double().T @ y.double()
         self._count(2.0 * x.shape[0] * x.shape[1] * y.shape[1])
-        self._sums[name] = self._sums[name] + product if name in self._sums else product
+        if name in self._sums:
+            self._sums[name] += product
+        else:
+            self._sums[name] = product
 
     def refitted_weights(self, library: Library) -> dict[str, dict[str, torch.Tensor]]:
         """Identity of each alternative to its refitted weight by name, in the checkpoint's dtype."""
@@ -224,7 +229,7 @@ class Moments:
                 gone = torch.ones(whole.shape[1], dtype=torch.bool, device=whole.device).index_fill(0, r.left, False)
                 # W E[a b^T] less V E[b b^T] is what the removed entries of a contributed.
                 missing = whole[:, gone].double() @ moments[gone][:, r.left]
-                moment = moments[r.left][:, r.left]
+                moment = moments[r.left[:, None], r.left]
                 self._count(2.0 * outputs * (whole.shape[1] - size) * size)
             else:
                 cross, moment = (self._sums[f"{r.alternative.identity} {what}"] for what in ("cross", "moment"))

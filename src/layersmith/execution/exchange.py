@@ -132,14 +132,42 @@ def hands_over(parent: Parent) -> bool:
     return bool(parent.once("hands over hidden states alone", lambda: _can_hand_over(parent)))
 
 
+def few_tokens(parent: Parent) -> torch.Tensor:
+    """``[1, 8]`` token ids; any will do for a check."""
+    return torch.arange(3, 11, device=parent.runtime.device)[None] % parent.language_config.vocab_size
+
+
+def more_tokens(parent: Parent) -> torch.Tensor:
+    """``[2, 32]`` others: enough for masks and windows to matter."""
+    ids = torch.arange(3, 35, device=parent.runtime.device)[None] % parent.language_config.vocab_size
+    return ids.flip(1).repeat(2, 1)
+
+
+# Runs of the whole model that several checks share: a parent on the disk is read as a whole for each.
+
+
+def outputs_on_few_tokens(parent: Parent) -> tuple[torch.Tensor, torch.Tensor, list[Any]]:
+    """:func:`layer_outputs` on :func:`few_tokens`, run once."""
+    found: tuple[torch.Tensor, torch.Tensor, list[Any]] = parent.once(
+        "outputs on a few tokens", lambda: layer_outputs(parent, few_tokens(parent))
+    )
+    return found
+
+
+def logits_on_more_tokens(parent: Parent) -> torch.Tensor:
+    """Logits of :func:`more_tokens`, run once."""
+    logits: torch.Tensor = parent.once("logits on more tokens", lambda: forward(parent, more_tokens(parent))[0])
+    return logits
+
+
 def _can_hand_over(parent: Parent) -> bool:
     """Try it: each layer alone must return the same, although the others last ran on other tokens."""
-    input_ids = torch.arange(3, 11, device=parent.runtime.device)[None] % parent.language_config.vocab_size
-    _, _, outputs = layer_outputs(parent, input_ids)
+    input_ids = few_tokens(parent)
+    _, _, outputs = outputs_on_few_tokens(parent)
     if any(output is None for output in outputs):
         return False
     with foreign_code("does a layer run without those before it?", refusal_is_answer=True) as attempt:
-        forward(parent, input_ids.flip(1))
+        logits_on_more_tokens(parent)
         for index in reversed(range(1, len(parent.blocks))):
             with exchanged(parent, _handovers(parent, outputs, index)):
                 alone = output_of(parent.layers[index], lambda: forward(parent, input_ids))

@@ -17,7 +17,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -29,20 +29,25 @@ from layersmith.execution.division import Division
 from layersmith.execution.exchange import (
     LAYER_TYPE,
     exchanged,
+    few_tokens,
     first_tensor,
     hands_over,
-    layer_outputs,
     logits_and_hidden,
+    logits_on_more_tokens,
+    more_tokens,
+    outputs_on_few_tokens,
     tolerance,
 )
 from layersmith.execution.flops import Arithmetic
+from layersmith.execution.memory import give_back
 from layersmith.execution.parent import Parent
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.no_op import DummyBlock
 from layersmith.run import ranks
 
-# Hidden states of tokens that run at once, where the parent's weights stay on the disk and memory is scarce.
-STREAMED_BYTES = 64 * 1024**2
+# Hidden states of tokens that run at once, where the parent's weights stay on the disk, by the kind of device: on a CPU
+# memory is scarce; a GPU that holds a layer of such a parent has room, and is slow on few tokens.
+STREAMED_BYTES = {"cpu": 64 * 1024**2, "cuda": 2 * 1024**3}
 # The same where the weights are in memory: a share of their size, but at least what is small on any machine.
 _SMALL_BYTES = 256 * 1024**2
 _SHARE_OF_WEIGHTS = 0.1
@@ -220,8 +225,8 @@ class _Facts:
 
     @staticmethod
     def of(parent: Parent) -> _Facts:
-        probe = _probe(parent, 8)
-        logits, _, outputs = layer_outputs(parent, probe)
+        probe = few_tokens(parent)
+        logits, _, outputs = outputs_on_few_tokens(parent)
         hidden = first_tensor(outputs[0])
         stand_ins = [_StandIn(layer, i, outputs[i]) for i, layer in enumerate(parent.layers)]
         facts = _Facts(logits.shape[-1], hidden.element_size() * hidden.shape[-1], stand_ins)
@@ -309,6 +314,8 @@ class LayerwiseParent(Generic[Builder]):
         """Have the weights of layer ``i`` in memory; of a streamed parent, of this layer only."""
         self._forget_others(i)
         self.parent.layer(i)
+        if self.streamed:  # of what the layer before left; where layers stay, no reading does this
+            give_back()
 
     def head(self, input_ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Logits ``[B, T, V]`` and the hidden states that the head reads, from the output of the last layer.
@@ -444,18 +451,12 @@ class NoAlternatives:
     alone = without = layer
 
 
-def _probe(parent: Parent, length: int) -> torch.Tensor:
-    """``[1, length]`` token ids; any will do for a check."""
-    return torch.arange(3, 3 + length, device=parent.runtime.device)[None] % parent.language_config.vocab_size
-
-
 @torch.no_grad()
 def _checked(parent: Parent) -> _Facts | NotLayerwise:
     """What is known of the parent after the check, or why it cannot run layer by layer."""
     if not hands_over(parent):
         return NotLayerwise("its layers pass on more than hidden states")
-    input_ids = _probe(parent, 32).repeat(2, 1)  # enough tokens for masks and windows to matter
-    expected = parent.model(input_ids=input_ids, use_cache=False).logits
+    input_ids, expected = more_tokens(parent), logits_on_more_tokens(parent)
     with foreign_code("do the layers run one at a time?") as attempt:
         try:
             facts = _Facts.of(parent)
@@ -491,23 +492,30 @@ def _logits_layer_by_layer(
 
 def tokens_at_once(parent: Parent, layerwise: LayerwiseParent[Any] | None, most: int) -> int:
     """How many tokens may run at once, at most ``most``: their memory stays small against the parent's weights."""
-    streamed = layerwise is not None and layerwise.streamed
-    weights = sum(p.numel() * p.element_size() for p in parent.model.parameters())
-    limit = STREAMED_BYTES if streamed else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
-    vocab_size, held = parent.language_config.vocab_size, 0
+    weights = float(sum(p.numel() * p.element_size() for p in parent.model.parameters()))
+    vocab_size, held, streamed = parent.language_config.vocab_size, 0, False
     if layerwise is not None:
-        vocab_size = layerwise.vocab_size
+        vocab_size, streamed = layerwise.vocab_size, layerwise.streamed
         # The inputs of all layers, unless they are kept on the disk.
         held = 0 if streamed else layerwise.bytes_of_a_token * (len(layerwise.layers) + 1)
-    # Within a layer, or with the parent's logits in memory.
-    of_token = max(bytes_within_a_layer(parent), 8.0 * vocab_size)
-    return int(min(most, max(1, limit // (of_token + held))))
+    of_token = held + bytes_of_a_token_at_once(parent.layers, parent.runtime.dtype.itemsize, vocab_size)
+    return tokens_that_fit(of_token, None if streamed else weights, most, parent.runtime.device.type)
 
 
-def bytes_within_a_layer(parent: Parent) -> float:
+def tokens_that_fit(of_token: float, weights: float | None, most: int, device: str) -> int:
+    """:func:`tokens_at_once` for tokens of so many bytes, and a parent of so many in memory; None: on the disk."""
+    limit = STREAMED_BYTES[device] if weights is None else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
+    return int(min(most, max(1, limit // of_token)))
+
+
+def bytes_of_a_token_at_once(layers: Sequence[nn.Module], itemsize: int, vocab_size: int) -> float:
+    """Memory of a token within a layer, or with the parent's logits."""
+    return max(bytes_within_a_layer(layers, itemsize), 8.0 * vocab_size)
+
+
+def bytes_within_a_layer(layers: Sequence[nn.Module], itemsize: int) -> float:
     """Estimated memory of a token while it, or its gradient, goes through a layer."""
-    widest = max(sum(p.shape[-2] for p in layer.parameters() if p.ndim > 1) for layer in parent.layers)
-    return 3.0 * parent.runtime.dtype.itemsize * widest
+    return 3.0 * itemsize * max(sum(p.shape[-2] for p in layer.parameters() if p.ndim > 1) for layer in layers)
 
 
 def key_of(module: nn.Module, hidden: torch.Tensor) -> tuple[Any, ...]:

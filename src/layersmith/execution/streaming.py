@@ -43,7 +43,7 @@ from layersmith.untrusted import read_safetensors_header
 # Units smaller than this share of the largest are read once and stay in memory; dropping them would save little.
 _SMALL_SHARE = 0.01
 # Weights may take this share of the free memory; activations and alternatives need the rest.
-_SHARE_OF_MEMORY = 0.75
+SHARE_OF_MEMORY = 0.75
 
 
 class WeightStream:
@@ -201,7 +201,7 @@ def _held(layers: Sequence[nn.Module], runtime: Runtime) -> list[nn.Module]:
     owners = owners_of(layers, runtime.world_size)
     mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == runtime.rank]
     size = sum(p.numel() * p.element_size() for layer in mine for p in layer.parameters())
-    return mine if size <= _SHARE_OF_MEMORY * free_memory(runtime.device) / runtime.processes_on_device else []
+    return mine if size <= SHARE_OF_MEMORY * free_memory(runtime.device) / runtime.processes_on_device else []
 
 
 def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:
@@ -215,7 +215,7 @@ def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:
         entries, _ = read_safetensors_header(file)
         count += sum(math.prod(entry["shape"]) for name, entry in entries.items() if name != "__metadata__")
     size = count * runtime.dtype.itemsize * runtime.processes_on_device
-    return size > _SHARE_OF_MEMORY * free_memory(runtime.device)
+    return size > SHARE_OF_MEMORY * free_memory(runtime.device)
 
 
 def _all_on_disk_but(model: nn.Module, stays: str) -> dict[str, str]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from layersmith.execution.layerwise import NotLayerwise, split_layers
-from layersmith.execution.parent import Parent
+from layersmith.execution.parent import Parent, as_stored
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library import ranking
 from layersmith.library.axes.axis import Bundle, HeadsAxis, LayerAxes, WidthAxis, numbered
@@ -58,6 +58,8 @@ def _rank(library: Library, recipe: LibraryRecipe, survey: Survey, calibration: 
         for i, of_layer in means:
             rankings[i] = _Rankings(survey.ffn_ranking)
             rankings[i].add_layer(parent.layer(i), i, survey.axes[i], of_layer)
+            # As they will be stored: the first process gets those of all layers.
+            rankings[i].maps = {name: as_stored(weight, parent.dtype) for name, weight in rankings[i].maps.items()}
     return rankings
 
 

@@ -36,7 +36,8 @@ def gather_layerwise(
     """
     parent, tokens = layerwise.parent, calibration.tokens
     folder = calibration.checkpoint.parent if calibration.checkpoint else Path(tempfile.gettempdir())
-    most = int(STREAMED_BYTES / (bytes_within_a_layer(parent) * tokens.shape[1]))
+    of_row = bytes_within_a_layer(parent.layers, parent.runtime.dtype.itemsize) * tokens.shape[1]
+    most = int(STREAMED_BYTES[parent.runtime.device.type] / of_row)
     batches = tokens.split(max(1, min(calibration.batch_sequences, most)))
     started, total = [], len(layerwise.division.here) * len(tokens)
     with (

@@ -39,7 +39,7 @@ from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, mea
 
 # Neighbours of a solution share most of their layers, so built layers are kept, up to this share of the parent's
 # weights.
-_KEPT_SHARE = 0.5
+KEPT_SHARE = 0.5
 
 
 class _Layers:
@@ -62,7 +62,7 @@ class _Layers:
         else:
             self._built[changes] = self.library.layer(*changes)
             kept = {key: sum(p.numel() for p in layer.parameters()) for key, layer in self._built.items()}
-            while sum(kept.values()) > _KEPT_SHARE * self.total and len(kept) > 1:
+            while sum(kept.values()) > KEPT_SHARE * self.total and len(kept) > 1:
                 oldest = next(iter(kept))
                 del self._built[oldest], kept[oldest]
         return self._built[changes]

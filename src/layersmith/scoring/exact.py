@@ -36,7 +36,7 @@ from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, lab
 from layersmith.scoring.work import Plan, Work, plan_all, share_of_layer
 
 # Bytes of logits of one span of tokens. A larger span takes more memory; a smaller one uses the device less well.
-_SPAN_BYTES = {"cpu": 4 * 1024**2, "cuda": 512 * 1024**2}
+SPAN_BYTES = {"cpu": 4 * 1024**2, "cuda": 512 * 1024**2}
 
 
 @dataclass(frozen=True)
@@ -395,7 +395,7 @@ def _measured(layerwise: LayerwiseParent, reference: Reference, rows: torch.Tens
 def spans(rows: torch.Tensor, vocab_size: int) -> Iterator[tuple[int, int]]:
     """Start and end of each span of tokens of rows ``[B, T]`` whose logits are held at once."""
     num_rows, length = rows.shape
-    size = max(1, _SPAN_BYTES.get(rows.device.type, _SPAN_BYTES["cuda"]) // (4 * vocab_size * num_rows))
+    size = max(1, SPAN_BYTES.get(rows.device.type, SPAN_BYTES["cuda"]) // (4 * vocab_size * num_rows))
     for start in range(0, length, size):
         yield start, min(length, start + size)
 

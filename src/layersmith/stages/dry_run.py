@@ -18,12 +18,12 @@ from layersmith.library.formats import in_formats
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
-from layersmith.run.runtime import Runtime
 from layersmith.stages.automatic_formats import automatic_formats
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.effort import TOP
 from layersmith.stages.inspect import Outline, outline
 from layersmith.stages.job import formats_of, kv_formats_of
+from layersmith.stages.placement import Asked, Placement, place
 from layersmith.stages.rounds import check_rounds, limits_of_round, of_round
 from layersmith.stages.time_plan import forward_rate, plan_time
 from layersmith.units import format_cost, format_seconds
@@ -58,6 +58,7 @@ class Plan:
         statistics_gib: Most memory for statistics, in GiB.
         disk_bytes: Most disk space for the child.
         notes: What cannot be changed, and why.
+        placement: What each of several processes takes, if it was asked for; ``seconds`` are then with all of them.
     """
 
     parent: str
@@ -84,6 +85,7 @@ class Plan:
     disk_bytes: int
     out: str
     notes: list[str]
+    placement: Placement | None = None
 
     def __str__(self) -> str:
         asked = "" if self.within is None else f", for a time of {self.within}"
@@ -106,7 +108,11 @@ class Plan:
             *([] if self.level is None else [f"level of work: {self.level:g} of {TOP}{asked}"]),
             f"estimated time: {format_seconds(round(sum(self.seconds.values())))} on this {self.device}, at "
             f"{self.operations_per_second / 1e9:,.1f} GFLOP/s in the parent's forward pass",
-            *(self._line(stage, seconds) for stage, seconds in self.seconds.items()),
+            *(
+                (self._line(stage, seconds) for stage, seconds in self.seconds.items())
+                if self.placement is None
+                else self.placement.lines()
+            ),
             *(["  tasks: not estimated"] if self.tasks_not_estimated else ()),
             f"memory: {format_cost('weight_bytes', self.parent_bytes)} for the parent's weights in {self.dtype}, "
             f"up to {self.statistics_gib:g} GiB for statistics",
@@ -129,8 +135,9 @@ def plan(
     budget: Budget,
     descriptor: type[ModelDescriptor] | None = None,
     trust_remote_code: bool = False,
+    asked: Asked = Asked(),
 ) -> Plan:
-    """What ``--dry-run`` prints.
+    """What ``--dry-run`` prints; ``asked`` are processes and a device that need not be here.
 
     Raises:
         LayersmithError: What would stop the run before its work starts.
@@ -138,16 +145,22 @@ def plan(
     Run.check(Path(out))
     check_files(parent)
     next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
-    runtime = Runtime.detect(recipe.device, recipe.dtype)
+    machine = asked.machine(recipe)
+    runtime = machine.runtime
     space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
     notes = list(space.notes)
     recipe = automatic_formats(recipe, budget.limits, space, notes.append)
     priced = _in_formats(space, formats_of(recipe), kv_formats_of(recipe), budget)
     check_reachable(priced.alternatives, priced.costs, budget.limits, recipe.search, space.blocks)
     check_rounds(budget.limits, recipe)
-    timed = plan_time(space, recipe, forward_rate(space, recipe, runtime), budget.limits.has_times)
+    timed = plan_time(space, recipe, machine.rate or forward_rate(space, recipe, runtime), budget.limits.has_times)
     recipe, every = timed.recipe, range(1, recipe.rounds.count)
     plans = [plan_time(space, of_round(recipe, n), timed.rate, is_timed=False) for n in every] + [timed]
+    operations = {stage: sum(p.flops.get(stage, 0.0) for p in plans) for stage in timed.flops}
+    seconds = {stage: sum(p.seconds.get(stage, 0.0) for p in plans) for stage in timed.seconds}
+    placement = place(space, recipe, machine, operations, seconds) if asked.is_any else None
+    if placement is not None:
+        seconds = {stage: share.seconds for stage, share in placement.stages.items()}
     whole = space.costs.parent
     kinds = Counter(a.kind for a in space.alternatives if not a.is_parent)
     if budget.limits.has_times:
@@ -170,15 +183,16 @@ def plan(
         within=recipe.effort.within,
         level=recipe.effort.level,
         rounds=[*(str(limits_of_round(budget.limits, recipe, n, whole)) for n in every), str(budget.limits)],
-        operations={stage: sum(p.flops.get(stage, 0.0) for p in plans) for stage in timed.flops},
+        operations=operations,
         operations_per_second=timed.rate,
-        seconds={stage: sum(p.seconds.get(stage, 0.0) for p in plans) for stage in timed.seconds},
+        seconds=seconds,
         tasks_not_estimated=tokens_of_tasks(recipe.evaluation) is None,
         parent_bytes=whole["parameters"] * runtime.dtype.itemsize,
         statistics_gib=recipe.library.statistics_gib,
         disk_bytes=whole["weight_bytes"],
         out=str(out),
         notes=notes,
+        placement=placement,
     )
 
 

@@ -188,9 +188,11 @@ class Job:
     def stored_parent(self) -> Parent:
         """The parent in its checkpoint's dtype, in which the child is written.
 
-        From a wider dtype, in which it may be loaded, the way back is exact; otherwise it is read again.
+        From a wider dtype, in which it may be loaded, the way back is exact; otherwise it is read again. A parent that
+        stays on the disk is on the CPU: a child of it may have no room on the device.
         """
-        if self.parent.runtime.dtype == self.parent.dtype:
+        is_here = self.parent.stream is None or self.parent.runtime.device.type == "cpu"
+        if self.parent.runtime.dtype == self.parent.dtype and is_here:
             return self.parent
         return self._load(self.path, Runtime(torch.device("cpu"), self.parent.dtype), self.parent.descriptor)
 
