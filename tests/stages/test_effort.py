@@ -16,6 +16,8 @@ from layersmith.stages import effort, time_plan
 from layersmith.stages.arithmetic import Found, stage_flops
 from layersmith.stages.dry_run import plan
 from layersmith.stages.effort import TOP, at_level, highest_level, with_effort
+from layersmith.stages.job import REFINEMENT
+from layersmith.stages.library import AFTER_SEARCH
 from layersmith.units import parse_seconds
 
 SMALL: dict[str, Any] = {
@@ -51,6 +53,11 @@ def test_settings_that_were_changed_are_kept_and_a_level_is_applied_once() -> No
     assert chosen.search.refine_passes == 5
     assert chosen.local_distillation.child_refit_sequences == 16
     assert with_effort(chosen) == chosen == Recipe.read(chosen.to_dict())
+
+
+def test_what_is_chosen_after_the_search_makes_no_earlier_stage_again() -> None:
+    assert {name for _, name in effort._LAST} <= set(AFTER_SEARCH)
+    assert {name for _, name in effort._LATE} <= set(REFINEMENT)
 
 
 def test_the_highest_level_within_a_time() -> None:

@@ -38,7 +38,7 @@ _SLOWER = {
     "tasks": 1.2, "clock": 0.8, "distilled": 1.2,
 }  # fmt: skip
 # Making an alternative takes as long as this many tokens take to pass it, and so does scoring it.
-_TOKENS_OF_AN_ALTERNATIVE = 1500
+_TOKENS_OF_AN_ALTERNATIVE = 4000
 # Seconds of a stage besides its arithmetic, at least.
 _AT_LEAST = {"describe": 4.0, "data": 1.0, "frontier": 1.0, "child": 0.5, "evaluation": 1.0}
 # Bytes of a checkpoint that are read, or written and read again, in a second.

@@ -377,7 +377,8 @@ def _pairs(h: Sizes) -> Iterator[Holding]:
     if not (training or refits):
         yield Holding({})
         return
-    tokens = training + h.tokens(data.calibration_sequences) * refits
+    more = min(h.tokens(local.child_refit_sequences), h.tokens(data.training_sequences) - training)
+    tokens = training + (h.tokens(data.calibration_sequences) + more) * refits
     layer, within = max(h.layers), h.within * h.in_batch(local.batch_tokens)
     host = {"states": (4 if on_child else 2) * h.states(tokens), "linear maps": h.read_maps}
     if refits:

@@ -14,7 +14,7 @@ from layersmith.stages.job import Job
 from layersmith.stages.statistics import STATISTICS
 
 # Settings of the recipe's section that matter only for the layers of a solution.
-AFTER_SEARCH = ("child_refit", "coupled_tokens", "coupled_on", "coupled_learning_rate")
+AFTER_SEARCH = ("child_refit", "child_refit_sequences", "coupled_tokens", "coupled_on", "coupled_learning_rate")
 
 
 def _inputs(job: Job) -> Any:
