@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from layersmith.stages.inspect import Outline, outline
 from layersmith.stages.job import formats_of, kv_formats_of
 from layersmith.stages.placement import Asked, Placement, place
 from layersmith.stages.rounds import check_rounds, limits_of_round, of_round
-from layersmith.stages.time_plan import forward_rate, plan_time
+from layersmith.stages.time_plan import TimePlan, forward_rate, plan_time
 from layersmith.units import format_cost, format_seconds
 
 
@@ -155,24 +155,17 @@ def plan(
     check_rounds(budget.limits, recipe)
     timed = plan_time(space, recipe, machine.rate or forward_rate(space, recipe, runtime), budget.limits.has_times)
     recipe, every = timed.recipe, range(1, recipe.rounds.count)
-    plans = [plan_time(space, of_round(recipe, n), timed.rate, is_timed=False) for n in every] + [timed]
-    operations = {stage: sum(p.flops.get(stage, 0.0) for p in plans) for stage in timed.flops}
-    seconds = {stage: sum(p.seconds.get(stage, 0.0) for p in plans) for stage in timed.seconds}
+    operations, seconds = _of_all_rounds(space, timed)
     placement = place(space, recipe, machine, operations, seconds) if asked.is_any else None
     if placement is not None:
         seconds = {stage: share.seconds for stage, share in placement.stages.items()}
     whole = space.costs.parent
-    kinds = Counter(a.kind for a in space.alternatives if not a.is_parent)
-    if budget.limits.has_times:
-        notes.append("latency limits cannot be checked in a dry run; a run checks them once the parent is timed.")
-    if recipe.hidden_size.fractions or recipe.hidden_size.sizes:
-        notes.append("the run has other hidden sizes; each adds about the time of all stages up to the search.")
     return Plan(
         parent=str(parent),
         budget=str(budget.limits),
         costs={name: Reach(whole[name], _smallest(priced, name)) for name in COSTS if whole[name]},
         layers=len(space.axes),
-        alternatives=dict(kinds),
+        alternatives=dict(Counter(a.kind for a in space.alternatives if not a.is_parent)),
         data=str(data),
         sequence_length=recipe.data.sequence_length,
         calibration_sequences=recipe.data.calibration_sequences,
@@ -191,9 +184,24 @@ def plan(
         statistics_gib=recipe.library.statistics_gib,
         disk_bytes=whole["weight_bytes"],
         out=str(out),
-        notes=notes,
+        notes=[*notes, *_not_planned(recipe, budget)],
         placement=placement,
     )
+
+
+def _of_all_rounds(space: Outline, last: TimePlan) -> tuple[dict[str, float], dict[str, float]]:
+    """Operations and seconds of every stage in all rounds, from the plan of the last."""
+    earlier = range(1, last.recipe.rounds.count)
+    plans = [plan_time(space, of_round(last.recipe, n), last.rate, is_timed=False) for n in earlier] + [last]
+    operations = {stage: sum(p.flops.get(stage, 0.0) for p in plans) for stage in last.flops}
+    return operations, {stage: sum(p.seconds.get(stage, 0.0) for p in plans) for stage in last.seconds}
+
+
+def _not_planned(recipe: Recipe, budget: Budget) -> Iterator[str]:
+    if budget.limits.has_times:
+        yield "latency limits cannot be checked in a dry run; a run checks them once the parent is timed."
+    if recipe.hidden_size.fractions or recipe.hidden_size.sizes:
+        yield "the run has other hidden sizes; each adds about the time of all stages up to the search."
 
 
 def _in_formats(space: Outline, formats: Sequence[str], kv_formats: Sequence[str], budget: Budget) -> Outline:

@@ -186,10 +186,9 @@ class Job:
 
     @property
     def stored_parent(self) -> Parent:
-        """The parent in its checkpoint's dtype, in which the child is written.
+        """The parent in its checkpoint's dtype, in which the child is written; on the CPU if it stays on the disk.
 
-        From a wider dtype, in which it may be loaded, the way back is exact; otherwise it is read again. A parent that
-        stays on the disk is on the CPU: a child of it may have no room on the device.
+        From a wider dtype, in which it may be loaded, the way back is exact; otherwise it is read again.
         """
         is_here = self.parent.stream is None or self.parent.runtime.device.type == "cpu"
         if self.parent.runtime.dtype == self.parent.dtype and is_here:
