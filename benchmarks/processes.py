@@ -11,8 +11,8 @@ dealt to processes follows from their number and that of the batches (:mod:`laye
 With ``--divided``, weights stay on the disk, and each of several processes holds the layers that are dealt to it.
 Memory is the largest resident set of the process less that after all imports.
 
-With ``--plan``, the runs go on to the evaluation, and what ``--dry-run`` plans is put beside what they take. The plan's
-rate is measured by CPU time as well.
+With ``--plan``, the runs go on to the evaluation, and a table compares them with the plan that ``--dry-run`` makes. The
+plan's rate is measured by CPU time as well.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def work(folder: Path, recipe: dict[str, Any], until: str) -> None:
 
 
 def planned(folder: Path, processes: int, recipe: dict[str, Any]) -> Placement:
-    """What ``--dry-run`` plans for so many processes."""
+    """The plan that ``--dry-run`` makes for a number of processes."""
     time_plan.time = SimpleNamespace(perf_counter=time.process_time, monotonic=time.monotonic)  # type: ignore[assignment]
     (folder / "text.txt").write_text("A plan reads a document, and no rows of tokens.")
     given = folder / "parent", folder / "run", folder / "text.txt", Recipe.from_dict(recipe), Budget.parse(BUDGET)

@@ -21,7 +21,7 @@ from layersmith.recipe import Recipe
 from layersmith.stages.inspect import Outline, outline
 from layersmith.stages.placement import Asked, Placement, place
 from layersmith.stages.time_plan import plan_time
-from layersmith.units import format_count, format_seconds
+from layersmith.units import format_count, format_seconds, format_whole_seconds
 
 
 def llama(hidden: int, ffn: int, layers: int, heads: int) -> dict[str, Any]:
@@ -92,8 +92,7 @@ def table(space: Outline, recipe: Recipe, args: argparse.Namespace) -> Iterator[
 
 def _cells(found: Placement, stage: str) -> list[str]:
     share = found.stages[stage]
-    time = format_seconds(max(1, round(share.seconds)))
-    return [f"{share.on_device / 1024**3:.1f}", f"{share.on_host / 1024**3:.1f}", time]
+    return [f"{share.on_device / 1024**3:.1f}", f"{share.on_host / 1024**3:.1f}", format_whole_seconds(share.seconds)]
 
 
 def _summary(found: Placement) -> str:

@@ -89,6 +89,11 @@ def format_seconds(value: float) -> str:
     return f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} µs"
 
 
+def format_whole_seconds(value: float) -> str:
+    """A time in whole seconds, at least one."""
+    return format_seconds(max(1, round(value)))
+
+
 def format_cost(name: str, value: float) -> str:
     """A cost in the unit that its name ends with: ``4.77M``, ``9.10 MiB``, ``3.42 ms``.
 

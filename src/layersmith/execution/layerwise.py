@@ -503,7 +503,14 @@ def tokens_at_once(parent: Parent, layerwise: LayerwiseParent[Any] | None, most:
 
 
 def tokens_that_fit(of_token: float, weights: float | None, most: int, device: str) -> int:
-    """:func:`tokens_at_once` for tokens of so many bytes, and a parent of so many in memory; None: on the disk."""
+    """How many tokens may run at once, at most ``most``.
+
+    Args:
+        of_token: Bytes that each takes.
+        weights: Bytes of the parent's weights in memory; None if they stay on the disk.
+        most: At most this many.
+        device: ``cpu`` or ``cuda``.
+    """
     limit = STREAMED_BYTES[device] if weights is None else max(_SMALL_BYTES, _SHARE_OF_WEIGHTS * weights)
     return int(min(most, max(1, limit // of_token)))
 

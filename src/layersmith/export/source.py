@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
-from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith.block_config import BlockConfig
@@ -23,7 +22,7 @@ from layersmith.heterogeneous.checkpoint import save
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.heterogeneous.nested import cut
 from layersmith.heterogeneous.quantized import read_gguf_blocks, read_grids
-from layersmith.heterogeneous.weight_files import check_files, stored_shapes, weight_map
+from layersmith.heterogeneous.weight_files import check_files, read_tensor, stored_shapes, weight_map
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe, read_config, read_other_layout
 from layersmith.model_descriptor.stock import causal_lm_config, whole_number
@@ -81,8 +80,7 @@ class Source:
 
     def tensor(self, name: str) -> torch.Tensor:
         """A tensor, read from its file."""
-        with safe_open(self.places[name], framework="pt") as file:
-            return file.get_tensor(name)
+        return read_tensor(self.places, name)
 
     @cached_property
     def dtype(self) -> torch.dtype:

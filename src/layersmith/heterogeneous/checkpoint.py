@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import PretrainedConfig, PreTrainedModel
 
 from layersmith import upstream
@@ -24,7 +23,15 @@ from layersmith.heterogeneous.build import class_for
 from layersmith.heterogeneous.convert import ordinary_checkpoint
 from layersmith.heterogeneous.nested import cut
 from layersmith.heterogeneous.plan import SUBBLOCKS
-from layersmith.heterogeneous.weight_files import check_files, stored_shapes, weight_files, weight_map, write_files
+from layersmith.heterogeneous.weight_files import (
+    check_files,
+    read_tensor,
+    refuse_unless_empty,
+    stored_shapes,
+    weight_files,
+    weight_map,
+    write_files,
+)
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.conventions import ATTENTION
 from layersmith.model_descriptor.describe import read_config
@@ -107,13 +114,9 @@ def untie_if_stored_apart(path: str | os.PathLike[str], config: PretrainedConfig
     if not getattr(config, "tie_word_embeddings", False) or not tied or not Path(path).is_dir():
         return
     places = weight_map(Path(path))
-
-    def read(name: str) -> torch.Tensor:
-        with safe_open(places[name], framework="pt") as tensors:
-            return tensors.get_tensor(name)
-
     for name, source in tied.items():
-        if name in places and source in places and not torch.equal(read(name), read(source)):
+        is_stored = name in places and source in places
+        if is_stored and not torch.equal(read_tensor(places, name), read_tensor(places, source)):
             config.tie_word_embeddings = False
 
 
@@ -175,8 +178,7 @@ def save(
         InputError: The folder is not empty, or cannot be written.
     """
     folder = Path(path)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"{folder}: the folder already exists and is not empty. Choose another folder or remove it.")
+    refuse_unless_empty(folder)
     if not isinstance(model, HeterogeneousMixin):
         _refuse_unplanned(model, folder)
     with whole_folder(folder) as temporary, quiet_transformers():

@@ -11,15 +11,19 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from typing_extensions import TypedDict
 
 from layersmith.errors import InputError
-from layersmith.heterogeneous.weight_files import weight_files, weight_map, write_files
+from layersmith.heterogeneous.weight_files import (
+    read_tensor,
+    refuse_unless_empty,
+    weight_files,
+    weight_map,
+    write_files,
+)
 from layersmith.run.artifacts import read_json, read_tensors, whole_folder, write_json, write_tensors
 from layersmith.untrusted import inside
 
@@ -58,14 +62,14 @@ def write_parts(folder: Path, small: Path) -> int:
         Bytes of the tensors that are not parts of the largest child's.
     """
     places, files = weight_map(folder), weight_files(small)
-    digests = {_digest(_read(places, name)): name for name in places}
+    digests = {_digest(read_tensor(places, name)): name for name in places}
     of_small = weight_map(small)
     parts: dict[str, _Part] = {}
     stored: dict[str, torch.Tensor] = {}
     own = 0
     for name in of_small:
-        tensor = _read(of_small, name)
-        large = _read(places, name) if name in places else None
+        tensor = read_tensor(of_small, name)
+        large = read_tensor(places, name) if name in places else None
         if large is not None and torch.equal(large, tensor):
             parts[name] = {"source": name, "dim": None}
         elif (same := digests.get(_digest(tensor))) is not None:  # an expert that has another number now
@@ -101,8 +105,7 @@ def cut(folder: str | os.PathLike[str], size: str | float, out: str | os.PathLik
     if name not in sizes:
         known = f"It has {', '.join(sizes)}, and the largest without a size." if sizes else "It has one size only."
         raise InputError(f"{folder}: no nested child of size {name}. {known}")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise InputError(f"{out}: the folder already exists and is not empty. Choose another folder or remove it.")
+    refuse_unless_empty(out)
     small, places = folder / SIZES / name, weight_map(folder)
     parts, stored = read_json(small / _PARTS, _Parts), read_tensors(small / _TENSORS)
     known_parts = parts["tensors"]
@@ -111,7 +114,7 @@ def cut(folder: str | os.PathLike[str], size: str | float, out: str | os.PathLik
         part = known_parts[of]
         if part["source"] is None:
             return stored[of]
-        large = _read(places, part["source"])
+        large = read_tensor(places, part["source"])
         return large if part["dim"] is None else _taken(large, part["dim"], stored[of].long())
 
     with whole_folder(out) as made:
@@ -119,11 +122,6 @@ def cut(folder: str | os.PathLike[str], size: str | float, out: str | os.PathLik
         for file in parts["files"]:
             inside(made, file, small / _PARTS)
         write_files(made, parts["files"], tensor, with_index=len(parts["files"]) > 1)
-
-
-def _read(places: Mapping[str, Path], name: str) -> torch.Tensor:
-    with safe_open(places[name], framework="pt") as tensors:
-        return tensors.get_tensor(name)
 
 
 def _digest(tensor: torch.Tensor) -> tuple[bytes, torch.Size, torch.dtype]:

@@ -6,11 +6,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from layersmith.errors import UsageError, some_of
-from layersmith.heterogeneous.weight_files import INDEX, stored_shapes, weight_files, weight_map
+from layersmith.heterogeneous.weight_files import INDEX, read_tensor, stored_shapes, weight_files, weight_map
 from layersmith.quantization.formats import Format, format_named
 from layersmith.quantization.packing import compressed_tensors, format_of, gguf_blocks, grid_of, quantization_config
 from layersmith.quantization.rounding import Grid, Quantized
@@ -99,11 +98,8 @@ def read_grids(folder: Path) -> dict[str, Grid]:
         if (form := format_of(group)) is None:
             continue
         for module in group["targets"]:
-            stored = {}
-            for rest in ("weight_scale", "weight_global_scale", "weight_zero_point"):
-                if (name := f"{module}.{rest}") in places:
-                    with safe_open(places[name], framework="pt") as tensors:
-                        stored[rest] = tensors.get_tensor(name)
+            parts = ("weight_scale", "weight_global_scale", "weight_zero_point")
+            stored = {part: read_tensor(places, f"{module}.{part}") for part in parts if f"{module}.{part}" in places}
             grids[f"{module}.weight"] = grid_of(form, stored)
     return grids
 

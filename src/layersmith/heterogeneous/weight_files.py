@@ -72,6 +72,18 @@ def weight_map(folder: Path) -> dict[str, Path]:
     return files
 
 
+def read_tensor(places: Mapping[str, Path], name: str) -> torch.Tensor:
+    """A tensor, read from the file that :func:`weight_map` has for it."""
+    with safe_open(places[name], framework="pt") as tensors:
+        return tensors.get_tensor(name)
+
+
+def refuse_unless_empty(folder: Path) -> None:
+    """Raises: InputError: A folder for a new checkpoint has something in it."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"{folder}: the folder already exists and is not empty. Choose another folder or remove it.")
+
+
 def stored_shapes(files: Iterable[Path]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor in some files; the tensors are not read."""
     shapes: dict[str, tuple[int, ...]] = {}

@@ -54,28 +54,27 @@ class Grid:
 
     def levels(self, weight: Tensor) -> Tensor:
         """The nearest level of each weight ``[rows, columns]`` in float32."""
-        return nearest(weight, *self._of_columns(weight.shape[-1]), self.format)
+        return nearest(weight, *self._of_columns(self._all_columns(weight)), self.format)
 
     def values(self, levels: Tensor) -> Tensor:
         """The weights of levels ``[rows, columns]``, in float32."""
-        scale, offset = self._of_columns(levels.shape[-1])
+        scale, offset = self._of_columns(self._all_columns(levels))
         return levels * scale if offset is None else levels * scale + offset
+
+    def _all_columns(self, weight: Tensor) -> Tensor:
+        return torch.arange(weight.shape[-1], device=self.scale.device)
 
     def by_column(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and offset of the weights in some columns: ``[columns, rows]``, or ``[columns, 1]``."""
-        size, shape = self.format.group, (len(columns), len(self.scale))
-        if not isinstance(size, int):
-            return self.scale.T.expand(shape), None if self.offset is None else self.offset.T.expand(shape)
-        index = columns // size
-        return self.scale[:, index].T.contiguous(), None if self.offset is None else self.offset[
-            :, index
-        ].T.contiguous()
+        scale, offset = self._of_columns(columns)
+        shape = len(columns), len(scale)
+        return scale.T.expand(shape).contiguous(), None if offset is None else offset.T.expand(shape).contiguous()
 
-    def _of_columns(self, columns: int) -> tuple[Tensor, Tensor | None]:
+    def _of_columns(self, columns: Tensor) -> tuple[Tensor, Tensor | None]:
         size = self.format.group
         if not isinstance(size, int):
             return self.scale, self.offset
-        index = torch.arange(columns, device=self.scale.device) // size
+        index = columns // size
         return self.scale[:, index], None if self.offset is None else self.offset[:, index]
 
 

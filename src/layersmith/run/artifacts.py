@@ -56,6 +56,12 @@ def saying_disk_full(path: Path) -> Iterator[None]:
         raise
 
 
+def refuse_existing(path: Path) -> None:
+    """Raises: InputError: What is to be made is there already."""
+    if path.exists():
+        raise InputError(f"{path}: already there. Choose another folder.")
+
+
 def check_writable(path: Path) -> None:
     """Try, before long work, whether a file can be written.
 

@@ -186,17 +186,6 @@ def _solutions(space: SearchSpace, changed: Sequence[Alternative]) -> float:
     return 2.0 * total
 
 
-def refitted_inputs(space: SearchSpace, a: Alternative) -> int:
-    """Inputs of the projection that is refitted for an alternative; 0 if none is."""
-    kv = space.axes[a.layer].kv
-    if a.kind == "ffn_width":
-        return a.size
-    if a.kind not in ("kv_heads", "head_groups", "query_heads", "window") or kv is None:
-        return 0
-    heads = {"head_groups": a.query_heads, "query_heads": a.size}.get(a.kind, kv.num_heads * kv.together)
-    return heads * kv.head_dim
-
-
 def _scoring_passes(space: SearchSpace, recipe: Recipe, layers: Sequence[int]) -> float:
     """Parameters that a scoring token meets: an exact score runs the alternative's layer and those after it."""
     head = space.costs.fixed["active_parameters"]

@@ -26,7 +26,7 @@ from layersmith.stages.job import formats_of, kv_formats_of
 from layersmith.stages.placement import Asked, Placement, place
 from layersmith.stages.rounds import check_rounds, limits_of_round, of_round
 from layersmith.stages.time_plan import TimePlan, forward_rate, plan_time
-from layersmith.units import format_cost, format_seconds
+from layersmith.units import format_cost, format_seconds, format_whole_seconds
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,7 @@ class Plan:
 
     def _line(self, stage: str, seconds: float) -> str:
         count = f"{self.operations[stage] / 1e12:.2f} TFLOP, " if stage in self.operations else ""
-        return f"  {stage}: {count}{format_seconds(max(1, round(seconds)))}"
+        return f"  {stage}: {count}{format_whole_seconds(seconds)}"
 
 
 def plan(

@@ -29,7 +29,6 @@ from layersmith.model_descriptor.stock import whole_number
 from layersmith.recipe import Recipe
 from layersmith.scoring.children import KEPT_SHARE
 from layersmith.scoring.exact import SPAN_BYTES
-from layersmith.stages.arithmetic import refitted_inputs
 from layersmith.stages.inspect import Outline
 
 # Memory of a token within a layer, as a share of what the code allows for: forward, and with what a gradient needs.
@@ -46,18 +45,18 @@ Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
-class Holding:
-    """Bytes that a process holds at the fullest moment of a stage.
+class Held:
+    """Bytes that a process holds.
 
     Attributes:
         device: Bytes in the memory of the device, by what they are for.
-        host: The same for the memory of the CPU.
+        host: The same for the memory of the CPU, where the device has another.
         disk: Bytes of hidden states in files.
     """
 
     device: Parts
-    host: Parts = field(default_factory=dict)
-    disk: float = 0.0
+    host: Parts
+    disk: float
 
     @property
     def on_device(self) -> float:
@@ -66,6 +65,14 @@ class Holding:
     @property
     def on_host(self) -> float:
         return sum(self.host.values())
+
+
+@dataclass(frozen=True)
+class Holding(Held):
+    """Bytes that a process holds at a moment of a stage."""
+
+    host: Parts = field(default_factory=dict)
+    disk: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -155,7 +162,7 @@ class Sizes:
         return tokens * self.hidden * self.memory.itemsize
 
     def in_batch(self, batch_tokens: int, sequences: int | None = None) -> int:
-        """Tokens of a batch of whole rows, at most so many."""
+        """Tokens of a batch: whole rows with at most ``batch_tokens`` tokens, but at least one row."""
         length = self.recipe.data.sequence_length
         rows = max(1, batch_tokens // length)
         return length * (rows if sequences is None else min(rows, sequences))
@@ -202,7 +209,13 @@ class Sizes:
 
     def inputs(self, a: Alternative) -> int:
         """K of the projection that is refitted; 0 if none is."""
-        return refitted_inputs(self.space, a)
+        kv = self.space.axes[a.layer].kv
+        if a.kind == "ffn_width":
+            return a.size
+        if a.kind not in (*_OF_HEADS, "window") or kv is None:
+            return 0
+        heads = {"head_groups": a.query_heads, "query_heads": a.size}.get(a.kind, kv.num_heads * kv.together)
+        return heads * kv.head_dim
 
     @cached_property
     def is_iterative(self) -> bool:
@@ -258,12 +271,15 @@ class Sizes:
 
 
 def held_in(stage: str, sizes: Sizes) -> Holding:
-    """What a process holds at the fullest moment of a stage."""
+    """What a process holds at the fullest moment of a stage; on a CPU all of it on the device."""
     moments = list(_MOMENTS[stage](sizes)) if stage in _MOMENTS else [Holding({})]
     fullest = max(moments, key=sizes.memory.needed)
     on_host = max(moments, key=lambda held: held.on_host) if sizes.memory.is_gpu else fullest
     device, host = {"weights": sizes.weights, **fullest.device}, {"process": _OF_A_PROCESS, **on_host.host}
-    return Holding(_without_zeros(device), _without_zeros(host), max(held.disk for held in moments))
+    device, host = _without_zeros(device), _without_zeros(host)
+    if not sizes.memory.is_gpu:
+        device, host = device | host, {}
+    return Holding(device, host, max(held.disk for held in moments))
 
 
 def _without_zeros(parts: Parts) -> Parts:

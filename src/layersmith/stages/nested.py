@@ -13,7 +13,7 @@ from layersmith.costs.budget import Budget, Limits, parse_limit
 from layersmith.distillation.joint import distill_jointly
 from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.local import distill_locally
-from layersmith.errors import InputError, UsageError
+from layersmith.errors import UsageError
 from layersmith.evaluation.compare import RowsToCompare
 from layersmith.heterogeneous.checkpoint import save
 from layersmith.heterogeneous.nested import NESTED, SIZES, write_parts
@@ -23,7 +23,7 @@ from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import SearchRecipe
 from layersmith.report.card import Child, model_card
 from layersmith.report.words import with_noise
-from layersmith.run.artifacts import write_json, write_text
+from layersmith.run.artifacts import refuse_existing, write_json, write_text
 from layersmith.run.cards import CARD
 from layersmith.run.progress import SILENT, Callback, Progress, progress_of
 from layersmith.scoring.score import standard_error
@@ -138,8 +138,8 @@ def nested_children(
         InputError: The run is not finished, or ``out`` exists.
         UsageError: An argument is wrong.
     """
-    if out is not None and out.exists():
-        raise InputError(f"{out}: already there. Choose another folder.")
+    if out is not None:
+        refuse_existing(out)
     limits = {text.strip(): parse_limit("parameters", text.strip()) for text in sizes}
     job, problem = dataclasses.replace(request, formats=()).open(progress)
     whole = problem.costs.parent["parameters"]

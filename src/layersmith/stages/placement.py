@@ -21,9 +21,9 @@ from layersmith.execution.dealing import efficiency
 from layersmith.execution.memory import free_memory
 from layersmith.recipe import Recipe
 from layersmith.run.runtime import DTYPES, Runtime
-from layersmith.stages.holding import Holding, Memory, Sizes, held_in
+from layersmith.stages.holding import Held, Holding, Memory, Sizes, held_in
 from layersmith.stages.inspect import Outline
-from layersmith.units import format_bytes, format_seconds, parse_amount
+from layersmith.units import format_bytes, format_whole_seconds, parse_amount
 
 # A forward pass reaches this share of the dense rate of a data sheet: matrix products reach 0.8 of it on an H200, and
 # are 2.5 times as fast as a forward pass (:mod:`.time_plan`).
@@ -127,13 +127,11 @@ def _elsewhere(recipe: Recipe) -> Runtime:
 
 
 @dataclass(frozen=True)
-class Share:
-    """What the process that takes most takes in a stage.
+class Share(Held):
+    """What the process that takes most holds and takes in a stage.
 
     Attributes:
-        device: Bytes on its device, by what they are for; on a CPU with those of ``host``.
-        host: Bytes in the memory of the CPU.
-        disk: Bytes of hidden states that it keeps in files.
+        device, host, disk: Bytes that it holds, as in :class:`.Held`.
         sent: Bytes that it sends to other processes.
         read: Bytes of weights that it reads.
         operations: Floating-point operations.
@@ -141,30 +139,15 @@ class Share:
         waiting: Time of these in which it waits for processes that have other layers.
     """
 
-    device: dict[str, float]
-    host: dict[str, float]
-    disk: float
     sent: float
     read: float
     operations: float
     seconds: float
     waiting: float = 0.0
 
-    @property
-    def on_device(self) -> float:
-        return sum(self.device.values())
-
-    @property
-    def on_host(self) -> float:
-        return sum(self.host.values())
-
 
 def _size(size: float) -> str:
     return format_bytes(size) if size else "0"
-
-
-def _time(seconds: float) -> str:
-    return format_seconds(max(1, round(seconds)))
 
 
 @dataclass(frozen=True)
@@ -219,7 +202,7 @@ class Placement:
             besides = {"on disk": share.disk, "sent": share.sent, "read": share.read}
             words = [f"{_size(size)} {what}" for what, size in besides.items() if size]
             words += [f"{share.operations / 1e12:,.2f} TFLOP"] if share.operations else []
-            yield f"  {name}: {', '.join([*words, _time(share.seconds)])}"
+            yield f"  {name}: {', '.join([*words, format_whole_seconds(share.seconds)])}"
             for where, parts in (("device", share.device), ("host", share.host)):
                 if parts:
                     listed = ", ".join(f"{what} {_size(size)}" for what, size in parts.items())
@@ -250,8 +233,6 @@ def place(
         held, (work, time) = held_in(name, sizes), _shares_of(name, sizes)
         sent, read = _sent(name, sizes, flops), recipe.rounds.count * _read(name, sizes)
         moved = sent / _LINK + read / _READ + _added(name, sizes) / _ADDED
-        if not machine.is_gpu:
-            held = Holding(held.device | held.host, {}, held.disk)
         stages[name] = Share(
             device=held.device,
             host=held.host,
@@ -361,10 +342,9 @@ def _check(sizes: Sizes, machine: Machine, stages: Mapping[str, float]) -> None:
             "be distilled globally. Set distillation.tokens to 0."
         )
     stage, held = _fullest(sizes, stages)
-    if (needed := sizes.memory.needed(held)) <= machine.memory:
+    if held.on_device <= machine.memory:
         return
-    parts = held.device if machine.is_gpu else held.device | held.host
-    what, size = max(parts.items(), key=lambda part: part[1])
+    what, size = max(held.device.items(), key=lambda part: part[1])
     fits = [
         words
         for words, recipe, where in _other_ways(sizes.recipe, machine, len(sizes.layers))
@@ -374,17 +354,17 @@ def _check(sizes: Sizes, machine: Machine, stages: Mapping[str, float]) -> None:
     if not fits:
         mend = "Neither another number of processes nor settings make it fit: each has a layer, and one more unit."
     raise UsageError(
-        f"--device-memory {_size(machine.memory)}: the stage {stage} needs {_size(needed)} in one of "
+        f"--device-memory {_size(machine.memory)}: the stage {stage} needs {_size(held.on_device)} in one of "
         f"{machine.processes} processes, {_size(size)} of it for {what}. {mend}"
     )
 
 
 def _fits(sizes: Sizes, stages: Mapping[str, float]) -> bool:
-    return sizes.memory.needed(_fullest(sizes, stages)[1]) <= sizes.memory.size
+    return _fullest(sizes, stages)[1].on_device <= sizes.memory.size
 
 
 def _fullest(sizes: Sizes, stages: Mapping[str, float]) -> tuple[str, Holding]:
-    return max(((name, held_in(name, sizes)) for name in stages), key=lambda entry: sizes.memory.needed(entry[1]))
+    return max(((name, held_in(name, sizes)) for name in stages), key=lambda entry: entry[1].on_device)
 
 
 def _other_ways(recipe: Recipe, machine: Machine, num_layers: int) -> Iterator[tuple[str, Recipe, Machine]]:

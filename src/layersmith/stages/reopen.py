@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from layersmith.costs.budget import Budget
-from layersmith.errors import InputError, UnsupportedModel, UsageError, did_you_mean
+from layersmith.errors import UnsupportedModel, UsageError, did_you_mean
 from layersmith.heterogeneous.checkpoint import save
 from layersmith.library.library import Library
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import AUTOMATIC, Recipe, SearchRecipe
 from layersmith.report.card import Child, model_card
-from layersmith.run.artifacts import fingerprint, whole_folder, write_json, write_text
+from layersmith.run.artifacts import fingerprint, refuse_existing, whole_folder, write_json, write_text
 from layersmith.run.cards import CARD
 from layersmith.run.folder import ASKED_FRONTIER
 from layersmith.run.journal import Recording
@@ -209,8 +209,8 @@ def search_several(
         Infeasible: No child of the run's library fits.
         UsageError: An unknown objective.
     """
-    if out is not None and Path(out).exists():
-        raise InputError(f"{out}: already there. Choose another folder.")
+    if out is not None:
+        refuse_existing(Path(out))
     if not 1 <= solutions <= _MOST_SOLUTIONS or min_distance < 1:
         raise UsageError(f"--solutions must be 1 to {_MOST_SOLUTIONS}, and --min-distance at least 1.")
     job, problem = request.open(progress)

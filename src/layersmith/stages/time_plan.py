@@ -27,7 +27,7 @@ from layersmith.stages.describe import DESCRIBE
 from layersmith.stages.effort import TOP, at_level, highest_level, with_effort
 from layersmith.stages.inspect import Outline, outline
 from layersmith.stages.job import Job
-from layersmith.units import format_seconds, parse_seconds
+from layersmith.units import format_whole_seconds, parse_seconds
 
 # How many times faster a square matrix product is than a forward pass, where the latter cannot be measured.
 _MATRICES_ARE_FASTER = 2.5
@@ -106,7 +106,10 @@ def choose_effort(job: Job, started: float) -> Recipe:
     job.rate = rate = forward_rate(space, recipe, job.runtime)
     plan = plan_time(space, recipe, rate, job.limits.has_times, time.monotonic() - started)
     chosen = plan.recipe.effort
-    job.progress.note(f"--within {effort.within}: level {chosen.level:g} of {TOP}, planned to take " + _of(plan.total))
+    job.progress.note(
+        f"--within {effort.within}: level {chosen.level:g} of {TOP}, planned to take "
+        + format_whole_seconds(plan.total)
+    )
     within = _within(recipe)
     if plan.total > 1.1 * within:
         job.progress.note(f"this is the least work there is; it does not fit into {effort.within}.")
@@ -133,27 +136,29 @@ def choose_late_effort(job: Job, asked: Recipe, planning: float, stage: str) -> 
     def at(level: float) -> Recipe:
         return at_level(asked, first, **{"late_level": effort.late_level, _LEVEL_OF[stage]: level})
 
-    chosen, space, rate = before, space_of(job), _rate_so_far(job, stage)
+    chosen, space, rate = before, space_of(job), _rate_so_far(job)
     if rate is not None:
         left = _within(job.recipe) - planning - sum(t["seconds"] for t in job.run.log.times())
         following = _FOLLOWING[_FOLLOWING.index(stage) :]
 
         def seconds(level: float) -> float:
-            every = stage_seconds(stage_flops(space, at(level)), space, at(level), rate)
+            recipe = at(level)
+            every = stage_seconds(stage_flops(space, recipe), space, recipe, rate)
             return sum(every.get(stage, 0.0) for stage in following)
 
         chosen = highest_level(seconds, left)
         if abs(chosen - before) > 0.1:
             what = "less" if chosen < before else "more"
             job.progress.note(
-                f"{_of(left)} are left, so there is {what} {_WORK_OF[stage]} than was planned: "
+                f"{format_whole_seconds(left)} are left, so there is {what} {_WORK_OF[stage]} than was planned: "
                 f"level {chosen:g} instead of {before:g}."
             )
-    job.run.change_recipe(at(chosen))
-    return at(chosen)
+    recipe = at(chosen)
+    job.run.change_recipe(recipe)
+    return recipe
 
 
-def _rate_so_far(job: Job, stage: str) -> float | None:
+def _rate_so_far(job: Job) -> float | None:
     """Operations per second of a forward pass, from the stages whose speed is most like that of those to come."""
     taken, work = job.run.log.worked(), stage_work(stage_flops(space_of(job), job.recipe))
     for known in (("refine",), ("statistics", "library", "scores")):
@@ -182,10 +187,6 @@ def _within(recipe: Recipe) -> float:
     """Seconds that a round should take; most runs have one."""
     assert recipe.effort.within is not None
     return parse_seconds(recipe.effort.within, "--within") / recipe.rounds.count
-
-
-def _of(seconds: float) -> str:
-    return format_seconds(max(1, round(seconds)))
 
 
 # ---------------------------------------------------------------------------------------------- the rate

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from layersmith.data.in_memory import Text, source_of
@@ -22,9 +21,9 @@ from layersmith.errors import InputError, UnsupportedModel
 from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.checkpoint import class_of, load
 from layersmith.heterogeneous.convert import ordinary_checkpoint
-from layersmith.heterogeneous.weight_files import weight_map, write_files
+from layersmith.heterogeneous.weight_files import read_tensor, weight_map, write_files
 from layersmith.model_descriptor.stock import quiet_transformers
-from layersmith.run.artifacts import read_json, whole_folder, write_json
+from layersmith.run.artifacts import read_json, refuse_existing, whole_folder, write_json
 from layersmith.run.progress import Callback, Progress, progress_of
 from layersmith.upstream import model_from_config
 
@@ -90,8 +89,7 @@ def trim_vocabulary(
         UnsupportedModel: The tokenizer or the model has another structure than what can be trimmed.
     """
     shown, out = progress_of(progress, callback), Path(out)
-    if out.exists():
-        raise InputError(f"{out}: already there. Choose another folder.")
+    refuse_existing(out)
     path = Path(ordinary_checkpoint(model, trust_remote_code=trust_remote_code))
     if not path.is_dir():
         raise InputError(f"{model}: not a folder. Download it first, for example with `hf download`.")
@@ -170,8 +168,7 @@ def _write_weights(path: Path, folder: Path, kept: list[int], trust_remote_code:
     places, index = weight_map(path), torch.tensor(kept)
 
     def tensor(name: str) -> torch.Tensor:
-        with safe_open(places[name], framework="pt") as tensors:
-            weight = tensors.get_tensor(name)
+        weight = read_tensor(places, name)
         return weight.index_select(dims[name], index) if name in dims else weight
 
     files: dict[str, list[str]] = {}
