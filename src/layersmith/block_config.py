@@ -100,13 +100,15 @@ class AttentionConfig(_SubblockConfig):
     num_key_value_heads: PositiveInt | None = None
     """Number of KV heads."""
     num_attention_heads: PositiveInt | None = None
-    """Number of query heads. The size of a head does not change."""
+    """Number of query heads. The size of a head does not change with it."""
     layer_type: str | None = None
     """What the attention sees, in the words of the model's config: ``sliding_attention``, ``full_attention``."""
     kv_cache_format: str | None = None
     """Number format of keys and values in the KV cache. None: the data type of the model."""
     mamba: MambaConfig | None = None
     """The mixer's sizes, where it takes the attention's place."""
+    inner_sizes: dict[str, PositiveInt] | None = None
+    """Sizes inside the attention, by the attribute of the model's config that sets each: ``{"v_head_dim": 96}``."""
     llama4: dict[str, Any] | None = None
     """For puzzletron's files only; layersmith ignores it."""
 
@@ -121,6 +123,8 @@ class FFNConfig(_SubblockConfig):
     """Width of a dense FFN."""
     moe: MoEConfig | None = None
     """The experts, where the FFN is a mixture."""
+    inner_sizes: dict[str, PositiveInt] | None = None
+    """Other sizes inside the FFN, by the attribute of the model's config that sets each."""
 
     _always_written = ("intermediate_size", "moe")
 

@@ -414,10 +414,40 @@ def resize(layer: nn.Module, shapes: dict[str, list[int | None]]) -> None:
                 setattr(module, attribute, changed[value])
 
 
-def renumber(layer: nn.Module, numbers: dict[str, dict[str, int]]) -> None:
-    """Set integers of a layer's modules, where a config attribute would change other modules too."""
+def renumber(layer: nn.Module, numbers: dict[str, dict[str, int | float]]) -> None:
+    """Set plain numbers of a layer's modules, where a config attribute would change other modules too."""
     for name, values in numbers.items():
         vars(layer.get_submodule(name)).update(values)
+
+
+KEPT_ENTRIES = "kept_"
+
+
+def take_entries(layer: nn.Module, shared: dict[str, dict[str, int]]) -> None:
+    """Let modules of a layer take only some entries of arguments that all layers share, such as rotary embeddings.
+
+    Which entries of the last dimension these are is a weight of the module, with the name of the argument.
+
+    Args:
+        layer: A decoder layer.
+        shared: Module to the name of an argument to the number of entries that it takes.
+    """
+
+    def taken(given: Any, kept: torch.Tensor) -> Any:
+        if isinstance(given, torch.Tensor):
+            return given.index_select(-1, kept.to(given.device))
+        return type(given)(taken(part, kept) for part in given) if isinstance(given, tuple | list) else given
+
+    def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        buffers = module._buffers
+        kept = {name: buffer for name in kwargs if (buffer := buffers.get(KEPT_ENTRIES + name)) is not None}
+        return args, {n: taken(given, kept[n]) if n in kept else given for n, given in kwargs.items()}
+
+    for name, lengths in shared.items():
+        module = layer.get_submodule(name)
+        for argument, length in lengths.items():
+            module.register_buffer(KEPT_ENTRIES + argument, torch.arange(length))
+        module.register_forward_pre_hook(before, with_kwargs=True)
 
 
 # ---------------------------------------------------------------------------------------------- the KV cache
@@ -539,6 +569,7 @@ def layers_of_plan(config: PretrainedConfig) -> Iterator[None]:
             return
         resize(layer, records[index].get("shapes", {}))
         renumber(layer, records[index].get("numbers", {}))
+        take_entries(layer, records[index].get("shared_entries", {}))
         for name, record in records[index]["modules"].items():
             layer.set_submodule(name, make_replacement(record))
         set_cache_slot(layer, records[index]["cache_slot"], records[index].get("cached"))

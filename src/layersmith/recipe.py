@@ -41,7 +41,8 @@ Overlap = Literal["leave_out", "warn", "refuse", "allow"]
 # Kinds of alternatives that have weights.
 Trainable = Literal[
     "linear", "kv_heads", "head_groups", "query_heads", "window", "mixer_heads", "mixer_groups", "mixer_head_size",
-    "state_size", "ffn_width", "experts", "expert_width", "shared_width", "experts_per_token",
+    "state_size", "attention_size", "ffn_width", "experts", "expert_width", "shared_width", "experts_per_token",
+    "ffn_size",
 ]  # fmt: skip
 Subblock = Literal["attention", "ffn"]
 # Whole numbers. Larger ones would overflow products of a few of them in 64 bits.
@@ -109,10 +110,14 @@ class LibraryRecipe:
     """Whether full-attention layers may get the sliding window that other layers of the same model use."""
     mixers: bool = True
     """Whether Mamba and linear-attention mixers may get fewer or smaller heads and a smaller state."""
+    inner_sizes: bool = False
+    """Whether to offer smaller sizes inside attentions and FFNs that an attribute of the config sets alone: the size of
+    heads, of queries and keys or of values only, the ranks of latent attention, the latent width of experts. Only
+    layersmith's loader builds such children; exports refuse them, but ONNX."""
     head_fractions: Annotated[tuple[Fraction, ...], _MOST] = (0.75, 0.5, 0.25)
     """Head counts to offer, as fractions of the parent's: query heads per KV head, KV heads together with their query
     heads (in addition to the default of `kv_heads`), and all heads in multi-head attention. For mixers, the fractions
-    apply to heads per group, groups, head size and state size."""
+    apply to heads per group, groups, head size and state size. With `inner_sizes` they apply to those sizes too."""
     expert_fractions: Annotated[tuple[Fraction, ...], _MOST] = (0.875, 0.75, 0.5, 0.25)
     """Fractions of the parent's to offer for the number of experts, the experts per token and the expert width."""
     linear: tuple[Subblock, ...] = ("attention", "ffn")

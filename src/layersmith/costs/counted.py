@@ -215,15 +215,24 @@ def kv_cache_bytes(shape: ModelShape, index: int, workload: Workload, format: KV
         if (window := sliding_window(shape.language, index, block.attention.layer_type)) is not None:
             tokens = min(tokens, window)
         latent = facts.latent_cache
-        numbers, head_dim = _of_heads(shape, index)
-        of_token = (numbers if latent is None else latent) * itemsize
+        heads, numbers, head_dim = _of_heads(shape, index)
+        less = _fewer_numbers(shape, index)
+        numbers = round(numbers - less * heads)
+        of_token = (numbers if latent is None else round(latent - less)) * itemsize
         if format is not None and latent is None and numbers and not other_bytes:
             of_token = format.bytes_of(numbers, head_dim)
     return facts.cache_slots * workload.batch * (of_token * tokens + other_bytes)
 
 
-def _of_heads(shape: ModelShape, index: int) -> tuple[int, int]:
-    """Numbers that are kept of a token where each KV head has its own, and the size of a head."""
+def _fewer_numbers(shape: ModelShape, index: int) -> float:
+    """Numbers that are kept less of a token, for every head, because of smaller sizes inside the attention."""
+    sizes = shape.descriptor.layer_facts(index).inner_sizes
+    inner = shape.blocks[index].attention.inner_sizes or {}
+    return sum(sizes[name][0].cached * (sizes[name][1] - size) for name, size in inner.items() if name in sizes)
+
+
+def _of_heads(shape: ModelShape, index: int) -> tuple[int, float, int]:
+    """The heads that the cache keeps, where each has its own numbers of a token, those numbers, and a head's size."""
     language, attention, axis = shape.language, shape.blocks[index].attention, shape.axes[index].kv
     usual_heads, hidden_size = (whole_number(language, name) for name in ("num_attention_heads", "hidden_size"))
     facts = shape.descriptor.layer_facts(index)
@@ -236,7 +245,7 @@ def _of_heads(shape: ModelShape, index: int) -> tuple[int, int]:
     heads = heads or attention.num_attention_heads or query_heads
     head_dim = axis.head_dim if axis else None
     head_dim = head_dim or whole_number(language, "head_dim") or (hidden_size or 0) // (usual_heads or 1)
-    return (round(facts.cached_numbers * heads * head_dim), head_dim) if heads and head_dim else (0, 1)
+    return (heads, facts.cached_numbers * heads * head_dim, head_dim) if heads and head_dim else (0, 0, 1)
 
 
 def sliding_window(language: PretrainedConfig, index: int, layer_type: str | None = None) -> int | None:

@@ -90,11 +90,7 @@ def export(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{folder}: already there and not empty. Choose another folder.")
     with open_source(child, size) as source, Run.locked_around(folder), progress.stage("export", 2, "steps") as advance:
-        if layers := [str(i) for i, block in enumerate(source.blocks) if block.attention.kv_cache_format]:
-            raise CannotExport(
-                f"layers {', '.join(layers)}: their KV caches have number formats of their own, which no export holds. "
-                "Search again without kv_formats."
-            )
+        _refuse_what_has_no_place(source, to, target)
         write = target.prepare(source if target.keeps_formats else replace(source, compressed=None))
         with whole_folder(folder) as made:
             with quiet_transformers():
@@ -107,6 +103,22 @@ def export(
             write_json(made / RECORD, _record(source, target, proof) | ({"quantized": quantized} if quantized else {}))
             advance(1)
     return Exported(folder, to, _layout(folder), proof, quantized)
+
+
+def _refuse_what_has_no_place(source: Source, to: str, target: Target) -> None:
+    """Raises: CannotExport: A layer has something that the layout cannot say, whatever the family."""
+    if layers := [str(i) for i, block in enumerate(source.blocks) if block.attention.kv_cache_format]:
+        raise CannotExport(
+            f"layers {', '.join(layers)}: their KV caches have number formats of their own, which no export holds. "
+            "Search again without kv_formats."
+        )
+    for i, block in enumerate(source.blocks):
+        inner = {**(block.attention.inner_sizes or {}), **(block.ffn.inner_sizes or {})}
+        if inner and not target.keeps_inner_sizes:
+            raise CannotExport(
+                f"--to {to}: layer {i} has {', '.join(f'{name} {size}' for name, size in inner.items())}, and the "
+                "layout has one such size for all layers. Search again without library.inner_sizes."
+            )
 
 
 def _layout(folder: Path) -> str:

@@ -45,6 +45,7 @@ class Target:
         extra: The extra of layersmith that it needs, by the package that is imported; empty for none.
         tolerance: Largest difference of logits, relative to the largest logit.
         quantize: Stores the proved export with quantized weights, and says what that changed.
+        keeps_inner_sizes: Whether layers may differ in sizes inside subblocks, such as the size of heads.
         keeps_formats: Whether weights keep formats of compressed-tensors; otherwise they are unpacked.
         copies: Whether tokenizer and generation settings are copied into the folder.
     """
@@ -58,6 +59,7 @@ class Target:
     copies: bool = True
     quantize: Callable[[Source, Path, str], str] | None = None
     keeps_formats: bool = False
+    keeps_inner_sizes: bool = False
 
 
 TARGETS: dict[str, Target] = {
@@ -66,6 +68,7 @@ TARGETS: dict[str, Target] = {
         prepare=_prepare_copy,
         reader="layersmith",
         read=with_layersmith,
+        keeps_inner_sizes=True,
     ),
     "padded": Target(
         purpose="every tool that loads the parent; filled up with zeros",
@@ -119,5 +122,6 @@ TARGETS: dict[str, Target] = {
         reader="onnxruntime",
         read=onnx_graph.read,
         extra=("onnxruntime", "onnx"),
+        keeps_inner_sizes=True,
     ),
 }

@@ -25,6 +25,7 @@ from layersmith.modeling_layersmith import (
     resize,
     round_cache_of,
     set_cache_slot,
+    take_entries,
     with_overrides,
 )
 
@@ -73,8 +74,10 @@ def deci_x_patcher(
         if index < len(blocks):
             shapes = model_descriptor.resized_weights(layer, blocks[index])
             numbers = model_descriptor.changed_numbers(layer, blocks[index])
+            shared = model_descriptor.shared_entries(layer, blocks[index])
             resize(layer, shapes)
             renumber(layer, numbers)
+            take_entries(layer, shared)
             within = cached_modules(model_descriptor, layer, index, slots[index])
             _replace_subblocks(model_descriptor, layer, blocks[index], cache_slots_of_layers is not None)
             set_cache_slot(layer, slots[index], within)

@@ -49,7 +49,8 @@ class _Layer(TypedDict):
     modules: dict[str, _Replacement]
     cache_slot: NonNegativeInt
     shapes: NotRequired[dict[str, list[_Size | None]]]
-    numbers: NotRequired[dict[str, dict[str, int]]]
+    numbers: NotRequired[dict[str, dict[str, int | float]]]
+    shared_entries: NotRequired[dict[str, dict[str, Annotated[int, Field(ge=1, le=2**16)]]]]
     cached: NotRequired[list[str]]
     kv_cache_format: NotRequired[Literal["fp8", "int4"]]
 
@@ -233,14 +234,15 @@ def make_plan(
                 modules |= linear_records(descriptor, original, subblock)
         overrides = {k: v for k, v in descriptor.block_config_to_layer_overrides(block).items() if v is not None}
         record: dict[str, Any] = {"config": overrides, "modules": modules, "cache_slot": slot}
-        if shapes := descriptor.resized_weights(layer, block):
-            record["shapes"] = shapes
-        if numbers := descriptor.changed_numbers(layer, block):
-            record["numbers"] = numbers
+        changes: dict[str, Any] = {
+            "shapes": descriptor.resized_weights(layer, block),
+            "numbers": descriptor.changed_numbers(layer, block),
+            "shared_entries": descriptor.shared_entries(layer, block),
+            "kv_cache_format": block.attention.kv_cache_format,
+        }
+        record |= {name: change for name, change in changes.items() if change}
         if (within := cached_modules(descriptor, layer, len(records), slot)) is not None:
             record["cached"] = within
-        if name := block.attention.kv_cache_format:
-            record["kv_cache_format"] = name
         records.append(record)
     plan = {
         "version": version("layersmith"),

@@ -52,7 +52,9 @@ class Kind:
         for path, attribute in self.sizes.items():
             record, _, name = path.rpartition(".")
             value = getattr(alternative, attribute)
-            if not record:
+            if isinstance(value, dict):
+                changes[name] = {**(getattr(parent, name) or {}), **value}
+            elif not record:
                 # Where each query head has separate keys, the config counts query heads alone.
                 if name == "num_key_value_heads" and len(self.sizes) > 1 and getattr(parent, name) is None:
                     continue
@@ -133,6 +135,14 @@ KINDS = {
         cut=cuts.state_size,
         reader=cuts.mixer_reader,
     ),
+    "attention_size": Kind(
+        "attention {method} {size}",
+        sizes={"inner_sizes": "named_size"},
+        words="size inside",
+        cut=cuts.inner_size,
+        reader=cuts.heads_reader,
+        is_part=False,  # weights of norms are scaled
+    ),
     "ffn_width": Kind(
         "ffn {size}",
         sizes={"intermediate_size": "size"},
@@ -156,6 +166,13 @@ KINDS = {
         gone=cuts.channels_gone("shared"),
         reader=cuts.width_reader("shared"),
     ),
+    "ffn_size": Kind(
+        "ffn {method} {size}",
+        sizes={"inner_sizes": "named_size"},
+        words="size inside",
+        cut=cuts.inner_size,
+        is_part=False,
+    ),
     "experts_per_token": Kind(
         "ffn {size} expert{s} a token", sizes={"moe.num_experts_per_tok": "size"}, words="experts a token"
     ),
@@ -174,9 +191,10 @@ class Alternative:
             or ``window`` (it sees the last tokens only); for a Mamba or linear-attention mixer ``mixer_heads`` (fewer
             for the same groups), ``mixer_groups`` (fewer groups with their heads), ``mixer_head_size`` (smaller heads)
             or ``state_size``; for an FFN ``ffn_width``, ``experts``, ``expert_width``, ``shared_width`` or
-            ``experts_per_token``.
+            ``experts_per_token``; for sizes inside either ``attention_size`` or ``ffn_size``.
         method: how its weights come from the parent's: ``contribution``, ``iterative``, ``pool``,
-            ``least_squares``; for a window its type in the config's words; empty where there is only one way.
+            ``least_squares``; for a window its type in the config's words; for a size inside a subblock the config's
+            attribute that sets it; empty where there is only one way.
         size: heads, groups, experts, channels, entries of a head, or numbers of the state that are left; 0 where that
             has no meaning.
         query_heads: query heads that are left with ``head_groups``; heads that are left with ``mixer_groups``.
@@ -206,6 +224,11 @@ class Alternative:
         return KINDS[self.kind]
 
     @property
+    def named_size(self) -> dict[str, int]:
+        """The size by the config's attribute that sets it, of a size inside a subblock."""
+        return {self.method: self.size}
+
+    @property
     def is_parent(self) -> bool:
         """Whether it is the parent's subblock itself."""
         return self.kind == "parent" and not self.format and not self.kv_format
@@ -219,7 +242,7 @@ class Alternative:
     def name(self) -> str:
         """What it is, the same in every layer, e.g. ``"ffn 384 (iterative)"``."""
         plural = "s" if self.size != 1 else ""
-        words = self.traits.label.format(subblock=self.subblock, size=self.size, s=plural)
+        words = self.traits.label.format(subblock=self.subblock, method=self.method, size=self.size, s=plural)
         words += f" ({self.method})" if self.method in ("contribution", "iterative", "pool") else ""
         words += f", {self.format}" if self.format else ""
         return f"{words}, {self.kv_format} KV cache" if self.kv_format else words
@@ -321,10 +344,11 @@ def in_words(config: AttentionConfig | FFNConfig) -> str:
         if (mamba := config.mamba) is not None:
             heads = f"{mamba.num_heads} mixer head{'s' if mamba.num_heads != 1 else ''} of {mamba.head_dim}"
             words += [f"{heads}, state {mamba.state_dim}"]
+        words += [f"{name} {size}" for name, size in (config.inner_sizes or {}).items()]
         return ", ".join(words) or "attention"
-    moe = config.moe
+    moe, inner = config.moe, "".join(f", {name} {size}" for name, size in (config.inner_sizes or {}).items())
     if moe is None:
-        return "FFN" if config.intermediate_size is None else f"width {config.intermediate_size}"
+        return ("FFN" if config.intermediate_size is None else f"width {config.intermediate_size}") + inner
     of = f" of {moe.expert_intermediate_dim}" if moe.expert_intermediate_dim is not None else ""
     shared = f", shared {moe.shared_expert_intermediate_dim}" if moe.shared_expert_intermediate_dim is not None else ""
-    return f"{moe.num_local_experts} experts{of}, {moe.num_experts_per_tok} a token{shared}"
+    return f"{moe.num_local_experts} experts{of}, {moe.num_experts_per_tok} a token{shared}{inner}"

@@ -105,6 +105,10 @@ class _Rankings:
             self.orders[f"{i}.mixer_size"] = ranking.head_size_order(weight, axes.mixer_size, means[name])
         if (name := f"{i}.state") in means:
             self.orders[name] = ranking.by_cost(means[name])
+        for axis in axes.inner:
+            if (name := f"{i}.inner.{axis.name}") in means:
+                self.orders[name] = ranking.by_cost(means[name].view(axis.groups, -1))
+                self.orders |= {energy: means[energy] for n in axis.norms if (energy := f"{i}.energy.{n}") in means}
         if (name := f"{i}.experts.members") in means:
             order = ranking.by_method(means[name], "iterative")
             self.orders[f"{i}.experts"] = order

@@ -20,6 +20,7 @@ from layersmith.library.slicing import (
     keep_experts,
     keep_groups,
     keep_head_size,
+    keep_inner,
     keep_kv_heads,
     keep_query_heads,
     keep_state,
@@ -222,6 +223,15 @@ def mixer_head_size(layer: RankedLayer, change: Change) -> Tensors:
 def state_size(layer: RankedLayer, change: Change) -> Tensors:
     assert layer.axes.state is not None
     return keep_state(layer.weights, layer.axes.state, layer.order("state")[: change.size])
+
+
+def inner_size(layer: RankedLayer, change: Change) -> Tensors:
+    """The most important units of a size inside a subblock; norms over them keep their mean square on the data."""
+    axis = next(axis for axis in layer.axes.inner if axis.name == change.method)
+    energies = {name: layer.order(f"energy.{name}") for name in axis.norms}
+    kept = layer.order(f"inner.{axis.name}")[:, : change.size // axis.step]
+    weights = keep_inner(layer.weights, axis, kept, energies)
+    return {name: layer.parent.stored(w) if name in axis.norms else w for name, w in weights.items()}
 
 
 def mixer_reader(axes: LayerAxes) -> HeadsAxis | None:

@@ -73,7 +73,8 @@ class Library:
             channels (of each expert), ``"{layer}.attention"`` KV heads, ``"{layer}.queries"`` the query heads of each
             KV head, ``"{layer}.experts"`` experts, ``"{layer}.mixer"`` groups of mixer heads, ``"{layer}.mixer_heads"``
             the heads of each group, ``"{layer}.mixer_size"`` the entries of each head, ``"{layer}.state"`` the numbers
-            of a state.
+            of a state, ``"{layer}.inner.{attribute}"`` the units of a size inside a subblock in each group of heads.
+            ``"{layer}.energy.{weight}"`` is no order but the mean squares of what a norm over such units takes.
         maps: The weight ``[D, D]`` of each linear replacement, by ``"{layer}.{subblock}"``.
         notes: Sentences about what is not offered, and why.
         importance: Error curves of :func:`.ranking.error_curve`, by the names of ``orders``.

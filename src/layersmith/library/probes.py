@@ -9,7 +9,7 @@ from torch import nn
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records
 from layersmith.library.alternative import Alternative
-from layersmith.library.axes.axis import HeadsAxis, LayerAxes, WidthAxis, numbered
+from layersmith.library.axes.axis import HeadsAxis, InnerAxis, LayerAxes, WidthAxis, numbered
 from layersmith.library.axes.layers import input_dim
 from layersmith.library.ranking import as_matrix
 from layersmith.library.slicing import common_module
@@ -33,6 +33,9 @@ def probes_for(
             module = common_module(layer, [w.name for w in layer_axes.state.weights])
             state, size = layer_axes.state, 8 * layer_axes.state.size
             probes.append(Probe(name=f"{i}.state", layer=i, module=module, kind="state", bytes=size, state=state))
+        for axis in layer_axes.inner:
+            if any((a.layer, a.method, a.kind) == (i, axis.name, f"{axis.subblock}_size") for a in alternatives):
+                probes += _of_inner(layer, i, axis)
         if layer_axes.experts is not None and "experts" in kinds:
             bundle = expert_reader(parent, i, layer_axes)
             size = 8 * bundle.members * (bundle.size + bundle.members)
@@ -45,6 +48,14 @@ def probes_for(
                 name = f"{i}.{subblock}.linear"
                 probes.append(Probe(name=name, layer=i, module=module, kind="cross", bytes=size))
     return probes
+
+
+def _of_inner(layer: nn.Module, i: int, axis: InnerAxis) -> Iterator[Probe]:
+    module, size = common_module(layer, [w.name for w in axis.weights]), 8 * axis.sizes["channels"]
+    yield Probe(name=f"{i}.inner.{axis.name}", layer=i, module=module, kind="state", bytes=size, state=axis)
+    for name in axis.norms:
+        of_norm = name.removesuffix(".weight")
+        yield Probe(name=f"{i}.energy.{name}", layer=i, module=of_norm, kind="energy", bytes=8 * axis.size)
 
 
 def _of_widths(layer: nn.Module, i: int, axes: LayerAxes, kinds: set[str], ffn_ranking: str) -> Iterator[Probe]:

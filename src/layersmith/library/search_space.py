@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from layersmith.errors import LayersmithError, UsageError, some_of
 from layersmith.heterogeneous.plan import NO_LINEAR, SUBBLOCKS, linear_records
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import HeadsAxis, LayerAxes
+from layersmith.library.axes.inner import inner_alternative
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import LibraryRecipe
 
@@ -42,6 +44,7 @@ def search_space(
         if layer_axes.window and recipe.windows:
             alternatives.append(Alternative(i, "attention", "window", layer_axes.window))
         alternatives += _of_ffn(i, block, layer_axes, recipe, ffn_ranking)
+        alternatives += _of_inner(i, layer_axes, recipe) if recipe.inner_sizes else []
         for subblock in SUBBLOCKS:
             config = block.subblock(subblock)
             if config.no_op:
@@ -108,6 +111,13 @@ def _of_mixer(i: int, axes: LayerAxes, recipe: LibraryRecipe) -> Iterator[Altern
         if axis is not None:
             for n in rounded(axis.size, recipe.head_fractions, width_multiple(axis.size)):
                 yield _ranked(i, "attention", kind, n)
+
+
+def _of_inner(i: int, axes: LayerAxes, recipe: LibraryRecipe) -> Iterator[Alternative]:
+    for axis in axes.inner:
+        multiple = math.lcm(axis.step, width_multiple(axis.size) // 2 or 1)
+        for n in rounded(axis.size, recipe.head_fractions, multiple):
+            yield inner_alternative(i, axis.subblock, axis.name, n)
 
 
 def _of_ffn(

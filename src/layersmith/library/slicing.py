@@ -12,7 +12,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from layersmith.library.axes.axis import Bundle, ExpertsAxis, HeadsAxis, HeadSizeAxis, StateAxis, WeightAxis, WidthAxis
+from layersmith.library.axes.axis import (
+    Bundle,
+    ExpertsAxis,
+    HeadsAxis,
+    HeadSizeAxis,
+    InnerAxis,
+    StateAxis,
+    WeightAxis,
+    WidthAxis,
+)
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -116,6 +125,40 @@ def keep_head_size(weights: Tensors, axis: HeadSizeAxis, kept: torch.Tensor) -> 
 def channels_of(axis: HeadSizeAxis, entries: torch.Tensor) -> torch.Tensor:
     """The channels, counted over all heads, of the entries ``[H, n]`` of every head."""
     return (torch.arange(axis.num_heads)[:, None] * axis.size + entries).flatten()
+
+
+def keep_inner(
+    weights: Tensors, axis: InnerAxis, kept: torch.Tensor, energies: Mapping[str, torch.Tensor] | None = None
+) -> dict[str, torch.Tensor]:
+    """The weights of a subblock with a smaller size inside it.
+
+    A norm divides by the root of the mean square of its units. That of the units that stay is another one, so the
+    norm's weight is multiplied with the root of the ratio of the two means.
+
+    Args:
+        weights: Weights of the layer.
+        axis: The axis.
+        kept: ``[C, units]``: the units that stay in each group.
+        energies: For a norm's weight the mean squares ``[P]`` of what the norm takes. Default: the units that go are
+            zero.
+
+    Returns:
+        The weights, in float32 those of norms, and the entries of arguments that all layers share.
+    """
+    groups = torch.arange(axis.groups)[:, None]
+    units = {"channels": (groups * axis.units + kept.sort(-1).values).flatten()}
+    result = {w.name: _take(weights[w.name], w.dim, w.gathered(units, axis.sizes)) for w in axis.weights}
+    for w in axis.places:
+        result[w.name] = w.gathered(units, axis.sizes)
+    for name in axis.norms:
+        share = 1.0
+        if energies is not None:
+            taken = energies[name].double()
+            stays = _take(taken, 0, axis.weight(name).gathered(units, axis.sizes)).sum()
+            share = float(stays / taken.sum().clamp_min(torch.finfo(torch.float64).tiny))
+        factor = (share * axis.units / kept.shape[1]) ** 0.5
+        result[name] = (result[name].float() + axis.offset) * factor - axis.offset
+    return result
 
 
 def pool_kv_heads(weights: Tensors, axis: HeadsAxis, num_heads: int) -> dict[str, torch.Tensor]:

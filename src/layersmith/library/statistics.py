@@ -38,7 +38,7 @@ from torch import nn
 from layersmith.errors import InputError, UnsupportedModel
 from layersmith.execution.exchange import first_tensor
 from layersmith.execution.parent import Parent
-from layersmith.library.axes.axis import Bundle, LayerAxes, Segment, StateAxis, WeightAxis
+from layersmith.library.axes.axis import REST, Bundle, InnerAxis, LayerAxes, Segment, StateAxis, WeightAxis
 from layersmith.library.slicing import common_module, members_of
 from layersmith.modeling_layersmith import first_tensor as first_argument
 from layersmith.run import ranks
@@ -60,10 +60,10 @@ class Probe:
         module: Name in the layer of the observed module.
         kind: ``"moment"`` for E[a a^T], ``"energy"`` for its diagonal alone, ``"cross"`` for E[x x^T] and E[x y^T],
             ``"reader"`` for the energies of channels and the moment of experts from a gradient, ``"state"`` for the
-            energies of a mixer's state.
+            energies of a mixer's state or of a size inside a subblock.
         bytes: Size of the sums.
         bundle: The bundle of a ``"reader"`` probe; the module holds all of its weights.
-        state: The state of a ``"state"`` probe; the module holds all of its weights.
+        state: The state of a ``"state"`` probe, or the size inside a subblock; the module holds all of its weights.
         blocks: Number of consecutive rows of the module's input that belong to one token.
     """
 
@@ -73,7 +73,7 @@ class Probe:
     kind: str
     bytes: int
     bundle: Bundle | None = None
-    state: StateAxis | None = None
+    state: StateAxis | InnerAxis | None = None
     blocks: int = 1
 
 
@@ -319,17 +319,18 @@ def _of_reader(call: _Call) -> dict[str, torch.Tensor]:
 
 
 def _of_state(call: _Call) -> dict[str, torch.Tensor]:
-    """``[N]``: sums over a batch's tokens of the energy of each number of a state."""
+    """``[N]``: sums over a batch's tokens of the energy of each number of a state, or of a size inside a subblock."""
     state = call.probe.state
     assert state is not None
+    part, sizes = ("state", {"state": state.size}) if isinstance(state, StateAxis) else ("channels", state.sizes)
     parameters = [call.layer.get_parameter(w.name) for w in state.makers]
-    total = torch.zeros(state.size)
+    total = torch.zeros(sizes[part])
     for grads in call.signed_gradients(parameters, _SIGNS):
-        change = torch.zeros(state.size)
+        change = torch.zeros(sizes[part])
         for w, p, g in zip(state.makers, parameters, grads, strict=True):
             if g is not None:
-                entries = (p.detach().float() * g.float()).reshape(len(p), -1).sum(1).cpu()
-                change += entries[w.positions("state", {"state": state.size})].sum(1)
+                entries = (p.detach().float() * g.float()).movedim(w.dim, 0).reshape(p.shape[w.dim], -1).sum(1).cpu()
+                change += entries[w.positions(part, {**sizes, REST: 1})].sum(1)
         total += change.square() / _SIGNS
     return {call.probe.name: total}
 

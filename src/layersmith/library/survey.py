@@ -96,7 +96,7 @@ def survey_of(
         axes=axes,
         alternatives=alternatives,
         ffn_ranking=ffn_ranking,
-        notes=_notes_on(descriptor, blocks, axes, no_linear),
+        notes=[*_notes_on(descriptor, blocks, axes, no_linear), *(_notes_on_inner(axes) if recipe.inner_sizes else ())],
     )
 
 
@@ -106,6 +106,15 @@ def choose_ffn_ranking(axes: Sequence[LayerAxes], recipe: LibraryRecipe) -> str:
         return recipe.ffn_ranking
     needed = sum(8 * axis.ffn.size**2 for axis in axes if axis.ffn is not None and not axis.of_experts)
     return "iterative" if needed <= recipe.statistics_gib * 1024**3 else "contribution"
+
+
+def _notes_on_inner(axes: Sequence[LayerAxes]) -> list[str]:
+    """Sentences about sizes inside subblocks that are not offered."""
+    notes = []
+    for name in dict.fromkeys(n for layer in axes for n in layer.reasons if n.startswith("inner.")):
+        by_layer = {i: layer.reasons[name] for i, layer in enumerate(axes) if name in layer.reasons}
+        notes += by_reason(by_layer, len(axes), f"{name.removeprefix('inner.')} is not made smaller")
+    return notes
 
 
 def _notes_on(

@@ -11,7 +11,7 @@ A method with an argument ``index`` is about that layer of the model for which t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -49,6 +49,7 @@ class LayerFacts:
         latent_cache: Numbers in the KV cache for each token that all heads share; None: heads share none.
         caches_each_query: Whether the KV cache holds keys and values of each query head, whatever the KV heads.
         estimates_cache: Whether the size of its cache is an estimate, because it also holds something unknown.
+        inner_sizes: Sizes inside its subblocks: the config's attribute to its ``InnerSize`` record and its value.
     """
 
     refuted: tuple[str, ...] = ()
@@ -72,6 +73,7 @@ class LayerFacts:
     latent_cache: int | None = None
     caches_each_query: bool = False
     estimates_cache: bool = False
+    inner_sizes: Mapping[str, tuple[Any, int]] = field(default_factory=dict)
 
 
 class Capabilities:
@@ -132,11 +134,20 @@ class Capabilities:
         return {}
 
     @classmethod
-    def changed_numbers(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
+    def changed_numbers(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int | float]]:
         """Plain numbers of a freshly built layer's modules that change, where the config cannot say so.
 
         Returns:
             Module to attribute to its new value. Default: none.
+        """
+        return {}
+
+    @classmethod
+    def shared_entries(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
+        """Arguments of a freshly built layer's modules of which it takes only some entries, such as rotary embeddings.
+
+        Returns:
+            Module to the name of an argument to the number of entries of its last dimension. Default: none.
         """
         return {}
 

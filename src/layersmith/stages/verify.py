@@ -25,7 +25,7 @@ from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import block_configs_of, build
 from layersmith.heterogeneous.in_memory import Model, checkpoint_of
 from layersmith.heterogeneous.plan import SUBBLOCKS, linear_records, no_op_records
-from layersmith.library.axes.axis import LayerAxes
+from layersmith.library.axes.axis import INNER_ROLES, LayerAxes
 from layersmith.library.axes.find import find_axes
 from layersmith.library.axes.prove import prove
 from layersmith.library.axes.trial import Trial
@@ -149,6 +149,9 @@ def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
     no_experts = reasons.get("experts", "its FFN has no experts")
     no_mixer = "it keeps no state of fixed size in the cache"
     attention = reasons.get("attention", "")
+    inner = "; ".join(f"{name[6:]}: {reason}" for name, reason in reasons.items() if name.startswith("inner."))
+    inner = inner or "no attribute of its config sets it alone"
+    roles = {axis.role for axis in axes.inner}
     return {
         "KV heads": OK if heads and heads.fewer_kv else reasons.get("kv_heads") or attention,
         "query heads": OK
@@ -157,6 +160,7 @@ def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
         "mixer heads": OK if axes.mixer else reasons.get("mixer", no_mixer),
         "mixer head size": OK if axes.mixer_size else reasons.get("mixer_size", no_mixer),
         "state sizes": OK if axes.state else reasons.get("state", no_mixer),
+        **{role: OK if role in roles else inner for role in INNER_ROLES},
         "window": OK if axes.window else reasons.get("window", ""),
         "FFN width": (OK if axes.ffn else reasons.get("ffn", "")) if moe is None else "its FFN consists of experts",
         "experts": (OK if axes.experts else reasons.get("experts", "")) if moe else no_experts,

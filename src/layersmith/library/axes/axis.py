@@ -18,6 +18,8 @@ from typing import Any
 import torch
 
 REST = "rest"
+# What a size inside a subblock can be of: queries, keys and values alike, some of them, or none of several heads.
+INNER_ROLES = ("head size", "key head size", "value head size", "rank", "latent width")
 
 
 class NoAxis(Exception):
@@ -318,6 +320,59 @@ class HeadSizeAxis(_WithReader):
 
 
 @dataclass(frozen=True)
+class InnerAxis:
+    """A size inside a subblock: of heads of queries and keys or of values, a rank, or a latent width.
+
+    Attributes:
+        name: The config's attribute that sets it.
+        subblock: ``"attention"`` or ``"ffn"``.
+        size: P.
+        weights: The weights that have ``"channels"``, one of every unit for each of their heads.
+        readers: Those of them whose input the units are.
+        places: Arguments that all layers share, with the units along their last dimension, by the name of the weight
+            that holds the entries that the layer takes.
+        step: Numbers of the size that are one unit: 2 where a rotary embedding turns two entries together.
+        groups: C, of heads that keep different units.
+        norms: Weights of norms that divide by the root mean square of all units.
+        offset: What these norms add to their weights.
+        role: What has the size, one of ``INNER_ROLES``.
+    """
+
+    name: str
+    subblock: str
+    size: int
+    weights: tuple[WeightAxis, ...]
+    readers: tuple[str, ...] = ()
+    places: tuple[WeightAxis, ...] = ()
+    step: int = 1
+    groups: int = 1
+    norms: tuple[str, ...] = ()
+    offset: float = 0.0
+    role: str = ""
+
+    def weight(self, name: str) -> WeightAxis:
+        return next(w for w in self.weights if w.name == name)
+
+    @property
+    def units(self) -> int:
+        """Number of units in each group."""
+        return self.size // self.step
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        return {"channels": self.groups * self.units, "kv": self.groups}
+
+    @property
+    def makers(self) -> tuple[WeightAxis, ...]:
+        """The weights that compute the units; only those with nothing else in them, if there are such."""
+        made = tuple(w for w in self.weights if w.dim == 0) or self.weights
+        return tuple(w for w in made if all(s.part != REST for s in w.segments)) or made
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.size}"
+
+
+@dataclass(frozen=True)
 class ExpertsAxis:
     """The routed experts of an FFN.
 
@@ -353,12 +408,14 @@ class LayerAxes:
         experts: The routed experts.
         shared: The width of shared experts, where it is a separate size.
         reasons: Why an axis is missing: a sentence by ``"ffn"``, ``"attention"``, ``"experts"``, ``"shared"``,
-            ``"window"``, ``"mixer"``, ``"mixer_size"`` or ``"state"``.
+            ``"window"``, ``"mixer"``, ``"mixer_size"``, ``"state"``, or ``"inner."`` and the attribute that sets a size
+            inside a subblock.
         window: The layer type with sliding-window attention that the layer can take; empty if it can take none.
         of_experts: Names of the stacks and of the lists of experts.
         mixer: The heads of the Mamba or linear-attention mixer.
         state: The size of that mixer's state.
         mixer_size: The size of that mixer's heads.
+        inner: Other sizes inside its subblocks.
     """
 
     ffn: WidthAxis | None
@@ -371,11 +428,12 @@ class LayerAxes:
     mixer: HeadsAxis | None = None
     state: StateAxis | None = None
     mixer_size: HeadSizeAxis | None = None
+    inner: tuple[InnerAxis, ...] = ()
 
     def is_of_experts(self, name: str) -> bool:
         """Whether a weight belongs to the routed experts."""
         return any(name == experts or name.startswith(f"{experts}.") for experts in self.of_experts)
 
     def __str__(self) -> str:
-        axes = (self.kv, self.mixer, self.mixer_size, self.state, self.ffn, self.experts, self.shared)
+        axes = (self.kv, self.mixer, self.mixer_size, self.state, self.ffn, self.experts, self.shared, *self.inner)
         return "; ".join(str(axis) for axis in axes if axis is not None) or "no axes"

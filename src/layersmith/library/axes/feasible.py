@@ -97,6 +97,10 @@ def any_orders(axes: Sequence[LayerAxes]) -> dict[str, torch.Tensor]:
             orders[f"{i}.mixer_size"] = torch.arange(layer.mixer_size.size).repeat(layer.mixer_size.num_heads, 1)
         if layer.state is not None:
             orders[f"{i}.state"] = torch.arange(layer.state.size)
+        for inner in layer.inner:
+            orders[f"{i}.inner.{inner.name}"] = torch.arange(inner.units).repeat(inner.groups, 1)
+            for name in inner.norms:
+                orders[f"{i}.energy.{name}"] = torch.ones(inner.weight(name).positions("channels", inner.sizes).numel())
         if layer.experts is not None:
             orders[f"{i}.experts"] = torch.arange(layer.experts.size)
     return orders

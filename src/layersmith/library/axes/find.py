@@ -1,9 +1,10 @@
 """Finds the axes of a model's layers, the first of four steps: find an axis, try it, prove it, slice it.
 
 * find: experiments on the meta device show which weights a size governs (here; ``experiments``, ``widths``,
-  ``experts``, ``heads``, ``mixers``). In which order units lie along a dimension is a guess at this point.
+  ``experts``, ``heads``, ``mixers``, ``inner``). In which order units lie along a dimension is a guess at this point.
 * try: a layer runs in the parent's place with some units removed (``trial``).
-* prove: among the guesses, the one is kept whose removal of dead units changes nothing (``prove``, ``prove_mixers``).
+* prove: among the guesses, the one is kept whose removal of dead units changes nothing (``prove``, ``prove_mixers``,
+  ``prove_inner``).
 * slice: the weights of an alternative are cut from the parent's by the proved axis (``library.slicing``).
 
 Whether every alternative of a proved axis runs is tried last (``feasible``).
@@ -22,12 +23,13 @@ from layersmith.library.axes.axis import LayerAxes, NoAxis
 from layersmith.library.axes.experiments import ModelExperiments, Resized
 from layersmith.library.axes.experts import find_experts, members_of, why_no_experts
 from layersmith.library.axes.heads import attention_heads
+from layersmith.library.axes.inner import find_inner
 from layersmith.library.axes.mixers import keeps_state, mixer_head_size, mixer_heads, mixer_state
 from layersmith.library.axes.widths import find_shared_width, find_width, has_shared_width
 from layersmith.model_descriptor.base import ModelDescriptor
 
 # Transformers' names for what an attention sees.
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING = "full_attention", "sliding_attention"
 
 
 def find_axes(
@@ -52,6 +54,7 @@ def _layer_axes(model: ModelExperiments, i: int) -> LayerAxes:
     experts = tried("experts", find_experts) if has_experts else None
     members = tried("experts", members_of) if has_experts else None
     width = tried("ffn", find_width)
+    inner = [tried(f"inner.{name}", find_inner, name) for name in model.described.layer_facts(i).inner_sizes]
     if not has_experts and (reason := why_no_experts(model, i)):
         reasons["experts"] = reason
     return LayerAxes(
@@ -64,6 +67,7 @@ def _layer_axes(model: ModelExperiments, i: int) -> LayerAxes:
         mixer=tried("mixer", mixer_heads) if has_state else None,
         state=tried("state", mixer_state) if has_state else None,
         mixer_size=tried("mixer_size", mixer_head_size) if has_state else None,
+        inner=tuple(axis for axis in inner if axis is not None),
         reasons=reasons,
     )
 
@@ -74,17 +78,17 @@ def _find_window(model: ModelExperiments, i: int) -> str:
     attention = model.blocks[i].attention
     if attention.no_op or attention.replace_with_linear:
         raise NoAxis("there is no attention")
-    if not types or not {_FULL, _SLIDING} <= set(types):
+    if not types or not {FULL, SLIDING} <= set(types):
         raise NoAxis("its model does not have both kinds of attention")
-    if (attention.layer_type or types[i]) != _FULL:
+    if (attention.layer_type or types[i]) != FULL:
         raise NoAxis("it does not see everything as it is")
 
     def windowed(block: BlockConfig, j: int, larger: bool) -> Resized | None:
-        if types[j] != _FULL or block.attention.no_op or block.attention.replace_with_linear:
+        if types[j] != FULL or block.attention.no_op or block.attention.replace_with_linear:
             return None
-        return Resized(Alternative(j, "attention", "window", _SLIDING).block_config(block), 0, 1)
+        return Resized(Alternative(j, "attention", "window", SLIDING).block_config(block), 0, 1)
 
     made = model.experiment("window", windowed)
     if made.problem or made.effects[i]:
         raise NoAxis(made.problem or "attention with a window has other weights")
-    return _SLIDING
+    return SLIDING

@@ -37,6 +37,7 @@ from layersmith.library.axes.axis import (
 )
 from layersmith.library.axes.heads import in_pairs
 from layersmith.library.axes.layers import input_dim, layer_shapes
+from layersmith.library.axes.prove_inner import prove_inner
 from layersmith.library.axes.prove_mixers import prove_head_size, prove_mixer, prove_state
 from layersmith.library.axes.trial import (
     Fails,
@@ -95,6 +96,7 @@ def _prove_layer(trial: Trial, i: int, axes: LayerAxes) -> LayerAxes:
             reasons[name] = str(reason)
             return None
 
+    inner = [tried(f"inner.{axis.name}", axis, prove_inner) for axis in axes.inner]
     return LayerAxes(
         ffn=tried("ffn", axes.ffn, partial(_prove_width, shared=False)),
         kv=tried("attention", axes.kv, partial(_prove_heads, reasons=reasons)),
@@ -106,6 +108,7 @@ def _prove_layer(trial: Trial, i: int, axes: LayerAxes) -> LayerAxes:
         mixer=tried("mixer", axes.mixer, prove_mixer),
         state=tried("state", axes.state, prove_state),
         mixer_size=tried("mixer_size", axes.mixer_size, prove_head_size),
+        inner=tuple(axis for axis in inner if axis is not None),
     )
 
 

@@ -16,6 +16,7 @@ from layersmith.model_descriptor.infer.attributes import value_at
 from layersmith.model_descriptor.infer.blocks import block_of
 from layersmith.model_descriptor.infer.cache import InCache
 from layersmith.model_descriptor.infer.findings import Findings
+from layersmith.model_descriptor.infer.inner_sizes import InnerSize
 from layersmith.model_descriptor.infer.sizes import Sizes
 from layersmith.model_descriptor.infer.subblocks import LayerKind, Subblock
 from layersmith.model_descriptor.stock import language_config, whole_number
@@ -77,7 +78,12 @@ class InferredCapabilities(ModelDescriptor):
             latent_cache=sum(cached.latent) or None,
             caches_each_query=cached.for_each_query,
             estimates_cache=cached.holds_more,
+            inner_sizes={size.name: (size, cls._inner_value(size, index)) for size in sizes.inner},
         )
+
+    @classmethod
+    def _inner_value(cls, size: InnerSize, index: int) -> int:
+        return value_at(language_config(cls.findings.config), size.path, index) or size.value
 
     @classmethod
     def _num_query_heads(cls, index: int) -> int | None:
@@ -141,19 +147,39 @@ class InferredCapabilities(ModelDescriptor):
         return shapes
 
     @classmethod
-    def changed_numbers(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
+    def changed_numbers(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int | float]]:
+        changed: dict[str, dict[str, int | float]] = {}
+        for size, _ in cls._smaller(layer, block):
+            for module, attribute, constant in size.constants:
+                changed.setdefault(module, {})[attribute] = constant
         moe = block.ffn.moe
         if moe is None or not any(sizes.ffn_experts for sizes in cls.findings.sizes):
-            return {}
+            return changed
         experts = cls.findings.sizes[cls.findings.number_of_kind(layer)].ffn_experts
         if experts is None:
-            return {}
-        changed: dict[str, dict[str, int]] = {}
+            return changed
         for places, value in ((experts.counts, moe.num_local_experts), (experts.uses, moe.num_experts_per_tok)):
             for module, attribute in places:
                 if getattr(layer.get_submodule(module), attribute) != value:
                     changed.setdefault(module, {})[attribute] = value
         return changed
+
+    @classmethod
+    def shared_entries(cls, layer: nn.Module, block: BlockConfig) -> dict[str, dict[str, int]]:
+        entries: dict[str, dict[str, int]] = {}
+        for size, value in cls._smaller(layer, block):
+            for shared in size.shared:
+                entries.setdefault(shared.module, {})[shared.argument] = value * shared.length // shared.of
+        return entries
+
+    @classmethod
+    def _smaller(cls, layer: nn.Module, block: BlockConfig) -> list[tuple[InnerSize, int]]:
+        """The inner sizes that a block config sets, with their values."""
+        inner = {**(block.attention.inner_sizes or {}), **(block.ffn.inner_sizes or {})}
+        if not inner:
+            return []
+        sizes = cls.findings.sizes[cls.findings.number_of_kind(layer)].inner
+        return [(size, inner[size.name]) for size in sizes if size.name in inner]
 
     # ------------------------------------------------------------------------------------------ the KV cache
 

@@ -14,6 +14,7 @@ from torch import nn
 
 from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.ffn import with_ffn_sizes
+from layersmith.model_descriptor.infer.inner_sizes import find_inner_sizes
 from layersmith.model_descriptor.infer.kv_heads import (
     NOT_UNDERSTOOD,
     OF_QUERIES,
@@ -23,7 +24,7 @@ from layersmith.model_descriptor.infer.kv_heads import (
 )
 from layersmith.model_descriptor.infer.mixers import find_mixer
 from layersmith.model_descriptor.infer.query_heads import QueryHeads, find_query_heads
-from layersmith.model_descriptor.infer.sizes import Sizes
+from layersmith.model_descriptor.infer.sizes import MixerSizes, Sizes
 from layersmith.model_descriptor.infer.specimen import Specimen
 from layersmith.model_descriptor.infer.subblocks import LayerKind
 from layersmith.model_descriptor.infer.trial import Survey, Trial
@@ -78,7 +79,17 @@ def _sizes_of(trial: Trial) -> Sizes:
         mixer=mixer,
         outcomes=(*kv.outcomes, *queries.outcomes),
     )
-    return with_ffn_sizes(trial, sizes)
+    sizes = with_ffn_sizes(trial, sizes)
+    return replace(sizes, inner=find_inner_sizes(trial, _paths(sizes), sizes.head_size))
+
+
+def _paths(sizes: Sizes) -> set[AttributePath]:
+    """The attributes that set numbers of heads, widths, numbers of experts, and sizes of mixers."""
+    mixer = sizes.mixer or MixerSizes()
+    single = (sizes.kv_heads, sizes.keys, sizes.width, sizes.num_experts, sizes.expert_width, sizes.shared_width)
+    several = (*sizes.query_heads, *mixer.num_heads, *mixer.head_dim)
+    paths = (*single, *several, sizes.experts_per_token, mixer.state_dim, mixer.num_groups)
+    return {path for path in paths if path is not None}
 
 
 def _heads_elsewhere(trial: Trial, of_kinds: Sequence[Sizes]) -> AttributePath | None:

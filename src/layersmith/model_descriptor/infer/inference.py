@@ -7,7 +7,7 @@ full model on the meta device.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -20,6 +20,7 @@ from layersmith.model_descriptor.infer.find_sizes import find_sizes
 from layersmith.model_descriptor.infer.find_subblocks import find_kind
 from layersmith.model_descriptor.infer.findings import Findings
 from layersmith.model_descriptor.infer.full_size import FullSize, KindInBoth, mixer_of, widths_of
+from layersmith.model_descriptor.infer.inner_sizes import in_full
 from layersmith.model_descriptor.infer.layers import (
     Structure,
     check_configurable,
@@ -87,6 +88,9 @@ def find(config: PretrainedConfig) -> Findings:
     full = FullSize(specimen, config, is_whole=small is config)
     both = [_in_both(k, specimen, names, kinds, of_layer, layers) for k in range(len(kinds.kinds))]
     sizes = [full.head_size(of_kind, pair) for of_kind, pair in zip(sizes, both, strict=True)]
+    sizes = [
+        _with_inner(of_kind, [layers[i] for i, j in enumerate(of_layer) if j == k]) for k, of_kind in enumerate(sizes)
+    ]
     caches = in_cache(specimen, names, kinds.of_layer, kinds.kinds, sizes)
     return Findings(
         structure=structure,
@@ -161,6 +165,12 @@ def _find_sizes(
         kinds.extend(splits, small)
         sizes = find_sizes(specimen, classes, structure.layers, kinds.kinds, kinds.of_layer)
     return sizes, of_layer
+
+
+def _with_inner(sizes: Sizes, layers: Sequence[nn.Module]) -> Sizes:
+    """The sizes of a kind with those inside its subblocks as they are in the layers of the full model."""
+    head_size = sizes.head_size[1] if sizes.head_size is not None else 0
+    return replace(sizes, inner=tuple(in_full(size, head_size, layers) for size in sizes.inner))
 
 
 def _in_both(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from layersmith.model_descriptor.experiment import Outcome
 from layersmith.model_descriptor.infer.attributes import AttributePath
 from layersmith.model_descriptor.infer.experts import FFNExperts
+from layersmith.model_descriptor.infer.inner_sizes import InnerSize
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ class Sizes:
         head_pairs: Whether two heads work together, one of each half of all, and end next to each other.
         keys: Number of heads of the keys in the cache, where it is no number of KV heads that can differ alone.
         heads_elsewhere: Number of query heads in other kinds of layers that changes shapes of this kind too.
+        inner: Sizes inside its subblocks.
         outcomes: The experiments that refuted attributes which looked like the number of heads, or like a width.
     """
 
@@ -86,4 +88,5 @@ class Sizes:
     no_kv_heads: str = ""
     keys: AttributePath | None = None
     heads_elsewhere: AttributePath | None = None
+    inner: tuple[InnerSize, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
