@@ -72,6 +72,11 @@ class DataRecipe:
     """Rows on which alternatives are scored."""
     evaluation_sequences: Count = 64
     """Rows on which parent and child are compared. They are used for nothing else."""
+    long_scoring: Literal["auto", "always", "never"] = "auto"
+    """Join scoring rows to longer ones, four times as long as the parent's window (4,096 tokens without one) or as its
+    context allows, and end each with spans of its beginning in another order. Scores then count what a window or a
+    smaller KV cache forgets. There are fewer rows and as many tokens, at least two rows. `auto` does so where windows
+    are offered."""
     training_sequences: CountOrNone = 256
     """Rows for local and global distillation; 0 for none."""
     evaluation_source: str | None = None

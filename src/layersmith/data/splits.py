@@ -149,11 +149,16 @@ def prepare(source: str | Path, tokenizer: Any, recipe: DataRecipe, seed: int) -
         "sequence_length": recipe.sequence_length,
         "seed": seed,
         "sequences": {name: len(rows[name]) for name in SPLITS},
-        "sha256": {name: hashlib.sha256(rows[name].numpy().tobytes()).hexdigest() for name in SPLITS},
+        "sha256": {name: digest_of_rows(rows[name]) for name in SPLITS},
         "overlap": copied,
         "warnings": warnings,
     }
     return TokenSplits(description=description, **{name: rows[name] for name in SPLITS})
+
+
+def digest_of_rows(rows: torch.Tensor) -> str:
+    """SHA-256 of token ids ``[N, T]``."""
+    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
 def evaluation_rows(source: str | Path, tokenizer: Any, recipe: DataRecipe, seed: int) -> torch.Tensor:

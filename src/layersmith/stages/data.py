@@ -8,9 +8,13 @@ from typing import Any
 
 import torch
 
+from layersmith.costs.counted import sliding_window
 from layersmith.data.mixture import read_mixture
-from layersmith.data.splits import Description, TokenSplits, check_vocabulary, prepare
+from layersmith.data.retrieval import long_rows
+from layersmith.data.splits import Description, TokenSplits, check_vocabulary, digest_of_rows, prepare
 from layersmith.errors import InputError
+from layersmith.library.axes.find import FULL, SLIDING
+from layersmith.recipe import CONTEXT
 from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.run.digests import content_digest
 from layersmith.run.stage import Making, Stage
@@ -53,6 +57,16 @@ def _make(job: Job, making: Making) -> None:
         recipe = dataclasses.replace(recipe, sequence_length=length)
         tokens = prepare(job.data, job.tokenizer, recipe, job.recipe.seed)
         rows = {name: getattr(tokens, name) for name in _SPLITS}
+        if wanted := _length_of_scoring_rows(job):
+            rows["scoring"] = long_rows(rows["scoring"], wanted, job.recipe.seed)
+            tokens.description["sequences"]["scoring"] = len(rows["scoring"])
+            tokens.description["sha256"]["scoring"] = digest_of_rows(rows["scoring"])
+            tokens.description["scoring_length"] = long = rows["scoring"].shape[1]
+            if (window := sliding_window(parent.language_config, 0, SLIDING) or 0) >= long:
+                tokens.description["warnings"].append(
+                    f"scoring rows have {long:,} tokens and windows {window:,}, so scores do not see what a window "
+                    "forgets. Ask for more data.scoring_sequences."
+                )
         largest = max(int(split.max()) for split in rows.values() if len(split))
         check_vocabulary(largest + 1, parent.language_config.vocab_size)
         advance(1)
@@ -60,6 +74,17 @@ def _make(job: Job, making: Making) -> None:
         making.progress.note(warning)
     write_tensors(making.folder / "tokens.safetensors", rows)
     write_json(making.folder / "data.json", tokens.description)
+
+
+def _length_of_scoring_rows(job: Job) -> int | None:
+    """Tokens that a scoring row should have; None if scoring rows stay as they are."""
+    wanted, language = job.recipe.data.long_scoring, job.parent.language_config
+    window = sliding_window(language, 0, SLIDING)
+    has_both = len({SLIDING, FULL} & set(getattr(language, "layer_types", None) or ())) == 2
+    if wanted == "never" or (wanted == "auto" and not (has_both and job.recipe.library.windows)):
+        return None
+    length = CONTEXT if window is None else 4 * window
+    return min(length, job.parent.positions or length)
 
 
 def _read(job: Job, folder: Path) -> TokenSplits:

@@ -1,0 +1,124 @@
+"""Whether scores see what a window forgets: one parent, scored on ordinary rows and on long rows with questions.
+
+    python -m benchmarks.long_context --out benchmarks/results/long-context.md
+
+The parent is trained for a minute or two: four layers of width 64, of which two see 32 tokens and two see everything.
+Its text is random tokens, and half of its training rows end with spans of their beginning, so it learns to copy what
+follows a key. Then each full attention gets the window, as an alternative of its library, and is scored exactly: on
+rows of 64 tokens of plain text, and on the same tokens joined to rows of 256 that end with questions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+import torch
+from transformers import Gemma3TextConfig
+
+import layersmith
+from benchmarks.quality import commit
+from layersmith.data.retrieval import SHARE, long_rows
+from layersmith.execution.parent import Parent
+from layersmith.library.alternative import Alternative
+from layersmith.library.library import Library
+from layersmith.library.survey import survey
+from layersmith.model_descriptor.stock import stock_model
+from layersmith.recipe import LibraryRecipe
+from layersmith.run.runtime import Runtime
+from layersmith.scoring.exact import run_exactly
+
+_VOCABULARY, _WINDOW, _ORDINARY, _LONG = 128, 32, 64, 256
+_BATCH = 16
+
+
+def config() -> Gemma3TextConfig:
+    """Windows and full attention in turn."""
+    return Gemma3TextConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        head_dim=16,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+        sliding_window=_WINDOW,
+        max_position_embeddings=_LONG,
+        query_pre_attn_scalar=16,
+    )
+
+
+def text(rows: int, length: int, seed: int) -> torch.Tensor:
+    """``[N, T]`` random token ids."""
+    return torch.randint(0, _VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def train(model: torch.nn.Module, steps: int) -> float:
+    """Train on rows of which half end with questions; the share of asked values that are predicted in the end."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.0)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, steps)
+    for step in range(steps):
+        rows = long_rows(text(4 * _BATCH, _ORDINARY, step + 1), _LONG, step)
+        rows = torch.cat([rows[: _BATCH // 2], text(_BATCH // 2, _LONG, -step - 1 + 2**31)])
+        loss = model(input_ids=rows, labels=rows).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    rows = long_rows(text(64, _ORDINARY, 2**30), _LONG, 0)
+    asked = int(_LONG * SHARE)
+    with torch.no_grad():
+        predicted = model(input_ids=rows).logits[:, -asked - 1 : -1].argmax(-1)
+    is_value = torch.arange(asked) % 8 >= 4
+    return float((predicted == rows[:, -asked:])[:, is_value].float().mean())
+
+
+def scores(library: Library, rows: torch.Tensor) -> dict[str, tuple[float, float]]:
+    """The KL divergence a token of every window, and its standard error over rows."""
+    windows = [a for a in library.alternatives if a.kind == "window"]
+    result = {}
+    for measured in run_exactly(library, None, [[a] for a in windows], rows):
+        if isinstance(measured.alternative, Alternative):
+            losses = torch.tensor([float(row["kl_divergence"]) for row in measured.rows])
+            result[measured.alternative.key] = float(losses.mean()), float(losses.std() / len(losses) ** 0.5)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--steps", type=int, default=1500, help="training steps")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    model = stock_model(config(), "cpu", torch.float32)
+    started = time.process_time()
+    found = train(model.train(), arguments.steps)
+    seconds = time.process_time() - started
+    blocks = tuple(layersmith.block_configs(model.config))
+    runtime = Runtime(torch.device("cpu"), torch.float32)
+    parent = Parent(
+        "", model.eval().requires_grad_(False), torch.float32, layersmith.describe(model.config), blocks, "", runtime
+    )
+    space = survey(parent, LibraryRecipe(linear=(), no_op=()))
+    library = Library(parent, space.axes, space.alternatives, orders={}, maps={}, notes=[])
+    ordinary = text(64, _ORDINARY, 2**29)
+    on_ordinary, on_long = scores(library, ordinary), scores(library, long_rows(ordinary, _LONG, 0))
+    lines = [
+        f"commit {commit()}, torch {torch.__version__}, {arguments.steps} steps in {seconds:.0f} CPU s; "
+        f"the parent predicts {found:.0%} of the values that are asked for.",
+        "",
+        f"| alternative | KL a token, rows of {_ORDINARY} | rows of {_LONG} that end with questions |",
+        "| --- | --- | --- |",
+    ]
+    for key in on_ordinary:
+        cells = (f"{mean:.4f} ± {error:.4f}" for mean, error in (on_ordinary[key], on_long[key]))
+        lines.append(f"| {key} | {' | '.join(cells)} |")
+    print("\n".join(lines))
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
