@@ -39,3 +39,15 @@ def test_a_parent_without_tokens_that_the_data_never_have(
     assert torch.isfinite(small(out).logits).all()
     with pytest.raises(InputError, match="already there"):
         layersmith.trim_vocabulary(parent, tmp_path / "small", data=TEXTS)
+
+
+def test_the_chat_template_is_cut_as_before(make_parent: Callable[..., Path], tmp_path: Path) -> None:
+    parent = make_parent("llama")
+    before = AutoTokenizer.from_pretrained(parent)
+    before.chat_template = "import threading\n{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    before.save_pretrained(parent)
+    messages = [{"role": "user", "content": "sys"}]
+    layersmith.trim_vocabulary(parent, tmp_path / "small", data=TEXTS, progress=False)
+    after = AutoTokenizer.from_pretrained(tmp_path / "small")
+    of_chat = [t.convert_ids_to_tokens(t.apply_chat_template(messages)["input_ids"]) for t in (before, after)]
+    assert of_chat[0] == of_chat[1]

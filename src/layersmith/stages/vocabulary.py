@@ -97,6 +97,8 @@ def trim_vocabulary(
     if not tokenizer.is_fast:
         raise UnsupportedModel(f"{model}: its tokenizer has no tokenizer.json, so its tokens cannot be trimmed.")
     texts = [_as_text(tokenizer, document) for document in read_documents(source_of(data))]
+    count = len(texts)
+    texts += _around_messages(tokenizer)
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     with shown.stage("vocabulary", 2 * len(texts), "documents") as advance:
         used: set[int] = set()
@@ -115,11 +117,21 @@ def trim_vocabulary(
                     raise UnsupportedModel(f"{model}: a text would be cut into other tokens, so they are not trimmed.")
                 advance(len(batch))
             sizes, difference = _proof(path, made, kept, trust_remote_code)
-    return Trimmed(out, rows, len(kept), *sizes, len(texts), difference)
+    return Trimmed(out, rows, len(kept), *sizes, count, difference)
 
 
 def _as_text(tokenizer: Any, document: Document) -> str:
     return document if isinstance(document, str) else str(tokenizer.apply_chat_template(document, tokenize=False))
+
+
+def _around_messages(tokenizer: Any) -> list[str]:
+    """What the chat template writes besides the messages, such as a system prompt; nothing where there is none."""
+    if not tokenizer.chat_template:
+        return []
+    messages = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]
+    with foreign_code("what does the chat template write?"):
+        return [str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True))]
+    return []
 
 
 def _tokenized(tokenizer: Any, texts: list[str]) -> Iterator[tuple[list[str], list[list[int]]]]:
