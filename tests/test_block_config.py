@@ -10,6 +10,7 @@ BLOCKS = [
     BlockConfig(),
     BlockConfig(AttentionConfig(num_key_value_heads=2), FFNConfig(intermediate_size=512)),
     BlockConfig(AttentionConfig(no_op=True), FFNConfig(replace_with_linear=True)),
+    BlockConfig(AttentionConfig(inner_sizes={"head_dim": 8}), FFNConfig(inner_sizes={"latent_size": 4})),
     BlockConfig(
         AttentionConfig(mamba=MambaConfig(state_dim=16, num_heads=4, head_dim=8, num_groups=2)),
         FFNConfig(moe=MoEConfig(num_local_experts=8, num_experts_per_tok=2, expert_intermediate_dim=64)),

@@ -107,7 +107,7 @@ class AttentionConfig(_SubblockConfig):
     """Number format of keys and values in the KV cache. None: the data type of the model."""
     mamba: MambaConfig | None = None
     """The mixer's sizes, where it takes the attention's place."""
-    inner_sizes: dict[str, PositiveInt] | None = None
+    inner_sizes: dict[str, PositiveInt] | None = field(default=None, hash=False)
     """Sizes inside the attention, by the attribute of the model's config that sets each: ``{"v_head_dim": 96}``."""
     llama4: dict[str, Any] | None = None
     """For puzzletron's files only; layersmith ignores it."""
@@ -123,7 +123,7 @@ class FFNConfig(_SubblockConfig):
     """Width of a dense FFN."""
     moe: MoEConfig | None = None
     """The experts, where the FFN is a mixture."""
-    inner_sizes: dict[str, PositiveInt] | None = None
+    inner_sizes: dict[str, PositiveInt] | None = field(default=None, hash=False)
     """Other sizes inside the FFN, by the attribute of the model's config that sets each."""
 
     _always_written = ("intermediate_size", "moe")

@@ -194,7 +194,7 @@ class _Examination:
     def found(self) -> Survey:
         """What the proof on this model's weights leaves of every axis, and the alternatives that run."""
         with self._without_gradients():
-            return survey(self.parent, LibraryRecipe())
+            return survey(self.parent, LibraryRecipe(inner_sizes=True))
 
     def axes(self) -> dict[str, str]:
         pairs = zip(self.found.axes, self.blocks, strict=True)

@@ -20,7 +20,7 @@ from layersmith.recipe import LibraryRecipe
 
 
 def child_of_library(parent: Parent, space: Survey, tokens: torch.Tensor) -> tuple[PreTrainedModel, bool]:
-    """A child of some of the alternatives that the default recipe asks for, and whether it remembers tokens.
+    """A child of some alternatives of the default recipe and sizes inside subblocks, and whether it remembers tokens.
 
     Args:
         parent: a tiny one.
@@ -30,7 +30,7 @@ def child_of_library(parent: Parent, space: Survey, tokens: torch.Tensor) -> tup
     Raises:
         AssertionError: an alternative does not run, or the child gives something else than its layers in the parent.
     """
-    library = build_library(parent, LibraryRecipe(), space, Calibration(tokens, len(tokens)))
+    library = build_library(parent, LibraryRecipe(inner_sizes=True), space, Calibration(tokens, len(tokens)))
     check_alternatives(library, tokens)
     chosen = some_of_each_kind(library)
     with exchanged(parent, library.layers(chosen)):

@@ -19,6 +19,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from layersmith.library.axes.axis import INNER_ROLES
 from layersmith.run.artifacts import read_json, write_json, write_text
 from tests.conformance.checks import CACHE_CHECKS, OK, Verdict, by_parent
 from tests.conformance.kinds import DECODER, HYBRID, MEANINGS
@@ -39,6 +40,7 @@ AXES = (
     "mixer heads",
     "mixer head size",
     "state sizes",
+    *INNER_ROLES,
     "window",
     "hidden size",
 )
@@ -229,10 +231,12 @@ def _definitions() -> str:
         "weight of another subblock changes its shape. The child with all of it runs, is saved and reloads equal.\n"
         "- **save and reload**: both children saved and loaded give equal logits. **stock reload**: so does plain "
         "Transformers with the file in the child's folder.\n"
-        "- **library**: every alternative of the default recipe runs in the model, in the first layer of each kind. A "
-        "child with some of each kind gives what its layers gave in the parent, continues from a cache, is saved and "
-        "reloads equal.\n\n"
-        "**Can shrink** lists the axes that are proved for the type. Removal and linear replacement are not listed."
+        "- **library**: every alternative of the default recipe, and every size inside a subblock, runs in the model, "
+        "in the first layer of each kind. A child with some of each kind gives what its layers gave in the parent, "
+        "continues from a cache, is saved and reloads equal.\n\n"
+        "**Can shrink** lists the axes that are proved for the type. Removal and linear replacement are not listed. "
+        "A head size is that of queries, keys and values alike; a key head size that of queries and keys, or of a part "
+        "of them; a rank is the number of channels between two projections, as in latent attention."
     )
 
 
