@@ -22,7 +22,7 @@ from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.model_descriptor.describe import describe
 from layersmith.quantization.formats import FORMATS
-from layersmith.quantization.gptq import gptq
+from layersmith.quantization.gptq import gptq_quantize, inverse_factor
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
@@ -99,7 +99,7 @@ def test_experts_have_formats_where_files_have_them_apart(tmp_path: Path) -> Non
     fitting = next(
         n for n in ("int4-g32", "int8") if all(FORMATS[n].refusal(w.shape) is None for w in weights.values())
     )
-    rounded = quantized(layer, dict.fromkeys(names["ffn"], FORMATS[fitting]), moments)
+    rounded = quantized(layer, dict.fromkeys(names["ffn"], FORMATS[fitting]), moments).rounded
     saved = saved_bytes(model, weights, FORMATS[fitting])
     before = sum(p.numel() * p.element_size() for p in model.parameters())
     for name, weight in rounded.items():
@@ -231,14 +231,20 @@ def test_a_layer_is_quantized_on_what_the_quantized_layers_before_it_return(libr
     )
     child(input_ids=TOKENS)
     handle.remove()
+    norms = {f"model.layers.{norm}.weight" for norm in ("0.input_layernorm", "0.post_attention_layernorm")}
+    norms.add(norm := "model.layers.1.post_attention_layernorm.weight")
     for name, weight in child.state_dict().items():
         is_quantized = ("layers.0." in name or "layers.1.mlp" in name) and "proj" in name
-        assert torch.equal(weight, weights[name]) != is_quantized, name
+        assert torch.equal(weight, weights[name]) != (is_quantized or name in norms), name
         assert (name in rounded) == is_quantized
         assert not is_quantized or torch.equal(rounded[name].values(), weight)
     # The FFN's first matrices are given what the quantized attention and the layers before it return.
     name = "model.layers.1.mlp.gate_proj.weight"
-    expected = gptq(weights[name], inputs[0].T @ inputs[0] / len(inputs[0]), format)
+    scales = weights[norm] / child.state_dict()[norm]
+    x = inputs[0] * scales  # what it was given before the norm held scales
+    factor = inverse_factor(x.T @ x / len(x)).scaled(scales)
+    expected = gptq_quantize(weights[name] * scales, factor, format).values()
     torch.testing.assert_close(child.state_dict()[name], expected)
+    assert child.state_dict()[norm].bfloat16().float().equal(child.state_dict()[norm])
     for name, weight in library.parent.model.state_dict().items():
         assert torch.equal(weight, of_parent[name]), name

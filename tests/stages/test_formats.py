@@ -9,19 +9,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 
 import layersmith
 from layersmith.costs.budget import Workload, parse_budget
 from layersmith.errors import UnsupportedModel, UsageError
+from layersmith.export.run import export
 from layersmith.heterogeneous.quantized import read_gguf_blocks
 from layersmith.quantization.formats import FORMATS
 from layersmith.recipe import Recipe
 from layersmith.run.artifacts import read_json
+from layersmith.run.progress import SILENT
 from layersmith.stages import automatic_formats as automatic_formats_module
 from layersmith.stages.automatic_formats import automatic_formats, without_impossible
 from layersmith.stages.distill_finished import distill
 from layersmith.stages.inspect import outline
-from layersmith.stages.job import formats_of
+from layersmith.stages.job import formats_of, job_of_run
+from layersmith.stages.realize import composed
 from layersmith.stages.reopen import search
 from tests.conftest import TINY_RECIPE
 
@@ -39,7 +43,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("formats")
 
 
-def test_a_child_with_formats_of_gguf(make_parent: Callable[..., Path], text_folder: Path, runs: Path) -> None:
+def norms(folder: Path) -> dict[str, torch.Tensor]:
+    stored = load_file(folder / "model.safetensors")
+    return {name: weight for name, weight in stored.items() if name.endswith("layernorm.weight")}
+
+
+def test_a_child_with_formats_of_gguf(
+    make_parent: Callable[..., Path], text_folder: Path, runs: Path, tmp_path: Path
+) -> None:
     parent = make_parent("llama", torch.bfloat16)
     result = made(parent, text_folder, runs / "gguf", ["q8_0", "q4_0"], "0.4")
     solution = result.solution
@@ -56,6 +67,9 @@ def test_a_child_with_formats_of_gguf(make_parent: Callable[..., Path], text_fol
     assert sum(p.numel() for p in child.parameters()) == solution.costs["parameters"]
     assert 0 < result.metric("kl_divergence")["child"] < 0.2
     assert "q4_0" in (result.child / "README.md").read_text()
+    before = norms(parent)
+    assert any(not torch.equal(norm, before[name]) for name, norm in norms(result.child).items())  # they hold scales
+    assert export(result.child, tmp_path / "gguf", "gguf").proof.difference < 1e-3
     report = read_json(result.run / "report.json")
     kinds = {layer[s]["kind"] for layer in report["layers"] for s in ("attention", "ffn")}
     assert "quantized" in kinds
@@ -74,7 +88,7 @@ def test_a_child_with_formats_of_gguf(make_parent: Callable[..., Path], text_fol
 
 
 def test_a_child_with_formats_of_compressed_tensors(
-    make_parent: Callable[..., Path], text_folder: Path, runs: Path
+    make_parent: Callable[..., Path], text_folder: Path, runs: Path, tmp_path: Path
 ) -> None:
     pytest.importorskip("compressed_tensors")
     parent = make_parent("llama", torch.bfloat16)
@@ -82,9 +96,17 @@ def test_a_child_with_formats_of_compressed_tensors(
     stored = load_file(result.child / "model.safetensors")
     assert sum(t.numel() * t.element_size() for t in stored.values()) == result.solution.costs["weight_bytes"]
     assert result.solution.embeddings == ""
-    child = layersmith.load(result.child)
+    child, before = layersmith.load(result.child), norms(parent)
     assert sum(p.numel() for p in child.parameters()) == result.solution.costs["parameters"]
     assert 0 < result.metric("kl_divergence")["child"] < 0.2
+    assert any(not torch.equal(norm, before[name]) for name, norm in norms(result.child).items())  # they hold scales
+    stock = AutoModelForCausalLM.from_pretrained(result.child, trust_remote_code=True, dtype=torch.bfloat16)
+    ids = torch.arange(3, 35)[None]
+    with torch.no_grad(), composed(job_of_run(result.run), result.solution, SILENT) as (rounded, _):
+        for name, weight in rounded.state_dict().items():
+            assert torch.equal(child.state_dict()[name], weight), name
+        assert torch.equal(stock(input_ids=ids).logits, child(input_ids=ids).logits)
+    assert export(result.child, tmp_path / "vllm", "vllm").proof.difference == 0
 
     quick = {"batch_tokens": 128, "device_tokens": 128, "learning_rate": 0.001, "tokens": 8192}
     learned = distill(result.run, recipe={"distillation": quick}, progress=False)

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import nn
 
 from layersmith.distillation.activations import Rows
 from layersmith.errors import UnsupportedModel
-from layersmith.execution.layerwise import Builder, LayerwiseParent, NotLayerwise, split_layers
+from layersmith.execution.exchange import few_tokens
+from layersmith.execution.layerwise import Batch, Builder, LayerwiseParent, NotLayerwise, split_layers
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity
-from layersmith.library.formats import InputMoments, matrices, quantized
+from layersmith.library.formats import InputMoments, Quantization, matrices, quantized
 from layersmith.library.library import Library
 from layersmith.library.stored_weights import Kept, Tensors, digest_of
 from layersmith.quantization.formats import Format, format_named
@@ -75,13 +77,14 @@ def quantize_child(
     if last < 0:
         return library, rounded
     layerwise, rows = layerwise_of(library.parent, library), Rows(calibration, batch_tokens)
+    few = layerwise.start(few_tokens(library.parent))
     with progress.stage("quantize", (last + 1) * len(calibration), "rows through a layer") as advance:
         for i in range(last + 1):
             members = changed.get(i, [])
             if any(a.format for a in members):
-                of_layer = dict(_quantized(library, layerwise, members, rows))
+                of_layer = _quantized(library, layerwise, members, rows, few)
                 prefix = library.parent.descriptor.layer_block_name(i)
-                rounded |= {f"{prefix}.{name}": weight for name, weight in of_layer.items()}
+                rounded |= {f"{prefix}.{name}": weight for name, weight in of_layer.rounded.items()}
                 pairs = _with(library.pairs, members, of_layer)
                 library = library.with_kept(library.kept, pairs)
             layer = library.layer(*members) if members else library.parent.layer(i)
@@ -93,10 +96,10 @@ def quantize_child(
 
 @torch.no_grad()
 def _quantized(
-    library: Library, layerwise: LayerwiseParent[Library], members: Sequence[Alternative], rows: Rows
-) -> Iterator[tuple[str, Rounded]]:
+    library: Library, layerwise: LayerwiseParent[Library], members: Sequence[Alternative], rows: Rows, few: Batch
+) -> Quantization:
     """The quantized weights of a layer, attention first: the FFN is given what the quantized attention returns."""
-    layer, i = library.layer(*members), members[0].layer
+    layer, i, result = library.layer(*members), members[0].layer, Quantization({}, {})
     for a in sorted(members, key=lambda a: a.subblock):
         formats = formats_of(library, layer, [a])
         moments = InputMoments(layer, list(formats))
@@ -106,11 +109,13 @@ def _quantized(
             for numbers in rows.batches():
                 batch, hidden = rows.start(layerwise, numbers)
                 layerwise.run(batch, i, rows.child_input(numbers, hidden), layer)
-        for name, weight in quantized(layer, formats, moments).items():
+        made = quantized(layer, formats, moments, partial(layerwise.run, few, i, few.embedded, layer))
+        for name, values in made.tensors().items():
             holder, _, last = name.rpartition(".")
-            values = weight.values().to(layer.get_parameter(name))
-            layer.get_submodule(holder).register_parameter(last, nn.Parameter(values, requires_grad=False))
-            yield name, weight.to(torch.device("cpu"))
+            changed = nn.Parameter(values.to(layer.get_parameter(name)), requires_grad=False)
+            layer.get_submodule(holder).register_parameter(last, changed)
+        result.add(made)
+    return result
 
 
 @dataclass(eq=False)
@@ -118,11 +123,11 @@ class _Dequantized(Mapping[str, Tensors]):
     """Weights by the identity of alternatives. Of rounded ones only the levels stay in memory."""
 
     others: Mapping[str, Tensors]
-    rounded: dict[str, Mapping[str, Rounded]] = field(default_factory=dict)
+    rounded: dict[str, Quantization] = field(default_factory=dict)
 
     def __getitem__(self, identity: str) -> Tensors:
         if identity in self.rounded:
-            return {name: weight.values() for name, weight in self.rounded[identity].items()}
+            return self.rounded[identity].tensors()
         return self.others[identity]
 
     def __iter__(self) -> Iterator[str]:
@@ -132,7 +137,7 @@ class _Dequantized(Mapping[str, Tensors]):
         return len({**self.others, **self.rounded})
 
 
-def _with(pairs: Kept, members: Sequence[Alternative], rounded: Mapping[str, Rounded]) -> Kept:
+def _with(pairs: Kept, members: Sequence[Alternative], rounded: Quantization) -> Kept:
     """Kept weights with the rounded ones of a layer."""
     identity, known = pair_identity(members), pairs.in_memory
     weights = known if isinstance(known, _Dequantized) else _Dequantized(known)

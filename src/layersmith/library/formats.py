@@ -3,8 +3,9 @@
 A format belongs to a subblock: all linear maps in it, and all experts, have the same one. Norms, biases, routers and
 convolutions stay in the parent's data type, as does a matrix whose shape the format does not allow.
 
-Weights are quantized by GPTQ, from the second moments of what the linear maps are given. Where a linear map was given
-nothing, as an expert that no token chose, its weight is rounded to nearest.
+Weights are quantized by GPTQ, from the second moments of what the linear maps are given, with input channels scaled
+where the norm before can hold the scales (:mod:`.norm_scales`). Where a linear map was given nothing, as an expert that
+no token chose, its weight is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,6 +26,7 @@ from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes
+from layersmith.library.norm_scales import held_scales, norm_before
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.modeling_layersmith import first_tensor as first_argument
 from layersmith.quantization.formats import Format, format_named
@@ -227,6 +230,10 @@ class InputMoments:
             self._factors[name] = inverse_factor(moment)
         return self._factors.get(name)
 
+    def readers(self, weight: str) -> list[str]:
+        """Names of the linear maps with the same inputs."""
+        return [name for name in self.linear if self.source(name) == self.source(weight)]
+
     @staticmethod
     def _is_apart(stack: torch.Tensor) -> bool:
         return 8 * len(stack) * stack.shape[-1] ** 2 <= _MOST_MOMENTS
@@ -274,20 +281,46 @@ class _Products(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+@dataclass(frozen=True)
+class Quantization:
+    """Weights of a layer in formats.
+
+    Attributes:
+        rounded: Name of a weight to the rounded one.
+        norms: Name of the weight of a norm that holds scales to what it becomes.
+    """
+
+    rounded: dict[str, Rounded]
+    norms: dict[str, torch.Tensor]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """All weights that change, in float32."""
+        return {name: weight.values() for name, weight in self.rounded.items()} | self.norms
+
+    def add(self, other: Quantization) -> None:
+        """Add what became of other weights; kept in the memory of the CPU."""
+        cpu = torch.device("cpu")
+        self.rounded.update({name: weight.to(cpu) for name, weight in other.rounded.items()})
+        self.norms.update({name: weight.to(cpu) for name, weight in other.norms.items()})
+
+
 @torch.no_grad()
-def quantized(layer: nn.Module, formats: Mapping[str, Format], moments: InputMoments) -> dict[str, Rounded]:
+def quantized(
+    layer: nn.Module,
+    formats: Mapping[str, Format],
+    moments: InputMoments,
+    run: Callable[[], torch.Tensor] | None = None,
+) -> Quantization:
     """Weights in their formats.
 
     Args:
         layer: A decoder layer.
         formats: Name of a weight to its format; a weight whose shape the format does not allow is left out.
         moments: The moments of their inputs.
-
-    Returns:
-        Name of a weight to the rounded one.
+        run: Returns the layer's output for a few tokens, which shows what norms can hold. Default: no norm changes.
     """
     together: dict[tuple[Any, ...], list[str]] = {}
-    result: dict[str, Rounded] = {}
+    result = Quantization({}, {})
     for name, format in formats.items():
         weight = layer.get_parameter(name).detach()
         if format.refusal(weight.shape) is not None:
@@ -295,16 +328,21 @@ def quantized(layer: nn.Module, formats: Mapping[str, Format], moments: InputMom
         if weight.ndim == 3:
             factors = (moments.factor(f"{name}:{number}") for number in range(len(weight)))
             members = zip(weight, factors, strict=True)
-            result[name] = QuantizedStack(tuple(_rounded(matrix, factor, format) for matrix, factor in members))
+            result.rounded[name] = QuantizedStack(tuple(_rounded(matrix, factor, format) for matrix, factor in members))
         else:
             alone = name if format.group == "tensor" else None
             together.setdefault((moments.source(name), format, alone), []).append(name)
     for (source, format, _), names in together.items():
         weights = [layer.get_parameter(name).detach() for name in names]
         # Rows do not depend on each other.
-        whole = _rounded(torch.cat(weights) if len(weights) > 1 else weights[0], moments.factor(source), format)
-        result |= zip(names, whole.split([len(weight) for weight in weights]), strict=True)
-    return {name: result[name] for name in formats if name in result}
+        whole, factor = torch.cat(weights) if len(weights) > 1 else weights[0], moments.factor(source)
+        norm = norm_before(layer, names, run) if run is not None and names == moments.readers(source) else None
+        if norm is not None and factor is not None and (moment := moments.of(source)) is not None:
+            result.norms[norm], scales = held_scales(layer.get_parameter(norm).detach(), moment.diagonal())
+            whole, factor = whole.float() * scales, factor.scaled(scales)
+        parts = _rounded(whole, factor, format).split([len(weight) for weight in weights])
+        result.rounded.update(zip(names, parts, strict=True))
+    return result
 
 
 def _rounded(weight: torch.Tensor, factor: Factor | None, format: Format) -> Quantized:

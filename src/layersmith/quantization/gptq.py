@@ -39,6 +39,10 @@ class Factor:
     order: Tensor
     upper: Tensor
 
+    def scaled(self, scales: Tensor) -> Factor:
+        """The factor for inputs divided by ``scales`` ``[in]``."""
+        return Factor(self.order, self.upper * scales[self.order])
+
 
 def gptq(weight: Tensor, second_moment: Tensor, format: Format, *, damping: float = 0.01) -> Tensor:
     """Round a matrix so that its outputs change little.

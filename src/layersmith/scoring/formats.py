@@ -17,11 +17,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from layersmith.execution.exchange import logits_and_hidden
+from layersmith.execution.exchange import few_tokens, logits_and_hidden
 from layersmith.execution.hidden_states import States, StatesOnDisk
 from layersmith.execution.layerwise import LayerwiseParent, split_layers, tokens_at_once
 from layersmith.library.alternative import Alternative
@@ -172,6 +173,7 @@ def _quantized(task: FormatTask, alternatives: Sequence[Alternative]) -> Kept:
     parent, states = task.library.parent, task.states()
     layerwise = task.layerwise
     depth, started, records = len(layerwise.layers), [], []
+    few = layerwise.start(few_tokens(parent))
     for n, rows in enumerate(task.batches(task.calibration)):
         batch = layerwise.start(task.calibration[rows].to(parent.runtime.device))
         states.put(n, batch.embedded)
@@ -183,13 +185,14 @@ def _quantized(task: FormatTask, alternatives: Sequence[Alternative]) -> Kept:
             names = matrices(parent.model, parent.descriptor, layer, i, depth, task.library.axes[i])
             is_new = not layer_file(task.folder, i).is_file()
             moments = InputMoments(layer, [name for members in names.values() for name in members] if is_new else ())
+            run = partial(layerwise.run, few, i, few.embedded)
             with moments.watching():
                 for n, batch in enumerate(started):
                     states.put(n, layerwise.run(batch, i, states.get(n)))
             if is_new:
                 of_names = {a.identity: dict.fromkeys(names[a.subblock], format_named(a.format)) for a in of_layer}
                 weights = {
-                    identity: {name: q.values() for name, q in quantized(layer, formats, moments).items()}
+                    identity: quantized(layer, formats, moments, run).tensors()
                     for identity, formats in of_names.items()
                 }
                 write_layer(layer_file(task.folder, i), weights)
