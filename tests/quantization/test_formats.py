@@ -39,6 +39,15 @@ def test_a_width_that_blocks_do_not_divide_is_refused() -> None:
         format_named("q4_K")
 
 
+def test_k_quants_have_substitutes() -> None:
+    assert FORMATS["q3_k"].fitting((4, 512)) is FORMATS["q3_k"]
+    assert FORMATS["q3_k"].fitting((4, 576)) is FORMATS["iq4_nl"]
+    assert FORMATS["q3_k"].fitting((4, 570)) is FORMATS["int4-g64"].fitting((4, 570)) is None
+    for row in FORMATS.values():  # llama.cpp never takes one with fewer bits
+        fitting = row.fitting((4, 576))
+        assert fitting is None or fitting.bits_a_weight >= row.bits_a_weight
+
+
 def test_kv_formats() -> None:
     assert {name: row.bytes_of(2 * 3 * 64, 64) for name, row in KV_FORMATS.items()} == {"fp8": 384, "int4": 6 * 36}
     with pytest.raises(UsageError, match="unknown format 'fp9' of the KV cache"):

@@ -1,7 +1,8 @@
 """Number formats of the weights in a layer: which weights have one, and the weights in it.
 
 A format belongs to a subblock: all linear maps in it, and all experts, have the same one. Norms, biases, routers and
-convolutions stay in the parent's data type, as does a matrix whose shape the format does not allow.
+convolutions stay in the parent's data type. A matrix whose shape the format does not allow has the one that
+:meth:`.Format.fitting` names, or stays as well.
 
 Weights are quantized by GPTQ, from the second moments of what the linear maps are given, with input channels scaled
 where the norm before can hold the scales (:mod:`.norm_scales`). Where a linear map was given nothing, as an expert that
@@ -77,11 +78,8 @@ def embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:
 def quantized_embeddings(model: PreTrainedModel, name: str) -> dict[str, Quantized]:
     """Name of each weight of embeddings and head, if a format's shape allows it, to the weight rounded to nearest."""
     format = format_named(name)
-    return {
-        name: quantize(weight.detach(), format)
-        for name, weight in embeddings(model).items()
-        if format.refusal(weight.shape) is None
-    }
+    fitting = {name: (weight, format.fitting(weight.shape)) for name, weight in embeddings(model).items()}
+    return {name: quantize(weight.detach(), fits) for name, (weight, fits) in fitting.items() if fits is not None}
 
 
 @contextmanager
@@ -150,7 +148,7 @@ def rows_of_matrices(model: PreTrainedModel, name: str, weight: torch.Tensor) ->
 
 
 def saved_bytes(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], format: Format) -> int:
-    """The bytes that weights take less in a format, where it allows their shapes, than in their data type.
+    """The bytes that weights take less in a format, where one fits their shapes, than in their data type.
 
     Args:
         model: Has weights of these names; theirs may have other shapes.
@@ -161,8 +159,8 @@ def saved_bytes(model: PreTrainedModel, weights: Mapping[str, torch.Tensor], for
     for name, weight in weights.items():
         for rows in rows_of_matrices(model, name, weight):
             shape = rows, weight.shape[-1]
-            if format.refusal(shape) is None:
-                saved += rows * weight.shape[-1] * weight.element_size() - format.bytes_of(shape)
+            if (fitting := format.fitting(shape)) is not None:
+                saved += rows * weight.shape[-1] * weight.element_size() - fitting.bytes_of(shape)
     return saved
 
 
@@ -315,15 +313,15 @@ def quantized(
 
     Args:
         layer: A decoder layer.
-        formats: Name of a weight to its format; a weight whose shape the format does not allow is left out.
+        formats: Name of a weight to its format; a weight whose shape has no fitting one is left out.
         moments: The moments of their inputs.
         run: Returns the layer's output for a few tokens, which shows what norms can hold. Default: no norm changes.
     """
     together: dict[tuple[Any, ...], list[str]] = {}
     result = Quantization({}, {})
-    for name, format in formats.items():
+    for name, wanted in formats.items():
         weight = layer.get_parameter(name).detach()
-        if format.refusal(weight.shape) is not None:
+        if (format := wanted.fitting(weight.shape)) is None:
             continue
         if weight.ndim == 3:
             factors = (moments.factor(f"{name}:{number}") for number in range(len(weight)))

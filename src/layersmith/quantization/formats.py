@@ -78,6 +78,13 @@ class Format:
             return f"{self.name}: its blocks of {self.block} do not divide {shape[-1]} input channels"
         return None
 
+    def fitting(self, shape: Sequence[int]) -> Format | None:
+        """The format of a weight of a shape: this one, or the one that llama.cpp takes where its blocks do not fit."""
+        if self.refusal(shape) is None:
+            return self
+        substitute = FORMATS.get(_SUBSTITUTES.get(self.name, ""))
+        return None if substitute is None else substitute.fitting(shape)
+
     def bytes_of(self, shape: Sequence[int]) -> int:
         """Bytes of a stored weight with all its scales.
 
@@ -150,6 +157,8 @@ FORMATS: dict[str, Format] = _table(
     Format("q2_k",            2, "unsigned", 16,         4,  4,  256, 32, "gguf",               _LLAMA, _LLAMA),
 )
 # fmt: on
+# What llama.cpp's quantizer takes for matrices whose width is not a multiple of 256.
+_SUBSTITUTES = {"q6_k": "q8_0", "q5_k": "q5_1", "q4_k": "q5_0", "q3_k": "iq4_nl", "q2_k": "iq4_nl"}
 
 
 def format_named(name: str) -> Format:
