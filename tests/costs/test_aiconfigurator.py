@@ -14,7 +14,8 @@ from layersmith.costs.budget import Workload
 from layersmith.costs.counted import ModelShape
 from layersmith.costs.times import Times
 from layersmith.errors import UnsupportedModel, UsageError
-from layersmith.library.alternative import child_blocks
+from layersmith.library.alternative import Alternative, child_blocks
+from layersmith.library.formats import in_formats
 from layersmith.recipe import LibraryRecipe
 from layersmith.report.optional import read_clock
 from layersmith.stages.inspect import Outline, outline
@@ -102,6 +103,27 @@ def test_fewer_experts_and_other_servers(tmp_path: Any) -> None:
     fewer = [a for a in space.alternatives if a.kind == "experts"]
     assert fewer
     assert all(times.by_key[a.key].decode < 0.95 * whole[a.layer, "ffn"].decode for a in fewer)
+
+
+def test_formats_take_other_times(tmp_path: Any) -> None:
+    """Weights of 4 bits are read faster in a decode step with few requests; a prompt gains little."""
+    config = LlamaConfig(**LLAMA)
+    config.save_pretrained(tmp_path)
+    space, load = outline(tmp_path, LibraryRecipe(ffn_fractions=(), linear=()), LOAD), Workload(1, 2048 + 256, 256)
+    shape = ModelShape(space.descriptor, space.config, space.blocks, space.axes, space.dtype)
+    pairs = in_formats([a for a in space.alternatives if a.is_parent], ["int8", "int4-g128"])
+    times = predict_served("h100_sxm", "vllm", shape, [*space.alternatives, *pairs], load)
+    alone = predict_served("h100_sxm", "vllm", shape, space.alternatives, load).parent(space.alternatives)
+    with_formats = times.parent(space.alternatives)
+    assert (with_formats.prefill, with_formats.decode) == pytest.approx((alone.prefill, alone.decode), rel=1e-3)
+    for subblock in ("attention", "ffn"):
+        whole = Alternative(0, subblock, "parent")
+        bf16, int8, int4 = (times.by_key[whole.in_format(name).key] for name in ("", "int8", "int4-g128"))
+        assert int4.decode < int8.decode < bf16.decode
+        asked = ask("h100_sxm", "vllm", LLAMA, load, "int4_wo")
+        assert int4.decode == pytest.approx(asked.of(subblock)[1] / 4)
+    with pytest.raises(UsageError, match="no times for them"):
+        predict_served("h100_sxm", "vllm", shape, [Alternative(0, "ffn", "parent", format="nvfp4")], load)
 
 
 def test_what_is_not_known_is_refused(tmp_path: Any) -> None:

@@ -24,6 +24,7 @@ from layersmith.errors import Infeasible, InputError, UsageError
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import child_blocks
 from layersmith.library.axes.feasible import any_orders, no_maps
+from layersmith.library.formats import in_formats
 from layersmith.library.library import Library
 from layersmith.library.survey import Survey, survey
 from layersmith.recipe import CostsRecipe, LibraryRecipe, Recipe
@@ -304,6 +305,19 @@ def test_a_prediction_is_arithmetic_or_traffic(parent: Parent, space: Survey) ->
     assert times.by_key[ffn.key].prefill == pytest.approx(wanted)
     assert times.by_key[ffn.key].decode == pytest.approx(cost["weight_bytes"] / device.bandwidth)
     assert all(times.by_key[a.key] == Timing(0, 0) for a in space.alternatives if a.kind == "no_op")
+    formats = ["int8"]
+    pairs, of_formats = in_formats(space.alternatives, formats), cost_table(parent, space, LOAD, formats)
+    shape = dataclasses.replace(shape_of(parent, space), dtype=torch.bfloat16)
+    rounded = predict("H100", shape, [*space.alternatives, *pairs], of_formats, LOAD)
+    table = rounded.into(of_formats, space.alternatives)
+    for a in pairs:
+        whole, cost = times.by_key[a.shape.key], of_formats.by_key[a.key]
+        assert rounded.by_key[a.shape.key] == whole
+        assert whole.decode - rounded.by_key[a.key].decode == pytest.approx(
+            (costs.by_key[a.shape.key]["weight_bytes"] - cost["weight_bytes"]) / device.bandwidth, rel=1e-6
+        )
+        assert rounded.by_key[a.key].prefill <= whole.prefill
+        assert table.by_key[a.key] == cost | costs_of(rounded.by_key[a.key], LOAD)
     whole = times.parent(space.alternatives)
     assert costs_of(whole, LOAD)["token_seconds"] == pytest.approx((whole.prefill + 16 * whole.decode) / 32)
     with pytest.raises(UsageError, match="H100"):

@@ -83,6 +83,15 @@ def test_a_child_with_formats_of_gguf(
     (less_cache,) = search(result.run, {"kv_cache": "0.5"}, progress=False).solutions
     assert not less_cache.has_formats  # no format makes the cache smaller
     assert any(not a.is_parent for a in less_cache.alternatives)
+    on: Any = {"times_on": ("H100", None), "progress": False}
+    (fast,), (pruned,) = (
+        search(result.run, {"time_per_token": "0.6"}, formats=names, **on).solutions for names in (None, ["bf16"])
+    )
+    assert fast.costs["decode_seconds"] <= 0.6 * fast.parent_costs["decode_seconds"]
+    assert fast.has_formats  # fewer bytes are read
+    assert fast.score < pruned.score
+    with pytest.raises(UsageError, match="their times cannot be measured here"):
+        search(result.run, {"time_per_token": "0.6"}, progress=False)
     with pytest.raises(UsageError, match="no scores of q5_0, but of q4_0, q8_0"):
         search(result.run, {"weights": "0.8"}, formats=["q5_0"], progress=False)
 

@@ -45,6 +45,8 @@ SERVERS = {"vllm": "vllm", "sglang": "sglang", "tensorrt-llm": "trtllm"}
 # Parts of the names of operators outside the layers, and of those of an FFN; all others belong to the attention.
 _OUTSIDE = ("embedding", "logits", "p2p")
 _OF_FFN = ("ffn", "mlp", "act_gate", "add_norm_2", "moe", "router", "expert", "shared", "ar_2")
+# The names that it has for formats of weights alone, whatever the size of the groups. Activations stay in bfloat16.
+_MODES = {"int8": "int8_wo"} | {f"int4-g{size}{rest}": "int4_wo" for size in (32, 64, 128) for rest in ("", "-asym")}
 # Keys of a config that are of no use to AIConfigurator, or that refuse to be read without Transformers.
 _DROPPED = ("per_layer_config", "block_configs", "auto_map", "quantization_config")
 
@@ -91,26 +93,27 @@ def _part(operator: str) -> str:
 def predict_served(
     system: str, server: str, parent: ModelShape, alternatives: Sequence[Alternative], workload: Workload
 ) -> Times:
-    """Predicted times of every alternative on a GPU under the load of a server, weights in bfloat16.
+    """Predicted times of every alternative on a GPU under the load of a server, in bfloat16 without a format.
 
     Args:
         system: The GPU, as AIConfigurator names it, e.g. ``h200_sxm``.
         server: A key of :data:`SERVERS`.
         parent: Shape of the parent.
-        alternatives: All alternatives of the search space.
+        alternatives: All alternatives of the search space, also in formats.
         workload: Requests in flight (``batch``), tokens of prompt and answer.
 
     Returns:
         Times whose time to first token is that of one request among the others.
 
     Raises:
-        UsageError: The package is missing, or the GPU or server is unknown.
+        UsageError: The package is missing, or the GPU, server or a format is unknown.
         UnsupportedModel: AIConfigurator does not know this family, or has no data for a shape.
     """
     _check_names(system, server)
-    depth = len(parent.blocks)
-    of_subblock: dict[str, dict[str, Subblock]] = {"attention": {}, "ffn": {}}
-    shapes: dict[str, tuple[str, str] | None] = {}
+    depth, modes = len(parent.blocks), _modes(alternatives)
+    of_mode: dict[str | None, dict[str, dict[str, Subblock]]]
+    of_mode = {mode: {"attention": {}, "ffn": {}} for mode in (None, *modes.values())}
+    shapes: dict[str, tuple[str | None, str, str] | None] = {}
     for a in alternatives:
         block = a.block_config(parent.blocks[a.layer])
         mine = getattr(block, a.subblock)
@@ -119,11 +122,14 @@ def predict_served(
             continue
         if getattr(mine, "replace_with_linear", False) or a.kind == "window":
             mine = getattr(parent.blocks[a.layer], a.subblock)
-        key = fingerprint(mine.to_dict())
-        of_subblock[a.subblock][key] = mine
-        shapes[a.key] = a.subblock, key
-    answers = _ask_all(system, server, parent, of_subblock, workload)
-    slope, constant = _prefill_from_mixed([answer for answers in answers.values() for answer in answers.values()])
+        key, mode = fingerprint(mine.to_dict()), modes.get(a.format)
+        of_mode[mode][a.subblock][key] = mine
+        shapes[a.key] = mode, a.subblock, key
+    answers: dict[tuple[str | None, str, str], Answer] = {}
+    for mode, of_subblock in of_mode.items():
+        asked = _ask_all(system, server, parent, of_subblock, workload, mode)
+        answers |= {(mode, s, key): answer for s, by_key in asked.items() for key, answer in by_key.items()}
+    slope, constant = _prefill_from_mixed(answers.values())
 
     def timing(answer: Answer, part: str, layers: int) -> Timing:
         mixed, token = answer.of(part)
@@ -131,11 +137,22 @@ def predict_served(
 
     by_key = {}
     for key, shape in shapes.items():
-        by_key[key] = ZERO if shape is None else timing(answers[shape[0]][shape[1]], shape[0], depth)
-    first = next(answer for answers in answers.values() for answer in answers.values())
+        by_key[key] = ZERO if shape is None else timing(answers[shape], shape[1], depth)
+    first = next(iter(answers.values()))
     fixed = timing(first, "outside", 1) + Timing(constant, 0.0)
     name = f"{system}, {server} (AIConfigurator {version(PACKAGE)})"
     return Times("predicted", name, workload, by_key, fixed)
+
+
+def _modes(alternatives: Sequence[Alternative]) -> dict[str, str]:
+    """Each format of the alternatives to AIConfigurator's name for it."""
+    formats = {a.format for a in alternatives} - {""}
+    if unknown := sorted(formats - _MODES.keys()) or sorted({a.kv_format for a in alternatives} - {""}):
+        raise UsageError(
+            f"formats {', '.join(unknown)}: AIConfigurator has no times for them. It has times for weights in "
+            f"{', '.join(_MODES)}."
+        )
+    return {name: _MODES[name] for name in sorted(formats)}
 
 
 def _check_names(system: str, server: str) -> None:
@@ -160,7 +177,12 @@ def _systems() -> str:
 
 
 def _ask_all(
-    system: str, server: str, parent: ModelShape, shapes: dict[str, dict[str, Subblock]], workload: Workload
+    system: str,
+    server: str,
+    parent: ModelShape,
+    shapes: dict[str, dict[str, Subblock]],
+    workload: Workload,
+    mode: str | None,
 ) -> dict[str, dict[str, Answer]]:
     """The answer for each shape of a subblock. One answer serves a shape of the attention and one of the FFN."""
     attentions, ffns = (list(shapes[subblock].items()) for subblock in ("attention", "ffn"))
@@ -172,22 +194,24 @@ def _ask_all(
             if members:
                 keys[subblock], config = members[min(i, len(members) - 1)]
                 block = replace(block, **{subblock: config})
-        answer = _ask_or_interpolate(system, server, config_of(parent, block), workload)
+        answer = _ask_or_interpolate(system, server, config_of(parent, block), workload, mode)
         for subblock, key in keys.items():
             answers[subblock][key] = answer
     return answers
 
 
-def _ask_or_interpolate(system: str, server: str, config: dict[str, Any], workload: Workload) -> Answer:
+def _ask_or_interpolate(
+    system: str, server: str, config: dict[str, Any], workload: Workload, mode: str | None
+) -> Answer:
     """:func:`ask`; for a number of KV heads without data, between the powers of two that are next to it."""
     heads = config.get(_KV_HEADS)
     try:
-        return ask(system, server, config, workload)
+        return ask(system, server, config, workload, mode)
     except UnsupportedModel:
         if not isinstance(heads, int) or heads < 2 or heads & (heads - 1) == 0:
             raise
     low = 1 << (heads.bit_length() - 1)
-    fewer, more = (ask(system, server, config | {_KV_HEADS: n}, workload) for n in (low, 2 * low))
+    fewer, more = (ask(system, server, config | {_KV_HEADS: n}, workload, mode) for n in (low, 2 * low))
     share = (heads - low) / low
     mixed, decode = (
         {name: (1 - share) * seconds + share * of_more[name] for name, seconds in of_fewer.items()}
@@ -208,7 +232,7 @@ def config_of(parent: ModelShape, block: BlockConfig) -> dict[str, Any]:
     return config | overrides
 
 
-def ask(system: str, server: str, config: Mapping[str, Any], workload: Workload) -> Answer:
+def ask(system: str, server: str, config: Mapping[str, Any], workload: Workload, mode: str | None = None) -> Answer:
     """Ask AIConfigurator for one model.
 
     Args:
@@ -216,6 +240,7 @@ def ask(system: str, server: str, config: Mapping[str, Any], workload: Workload)
         server: A key of :data:`SERVERS`.
         config: The model's config as JSON data.
         workload: Requests in flight, tokens of prompt and answer.
+        mode: AIConfigurator's name of the format of the weights. Default: bfloat16.
 
     Raises:
         UnsupportedModel: AIConfigurator cannot say.
@@ -224,14 +249,15 @@ def ask(system: str, server: str, config: Mapping[str, Any], workload: Workload)
 
     counts_of_experts = ("num_experts", "num_local_experts", "n_routed_experts")
     is_mixture = any(isinstance(config.get(key), int) for key in counts_of_experts)
-    experts = {"moe_tp_size": 1, "moe_ep_size": 1} if is_mixture else {}
+    experts: dict[str, Any] = {"moe_tp_size": 1, "moe_ep_size": 1, "moe_quant_mode": mode} if is_mixture else {}
     # A model is remembered by its folder, so each has its own.
     question = "What does AIConfigurator say?"
     with tempfile.TemporaryDirectory() as folder, _quiet(), foreign_code(question, refusal_is_answer=True) as said:
         Path(folder, "config.json").write_text(json.dumps(config, default=str), encoding="utf-8")
         result = said.call(
             cli_estimate, folder, system, backend_name=SERVERS[server], database_mode="HYBRID", isl=workload.prompt,
-            osl=workload.generated, batch_size=workload.batch, backend_version=_newest.get((system, server)), **experts,
+            osl=workload.generated, batch_size=workload.batch, backend_version=_newest.get((system, server)),
+            gemm_quant_mode=mode, **experts,
         )  # fmt: skip
         _newest[system, server] = result.backend_version
         steps = result.per_ops_data

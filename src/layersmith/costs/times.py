@@ -164,15 +164,20 @@ class Times:
         return dataclasses.replace(self, checks=(*self.checks, *more))
 
     def into(self, costs: CostTable, alternatives: Sequence[Alternative]) -> CostTable:
-        """A cost table with these times, corrected by the checks."""
-        by_key = {a.key: costs.by_key[a.key] | self._costs(self.by_key[a.key]) for a in alternatives}
+        """A cost table with these times, corrected by the checks.
+
+        Embeddings and head in a format take as long as in the parent's data type.
+        """
+        known = ((key, timing) for key, timing in self.by_key.items() if key in costs.by_key)
+        by_key = {key: costs.by_key[key] | self._costs(timing) for key, timing in known}
+        outside = {name: of_format | self._costs(self.fixed) for name, of_format in costs.outside.items()}
         whole: Any = costs.parent | self._costs(self.parent(alternatives))
         bend = None
         if self.checks:
             curves = self.curves(alternatives)
             one = {PREFILL: self._costs(Timing(1, 0))[TOKEN], DECODE: self._costs(Timing(0, 1))[TOKEN]}
             bend = Bend({PREFILL: curves["prefill"], DECODE: curves["decode"]}, whole, {TOKEN: one})
-        return CostTable(by_key, costs.fixed | self._costs(self.fixed), whole, bend, costs.workload)
+        return CostTable(by_key, costs.fixed | self._costs(self.fixed), whole, bend, costs.workload, outside)
 
     def _costs(self, timing: Timing) -> dict[str, Any]:
         return costs_of(timing, self.workload)

@@ -91,7 +91,7 @@ def without_impossible(job: Job) -> Recipe:
 def reason_against(recipe: Recipe, limits: Limits) -> str | None:
     """Why a run offers no formats by itself."""
     if wants_times(limits, recipe.search):
-        return "times of number formats are not known"
+        return "times of number formats are not measured"
     if recipe.rounds.count > 1:
         return "rounds remove parameters"
     if recipe.scoring.objective != "kl_divergence":

@@ -121,16 +121,29 @@ def find_times(
     within = workload.within(parent.positions)
     if recipe.times is not None:
         return from_csv(recipe.times, survey.alternatives, within)
-    costs = cost_table(parent, survey, within)
-    shape, alternatives = shape_of(parent, survey), survey.alternatives
-    if recipe.device is not None and recipe.server is not None:
-        with progress.stage("times", 1, "device") as advance:
-            times = predict_served(recipe.device, recipe.server, shape, alternatives, within)
-            advance(1)
-        return times
     if recipe.device is not None:
-        return predict(recipe.device, shape, alternatives, costs, within)
-    return measure(Stopwatch(parent, within, recipe), alternatives, costs, progress, check)
+        return predicted_times(parent, survey, recipe, within, progress)
+    costs = cost_table(parent, survey, within)
+    return measure(Stopwatch(parent, within, recipe), survey.alternatives, costs, progress, check)
+
+
+def predicted_times(
+    parent: Parent,
+    survey: Survey,
+    recipe: CostsRecipe,
+    workload: Workload,
+    progress: Progress,
+    formats: Sequence[Sequence[str]] = ((), ()),
+) -> Times:
+    """Times of all alternatives on the recipe's device, also in number formats of weights and of the KV cache."""
+    device, shape = str(recipe.device), shape_of(parent, survey)
+    alternatives = [*survey.alternatives, *in_formats(survey.alternatives, *formats)]
+    if recipe.server is None:
+        return predict(device, shape, alternatives, cost_table(parent, survey, workload, *formats), workload)
+    with progress.stage("times", 1, "device") as advance:
+        times = predict_served(device, recipe.server, shape, alternatives, workload)
+        advance(1)
+    return times
 
 
 def times_of(
@@ -180,10 +193,11 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
     if source.times is not None and not Path(source.times).is_file():
         raise InputError(f"recipe costs.times: {source.times}: no such file.")
     formats, kv_formats = job.formats, job.kv_formats
-    if (formats or kv_formats) and wants_times(job.limits, rules):
+    is_predicted = source.device is not None and source.times is None
+    if (formats or kv_formats) and wants_times(job.limits, rules) and not is_predicted:
         raise UsageError(
-            f"formats {', '.join([*formats, *kv_formats])}: their times are not known, so no limit can be on a time. "
-            "Leave out the formats or that limit."
+            f"formats {', '.join([*formats, *kv_formats])}: their times cannot be measured here, as PyTorch computes "
+            "with unpacked weights. Set costs.device to predict them, or leave out the formats or the limit on a time."
         )
     counted = cost_table(parent, surveyed, job.workload, formats, kv_formats)
     if job.first is not None:
@@ -210,7 +224,11 @@ def find_costs(job: Job, progress: Progress, known: Times | None = None) -> Cost
         return Costs(counted, None)
     times = known
     if times is None or times.workload != job.workload.within(parent.positions):
-        times = find_times(parent, surveyed, job.recipe.costs, job.workload, progress, check_fastest)
+        if is_predicted:
+            within = job.workload.within(parent.positions)
+            times = predicted_times(parent, surveyed, source, within, progress, (formats, kv_formats))
+        else:
+            times = find_times(parent, surveyed, source, job.workload, progress, check_fastest)
     check(times)
     return Costs(counted, times)
 

@@ -145,6 +145,9 @@ def _time(job: Job, making: Making) -> None:
 def _ask(job: Job, making: Making, times: Times) -> None:
     """The times of the whole parent and child on the server that the recipe names."""
     parent, solution = job.parent, job.read(SOLUTION)
+    if solution.has_formats:
+        making.progress.note("the whole child is not asked for: its layers have number formats. Its times are sums.")
+        return
     shape, source = shape_of(parent, job.read(DESCRIBE)), job.recipe.costs
     children = [list(job.first_parent.blocks), child_blocks(parent.blocks, solution.alternatives)]
     with making.progress.stage("clock", 1, "pair") as advance:
