@@ -12,11 +12,19 @@ scales, embeddings and head) the methods are
   lowest sum of scores;
 * shapes alone: pruning in the parent's data type, refined.
 
-All use the same scores and the same GPTQ on the child's inputs. KL is that of whole children on evaluation rows, in
-nats per token, ± one standard error; differences to the first method are paired by row. ``--foretold`` compares the
-foretold scores of pairs with estimates in which the pair ran. ``--caches 0.5,0.3`` makes children for these limits on
-the KV cache, with formats of it and without. ``--program`` times the program on made-up costs of 80
-layers with 54 shapes in 8 formats for each attention and FFN, with five limits.
+* quantize, then prune: everything is rounded first, in the same format, and the same units are removed from it; nothing
+  is refitted, as that would leave the levels.
+
+All use the same scores and the same GPTQ. Other packages, see :mod:`benchmarks.rivals.quantizers`:
+
+* llama.cpp: its mixtures of types with an importance matrix, the largest that fits;
+* ``--checkpoint NAME FOLDER BITS EMBEDDINGS``: weights that another package rounded and saved in a floating-point type;
+  BITS a weight that they take in linear maps, and the format in which embeddings and head are rounded here.
+
+KL is that of whole children on evaluation rows, in nats per token, ± one standard error; differences to the first
+method are paired by row. ``--foretold`` compares the foretold scores of pairs with estimates in which the pair ran.
+``--caches 0.5,0.3`` makes children for these limits on the KV cache, with formats of it and without. ``--program``
+times the program on made-up costs of 80 layers with 54 shapes in 8 formats for each subblock, with five limits.
 """
 
 from __future__ import annotations
@@ -29,13 +37,17 @@ import os
 import random
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
+from transformers import PreTrainedModel
 
+from benchmarks.rivals.quantizers import by_llama_cpp, of_folder
 from benchmarks.search import made_up
 from layersmith.costs.budget import Budget, Workload
 from layersmith.distillation.quantize import layerwise_of
@@ -46,6 +58,7 @@ from layersmith.execution.layerwise import split_layers
 from layersmith.library.formats import InputMoments, in_formats, matrices, quantized
 from layersmith.library.stored_weights import Kept
 from layersmith.quantization.formats import KV_FORMATS, format_named
+from layersmith.run.artifacts import fingerprint
 from layersmith.run.journal import Recording
 from layersmith.run.progress import SILENT
 from layersmith.scoring.children import child_evaluator
@@ -67,7 +80,8 @@ from layersmith.stages.reopen import SearchRequest
 from layersmith.stages.scores import SCORES
 from layersmith.stages.search import search_problem
 
-METHODS = ("together", "one format", "prune, then quantize", "shapes alone")
+METHODS = ("together", "one format", "prune, then quantize", "quantize, then prune", "shapes alone")
+LLAMA_CPP = "llama.cpp"
 # Bits of a weight in made-up formats, and limits of the five costs that bind together.
 _BITS = {"": 16, "8": 8.25, "6": 6.5625, "5": 5.5, "4a": 4.5, "4b": 4.25, "4c": 4.125, "3": 3.25}
 _LIMITS = {"parameters": 0.63, "kv": 0.37, "memory": 0.21, "prefill": 0.615, "decode": 0.18}
@@ -140,8 +154,8 @@ def solution_of(method: str, job: Job, problem: SearchProblem) -> Solution | Non
         every = [uniform(problem, name) for name in job.formats]
         fitting = [s for s in every if s.costs["weight_bytes"] <= problem.limits["weight_bytes"]]
         return max(fitting, key=lambda solution: solution.costs["weight_bytes"], default=None)
-    names = [""] if method == "shapes alone" else job.formats
-    found = {name: best for name in names if (best := sequence(problem, name)) is not None}
+    formats = [""] if method == "shapes alone" else job.formats
+    found = {name: best for name in formats if (best := sequence(problem, name)) is not None}
     if not found:
         return None
     name = min(found, key=lambda name: found[name][0].score)
@@ -150,37 +164,75 @@ def solution_of(method: str, job: Job, problem: SearchProblem) -> Solution | Non
     return problem.of(pairs, embeddings=uniform(problem, name).embeddings)
 
 
-def kl_by_row(job: Job, solution: Solution, rows: torch.Tensor) -> list[float]:
-    with composed(job, solution, SILENT) as (child, _):
-        models = job.parent.model, child.to(job.runtime.dtype)
-        compared = compare(*models, rows, batch_sequences=4, tokenizer=job.tokenizer)
-    return compared.metrics["kl_divergence"]
+@contextmanager
+def child_of(method: str, job: Job, problem: SearchProblem, solution: Solution) -> Iterator[PreTrainedModel]:
+    """The child that a method makes of its solution."""
+    if method != "quantize, then prune":
+        with composed(job, solution, SILENT) as (child, _):
+            yield child.to(job.runtime.dtype)
+        return
+    format = next(a.format for a in solution.alternatives if not a.is_no_op)
+    with composed(job, uniform(problem, format), SILENT) as (whole, _):
+        library = job.read(LIBRARY).with_parent(dataclasses.replace(job.parent, model=whole.to(job.runtime.dtype)))
+        yield library.with_kept(Kept(), Kept()).compose([a.shape for a in solution.alternatives])
 
 
-def children(run: Path, share: float, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measured(job: Job, child: PreTrainedModel, rows: torch.Tensor) -> dict[str, list[float]]:
+    """KL and loss of a model on every row."""
+    compared = compare(job.parent.model, child, rows, batch_sequences=4)
+    return {"kl_by_row": compared.metrics["kl_divergence"], "loss_by_row": compared.child_loss}
+
+
+def of_method(
+    method: str, job: Job, problem: SearchProblem, rows: torch.Tensor, known: list[dict[str, Any]]
+) -> dict[str, Any] | None:
+    """What a method makes within the problem's limits; None if it has no solution."""
+    if (solution := solution_of(method, job, problem)) is None:
+        return None
+    formats = [a.format for a in solution.alternatives if not a.is_no_op]
+    is_pruned = method == "quantize, then prune" and any(not a.shape.is_parent for a in solution.alternatives)
+    result = {
+        "key": fingerprint([*(a.key for a in solution.alternatives), solution.embeddings, is_pruned]),
+        "score": solution.score,
+        "bytes": solution.costs["weight_bytes"],
+        "parameters": solution.costs["parameters"] / solution.parent_costs["parameters"],
+        "formats": _counts([*formats, solution.embeddings]),
+    }
+    same = next((row for row in known if row.get("key") == result["key"] and row["rows"] == len(rows)), None)
+    if same is not None:  # the same child as of another method or share
+        return result | {name: same[name] for name in ("kl_by_row", "loss_by_row")}
+    with child_of(method, job, problem, solution) as child:
+        return result | measured(job, child, rows)
+
+
+def children(run: Path, share: float, args: argparse.Namespace, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Children of methods at a share of the parent's bytes; ``known`` are results of earlier calls."""
     job, problem = SearchRequest(run, Budget.parse({"weights": str(share)})).open(SILENT)
-    tokens = job.read(DATA)
+    tokens, parent_bytes = job.read(DATA), problem.costs.parent["weight_bytes"]
     job.put(DATA, dataclasses.replace(tokens, calibration=tokens.calibration[: args.calibration]))
     job.put(PAIRS, Kept())  # the run was stopped before, and no method trains
     if args.passes is not None:
         search = dataclasses.replace(job.recipe.search, refine_passes=args.passes)
         job.recipe = dataclasses.replace(job.recipe, search=search)
-    every = max(1, len(tokens.evaluation) // args.rows)
-    rows, first, result = tokens.evaluation[::every][: args.rows], None, []
-    for name in args.only or METHODS:
-        if (solution := solution_of(name, job, problem)) is None:
+    rows, result = tokens.evaluation[:: max(1, len(tokens.evaluation) // args.rows)][: args.rows], []
+    first = next((r for r in known if (r["share"], r["method"], r["rows"]) == (share, METHODS[0], len(rows))), None)
+    for name in [args.checkpoint[0]] if args.checkpoint else args.only or METHODS:
+        made: dict[str, Any] | None
+        if args.checkpoint or name == LLAMA_CPP:
+            rounded = of_folder(*args.checkpoint[1:]) if args.checkpoint else by_llama_cpp(job, share * parent_bytes)
+            made = None if rounded is None else rounded.record() | measured(job, rounded.model, rows)
+        else:
+            made = of_method(name, job, problem, rows, [*known, *result])
+        if made is None:
             continue
-        kl = kl_by_row(job, solution, rows)
-        first = kl if first is None else first
-        difference = [a - b for a, b in zip(kl, first, strict=True)]
-        row = {"share": share, "method": name, "score": solution.score, "rows": len(kl)}
-        row |= {"bytes": solution.costs["weight_bytes"], "parent_bytes": solution.parent_costs["weight_bytes"]}
-        row |= {"parameters": solution.costs["parameters"] / solution.parent_costs["parameters"]}
-        formats = [a.format for a in solution.alternatives if not a.is_no_op]
-        row |= {"formats": _counts([*formats, solution.embeddings]), "kl": math.fsum(kl) / len(kl)}
-        row |= {"error": standard_error(kl), "more": math.fsum(difference) / len(kl)}
-        result.append(row | {"more_error": standard_error(difference), "seconds": time.process_time()})
-        print(json.dumps(result[-1]), flush=True)
+        first, kl = first or made, made["kl_by_row"]
+        difference = [a - b for a, b in zip(kl, first["kl_by_row"], strict=True)]
+        row = {"share": share, "method": name, "rows": len(kl), "parent_bytes": parent_bytes}
+        row |= made | {"kl": math.fsum(kl) / len(kl), "error": standard_error(kl)}
+        row |= {"perplexity": math.exp(math.fsum(made["loss_by_row"]) / len(kl))}
+        row |= {"more": math.fsum(difference) / len(kl), "more_error": standard_error(difference)}
+        result.append(row | {"seconds": time.process_time()})
+        print(json.dumps({name: row[name] for name in ("share", "method", "formats", "kl", "more")}), flush=True)
     return result
 
 
@@ -240,7 +292,7 @@ def foretold_errors(run: Path, layers: int, num_rows: int) -> list[dict[str, Any
             layerwise.run(batch, i, inputs[i], layer)
         for a in in_formats([shape], job.formats):
             rounded = quantized(layer, dict.fromkeys(names, format_named(a.format)), moments)
-            kept[a.identity] = {name: weight.values() for name, weight in rounded.items()}
+            kept[a.identity] = rounded.tensors()
     records = tuple({"identity": a.identity, "layer": a.layer, "weights": a.identity} for a in pairs)
     weights = {a.identity: {**library.kept.of(a.shape.identity), **kept[a.identity]} for a in pairs}
     whole = library.with_kept(Kept((*library.kept.records, *records), weights, library.kept.folder))
@@ -280,15 +332,19 @@ def table(data: dict[str, Any]) -> str:
             "",
         ]
     for name, of_run in data.get("runs", {}).items():
-        lines += [f"## {name}", "", "| bytes | method | used | parameters | formats | KL | more than together |"]
-        lines += ["| --- | --- | --- | --- | --- | --- | --- |"]
+        lines += [
+            f"## {name}",
+            "",
+            "| bytes | method | used | parameters | formats | KL | more than together | perplexity |",
+        ]
+        lines += ["| --- | --- | --- | --- | --- | --- | --- | --- |"]
         for row in of_run.get("children", []):
             formats = ", ".join(f"{count} {format}" for format, count in row["formats"].items())
             used, error = row["bytes"] / row["parent_bytes"], row["error"] or 0.0
             more = f"{row['more']:+.4f} ± {row['more_error']:.4f}" if row["method"] != "together" else ""
             lines.append(
                 f"| {row['share']:.0%} | {row['method']} | {used:.1%} | {row['parameters']:.0%} | {formats} | "
-                f"{row['kl']:.4f} ± {error:.4f} | {more} |"
+                f"{row['kl']:.4f} ± {error:.4f} | {more} | {row['perplexity']:.2f} |"
             )
         if pairs := of_run.get("foretold"):
             large = [row for row in pairs if sum(row["parts"]) > 0]
@@ -320,7 +376,8 @@ def main() -> None:
     parser.add_argument("--program", action="store_true")
     parser.add_argument("--run", type=Path)
     parser.add_argument("--shares", type=lambda text: [float(x) for x in text.split(",")], default=[])
-    parser.add_argument("--only", nargs="+", choices=METHODS, help="these methods only")
+    parser.add_argument("--only", nargs="+", choices=(*METHODS, LLAMA_CPP), help="these methods only")
+    parser.add_argument("--checkpoint", nargs=4, metavar=("NAME", "FOLDER", "BITS", "EMBEDDINGS"))
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--calibration", type=int, help="calibration rows of a child's GPTQ; default: all")
     parser.add_argument("--passes", type=int, help="forward passes of refinement; default: the recipe's")
@@ -339,7 +396,7 @@ def main() -> None:
         if args.caches:
             of_run["caches"] = caches(args.run, args.rows, args.caches)
         for share in args.shares:
-            made = children(args.run, share, args)
+            made = children(args.run, share, args, of_run.get("children", []))
             names = {row["method"] for row in made}
             others = [r for r in of_run.get("children", []) if r["share"] != share or r["method"] not in names]
             of_run["children"] = sorted([*others, *made], key=lambda row: -row["share"])
