@@ -3,19 +3,23 @@
 import argparse
 import math
 import random
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
 from layersmith.costs.budget import Workload, parse_budget
+from layersmith.costs.table import CostTable
 from layersmith.data.splits import load_tokenizer
 from layersmith.demo.job import MODEL
 from layersmith.evaluation.compare import compare
 from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
+from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
@@ -86,6 +90,37 @@ def test_scores_that_are_wrong_are_mended() -> None:
     of_right = math.fsum(row["kl_divergence"] for row in evaluator.run([right.best().alternatives], range(16))[0]) / 16
     assert before > 1.15 * of_right
     assert before - after > 0.5 * (before - of_right)
+
+
+class _CoupledLayers(SimpleNamespace):
+    """Evaluates children in which an attention and the FFN behind it are of use only together."""
+
+    def cost(self, children: Sequence[Any], num_rows: int) -> float:
+        return len(children) * num_rows / len(self.tokens)
+
+    def run(self, children: Sequence[Any], rows: Sequence[int]) -> list[list[dict[str, float]]]:
+        gone = [Counter(a.layer for a in child if a.is_no_op) for child in children]
+        losses = [sum({1: 1.0, 2: 0.5 + i / 16}[count] for i, count in layers.items()) for layers in gone]
+        return [[{"kl_divergence": loss}] * len(rows) for loss in losses]
+
+
+def test_layers_whose_subblocks_need_each_other_are_removed_as_wholes() -> None:
+    places = [(i, subblock) for i in range(8) for subblock in ("attention", "ffn")]
+    alternatives = [Alternative(i, s, kind) for i, s in places for kind in ("parent", "no_op")]
+    costs = CostTable(
+        {a.key: {"parameters": 10 * a.is_parent} for a in alternatives}, {"parameters": 0}, {"parameters": 160}
+    )
+    # By itself, the attention of an even layer and the FFN of an odd one seem to be of least use.
+    alone = {
+        a.key: a.is_no_op * (0.9 if (a.layer % 2 == 0) == (a.subblock == "attention") else 1.0) for a in alternatives
+    }
+    problem = SearchProblem(alternatives, alone, costs, parse_budget(params="0.75").limits)
+    library = SimpleNamespace(alternatives=alternatives)
+    models: Any = _CoupledLayers(tokens=torch.zeros(16, 4), layerwise=None, library=library)
+    with Journal(None, "") as journal:
+        best = refine(problem, problem.best(), Evaluations(models, "kl_divergence", journal), SearchRecipe())
+    assert best.measured["plain"] == 4.0
+    assert best.measured["choice"] == 0.5 + 0.5 + 1 / 16
 
 
 class _Stop(Exception):

@@ -6,6 +6,9 @@ around the best child predicts the effect of every exchange, alone and with othe
 as scores, finds the best children that differ from it in a few subblocks (:mod:`layersmith.search.neighbours`). They
 are evaluated, and the best of all children is the start of the next round.
 
+Where many subblocks are removed, the sum of scores is far off: an FFN may be of use only for the attention before it.
+Then each layer is also removed as a whole, and the program with these losses gives a second start.
+
 The search ends when no child is better, or when the allowed work is done. The best few children are evaluated on
 all rows, and the best of these is returned. The program's solution is always among them, so the result is never worse
 than it on these rows. Every result is kept in a journal, by child and row.
@@ -22,6 +25,7 @@ from typing import Any
 from pydantic import NonNegativeInt
 from typing_extensions import TypedDict
 
+from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative
 from layersmith.recipe import SearchRecipe
 from layersmith.records import check
@@ -41,6 +45,8 @@ _ROUNDS = 2
 # The largest number of exchanges of the children of a round, as shares of all subblocks. The prediction is accurate for
 # few exchanges; many are needed to leave a local optimum. benchmarks/search.py measures what refinement gains.
 _MOST_EXCHANGES = (1 / 24, 1 / 12, 1 / 6, 1 / 3)
+# Layers are removed as wholes, on this many rows, if the program removes this share of all subblocks.
+_ROWS_OF_LAYERS, _MANY_REMOVED = 2, 1 / 8
 
 
 @dataclass(frozen=True)
@@ -191,8 +197,10 @@ class _Search:
         others = worth_a_look(self.problem, plain, self.rng)
         self.rows = self._few_rows(start, others)
         all_rows = self.evaluations.all_rows
-        kept_back = self._end(start) * (1 - len(self.rows) / len(all_rows))
-        self._rounds(start, others, self.recipe.refine_passes - kept_back)
+        allowed = self.recipe.refine_passes - self._end(start) * (1 - len(self.rows) / len(all_rows))
+        starts = [start, *self._without_layers(start, allowed)]
+        others = list(dict.fromkeys([*others, *(a for child in starts for a in child)]))
+        self._rounds(starts, others, allowed)
         finalists = [start, *(c for c in sorted(self.seen, key=self._rank) if c != start)][: _FINALISTS + 1]
         left = len(all_rows) - len(self.rows)  # the few rows already have results
         while len(finalists) > 1 and not self._is_affordable(finalists, left, self.recipe.refine_passes):
@@ -200,9 +208,27 @@ class _Search:
         losses = self.evaluations.losses(finalists, all_rows, left)
         return finalists[min(range(len(finalists)), key=lambda k: (losses[k], k))], len(self.seen)
 
-    def _rounds(self, start: Chosen, others: Sequence[Alternative], allowed: float) -> None:
+    def _without_layers(self, start: Chosen, allowed: float) -> list[Chosen]:
+        """The program's child where a removed subblock loses its share of its layer's loss; none if few are removed."""
+        removed = {(a.layer, a.subblock): a for a in self.problem.alternatives if a.is_no_op}
+        whole = {(a.layer, a.subblock): a for a in self.problem.alternatives if a.is_parent}
+        layers = [i for i in sorted({a.layer for a in start}) if all((i, s) in removed for s in SUBBLOCKS)]
+        if sum(a.is_no_op for a in start) < _MANY_REMOVED * len(start):
+            return []
+        children = [tuple((removed if a.layer == i else whole)[a.layer, a.subblock] for a in start) for i in layers]
+        rows = self.rows[:_ROWS_OF_LAYERS]
+        if not children or not self._is_affordable([*children, start, start], len(rows), allowed):
+            return []
+        losses = dict(self.problem.losses)
+        for i, loss in zip(layers, self.evaluations.losses(children, rows), strict=True):
+            sizes = {s: self.problem.costs.by_key[whole[i, s].key]["parameters"] for s in SUBBLOCKS}
+            losses |= {removed[i, s].key: loss * size / sum(sizes.values()) for s, size in sizes.items()}
+        found = self.problem.best_by(losses)
+        return [] if found is None or found.alternatives == start else [found.alternatives]
+
+    def _rounds(self, starts: Sequence[Chosen], others: Sequence[Alternative], allowed: float) -> None:
         """Evaluate children around the best one until none is better or the allowed passes are done."""
-        self._evaluate([start])
+        self._evaluate(starts)
         base: Chosen | None = None
         while (best := min(self.seen, key=self._rank)) != base:
             base = best
