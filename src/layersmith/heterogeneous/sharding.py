@@ -101,7 +101,8 @@ def load_sharded(
         if source not in stored:
             raise InputError(f"{path}: no weights for {name}; nothing was loaded.")
         with safe_open(stored[source], framework="pt", device=str(runtime.device)) as tensors:
-            state[name] = tensors.get_tensor(source).to(runtime.dtype)
+            tensor = tensors.get_tensor(source)
+            state[name] = tensor.to(runtime.dtype) if tensor.is_floating_point() else tensor
     with quiet_transformers():
         model.load_state_dict(state, strict=False, assign=True)
     descriptor.init_rotary_embedding(model, runtime)

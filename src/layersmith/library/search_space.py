@@ -115,7 +115,8 @@ def _of_mixer(i: int, axes: LayerAxes, recipe: LibraryRecipe) -> Iterator[Altern
 
 def _of_inner(i: int, axes: LayerAxes, recipe: LibraryRecipe) -> Iterator[Alternative]:
     for axis in axes.inner:
-        multiple = math.lcm(axis.step, width_multiple(axis.size) // 2 or 1)
+        usual = width_multiple(axis.size)
+        multiple = math.lcm(axis.step, usual if axis.subblock == "ffn" else usual // 2 or 1)
         for n in rounded(axis.size, recipe.head_fractions, multiple):
             yield inner_alternative(i, axis.subblock, axis.name, n)
 

@@ -149,7 +149,9 @@ def keep_inner(
     units = {"channels": (groups * axis.units + kept.sort(-1).values).flatten()}
     result = {w.name: _take(weights[w.name], w.dim, w.gathered(units, axis.sizes)) for w in axis.weights}
     for w in axis.places:
-        result[w.name] = w.gathered(units, axis.sizes)
+        entries = w.gathered(units, axis.sizes)
+        # A parent that is a child itself takes only some entries already.
+        result[w.name] = _take(weights[w.name], 0, entries) if w.name in weights else entries
     for name in axis.norms:
         share = 1.0
         if energies is not None:

@@ -23,9 +23,11 @@ from layersmith.library.build import build_library
 from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
+from layersmith.model_descriptor.stock import causal_lm_config
 from layersmith.recipe import LibraryRecipe
 from layersmith.stages.verify import axis_verdicts
-from tests.library.axes.test_families import TOKENS, parent_of
+from tests.conformance.tiny import tiny_config
+from tests.library.axes.test_families import TOKENS, parent_of, parent_of_config
 
 RECIPE = LibraryRecipe(linear=(), no_op=(), query_heads=False, inner_sizes=True)
 # Family to the sizes of its attention: RMS norms of heads, latent attention, heads of which a part turns.
@@ -114,6 +116,18 @@ def test_a_child_is_what_was_scored_and_its_cache_is_what_was_counted(family: st
     assert torch.equal(greedy, text[0, TOKENS.shape[1] :])
     with pytest.raises(CannotExport, match=rf"layer 0 has {names[0]} \d+, and the layout has one such size"):
         export(tmp_path / "child", tmp_path / "padded", "padded")
+
+
+def test_experts_of_a_latent_have_a_width_and_the_latent_another() -> None:
+    config = causal_lm_config(tiny_config("nemotron_h"))
+    config.moe_latent_size = 24
+    parent = parent_of_config(config, "nemotron_h")
+    space = survey(parent, RECIPE)
+    moe = parent.blocks[1].ffn.moe
+    assert moe is not None
+    assert moe.expert_intermediate_dim == config.moe_intermediate_size
+    assert [(axis.name, axis.role) for axis in space.axes[1].inner] == [("moe_latent_size", "latent width")]
+    assert {a.size for a in space.alternatives if a.kind == "ffn_size"} == {16, 12, 8}
 
 
 def test_verdicts_say_what_each_size_is_of() -> None:

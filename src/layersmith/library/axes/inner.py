@@ -58,9 +58,13 @@ def find_inner(model: ModelExperiments, i: int, name: str) -> InnerAxis:
     lengths = {f"{s.module}.{KEPT_ENTRIES}{s.argument}": size * s.length // s.of for s in inner.shared}
     places = tuple(WeightAxis(kept, 0, (Segment("channels", length),)) for kept, length in lengths.items())
     readers = tuple(g.name for g in governed if g.name.endswith(".weight") and model.input_dim(i, g.name) == g.dim)
-    heads = model.described.layer_facts(i).num_query_heads
-    kv = model.blocks[i].attention.num_key_value_heads
-    groups = [n for n in dict.fromkeys((heads, kv)) if n and n > 1 and all(g.unit % n == 0 for g in governed)]
+    attention = model.blocks[i].attention
+    heads = attention.num_attention_heads or model.described.layer_facts(i).num_query_heads
+    groups = [
+        n
+        for n in dict.fromkeys((heads, attention.num_key_value_heads))
+        if n and n > 1 and all(g.unit % n == 0 for g in governed)
+    ]
     return InnerAxis(
         name=name,
         subblock=inner.subblock,

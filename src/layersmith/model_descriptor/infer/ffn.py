@@ -220,11 +220,15 @@ class _WidthCandidate(Candidate):
         return name, self.effect.dims(name)[0]
 
     @property
-    def rank(self) -> tuple[bool, int, AttributePath]:
-        """Orders widths: the largest matrices count; stacks of experts of unknown number are not understood."""
+    def rank(self) -> tuple[bool, int, bool, AttributePath]:
+        """Orders widths: the largest matrices count; stacks of experts of unknown number are not understood.
+
+        What also sets matrices around the experts is the width of a latent that they read, not theirs.
+        """
+        alone = self.experts.members >= self.effect.shapes.keys()
         shapes = [self.effect.before[name] for name in self.matrices]
         elements = sum(torch.Size(shape).numel() for shape in shapes)
-        return self.inside or all(len(shape) == 2 for shape in shapes), elements, self.path
+        return self.inside or all(len(shape) == 2 for shape in shapes), elements, alone, self.path
 
     def sets_one_side(self) -> bool:
         known = self.effect.came_or_went or self.path == self.experts.count

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from layersmith.errors import UnsupportedModel
+from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.experiment import Effect
 from layersmith.model_descriptor.infer.attributes import AttributePath, merged, nested
 from layersmith.model_descriptor.infer.cache_contents import filled_cache
@@ -122,7 +123,7 @@ def _whole_model(trial: Trial, path: AttributePath, other: int) -> Specimen | No
         overrides: dict[str, Any] = {}
         for changed in paths:
             overrides = merged(overrides, nested(language, changed, other))
-        with suppress(UnsupportedModel):
+        with suppress(UnsupportedModel), foreign_code("Does the config take it?", refusal_is_answer=True):
             return Specimen(with_overrides(config, {outer: overrides} if outer else overrides))
     return None
 
