@@ -17,7 +17,7 @@ scales, embeddings and head) the methods are
 
 All use the same scores and the same GPTQ. Other packages, see :mod:`benchmarks.rivals.quantizers`:
 
-* llama.cpp: its mixtures of types with an importance matrix, the largest that fits;
+* llama.cpp: its mixtures of types with an importance matrix, the one with the most bits that fits;
 * ``--checkpoint NAME FOLDER BITS EMBEDDINGS``: weights that another package rounded and saved in a floating-point type;
   BITS a weight that they take in linear maps, and the format in which embeddings and head are rounded here.
 
@@ -207,7 +207,7 @@ def of_method(
 
 def children(run: Path, share: float, args: argparse.Namespace, known: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Children of methods at a share of the parent's bytes; ``known`` are results of earlier calls."""
-    job, problem = SearchRequest(run, Budget.parse({"weights": str(share)})).open(SILENT)
+    job, problem = SearchRequest(run, Budget.parse({"weights": str(share)}), formats=args.formats).open(SILENT)
     tokens, parent_bytes = job.read(DATA), problem.costs.parent["weight_bytes"]
     job.put(DATA, dataclasses.replace(tokens, calibration=tokens.calibration[: args.calibration]))
     job.put(PAIRS, Kept())  # the run was stopped before, and no method trains
@@ -341,10 +341,10 @@ def table(data: dict[str, Any]) -> str:
         for row in of_run.get("children", []):
             formats = ", ".join(f"{count} {format}" for format, count in row["formats"].items())
             used, error = row["bytes"] / row["parent_bytes"], row["error"] or 0.0
-            more = f"{row['more']:+.4f} ± {row['more_error']:.4f}" if row["method"] != "together" else ""
+            more = f"{row['more']:+.5f} ± {row['more_error']:.5f}" if row["method"] != "together" else ""
             lines.append(
                 f"| {row['share']:.0%} | {row['method']} | {used:.1%} | {row['parameters']:.0%} | {formats} | "
-                f"{row['kl']:.4f} ± {error:.4f} | {more} | {row['perplexity']:.2f} |"
+                f"{row['kl']:.5f} ± {error:.5f} | {more} | {row['perplexity']:.2f} |"
             )
         if pairs := of_run.get("foretold"):
             large = [row for row in pairs if sum(row["parts"]) > 0]
@@ -378,6 +378,7 @@ def main() -> None:
     parser.add_argument("--shares", type=lambda text: [float(x) for x in text.split(",")], default=[])
     parser.add_argument("--only", nargs="+", choices=(*METHODS, LLAMA_CPP), help="these methods only")
     parser.add_argument("--checkpoint", nargs=4, metavar=("NAME", "FOLDER", "BITS", "EMBEDDINGS"))
+    parser.add_argument("--formats", nargs="+", help="some of the run's; default: all")
     parser.add_argument("--rows", type=int, default=24)
     parser.add_argument("--calibration", type=int, help="calibration rows of a child's GPTQ; default: all")
     parser.add_argument("--passes", type=int, help="forward passes of refinement; default: the recipe's")

@@ -28,12 +28,14 @@ from layersmith.stages.data import DATA
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 
+# Mixture, and type of the embeddings where it is not the mixture's. From many bits to few: as substitutes are larger
+# than what they stand for, a mixture of few bits can be larger than IQ4_NL, and worse.
+_FEW_BITS = ("Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_S", "Q2_K", "IQ2_M", "IQ2_XXS", "IQ1_M", "IQ1_S")
 _MIXTURES = (
-    "Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q5_1", "Q5_0", "Q4_K_M", "Q4_K_S", "Q4_1", "Q4_0", "IQ4_NL", "IQ4_XS",
-    "Q3_K_L", "Q3_K_M", "Q3_K_S", "IQ3_M", "IQ3_S", "IQ3_XXS", "Q2_K", "IQ2_M", "IQ2_S", "IQ2_XS", "IQ2_XXS",
-    "IQ1_M", "IQ1_S",
-)  # fmt: skip
-_EMBEDDINGS = ("", "Q8_0", "Q5_0", "IQ4_NL")  # the first: as the mixture has them
+    *((name, "") for name in ("Q8_0", "Q6_K", "Q5_K_M", "Q5_K_S", "Q4_K_M", "Q4_K_S", "IQ4_NL", "IQ4_XS")),
+    ("IQ4_NL", "Q5_0"),
+    *((name, "IQ4_NL") for name in ("IQ4_NL", *_FEW_BITS)),
+)
 _DOES_NOT_WORK = 2**60
 
 
@@ -107,18 +109,15 @@ def llama_quantizer(squares: dict[str, torch.Tensor]) -> Callable[..., int]:
 
 
 def by_llama_cpp(job: Job, most: float) -> RoundedModel | None:
-    """The parent in the largest of llama.cpp's mixtures that has at most ``most`` bytes; None if none has."""
+    """The parent in the first of llama.cpp's mixtures with at most ``most`` bytes; None if none has."""
     quantized = llama_quantizer(importance(job))
     with tempfile.TemporaryDirectory() as folder:
         export(job.parent.path, Path(folder) / "parent", "gguf")
         (file,) = (Path(folder) / "parent").glob("*.gguf")
         out = Path(folder) / "out.gguf"
-        mixtures = [(name, embeddings) for name in _MIXTURES for embeddings in _EMBEDDINGS]
-        sizes = {mixture: quantized(file, out, *mixture, True) for mixture in mixtures}
-        fitting = [mixture for mixture in mixtures if sizes[mixture] <= most]
-        if not fitting:
+        best = next((mixture for mixture in _MIXTURES if quantized(file, out, *mixture, True) <= most), None)
+        if best is None:
             return None
-        best = max(fitting, key=lambda mixture: sizes[mixture])
         size = quantized(file, out, *best, False)
         described = f"{best[0]}, embeddings {best[1] or 'as it does'}"
         return RoundedModel(load(ordinary_checkpoint(out, "float32")), size, described)
