@@ -3,8 +3,9 @@
     python -m benchmarks.rounds PARENT --data TEXT --sizes 0.625 0.5 --tokens 300000 --work W --out F.json
 
 PARENT is a model's folder, or ``demo``. Each child is made by ``layersmith compress`` with default steps between
-rounds, which share ``--tokens`` equally. Children are judged on the run's evaluation rows before and after the
-training of the last round, and compared in pairs. A row that is in the output file already is not made again.
+rounds. They share ``--tokens`` equally; with ``--early`` those before the last get this share together. Children are
+judged on the run's evaluation rows before and after the training of the last round, and compared in pairs. A row that
+is in the output file already is not made again.
 """
 
 from __future__ import annotations
@@ -32,9 +33,11 @@ from layersmith.scoring.score import standard_error
 
 def made(args: argparse.Namespace, size: float, rounds: int, seed: int) -> dict[str, Any]:
     """One child: its KL by row, before and after the last training."""
-    tokens = args.tokens // rounds
-    settings = [*args.set, f"rounds.count={rounds}", f"distillation.tokens={tokens}", f"seed={seed}"]
-    folder = args.work / f"{size:g}-{rounds}-{seed}"
+    share = 1 / rounds if args.early is None else args.early / max(1, rounds - 1)
+    early = [int(share * args.tokens)] * (rounds - 1)
+    settings = [*args.set, f"rounds.count={rounds}", f"distillation.tokens={args.tokens - sum(early)}", f"seed={seed}"]
+    settings += [f"rounds.tokens={early}"] * bool(early)
+    folder = args.work / f"{size:g}-{rounds}-{args.early or ''}-{seed}"
     if args.parent == "demo":
         data, held_out = split_library(args.work / "text")
         parent, base = str(MODEL), dataclasses.replace(demo_recipe(held_out), completion_tokens=0)
@@ -50,18 +53,18 @@ def made(args: argparse.Namespace, size: float, rounds: int, seed: int) -> dict[
         when: judge.on_text(layersmith.load(folder / name, dtype=torch.float32).eval())["unseen"]["kl"]
         for when, name in (("before", "child"), ("after", "distilled"))
     }
-    return {"size": size, "rounds": rounds, "seed": seed, "tokens": tokens * rounds, "seconds": seconds, **kl}
+    return {"tokens": args.tokens, "early_tokens": early, "seconds": seconds, **kl}
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown; differences to one round are paired by rows of text and by seed."""
     lines = [
-        "| parent | parameters | rounds | training tokens | seeds | KL before the last training | KL "
-        "| less than in one round |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| parent | parameters | rounds | training tokens | of which before the last round | seeds "
+        "| KL before the last training | KL | less than in one round |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for parent, size, rounds in dict.fromkeys((r["parent"], r["size"], r["rounds"]) for r in rows):
-        here = [r for r in rows if (r["parent"], r["size"], r["rounds"]) == (parent, size, rounds)]
+    for parent, size, rounds, early in dict.fromkeys(map(_line, rows)):
+        here = [r for r in rows if _line(r) == (parent, size, rounds, early)]
         after = [mean(v) for v in zip(*(r["after"] for r in here), strict=True)]
         seeds = {r["seed"] for r in here}
         one = [r for r in rows if (r["parent"], r["size"], r["rounds"]) == (parent, size, 1) and r["seed"] in seeds]
@@ -71,9 +74,14 @@ def table(rows: list[dict[str, Any]]) -> str:
             said = f"{less:+.4f} ± {error:.4f}"
         before = mean([mean(r["before"]) for r in here])
         loss = f"{mean(after):.4f} ± {standard_error(after):.4f}"
-        cells = (parent, f"{size:g}", rounds, f"{here[0]['tokens']:,}", len(here), f"{before:.4f}", loss, said)
+        cells = (parent, f"{size:g}", rounds, f"{here[0]['tokens']:,}", early, len(here), f"{before:.4f}", loss, said)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", f"Commit {rows[0]['commit']}; one thread."]) + "\n"
+
+
+def _line(row: dict[str, Any]) -> tuple[str, float, int, str]:
+    early = sum(row["early_tokens"])
+    return row["parent"], row["size"], row["rounds"], f"{early:,}" if early else ""
 
 
 def main() -> None:
@@ -85,6 +93,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, nargs="+", default=[1, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--tokens", type=int, default=300_000, help="training tokens in all")
+    parser.add_argument("--early", type=float, help="share of the tokens before the last round")
     parser.add_argument("--rows", type=int, default=64, help="evaluation rows, at most")
     parser.add_argument("--set", nargs="+", default=[], help="settings of the recipe, as in layersmith compress")
     parser.add_argument("--work", type=Path, required=True, help="folder for the runs")
@@ -97,7 +106,7 @@ def main() -> None:
     for size in args.sizes:
         for seed in args.seeds:
             for rounds in args.rounds:
-                key = {"parent": name, "size": size, "rounds": rounds, "seed": seed}
+                key = {"parent": name, "size": size, "rounds": rounds, "early": args.early, "seed": seed}
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 rows.append(key | made(args, size, rounds, seed) | {"commit": commit()})
