@@ -142,12 +142,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         for name, values in kl.items():
             of_method = [r for r in here if r["method"] == name]
             less, error = difference(values, kl["layersmith"])
-            said = "" if name == "layersmith" else f"{less:+.3f} ± {error:.3f}"
+            said = "" if name == "layersmith" else f"{less:+.4f} ± {error:.4f}"
             size, work = of_method[0]["parameters"], mean([r["tokens"] for r in of_method])
-            loss = f"{mean(values):.3f} ± {standard_error(values):.3f}"
+            loss = f"{mean(values):.4f} ± {standard_error(values):.4f}"
             cells = (parent, f"{removed} of {layers}", name, f"{size:.3f}", f"{work:,.0f}", loss, said)
             lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", f"Commit {rows[0]['commit']}; one thread."]) + "\n"
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
+    return "\n".join([*lines, "", f"Commits {commits}; one thread."]) + "\n"
 
 
 def _over_seeds(runs: Sequence[Sequence[float]]) -> list[float]:
