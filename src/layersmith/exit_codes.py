@@ -12,7 +12,7 @@ from typing import NoReturn
 import typer
 
 from layersmith.errors import LayersmithError, printable
-from layersmith.foreign import is_out_of_memory
+from layersmith.foreign import MORE_MEMORY, is_out_of_memory
 from layersmith.options import FORMER_OPTIONS
 from layersmith.screen import JSON, wants_json
 
@@ -75,8 +75,7 @@ def _run(app: typer.Typer) -> NoReturn:
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             _fail("no space left on the disk. Free some and run the same command again.", 2, "DiskFull")
         if is_out_of_memory(error):
-            advice = "Lower scoring.batch_tokens or set stream=always, and run the same command again."
-            _fail(f"out of memory. {advice}", 1, "OutOfMemory")
+            _fail(f"out of memory. {MORE_MEMORY}", 1, "OutOfMemory")
         if isinstance(error, OSError) and error.errno is not None:  # a name that is too long, a link to itself, ...
             _fail(f"{str(error.filename or '')[:300]}: {error.strerror}.", 2, "InputError")
         JSON.write_error("Bug", f"{type(error).__name__}: {error}", 1)

@@ -20,6 +20,8 @@ from layersmith.errors import LayersmithError, first_line
 T = TypeVar("T")
 logger = logging.getLogger(__name__)
 
+MORE_MEMORY = "Lower scoring.batch_tokens or set stream=always, and run the same command again."
+
 _PACKAGE = str(Path(__file__).parent) + os.sep
 # This module runs as part of foreign models.
 _PART_OF_MODELS = _PACKAGE + "modeling_layersmith.py"

@@ -148,6 +148,6 @@ def test_what_fails_in_one_process_ends_all() -> None:
     ]  # fmt: skip
     said = [process.communicate(timeout=60)[0].splitlines() for process in processes]
     bug = "ZeroDivisionError: integer division or modulo by zero"
-    assert said[0] == ["InputError: no such text", f"RuntimeError: another process of this run failed: {bug}"]
+    assert said[0] == ["InputError: no such text", f"RuntimeError: process 1 of 2 failed: {bug}"]
     assert said[1][:2] == ["InputError: no such text", bug]
     assert said[1][2].startswith("LayersmithError: another process of this run ended")

@@ -19,7 +19,8 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from layersmith import errors
-from layersmith.errors import LayersmithError, first_line
+from layersmith.errors import LayersmithError, OutOfMemory, first_line
+from layersmith.foreign import MORE_MEMORY, is_out_of_memory
 from layersmith.run.runtime import Runtime
 from layersmith.run.watch import Watch, watch_over
 
@@ -221,12 +222,15 @@ def _exchange(error: Exception | None) -> None:
 
 
 def _as_data(error: Exception) -> tuple[str, str]:
-    """The class name of a layersmith error, else an empty name; and the message."""
+    """The class name of a layersmith error, else an empty name; and the message for the other processes."""
     if isinstance(error, LayersmithError):
         name = type(error).__name__
         return (name if hasattr(errors, name) else LayersmithError.__name__), str(error)
-    return "", f"{type(error).__name__}: {first_line(error)}"
+    where = "".join(f" during the stage {watch.doing}" for watch in _watches if watch.doing)
+    if is_out_of_memory(error):
+        return OutOfMemory.__name__, f"process {number()} of {count()} ran out of memory{where}. {MORE_MEMORY}"
+    return "", f"process {number()} of {count()} failed{where}: {type(error).__name__}: {first_line(error)}"
 
 
 def _from_data(name: str, text: str) -> Exception:
-    return getattr(errors, name)(text) if name else RuntimeError(f"another process of this run failed: {text}")
+    return getattr(errors, name)(text) if name else RuntimeError(text)

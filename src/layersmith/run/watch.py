@@ -24,7 +24,7 @@ from typing import NoReturn
 # A process that is silent for PATIENCE beats (42 seconds) counts as lost. After a failed collective operation one is
 # gone for certain, and fewer beats say which.
 BEAT_SECONDS, PATIENCE, PATIENCE_AFTER_A_FAILURE = 3.0, 14, 3
-_ENDED = "ended"
+_WORKS, _ENDED = "works", "ended"
 _ADVICE = "To resume, run the same command again."
 
 
@@ -59,7 +59,7 @@ class Watch:
     def stop(self) -> None:
         """Tell the others that this process has ended, and watch no more."""
         self._ending = True
-        self._send(_ENDED)
+        self._send(f"{_ENDED} {self.doing}")
 
     def give_up(self) -> NoReturn:
         """After a failed collective operation: wait until the thread knows who is gone, and exit."""
@@ -69,19 +69,20 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ending:
-            self._send(self.doing)
+            self._send(f"{_WORKS} {self.doing}")
             self._listen(BEAT_SECONDS)
             for rank, sign in self._signs.items():
                 self._silent[rank] += 1
                 if self._silent[rank] > self._patience(sign) and not self._ending:
-                    what = "ended" if sign == _ENDED else "was killed, hangs or is cut off"
-                    when = f" during the stage {sign}" if sign not in ("", _ENDED) else ""
+                    state, _, stage = sign.partition(" ")
+                    what = "ended" if state == _ENDED else "was killed, hangs or is cut off"
+                    when = f" during the stage {stage}" if stage else ""
                     _exit(f"process {rank} of {len(self.addresses)} {what}{when}. {_ADVICE}")
 
     def _patience(self, sign: str) -> int:
         if not self.has_failed:
             return PATIENCE
-        return 0 if sign == _ENDED else PATIENCE_AFTER_A_FAILURE
+        return 0 if sign.startswith(_ENDED) else PATIENCE_AFTER_A_FAILURE
 
     def _send(self, sign: str) -> None:
         data = f"{self.token} {self.rank} {sign}".encode()
