@@ -300,7 +300,7 @@ class RoundsRecipe:
     e.g. `[0.9, 0.75]` for three rounds. Default: each round shrinks them by the same factor."""
     tokens: Annotated[tuple[NonNegativeInt, ...], _MOST] | None = None
     """Training tokens of global distillation at the end of each round but the last, which has `distillation.tokens`.
-    Default: that many in each round."""
+    Default: a tenth of that in each round."""
 
     def __post_init__(self) -> None:
         for name, values in (("sizes", self.sizes), ("tokens", self.tokens)):

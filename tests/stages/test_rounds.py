@@ -46,7 +46,7 @@ def test_sizes_and_tokens_of_rounds_can_be_given() -> None:
             {"parameters": second},
         )
     assert [of_round(chosen, n).distillation.tokens for n in (1, 2)] == [100, 0]
-    assert [of_round(recipe(count=3), n).distillation.tokens for n in (1, 2)] == [500, 500]
+    assert [of_round(recipe(count=3), n).distillation.tokens for n in (1, 2)] == [50, 50]
 
 
 def test_rounds_need_sizes_and_as_many_as_there_are_rounds() -> None:
@@ -67,7 +67,7 @@ def test_a_run_in_rounds_is_resumed_inside_a_round_and_measured_against_the_firs
         "local_distillation": {"coupled_tokens": 0},
         "search": {"refine_passes": 0, "frontier_points": 3},
         "distillation": {"tokens": 512, "batch_tokens": 256, "device_tokens": 256},
-        "rounds": {"count": 2},
+        "rounds": {"count": 2, "tokens": [512]},
     }
     for reached in stages(parent, run, text_folder, 0.7, settings):
         if reached == "rounds/1/scores":
