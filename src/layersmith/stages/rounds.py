@@ -21,8 +21,8 @@ from layersmith.stages.inspect import outline
 from layersmith.stages.job import Job, formats_of
 from layersmith.stages.realize import CHILD
 
-# Training tokens of a round that is not the last, as a share of those of the last. With a third of all tokens in each of
-# three rounds the child is worse than with all in one (docs/how-to/distillation.md).
+# Training tokens of a round that is not the last, as a share of those of the last. With a third of all tokens in each
+# of three rounds the child is worse than with all in one (docs/how-to/distillation.md).
 EARLY = 0.1
 
 
