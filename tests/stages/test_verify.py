@@ -47,7 +47,12 @@ def test_a_dense_model(tmp_path: Path) -> None:
         "mixer head size",
         "state sizes",
         "window",
+        "key head size",
+        "value head size",
+        "rank",
+        "latent width",
     }
+    assert verdicts["head size"] == OK
     assert verdicts["experts"] == "its FFN has no experts"
 
 
