@@ -24,10 +24,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.quality import commit
+from benchmarks.quality import commit, write_rows
 from benchmarks.rivals.activations import observe
 from benchmarks.rivals.depth import Evolution, block_influence, evopress
-from benchmarks.rivals.judge import Judge, Tasks, difference, mean
+from benchmarks.rivals.judge import Judge, Tasks, difference, mean, over_seeds
 from benchmarks.rivals.problem import Choice, Problem, Work
 from layersmith.costs.budget import Limit, Limits
 from layersmith.costs.table import CostTable
@@ -136,7 +136,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     for parent, layers, removed in places:
         here = [r for r in rows if (r["parent"], r["removed"]) == (parent, removed)]
         kl = {
-            name: _over_seeds([r["kl"] for r in here if r["method"] == name])
+            name: over_seeds([r["kl"] for r in here if r["method"] == name])
             for name in dict.fromkeys(r["method"] for r in here)
         }
         for name, values in kl.items():
@@ -149,11 +149,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             lines.append(f"| {' | '.join(cells)} |")
     commits = ", ".join(dict.fromkeys(r["commit"] for r in rows))
     return "\n".join([*lines, "", f"Commits {commits}; one thread."]) + "\n"
-
-
-def _over_seeds(runs: Sequence[Sequence[float]]) -> list[float]:
-    """The mean over seeds of each row of text."""
-    return [mean(values) for values in zip(*runs, strict=True)]
 
 
 def main() -> None:
@@ -172,7 +167,7 @@ def main() -> None:
         rows = json.loads(args.out.read_text(encoding="utf-8")) if args.out.is_file() else []
         rows = [row for row in rows if row["parent"] != folder.name]
         rows += rows_of(folder, args.removed, args.tokens, args.seeds, args.work, args.rows)
-        args.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+        write_rows(args.out, rows)
         args.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
 

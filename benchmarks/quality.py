@@ -19,7 +19,7 @@ import json
 import math
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -246,9 +246,14 @@ class Rows:
     def put(self, row: dict[str, Any]) -> None:
         with self.lock:
             rows = [*(other for other in self.read() if _key(other) != _key(row)), row]
-            partial = self.path.with_suffix(".partial")
-            partial.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
-            partial.replace(self.path)
+            write_rows(self.path, rows)
+
+
+def write_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Write rows as JSON, a line each; an interruption leaves the file as it was."""
+    partial = path.with_suffix(".partial")
+    partial.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+    partial.replace(path)
 
 
 def _key(row: dict[str, Any]) -> tuple[str, float, bool]:

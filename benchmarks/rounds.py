@@ -20,8 +20,8 @@ from typing import Any
 import torch
 
 import layersmith
-from benchmarks.quality import commit
-from benchmarks.rivals.judge import Judge, Tasks, difference, mean
+from benchmarks.quality import commit, write_rows
+from benchmarks.rivals.judge import Judge, Tasks, difference, mean, over_seeds
 from layersmith.demo.job import MODEL, split_library
 from layersmith.demo.job import recipe as demo_recipe
 from layersmith.execution.parent import load_parent
@@ -65,12 +65,12 @@ def table(rows: list[dict[str, Any]]) -> str:
     ]
     for parent, size, rounds, early in dict.fromkeys(map(_line, rows)):
         here = [r for r in rows if _line(r) == (parent, size, rounds, early)]
-        after = [mean(v) for v in zip(*(r["after"] for r in here), strict=True)]
+        after = over_seeds([r["after"] for r in here])
         seeds = {r["seed"] for r in here}
         one = [r for r in rows if (r["parent"], r["size"], r["rounds"]) == (parent, size, 1) and r["seed"] in seeds]
         said = ""
         if rounds > 1 and len(one) == len(here):
-            less, error = difference([mean(v) for v in zip(*(r["after"] for r in one), strict=True)], after)
+            less, error = difference(over_seeds([r["after"] for r in one]), after)
             said = f"{less:+.4f} ± {error:.4f}"
         before = mean([mean(r["before"]) for r in here])
         loss = f"{mean(after):.4f} ± {standard_error(after):.4f}"
@@ -110,7 +110,7 @@ def main() -> None:
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 rows.append(key | made(args, size, rounds, seed) | {"commit": commit()})
-                args.out.write_text("[\n" + ",\n".join(map(json.dumps, rows)) + "\n]\n", encoding="utf-8")
+                write_rows(args.out, rows)
                 args.out.with_suffix(".md").write_text(table(rows), encoding="utf-8")
     print(table(rows))
 

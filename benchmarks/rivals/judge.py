@@ -80,6 +80,11 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
+def over_seeds(runs: Sequence[Sequence[float]]) -> list[float]:
+    """The mean over seeds of each row of text."""
+    return [mean(values) for values in zip(*runs, strict=True)]
+
+
 def difference(one: Sequence[float], other: Sequence[float]) -> tuple[float, float]:
     """The mean of paired differences and its standard error."""
     differences = [a - b for a, b in zip(one, other, strict=True)]
