@@ -147,6 +147,11 @@ class BlockConfig(_Config):
         """The config of the subblock ``"attention"`` or ``"ffn"``."""
         return self.attention if name == "attention" else self.ffn
 
+    @property
+    def inner_sizes(self) -> dict[str, int]:
+        """The sizes inside both subblocks, by the attribute of the model's config that sets each."""
+        return {**(self.attention.inner_sizes or {}), **(self.ffn.inner_sizes or {})}
+
 
 def read_block_configs(entries: object, where: str) -> list[BlockConfig]:
     """Block configs from the ``block_configs`` list of a ``config.json``.

@@ -113,11 +113,11 @@ def _refuse_what_has_no_place(source: Source, to: str, target: Target) -> None:
             "Search again without kv_formats."
         )
     for i, block in enumerate(source.blocks):
-        inner = {**(block.attention.inner_sizes or {}), **(block.ffn.inner_sizes or {})}
-        if inner and not target.keeps_inner_sizes:
+        if block.inner_sizes and not target.keeps_inner_sizes:
+            sizes = ", ".join(f"{name} {size}" for name, size in block.inner_sizes.items())
             raise CannotExport(
-                f"--to {to}: layer {i} has {', '.join(f'{name} {size}' for name, size in inner.items())}, and the "
-                "layout has one such size for all layers. Search again without library.inner_sizes."
+                f"--to {to}: layer {i} has {sizes}, and the layout has one such size for all layers. Search again "
+                "without library.inner_sizes."
             )
 
 

@@ -156,10 +156,16 @@ class Configs:
             except UnsupportedModel as refusal:
                 self.refusal = first_line(refusal)
                 return None
-            with foreign_code("Can the model be built with these sizes?", refusal_is_answer=True) as attempt:
-                self._shapes[key] = shapes_of(stock_model(changed))
-            self.refusal = attempt.reason or self.refusal
+            self._shapes[key] = self.shapes_with(changed)
         return self._shapes[key]
+
+    def shapes_with(self, config: PretrainedConfig) -> Shapes | None:
+        """Shapes of the model of a config; None if the family refuses it, and then ``refusal`` says why."""
+        shapes = None
+        with foreign_code("Can the model be built with these sizes?", refusal_is_answer=True) as attempt:
+            shapes = shapes_of(stock_model(config))
+        self.refusal = attempt.reason or self.refusal
+        return shapes
 
     def effect(self, values: Mapping[AttributePath, Any]) -> set[tuple[str, int]] | None:
         """The dimensions that change with the values; None if there is no such model, or it has other weights."""

@@ -24,11 +24,9 @@ import torch
 from transformers import PretrainedConfig
 
 from layersmith.errors import UnsupportedModel, first_line
-from layersmith.foreign import foreign_code
-from layersmith.hidden_size.config import Configs, HiddenSize, carriers, shapes_of, sizes_to_try, template
+from layersmith.hidden_size.config import Configs, HiddenSize, carriers, sizes_to_try, template
 from layersmith.hidden_size.narrowing import Factor, Narrowing
 from layersmith.hidden_size.pair import Pair, close
-from layersmith.model_descriptor.experiment import Shapes
 from layersmith.model_descriptor.infer.shrink import shrunk
 from layersmith.model_descriptor.infer.specimen import experiment
 from layersmith.model_descriptor.stock import causal_lm_config, stock_model
@@ -83,11 +81,9 @@ def _proved(configs: Configs, hidden_size: HiddenSize, size: int) -> Narrowing:
         (way, way.narrower(configs.config, size))
         for way in (hidden_size, dataclasses.replace(hidden_size, epsilons=False))
     ]
-    shapes: Shapes = {}
-    with foreign_code("Can the narrower model be built?", refusal_is_answer=True) as attempt:
-        shapes = shapes_of(stock_model(narrowers[0][1]))
-    if attempt.failed:
-        raise UnsupportedModel(f"with hidden size {size} it cannot be built ({attempt.reason})")
+    shapes = configs.shapes_with(narrowers[0][1])
+    if shapes is None:
+        raise UnsupportedModel(f"with hidden size {size} it cannot be built ({configs.refusal})")
     found = carriers(configs.base, shapes, configs.size, size)
     fused = sorted({template(c.name) for c in found if c.times > 1})[:_MOST_FUSED]
     layouts = itertools.chain.from_iterable(itertools.combinations(fused, n) for n in range(len(fused) + 1))

@@ -334,6 +334,7 @@ def in_words(config: AttentionConfig | FFNConfig) -> str:
     """A few words for a subblock of this config."""
     if config.no_op or config.replace_with_linear:
         return "no-op" if config.no_op else "linear"
+    inner = [f"{name} {size}" for name, size in (config.inner_sizes or {}).items()]
     if isinstance(config, AttentionConfig):
         kv, queries = config.num_key_value_heads, config.num_attention_heads
         words = [
@@ -344,11 +345,10 @@ def in_words(config: AttentionConfig | FFNConfig) -> str:
         if (mamba := config.mamba) is not None:
             heads = f"{mamba.num_heads} mixer head{'s' if mamba.num_heads != 1 else ''} of {mamba.head_dim}"
             words += [f"{heads}, state {mamba.state_dim}"]
-        words += [f"{name} {size}" for name, size in (config.inner_sizes or {}).items()]
-        return ", ".join(words) or "attention"
-    moe, inner = config.moe, "".join(f", {name} {size}" for name, size in (config.inner_sizes or {}).items())
+        return ", ".join([*words, *inner]) or "attention"
+    moe = config.moe
     if moe is None:
-        return ("FFN" if config.intermediate_size is None else f"width {config.intermediate_size}") + inner
+        return ", ".join(["FFN" if config.intermediate_size is None else f"width {config.intermediate_size}", *inner])
     of = f" of {moe.expert_intermediate_dim}" if moe.expert_intermediate_dim is not None else ""
     shared = f", shared {moe.shared_expert_intermediate_dim}" if moe.shared_expert_intermediate_dim is not None else ""
-    return f"{moe.num_local_experts} experts{of}, {moe.num_experts_per_tok} a token{shared}{inner}"
+    return ", ".join([f"{moe.num_local_experts} experts{of}, {moe.num_experts_per_tok} a token{shared}", *inner])

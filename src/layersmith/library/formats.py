@@ -194,6 +194,7 @@ class InputMoments:
         self._tokens: dict[str, int] = {}
         self._given: dict[str, torch.Tensor] = {}
         self._factors: dict[str, Factor] = {}
+        self._norms: dict[str, str | None] = {}
 
     @contextmanager
     def watching(self) -> Iterator[None]:
@@ -231,6 +232,13 @@ class InputMoments:
     def readers(self, weight: str) -> list[str]:
         """Names of the linear maps with the same inputs."""
         return [name for name in self.linear if self.source(name) == self.source(weight)]
+
+    def norm(self, weight: str, run: Callable[[], torch.Tensor]) -> str | None:
+        """Name of the norm's weight that can hold scales of these inputs, found once for all formats."""
+        name = self.source(weight)
+        if name not in self._norms:
+            self._norms[name] = norm_before(self.layer, self.readers(name), run)
+        return self._norms[name]
 
     @staticmethod
     def _is_apart(stack: torch.Tensor) -> bool:
@@ -334,7 +342,7 @@ def quantized(
         weights = [layer.get_parameter(name).detach() for name in names]
         # Rows do not depend on each other.
         whole, factor = torch.cat(weights) if len(weights) > 1 else weights[0], moments.factor(source)
-        norm = norm_before(layer, names, run) if run is not None and names == moments.readers(source) else None
+        norm = moments.norm(source, run) if run is not None and names == moments.readers(source) else None
         if norm is not None and factor is not None and (moment := moments.of(source)) is not None:
             result.norms[norm], scales = held_scales(layer.get_parameter(norm).detach(), moment.diagonal())
             whole, factor = whole.float() * scales, factor.scaled(scales)

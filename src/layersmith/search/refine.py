@@ -210,11 +210,11 @@ class _Search:
 
     def _without_layers(self, start: Chosen, allowed: float) -> list[Chosen]:
         """The program's child where a removed subblock loses its share of its layer's loss; none if few are removed."""
+        if sum(a.is_no_op for a in start) < _MANY_REMOVED * len(start):
+            return []
         removed = {(a.layer, a.subblock): a for a in self.problem.alternatives if a.is_no_op}
         whole = {(a.layer, a.subblock): a for a in self.problem.alternatives if a.is_parent}
         layers = [i for i in sorted({a.layer for a in start}) if all((i, s) in removed for s in SUBBLOCKS)]
-        if sum(a.is_no_op for a in start) < _MANY_REMOVED * len(start):
-            return []
         children = [tuple((removed if a.layer == i else whole)[a.layer, a.subblock] for a in start) for i in layers]
         rows = self.rows[:_ROWS_OF_LAYERS]
         if not children or not self._is_affordable([*children, start, start], len(rows), allowed):

@@ -13,7 +13,7 @@ from layersmith.data.mixture import read_mixture
 from layersmith.data.retrieval import long_rows
 from layersmith.data.splits import Description, TokenSplits, check_vocabulary, digest_of_rows, prepare
 from layersmith.errors import InputError
-from layersmith.library.axes.find import FULL, SLIDING
+from layersmith.library.axes.find import SLIDING, has_windows
 from layersmith.recipe import CONTEXT
 from layersmith.run.artifacts import fingerprint, read_json, read_tensors, write_json, write_tensors
 from layersmith.run.digests import content_digest
@@ -80,8 +80,8 @@ def _length_of_scoring_rows(job: Job) -> int | None:
     """Tokens that a scoring row should have; None if scoring rows stay as they are."""
     wanted, language = job.recipe.data.long_scoring, job.parent.language_config
     window = sliding_window(language, 0, SLIDING)
-    has_both = len({SLIDING, FULL} & set(getattr(language, "layer_types", None) or ())) == 2
-    if wanted == "never" or (wanted == "auto" and not (has_both and job.recipe.library.windows)):
+    are_offered = job.recipe.library.windows and has_windows(getattr(language, "layer_types", None))
+    if wanted == "never" or (wanted == "auto" and not are_offered):
         return None
     length = CONTEXT if window is None else 4 * window
     return min(length, job.parent.positions or length)

@@ -149,7 +149,8 @@ def axis_verdicts(axes: LayerAxes, block: BlockConfig) -> dict[str, str]:
     no_experts = reasons.get("experts", "its FFN has no experts")
     no_mixer = "it keeps no state of fixed size in the cache"
     attention = reasons.get("attention", "")
-    inner = "; ".join(f"{name[6:]}: {reason}" for name, reason in reasons.items() if name.startswith("inner."))
+    of_inner = {name.removeprefix("inner."): why for name, why in reasons.items() if name.startswith("inner.")}
+    inner = "; ".join(f"{name}: {why}" for name, why in of_inner.items())
     inner = inner or "no attribute of its config sets it alone"
     roles = {axis.role for axis in axes.inner}
     return {

@@ -125,7 +125,7 @@ def _as_text(tokenizer: Any, document: Document) -> str:
 
 
 def _around_messages(tokenizer: Any) -> list[str]:
-    """What the chat template writes besides the messages, such as a system prompt; nothing where there is none."""
+    """A chat with all that the chat template adds to messages, such as a system prompt; empty without a template."""
     if not tokenizer.chat_template:
         return []
     messages = [{"role": role, "content": "."} for role in ("user", "assistant", "user")]

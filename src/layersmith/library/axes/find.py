@@ -72,13 +72,18 @@ def _layer_axes(model: ModelExperiments, i: int) -> LayerAxes:
     )
 
 
+def has_windows(types: Sequence[str] | None) -> bool:
+    """Whether some layers see everything and others a sliding window, by the types of attention in a config."""
+    return {FULL, SLIDING} <= set(types or ())
+
+
 def _find_window(model: ModelExperiments, i: int) -> str:
     """The type of attention with a sliding window, where the model has both types and this layer has full attention."""
     types = getattr(model.language, "layer_types", None)
     attention = model.blocks[i].attention
     if attention.no_op or attention.replace_with_linear:
         raise NoAxis("there is no attention")
-    if not types or not {FULL, SLIDING} <= set(types):
+    if types is None or not has_windows(types):
         raise NoAxis("its model does not have both kinds of attention")
     if (attention.layer_type or types[i]) != FULL:
         raise NoAxis("it does not see everything as it is")

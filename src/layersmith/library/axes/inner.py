@@ -25,13 +25,12 @@ _Head = tuple[tuple[Segment, ...], int]
 
 def inner_size_of(model: ModelExperiments, i: int, name: str) -> int | None:
     """The size of a layer that an attribute sets; None if the subblock is not there."""
-    inner, _ = model.described.layer_facts(i).inner_sizes.get(name, (None, 0))
+    inner, size = model.described.layer_facts(i).inner_sizes.get(name, (None, 0))
     if inner is None:
         return None
     config = model.blocks[i].subblock(inner.subblock)
     if config.no_op or config.replace_with_linear:
         return None
-    _, size = model.described.layer_facts(i).inner_sizes[name]
     return (config.inner_sizes or {}).get(name, size)
 
 

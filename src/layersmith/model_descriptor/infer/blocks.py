@@ -63,10 +63,9 @@ def overrides_for(findings: Findings, language: Any, block: BlockConfig) -> dict
     for sizes in findings.sizes:
         for path, value in _values(sizes, block):
             overrides = merged(overrides, nested(language, path, value))
-        inner = {**(block.attention.inner_sizes or {}), **(block.ffn.inner_sizes or {})}
-        for of_inner in sizes.inner:
-            if of_inner.name in inner:
-                overrides = merged(overrides, nested(language, of_inner.path, inner[of_inner.name]))
+        for inner in sizes.inner:
+            if inner.name in block.inner_sizes:
+                overrides = merged(overrides, nested(language, inner.path, block.inner_sizes[inner.name]))
         for path, size in mixer_values(sizes.mixer, block.attention.mamba, partial(value_at, language)):
             overrides = merged(overrides, nested(language, path, size))
     return overrides

@@ -175,7 +175,7 @@ class InferredCapabilities(ModelDescriptor):
     @classmethod
     def _smaller(cls, layer: nn.Module, block: BlockConfig) -> list[tuple[InnerSize, int]]:
         """The inner sizes that a block config sets, with their values."""
-        inner = {**(block.attention.inner_sizes or {}), **(block.ffn.inner_sizes or {})}
+        inner = block.inner_sizes
         if not inner:
             return []
         sizes = cls.findings.sizes[cls.findings.number_of_kind(layer)].inner
