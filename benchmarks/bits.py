@@ -19,7 +19,8 @@ All use the same scores and the same GPTQ. Other packages, see :mod:`benchmarks.
 
 * llama.cpp: its mixtures of types with an importance matrix, the one with the most bits that fits;
 * ``--checkpoint NAME FOLDER BITS EMBEDDINGS``: weights that another package rounded and saved in a floating-point type;
-  BITS a weight that they take in linear maps, and the format in which embeddings and head are rounded here.
+  BITS a weight that they take in linear maps, and the format in which embeddings and head are rounded here, by GPTQ
+  as for the other methods.
 
 KL is that of whole children on evaluation rows, in nats per token, ± one standard error; differences to the first
 method are paired by row. ``--foretold`` compares the foretold scores of pairs with estimates in which the pair ran.
@@ -72,6 +73,7 @@ from layersmith.search.solution import Solution
 from layersmith.search.solve import Candidate, Group, Solver
 from layersmith.stages.costs import cost_table, smaller_caches
 from layersmith.stages.data import DATA
+from layersmith.stages.formats import head_moment
 from layersmith.stages.job import Job, job_of_run
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.realize import PAIRS, composed
@@ -219,7 +221,10 @@ def children(run: Path, share: float, args: argparse.Namespace, known: list[dict
     for name in [args.checkpoint[0]] if args.checkpoint else args.only or METHODS:
         made: dict[str, Any] | None
         if args.checkpoint or name == LLAMA_CPP:
-            rounded = of_folder(*args.checkpoint[1:]) if args.checkpoint else by_llama_cpp(job, share * parent_bytes)
+            if args.checkpoint:
+                rounded = of_folder(*args.checkpoint[1:], head_moment(job))
+            else:
+                rounded = by_llama_cpp(job, share * parent_bytes)
             made = None if rounded is None else rounded.record() | measured(job, rounded.model, rows)
         else:
             made = of_method(name, job, problem, rows, [*known, *result])
@@ -253,7 +258,7 @@ def caches(run: Path, num_rows: int, shares: list[float]) -> list[dict[str, Any]
     with tempfile.TemporaryDirectory() as folder:
         rows = tokens.calibration[:num_rows], tokens.scoring[:num_rows]
         task = FormatTask(library, layerwise, [], kv_alternatives, *rows, settings, 0, Path(folder), SILENT)
-        scores = score_formats(task)
+        scores, _ = score_formats(task)
     judge, result = child_evaluator(library, tokens.evaluation[:num_rows], settings, SILENT), []
     for share in shares:
         limits = Budget.parse({"kv_cache": str(share)}).limits

@@ -23,7 +23,7 @@ from layersmith.distillation.quantize import layerwise_of
 from layersmith.export.run import export
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.heterogeneous.convert import ordinary_checkpoint
-from layersmith.library.formats import InputMoments, embeddings_in, matrices
+from layersmith.library.formats import InputMoments, matrices, quantized_embeddings
 from layersmith.stages.data import DATA
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
@@ -123,11 +123,11 @@ def by_llama_cpp(job: Job, most: float) -> RoundedModel | None:
         return RoundedModel(load(ordinary_checkpoint(out, "float32")), size, described)
 
 
-def of_folder(folder: str, bits: str, embeddings: str) -> RoundedModel:
+def of_folder(folder: str, bits: str, embeddings: str, head_moment: torch.Tensor | None) -> RoundedModel:
     """Weights that another package rounded to ``bits`` in linear maps; embeddings and head are rounded here."""
     model = load(folder, dtype=torch.float32)
-    with embeddings_in(model, embeddings) as rounded:
-        values = {name: weight.values() for name, weight in rounded.items()}
+    rounded = quantized_embeddings(model, embeddings, head_moment)
+    values = {name: weight.values() for name, weight in rounded.items()}
     size = sum(weight.format.bytes_of(weight.levels.shape) for weight in rounded.values())
     linear = {f"{name}.weight" for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     for name, parameter in model.named_parameters():

@@ -16,13 +16,14 @@ from layersmith.execution.parent import Parent, load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.find import find_axes
 from layersmith.library.build import build_library
-from layersmith.library.formats import InputMoments, in_formats, matrices, quantized, saved_bytes
+from layersmith.library.formats import InputMoments, in_formats, matrices, quantized, quantized_embeddings, saved_bytes
 from layersmith.library.library import Library
 from layersmith.library.statistics import Calibration
 from layersmith.library.survey import survey
 from layersmith.model_descriptor.describe import describe
 from layersmith.quantization.formats import FORMATS
 from layersmith.quantization.gptq import gptq_quantize, inverse_factor
+from layersmith.quantization.rounding import quantize
 from layersmith.recipe import LibraryRecipe, ScoringRecipe
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
@@ -65,6 +66,28 @@ def test_all_linear_maps_of_a_subblock_have_its_format(library: Library) -> None
     of_attention = [f"self_attn.{p}_proj.weight" for p in "qkvo"]
     of_ffn = [f"mlp.{p}_proj.weight" for p in ("gate", "up", "down")]
     assert of_layer(library, 1) == {"attention": of_attention, "ffn": of_ffn}
+
+
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_the_head_is_quantized_for_its_inputs(is_tied: bool) -> None:
+    config = tiny_config("llama")
+    config.tie_word_embeddings = is_tied
+    model = stock_model(config)
+    width = config.hidden_size
+    inputs = torch.randn(400, width, generator=torch.Generator().manual_seed(1))
+    inputs = inputs @ torch.randn(width, width, generator=torch.Generator().manual_seed(2)) + 3  # correlated
+    head, embeddings = model.get_output_embeddings().weight, model.get_input_embeddings().weight
+    nearest = quantized_embeddings(model, "q4_0")
+    by_inputs = quantized_embeddings(model, "q4_0", inputs.T @ inputs / len(inputs))
+    name = "model.embed_tokens.weight" if is_tied else "lm_head.weight"
+    errors = [float((inputs @ (w[name].values() - head.detach()).T).square().mean()) for w in (nearest, by_inputs)]
+    assert errors[1] < 0.6 * errors[0]
+    if is_tied:
+        assert list(by_inputs) == [name]
+    else:  # embeddings multiply nothing
+        expected = quantize(embeddings, FORMATS["q4_0"]).values()
+        assert torch.equal(by_inputs["model.embed_tokens.weight"].values(), expected)
+    assert not quantized_embeddings(model, "")
 
 
 def mixture(family: str) -> tuple[Any, dict[str, list[str]]]:
@@ -177,7 +200,8 @@ def task(library: Library, folder: Path, formats: list[str], kv_alternatives: li
 def test_scores_add_up_to_what_a_format_costs(library: Library, tmp_path: Path) -> None:
     costs = cost_table(library.parent, library, Workload(1, 64), ["int8", "int4-g32"], ["int4"])
     caches = smaller_caches(library.alternatives, costs, ["int4"])
-    scores = score_formats(task(library, tmp_path, ["int8", "int4-g32"], caches))
+    scores, head_moment = score_formats(task(library, tmp_path, ["int8", "int4-g32"], caches))
+    assert head_moment is None  # embeddings have none of these formats
     parents = [a for a in library.alternatives if a.is_parent]
     of_caches = scores.pop("int4 KV cache")
     assert {name: set(of) for name, of in scores.items()} == {
@@ -192,7 +216,7 @@ def test_scores_add_up_to_what_a_format_costs(library: Library, tmp_path: Path) 
     (rows,) = evaluator.run([[a.in_format("int4-g32") for a in parents]], range(4))
     # The child's layers are quantized on the inputs of the child, those of the scores on the parent's.
     assert sum(r["kl_divergence"] for r in rows) / 4 == pytest.approx(total["int4-g32"], rel=0.5)
-    again = score_formats(task(library, tmp_path, ["int8", "int4-g32"], []))  # takes the weights that are there
+    again, _ = score_formats(task(library, tmp_path, ["int8", "int4-g32"], []))  # takes the weights that are there
     assert again == scores
     losses = {a.key: 0.5 for a in library.alternatives} | {a.key: 0.0 for a in parents}
     pairs = foretold(library.alternatives, losses, scores)

@@ -16,6 +16,7 @@ from layersmith.costs.budget import Workload, parse_budget
 from layersmith.errors import UnsupportedModel, UsageError
 from layersmith.export.run import export
 from layersmith.heterogeneous.quantized import read_gguf_blocks
+from layersmith.library.formats import quantized_embeddings
 from layersmith.quantization.formats import FORMATS
 from layersmith.recipe import Recipe
 from layersmith.run.artifacts import read_json
@@ -65,6 +66,9 @@ def test_a_child_with_formats_of_gguf(
     assert of_file == solution.costs["weight_bytes"]
     child = layersmith.load(result.child)
     assert sum(p.numel() for p in child.parameters()) == solution.costs["parameters"]
+    moment = load_file(result.run / "formats" / "head.safetensors")["moment"]
+    for name, weight in quantized_embeddings(layersmith.load(parent), solution.embeddings, moment).items():
+        assert torch.equal(stored[name].float(), weight.values())
     assert 0 < result.metric("kl_divergence")["child"] < 0.2
     assert "q4_0" in (result.child / "README.md").read_text()
     before = norms(parent)

@@ -74,26 +74,46 @@ def embeddings(model: PreTrainedModel) -> dict[str, nn.Parameter]:
     return {name: weight for name, weight in model.named_parameters() if id(weight) in wanted}
 
 
+def head_weight(model: PreTrainedModel) -> str | None:
+    """Name of the head's weight, if the head is a linear map; where it is tied, the embeddings have it too."""
+    head = model.get_output_embeddings()
+    names = (name for name, module in model.named_modules() if module is head and isinstance(head, nn.Linear))
+    return next((f"{name}.weight" for name in names), None)
+
+
 @torch.no_grad()
-def quantized_embeddings(model: PreTrainedModel, name: str) -> dict[str, Quantized]:
-    """Name of each weight of embeddings and head, if a format's shape allows it, to the weight rounded to nearest."""
-    format = format_named(name)
-    fitting = {name: (weight, format.fitting(weight.shape)) for name, weight in embeddings(model).items()}
-    return {name: quantize(weight.detach(), fits) for name, (weight, fits) in fitting.items() if fits is not None}
+def quantized_embeddings(
+    model: PreTrainedModel, name: str, head_moment: torch.Tensor | None = None
+) -> dict[str, Quantized]:
+    """Name of each weight of embeddings and head, if a format's shape allows it, to the rounded weight.
+
+    Args:
+        model: The model.
+        name: Name of the format; an empty one rounds nothing.
+        head_moment: Mean product of the head's inputs, as of :meth:`InputMoments.of`. With it the head is quantized by
+            GPTQ, also where its weight is that of the embeddings. Embeddings alone are rounded to nearest, since they
+            multiply nothing.
+    """
+    result: dict[str, Quantized] = {}
+    if not name:
+        return result
+    head, format = head_weight(model), format_named(name)
+    factor = None if head is None or head_moment is None else inverse_factor(head_moment)
+    for of_weight, weight in embeddings(model).items():
+        if (fits := format.fitting(weight.shape)) is not None:
+            is_heads = head is not None and weight is model.get_parameter(head)
+            result[of_weight] = _rounded(weight.detach(), factor if is_heads else None, fits)
+    return result
 
 
 @contextmanager
-def embeddings_in(model: PreTrainedModel, name: str) -> Iterator[dict[str, Quantized]]:
-    """While open, a model has its embeddings and head in a format; yields :func:`quantized_embeddings`.
-
-    An empty name leaves them as they are.
-    """
-    rounded = quantized_embeddings(model, name) if name else {}
+def embeddings_in(model: PreTrainedModel, rounded: Mapping[str, Quantized]) -> Iterator[None]:
+    """While open, a model has its embeddings and head as :func:`quantized_embeddings` returns them."""
     before = {name: model.get_parameter(name).data for name in rounded}
     for name, weight in rounded.items():
         model.get_parameter(name).data = weight.values().to(before[name])
     try:
-        yield rounded
+        yield
     finally:
         for name, data in before.items():
             model.get_parameter(name).data = data

@@ -30,10 +30,12 @@ from layersmith.library.formats import (
     EMBEDDINGS,
     InputMoments,
     embeddings_in,
+    head_weight,
     in_formats,
     kv_key,
     matrices,
     quantized,
+    quantized_embeddings,
     with_embeddings,
 )
 from layersmith.library.library import Library
@@ -90,8 +92,12 @@ class FormatTask:
         return States() if self.library.parent.stream is None else StatesOnDisk(self.folder)
 
 
-def score_formats(task: FormatTask) -> FormatScores:
-    """Score every subblock of the parent in every format."""
+def score_formats(task: FormatTask) -> tuple[FormatScores, torch.Tensor | None]:
+    """Score every subblock of the parent in every format, and embeddings with head.
+
+    Returns:
+        The scores; and the mean product of the head's inputs, from which it is quantized, or None if it has no format.
+    """
     subblocks = [a for a in task.library.alternatives if a.is_parent]
     children = {name: [a.in_format(name) for a in subblocks] for name in task.formats}
     quantized = [a for child in children.values() for a in child]
@@ -106,22 +112,39 @@ def score_formats(task: FormatTask) -> FormatScores:
         total = math.fsum(value for a in child for value in scores[a.key])
         factor = math.fsum(row[KL] for row in rows) / total if total > 0 else 1.0
         result[name] = {a.key: [factor * value for value in scores[a.key]] for a in child}
-    for name, values in _of_embeddings(task).items():
+    if not with_embeddings(task.formats) or task.library.parent.stream is not None:
+        return result, None
+    moment = _head_moment(task)
+    for name, values in _of_embeddings(task, moment).items():
         result[name][EMBEDDINGS] = values
-    return result
+    return result, moment
 
 
 @torch.no_grad()
-def _of_embeddings(task: FormatTask) -> dict[str, list[float]]:
+def _head_moment(task: FormatTask) -> torch.Tensor | None:
+    """The mean product of the head's inputs on the calibration rows; None if the head is no linear map."""
+    parent = task.library.parent
+    if (head := head_weight(parent.model)) is None:
+        return None
+    moments = InputMoments(parent.model, [head])
+    with task.progress.stage("inputs of the head", len(task.calibration), "rows") as advance, moments.watching():
+        for row in task.calibration.to(parent.runtime.device).split(1):
+            logits_and_hidden(parent, row)
+            advance(1)
+    moment = moments.of(head)
+    return None if moment is None else moment.float()  # as the run keeps it
+
+
+@torch.no_grad()
+def _of_embeddings(task: FormatTask, moment: torch.Tensor | None) -> dict[str, list[float]]:
     """KL of the parent with embeddings and head in each format that a program runs them in, on every row."""
     parent, losses = task.library.parent, {name: list[float]() for name in with_embeddings(task.formats)}
-    if not losses or parent.stream is not None:
-        return {}
+    rounded = {name: quantized_embeddings(parent.model, name, moment) for name in losses}
     with task.progress.stage("score embeddings", len(task.scoring), "rows") as advance:
         for row in task.scoring.to(parent.runtime.device).split(1):
             reference = Reference.of(*logits_and_hidden(parent, row), row)
             for name, values in losses.items():
-                with embeddings_in(parent.model, name):
+                with embeddings_in(parent.model, rounded[name]):
                     values += [r[KL] for r in as_rows(row_means([measure(reference, *logits_and_hidden(parent, row))]))]
             advance(1)
     return losses

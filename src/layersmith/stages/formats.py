@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from layersmith.distillation.quantize import layerwise_of
 from layersmith.errors import UsageError
 from layersmith.library.formats import kv_key
-from layersmith.run.artifacts import read_json, write_json
+from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
 from layersmith.run.journal import work_folder
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.formats import FormatScores, FormatTask, score_formats
@@ -19,6 +21,7 @@ from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 
 _FILE = "formats.json"
+_HEAD = "head.safetensors"
 # One row in four: rounding errors differ little from row to row, and with all rows eight formats would more than double
 # the cost of scoring.
 _SHARE = 4
@@ -48,7 +51,10 @@ def _make(job: Job, making: Making) -> None:
         folder=work_folder(making.scratch, making.inputs),
         progress=making.progress,
     )
-    write_json(making.folder / _FILE, score_formats(task))
+    scores, head_moment = score_formats(task)
+    write_json(making.folder / _FILE, scores)
+    if head_moment is not None:
+        write_tensors(making.folder / _HEAD, {"moment": head_moment.cpu()})
 
 
 FORMATS: Stage[Job, FormatScores] = Stage(
@@ -59,6 +65,20 @@ FORMATS: Stage[Job, FormatScores] = Stage(
     is_wanted=lambda job: bool(job.formats or job.kv_formats),
     is_shared=True,
 )
+
+
+def head_moment(job: Job) -> torch.Tensor | None:
+    """The mean product ``[D, D]`` of the head's inputs, if the run has formats of embeddings and head."""
+
+    def read() -> torch.Tensor | None:
+        if job.made_from(FORMATS) is None:
+            return None
+        job.run.require(FORMATS.name)
+        file = job.run.folder / FORMATS.name / _HEAD
+        return read_tensors(file)["moment"] if file.is_file() else None
+
+    moment: torch.Tensor | None = job.once(f"{FORMATS.name}: inputs of the head", read)
+    return moment
 
 
 def scores_of_formats(job: Job) -> FormatScores:

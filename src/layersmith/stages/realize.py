@@ -14,7 +14,7 @@ from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.quantize import quantize_child
 from layersmith.execution.parent import Parent
 from layersmith.heterogeneous.quantized import write_quantized
-from layersmith.library.formats import as_written, embeddings_in
+from layersmith.library.formats import as_written, embeddings_in, quantized_embeddings
 from layersmith.library.library import Library
 from layersmith.library.stored_weights import Kept
 from layersmith.model_descriptor.stock import quiet_transformers
@@ -24,6 +24,7 @@ from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
 from layersmith.search.solution import Solution
 from layersmith.stages.data import DATA, TOKENIZER_FILES, digest_of_split
+from layersmith.stages.formats import head_moment
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
 from layersmith.stages.refine import SOLUTION
@@ -69,7 +70,8 @@ def composed(job: Job, solution: Solution, progress: Progress) -> Iterator[tuple
     tokens, batch_tokens = job.read(DATA).calibration, job.recipe.scoring.batch_tokens
     library, rounded = quantize_child(library_with_pairs(job), solution.alternatives, tokens, batch_tokens, progress)
     child = library.with_parent(job.stored_parent).compose(solution.alternatives)
-    with embeddings_in(child, solution.embeddings) as more:
+    more = quantized_embeddings(child, solution.embeddings, head_moment(job) if solution.embeddings else None)
+    with embeddings_in(child, more):
         yield child, {**rounded, **more}
 
 
