@@ -80,10 +80,13 @@ def test_refitted_maps_are_nearer_to_what_the_parent_gives(llama: Narrower) -> N
 
 def test_a_narrow_parent_is_an_ordinary_checkpoint(llama: Narrower, tmp_path: Path) -> None:
     narrower = replace(llama, parent=replace(llama.parent, dtype=torch.bfloat16))
-    write(narrower, narrower.model(Kept(torch.arange(48))), tmp_path)
+    model = narrower.model(Kept(torch.arange(48)))
+    write(narrower, model, tmp_path)
     parent = load_parent(tmp_path, Runtime(torch.device("cpu"), torch.float32))
     assert (parent.dtype, parent.config.hidden_size, parent.config.head_dim) == (torch.bfloat16, 48, 16)
     assert parent.blocks == llama.parent.blocks
+    ids = torch.arange(400)[None] % parent.config.vocab_size  # at late positions, rotary frequencies matter most
+    assert torch.equal(model(input_ids=ids).logits, parent.model(input_ids=ids).logits)
     assert not (tmp_path / "modeling_layersmith.py").exists()
 
 

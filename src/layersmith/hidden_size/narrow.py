@@ -184,10 +184,15 @@ def _readers(narrower: Narrower, norms: Mapping[str, nn.Module], rows: torch.Ten
 
 
 def write(narrower: Narrower, model: Any, folder: Path, **how: Any) -> None:
-    """Write a narrow parent as an ordinary checkpoint in the parent's dtype."""
-    dtype = narrower.parent.dtype
+    """Write a narrow parent as an ordinary checkpoint in the parent's dtype.
+
+    Afterwards the model is what loading that checkpoint in the dtype of the computation gives.
+    """
+    dtype, runtime = narrower.parent.dtype, narrower.parent.runtime
     for _, parameter in model.named_parameters():
         parameter.data = as_stored(parameter.data, dtype)
     model.to(dtype)
     with quiet_transformers():
         model.save_pretrained(folder, **how)
+    model.to(runtime.dtype)
+    restore_buffers(model, runtime)  # no checkpoint rounds rotary frequencies

@@ -117,13 +117,7 @@ def _make(job: Job, making: Making) -> None:
         folder = making.folder / str(size)
         write(narrower, model, folder, **shards(parent))
         job.tokenizer.save_pretrained(folder)
-        loss = _loss(
-            job.first_parent,
-            model.to(dtype=parent.runtime.dtype),
-            tokens.scoring,
-            job.recipe.scoring.objective,
-            len(batches[0]),
-        )
+        loss = _loss(job.first_parent, model, tokens.scoring, job.recipe.scoring.objective, len(batches[0]))
         made.append(Narrowed(size=size, loss=loss, problem=""))
     write_json(making.folder / _FILE, Made(hidden_size=hidden_size_of(parent), narrowed=made))
 
