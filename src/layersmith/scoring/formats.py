@@ -24,7 +24,7 @@ import torch
 
 from layersmith.execution.exchange import few_tokens, logits_and_hidden
 from layersmith.execution.hidden_states import States, StatesOnDisk
-from layersmith.execution.layerwise import LayerwiseParent, split_layers, tokens_at_once
+from layersmith.execution.layerwise import Batch, LayerwiseParent, split_layers, tokens_at_once
 from layersmith.library.alternative import Alternative
 from layersmith.library.formats import (
     EMBEDDINGS,
@@ -103,7 +103,8 @@ def score_formats(task: FormatTask) -> tuple[FormatScores, torch.Tensor | None]:
     quantized = [a for child in children.values() for a in child]
     for a in task.kv_alternatives:
         children.setdefault(kv_key(a.kv_format), []).append(a)
-    library = task.library.with_kept(_quantized(task, quantized)) if quantized else task.library
+    kept, moment = _quantized(task, quantized) if quantized else (task.library.kept, None)
+    library = task.library.with_kept(kept)
     scores = _estimated(task, library, [*quantized, *task.kv_alternatives])
     evaluator = child_evaluator(library, task.scoring, task.recipe, task.progress, task.folder)
     measured = evaluator.run(list(children.values()), range(len(task.scoring)))
@@ -114,25 +115,9 @@ def score_formats(task: FormatTask) -> tuple[FormatScores, torch.Tensor | None]:
         result[name] = {a.key: [factor * value for value in scores[a.key]] for a in child}
     if not with_embeddings(task.formats) or task.library.parent.stream is not None:
         return result, None
-    moment = _head_moment(task)
     for name, values in _of_embeddings(task, moment).items():
         result[name][EMBEDDINGS] = values
     return result, moment
-
-
-@torch.no_grad()
-def _head_moment(task: FormatTask) -> torch.Tensor | None:
-    """The mean product of the head's inputs on the calibration rows; None if the head is no linear map."""
-    parent = task.library.parent
-    if (head := head_weight(parent.model)) is None:
-        return None
-    moments = InputMoments(parent.model, [head])
-    with task.progress.stage("inputs of the head", len(task.calibration), "rows") as advance, moments.watching():
-        for row in task.calibration.to(parent.runtime.device).split(1):
-            logits_and_hidden(parent, row)
-            advance(1)
-    moment = moments.of(head)
-    return None if moment is None else moment.float()  # as the run keeps it
 
 
 @torch.no_grad()
@@ -191,8 +176,8 @@ def _estimated(task: FormatTask, library: Library, alternatives: Sequence[Altern
 
 
 @torch.no_grad()
-def _quantized(task: FormatTask, alternatives: Sequence[Alternative]) -> Kept:
-    """The parent's subblocks in formats, quantized on the parent's inputs; in files by layer."""
+def _quantized(task: FormatTask, alternatives: Sequence[Alternative]) -> tuple[Kept, torch.Tensor | None]:
+    """The parent's subblocks in formats, quantized on the parent's inputs, in files by layer; and the head's moment."""
     parent, states = task.library.parent, task.states()
     layerwise = task.layerwise
     depth, started, records = len(layerwise.layers), [], []
@@ -221,4 +206,22 @@ def _quantized(task: FormatTask, alternatives: Sequence[Alternative]) -> Kept:
                 write_layer(layer_file(task.folder, i), weights)
             records += [{"identity": a.identity, "layer": i, "weights": a.identity} for a in of_layer]
             advance(1)
-    return Kept(tuple(records), {}, task.folder)
+    return Kept(tuple(records), {}, task.folder), _head_moment(task, started, states)
+
+
+def _head_moment(task: FormatTask, started: Sequence[Batch], states: States) -> torch.Tensor | None:
+    """The mean product of the head's inputs, from the outputs of the last layer.
+
+    None if the head gets no format: it is no linear map, or stays on the disk.
+    """
+    parent = task.library.parent
+    head = head_weight(parent.model)
+    if head is None or parent.stream is not None or not with_embeddings(task.formats):
+        return None
+    moments = InputMoments(parent.model, [head])
+    with moments.watching():
+        for n, batch in enumerate(started):
+            for ids, hidden in zip(batch.input_ids.split(1), states.get(n).split(1), strict=True):
+                task.layerwise.head(ids, hidden)
+    moment = moments.of(head)
+    return None if moment is None else moment.float()  # as the run keeps it
