@@ -329,24 +329,55 @@ class _OneWeight(torch.nn.Module):
     def __init__(self, value: float):
         super().__init__()
         self.first = torch.nn.Parameter(torch.tensor([value]))
-        self.tied = self.first
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"loss": (self.first * x).sum()}
 
 
-def test_a_trainers_checkpoints_hold_weights_by_their_names_in_memory(tmp_path: Path) -> None:
-    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none")
-    for value in (3.0, 4.0):
-        model = _OneWeight(value)
-        trainer = Trainer(model=model, args=arguments)
-        upstream.checkpoint_as_in_memory(trainer, model, "weights.safetensors")
-        if value == 3.0:
-            trainer.save_model(str(tmp_path))
-    assert (tmp_path / "weights.safetensors").is_file()
-    trainer._load_from_checkpoint(str(tmp_path))
-    assert model.first.item() == 3.0
-    assert model.tied is model.first
+def test_a_trainers_checkpoints_are_written_and_read_by_other_functions(tmp_path: Path) -> None:
+    said: list[tuple[str, str]] = []
+    rows = [{"x": torch.ones(1)}] * 4
+    for resumed in (None, str(tmp_path / "checkpoint-2")):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), use_cpu=True, report_to="none", save_strategy="steps", save_steps=2, max_steps=2,
+            per_device_train_batch_size=2, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = Trainer(model=_OneWeight(3.0), args=arguments, train_dataset=rows)
+        upstream.checkpoint_by(
+            trainer,
+            lambda folder: said.append(("save", folder.name)),
+            lambda folder: said.append(("load", folder.name)),
+        )
+        trainer.train(resume_from_checkpoint=resumed)
+        assert trainer.lr_scheduler is not None
+        assert trainer.lr_scheduler.last_epoch == 2
+    assert said == [("save", "checkpoint-2"), ("load", "checkpoint-2")]
+    written = {file.name for file in (tmp_path / "checkpoint-2").iterdir()}
+    assert written == {"scheduler.pt", "rng_state.pth", "trainer_state.json"}
+
+
+def test_a_prepared_model_is_wrapped_in_autocast_alone(tmp_path: Path) -> None:
+    arguments = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to="none", bf16=True)
+    model = torch.nn.Linear(2, 2)
+    seen: list[torch.dtype] = []
+    product = model.forward
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        made = product(x)
+        seen.append(made.dtype)
+        return made
+
+    model.forward = forward  # type: ignore[method-assign]
+    trainer = Trainer(model=model, args=arguments)
+    upstream.prepared(trainer, model)
+    assert trainer.accelerator.prepare(model) is model
+    assert model(torch.ones(1, 2)).dtype == torch.float32
+    assert seen == [torch.bfloat16]
+
+
+def test_weights_that_a_model_shares_are_known_by_name() -> None:
+    assert upstream.tied_in(llama(tie_word_embeddings=True)) == {"lm_head.weight": "model.embed_tokens.weight"}
+    assert upstream.tied_in(llama()) == {}
 
 
 def test_one_gpu_of_several_is_used(tmp_path: Path) -> None:

@@ -225,7 +225,7 @@ class DistillationRecipe:
     """Softmax temperature at which predictions are compared."""
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon` uses torch's Muon for the matrices of the layers, with updates scaled to the size of AdamW's (arXiv
-    2502.16982), and AdamW for the rest. `adamw` uses AdamW for all, as FSDP and DeepSpeed always do."""
+    2502.16982), and AdamW for the rest. `adamw` uses AdamW for all, as accelerate's FSDP and DeepSpeed always do."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate. Default: 0.15 / hidden size, since Adam's best rate falls with the width (arXiv
     2203.03466)."""
@@ -244,6 +244,9 @@ class DistillationRecipe:
     float32."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass to save memory."""
+    sharded: Literal["auto", "always", "never"] = "auto"
+    """Whether to shard weights, gradients and optimizer states of parent and child over all processes (FSDP2), instead
+    of keeping both models whole in each. `auto` does so where some process has no memory for both."""
     cache_top: NonNegativeInt = 0
     """Cache the parent's K most likely next tokens of every row, and the probability of the rest, instead of running
     the parent each time; 0 runs the parent. Useful where rows repeat. Needs `hidden: 0`."""

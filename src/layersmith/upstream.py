@@ -11,13 +11,12 @@ Add a function under the heading of its project.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors.torch import load_model, save_model
 from torch import nn
 from transformers import CompileConfig, PretrainedConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
@@ -64,12 +63,20 @@ def tied_weights(cls: type[PreTrainedModel]) -> dict[str, str]:
     return dict(tied) if isinstance(tied, dict) else {}
 
 
+def tied_in(model: PreTrainedModel) -> dict[str, str]:
+    """The names of weights that a model shares with others, and the names of those; empty if it shares none.
+
+    Replaces ``model.tie_weights()`` where the weights are not there yet.
+    """
+    return dict(getattr(model, "all_tied_weights_keys", None) or {})
+
+
 def shapes_on_disk(model: PreTrainedModel) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the tensors that ``save_pretrained`` writes; the model may be on the meta device.
 
     Replaces a public way to ask for them: some families rename, merge or split weights when they are saved.
     """
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    tied = tied_in(model)
     weights = {name: tensor for name, tensor in model.state_dict().items() if name not in tied}
     return {name: tuple(tensor.shape) for name, tensor in revert_weight_conversion(model, weights).items()}
 
@@ -123,32 +130,44 @@ def one_expert_at_a_time(modules: Iterable[nn.Module]) -> Iterator[None]:
 # ---------------------------------------------------------------------------------------------- Transformers: Trainer
 
 
-def checkpoint_as_in_memory(trainer: Trainer, model: nn.Module, file_name: str) -> None:
-    """Make a Trainer save a model's weights under their names in memory, in the file ``file_name``.
+def checkpoint_by(trainer: Trainer, save: Callable[[Path], None], load: Callable[[Path], None]) -> None:
+    """Make a Trainer save and load the weights of its model and the states of its optimizer by other functions.
 
-    Replaces an option for the format of ``Trainer.save_model``, which calls ``save_pretrained``. That renames and
-    merges the weights of some families, so that resumed training would not be bit-identical. Where no process has all
-    weights (FSDP, DeepSpeed), the format of Trainer is kept.
+    Replaces an option for the format of checkpoints. Trainer writes weights with ``save_pretrained``, which renames and
+    merges those of some families, so that resumed training would not be bit-identical; and the optimizer of the first
+    process alone. The learning rate schedule, the states of random numbers and ``TrainerState`` stay Trainer's.
+
+    Args:
+        trainer: The Trainer.
+        save: Called in every process with the folder of a checkpoint.
+        load: Called in every process with the folder of a checkpoint, once the optimizer is made.
     """
     hooks: Any = trainer
-    save, load = hooks._save, hooks._load_from_checkpoint
 
-    def save_in_memory(output_dir: str | None = None, state_dict: dict[str, Any] | None = None) -> None:
-        if state_dict is not None:
-            save(output_dir, state_dict)
-        elif trainer.args.should_save:
-            folder = Path(output_dir or str(trainer.args.output_dir))
-            folder.mkdir(parents=True, exist_ok=True)
-            save_model(model, str(folder / file_name))
+    def save_all(output_dir: str) -> None:
+        save(Path(output_dir))
+        if trainer.args.should_save:
+            Path(output_dir).mkdir(parents=True, exist_ok=True)
+            torch.save(hooks.lr_scheduler.state_dict(), Path(output_dir) / "scheduler.pt")
 
-    def load_in_memory(resume_from_checkpoint: str, model_to_load: nn.Module | None = None) -> None:
-        weights = Path(resume_from_checkpoint) / file_name
-        if weights.is_file():
-            load_model(model, weights)
-        else:
-            load(resume_from_checkpoint, model_to_load)
+    def load_all(checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            load(Path(checkpoint))
+            schedule = torch.load(Path(checkpoint) / "scheduler.pt", weights_only=True)
+            hooks.lr_scheduler.load_state_dict(schedule)
 
-    hooks._save, hooks._load_from_checkpoint = save_in_memory, load_in_memory
+    hooks._save = lambda output_dir=None, state_dict=None: None
+    hooks._load_from_checkpoint = lambda resume_from_checkpoint, model=None: None
+    hooks._save_optimizer_and_scheduler, hooks._load_optimizer_and_scheduler = save_all, load_all
+
+
+def prepared(trainer: Trainer, model: nn.Module) -> None:
+    """Prepare a model that is sharded already for a Trainer: autocast, but neither DDP nor FSDP around it.
+
+    Replaces a public way to tell ``Accelerator.prepare`` so, which refuses sharded models of CPUs.
+    """
+    prepared = trainer.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+    prepared._is_accelerate_prepared = True
 
 
 def use_one_gpu(arguments: TrainingArguments) -> None:

@@ -9,12 +9,12 @@ import pytest
 from layersmith.distillation.train import last_complete_checkpoint
 from layersmith.distillation.trainer import COMPLETE, digests_of
 
-FILES = ("weights.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth", "trainer_state.json")
+FILES = ("states/__0_0.distcp", "states/.metadata", "scheduler.pt", "rng_state.pth", "trainer_state.json")
 
 
 def checkpoint(folder: Path, step: int) -> Path:
     made = folder / f"checkpoint-{step}"
-    made.mkdir()
+    (made / "states").mkdir(parents=True)
     for name in FILES:
         (made / name).write_text(f"{name} of {step}")
     (made / COMPLETE).write_text(json.dumps(digests_of(made)))

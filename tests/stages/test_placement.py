@@ -77,10 +77,19 @@ def test_what_does_not_fit_is_refused_with_what_would(space: Outline) -> None:
         placed(space, Machine(2, 1e3, None, GPU), recipe)
 
 
-def test_a_parent_on_the_disk_is_not_distilled_globally(space: Outline) -> None:
-    recipe = Recipe.from_dict(SMALL | {"stream": "always", "distillation": {"tokens": 1000}})
+def test_a_parent_on_the_disk_is_distilled_globally_by_several_processes_that_shard_it(space: Outline) -> None:
+    settings = SMALL | {"stream": "always", "distillation": {"tokens": 1000}}
+    recipe = Recipe.from_dict(settings)
     with pytest.raises(UsageError, match="cannot be distilled"):
-        placed(space, Machine(2, 1e9, None, CPU), recipe)
+        placed(space, Machine(1, 1e9, None, CPU), recipe)
+    never = Recipe.from_dict(settings | {"distillation": {"tokens": 1000, "sharded": "never"}})
+    with pytest.raises(UsageError, match="cannot be distilled"):
+        placed(space, Machine(2, 1e9, None, CPU), never)
+    two, four = (placed(space, Machine(n, 1e9, None, CPU), recipe).stages["distilled"] for n in (2, 4))
+    for what in ("weights", "optimizer"):
+        assert four.device[what] < two.device[what]
+    whole = placed(space, Machine(2, 1e9, None, CPU), dataclasses.replace(recipe, stream="never")).stages["distilled"]
+    assert two.device["optimizer"] < whole.device["optimizer"]
 
 
 def test_devices_that_are_not_here() -> None:

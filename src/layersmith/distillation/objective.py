@@ -17,9 +17,10 @@ import torch
 from layersmith import upstream
 from layersmith.distillation.losses import FromHidden, Mixture, Target, cosine_distance, head_losses, span_tokens
 from layersmith.distillation.parent_logits import ParentLogits
-from layersmith.distillation.tap import Tap
+from layersmith.distillation.tap import Taken, Tap
 from layersmith.errors import UsageError
 from layersmith.execution.parent import Parent
+from layersmith.execution.sharded import is_sharded, let_go, with_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +50,25 @@ class ParentTargets:
             return ParentOutputs(self.cache.target(inputs["row"], inputs["input_ids"].device), [])
         if not (self.mixture.kl or self.mixture.hidden):
             return ParentOutputs(None, [])
-        taken = self.tap.run(inputs["input_ids"], with_layers=bool(self.mixture.hidden))
+        taken = self._run(inputs["input_ids"])
         target = FromHidden(taken.read.flatten(0, 1), self.tap.head) if self.mixture.kl else None
         return ParentOutputs(target, taken.layers)
+
+    def _run(self, input_ids: torch.Tensor) -> Taken:
+        model, with_layers = self.tap.model.model, bool(self.mixture.hidden)
+        if not is_sharded(model):
+            return self.tap.run(input_ids, with_layers)
+        # Called as a module, so that FSDP sees a pass begin and gathers a layer while the one before runs.
+        model.forward = lambda input_ids: self.tap.run(input_ids, with_layers)
+        try:
+            taken: Taken = model(input_ids)
+        finally:
+            upstream.restore_forward(model)
+        return taken
+
+    def let_go(self) -> None:
+        """Free what the parent's head needs, once the losses are known."""
+        let_go(self.tap.model.model)
 
 
 class ChildLosses:
@@ -106,7 +123,7 @@ def check_pair(parent: Tap, child: Tap, mixture: Mixture) -> None:
         )
     if mixture.hidden:
         probe = torch.arange(3, 7, device=parent.model.model.device)[None] % parent.model.language_config.vocab_size
-        with torch.no_grad():
+        with torch.no_grad(), with_head(parent.model.model), with_head(child.model.model):
             shapes = [[h.shape[-1] for h in tap.run(probe, with_layers=True).layers] for tap in (parent, child)]
         if shapes[0] != shapes[1]:
             raise UsageError(

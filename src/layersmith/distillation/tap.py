@@ -21,6 +21,7 @@ from torch import nn
 from layersmith.errors import InputError, UnsupportedModel
 from layersmith.execution.exchange import Handover, exchanged, first_tensor, layer_outputs
 from layersmith.execution.parent import Parent
+from layersmith.execution.sharded import with_head
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,7 +62,8 @@ class Tap:
         self._stops = False
         self._handles = [layer.register_forward_hook(self._keep) for layer in model.layers]
         self._handles.append(self._output.register_forward_pre_hook(self._stop))
-        self._try()
+        with with_head(model.model):
+            self._try()
 
     def close(self) -> None:
         for handle in self._handles:

@@ -23,6 +23,7 @@ from layersmith.distillation.steps import RowOrder, Steps, collate
 from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Distiller, curve_of, digests_of
 from layersmith.errors import InputError, LayersmithError, OutOfMemory, first_line
 from layersmith.execution.parent import Parent
+from layersmith.execution.sharded import gathered, is_sharded, shard
 from layersmith.heterogeneous.build import block_configs_of
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import DistillationRecipe
@@ -30,6 +31,9 @@ from layersmith.run import ranks
 from layersmith.run.artifacts import read_json, saying_disk_full, write_json
 
 logger = logging.getLogger(__name__)
+
+# Of a child in training, for each parameter: weight, gradient and two moments in float32.
+TRAINED_BYTES = 16.0
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class GlobalSetup:
         folder: Folder for checkpoints.
         curve: File for the training curve.
         name: Name of the curve.
+        dtype: Data type in which the child will be written.
+        is_sharded: Whether to shard the weights of parent and child over all processes, in place. What is sharded
+            already stays so in any case.
     """
 
     recipe: DistillationRecipe
@@ -51,6 +58,8 @@ class GlobalSetup:
     folder: Path
     curve: Path
     name: str
+    dtype: torch.dtype = torch.float32
+    is_sharded: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -77,7 +86,7 @@ class Trained:
         validation: Mean KL, distance of hidden states and LM loss on the validation rows; empty without such rows.
         steps: The steps that were made.
         seconds: Wall time of this process since the training began or was resumed.
-        state: The child's weights if no process holds them whole (FSDP), else None.
+        state: The child's weights in the first process if no process holds them whole (sharded or FSDP), else None.
     """
 
     curve: dict[str, Any]
@@ -114,7 +123,7 @@ def train(
     if data.validation is not None:  # incomplete batches are left out, so there has to be a complete one
         most = max(1, len(data.validation) // runtime.world_size)
         arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, most)
-    child.eval().requires_grad_(True).to(runtime.device)  # checked without dropout; Trainer turns it on
+    _place(parent, child, setup)
     losses = ChildLosses(_as_parent(child, parent), mixture)
     targets = ParentTargets(parent, mixture, data.cache)
     started = time.monotonic()
@@ -135,7 +144,7 @@ def train(
             trainer.put_tensorboard_in(setup.curve.parent / "tensorboard")
             trainer.train(resume_from_checkpoint=last_complete_checkpoint(setup.folder))
             measured = {} if data.validation is None else trainer.evaluate()
-            state = trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
+            state = _whole_state(trainer, child, setup)
     finally:
         targets.tap.close()
         losses.tap.close()
@@ -144,6 +153,23 @@ def train(
     if arguments.process_index == 0:
         write_json(setup.curve, curve)
     return Trained(curve=curve, validation=validation, steps=steps, seconds=time.monotonic() - started, state=state)
+
+
+def _place(parent: Parent, child: PreTrainedModel, setup: GlobalSetup) -> None:
+    """Put the child where it is trained, and shard both models if wanted."""
+    child.eval()  # checked without dropout; Trainer turns it on
+    if not is_sharded(child):
+        module: torch.nn.Module = child.requires_grad_(True)
+        module.to(parent.runtime.device)
+    if setup.is_sharded:
+        for model in (parent.model, child):
+            shard(model, parent.descriptor, parent.runtime)
+
+
+def _whole_state(trainer: Distiller, child: PreTrainedModel, setup: GlobalSetup) -> dict[str, torch.Tensor] | None:
+    if is_sharded(child):
+        return gathered(child, setup.dtype, setup.folder)
+    return trainer.accelerator.get_state_dict(trainer.model) if trainer.is_fsdp_enabled else None
 
 
 def save_trained(child: PreTrainedModel, trained: Trained, dtype: torch.dtype, tokenizer: Any, folder: Path) -> None:

@@ -18,14 +18,16 @@ from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerContr
 from transformers.integrations import TensorBoardCallback
 
 from layersmith import upstream
+from layersmith.distillation.checkpoints import load_states, save_states
 from layersmith.distillation.objective import ParentTargets
 from layersmith.distillation.optimizer import MuonAndAdamW
 from layersmith.distillation.steps import Steps
 from layersmith.errors import InputError
+from layersmith.execution.sharded import is_sharded, let_go
 from layersmith.recipe import DistillationRecipe
 from layersmith.run.artifacts import file_digest, write_json
 
-WEIGHTS, COMPLETE = "weights.safetensors", "whole"
+COMPLETE = "whole"
 # Writing checkpoints takes no more than this share of the time; more loses less work to an interruption.
 _SAVING_SHARE = 0.05
 
@@ -42,16 +44,23 @@ class Distiller(Trainer):
     def __init__(self, targets: ParentTargets, matrices: Sequence[nn.Parameter], **arguments: Any):
         super().__init__(**arguments)
         self.targets, self.matrices = targets, matrices
+        self.child: nn.Module = arguments["model"]
         # By training or evaluation, the sum of the loss's parts and the number of batches since the last log entry.
         self._parts: dict[bool, tuple[torch.Tensor, int]] = {}
         self.remove_callback(PrinterCallback)
-        upstream.checkpoint_as_in_memory(self, arguments["model"], WEIGHTS)
+        if is_sharded(self.child):
+            upstream.prepared(self, self.child)
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose checkpoints are their own
+            upstream.checkpoint_by(self, self._save_states, self._load_states)
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         parent = self.targets.outputs(inputs, from_cache=model.training)
         loss, parts = model(input_ids=inputs["input_ids"], parent=parent)
+        self.targets.let_go()
+        if not torch.is_grad_enabled():  # no backward pass will
+            let_go(model)
         total, count = self._parts.get(model.training, (torch.zeros_like(parts), 0))
         self._parts[model.training] = total + parts.detach(), count + 1
         return (loss, {"loss": loss, "parts": parts}) if return_outputs else loss
@@ -62,6 +71,14 @@ class Distiller(Trainer):
             return adamw
         self.optimizer = MuonAndAdamW(self.matrices, adamw)
         return self.optimizer
+
+    def _save_states(self, checkpoint: Path) -> None:
+        save_states(self.child, _parts_of(self.optimizer), checkpoint)
+
+    def _load_states(self, checkpoint: Path) -> None:
+        load_states(self.child, _parts_of(self.optimizer), checkpoint)
+        if isinstance(optimizer := _unwrapped(self.optimizer), MuonAndAdamW):
+            optimizer.share_groups()
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         for training, name, prefix in ((True, "loss", ""), (False, "eval_loss", "eval_")):
@@ -76,6 +93,16 @@ class Distiller(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(folder)
+
+
+def _unwrapped(optimizer: Any) -> Any:
+    """The optimizer without accelerate's wrapper."""
+    return getattr(optimizer, "optimizer", optimizer)
+
+
+def _parts_of(optimizer: Any) -> list[torch.optim.Optimizer]:
+    unwrapped = _unwrapped(optimizer)
+    return list(unwrapped.both) if isinstance(unwrapped, MuonAndAdamW) else [unwrapped]
 
 
 class CurveAndCheckpoints(TrainerCallback):

@@ -167,6 +167,24 @@ def load_streamed(
     Raises:
         InputError: files are missing or damaged, or cannot be read one by one.
     """
+    model, dtype, files = weights_on_disk(path, runtime, descriptor, scratch, trust_remote_code)
+    layers = decoder_layers(model, descriptor, num_layers_of(model.config, descriptor))
+    embedding = model.get_submodule(descriptor.input_embedding_name())
+    held = _held(layers, runtime)
+    return model, dtype, WeightStream(model, layers, embedding, files, runtime.device, held)
+
+
+def weights_on_disk(
+    path: str | os.PathLike[str],
+    runtime: Runtime,
+    descriptor: type[ModelDescriptor],
+    scratch: Path,
+    trust_remote_code: bool = False,
+) -> tuple[PreTrainedModel, torch.dtype, Files]:
+    """A model with its weights on the meta device, except a few; the dtype in which they are stored; and the weights.
+
+    Arguments and errors are those of :func:`load_streamed`.
+    """
     cls, config = class_of(path, descriptor, trust_remote_code)
     with torch.device("meta"), quiet_transformers():
         skeleton = upstream.model_from_config(cls, copy.deepcopy(config))
@@ -188,10 +206,7 @@ def load_streamed(
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             # A copy, or it would keep a map of its file, with what was read around it.
             _set(module, name, parameter.to("meta" if parameter.is_meta else runtime.device, runtime.dtype, copy=True))
-    layers = decoder_layers(model, descriptor, num_layers_of(model.config, descriptor))
-    embedding = model.get_submodule(descriptor.input_embedding_name())
-    held = _held(layers, runtime)
-    return model.eval(), dtype, WeightStream(model, layers, embedding, files, runtime.device, held)
+    return model.eval(), dtype, files
 
 
 def _held(layers: Sequence[nn.Module], runtime: Runtime) -> list[nn.Module]:

@@ -8,19 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from layersmith.distillation.parent_logits import ParentLogits, TopTokens, cache_folder, remember
 from layersmith.distillation.straight_through import rounded_again, rounded_in_forward
-from layersmith.distillation.train import GlobalSetup, Trained, TrainingRows, in_float32, save_trained, train
-from layersmith.evaluation.compare import compare
-from layersmith.heterogeneous.checkpoint import load
-from layersmith.quantization.rounding import Rounded
+from layersmith.distillation.train import GlobalSetup, Trained, TrainingRows, save_trained, train
 from layersmith.recipe import DistillationRecipe
 from layersmith.records import parse
 from layersmith.report.card import Child, complete_card, write_card
@@ -32,11 +27,12 @@ from layersmith.run.journal import shared_work_folder
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
 from layersmith.stages.data import DATA
-from layersmith.stages.evaluate import rows_of_tasks
+from layersmith.stages.evaluate import compared_with_parent, rows_of_tasks
 from layersmith.stages.finalists import FINALISTS, starting_child, training_inputs
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
-from layersmith.stages.realize import CHILD, composed, write_formats
+from layersmith.stages.realize import CHILD, write_formats
+from layersmith.stages.student import Student, parent_and_student
 from layersmith.stages.tasks import task_inputs
 from layersmith.stages.training_rows import ROWS, check, is_wanted, training_source
 
@@ -54,36 +50,11 @@ def _described(job: Job) -> Child:
     )
 
 
-@dataclass(frozen=True, eq=False)
-class _Student:
-    """A child that is trained.
-
-    Attributes:
-        model: The child in float32.
-        dtype: Data type in which it is written.
-        rounded: Its weights in number formats, by name.
-    """
-
-    model: PreTrainedModel
-    dtype: torch.dtype
-    rounded: dict[str, Rounded]
-
-
-def _student(job: Job, progress: Progress) -> _Student:
-    folder, solution = starting_child(job)
-    if not solution.has_formats:
-        child = load(folder, trust_remote_code=job.trust_remote_code)
-        dtype = child.dtype
-        return _Student(child.float(), dtype, {})
-    with composed(job, solution, progress) as (child, rounded):
-        return _Student(in_float32(child), job.stored_parent.dtype, rounded)
-
-
-def _train(job: Job, making: Making) -> tuple[_Student, Trained]:
+def _train(job: Job, making: Making) -> tuple[Student, Trained]:
     settings, rows, folder = job.recipe.distillation, job.read(ROWS), job.run.folder / "distillation" / "global"
-    student, parent = _student(job, making.progress), job.first_parent
+    cache, validation = _remembered(job, settings, rows, making.progress), job.read(DATA).scoring
+    parent, student = parent_and_student(job, making.progress)
     child = student.model
-    cache = _remembered(job, settings, rows, making.progress)
     setup = GlobalSetup(
         recipe=settings,
         tokens=settings.tokens,
@@ -91,12 +62,13 @@ def _train(job: Job, making: Making) -> tuple[_Student, Trained]:
         folder=shared_work_folder(folder / "checkpoints", making.inputs),
         curve=folder / "log.json",
         name="global distillation",
+        dtype=student.dtype,
     )
     with (
         making.progress.stage(DISTILLED.name, settings.tokens, "tokens") as advance,
         rounded_in_forward(child, student.rounded, parent.runtime.device),
     ):
-        trained = train(parent, child, TrainingRows(rows, job.read(DATA).scoring, cache), setup, advance)
+        trained = train(parent, child, TrainingRows(rows, validation, cache), setup, advance)
     making.elsewhere.append(setup.curve)
     return dataclasses.replace(student, rounded=rounded_again(child, student.rounded)), trained
 
@@ -134,25 +106,21 @@ DISTILLED: Stage[Job, Path] = Stage(
 )
 
 
-def _evaluate(job: Job, making: Making) -> None:
-    """Parent against child, before and after, on rows that neither search nor training has seen."""
-    remove_checkpoints(job)
-    runtime, tokens = job.parent.runtime, job.read(DATA).evaluation
+def _compared(job: Job, making: Making) -> dict[str, dict[str, Any]]:
+    """Parent against child, before and after, on rows that neither search nor training has seen; in all processes."""
+    ranks.on_first(lambda: remove_checkpoints(job))
     comparisons: dict[str, dict[str, Any]] = {}
-    batch = job.recipe.scoring.rows_at_once(tokens.shape[1])
     for when, stage in (("before", CHILD), ("after", DISTILLED)):
-        trusts = job.trust_remote_code
-        child = load(job.read(stage), dtype=runtime.dtype, device=runtime.device, trust_remote_code=trusts).eval()
-        comparisons[when] = compare(
-            job.first_parent.model,
-            child,
-            tokens,
-            batch_sequences=batch,
-            tokenizer=job.tokenizer,
-            progress=making.progress,
-        ).to_dict()
-        comparisons[when]["rows"] += rows_of_tasks(job, child, job.made_from(stage), making.progress)
+        child, compared = compared_with_parent(job, job.read(stage), making.progress)
+        comparisons[when] = compared.to_dict()
+        if ranks.is_first():
+            comparisons[when]["rows"] += rows_of_tasks(job, child, job.made_from(stage), making.progress)
         del child
+    return comparisons
+
+
+def _evaluate(job: Job, making: Making) -> None:
+    comparisons = _compared(job, making)
     write_json(making.folder / "evaluation.json", comparisons)
     complete_card_of_distilled(job, comparisons["after"])
 
@@ -181,6 +149,7 @@ COMPARED: Stage[Job, dict[str, Any]] = Stage(
     make=_evaluate,
     read=lambda job, folder: dict(read_json(folder / "evaluation.json", dict[str, dict[str, Any]])),
     is_wanted=is_wanted,
+    meanwhile=_compared,
 )
 
 DISTILLATION: tuple[Stage[Job, Any], ...] = (ROWS, FINALISTS, DISTILLED, COMPARED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 from layersmith.costs.aiconfigurator import ask_whole
@@ -45,12 +46,13 @@ def _inputs(job: Job) -> Any:
     return [job.made_from(CHILD), digest_of_split(job, "evaluation"), *settings, job.dtype]
 
 
-def _load_child(job: Job) -> Any:
-    """The child, as it is on the disk."""
-    folder, parent = job.read(CHILD), job.parent
+def _load_child(job: Job, folder: Path) -> Any:
+    """A child, as it is on the disk."""
+    parent, trusts = job.parent, job.trust_remote_code
     if parent.stream is None:
-        return load(folder, dtype=parent.runtime.dtype, device=parent.runtime.device).eval()
-    return load_streamed(folder, parent.runtime, parent.descriptor, job.run.folder)[0]
+        runtime = parent.runtime
+        return load(folder, dtype=runtime.dtype, device=runtime.device, trust_remote_code=trusts).eval()
+    return load_streamed(folder, parent.runtime, parent.descriptor, job.run.folder, trusts)[0]
 
 
 def _samples(job: Job, child: Any, tokens: Any) -> list[dict[str, str]]:
@@ -89,11 +91,15 @@ def rows_of_tasks(job: Job, child: Any, child_digest: str | None, progress: Prog
     return [*task_rows(parent, of_child), *(share.row() for share in kept)]
 
 
-def _compared(job: Job, making: Making) -> tuple[Any, Comparison]:
-    """The child and its comparison with the parent; all processes work on it together."""
-    tokens, child = job.read(DATA).evaluation, _load_child(job)
+def compared_with_parent(job: Job, folder: Path, progress: Progress) -> tuple[Any, Comparison]:
+    """The child in a folder and its comparison with the parent; all processes work on it together."""
+    tokens, child = job.read(DATA).evaluation, _load_child(job, folder)
     rows = RowsToCompare(tokens, job.recipe.scoring.rows_at_once(tokens.shape[1]), job.tokenizer)
-    return child, rows.compare_in_all(job.first_parent.model, child, making.progress)
+    return child, rows.compare_in_all(job.first_parent.model, child, progress)
+
+
+def _compared(job: Job, making: Making) -> tuple[Any, Comparison]:
+    return compared_with_parent(job, job.read(CHILD), making.progress)
 
 
 def _make(job: Job, making: Making) -> None:
@@ -167,7 +173,7 @@ def _write_times(making: Making, workload: Workload, before: Any, after: Any, mo
 
 
 def _measure(job: Job, making: Making) -> None:
-    parent, workload, child = job.first_parent, _workload(job), _load_child(job)
+    parent, workload, child = job.first_parent, _workload(job), _load_child(job, job.read(CHILD))
     with making.progress.stage("clock", 1, "pair") as advance:
         with foreign_code("do parent and child generate?") as attempt:
             measured = time_models([parent.model, child], workload, job.recipe.costs, parent.language_config.vocab_size)

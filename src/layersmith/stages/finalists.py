@@ -33,10 +33,10 @@ def has_finalists(job: Job) -> bool:
 
 
 def training_inputs(job: Job) -> list[Any]:
-    """Where loggers write and how often checkpoints are written change no weights."""
-    settings = dataclasses.replace(job.recipe.distillation, report_to=(), save_seconds=0.0)
+    """Where loggers write, how often checkpoints are written, and what each process holds change no weights."""
+    settings = to_data(dataclasses.replace(job.recipe.distillation, report_to=(), save_seconds=0.0))
     made = [job.made_from(stage) for stage in (CHILD, ROWS)]
-    return [*made, to_data(settings), job.recipe.seed, job.dtype]
+    return [*made, {n: v for n, v in settings.items() if n != "sharded"}, job.recipe.seed, job.dtype]
 
 
 def _solutions(job: Job) -> list[Solution]:

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from torch import nn
 
+from layersmith.distillation.train import TRAINED_BYTES
 from layersmith.execution.dealing import deal
 from layersmith.execution.layerwise import (
     STREAMED_BYTES,
@@ -26,7 +27,7 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.axes.layers import meta_layers
 from layersmith.library.survey import choose_ffn_ranking
 from layersmith.model_descriptor.stock import whole_number
-from layersmith.recipe import Recipe
+from layersmith.recipe import AUTOMATIC, Recipe
 from layersmith.scoring.children import KEPT_SHARE
 from layersmith.scoring.exact import SPAN_BYTES
 from layersmith.stages.inspect import Outline
@@ -153,6 +154,16 @@ class Sizes:
         is_all = self.own == len(self.layers) and self.held
         head = float(self.hidden * self.vocab * self.memory.itemsize)
         return self.held + max(head, 0.0 if is_all else max(self.layers))
+
+    @cached_property
+    def is_trained_sharded(self) -> bool:
+        """Whether parent and child are sharded over the processes in global distillation."""
+        settings = self.recipe.distillation
+        if self.memory.processes == 1 or settings.sharded == "never" or set(self.recipe.formats) - {AUTOMATIC}:
+            return False
+        trained = TRAINED_BYTES * self.whole / self.memory.itemsize
+        is_too_large = trained > SHARE_OF_MEMORY * (self.memory.size - self.whole)
+        return settings.sharded == "always" or self.is_streamed or is_too_large
 
     def tokens(self, sequences: int) -> int:
         return sequences * self.recipe.data.sequence_length
@@ -422,16 +433,19 @@ def _evaluation(h: Sizes) -> Iterator[Holding]:
 
 
 def _distilled(h: Sizes) -> Iterator[Holding]:
-    """Every process has the parent and, in float32, the child with its gradients and two moments."""
+    """Every process has the parent and, in float32, the child with its gradients and two moments; or shards of both.
+
+    Of what is sharded, a layer and the head are whole at a time: the parent's, and the child's with its gradients.
+    """
     recipe, parameters = h.recipe.distillation, h.whole / h.memory.itemsize
     within = _BACKWARD * h.within * (1 if recipe.gradient_checkpointing else len(h.layers))
-    yield Holding(
-        {
-            "weights": h.whole,
-            "activations": within * h.in_batch(recipe.device_tokens),
-            "optimizer": 16.0 * parameters,
-        }
-    )
+    weights, optimizer = h.whole, TRAINED_BYTES * parameters
+    if h.is_trained_sharded:
+        unit = max(h.layers) / h.memory.itemsize + h.hidden * h.vocab
+        weights = weights / h.memory.processes + h.memory.itemsize * unit
+        optimizer = optimizer / h.memory.processes + 8.0 * unit
+    activations = within * h.in_batch(recipe.device_tokens)
+    yield Holding({"weights": weights, "activations": activations, "optimizer": optimizer})
 
 
 _MOMENTS: dict[str, Callable[[Sizes], Iterator[Holding]]] = {

@@ -7,6 +7,7 @@ the workload. Nothing is loaded before a stage needs it, so a finished run is op
 from __future__ import annotations
 
 import dataclasses
+import gc
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -293,6 +294,17 @@ def ordinary_of(job: Job, source: str) -> str:
         return ordinary_checkpoint(source, dtype, trusts, progress=job.progress)
 
     return job.once(f"ordinary {source}", lambda: ranks.from_first(convert))
+
+
+def let_go_of_parents(job: Job) -> None:
+    """Free the parents and the results that hold them; they are loaded again when a stage asks for them."""
+    inside = vars(job)
+    for name in ("parent", "first_parent"):
+        inside.pop(name, None)
+    results: dict[str, Any] = inside["_results"]
+    for name in [n for n, result in results.items() if isinstance(getattr(result, "parent", None), Parent)]:
+        del results[name]
+    gc.collect()
 
 
 def ask_together(job: Job) -> None:

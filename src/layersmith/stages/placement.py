@@ -299,7 +299,12 @@ def _sent(stage: str, sizes: Sizes, flops: Mapping[str, float]) -> float:
         return sizes.own * scoring * flops.get(stage, 0.0) / whole
     if stage == "distilled":  # gradients in float32, reduced once a step
         steps = recipe.distillation.tokens / recipe.distillation.step_tokens(recipe.distillation.tokens)
-        return 2 * 4 * sizes.whole / sizes.memory.itemsize * steps
+        parameters, settings = sizes.whole / sizes.memory.itemsize, recipe.distillation
+        if not sizes.is_trained_sharded:
+            return 2 * 4 * parameters * steps
+        # In each pass the parent's weights are gathered once, the child's twice, and its gradients reduced.
+        passes = settings.tokens / n / sizes.in_batch(settings.device_tokens)
+        return (n - 1) / n * (sizes.memory.itemsize + 3 * 4) * parameters * passes
     return 0.0
 
 
@@ -336,10 +341,11 @@ def _read(stage: str, sizes: Sizes) -> float:
 
 def _check(sizes: Sizes, machine: Machine, stages: Mapping[str, float]) -> None:
     """Raises: UsageError: Some stage needs more memory than a device has."""
-    if "distilled" in stages and sizes.is_streamed:
+    if "distilled" in stages and sizes.is_streamed and not sizes.is_trained_sharded:
         raise UsageError(
             f"--device-memory {_size(machine.memory)}: too little for the whole parent in each process, so it cannot "
-            "be distilled globally. Set distillation.tokens to 0."
+            "be distilled globally unless several processes shard it (distillation.sharded). Set distillation.tokens "
+            "to 0."
         )
     stage, held = _fullest(sizes, stages)
     if held.on_device <= machine.memory:

@@ -38,11 +38,15 @@ def check(job: Job) -> Steps:
     Raises:
         UsageError: Settings do not go together, with the number of processes, or with the size of the parent.
     """
-    if job.is_streamed:
+    why_not = why_not_sharded(job)
+    if job.is_streamed and (why_not is not None or job.recipe.distillation.sharded == "never"):
         raise UsageError(
-            f"{job.source}: larger than the memory, so it cannot be distilled here. Set distillation.tokens to 0, or "
-            "stream to never in the recipe."
+            f"{job.source}: larger than the memory, so it cannot be distilled here: it is not sharded, because "
+            f"{why_not or 'distillation.sharded is never'}. Set distillation.tokens to 0, or stream to never in the "
+            "recipe."
         )
+    if why_not is not None and job.recipe.distillation.sharded == "always":
+        raise UsageError(f"recipe distillation.sharded: parent and child cannot be sharded, because {why_not}.")
     settings, parent = job.recipe.distillation, job.parent
     steps = Steps.of(settings, settings.tokens, job.read(DATA).evaluation.shape[1], parent.runtime.world_size)
     size = hidden_size_of(parent)
@@ -54,6 +58,23 @@ def check(job: Job) -> Steps:
     if parent.runtime.world_size == 1:
         job.once("rehearsal of training", lambda: rehearse(arguments, settings.trainer))
     return steps
+
+
+def why_not_sharded(job: Job) -> str | None:
+    """Why the weights of parent and child cannot be sharded over all processes; None if they can."""
+    settings, runtime = job.recipe.distillation, job.runtime
+    if runtime.world_size == 1:
+        return "there is one process; start several with torchrun"
+    if settings.trainer.get("fsdp") or settings.trainer.get("deepspeed"):
+        return "distillation.trainer sets fsdp or deepspeed"
+    if job.formats:
+        return "the child has number formats"
+    if "optim" in settings.trainer:
+        return "distillation.trainer sets another optimizer"
+    precision = runtime.dtype if settings.precision == "auto" else settings.precision
+    if "float16" in str(precision).split("."):
+        return "gradients in float16 are scaled as a whole; set distillation.precision to bfloat16 or float32"
+    return None
 
 
 def _check_disk(job: Job) -> None:

@@ -1,0 +1,58 @@
+"""Weights and optimizer states of an interrupted training, which any number of processes resumes from.
+
+They are written by ``torch.distributed.checkpoint``: every process writes what it has, a shard or its part of what all
+have, and reads what it needs, whoever wrote it. A sharded training can go on unsharded, and the other way round.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+from layersmith.execution.sharded import let_go
+from layersmith.run import ranks
+
+STATES = "states"
+
+
+def save_states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], checkpoint: Path) -> None:
+    """Write weights and optimizer states into the folder of a checkpoint; all processes call this."""
+    with _first_failure():
+        # Not synced: what a power failure damages gives way to the checkpoint before, as the digests of files tell.
+        writer = dcp.FileSystemWriter(checkpoint / STATES, sync_files=False)
+        dcp.save(_states(model, optimizers), storage_writer=writer, no_dist=not ranks.are_several())
+
+
+def load_states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], checkpoint: Path) -> None:
+    """Read weights and optimizer states from the folder of a checkpoint; all processes call this."""
+    states = _states(model, optimizers)
+    with _first_failure():
+        dcp.load(states, checkpoint_id=checkpoint / STATES, no_dist=not ranks.are_several())
+    set_state_dict(model, optimizers, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+
+
+def _states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
+    let_go(model)
+    weights, states = get_state_dict(model, optimizers)
+    return {"model": weights, "optimizer": states}
+
+
+@contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raise what failed first, instead of torch's list of failures by process, which is no ``Exception``."""
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")
+            yield
+    except CheckpointException as failed:
+        error, _ = next(iter(failed.failures.values()))
+        raise error from failed

@@ -1,0 +1,90 @@
+"""The models of a global distillation: the parent, and the child in float32; whole in every process, or sharded."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from layersmith.distillation.train import TRAINED_BYTES, in_float32
+from layersmith.execution.memory import free_memory, give_back
+from layersmith.execution.parent import Parent
+from layersmith.execution.sharded import load_sharded
+from layersmith.execution.streaming import SHARE_OF_MEMORY
+from layersmith.heterogeneous.checkpoint import load
+from layersmith.quantization.rounding import Rounded
+from layersmith.run import ranks
+from layersmith.run.progress import Progress
+from layersmith.search.solution import Solution
+from layersmith.stages.finalists import starting_child
+from layersmith.stages.job import Job, let_go_of_parents, ordinary_of
+from layersmith.stages.realize import composed
+from layersmith.stages.training_rows import why_not_sharded
+
+
+@dataclass(frozen=True, eq=False)
+class Student:
+    """A child that is trained.
+
+    Attributes:
+        model: The child in float32.
+        dtype: Data type in which it is written.
+        rounded: Its weights in number formats, by name.
+    """
+
+    model: PreTrainedModel
+    dtype: torch.dtype
+    rounded: dict[str, Rounded]
+
+
+def parent_and_student(job: Job, progress: Progress) -> tuple[Parent, Student]:
+    """Both models, ready for training; all processes call this together."""
+    folder, solution = starting_child(job)
+    if is_sharded(job, solution):
+        progress.note(f"the weights of parent and child are sharded over {job.runtime.world_size} processes.")
+        return _sharded(job, folder)
+    return job.first_parent, _whole(job, solution, folder, progress)
+
+
+def _whole(job: Job, solution: Solution, folder: Path, progress: Progress) -> Student:
+    if not solution.has_formats:
+        child = load(folder, trust_remote_code=job.trust_remote_code)
+        dtype = child.dtype
+        return Student(child.float(), dtype, {})
+    with composed(job, solution, progress) as (child, rounded):
+        return Student(in_float32(child), job.stored_parent.dtype, rounded)
+
+
+def _sharded(job: Job, folder: Path) -> tuple[Parent, Student]:
+    """Both as shards; no process holds a whole model, not even what earlier stages loaded."""
+    path, runtime = ordinary_of(job, job.first or job.source), job.runtime
+    let_go_of_parents(job)
+    give_back()
+    near, trusts = job.run.folder, job.trust_remote_code
+    parent = load_sharded(path, runtime, job.family, near=near, trust_remote_code=trusts)
+    wide = dataclasses.replace(runtime, dtype=torch.float32)
+    child = load_sharded(folder, wide, parent.descriptor, near=near, trust_remote_code=trusts, trains=True)
+    return parent, Student(child.model, child.dtype, {})
+
+
+def is_sharded(job: Job, solution: Solution) -> bool:
+    """Whether parent and child are sharded: if that is asked for, or if some process has no memory for both.
+
+    All processes ask together.
+    """
+    setting = job.recipe.distillation.sharded
+    if why_not_sharded(job) is not None or setting == "never":
+        return False
+    if setting == "always" or job.is_streamed:
+        return True
+    runtime, parameters = job.runtime, solution.costs["parameters"]
+    job.first_parent  # noqa: B018  # so that what is free is what the child can have
+
+    def is_too_large() -> bool:
+        free = free_memory(runtime.device) / runtime.processes_on_device
+        return bool(TRAINED_BYTES * parameters > SHARE_OF_MEMORY * free)
+
+    return any(ranks.from_each(is_too_large))

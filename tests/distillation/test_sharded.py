@@ -1,0 +1,167 @@
+"""Global distillation with the weights of parent and child sharded over several processes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import layersmith
+from layersmith.distillation.train import Trained
+from layersmith.execution.parent import load_parent
+from layersmith.run.artifacts import read_json
+from layersmith.run.header import read_header, write_header
+from layersmith.run.runtime import Runtime
+from tests.conformance.tiny import tiny_config, tiny_model
+from tests.conftest import FAMILIES, NO_ATTENTION, TINY_RECIPE, block, child_model, stock_model
+from tests.distillation.sharded import learn
+
+CPU = Runtime(torch.device("cpu"), torch.float32)
+SCRIPT = Path(__file__).with_name("sharded.py")
+
+
+def launched(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [*launcher, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
+
+
+def assert_same_quality(run: Path, other: Path, points: int) -> None:
+    """Equal but for rounding, which grows: Adam divides small gradients by their size."""
+    curves = [read_json(folder / "distillation" / "global" / "log.json") for folder in (run, other)]
+    assert len(curves[0]["points"]) == points
+    for one, two in zip(curves[0]["points"], curves[1]["points"], strict=True):
+        assert two == pytest.approx(one, rel=1e-2)
+    rows = [
+        read_json(folder / "distillation" / "evaluation" / "evaluation.json")["after"]["rows"]
+        for folder in (run, other)
+    ]
+    for one, two in zip(*rows, strict=True):
+        if one["metric"] in ("loss", "kl_divergence"):
+            assert two["child"] == pytest.approx(one["child"], rel=1e-2)
+
+
+QUICK: dict[str, Any] = {"device_tokens": 64, "learning_rate": 0.003, "log_every": 1, "save_seconds": 0.0}
+
+
+def distilled(run: Path, processes: int, settings: dict[str, Any], ends: int | None = None) -> Path:
+    """The child that a number of processes distil; or they are killed once the checkpoint of a step is there."""
+    recipe = run / "given.yaml"
+    recipe.write_text(yaml.safe_dump({"distillation": QUICK | settings}))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    process = subprocess.Popen(
+        [*launcher, "-m", "layersmith", "distill", str(run), "--recipe", str(recipe)], text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    saved = run / "distillation" / "global" / "checkpoints"
+    while ends is not None and process.poll() is None:
+        if any(int(path.parent.name.partition("-")[2]) >= ends for path in saved.glob("checkpoint-*/whole")):
+            os.killpg(process.pid, signal.SIGKILL)
+        time.sleep(0.01)
+    said = process.communicate(timeout=300)[0]
+    assert process.returncode == (0 if ends is None else -signal.SIGKILL), said
+    assert ends is None or processes == 1 or "are sharded over" in said
+    return run / "distilled"
+
+
+def streamed(run: Path, folder: Path) -> Path:
+    """A copy of a run whose parent stays on the disk."""
+    other = Path(shutil.copytree(run, folder))
+    header = read_header(other)
+    header["recipe"]["stream"] = "always"
+    write_header(other, header)
+    return other
+
+
+def models(folder: Path, family: str) -> tuple[Path, Path]:
+    """A parent, and a child that lost an attention, a whole layer, and part of an FFN."""
+    config = FAMILIES[family]()
+    stock_model(config).save_pretrained(folder / "parent")
+    removed = block(NO_ATTENTION, {"no_op": True})
+    layersmith.save(
+        child_model(config, [block(ffn={"intermediate_size": 32}), block(NO_ATTENTION), removed, block()]),
+        folder / "child",
+    )
+    return folder / "parent", folder / "child"
+
+
+def alone(parent: Path, child: Path, out: Path) -> tuple[Trained, dict[str, Any]]:
+    """The same training by this process alone, which goes on from what is in ``out``."""
+    student = load_parent(child, CPU)
+    trained = learn(load_parent(parent, CPU), student, out)
+    return trained, student.model.state_dict()
+
+
+def assert_close(curve: Any, weights: Any, expected_curve: Any, expected_weights: Any) -> None:
+    assert len(curve["points"]) == len(expected_curve["points"]) == 11
+    for kind in ("points", "validation"):
+        for made, expected in zip(curve[kind], expected_curve[kind], strict=True):
+            assert made == pytest.approx(expected, rel=1e-3)
+    assert weights.keys() == expected_weights.keys()
+    for name, tensor in expected_weights.items():  # Muon makes matrices orthogonal in bfloat16
+        torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=1e-3)
+
+
+def test_two_processes_with_half_of_the_weights_train_the_child_of_one(tmp_path: Path) -> None:
+    """Tied embeddings; a removed attention and a removed layer; killed, and gone on with by one."""
+    parent, child = models(tmp_path, "llama_tied")
+    trained, weights = alone(parent, child, tmp_path / "one")
+    two = tmp_path / "two"
+    two.mkdir()
+    ended = launched(2, parent, child, two, 5)
+    assert "exitcode  : 7" in ended.stderr, ended.stderr[:3000]
+    assert list(two.glob("checkpoints/checkpoint-*/whole"))
+    for name in ("parent", "child"):
+        held = [read_json(two / f"held-{rank}.json")[name] for rank in range(2)]
+        whole = sum(p.numel() * 4 for p in load_parent(parent if name == "parent" else child, CPU).model.parameters())
+        assert max(held) <= 0.51 * whole
+    resumed, weights_of_two = alone(parent, child, two)
+    assert_close(resumed.curve, weights_of_two, trained.curve, weights)
+
+
+@pytest.mark.skipif("LAYERSMITH_DIVIDED" not in os.environ, reason="make divided: takes minutes")
+@pytest.mark.parametrize("family", ["llama_tied", "qwen3"])
+def test_a_run_goes_on_with_other_numbers_of_processes(
+    family: str, make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    """Killed with two processes whose parent stays on the disk, then with three, and ended by one."""
+    parent = make_parent(family)
+    run = layersmith.compress(parent, tmp_path / "one", data=text_folder, budget=0.6, recipe=TINY_RECIPE).run
+    settings: dict[str, Any] = {"tokens": 19200, "batch_tokens": 192}
+    other = streamed(run, tmp_path / "other")
+    distilled(other, 2, settings, ends=5)
+    write_header(other, read_header(run))
+    distilled(other, 3, settings | {"sharded": "always"}, ends=30)
+    children = [distilled(run, 1, settings), distilled(other, 1, settings)]
+    assert_same_quality(run, other, points=100)
+    assert (children[0] / "config.json").read_text() == (children[1] / "config.json").read_text()
+
+
+@pytest.mark.skipif("LAYERSMITH_DIVIDED" not in os.environ, reason="make divided: takes minutes")
+def test_two_processes_end_what_one_began_and_write_the_same_child(
+    text_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """A mixture of experts, whose files have other names; the parent stays on the disk."""
+    config = tiny_config("mixtral")
+    config.vocab_size = 512
+    tiny_model(config).save_pretrained(tmp_path / "parent")
+    tokenizer.save_pretrained(tmp_path / "parent")
+    run = layersmith.compress(
+        tmp_path / "parent", tmp_path / "one", data=text_folder, budget=0.8, recipe=TINY_RECIPE
+    ).run
+    other, settings = streamed(run, tmp_path / "other"), {"tokens": 5120, "batch_tokens": 128, "learning_rate": 3e-4}
+    children = [distilled(folder, 2, settings) for folder in (run, other)]
+    assert (children[0] / "config.json").read_text() == (children[1] / "config.json").read_text()
+    assert_same_quality(run, other, points=40)
