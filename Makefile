@@ -43,9 +43,10 @@ test: $(READY)
 conformance: $(READY)
 	$(BIN)/python -m tests.conformance
 
-# Two, three and five processes that divide a parent, or shard it and its child in global distillation: nine minutes.
+# Two, three and five processes that divide a parent, or the rows of joint distillation, or shard parent and child in
+# global distillation: ten minutes.
 divided: $(READY)
-	LAYERSMITH_DIVIDED=1 $(BIN)/pytest -q tests/execution/test_divided.py tests/distillation/test_sharded.py
+	LAYERSMITH_DIVIDED=1 $(BIN)/pytest -q tests/execution/test_divided.py tests/distillation/test_sharded.py tests/distillation/test_team.py
 
 # A few types only, and nothing written: make families TYPES="llama gpt2"
 families: $(READY)

@@ -157,6 +157,9 @@ class LocalDistillationRecipe:
     """Inputs of a layer in joint distillation. `child` uses the output of the child's already trained layers below, so
     each layer corrects the errors of those before it, but layers train one after the other in a single process.
     `parent` uses the parent's activations."""
+    coupled_in: Literal["first", "all"] = "first"
+    """Processes that do joint distillation on the child's inputs. With `all`, each has some rows of every step, as far
+    as `batch_tokens` has several; results then differ by rounding from those of one process."""
     kinds: tuple[Trainable, ...] | None = None
     """Kinds of alternatives to train. Default: all kinds that have weights."""
     learning_rate: PositiveFloat = 0.01

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from layersmith.distillation.team import Team
 from layersmith.execution.hidden_states import SharedStates
 from layersmith.execution.layerwise import Batch, LayerwiseParent, Split
 
@@ -102,15 +103,36 @@ class Rows:
     Attributes:
         tokens: ``[N, T]``.
         parent, child: Their hidden states.
+        steps: Numbers of the rows of each step, if these are rows to train on.
+        step_rows: How many rows each step has, with those of other processes.
     """
 
     def __init__(self, tokens: torch.Tensor, batch_tokens: int):
         self.tokens, self.batch_rows = tokens, max(1, batch_tokens // tokens.shape[1])
+        self.steps: list[torch.Tensor] = []
+        self.step_rows: list[int] = []
         self.parent, self.child = HiddenStates(), HiddenStates()
+
+    @staticmethod
+    def to_train(tokens: torch.Tensor, batch_tokens: int, seed: int, team: Team) -> Rows:
+        """Rows in steps of ``batch_tokens``; of each step, those that this process of a team has."""
+        batch_rows = max(1, batch_tokens // tokens.shape[1])
+        order = torch.randperm(len(tokens), generator=torch.Generator().manual_seed(seed))
+        steps = order.split(batch_rows)
+        mine = [team.mine(step) for step in steps]
+        if team.is_divided:
+            rows = Rows(tokens[torch.cat(mine)], batch_tokens)
+            rows.steps = list(torch.arange(len(rows.tokens)).split([len(step) for step in mine]))
+        else:
+            rows = Rows(tokens, batch_tokens)
+            rows.steps = mine
+        rows.step_rows = [len(step) for step in steps]
+        return rows
 
     def batches(self) -> Iterator[torch.Tensor]:
         """Row numbers of each batch."""
-        yield from torch.arange(len(self.tokens)).split(self.batch_rows)
+        if len(self.tokens):
+            yield from torch.arange(len(self.tokens)).split(self.batch_rows)
 
     def start(self, layerwise: LayerwiseParent[Any], rows: torch.Tensor) -> tuple[Batch, torch.Tensor]:
         """A batch, and the input of the parent's current layer for it."""

@@ -26,6 +26,7 @@ from torch import nn
 
 from layersmith.distillation.activations import BLOCK, Rows, run_parent_layer
 from layersmith.distillation.reconstruction import correction, watched
+from layersmith.distillation.team import ALONE, Team
 from layersmith.execution.layerwise import LayerwiseParent, Split
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -46,6 +47,7 @@ class ChildRefit:
         index: Index of the layer.
         split: The parent's layer, split into its subblocks.
         share: The part of the correction that is made.
+        team: The processes that have some of the rows each.
     """
 
     library: Library
@@ -53,6 +55,7 @@ class ChildRefit:
     index: int
     split: Split
     share: float
+    team: Team = ALONE
 
     @torch.no_grad()
     def refit(self, alternatives: Sequence[Alternative], rows: Rows, advance: Callable[[float], None]) -> Tensors:
@@ -95,6 +98,7 @@ class ChildRefit:
             missing = (wanted.float() - reached.float()).flatten(0, -2)
             products = [(given.T @ given).double(), (missing.T @ given).double()]
             sums = [total + product for total, product in zip(sums, products, strict=True)] if sums else products
+        self.team.add_up(sums)
         moment, cross = sums
         change = self.share * correction(moment, cross, RIDGE)
         if not change.any():
@@ -117,7 +121,9 @@ class ChildRefit:
         step = (seen[0][0].double() @ change.T).view(before.shape)
         error = (after.double() - before.double() - step).abs().max()
         rounding = 4 * torch.finfo(before.dtype).eps * before.double().abs().max()
-        return bool(error <= 0.05 * step.abs().max() + rounding)
+        objections = (error > 0.05 * step.abs().max() + rounding).double()
+        self.team.add_up([objections])
+        return not objections
 
 
 def _set(module: nn.Module, name: str, weight: torch.Tensor) -> None:

@@ -2,8 +2,8 @@
 
 No gradient leaves a subblock, so layers are trained one after another. Several processes have some of the layers each,
 and pass the rows on to each other as these leave a layer, so the alternatives are the same for any number of processes.
-If layers are trained on the child's hidden states, those depend on the layers before them, and the first process
-trains them all.
+If layers are trained on the child's hidden states, those depend on the layers before them. Then the first process
+trains them all, or all processes train every layer together, each on its own rows.
 
 Shapes: N rows, T tokens.
 """
@@ -11,7 +11,7 @@ Shapes: N rows, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from layersmith.distillation.activations import BLOCK, PassedStates, Rows
 from layersmith.distillation.one_layer import LayerDistillation
 from layersmith.distillation.replacement import Replacement
 from layersmith.distillation.store import Store, layer_name
+from layersmith.distillation.team import ALONE, Team, team_of
 from layersmith.errors import UsageError
 from layersmith.execution.hidden_states import States
 from layersmith.execution.layerwise import LayerwiseParent, NotLayerwise, split_layers
@@ -105,33 +106,51 @@ class LayerByLayer:
                 f"alternatives are not distilled: the parent cannot run layer by layer, because {reason}."
             )
             return None
-        store = Store(self.setup.folder, self.setup.inputs)
-        self._all_layers(layerwise, store, self._splits(calibration, training))
+        ranks.start(runtime)
+        with self._team(calibration, training) as team:
+            store = Store(self.setup.folder, self.setup.inputs, team or ALONE)
+            splits = self._splits(calibration, training, team or ALONE)
+            self._all_layers(layerwise, store, splits, is_idle=team is None)
         kept = store.kept(range(len(layerwise.layers)))
         if layerwise.arithmetic.done:
             summary = f"{self.stage}: {_summary(kept.records)}"
             self.setup.progress.note(f"{summary}; {layerwise.arithmetic}" if len(training) > 1 else summary)
         return kept
 
-    def _splits(self, calibration: torch.Tensor, training: torch.Tensor) -> dict[str, Rows]:
-        num_held_out = max(1, len(training) // (_HELD_OUT_EVERY + 1)) if len(training) > 1 else 0
-        splits = {"calibration": calibration, "held out": training[:num_held_out]}
-        if num_held_out:
-            splits["training"] = training[num_held_out:]
-        return {name: Rows(tokens, self.setup.recipe.batch_tokens) for name, tokens in splits.items() if len(tokens)}
+    def _team(self, calibration: torch.Tensor, training: torch.Tensor) -> AbstractContextManager[Team | None]:
+        """The processes that train each layer together; none for those that wait."""
+        if self.child is None:
+            return nullcontext(ALONE)  # each has layers of its own
+        if self.setup.recipe.coupled_in == "first":
+            return team_of(1)
+        rows = [len(calibration)] if len(calibration) else []
+        if len(training) > 1:
+            rows.append(min(len(training) - 1, max(1, self.setup.recipe.batch_tokens // training.shape[1])))
+        return team_of(min(ranks.count(), *rows))
 
-    def _all_layers(self, layerwise: LayerwiseParent[Any], store: Store, splits: dict[str, Rows]) -> None:
-        ranks.start(self.library.parent.runtime)
+    def _splits(self, calibration: torch.Tensor, training: torch.Tensor, team: Team) -> dict[str, Rows]:
+        """The rows of this process."""
+        batch_tokens, splits = self.setup.recipe.batch_tokens, {}
+        if len(calibration):
+            splits["calibration"] = Rows(team.mine(calibration), batch_tokens)
+        if len(training) > 1:
+            num_held_out = max(1, len(training) // (_HELD_OUT_EVERY + 1))
+            splits["held out"] = Rows(team.mine(training[:num_held_out]), batch_tokens)
+            splits["training"] = Rows.to_train(training[num_held_out:], batch_tokens, self.setup.seed, team)
+        return splits
+
+    def _all_layers(
+        self, layerwise: LayerwiseParent[Any], store: Store, splits: dict[str, Rows], is_idle: bool
+    ) -> None:
         layers = range(len(layerwise.layers)) if self.child is not None else layerwise.division.mine
         total = len(layers) * sum(len(rows.tokens) for rows in splits.values())
-        in_processes: Callable[[Callable[[], None]], None] = ranks.together if self.child is None else ranks.on_first
         with self.setup.progress.stage(self.stage, total, "rows through a layer") as advance:
 
             def work() -> None:
-                with self._passed_on(layerwise, splits):
+                with store.team.failing_together(), self._passed_on(layerwise, splits):
                     self._layers(layerwise, store, splits, advance, layers)
 
-            in_processes(work)
+            ranks.together((lambda: None) if is_idle else work)
 
     @contextmanager
     def _passed_on(self, layerwise: LayerwiseParent[Any], splits: dict[str, Rows]) -> Iterator[None]:
@@ -166,8 +185,8 @@ class LayerByLayer:
                     splits=splits,
                     store=store,
                     recipe=self.setup.recipe,
-                    seed=self.setup.seed,
                     on_child=self.child is not None,
+                    team=store.team,
                 )
                 layer.distill(advance)
             else:

@@ -19,6 +19,7 @@ from layersmith.distillation.child_refit import ChildRefit
 from layersmith.distillation.parent_refit import refit_layer
 from layersmith.distillation.replacement import Replacement, ReplacementTraining
 from layersmith.distillation.store import Store, layer_name
+from layersmith.distillation.team import ALONE, Team
 from layersmith.execution.layerwise import LayerwiseParent, Split, key_of
 from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.plan import SUBBLOCKS
@@ -44,8 +45,8 @@ class LayerDistillation:
         splits: Rows for ``calibration``, ``held out`` and ``training``, as far as there are any, at this layer.
         store: Where the results go.
         recipe: The recipe's section ``local_distillation``.
-        seed: Seed of the order of rows.
         on_child: Whether replacements are given the child's hidden states.
+        team: The processes that train the layer, each on some of the rows.
         split: The layer's attention and FFN, as they can be run alone.
     """
 
@@ -56,12 +57,12 @@ class LayerDistillation:
     splits: dict[str, Rows]
     store: Store
     recipe: LocalDistillationRecipe
-    seed: int
     on_child: bool
+    team: Team = ALONE
     split: Split = field(init=False)
 
     def __post_init__(self) -> None:
-        first = next(iter(self.splits.values()))
+        first = next(rows for rows in self.splits.values() if len(rows.tokens))
         self.split = self.layerwise.split(self.index, *first.start(self.layerwise, torch.arange(1)))
 
     def distill(self, advance: Callable[[float], None]) -> None:
@@ -96,7 +97,7 @@ class LayerDistillation:
 
     def _refit_on_child(self, rows: Rows, advance: Callable[[float], None]) -> dict[str, Tensors]:
         """The same for the layer of a child, on the child's inputs."""
-        refit = ChildRefit(self.library, self.layerwise, self.index, self.split, self.recipe.child_refit)
+        refit = ChildRefit(self.library, self.layerwise, self.index, self.split, self.recipe.child_refit, self.team)
         weights = {r.identity: refit.refit(r.alternatives, rows, advance) for r in self.replacements}
         return {identity: tensors for identity, tensors in weights.items() if tensors}
 
@@ -159,12 +160,6 @@ class LayerDistillation:
         of_subblock = set(groups.get(f"block_{self.index}_{subblock}", ()))
         return [name for name in names if f"{prefix}.{name}" in of_subblock]
 
-    def _loss(self, training: ReplacementTraining, target: Target) -> torch.Tensor:
-        """E|y' - y|^2 / E|y|^2 of a batch."""
-        output = self.layerwise.run(target.batch, self.index, target.given, training.module)
-        size = target.contribution().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
-        return (output.float() - target.output.float()).square().mean() / size
-
     @torch.no_grad()
     def _error(self, training: ReplacementTraining, held_out: Sequence[Target]) -> float:
         """The loss on all held-out rows."""
@@ -173,6 +168,9 @@ class LayerDistillation:
             output = self.layerwise.run(target.batch, self.index, target.given, training.module)
             error += float((output.float() - target.output.float()).double().square().sum())
             size += float(target.contribution().double().square().sum())
+        sums = torch.tensor([error, size], dtype=torch.float64, device=self.layerwise.parent.runtime.device)
+        self.team.add_up([sums])
+        error, size = sums.tolist()
         return error / max(size, 1e-30)
 
     def _train_group(
@@ -187,20 +185,18 @@ class LayerDistillation:
         trainings = [self._begun(r, refitted.get(r.identity, {}), unseen[r.place]) for r in group]
         skip = self.store.restore(name, trainings)
         rows = self.splits["training"]
-        generator = torch.Generator().manual_seed(self.seed)
-        batches = torch.randperm(len(rows.tokens), generator=generator).split(rows.batch_rows)
+        batches = rows.steps
         evaluate_after = {len(batches) * (n + 1) // _EVALUATIONS for n in range(_EVALUATIONS)}
         for step, numbers in enumerate(batches):
             active = [(r, t) for r, t in zip(group, trainings, strict=True) if t.active and step >= skip]
             with self.layerwise.arithmetic.needs():
-                with torch.no_grad():
-                    targets = self._targets(rows, numbers)
+                targets: dict[str, Target] = {}
+                if len(numbers):
+                    with torch.no_grad():
+                        targets = self._targets(rows, numbers)
                 for replacement, training in active:
-                    target = targets[replacement.place]
-                    with torch.enable_grad():
-                        loss = self._loss(training, target)
-                    training.step(loss, len(numbers) * rows.tokens.shape[1], step / len(batches))
-                    self.layerwise.arithmetic.count_training(key_of(training.module, target.given))
+                    tokens = rows.step_rows[step] * rows.tokens.shape[1]
+                    _step(self, training, targets.get(replacement.place), tokens, step / len(batches))
             if active and step + 1 in evaluate_after:
                 for replacement, training in active:
                     error = self._error(training, unseen[replacement.place])
@@ -232,3 +228,29 @@ class LayerDistillation:
             rate = self.recipe.coupled_learning_rate * min(1.0, before**0.5)
         training.begin(rate, pruned, before)
         return training
+
+
+def _step(
+    layer: LayerDistillation, training: ReplacementTraining, target: Target | None, tokens: int, progress: float
+) -> None:
+    """A step on a batch; a process of a team that has none of its rows has no target."""
+    if target is None:
+        size = torch.zeros((), dtype=torch.float64, device=layer.layerwise.parent.runtime.device)
+        training.step_together(None, size, tokens, progress, layer.team)
+        return
+    with torch.enable_grad():
+        if not layer.team.is_divided:
+            training.step(_loss(layer, training, target), tokens, progress)
+        else:
+            output = layer.layerwise.run(target.batch, layer.index, target.given, training.module)
+            error = (output.float() - target.output.float()).square().sum()
+            size = target.contribution().double().square().sum()
+            training.step_together(error, size, tokens, progress, layer.team)
+    layer.layerwise.arithmetic.count_training(key_of(training.module, target.given))
+
+
+def _loss(layer: LayerDistillation, training: ReplacementTraining, target: Target) -> torch.Tensor:
+    """E|y' - y|^2 / E|y|^2 of a batch."""
+    output = layer.layerwise.run(target.batch, layer.index, target.given, training.module)
+    size = target.contribution().square().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    return (output.float() - target.output.float()).square().mean() / size

@@ -8,7 +8,7 @@ copies if the computation's dtype is smaller.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from layersmith.distillation.activations import BLOCK
+from layersmith.distillation.team import Team
 from layersmith.execution.parent import as_stored
 from layersmith.library.alternative import Alternative, pair_identity
 from layersmith.library.stored_weights import Tensors, digest_of
@@ -126,10 +127,37 @@ class ReplacementTraining:
             tokens: Number of tokens of the batch.
             progress: Share of all steps that are done.
         """
-        assert self._optimizer is not None
         grads = torch.autograd.grad(loss, list(self._trained.values()), allow_unused=True)
+        self._step([None if grad is None else grad.float() for grad in grads], tokens, progress)
+
+    def step_together(
+        self, error: torch.Tensor | None, size: torch.Tensor, tokens: int, progress: float, team: Team
+    ) -> None:
+        """The same for a loss whose terms several processes have: the sum of errors over the sum of sizes.
+
+        Args:
+            error: Sum over the rows of this process, computed by :attr:`module`; None if it has none.
+            size: Sum over the rows of this process, float64.
+            tokens: Number of tokens of the batch, with those of other processes.
+            progress: Share of all steps that are done.
+            team: The processes.
+        """
+        trained = list(self._trained.values())
+        found = [None] * len(trained) if error is None else torch.autograd.grad(error, trained, allow_unused=True)
+        # A weight that no row uses has no gradient in any process: whether it is used depends on no row.
+        grads = [
+            torch.zeros_like(w, dtype=torch.float32) if g is None else g.float()
+            for w, g in zip(trained, found, strict=True)
+        ]
+        team.add_up(grads)
+        team.add_up([size])
+        scale = float(size.clamp_min(torch.finfo(torch.float32).tiny))
+        self._step([grad / scale for grad in grads], tokens, progress)
+
+    def _step(self, grads: Sequence[torch.Tensor | None], tokens: int, progress: float) -> None:
+        assert self._optimizer is not None
         for master, grad in zip(self._masters.values(), grads, strict=True):
-            master.grad = None if grad is None else grad.float()
+            master.grad = grad
         rate = min(1.0, (progress + 1e-9) / _WARMUP) * (_LAST_RATE + (1 - _LAST_RATE) * (1 - progress))
         for group in self._optimizer.param_groups:
             group["lr"] = group["peak"] * rate

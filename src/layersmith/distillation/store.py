@@ -9,6 +9,7 @@ from typing import Any
 from typing_extensions import TypedDict
 
 from layersmith.distillation.replacement import ReplacementTraining
+from layersmith.distillation.team import ALONE, Team
 from layersmith.library.stored_weights import Kept, Record, Tensors, layer_file, read_layer, write_layer
 from layersmith.run.digests import read_sealed, write_sealed
 from layersmith.run.journal import Checkpoint
@@ -30,10 +31,16 @@ class _Stored(TypedDict):
 
 
 class Store:
-    """Results by name, in a folder or in memory, and the state of what is in training."""
+    """Results by name, in a folder or in memory, and the state of what is in training.
 
-    def __init__(self, folder: Path | None, inputs: str):
-        self.folder, self.inputs = folder, inputs
+    Args:
+        folder: Where they are; None for in memory.
+        inputs: Digest of what they depend on.
+        team: The processes that make the same results. The first of them writes, and the others wait for its files.
+    """
+
+    def __init__(self, folder: Path | None, inputs: str, team: Team = ALONE):
+        self.folder, self.inputs, self.team = folder, inputs, team
         self._in_memory: dict[str, tuple[list[dict[str, Any]], dict[str, Tensors]]] = {}
         self._on_disk: dict[str, list[dict[str, Any]]] = {}  # records that were read and whose weights are intact
         self._checkpoints: dict[str, Checkpoint] = {}
@@ -59,11 +66,13 @@ class Store:
         if self.folder is None:
             self._in_memory[name] = records, weights
             return
-        files = [self._file(name, ".safetensors")] if weights else []
-        if weights:
-            write_layer(files[0], weights)
-        write_sealed(self._file(name, ".json"), {"inputs": self.inputs, "records": records}, files)
-        self._file(name, ".partial").unlink(missing_ok=True)
+        if self.team.writes:
+            files = [self._file(name, ".safetensors")] if weights else []
+            if weights:
+                write_layer(files[0], weights)
+            write_sealed(self._file(name, ".json"), {"inputs": self.inputs, "records": records}, files)
+            self._file(name, ".partial").unlink(missing_ok=True)
+        self.team.wait()
 
     def merge(self, names: Sequence[str], into: str) -> None:
         """Replace several results by one."""
@@ -81,7 +90,7 @@ class Store:
         self.write(into, records, weights)
         for name in names:
             self._on_disk.pop(name, None)
-            for suffix in (".safetensors", ".json"):
+            for suffix in () if not self.team.writes else (".safetensors", ".json"):
                 self._file(name, suffix).unlink(missing_ok=True)
 
     def kept(self, layers: Iterable[int]) -> Kept:
@@ -93,7 +102,7 @@ class Store:
     def save(self, name: str, trainings: Sequence[ReplacementTraining], step: int) -> None:
         """Write the state of a group after ``step`` steps, at most every ``_SAVE_EVERY_SECONDS``."""
         checkpoint = self._checkpoint(name)
-        if not checkpoint.is_due:
+        if not self.team.writes or not checkpoint.is_due:
             return
         tensors: Tensors = {}
         states = []
