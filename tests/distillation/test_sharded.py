@@ -165,3 +165,18 @@ def test_two_processes_end_what_one_began_and_write_the_same_child(
     children = [distilled(folder, 2, settings) for folder in (run, other)]
     assert (children[0] / "config.json").read_text() == (children[1] / "config.json").read_text()
     assert_same_quality(run, other, points=40)
+
+
+@pytest.mark.skipif("LAYERSMITH_DIVIDED" not in os.environ, reason="make divided: takes minutes")
+@pytest.mark.parametrize("family", ["gemma2", "bamba", "mixtral"])
+def test_other_families(family: str, tmp_path: Path) -> None:
+    """A soft cap after the head, which runs without layers then; mixers with states; experts."""
+    config = tiny_config(family)
+    config.vocab_size = 512
+    for name, seed in (("parent", 0), ("child", 1)):
+        tiny_model(config, seed=seed).float().save_pretrained(tmp_path / name)
+    trained, _ = alone(tmp_path / "parent", tmp_path / "child", tmp_path / "one")
+    (tmp_path / "two").mkdir()
+    done = launched(2, tmp_path / "parent", tmp_path / "child", tmp_path / "two", 0)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert read_json(tmp_path / "two" / "validation.json") == pytest.approx(trained.validation, rel=1e-2)

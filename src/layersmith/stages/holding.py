@@ -159,7 +159,8 @@ class Sizes:
     def is_trained_sharded(self) -> bool:
         """Whether parent and child are sharded over the processes in global distillation."""
         settings = self.recipe.distillation
-        if self.memory.processes == 1 or settings.sharded == "never" or set(self.recipe.formats) - {AUTOMATIC}:
+        never = settings.sharded == "never" or settings.finalists > 1 or set(self.recipe.formats) - {AUTOMATIC}
+        if self.memory.processes == 1 or never:
             return False
         trained = TRAINED_BYTES * self.whole / self.memory.itemsize
         is_too_large = trained > SHARE_OF_MEMORY * (self.memory.size - self.whole)

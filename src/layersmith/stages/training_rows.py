@@ -69,6 +69,8 @@ def why_not_sharded(job: Job) -> str | None:
         return "distillation.trainer sets fsdp or deepspeed"
     if job.formats:
         return "the child has number formats"
+    if settings.finalists > 1:
+        return "finalists are trained whole; set distillation.finalists to 1"
     if "optim" in settings.trainer:
         return "distillation.trainer sets another optimizer"
     precision = runtime.dtype if settings.precision == "auto" else settings.precision
