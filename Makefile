@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test launchers examples check conformance divided families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test launchers examples check conformance divided lost families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -47,6 +47,14 @@ conformance: $(READY)
 # global distillation: ten minutes.
 divided: $(READY)
 	LAYERSMITH_DIVIDED=1 $(BIN)/pytest -q tests/execution/test_divided.py tests/distillation/test_sharded.py tests/distillation/test_team.py
+
+# One of several processes is killed, stopped, cut off or runs out of memory, at 20 points of a run: half an hour of waiting
+# for the most part. It needs root, to make network namespaces. A table of what happened is in runs/lost.md.
+lost: $(READY)
+	mkdir -p runs
+	rm -f runs/lost.md
+	LAYERSMITH_LOST=$(CURDIR)/runs/lost.md $(BIN)/pytest -q tests/faults/test_lost.py
+	cat runs/lost.md
 
 # A few types only, and nothing written: make families TYPES="llama gpt2"
 families: $(READY)

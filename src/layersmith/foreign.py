@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 MORE_MEMORY = "Lower scoring.batch_tokens or set stream=always, and run the same command again."
 
+_NO_MEMORY = ("DefaultCPUAllocator", "can't start new thread")
 _PACKAGE = str(Path(__file__).parent) + os.sep
 # This module runs as part of foreign models.
 _PART_OF_MODELS = _PACKAGE + "modeling_layersmith.py"
@@ -108,10 +109,12 @@ def _is_exhausted(error: Exception) -> bool:
 def is_out_of_memory(error: Exception) -> bool:
     """Whether memory of the machine or of a device is full.
 
-    torch is not imported here, so its ``OutOfMemoryError`` is compared by name; on the CPU it raises a RuntimeError.
+    torch is not imported here, so its ``OutOfMemoryError`` is compared by name; on the CPU it raises a RuntimeError, as
+    Python does where a thread cannot start.
     """
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or (isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error))
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or (isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY))
     )

@@ -150,19 +150,20 @@ def stages(
     )
     seed_everything(whole.recipe.seed)
     ranks.start(whole.runtime)
-    ranks.on_first(lambda: Run.check(folder))
-    require_tasks(whole.recipe.evaluation.tasks)
-    _ = whole.path  # a parent in another format is converted by all processes together
-    whole.recipe = ranks.from_first(lambda: with_formats(whole))
-    for job in rounds_of(whole):
-        ask_together(job)
-        for part, is_part in hidden_sizes_of(job):
-            ask_together(part)
-            for step in _run_part(part) if is_part else _run(part):
-                if isinstance(step, str):
-                    yield place_of(part) + step
-                elif not place_of(part):
-                    yield step
+    with ranks.watched():
+        ranks.on_first(lambda: Run.check(folder))
+        require_tasks(whole.recipe.evaluation.tasks)
+        _ = whole.path  # a parent in another format is converted by all processes together
+        whole.recipe = ranks.from_first(lambda: with_formats(whole))
+        for job in rounds_of(whole):
+            ask_together(job)
+            for part, is_part in hidden_sizes_of(job):
+                ask_together(part)
+                for step in _run_part(part) if is_part else _run(part):
+                    if isinstance(step, str):
+                        yield place_of(part) + step
+                    elif not place_of(part):
+                        yield step
 
 
 def _run_part(job: Job) -> Iterator[str]:
@@ -192,7 +193,7 @@ def _run(job: Job) -> Iterator[str | Result]:
                 job.do(stage)
                 yield stage.name
             if is_wanted(job):
-                check(job)
+                ranks.together(partial(check, job))
         for stage in WORK:
             if stage in (REFINE, PAIRS):
                 job.recipe = ranks.from_first(partial(choose_late_effort, job, asked_recipe, planning, stage.name))

@@ -60,13 +60,14 @@ def run(arguments: list[str], said: Path, fault: Fault | None = None) -> int | N
         said: File that gets standard output and error.
         fault: What happens to it.
     """
-    process = forks.Process(target=_command, args=(arguments, said, fault))
+    process = forks.Process(target=command, args=(arguments, said, fault))
     process.start()
     process.join()
     return process.exitcode
 
 
-def _command(arguments: list[str], said: Path, fault: Fault | None) -> None:
+def command(arguments: list[str], said: Path, fault: Fault | None) -> None:
+    """Run a command in this process; ``said`` gets what it prints."""
     from layersmith import cli
 
     handle = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,12 +1,9 @@
 """No process of a launcher waits for another that was killed, hangs, ended or is cut off."""
 
 import contextlib
-import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +14,7 @@ import pytest
 
 from layersmith.run import ranks, watch
 from layersmith.run.runtime import Runtime
+from tests.faults.nodes import Nodes, are_possible
 from tests.faults.operations import forks
 
 LOST = "was killed, hangs or is cut off during the stage scores. To resume, run the same command again."
@@ -88,44 +86,27 @@ def test_who_works_longer_than_the_patience_is_left_alone(start: Callable, tmp_p
         assert process.exitcode == 0, (tmp_path / f"said-{rank}").read_text()
 
 
-NODE = """
-import json, sys
-from pathlib import Path
-from tests.run.test_watch import work
-work(Path(sys.argv[1]), json.loads(sys.argv[2]), 0, 600)
-"""
+def work_on_a_node(nodes: Nodes, folder: Path, rank: int) -> None:
+    nodes.enter(rank)
+    work(folder, nodes.environment(rank, 2), 0, 600)
 
 
-@pytest.mark.skipif(shutil.which("ip") is None or os.geteuid() != 0, reason="needs root, to make network namespaces")
+@pytest.mark.skipif(not are_possible(), reason="needs root, to make network namespaces")
 def test_two_nodes_whose_link_is_cut(tmp_path: Path) -> None:
     """Each node is a network namespace; both processes end, and name each other."""
-
-    def ip(*arguments: str) -> None:
-        subprocess.run(["ip", *arguments], check=True, capture_output=True)
-
-    names, links = [f"ls{os.getpid()}-{rank}" for rank in range(2)], [f"ls{os.getpid()}{rank}" for rank in range(2)]
-    processes = []
-    try:
-        for name in names:
-            ip("netns", "add", name)
-        ip("link", "add", links[0], "netns", names[0], "type", "veth", "peer", "name", links[1], "netns", names[1])
-        for rank, (name, link) in enumerate(zip(names, links, strict=True)):
-            ip("-n", name, "addr", "add", f"10.231.7.{rank + 1}/24", "dev", link)
-            ip("-n", name, "link", "set", link, "up")
-            ip("-n", name, "link", "set", "lo", "up")
-        for rank, name in enumerate(names):
-            environment = environment_of(rank, 2, "10.231.7.1", 29511) | {"GLOO_SOCKET_IFNAME": links[rank]}
-            command = ["ip", "netns", "exec", name, sys.executable, "-c", NODE, str(tmp_path), json.dumps(environment)]
-            processes.append(subprocess.Popen(command))
-        wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
-        time.sleep(1)
-        ip("-n", names[0], "link", "set", links[0], "down")
-        for rank, process in enumerate(processes):
-            assert process.wait(30) == 1
-            assert f": process {1 - rank} of 2 {LOST}\n" in (tmp_path / f"said-{rank}").read_text()
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-        for name in names:
-            subprocess.run(["ip", "netns", "del", name], check=False, capture_output=True)
+    with Nodes(2) as nodes:
+        processes = [forks.Process(target=work_on_a_node, args=(nodes, tmp_path, rank)) for rank in range(2)]
+        try:
+            for process in processes:
+                process.start()
+            wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == 2)
+            time.sleep(1)
+            nodes.cut(0)
+            for rank, process in enumerate(processes):
+                process.join(30)
+                said = (tmp_path / f"said-{rank}").read_text()
+                assert (process.exitcode, f": process {1 - rank} of 2 {LOST}\n" in said) == (1, True), said
+        finally:
+            for process in processes:
+                process.kill()
+                process.join()

@@ -11,13 +11,14 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from layersmith.errors import LayersmithError
+from layersmith.foreign import is_out_of_memory
 from layersmith.run import ranks
 
 # Strings and whole numbers.
@@ -51,8 +52,13 @@ class Messages:
     def end(self, is_failed: bool) -> None:
         """Say that nothing more will come, and wait until all others have said so."""
         for rank in self._threads:
-            with suppress(RuntimeError):  # one that is gone; its thread has noticed
+            try:
                 self._head(rank, _FAILED if is_failed else _ENDED)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    ranks.leave(error)
+                if not isinstance(error, RuntimeError):  # one that is gone; its thread has noticed
+                    raise
         for thread in self._threads.values():
             thread.join()
 
@@ -75,8 +81,10 @@ class Messages:
                     self._deliver(_key(json.loads(name)), tensor)
                 except (OSError, LayersmithError) as error:  # no room for it; the sender must not notice
                     self._fail(error)
-        except RuntimeError as lost:
-            self._fail(lost)
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):  # nobody takes what the others go on to send
+                ranks.leave(error)
+            self._fail(error)
 
 
 @contextmanager
@@ -89,7 +97,11 @@ def exchanging(deliver: Callable[[Key, torch.Tensor], None], fail: Callable[[Exc
     """
     ranks.together(lambda: None)  # one that has failed already will receive nothing
     messages = Messages(deliver, fail)
-    messages.start()
+    try:
+        messages.start()
+    except RuntimeError as error:  # some of its threads cannot start
+        ranks.leave(error)
+        raise
     try:
         yield messages
     except (Exception, GeneratorExit):

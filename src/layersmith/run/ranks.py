@@ -120,7 +120,10 @@ def from_each(work: Callable[[], T]) -> list[T]:
         Exception: As from :func:`together`.
     """
     mine = together(work)
-    return _gathered(mine) if are_several() else [mine]
+    if not are_several():
+        return [mine]
+    with _collective():
+        return _gathered(mine)
 
 
 def to_first(mine: T) -> list[T]:
@@ -128,7 +131,8 @@ def to_first(mine: T) -> list[T]:
     if not are_several():
         return [mine]
     result: list[Any] | None = [None] * count() if is_first() else None
-    dist.gather_object(mine, result, group=_group())
+    with _collective():
+        dist.gather_object(mine, result, group=_group())
     return result or []
 
 
@@ -142,7 +146,8 @@ def add_up(tensors: dict[str, torch.Tensor]) -> None:
         return
     for name, (shape, dtype) in from_first(lambda: {n: (t.shape, t.dtype) for n, t in tensors.items()}).items():
         mine = tensors[name] if name in tensors else torch.zeros(shape, dtype=dtype)
-        dist.reduce(mine, 0, group=_group())
+        with _collective():
+            dist.reduce(mine, 0, group=_group())
 
 
 def on_first(work: Callable[[], object], meanwhile: Callable[[], object] = lambda: None) -> None:
@@ -159,7 +164,8 @@ def from_first(make: Callable[[], T]) -> T:
 
     on_first(work)
     if are_several():
-        dist.broadcast_object_list(made, 0, group=_group())
+        with _collective():
+            dist.broadcast_object_list(made, 0, group=_group())
     result: T = made[0]
     return result
 
@@ -187,6 +193,31 @@ def watched() -> Iterator[None]:
         _watches.clear()
 
 
+def leave(error: Exception) -> None:
+    """End this process and all others at once, because it can no longer do what they wait for; if they are watched."""
+    for watch in _watches:
+        watch.leave(_as_data(error)[1])
+
+
+@contextmanager
+def _collective() -> Iterator[None]:
+    """What all processes do at the same time; if it fails, one of them is gone."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
+            leave(error)
+            raise
+        raise _gone() from error
+
+
+def _gone() -> LayersmithError:
+    """End this process as soon as it knows which one is gone; if nobody watches, return an error that says less."""
+    for watch in _watches:
+        watch.give_up()
+    return LayersmithError("another process of this run ended; what it printed says why.")
+
+
 def _gathered(mine: T) -> list[T]:
     """What each process has, by its number."""
     result: list[Any] = [None] * count()
@@ -197,7 +228,7 @@ def _gathered(mine: T) -> list[T]:
 def doing(what: str) -> None:
     """Tell the other processes which stage this one works on."""
     for watch in _watches:
-        watch.doing = what
+        watch.tell(what)
 
 
 def _exchange(error: Exception | None) -> None:
@@ -209,12 +240,13 @@ def _exchange(error: Exception | None) -> None:
         return
     try:
         failures = _gathered(None if error is None else _as_data(error))
-    except RuntimeError as lost:  # a process is gone
-        if error is None or isinstance(error, RuntimeError):
-            for watch in _watches:
-                watch.give_up()
+    except (RuntimeError, MemoryError) as lost:  # a process is gone, or there is no memory to say what is wrong
+        if is_out_of_memory(lost):
+            leave(lost)
         if error is None:
-            raise LayersmithError("another process of this run ended; what it printed says why.") from lost
+            raise _gone() from lost
+        if isinstance(error, RuntimeError):
+            _gone()
         return
     failed = next((failure for failure in failures if failure is not None), None)
     if error is None and failed is not None:

@@ -17,14 +17,19 @@ import socket
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NoReturn
+from typing import Any, NoReturn
+
+from layersmith.foreign import MORE_MEMORY
 
 # A process that is silent for PATIENCE beats (42 seconds) counts as lost. After a failed collective operation one is
 # gone for certain, and fewer beats say which.
 BEAT_SECONDS, PATIENCE, PATIENCE_AFTER_A_FAILURE = 3.0, 14, 3
-_WORKS, _ENDED = "works", "ended"
+_WORKS, _ENDED, _FAILED = "works", "ended", "failed"
+# A datagram of this size is never divided on the way.
+_MOST_BYTES = 1024
 _ADVICE = "To resume, run the same command again."
 
 
@@ -49,17 +54,47 @@ class Watch:
     has_failed: bool = False
     _ending: bool = False
     _thread: threading.Thread | None = None
+    _unraisable: deque[Any] = field(default_factory=deque)
+    _hook: Callable[[Any], object] = sys.__unraisablehook__
     _signs: dict[int, str] = field(default_factory=dict)
     _silent: dict[int, int] = field(default_factory=dict)
 
     def start(self) -> None:
+        # A thread that gets no memory for its first call runs no hook in Python, and who starts it waits for ever.
+        self._hook, sys.unraisablehook = sys.unraisablehook, self._unraisable.append
         self._thread = threading.Thread(target=self._run, name="layersmith-watch", daemon=True)
         self._thread.start()
+
+    def tell(self, stage: str) -> None:
+        """Tell the others at once which stage this process works on: it may be lost before the next beat."""
+        self.doing = stage
+        self._send(f"{_WORKS} {stage}")
 
     def stop(self) -> None:
         """Tell the others that this process has ended, and watch no more."""
         self._ending = True
+        sys.unraisablehook = self._hook
+        self._report_unraisable()
         self._send(f"{_ENDED} {self.doing}")
+
+    def leave(self, sentence: str) -> NoReturn:
+        """End this process and all others with a sentence, where it cannot wait for them any more."""
+        try:
+            self._send(f"{_FAILED} {sentence}")
+        finally:  # there may be no memory for that
+            _exit(sentence)
+
+    def _report_unraisable(self) -> None:
+        while self._unraisable:
+            failure = self._unraisable.popleft()
+            if issubclass(failure.exc_type, MemoryError) and not self._ending:
+                self.leave(self.without_memory())
+            self._hook(failure)
+
+    def without_memory(self) -> str:
+        """What to say where there is no memory left."""
+        where = f" during the stage {self.doing}" if self.doing else ""
+        return f"process {self.rank} of {len(self.addresses)} ran out of memory{where}. {MORE_MEMORY}"
 
     def give_up(self) -> NoReturn:
         """After a failed collective operation: wait until the thread knows who is gone, and exit."""
@@ -71,12 +106,13 @@ class Watch:
         while not self._ending:
             self._send(f"{_WORKS} {self.doing}")
             self._listen(BEAT_SECONDS)
+            self._report_unraisable()
             for rank, sign in self._signs.items():
                 self._silent[rank] += 1
                 if self._silent[rank] > self._patience(sign) and not self._ending:
                     state, _, stage = sign.partition(" ")
                     what = "ended" if state == _ENDED else "was killed, hangs or is cut off"
-                    when = f" during the stage {stage}" if stage else ""
+                    when = f" during the stage {stage}" if stage else " before its first stage"
                     _exit(f"process {rank} of {len(self.addresses)} {what}{when}. {_ADVICE}")
 
     def _patience(self, sign: str) -> int:
@@ -85,7 +121,7 @@ class Watch:
         return 0 if sign.startswith(_ENDED) else PATIENCE_AFTER_A_FAILURE
 
     def _send(self, sign: str) -> None:
-        data = f"{self.token} {self.rank} {sign}".encode()
+        data = f"{self.token} {self.rank} {sign}".encode()[:_MOST_BYTES]
         for rank, address in enumerate(self.addresses):
             if rank != self.rank:
                 try:
@@ -98,13 +134,16 @@ class Watch:
         while (left := until - time.monotonic()) > 0 and not self._ending:
             self.channel.settimeout(left)
             try:
-                token, _, rest = self.channel.recv(1024).decode(errors="replace").partition(" ")
+                token, _, rest = self.channel.recv(_MOST_BYTES).decode(errors="replace").partition(" ")
             except TimeoutError:
                 return
             except OSError:  # an earlier datagram could not be delivered
                 continue
             number, _, sign = rest.partition(" ")
             if secrets.compare_digest(token.encode(), self.token.encode()) and number.isdecimal():
+                state, _, sentence = sign.partition(" ")
+                if state == _FAILED and not self._ending:
+                    _exit(sentence)
                 self._signs[int(number)], self._silent[int(number)] = sign, 0
 
 
@@ -129,5 +168,7 @@ def watch_over(rank: int, gather: Callable[[tuple[str, int, str]], list[tuple[st
 
 
 def _exit(sentence: str) -> NoReturn:
-    print(f"layersmith: {socket.gethostname()}: {sentence}", file=sys.stderr, flush=True)
-    os._exit(1)
+    try:
+        print(f"layersmith: {socket.gethostname()}: {sentence}", file=sys.stderr, flush=True)
+    finally:
+        os._exit(1)

@@ -99,6 +99,7 @@ def write_report(job: Job, *, is_distilled: bool, again: bool = False) -> Result
         InputError: A file of a stage is damaged or missing.
     """
     run = job.run
+    ranks.doing(NAME)
     result = result_of(job, is_distilled)
     made = {name: stage for name, stage in run.made().items() if name not in (NAME, FINALISTS.name)}
     run.require(*made)
