@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralFo
 from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.local import distill_locally
 from layersmith.errors import InputError
+from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
 from layersmith.library.build import build_library
@@ -31,10 +32,11 @@ from layersmith.library.survey import survey
 from layersmith.recipe import LibraryRecipe, LocalDistillationRecipe, ScoringRecipe
 from layersmith.run import ranks
 from layersmith.run.artifacts import write_json
-from layersmith.run.journal import Recording
+from layersmith.run.journal import Recording, shared_work_folder
 from layersmith.run.progress import SILENT
 from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import ChildEvaluator, child_evaluator
+from layersmith.scoring.formats import FormatTask, score_formats
 from layersmith.scoring.library_scores import score_library
 from tests.conformance.tiny import tiny_config, tiny_model
 
@@ -96,12 +98,35 @@ def make(path: Path, out: Path, is_streamed: bool) -> None:
         for recipe in recipes
     ]
 
+    of_formats = scores_of_formats(library, out)
+
     def write() -> None:
         write_library(library, out / "library")
+        write_json(out / "formats.json", of_formats)
         write_json(out / "scores.json", [[score.to_dict() for score in of_recipe] for of_recipe in scores])
 
     ranks.on_first(write)
     ranks.on_first(lambda: evaluate(library, out), lambda: evaluator(library, out).crew.follow())
+
+
+def scores_of_formats(library: Library, out: Path) -> list[Any]:
+    """Scores of formats, and the mean product of the head's inputs."""
+    folder = shared_work_folder(out / "rounded", "same")
+    attentions = [a for a in library.alternatives if a.is_parent and a.subblock == "attention"]
+    task = FormatTask(
+        library=library,
+        layerwise=split_layers(library.parent, library),
+        formats=["q8_0", "q5_0"],
+        kv_alternatives=[a.with_kv_format("fp8") for a in attentions],
+        calibration=TOKENS[:4],
+        scoring=TOKENS[4:],
+        recipe=ScoringRecipe(batch_tokens=24),
+        seed=5,
+        folder=folder,
+        progress=SILENT,
+    )
+    scores, moment = score_formats(task)
+    return [scores, None if moment is None else moment.tolist()]
 
 
 def evaluator(library: Library, out: Path) -> ChildEvaluator:
@@ -181,7 +206,8 @@ def port() -> int:
 
 
 def digest(folder: Path) -> dict[str, str]:
-    files = [folder / "scores.json", folder / "children.json", *sorted((folder / "library").rglob("*"))]
+    files = [folder / name for name in ("scores.json", "formats.json", "children.json")]
+    files += [*sorted((folder / "rounded").rglob("*.safetensors")), *sorted((folder / "library").rglob("*"))]
     return {
         file.relative_to(folder).as_posix(): hashlib.sha256(file.read_bytes()).hexdigest()
         for file in files
@@ -195,7 +221,7 @@ def main() -> None:
     torch.set_num_threads(1)
     forked(1, lambda: write_parents(folder))
     for name, numbers in dict.fromkeys(only, (2,)).items() or NUMBERS.items():
-        for is_streamed in (True,) if only else (True, False):
+        for is_streamed in (True, False):
             made = {}
             for number in (1, *(numbers if is_streamed else numbers[:1])):
                 out = folder / f"{name}-{number}-{is_streamed}"

@@ -20,6 +20,7 @@ def run(*arguments: object) -> list[str]:
 def test_two_processes_make_what_one_makes_and_fail_together(tmp_path: Path) -> None:
     said = run(tmp_path, "quick")
     assert "quick: 2 processes, on the disk: equal" in said
+    assert "quick: 2 processes, in memory: equal" in said
     assert "all failed with one error" in said
 
 

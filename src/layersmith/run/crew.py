@@ -51,6 +51,18 @@ class Crew:
         ranks.from_first(lambda: (name, arguments))
         return self._together(name, arguments)
 
+    def in_all(self, name: str, *arguments: Any) -> Any:
+        """Do a job in all processes, which all call this with the same arguments; returns the result of this one.
+
+        Raises:
+            Exception: As from :func:`.ranks.together`.
+        """
+        self.is_open = ranks.are_several()
+        try:
+            return self._together(name, arguments)
+        finally:
+            self.is_open = False
+
     def _together(self, name: str, arguments: Any) -> Any:
         try:
             return ranks.together(lambda: self.jobs[name](*arguments))

@@ -119,6 +119,14 @@ class ChildEvaluator:
     ) -> list[Rows]:
         """Metrics of every solution on each of some rows; ``advance`` is called with the number of rows just done."""
         found = self.crew.do("run", solutions, rows, *([] if self.crew.is_open else [advance]))
+        return self._in_order(found, solutions, rows)
+
+    @torch.no_grad()
+    def run_in_all(self, solutions: Sequence[Sequence[Alternative]], rows: Sequence[int]) -> list[Rows]:
+        """:meth:`run` of all processes, which all call this with the same arguments and have the same result."""
+        return self._in_order(self.crew.in_all("run", solutions, rows), solutions, rows)
+
+    def _in_order(self, found: Results, solutions: Sequence[Sequence[Alternative]], rows: Sequence[int]) -> list[Rows]:
         return [[row for batch in self._batches(rows) for row in found[self._places(s), batch]] for s in solutions]
 
     def _batches(self, rows: Sequence[int]) -> list[Batched]:

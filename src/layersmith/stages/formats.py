@@ -10,7 +10,7 @@ from layersmith.distillation.quantize import layerwise_of
 from layersmith.errors import UsageError
 from layersmith.library.formats import kv_key
 from layersmith.run.artifacts import read_json, read_tensors, write_json, write_tensors
-from layersmith.run.journal import work_folder
+from layersmith.run.journal import shared_work_folder
 from layersmith.run.stage import Making, Stage
 from layersmith.scoring.formats import FormatScores, FormatTask, score_formats
 from layersmith.scoring.task import row_order
@@ -33,7 +33,8 @@ def _inputs(job: Job) -> Any:
     return [job.made_from(DESCRIBE), *rows, formats, job.settings("scoring"), job.recipe.seed, job.dtype]
 
 
-def _make(job: Job, making: Making) -> None:
+def _scored(job: Job, making: Making) -> tuple[FormatScores, torch.Tensor | None]:
+    """What :func:`score_formats` returns; all processes work on it together."""
     tokens = job.read(DATA)
     few = [
         rows[sorted(row_order(len(rows))[: -(-len(rows) // _SHARE)])] for rows in (tokens.calibration, tokens.scoring)
@@ -48,10 +49,14 @@ def _make(job: Job, making: Making) -> None:
         scoring=few[1],
         recipe=job.recipe.scoring,
         seed=job.recipe.seed,
-        folder=work_folder(making.scratch, making.inputs),
+        folder=shared_work_folder(making.scratch, making.inputs),
         progress=making.progress,
     )
-    scores, head_moment = score_formats(task)
+    return score_formats(task)
+
+
+def _make(job: Job, making: Making) -> None:
+    scores, head_moment = _scored(job, making)
     write_json(making.folder / _FILE, scores)
     if head_moment is not None:
         write_tensors(making.folder / _HEAD, {"moment": head_moment.cpu()})
@@ -63,6 +68,7 @@ FORMATS: Stage[Job, FormatScores] = Stage(
     make=_make,
     read=lambda job, folder: read_json(folder / _FILE, FormatScores),
     is_wanted=lambda job: bool(job.formats or job.kv_formats),
+    meanwhile=_scored,
     is_shared=True,
 )
 
