@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from layersmith.errors import InputError
 from layersmith.run import ranks, watch
 from layersmith.run.runtime import Runtime
 from tests.faults.nodes import Nodes, are_possible
@@ -84,6 +86,37 @@ def test_who_works_longer_than_the_patience_is_left_alone(start: Callable, tmp_p
     for rank, process in enumerate(start(1, 0.2 * watch.PATIENCE + 2)):
         process.join(30)
         assert process.exitcode == 0, (tmp_path / f"said-{rank}").read_text()
+
+
+def train(folder: Path, environment: dict[str, str], wrong: set[int]) -> None:
+    """One of two processes; those in ``wrong`` have an error where the others are in a collective operation."""
+    os.environ.update(environment)
+    watch.BEAT_SECONDS = 0.2
+    runtime = Runtime.detect("cpu")
+    sys.stderr = open(folder / f"said-{runtime.rank}", "w", buffering=1)  # noqa: SIM115
+    ranks.start(runtime)
+    with ranks.watched(), ranks.ending_all():
+        ranks.doing("distilled")
+        if runtime.rank in wrong:
+            raise InputError("the loss is not finite.")
+        torch.distributed.all_reduce(torch.ones(1))
+
+
+@pytest.mark.parametrize("wrong", [{1}, {0, 1}])
+def test_an_error_of_one_process_ends_those_that_wait_for_it(wrong: set[int], tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    environments = [environment_of(rank, 2, "127.0.0.1", port) for rank in range(2)]
+    processes = [forks.Process(target=train, args=(tmp_path, environment, wrong)) for environment in environments]
+    for process in processes:
+        process.start()
+    for rank, process in enumerate(processes):
+        process.join(30)
+        said = (tmp_path / f"said-{rank}").read_text()
+        assert process.exitcode == 1, said
+        assert ("Traceback" in said) == (len(wrong) == 2), said  # an error of all is raised in each
+        assert said.endswith("the loss is not finite.\n")
 
 
 def work_on_a_node(nodes: Nodes, folder: Path, rank: int) -> None:

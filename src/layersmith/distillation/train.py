@@ -129,7 +129,7 @@ def train(
     started = time.monotonic()
     try:
         check_pair(targets.tap, losses.tap, mixture)
-        with losses.as_forward(), _plain_errors(setup.folder):
+        with ranks.ending_all(), losses.as_forward(), _plain_errors(setup.folder):
             uses_muon = recipe.optimizer == "muon" and "optim" not in recipe.trainer
             trainer = Distiller(
                 targets,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import os
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from datetime import timedelta
@@ -197,6 +198,23 @@ def leave(error: Exception) -> None:
     """End this process and all others at once, because it can no longer do what they wait for; if they are watched."""
     for watch in _watches:
         watch.leave(_as_data(error)[1])
+
+
+@contextmanager
+def ending_all() -> Iterator[None]:
+    """Inside, processes wait for each other in collective operations of other packages.
+
+    An error that only some of them have ends all, as the others cannot be reached there.
+    """
+    try:
+        yield
+    except Exception as error:
+        for watch in _watches:
+            if watch.errs_alone():
+                if not isinstance(error, LayersmithError):
+                    traceback.print_exception(error)
+                watch.leave(_as_data(error)[1])
+        raise
 
 
 @contextmanager

@@ -27,7 +27,9 @@ from layersmith.foreign import MORE_MEMORY
 # A process that is silent for PATIENCE beats (42 seconds) counts as lost. After a failed collective operation one is
 # gone for certain, and fewer beats say which.
 BEAT_SECONDS, PATIENCE, PATIENCE_AFTER_A_FAILURE = 3.0, 14, 3
-_WORKS, _ENDED, _FAILED = "works", "ended", "failed"
+# What a process says of itself: that it works, that it has an error and wants to know who else has one, that it has
+# ended, and that all have to end with a sentence.
+_WORKS, _ERRS, _ENDED, _FAILED = "works", "errs", "ended", "failed"
 # A datagram of this size is never divided on the way.
 _MOST_BYTES = 1024
 _ADVICE = "To resume, run the same command again."
@@ -43,6 +45,7 @@ class Watch:
         token: What all datagrams of the run begin with.
         channel: Socket that sends and receives them.
         doing: Stage that this process works on.
+        errs: Whether this process has an error of which the others may not know.
         has_failed: Whether a collective operation has failed here.
     """
 
@@ -51,6 +54,7 @@ class Watch:
     token: str
     channel: socket.socket
     doing: str = ""
+    errs: bool = False
     has_failed: bool = False
     _ending: bool = False
     _thread: threading.Thread | None = None
@@ -76,6 +80,15 @@ class Watch:
         sys.unraisablehook = self._hook
         self._report_unraisable()
         self._send(f"{_ENDED} {self.doing}")
+
+    def errs_alone(self) -> bool:
+        """After an error here: whether some other process still works after a few beats."""
+        self.errs = True
+        for _ in range(PATIENCE_AFTER_A_FAILURE):
+            time.sleep(BEAT_SECONDS)
+            if self._signs and all(sign.startswith((_ERRS, _FAILED, _ENDED)) for sign in list(self._signs.values())):
+                return False
+        return True
 
     def leave(self, sentence: str) -> NoReturn:
         """End this process and all others with a sentence, where it cannot wait for them any more."""
@@ -104,7 +117,7 @@ class Watch:
 
     def _run(self) -> None:
         while not self._ending:
-            self._send(f"{_WORKS} {self.doing}")
+            self._send(f"{_ERRS if self.errs else _WORKS} {self.doing}")
             self._listen(BEAT_SECONDS)
             self._report_unraisable()
             for rank, sign in self._signs.items():
