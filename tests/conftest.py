@@ -37,9 +37,11 @@ from layersmith.model_descriptor.factory import ModelDescriptorFactory
 from layersmith.stages.reopen import SearchRequest, search_several
 
 torch.set_num_threads(1)
-# Nothing is read from or written to the user's own cache; removed when the process ends.
-_cache = tempfile.TemporaryDirectory(prefix="layersmith-tests-")
-os.environ["LAYERSMITH_CACHE"] = _cache.name
+# Nothing is read from or written to the user's own cache. The processes of one call of pytest share a folder, so that
+# each model is described once; it is removed when the first of them ends.
+if "layersmith-tests-" not in os.environ.get("LAYERSMITH_CACHE", ""):
+    _cache = tempfile.TemporaryDirectory(prefix="layersmith-tests-")
+    os.environ["LAYERSMITH_CACHE"] = _cache.name
 
 SIZES: dict[str, Any] = {
     "vocab_size": 512,

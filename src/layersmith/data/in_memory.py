@@ -6,16 +6,17 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TypeAlias
-
-import datasets
+from typing import TYPE_CHECKING, TypeAlias
 
 from layersmith.errors import InputError
 from layersmith.run.digests import content_digest
 from layersmith.run.user_cache import cache_folder
 
+if TYPE_CHECKING:
+    import datasets
+
 # A file, a folder or a hub dataset by name; or a dataset, or documents, in memory.
-Text: TypeAlias = str | Path | datasets.Dataset | Sequence[str]
+Text: TypeAlias = "str | Path | datasets.Dataset | Sequence[str]"
 
 
 def source_of(text: Text) -> str:
@@ -28,6 +29,8 @@ def source_of(text: Text) -> str:
     """
     if isinstance(text, str | Path):
         return str(text)
+    import datasets  # takes more than a second, and most sources are files
+
     dataset = text if isinstance(text, datasets.Dataset) else None
     if dataset is None and not (isinstance(text, Sequence) and all(isinstance(t, str) for t in text)):
         raise InputError(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import datasets
 import yaml
 from transformers import PreTrainedModel
 
@@ -232,6 +231,7 @@ def _counted(model: PreTrainedModel, tokenizer: Any, progress: Progress) -> Any:
 @contextmanager
 def _quiet_lm_eval() -> Iterator[None]:
     """Keep what lm-eval and its data sets print off the screen; errors are raised."""
+    import datasets
     from lm_eval.api import task
 
     logger = logging.getLogger("lm_eval")
