@@ -41,6 +41,12 @@ from layersmith.scoring.metrics import Reference, Rows, as_rows, check_rows, mea
 # weights.
 KEPT_SHARE = 0.5
 
+Solutions = Sequence[Sequence[Alternative]]
+
+
+def _unseen(rows: float) -> None:
+    """For work of which nobody wants to see the progress."""
+
 
 class _Layers:
     """Layers with alternatives, of which the last used stay built, and their numbers of parameters."""
@@ -111,34 +117,24 @@ class ChildEvaluator:
         self.crew = Crew({"run": self._run, "effects": self._exchange_effects})
 
     @torch.no_grad()
-    def run(
-        self,
-        solutions: Sequence[Sequence[Alternative]],
-        rows: Sequence[int],
-        advance: Callable[[float], None] = lambda rows: None,
-    ) -> list[Rows]:
+    def run(self, solutions: Solutions, rows: Sequence[int], advance: Callable[[float], None] = _unseen) -> list[Rows]:
         """Metrics of every solution on each of some rows; ``advance`` is called with the number of rows just done."""
         found = self.crew.do("run", solutions, rows, *([] if self.crew.is_open else [advance]))
         return self._in_order(found, solutions, rows)
 
     @torch.no_grad()
-    def run_in_all(self, solutions: Sequence[Sequence[Alternative]], rows: Sequence[int]) -> list[Rows]:
+    def run_in_all(self, solutions: Solutions, rows: Sequence[int]) -> list[Rows]:
         """:meth:`run` of all processes, which all call this with the same arguments and have the same result."""
         return self._in_order(self.crew.in_all("run", solutions, rows), solutions, rows)
 
-    def _in_order(self, found: Results, solutions: Sequence[Sequence[Alternative]], rows: Sequence[int]) -> list[Rows]:
+    def _in_order(self, found: Results, solutions: Solutions, rows: Sequence[int]) -> list[Rows]:
         return [[row for batch in self._batches(rows) for row in found[self._places(s), batch]] for s in solutions]
 
     def _batches(self, rows: Sequence[int]) -> list[Batched]:
         return [tuple(rows[start : start + self.batch_rows]) for start in range(0, len(rows), self.batch_rows)]
 
     @torch.no_grad()
-    def _run(
-        self,
-        solutions: Sequence[Sequence[Alternative]],
-        rows: Sequence[int],
-        advance: Callable[[float], None] = lambda rows: None,
-    ) -> Results:
+    def _run(self, solutions: Solutions, rows: Sequence[int], advance: Callable[[float], None] = _unseen) -> Results:
         """Metrics of every solution on every batch; all processes of the crew find some of them."""
         places, batches = sorted(map(self._places, solutions), key=_sort_key), self._batches(rows)
 
