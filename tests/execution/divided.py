@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from layersmith.costs.budget import Workload
 from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.local import distill_locally
 from layersmith.errors import InputError
@@ -38,6 +39,7 @@ from layersmith.run.runtime import Runtime
 from layersmith.scoring.children import ChildEvaluator, child_evaluator
 from layersmith.scoring.formats import FormatTask, score_formats
 from layersmith.scoring.library_scores import score_library
+from layersmith.stages.costs import cost_table, smaller_caches
 from tests.conformance.tiny import tiny_config, tiny_model
 
 TOKENS = torch.randint(0, 99, (8, 24), generator=torch.Generator().manual_seed(4))
@@ -112,12 +114,12 @@ def make(path: Path, out: Path, is_streamed: bool) -> None:
 def scores_of_formats(library: Library, out: Path) -> list[Any]:
     """Scores of formats, and the mean product of the head's inputs."""
     folder = shared_work_folder(out / "rounded", "same")
-    attentions = [a for a in library.alternatives if a.is_parent and a.subblock == "attention"]
+    costs = cost_table(library.parent, library, Workload(1, 64), [], ["fp8"])
     task = FormatTask(
         library=library,
         layerwise=split_layers(library.parent, library),
         formats=["q8_0", "q5_0"],
-        kv_alternatives=[a.with_kv_format("fp8") for a in attentions],
+        kv_alternatives=smaller_caches(library.alternatives, costs, ["fp8"]),
         calibration=TOKENS[:4],
         scoring=TOKENS[4:],
         recipe=ScoringRecipe(batch_tokens=24),
