@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, GemmaConfig, MixtralConfig, Pretr
 
 import layersmith
 from layersmith.errors import InputError
+from layersmith.execution.exchange import forward
 from layersmith.execution.hidden_states import States, StatesOnDisk
 from layersmith.execution.parent import Parent, load_parent
 from layersmith.execution.streaming import is_too_large
@@ -42,6 +43,17 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 def both(path: Path, near: Path) -> list[Parent]:
     return [load_parent(path, CPU, stream_near=where) for where in (None, near)]
+
+
+def test_rotary_frequencies_are_those_of_transformers_in_any_dtype(
+    make_parent: Callable[..., Path], tmp_path: Path
+) -> None:
+    path = make_parent("llama", torch.bfloat16)
+    ids = torch.arange(250)[None] * 7 % 500  # at late positions they matter most
+    expected = layersmith.load(path).eval()(input_ids=ids).logits
+    for where in (None, tmp_path):
+        parent = load_parent(path, Runtime(torch.device("cpu"), torch.bfloat16), stream_near=where)
+        assert torch.equal(forward(parent, ids)[0], expected)
 
 
 def library_of(parent: Parent) -> Library:

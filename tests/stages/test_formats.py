@@ -119,6 +119,7 @@ def test_a_child_with_formats_of_compressed_tensors(
         for name, weight in rounded.state_dict().items():
             assert torch.equal(child.state_dict()[name], weight), name
         assert torch.equal(stock(input_ids=ids).logits, child(input_ids=ids).logits)
+        assert torch.equal(rounded(input_ids=ids).logits, child(input_ids=ids).logits)
     assert export(result.child, tmp_path / "vllm", "vllm").proof.difference == 0
 
     quick = {"batch_tokens": 128, "device_tokens": 128, "learning_rate": 0.001, "tokens": 8192}

@@ -23,6 +23,7 @@ from layersmith.heterogeneous.checkpoint import load
 from layersmith.heterogeneous.weight_files import weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
+from layersmith.model_descriptor.stock import casting
 from layersmith.run import ranks
 from layersmith.run.artifacts import fingerprint, plain
 from layersmith.run.digests import digest, remembered
@@ -151,7 +152,8 @@ def load_parent(
         descriptor = descriptor or describe(model)
         dtype = model.dtype
         module: nn.Module = model
-        module.to(device=runtime.device, dtype=runtime.dtype).eval().requires_grad_(False)
+        with casting(model, runtime.dtype):
+            module.to(device=runtime.device, dtype=runtime.dtype).eval().requires_grad_(False)
     else:
         descriptor = descriptor or describe(path, trust_remote_code=trust_remote_code)
         model, dtype, stream = load_streamed(path, runtime, descriptor, stream_near, trust_remote_code)

@@ -35,7 +35,7 @@ from layersmith.heterogeneous.build import decoder_layers, num_layers_of
 from layersmith.heterogeneous.checkpoint import check_finite, class_of, read_weights
 from layersmith.heterogeneous.weight_files import check_files, weight_files
 from layersmith.model_descriptor.base import ModelDescriptor
-from layersmith.model_descriptor.stock import quiet_transformers
+from layersmith.model_descriptor.stock import casting, quiet_transformers
 from layersmith.run.artifacts import saying_disk_full, temporary_folder
 from layersmith.run.runtime import Runtime
 from layersmith.untrusted import read_safetensors_header
@@ -198,10 +198,12 @@ def weights_on_disk(
     missing = [name for name, p in model.named_parameters() if p.is_meta and name not in files]
     if missing:
         raise InputError(f"{path}: weights cannot be read from the disk one by one: {', '.join(missing[:3])}.")
+    with casting(model, runtime.dtype):
+        for module in model.modules():
+            for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
+                wanted = runtime.dtype if buffer.is_floating_point() else buffer.dtype
+                setattr(module, name, buffer.to(runtime.device, wanted))
     for module in model.modules():
-        for name, buffer in list(module.named_buffers(recurse=False, remove_duplicate=False)):
-            wanted = runtime.dtype if buffer.is_floating_point() else buffer.dtype
-            setattr(module, name, buffer.to(runtime.device, wanted))
         check_finite(module.named_parameters(recurse=False), str(path))
         for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             # A copy, or it would keep a map of its file, with what was read around it.

@@ -27,7 +27,7 @@ from layersmith.execution.parent import Parent, as_stored
 from layersmith.hidden_size.channels import norms_of, watched
 from layersmith.hidden_size.config import shapes_of
 from layersmith.hidden_size.narrowing import Carriers, Kept, Narrowing
-from layersmith.model_descriptor.stock import quiet_transformers, restore_buffers, stock_model
+from layersmith.model_descriptor.stock import casting, quiet_transformers, restore_buffers, stock_model
 from layersmith.run.progress import Advance
 
 # Ridge of the least squares, relative to the mean square of what a norm gives.
@@ -189,10 +189,10 @@ def write(narrower: Narrower, model: Any, folder: Path, **how: Any) -> None:
     Afterwards the model is what loading that checkpoint in the dtype of the computation gives.
     """
     dtype, runtime = narrower.parent.dtype, narrower.parent.runtime
-    for _, parameter in model.named_parameters():
-        parameter.data = as_stored(parameter.data, dtype)
-    model.to(dtype)
-    with quiet_transformers():
-        model.save_pretrained(folder, **how)
-    model.to(runtime.dtype)
-    restore_buffers(model, runtime)  # no checkpoint rounds rotary frequencies
+    with casting(model, runtime.dtype):
+        for _, parameter in model.named_parameters():
+            parameter.data = as_stored(parameter.data, dtype)
+        model.to(dtype)
+        with quiet_transformers():
+            model.save_pretrained(folder, **how)
+        model.to(runtime.dtype)

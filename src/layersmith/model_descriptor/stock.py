@@ -109,6 +109,23 @@ def quiet_transformers() -> Iterator[None]:
         restore_bars()
 
 
+@contextmanager
+def casting(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """While open, a model is cast, in the end to ``dtype``; buffers that no file holds are put back if made for it.
+
+    Transformers makes many of them in float32 for weights of any dtype, such as rotary frequencies, and
+    ``Module.to`` would round these.
+    """
+    saved, kept = model.state_dict().keys(), {}
+    if model.dtype == dtype:
+        buffers = model.named_buffers(remove_duplicate=False)
+        kept = {name: buffer for name, buffer in buffers if name not in saved}
+    yield
+    for name, buffer in kept.items():
+        holder, _, last = name.rpartition(".")
+        setattr(model.get_submodule(holder), last, buffer.to(model.get_buffer(name).device))
+
+
 def restore_buffers(model: nn.Module, runtime: Any) -> None:
     """Set the unsaved buffers of a model that was built on the meta device, as in a freshly built model."""
     from accelerate import init_empty_weights
