@@ -48,7 +48,7 @@ conformance: $(READY)
 divided: $(READY)
 	LAYERSMITH_DIVIDED=1 $(BIN)/pytest -q tests/execution/test_divided.py tests/distillation/test_sharded.py tests/distillation/test_team.py
 
-# One of several processes is killed, stopped, cut off or runs out of memory, at 20 points of a run: half an hour of waiting
+# One of several processes is killed, stopped, cut off or runs out of memory, at 20 points of a run: a quarter of an hour
 # for the most part. It needs root, to make network namespaces. A table of what happened is in runs/lost.md.
 lost: $(READY)
 	mkdir -p runs

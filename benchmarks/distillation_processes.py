@@ -1,4 +1,4 @@
-"""Global distillation in several processes: speed and memory beside a plain Trainer's under DDP, and sharded or not.
+"""Speed and memory of global distillation in several processes, sharded or not, compared with a plain Trainer (DDP).
 
     python -m benchmarks.distillation_processes --processes 2 --out benchmarks/results/distillation-processes
 

@@ -80,6 +80,12 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model
 
 
+def torchrun(processes: int, *command: object) -> list[str]:
+    """The command line of a script, or of ``-m`` and a module, in several processes."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*launcher, *map(str, command)]
+
+
 def block(attention: dict[str, Any] | None = None, ffn: dict[str, Any] | None = None) -> BlockConfig:
     return BlockConfig(
         AttentionConfig(**(attention or {"num_key_value_heads": 4})), FFNConfig(**(ffn or {"intermediate_size": 64}))

@@ -16,11 +16,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.conftest import TINY_RECIPE
+from tests.conftest import TINY_RECIPE, torchrun
 
 CLUSTER = Path(__file__).parents[1] / "examples" / "cluster"
 BIN = Path(sys.executable).parent
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2]
 ACCELERATE = [
     sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", 2,
     "--num_machines", 1, "--mixed_precision", "no", "--dynamo_backend", "no",
@@ -63,7 +62,7 @@ def ray(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     "launcher",
-    [[*TORCHRUN, "-m", "layersmith"], [*ACCELERATE, "--module", "layersmith"], RAY],
+    [torchrun(2, "-m", "layersmith"), [*ACCELERATE, "--module", "layersmith"], RAY],
     ids=["torchrun", "accelerate", "ray"],
 )
 def test_a_launcher_makes_the_child_of_one_process(
@@ -94,7 +93,7 @@ def test_torchrun_restarts_a_run_whose_process_was_killed(
     rank: int, arguments: Callable[[Path], list[str]], expected: bytes, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    command = [*map(str, TORCHRUN), "--max-restarts", "1", "-m", "layersmith", *arguments(run)]
+    command = torchrun(2, "--max-restarts", 1, "-m", "layersmith", *arguments(run))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     until = time.monotonic() + 300
     while not (run / "statistics").is_dir():

@@ -25,7 +25,8 @@ from benchmarks.rivals.activations import Activations, norms_of, observe
 from benchmarks.rivals.problem import Choice, Problem, batches, keeping, orders_of, uniform_shapes
 from benchmarks.rivals.refit import SETUP, refitted
 from layersmith.distillation.activations import Rows
-from layersmith.distillation.child_refit import ChildRefit, _set
+from layersmith.distillation.child_refit import ChildRefit
+from layersmith.execution.exchange import set_weight
 from layersmith.execution.layerwise import split_layers
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative, pair_identity
@@ -145,7 +146,7 @@ def refitted_narrow(problem: Problem, narrow: Narrow) -> Choice:
 
 def _set_all(layer: nn.Module, weights: Mapping[str, torch.Tensor], mask: torch.Tensor) -> None:
     for name, weight in weights.items():
-        _set(layer, name, weight.to(mask.dtype) * mask[:, None])
+        set_weight(layer, name, weight.to(mask.dtype) * mask[:, None])
 
 
 def _with_weights(library: Library, changed: Sequence[Alternative], layer: nn.Module) -> Library:

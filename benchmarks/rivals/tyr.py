@@ -23,8 +23,8 @@ import torch
 from benchmarks.rivals.depth import Evolution, evolve
 from benchmarks.rivals.problem import Choice, Problem, Shape, alternatives, keeping, uniform_shapes
 from layersmith.distillation.activations import Rows
-from layersmith.distillation.child_refit import _set
 from layersmith.distillation.reconstruction import refit, watched
+from layersmith.execution.exchange import set_weight
 from layersmith.execution.layerwise import Split, split_layers
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library import ranking
@@ -97,7 +97,7 @@ def prune_locally(problem: Problem, sizes: Sizes) -> Library:
                 if not a.is_parent:
                     kept = keeping(kept, a.identity, i, {f"{name}.weight": weight})
                 mean[:, units] += weight / len(numbers)
-            _set(module, f"{name}.weight", mean)
+            set_weight(module, f"{name}.weight", mean)
             rows.pass_through_child(layerwise, i, module)
             rows.child.advance()
     problem.work.tokens += 2 * problem.calibration.numel()

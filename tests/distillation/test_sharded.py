@@ -23,7 +23,7 @@ from layersmith.run.artifacts import read_json
 from layersmith.run.header import read_header, write_header
 from layersmith.run.runtime import Runtime
 from tests.conformance.tiny import tiny_config, tiny_model
-from tests.conftest import FAMILIES, NO_ATTENTION, TINY_RECIPE, block, child_model, stock_model
+from tests.conftest import FAMILIES, NO_ATTENTION, TINY_RECIPE, block, child_model, stock_model, torchrun
 from tests.distillation.sharded import learn
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -31,9 +31,8 @@ SCRIPT = Path(__file__).with_name("sharded.py")
 
 
 def launched(processes: int, *arguments: object) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*launcher, str(SCRIPT), *map(str, arguments)]
+    command = torchrun(processes, SCRIPT, *arguments)
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
@@ -59,9 +58,8 @@ def distilled(run: Path, processes: int, settings: dict[str, Any], ends: int | N
     """The child that a number of processes distil; or they are killed once the checkpoint of a step is there."""
     recipe = run / "given.yaml"
     recipe.write_text(yaml.safe_dump({"distillation": QUICK | settings}))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     process = subprocess.Popen(
-        [*launcher, "-m", "layersmith", "distill", str(run), "--recipe", str(recipe)], text=True,
+        torchrun(processes, "-m", "layersmith", "distill", run, "--recipe", recipe), text=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip

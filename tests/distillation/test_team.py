@@ -12,15 +12,14 @@ import torch
 
 from layersmith.library.stored_weights import Kept
 from tests.conformance.tiny import tiny_config
-from tests.conftest import stock_model
+from tests.conftest import stock_model, torchrun
 from tests.distillation.jointly import jointly
 from tests.distillation.test_local import chosen_of, open_library
 
 
 def launched(processes: int, *arguments: object) -> str:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [*launcher, "-m", "tests.distillation.jointly", *map(str, arguments)]
+    command = torchrun(processes, "-m", "tests.distillation.jointly", *arguments)
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -1,7 +1,8 @@
 """One process of several is lost in the middle of a run: the others end and say so, and the same command finishes.
 
-``make lost`` runs it, for half an hour: ``compress`` in two and three processes, each on a node of its own, with the
-parent whole in each or with its layers divided. It writes a table into the file that ``LAYERSMITH_LOST`` names.
+``make lost`` runs it, for a quarter of an hour: ``compress`` in two and three processes, each on a node of its own,
+with the parent whole in each or with its layers divided. It writes a table into the file that ``LAYERSMITH_LOST``
+names.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from tests.faults.nodes import Nodes, are_possible
 
 NUMBER, SEED, ATTEMPTS = 20, 24, 4
 pytestmark = [
-    pytest.mark.skipif("LAYERSMITH_LOST" not in os.environ, reason="make lost: takes half an hour"),
+    pytest.mark.skipif("LAYERSMITH_LOST" not in os.environ, reason="make lost: takes a quarter of an hour"),
     pytest.mark.skipif(not are_possible(), reason="needs root, to make network namespaces"),
 ]
 RECIPE = TINY_RECIPE | {
@@ -38,7 +39,7 @@ RECIPE = TINY_RECIPE | {
     "search": {"refine_passes": 2, "refine_rows": 2, "frontier_points": 3},
     "costs": {"time_child": True},
 }
-# With the layers divided nothing is distilled globally.
+# A child with number formats cannot be sharded, so that of a divided parent is not distilled globally.
 MORE = {
     "whole": {"stream": "never", "distillation": {"tokens": 3840, "batch_tokens": 192, "device_tokens": 32}},
     "divided": {"stream": "always"},

@@ -3,14 +3,13 @@
 import json
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 import layersmith
 from layersmith.heterogeneous.sharding import layers_of_rank
-from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model
+from tests.conftest import FAMILIES, NO_ATTENTION, block, child_model, torchrun
 
 SCRIPT = """
 import json, sys
@@ -54,9 +53,8 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
         layersmith.save(model, folder)
         script = tmp_path / "script.py"
         script.write_text(SCRIPT)
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         done = subprocess.run(
-            [*command, str(script), str(folder), str(tmp_path)],
+            torchrun(2, script, folder, tmp_path),
             capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=300,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr[-3000:]

@@ -16,7 +16,7 @@ import yaml
 import layersmith
 from layersmith.run.artifacts import read_json
 from layersmith.stages.distill_finished import distill
-from tests.conftest import TINY_RECIPE
+from tests.conftest import TINY_RECIPE, torchrun
 
 RECIPE = TINY_RECIPE | {
     "local_distillation": {"tokens": 128, "coupled_tokens": 128, "batch_tokens": 64},
@@ -24,14 +24,9 @@ RECIPE = TINY_RECIPE | {
 }
 
 
-def launched(*arguments: object) -> list[str]:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return [*launcher, "-m", "layersmith", *map(str, arguments)]
-
-
-def torchrun(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(launched(*arguments), capture_output=True, text=True, env=environment, timeout=240)
+def on_two(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command, environment = torchrun(2, "-m", "layersmith", *arguments), os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
 def test_compress_and_distil_give_what_one_process_does(
@@ -40,7 +35,7 @@ def test_compress_and_distil_give_what_one_process_does(
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(yaml.safe_dump(RECIPE))
     parent = make_parent("llama_tied", num_hidden_layers=2)
-    done = torchrun("compress", parent, tmp_path / "two", "--data", text_folder, "--params", "0.8", "--recipe", recipe)
+    done = on_two("compress", parent, tmp_path / "two", "--data", text_folder, "--params", "0.8", "--recipe", recipe)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count("report:") == 1  # the first alone says what came of it
     result = layersmith.compress(parent, tmp_path / "one", data=text_folder, budget=0.8, recipe=RECIPE)
@@ -83,7 +78,8 @@ def test_finalists_on_two_and_gone_on_with_one(
     other = shutil.copytree(run, tmp_path / "two")
     command = ("--tokens", 2560, "--finalists", 2)
     process = subprocess.Popen(
-        launched("distill", other, *command), env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
+        torchrun(2, "-m", "layersmith", "distill", other, *command),
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
     )  # fmt: skip
     saved = other / "distillation" / "global" / "checkpoints"

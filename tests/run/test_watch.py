@@ -22,13 +22,19 @@ from tests.faults.operations import forks
 LOST = "was killed, hangs or is cut off during the stage scores. To resume, run the same command again."
 
 
-def work(folder: Path, environment: dict[str, str], busy: int, seconds: float) -> None:
-    """One of several processes; number ``busy`` works while the others wait for it."""
+def begin(folder: Path, environment: dict[str, str]) -> Runtime:
+    """Make this process one of several, with frequent signs of life and its sentences in a file."""
     os.environ.update(environment)
     watch.BEAT_SECONDS = 0.2
     runtime = Runtime.detect("cpu")
     sys.stderr = open(folder / f"said-{runtime.rank}", "w", buffering=1)  # noqa: SIM115
     ranks.start(runtime)
+    return runtime
+
+
+def work(folder: Path, environment: dict[str, str], busy: int, seconds: float) -> None:
+    """One of several processes; number ``busy`` works while the others wait for it."""
+    runtime = begin(folder, environment)
     with ranks.first(contextlib.nullcontext):
         ranks.doing("scores")
         (folder / f"ready-{runtime.rank}").touch()
@@ -37,9 +43,14 @@ def work(folder: Path, environment: dict[str, str], busy: int, seconds: float) -
         ranks.on_first(lambda: None)
 
 
-def environment_of(rank: int, world_size: int, address: str, port: int) -> dict[str, str]:
-    of_group = {"WORLD_SIZE": world_size, "MASTER_ADDR": address, "MASTER_PORT": port, "RANK": rank}
-    return {name: str(value) for name, value in of_group.items()}
+def environments(world_size: int) -> Iterator[dict[str, str]]:
+    """What torchrun would tell each process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    for rank in range(world_size):
+        of_group = {"WORLD_SIZE": world_size, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank}
+        yield {name: str(value) for name, value in of_group.items()}
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
@@ -53,18 +64,14 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 def start(tmp_path: Path) -> Iterator[Callable[..., list[Any]]]:
     processes: list[Any] = []
 
-    def begin(busy: int, seconds: float, world_size: int = 3) -> list[Any]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        for rank in range(world_size):
-            environment = environment_of(rank, world_size, "127.0.0.1", port)
+    def begun(busy: int, seconds: float, world_size: int = 3) -> list[Any]:
+        for environment in environments(world_size):
             processes.append(forks.Process(target=work, args=(tmp_path, environment, busy, seconds)))
             processes[-1].start()
         wait_for(lambda: len(list(tmp_path.glob("ready-*"))) == world_size)
         return processes
 
-    yield begin
+    yield begun
     for process in processes:
         process.kill()
         process.join()
@@ -90,11 +97,7 @@ def test_who_works_longer_than_the_patience_is_left_alone(start: Callable, tmp_p
 
 def train(folder: Path, environment: dict[str, str], wrong: set[int]) -> None:
     """One of two processes; those in ``wrong`` have an error where the others are in a collective operation."""
-    os.environ.update(environment)
-    watch.BEAT_SECONDS = 0.2
-    runtime = Runtime.detect("cpu")
-    sys.stderr = open(folder / f"said-{runtime.rank}", "w", buffering=1)  # noqa: SIM115
-    ranks.start(runtime)
+    runtime = begin(folder, environment)
     with ranks.watched(), ranks.ending_all():
         ranks.doing("distilled")
         if runtime.rank in wrong:
@@ -104,11 +107,7 @@ def train(folder: Path, environment: dict[str, str], wrong: set[int]) -> None:
 
 @pytest.mark.parametrize("wrong", [{1}, {0, 1}])
 def test_an_error_of_one_process_ends_those_that_wait_for_it(wrong: set[int], tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environments = [environment_of(rank, 2, "127.0.0.1", port) for rank in range(2)]
-    processes = [forks.Process(target=train, args=(tmp_path, environment, wrong)) for environment in environments]
+    processes = [forks.Process(target=train, args=(tmp_path, environment, wrong)) for environment in environments(2)]
     for process in processes:
         process.start()
     for rank, process in enumerate(processes):

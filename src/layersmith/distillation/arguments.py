@@ -107,6 +107,30 @@ def training_arguments(
     return made
 
 
+def why_not_sharded(recipe: DistillationRecipe, processes: int, dtype: str, has_formats: bool) -> str | None:
+    """Why the weights of parent and child cannot be sharded over all processes; None if they can.
+
+    Args:
+        recipe: The recipe's section ``distillation``.
+        processes: Number of processes.
+        dtype: Name of the data type of the run's computation.
+        has_formats: Whether the child has number formats.
+    """
+    if processes == 1:
+        return "there is one process; start several with torchrun"
+    if recipe.trainer.get("fsdp") or recipe.trainer.get("deepspeed"):
+        return "distillation.trainer sets fsdp or deepspeed"
+    if has_formats:
+        return "the child has number formats"
+    if recipe.finalists > 1:
+        return "finalists are trained whole; set distillation.finalists to 1"
+    if "optim" in recipe.trainer:
+        return "distillation.trainer sets another optimizer"
+    if "float16" in (dtype if recipe.precision == "auto" else recipe.precision).split("."):
+        return "gradients in float16 are scaled as a whole; set distillation.precision to bfloat16 or float32"
+    return None
+
+
 def _check_fields(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises: UsageError: Some name is no field of TrainingArguments, or one that the recipe sets elsewhere."""
     where = "recipe distillation.trainer"

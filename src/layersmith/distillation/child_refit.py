@@ -27,6 +27,7 @@ from torch import nn
 from layersmith.distillation.activations import BLOCK, Rows, run_parent_layer
 from layersmith.distillation.reconstruction import correction, watched
 from layersmith.distillation.team import ALONE, Team
+from layersmith.execution.exchange import set_weight
 from layersmith.execution.layerwise import LayerwiseParent, Split
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
@@ -67,7 +68,7 @@ class ChildRefit:
             module = self.split.attention if attention is None else self.layerwise.module_of(attention, self.split)
             corrected |= self._correct(module, "attention", "attention", rows)
             for name, weight in corrected.items():
-                _set(layer, name, weight.to(next(layer.parameters())))
+                set_weight(layer, name, weight.to(next(layer.parameters())))
         if not any(a.subblock == "ffn" and a.is_no_op for a in alternatives):
             corrected |= self._correct(layer, "ffn", BLOCK, rows)
         if not rows.parent.is_recorded:
@@ -115,18 +116,12 @@ class ChildRefit:
         with watched(module, name.removesuffix(".weight")) as seen:
             before = self.layerwise.run(batch, self.index, given, module)
         previous = module.get_parameter(name).detach()
-        _set(module, name, changed)
+        set_weight(module, name, changed)
         after = self.layerwise.run(batch, self.index, given, module)
-        _set(module, name, previous)
+        set_weight(module, name, previous)
         step = (seen[0][0].double() @ change.T).view(before.shape)
         error = (after.double() - before.double() - step).abs().max()
         rounding = 4 * torch.finfo(before.dtype).eps * before.double().abs().max()
         objections = (error > 0.05 * step.abs().max() + rounding).double()
         self.team.add_up([objections])
         return not objections
-
-
-def _set(module: nn.Module, name: str, weight: torch.Tensor) -> None:
-    """Set a weight without changing the tensor that the parent shares."""
-    holder, _, last = name.rpartition(".")
-    module.get_submodule(holder).register_parameter(last, nn.Parameter(weight, requires_grad=False))

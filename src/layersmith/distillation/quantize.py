@@ -15,7 +15,7 @@ from torch import nn
 
 from layersmith.distillation.activations import Rows
 from layersmith.errors import UnsupportedModel
-from layersmith.execution.exchange import few_tokens
+from layersmith.execution.exchange import few_tokens, set_weight
 from layersmith.execution.layerwise import Batch, Builder, LayerwiseParent, NotLayerwise, split_layers
 from layersmith.execution.parent import Parent
 from layersmith.library.alternative import Alternative, changed_by_layer, pair_identity
@@ -111,9 +111,7 @@ def _quantized(
                 layerwise.run(batch, i, rows.child_input(numbers, hidden), layer)
         made = quantized(layer, formats, moments, partial(layerwise.run, few, i, few.embedded, layer))
         for name, values in made.tensors().items():
-            holder, _, last = name.rpartition(".")
-            changed = nn.Parameter(values.to(layer.get_parameter(name)), requires_grad=False)
-            layer.get_submodule(holder).register_parameter(last, changed)
+            set_weight(layer, name, values.to(layer.get_parameter(name)))
         result.add(made)
     return result
 

@@ -198,6 +198,12 @@ def output_of(layer: nn.Module, run: Callable[[], Any]) -> torch.Tensor:
     return seen[0]
 
 
+def set_weight(module: nn.Module, name: str, weight: torch.Tensor) -> None:
+    """Set a weight without changing the tensor that another model may share."""
+    holder, _, last = name.rpartition(".")
+    module.get_submodule(holder).register_parameter(last, nn.Parameter(weight, requires_grad=False))
+
+
 def share_buffers(source: nn.Module, target: nn.Module) -> None:
     """Let ``target`` use the buffers of ``source`` that no ``state_dict`` holds.
 

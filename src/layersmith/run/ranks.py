@@ -21,9 +21,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from layersmith import errors
 from layersmith.errors import LayersmithError, OutOfMemory, first_line
-from layersmith.foreign import MORE_MEMORY, is_out_of_memory
+from layersmith.foreign import is_out_of_memory
 from layersmith.run.runtime import Runtime
-from layersmith.run.watch import Watch, watch_over
+from layersmith.run.watch import Watch, watch_over, without_memory
 
 # The first process may score or evaluate for days while the others wait.
 _TIMEOUT = timedelta(days=7)
@@ -276,9 +276,10 @@ def _as_data(error: Exception) -> tuple[str, str]:
     if isinstance(error, LayersmithError):
         name = type(error).__name__
         return (name if hasattr(errors, name) else LayersmithError.__name__), str(error)
-    where = "".join(f" during the stage {watch.doing}" for watch in _watches if watch.doing)
+    doing = next((watch.doing for watch in _watches), "")
     if is_out_of_memory(error):
-        return OutOfMemory.__name__, f"process {number()} of {count()} ran out of memory{where}. {MORE_MEMORY}"
+        return OutOfMemory.__name__, without_memory(number(), count(), doing)
+    where = f" during the stage {doing}" if doing else ""
     return "", f"process {number()} of {count()} failed{where}: {type(error).__name__}: {first_line(error)}"
 
 

@@ -35,6 +35,12 @@ _MOST_BYTES = 1024
 _ADVICE = "To resume, run the same command again."
 
 
+def without_memory(rank: int, count: int, doing: str) -> str:
+    """What to say where a process has no memory left."""
+    where = f" during the stage {doing}" if doing else ""
+    return f"process {rank} of {count} ran out of memory{where}. {MORE_MEMORY}"
+
+
 @dataclass
 class Watch:
     """A thread that shows the others that this process lives, and watches whether they do.
@@ -101,13 +107,8 @@ class Watch:
         while self._unraisable:
             failure = self._unraisable.popleft()
             if issubclass(failure.exc_type, MemoryError) and not self._ending:
-                self.leave(self.without_memory())
+                self.leave(without_memory(self.rank, len(self.addresses), self.doing))
             self._hook(failure)
-
-    def without_memory(self) -> str:
-        """What to say where there is no memory left."""
-        where = f" during the stage {self.doing}" if self.doing else ""
-        return f"process {self.rank} of {len(self.addresses)} ran out of memory{where}. {MORE_MEMORY}"
 
     def give_up(self) -> NoReturn:
         """After a failed collective operation: wait until the thread knows who is gone, and exit."""

@@ -14,6 +14,7 @@ from functools import cached_property
 
 from torch import nn
 
+from layersmith.distillation.arguments import why_not_sharded
 from layersmith.distillation.train import TRAINED_BYTES
 from layersmith.execution.dealing import deal
 from layersmith.execution.layerwise import (
@@ -158,9 +159,9 @@ class Sizes:
     @cached_property
     def is_trained_sharded(self) -> bool:
         """Whether parent and child are sharded over the processes in global distillation."""
-        settings = self.recipe.distillation
-        never = settings.sharded == "never" or settings.finalists > 1 or set(self.recipe.formats) - {AUTOMATIC}
-        if self.memory.processes == 1 or never:
+        settings, has_formats = self.recipe.distillation, bool(set(self.recipe.formats) - {AUTOMATIC})
+        why_not = why_not_sharded(settings, self.memory.processes, self.recipe.dtype, has_formats)
+        if settings.sharded == "never" or why_not is not None:
             return False
         trained = TRAINED_BYTES * self.whole / self.memory.itemsize
         is_too_large = trained > SHARE_OF_MEMORY * (self.memory.size - self.whole)

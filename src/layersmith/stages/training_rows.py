@@ -12,7 +12,7 @@ import torch
 
 from layersmith.data.splits import check_vocabulary
 from layersmith.data.training import TrainingSource, training_rows
-from layersmith.distillation.arguments import rehearse, training_arguments
+from layersmith.distillation import arguments
 from layersmith.distillation.parent_logits import ParentLogits
 from layersmith.distillation.steps import Steps
 from layersmith.distillation.train import hidden_size_of
@@ -50,33 +50,20 @@ def check(job: Job) -> Steps:
     settings, parent = job.recipe.distillation, job.parent
     steps = Steps.of(settings, settings.tokens, job.read(DATA).evaluation.shape[1], parent.runtime.world_size)
     size = hidden_size_of(parent)
-    arguments = training_arguments(settings, steps, parent.runtime, size, job.recipe.seed, job.run.folder)  # raises
-    if job.formats and (arguments.fsdp or arguments.deepspeed):
+    trainers = arguments.training_arguments(settings, steps, parent.runtime, size, job.recipe.seed, job.run.folder)
+    if job.formats and (trainers.fsdp or trainers.deepspeed):
         raise UsageError(
             "distillation: a child with number formats cannot be divided among processes (FSDP, DeepSpeed)."
         )
     if parent.runtime.world_size == 1:
-        job.once("rehearsal of training", lambda: rehearse(arguments, settings.trainer))
+        job.once("rehearsal of training", lambda: arguments.rehearse(trainers, settings.trainer))
     return steps
 
 
 def why_not_sharded(job: Job) -> str | None:
     """Why the weights of parent and child cannot be sharded over all processes; None if they can."""
-    settings, runtime = job.recipe.distillation, job.runtime
-    if runtime.world_size == 1:
-        return "there is one process; start several with torchrun"
-    if settings.trainer.get("fsdp") or settings.trainer.get("deepspeed"):
-        return "distillation.trainer sets fsdp or deepspeed"
-    if job.formats:
-        return "the child has number formats"
-    if settings.finalists > 1:
-        return "finalists are trained whole; set distillation.finalists to 1"
-    if "optim" in settings.trainer:
-        return "distillation.trainer sets another optimizer"
-    precision = runtime.dtype if settings.precision == "auto" else settings.precision
-    if "float16" in str(precision).split("."):
-        return "gradients in float16 are scaled as a whole; set distillation.precision to bfloat16 or float32"
-    return None
+    runtime = job.runtime
+    return arguments.why_not_sharded(job.recipe.distillation, runtime.world_size, str(runtime.dtype), bool(job.formats))
 
 
 def _check_disk(job: Job) -> None:
