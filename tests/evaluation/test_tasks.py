@@ -13,9 +13,11 @@ import torch
 
 import layersmith
 from layersmith.errors import InputError, UsageError
+from layersmith.evaluation.choices import answers, in_batches, questions
 from layersmith.evaluation.tasks import TaskResult, require_tasks, run_tasks, task_rows
 from layersmith.recipe import EvaluationRecipe
-from tests.conftest import TINY_RECIPE
+from tests.conformance.tiny import tiny_config
+from tests.conftest import TINY_RECIPE, stock_model
 
 ITEMS = [
     {"query": "import os", "choices": ["def read(path):", "class Tree:", "return"], "gold": 2},
@@ -96,6 +98,65 @@ def test_accuracy_is_that_of_likelihoods(choices: Path, make_parent: Callable[..
         expected.append(float(scores.index(max(scores)) == item["gold"]))
     assert accuracy.values == expected
     assert accuracy.chance == pytest.approx((1 / 3 + 1 / 2 + 1 / 2) / 3)
+
+
+@pytest.mark.parametrize(
+    ("family", "is_shared"), [("llama", True), ("gpt2", True), ("mixtral", True), ("bamba", False)]
+)
+def test_contexts_are_read_once(family: str, is_shared: bool, tokenizer: Any, tmp_path: Path) -> None:
+    """Likelihoods are those of whole sequences; where a cache cannot be repeated, every sequence is read."""
+    pytest.importorskip("lm_eval")
+    config = tiny_config(family)
+    config.vocab_size = len(tokenizer)
+    model = stock_model(config)
+    query = "def read(path):\n    return path.read_text()\n\nimport os"
+    items = [
+        {"query": query + i * " name", "choices": ["a", "a list of names", "0x", "names:"], "gold": 0} for i in range(6)
+    ]
+    file = tmp_path / "many.jsonl"
+    file.write_text("".join(json.dumps(item) + "\n" for item in items))
+    read = 0
+
+    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
+        nonlocal read
+        read += (kwargs["input_ids"] if "input_ids" in kwargs else args[0]).numel()
+
+    handle = model.register_forward_pre_hook(count, with_kwargs=True)
+    results = run_tasks(model, tokenizer, EvaluationRecipe(tasks=(str(file),)))
+    handle.remove()
+    whole = expected = 0
+    for item in items:
+        scores = [log_likelihood(model, tokenizer, str(item["query"]), f" {choice}") for choice in item["choices"]]
+        expected += scores.index(max(scores)) == 0
+        whole += sum(len(tokenizer(f"{item['query']} {choice}")["input_ids"]) for choice in item["choices"])
+    assert next(result for result in results if result.metric == "acc").mean == expected / len(items)
+    assert (read < 0.75 * whole) == is_shared  # lm-eval itself reads the first batch too
+
+
+def test_answers_are_those_of_whole_sequences() -> None:
+    """Two contexts of one length, one of another, and one that nobody shares."""
+    model = stock_model(tiny_config("llama"))
+    generator = torch.Generator().manual_seed(0)
+
+    def tokens(count: int) -> list[int]:
+        return torch.randint(3, 100, (count,), generator=generator).tolist()
+
+    contexts = [tokens(12), tokens(12), tokens(15)]
+    requests = [(None, c, tokens(n)) for c in contexts for n in (1, 3, 2)] + [(None, tokens(9), tokens(2))]
+    asked = questions(requests, 17)
+    assert [question.places for question in asked] == [[0, 1, 2], [3, 4, 5]]  # 15 and 3 tokens are too long
+    batches = list(in_batches(questions(requests, 64), 6))
+    assert [[q.places[0] for q in batch] for batch in batches] == [[6], [0, 3]]
+    known = {place: answer for batch in batches for place, answer in (answers(model, batch) or {}).items()}
+    assert sorted(known) == list(range(9))
+    for place, (likelihood, is_greedy) in known.items():
+        _, context, continuation = requests[place]
+        with torch.inference_mode():
+            scores = model(torch.tensor([context + continuation])).logits[0, len(context) - 1 : -1].log_softmax(-1)
+        assert likelihood == pytest.approx(
+            sum(float(s[t]) for s, t in zip(scores, continuation, strict=True)), abs=1e-4
+        )
+        assert is_greedy == (scores.argmax(-1).tolist() == continuation)
 
 
 def test_a_run_reports_tasks(

@@ -22,6 +22,7 @@ import yaml
 from transformers import PreTrainedModel
 
 from layersmith.errors import InputError, UsageError
+from layersmith.evaluation.choices import Answer, agree, answers, in_batches, questions
 from layersmith.foreign import foreign_code
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import EvaluationRecipe
@@ -214,11 +215,21 @@ def _counted(model: PreTrainedModel, tokenizer: Any, progress: Progress) -> Any:
     from lm_eval.models.huggingface import HFLM
 
     class Counted(HFLM):
+        """Reads a context once for all of its continuations, and shows progress."""
+
         advance: Callable[[float], object]
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> Any:
             with progress.stage("tasks", len(requests), "requests") as self.advance:
                 return super().loglikelihood(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(self, requests: Any, *args: Any, **kwargs: Any) -> list[Answer]:
+            known = _shared(model, requests, self.max_length, super()._loglikelihood_tokens, self.advance)
+            for place, answer in known.items():
+                self.cache_hook.add_partial("loglikelihood", requests[place][0], answer)
+            rest = [request for i, request in enumerate(requests) if i not in known]
+            others = iter(super()._loglikelihood_tokens(rest, *args, **kwargs) if rest else ())
+            return [known[i] if i in known else next(others) for i in range(len(requests))]
 
         def _model_call(self, inps: Any, *args: Any, **kwargs: Any) -> Any:
             self.advance(len(inps))
@@ -226,6 +237,33 @@ def _counted(model: PreTrainedModel, tokenizer: Any, progress: Progress) -> Any:
 
     with quiet_transformers():
         return Counted(pretrained=model, tokenizer=tokenizer, batch_size=_BATCH)
+
+
+def _shared(
+    model: PreTrainedModel,
+    requests: Sequence[tuple[Any, list[int], list[int]]],
+    longest: int,
+    one_by_one: Callable[..., list[Answer]],
+    advance: Callable[[float], object],
+) -> dict[int, Answer]:
+    """Answers to the requests that share their context with others, by their places.
+
+    The first batch is also answered by lm-eval. If that does not agree, or the model has no cache that can be repeated,
+    lm-eval answers all.
+    """
+    result: dict[int, Answer] = {}
+    for batch in in_batches(questions(requests, longest), _BATCH):
+        made = None
+        with foreign_code("can a context be read once?", refusal_is_answer=True):
+            made = answers(model, batch)
+        if made is None:
+            return {}
+        if result:
+            advance(len(made))
+        elif not agree(list(made.values()), one_by_one([requests[i] for i in made]), model.dtype):
+            return {}
+        result |= made
+    return result
 
 
 @contextmanager
