@@ -259,6 +259,15 @@ class DistillationRecipe:
     """Steps between two evaluations on the scoring rows; 0 evaluates only at the end."""
     save_seconds: NonNegativeFloat = 60.0
     """Minimum time between two checkpoints, in seconds. It grows where writing one takes long."""
+    long_tokens: NonNegativeInt = 0
+    """Training tokens of a second part with longer rows, after `tokens`; 0 leaves it out."""
+    long_sequence_length: Count | None = None
+    """Tokens of its rows, a multiple of `data.sequence_length`. Default: eight times that, or what the parent's context
+    and the evaluation's text allow."""
+    long_learning_rate: PositiveFloat | None = None
+    """Its peak learning rate. Default: a third of the first part's."""
+    long_data: str | None = None
+    """Its text: a source as of `--data`, also a mixture. Default: the text of the first part, from where that ends."""
     overlap: Overlap | None = None
     """What to do with training rows that share long runs of text with evaluation rows. Default: `data.overlap`."""
     report_to: tuple[str, ...] = ()

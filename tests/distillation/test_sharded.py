@@ -151,7 +151,7 @@ def test_a_run_goes_on_with_other_numbers_of_processes(
 def test_two_processes_end_what_one_began_and_write_the_same_child(
     text_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
-    """A mixture of experts, whose files have other names; the parent stays on the disk."""
+    """A mixture of experts, whose files have other names; the parent stays on the disk. Long rows follow."""
     config = tiny_config("mixtral")
     config.vocab_size = 512
     tiny_model(config).save_pretrained(tmp_path / "parent")
@@ -160,9 +160,13 @@ def test_two_processes_end_what_one_began_and_write_the_same_child(
         tmp_path / "parent", tmp_path / "one", data=text_folder, budget=0.8, recipe=TINY_RECIPE
     ).run
     other, settings = streamed(run, tmp_path / "other"), {"tokens": 5120, "batch_tokens": 128, "learning_rate": 3e-4}
+    settings |= {"long_tokens": 1024, "long_sequence_length": 64}
     children = [distilled(folder, 2, settings) for folder in (run, other)]
     assert (children[0] / "config.json").read_text() == (children[1] / "config.json").read_text()
     assert_same_quality(run, other, points=40)
+    one, two = (read_json(folder / "distillation" / "long" / "log.json")["points"] for folder in (run, other))
+    assert len(one) == len(two) == 8
+    assert two[-1] == pytest.approx(one[-1], rel=1e-2)
 
 
 @pytest.mark.skipif("LAYERSMITH_DIVIDED" not in os.environ, reason="make divided: takes minutes")

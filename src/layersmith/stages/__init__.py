@@ -24,6 +24,7 @@ HOLDS = {
     "evaluation": "quality of the child compared with the parent, and sample texts",
     "clock": "times of parent and child on this machine, or as AIConfigurator predicts them for whole models",
     "distillation/data": "rows for global distillation",
+    "distillation/long_data": "longer rows for the second part of global distillation",
     "distillation/finalists": "solutions that were distilled for a short while, and the winner",
     "distilled": "the child after global distillation",
     "distillation/evaluation": "quality of the child before and after global distillation",

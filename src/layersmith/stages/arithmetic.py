@@ -16,7 +16,7 @@ from layersmith.costs.table import CostTable
 from layersmith.evaluation.task_size import tokens_of_tasks
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes
-from layersmith.recipe import LocalDistillationRecipe, Recipe
+from layersmith.recipe import DistillationRecipe, LocalDistillationRecipe, Recipe
 from layersmith.scoring.library_scores import SWEEP_PASSES
 from layersmith.scoring.task import exact_passes
 from layersmith.stages.job import formats_of
@@ -125,9 +125,14 @@ def stage_flops(space: SearchSpace, recipe: Recipe) -> dict[str, float]:
         "evaluation": 4.0 * whole * (evaluation + samples),
         "tasks": 4.0 * whole * (tokens_of_tasks(recipe.evaluation) or 0.0),
         "clock": _round(recipe, whole) if recipe.costs.time_child else 0.0,
-        "distilled": (2.0 + 2.0 * TRAINING) * whole * recipe.distillation.tokens,
+        "distilled": (2.0 + 2.0 * TRAINING) * whole * _trained(recipe.distillation),
     }
     return {stage: count for stage, count in flops.items() if count}
+
+
+def _trained(recipe: DistillationRecipe) -> int:
+    """Tokens of global distillation in both parts."""
+    return recipe.tokens + (recipe.long_tokens if recipe.tokens else 0)
 
 
 def _round(recipe: Recipe, whole: float) -> float:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ import torch
 
 from layersmith.distillation.parent_logits import ParentLogits, TopTokens, cache_folder, remember
 from layersmith.distillation.straight_through import rounded_again, rounded_in_forward
-from layersmith.distillation.train import GlobalSetup, Trained, TrainingRows, save_trained, train
+from layersmith.distillation.train import (
+    GlobalSetup,
+    Trained,
+    TrainingRows,
+    last_complete_checkpoint,
+    save_trained,
+    train,
+)
 from layersmith.recipe import DistillationRecipe
 from layersmith.records import parse
 from layersmith.report.card import Child, complete_card, write_card
@@ -26,50 +34,78 @@ from layersmith.run.cards import keep_card
 from layersmith.run.journal import shared_work_folder
 from layersmith.run.progress import Progress
 from layersmith.run.stage import Making, Stage
+from layersmith.stages import long_context
 from layersmith.stages.data import DATA
 from layersmith.stages.evaluate import compared_with_parent, rows_of_tasks
 from layersmith.stages.finalists import FINALISTS, starting_child, training_inputs
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
+from layersmith.stages.long_context import LONG_ROWS
 from layersmith.stages.realize import CHILD, write_formats
 from layersmith.stages.student import Student, parent_and_student
 from layersmith.stages.tasks import task_inputs
 from layersmith.stages.training_rows import ROWS, check, is_wanted, training_source
 
+# Folder of the checkpoints of a part of the training.
+CHECKPOINTS = "checkpoints"
+
 
 def _described(job: Job) -> Child:
     """What the card says of the distilled child."""
-    steps = check(job)
+    steps = [check(job), *([long_context.check(job)] if long_context.is_wanted(job) else [])]
     return Child(
         run=job.run,
         library=job.read(LIBRARY),
         solution=starting_child(job)[1],
         recipe=job.recipe,
-        learned_tokens=steps.count * steps.tokens,
+        learned_tokens=sum(of_part.count * of_part.tokens for of_part in steps),
         learned_from=training_source(job),
     )
 
 
+@dataclass(frozen=True, eq=False)
+class _Part:
+    """A part of the training: how, and on what."""
+
+    setup: GlobalSetup
+    data: TrainingRows
+
+
+def _parts(job: Job, making: Making, dtype: torch.dtype) -> list[_Part]:
+    """The training on ordinary rows, and the one on long rows if that is wanted."""
+    settings, rows = job.recipe.distillation, job.read(ROWS)
+
+    def part(name: str, title: str, recipe: DistillationRecipe, data: TrainingRows) -> _Part:
+        folder = job.run.folder / "distillation" / name
+        checkpoints = shared_work_folder(folder / CHECKPOINTS, making.inputs)
+        setup = GlobalSetup(
+            recipe, recipe.tokens, job.recipe.seed, checkpoints, folder / "log.json", title, dtype=dtype
+        )
+        return _Part(setup, data)
+
+    cache = _remembered(job, settings, rows, making.progress)
+    parts = [part("global", "global distillation", settings, TrainingRows(rows, job.read(DATA).scoring, cache))]
+    if long_context.is_wanted(job):
+        scoring = long_context.joined(job.read(DATA).scoring, long_context.length_of(job))
+        long = TrainingRows(job.read(LONG_ROWS), scoring if len(scoring) else None)
+        parts.append(part("long", "global distillation on long rows", long_context.settings_of(job), long))
+    return parts
+
+
 def _train(job: Job, making: Making) -> tuple[Student, Trained]:
-    settings, rows, folder = job.recipe.distillation, job.read(ROWS), job.run.folder / "distillation" / "global"
-    cache, validation = _remembered(job, settings, rows, making.progress), job.read(DATA).scoring
     parent, student = parent_and_student(job, making.progress)
-    child = student.model
-    setup = GlobalSetup(
-        recipe=settings,
-        tokens=settings.tokens,
-        seed=job.recipe.seed,
-        folder=shared_work_folder(folder / "checkpoints", making.inputs),
-        curve=folder / "log.json",
-        name="global distillation",
-        dtype=student.dtype,
-    )
+    child, parts = student.model, _parts(job, making, student.dtype)
+    begun = [last_complete_checkpoint(part.setup.folder) is not None for part in parts]
     with (
-        making.progress.stage(DISTILLED.name, settings.tokens, "tokens") as advance,
+        making.progress.stage(DISTILLED.name, sum(part.setup.tokens for part in parts), "tokens") as advance,
         rounded_in_forward(child, student.rounded, parent.runtime.device),
     ):
-        trained = train(parent, child, TrainingRows(rows, validation, cache), setup, advance)
-    making.elsewhere.append(setup.curve)
+        for i, part in enumerate(parts):
+            if any(begun[i + 1 :]):  # its result is in the checkpoint of the next part
+                advance(part.setup.tokens)
+            else:
+                trained = train(parent, child, part.data, part.setup, advance)
+    making.elsewhere.extend(part.setup.curve for part in parts)
     return dataclasses.replace(student, rounded=rounded_again(child, student.rounded)), trained
 
 
@@ -113,6 +149,8 @@ def _compared(job: Job, making: Making) -> dict[str, dict[str, Any]]:
     for when, stage in (("before", CHILD), ("after", DISTILLED)):
         child, compared = compared_with_parent(job, job.read(stage), making.progress)
         comparisons[when] = compared.to_dict()
+        if long_context.is_wanted(job):
+            comparisons[when]["rows"] += long_context.compared(job, child, making.progress)
         if ranks.is_first():
             comparisons[when]["rows"] += rows_of_tasks(job, child, job.made_from(stage), making.progress)
         del child
@@ -133,7 +171,8 @@ def complete_card_of_distilled(job: Job, evaluation: dict[str, Any]) -> None:
 
 def remove_checkpoints(job: Job) -> None:
     """Remove the checkpoints of a training that is finished."""
-    remove(job.run.folder / "distillation" / "global" / "checkpoints")
+    for name in ("global", "long"):
+        remove(job.run.folder / "distillation" / name / CHECKPOINTS)
 
 
 def keep_card_of_distilled(job: Job) -> None:
@@ -152,4 +191,4 @@ COMPARED: Stage[Job, dict[str, Any]] = Stage(
     meanwhile=_compared,
 )
 
-DISTILLATION: tuple[Stage[Job, Any], ...] = (ROWS, FINALISTS, DISTILLED, COMPARED)
+DISTILLATION: tuple[Stage[Job, Any], ...] = (ROWS, LONG_ROWS, FINALISTS, DISTILLED, COMPARED)

@@ -20,8 +20,10 @@ from layersmith.run.digests import read_sealed, write_sealed
 from layersmith.run.journal import shared_work_folder
 from layersmith.run.stage import Making, Stage
 from layersmith.search.solution import Solution
+from layersmith.stages import long_context
 from layersmith.stages.data import DATA
 from layersmith.stages.job import Job
+from layersmith.stages.long_context import LONG_ROWS
 from layersmith.stages.realize import CHILD, library_with_pairs
 from layersmith.stages.refine import SOLUTION
 from layersmith.stages.search import problem_of, read_solution
@@ -35,8 +37,10 @@ def has_finalists(job: Job) -> bool:
 def training_inputs(job: Job) -> list[Any]:
     """Where loggers write, how often checkpoints are written, and what each process holds change no weights."""
     settings = to_data(dataclasses.replace(job.recipe.distillation, report_to=(), save_seconds=0.0))
-    made = [job.made_from(stage) for stage in (CHILD, ROWS)]
-    return [*made, {n: v for n, v in settings.items() if n != "sharded"}, job.recipe.seed, job.dtype]
+    stages = (CHILD, ROWS, LONG_ROWS) if long_context.is_wanted(job) else (CHILD, ROWS)
+    made = [job.made_from(stage) for stage in stages]
+    others = [name for name in settings if name == "sharded" or (name.startswith("long_") and LONG_ROWS not in stages)]
+    return [*made, {n: v for n, v in settings.items() if n not in others}, job.recipe.seed, job.dtype]
 
 
 def _solutions(job: Job) -> list[Solution]:

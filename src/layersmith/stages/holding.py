@@ -180,6 +180,13 @@ class Sizes:
         rows = max(1, batch_tokens // length)
         return length * (rows if sequences is None else min(rows, sequences))
 
+    @property
+    def long_row(self) -> int:
+        """Tokens of a row in the second part of global distillation, at most; 0 without it."""
+        settings, data = self.recipe.distillation, self.recipe.data
+        default = data.sequence_length * min(8, data.evaluation_sequences)
+        return (settings.long_sequence_length or default) if settings.long_tokens else 0
+
     @cached_property
     def scored_at_once(self) -> int:
         """Tokens that scoring takes through a layer at once."""
@@ -446,7 +453,7 @@ def _distilled(h: Sizes) -> Iterator[Holding]:
         unit = max(h.layers) / h.memory.itemsize + h.hidden * h.vocab
         weights = weights / h.memory.processes + h.memory.itemsize * unit
         optimizer = optimizer / h.memory.processes + 8.0 * unit
-    activations = within * h.in_batch(recipe.device_tokens)
+    activations = within * max(h.in_batch(recipe.device_tokens), h.long_row)
     yield Holding({"weights": weights, "activations": activations, "optimizer": optimizer})
 
 

@@ -298,12 +298,13 @@ def _sent(stage: str, sizes: Sizes, flops: Mapping[str, float]) -> float:
         whole = 2.0 * sizes.whole / sizes.memory.itemsize * sizes.tokens(recipe.data.scoring_sequences)
         return sizes.own * scoring * flops.get(stage, 0.0) / whole
     if stage == "distilled":  # gradients in float32, reduced once a step
-        steps = recipe.distillation.tokens / recipe.distillation.step_tokens(recipe.distillation.tokens)
         parameters, settings = sizes.whole / sizes.memory.itemsize, recipe.distillation
+        parts = [tokens for tokens in (settings.tokens, settings.long_tokens) if tokens]
+        steps = sum(tokens / settings.step_tokens(tokens) for tokens in parts)
         if not sizes.is_trained_sharded:
             return 2 * 4 * parameters * steps
         # In each pass the parent's weights are gathered once, the child's twice, and its gradients reduced.
-        passes = settings.tokens / n / sizes.in_batch(settings.device_tokens)
+        passes = sum(parts) / n / sizes.in_batch(settings.device_tokens)
         return (n - 1) / n * (sizes.memory.itemsize + 3 * 4) * parameters * passes
     return 0.0
 

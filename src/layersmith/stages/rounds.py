@@ -98,7 +98,7 @@ def of_round(recipe: Recipe, number: int) -> Recipe:
     tokens = int(EARLY * recipe.distillation.tokens) if each is None else each[number - 1]
     return dataclasses.replace(
         recipe,
-        distillation=dataclasses.replace(recipe.distillation, tokens=tokens),
+        distillation=dataclasses.replace(recipe.distillation, tokens=tokens, long_tokens=0),
         costs=dataclasses.replace(recipe.costs, time_child=False),
         evaluation=EvaluationRecipe(),
         completion_tokens=0,

@@ -20,6 +20,7 @@ from layersmith.errors import InputError, UsageError
 from layersmith.recipe import Overlap
 from layersmith.run.artifacts import write_json, write_tensors
 from layersmith.run.stage import Making, Stage
+from layersmith.stages import long_context
 from layersmith.stages.data import DATA, digest_of, read_rows
 from layersmith.stages.job import Job
 from layersmith.stages.refine import SOLUTION
@@ -55,6 +56,8 @@ def check(job: Job) -> Steps:
         raise UsageError(
             "distillation: a child with number formats cannot be divided among processes (FSDP, DeepSpeed)."
         )
+    if long_context.is_wanted(job):
+        long_context.check(job)
     if parent.runtime.world_size == 1:
         job.once("rehearsal of training", lambda: arguments.rehearse(trainers, settings.trainer))
     return steps
