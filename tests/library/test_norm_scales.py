@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 import torch
 
-from layersmith.library.norm_scales import held_scales, norm_before
+from layersmith.library.norm_scales import held_scales, norm_before, scales_help
+from layersmith.quantization.formats import format_named
+from layersmith.quantization.rounding import quantize
 from tests.conformance.tiny import tiny_config
 from tests.conftest import stock_model
 
@@ -56,3 +58,15 @@ def test_a_norm_holds_its_scales_exactly() -> None:
     wanted = squares[others] ** 0.125
     ratio = scales[others & (norm != 0)] / wanted[norm[others] != 0]
     assert ratio.max() / ratio.min() < 1.02  # bfloat16 has 8 bits
+
+
+@pytest.mark.parametrize("name", ["q4_1", "int4-g32", "int8", "nvfp4"])
+def test_scales_are_left_out_where_weights_are_on_the_levels_of_a_format(name: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weight, squares = torch.randn(300, 128, generator=generator), torch.rand(128, generator=generator) ** 8 * 10
+    _, scales = held_scales(torch.ones(128), squares)
+    format = format_named(name)
+    assert scales_help(weight, scales, squares, format)
+    stored = quantize(weight, format).values().bfloat16()
+    assert not scales_help(stored, scales, squares, format)
+    assert scales_help(stored, scales, squares, format_named("q5_0"))  # whose levels are others

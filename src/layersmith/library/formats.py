@@ -5,8 +5,8 @@ convolutions stay in the parent's data type. A matrix whose shape the format doe
 :meth:`.Format.fitting` names, or stays as well.
 
 Weights are quantized by GPTQ, from the second moments of what the linear maps are given, with input channels scaled
-where the norm before can hold the scales (:mod:`.norm_scales`). Where a linear map was given nothing, as an expert that
-no token chose, its weight is rounded to nearest.
+where the norm before can hold the scales and they help (:mod:`.norm_scales`). Where a linear map was given nothing, as
+an expert that no token chose, its weight is rounded to nearest.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from layersmith.heterogeneous.checkpoint import weight_groups
 from layersmith.heterogeneous.plan import SUBBLOCKS
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.axis import LayerAxes
-from layersmith.library.norm_scales import held_scales, norm_before
+from layersmith.library.norm_scales import held_scales, norm_before, scales_help
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.modeling_layersmith import first_tensor as first_argument
 from layersmith.quantization.formats import Format, format_named
@@ -364,8 +364,9 @@ def quantized(
         whole, factor = torch.cat(weights) if len(weights) > 1 else weights[0], moments.factor(source)
         norm = moments.norm(source, run) if run is not None and names == moments.readers(source) else None
         if norm is not None and factor is not None and (moment := moments.of(source)) is not None:
-            result.norms[norm], scales = held_scales(layer.get_parameter(norm).detach(), moment.diagonal())
-            whole, factor = whole.float() * scales, factor.scaled(scales)
+            divided, scales = held_scales(layer.get_parameter(norm).detach(), moment.diagonal())
+            if scales_help(whole, scales, moment.diagonal(), format):
+                result.norms[norm], whole, factor = divided, whole.float() * scales, factor.scaled(scales)
         parts = _rounded(whole, factor, format).split([len(weight) for weight in weights])
         result.rounded.update(zip(names, parts, strict=True))
     return result
