@@ -160,10 +160,14 @@ def solution_of(method: str, job: Job, problem: SearchProblem) -> Solution | Non
     found = {name: best for name in formats if (best := sequence(problem, name)) is not None}
     if not found:
         return None
-    name = min(found, key=lambda name: found[name][0].score)
+
+    def in_format(name: str, solution: Solution) -> Solution:
+        pairs = [a.in_format(name) for a in solution.alternatives]
+        return problem.of(pairs, embeddings=uniform(problem, name).embeddings)
+
+    name = min(found, key=lambda name: in_format(name, found[name][0]).score)
     best, shapes = found[name]
-    pairs = [a.in_format(name) for a in refined(job, shapes, best).alternatives]
-    return problem.of(pairs, embeddings=uniform(problem, name).embeddings)
+    return in_format(name, refined(job, shapes, best))
 
 
 @contextmanager
