@@ -27,6 +27,7 @@ from layersmith.run.progress import SILENT, Callback, Progress, progress_of
 from layersmith.run.stage import Stage
 from layersmith.run.store import Store
 from layersmith.run.timeline import Timeline
+from layersmith.stages import long_context
 from layersmith.stages.automatic_formats import with_formats, without_impossible
 from layersmith.stages.costs import COSTS
 from layersmith.stages.data import DATA, digest_of_source
@@ -153,6 +154,7 @@ def stages(
     with ranks.watched():
         ranks.on_first(lambda: Run.check(folder))
         require_tasks(whole.recipe.evaluation.tasks)
+        long_context.require_tokens(whole.recipe.distillation)
         _ = whole.path  # a parent in another format is converted by all processes together
         whole.recipe = ranks.from_first(lambda: with_formats(whole))
         for job in rounds_of(whole):

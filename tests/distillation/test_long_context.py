@@ -90,6 +90,13 @@ def test_text_of_its_own(run: Path, tmp_path: Path) -> None:
     assert (description["source"], description["sequence_length"]) == (str(text), 128)
 
 
+def test_it_needs_a_first_part(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"follow distillation\.tokens"):
+        layersmith.compress(
+            "nowhere", tmp_path / "run", data="x", recipe={"distillation": {"long_tokens": 9}}, budget=0.8
+        )
+
+
 @pytest.mark.parametrize(
     ("length", "words"),
     [(100, "larger multiple"), (32, "larger multiple"), (1 << 20, "context of"), (256, "data.evaluation_sequences")],

@@ -35,6 +35,12 @@ def is_wanted(job: Job) -> bool:
     return bool(settings.tokens and settings.long_tokens)
 
 
+def require_tokens(settings: DistillationRecipe) -> None:
+    """Raises: UsageError: The second part has no first one."""
+    if settings.long_tokens and not settings.tokens:
+        raise UsageError("recipe distillation.long_tokens: they follow distillation.tokens, which is 0. Set it too.")
+
+
 def length_of(job: Job) -> int:
     """Tokens of a long row.
 
