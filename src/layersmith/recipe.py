@@ -30,6 +30,8 @@ GENERATE = 128
 DISTILLATION_TOKENS = 1_000_000
 # Peak learning rate of global distillation times the hidden size.
 WIDTH_RATE = 0.15
+# Adapters learn best at a higher rate than all weights: times this one.
+ADAPTERS_FASTER = 4.0
 # Default tokens per optimizer step: this share of all tokens, clamped to these bounds.
 STEP_SHARE, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1 / 200, 2048, 524_288
 
@@ -229,9 +231,12 @@ class DistillationRecipe:
     optimizer: Literal["muon", "adamw"] = "muon"
     """`muon` uses torch's Muon for the matrices of the layers, with updates scaled to the size of AdamW's (arXiv
     2502.16982), and AdamW for the rest. `adamw` uses AdamW for all, as accelerate's FSDP and DeepSpeed always do."""
+    lora_rank: NonNegativeInt = 0
+    """Rank of adapters (LoRA) that are trained instead of all weights and merged at the end, by AdamW; 0 trains the
+    weights. Needs far less memory. Needs PEFT (`pip install 'layersmith[lora]'`)."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate. Default: 0.15 / hidden size, since Adam's best rate falls with the width (arXiv
-    2203.03466)."""
+    2203.03466), and four times that for adapters."""
     schedule: str = "cosine"
     """Learning rate schedule, by its name in Transformers: `cosine`, `linear`, `constant_with_warmup`, ..."""
     warmup: Annotated[float, Field(ge=0, le=1)] = 0.05
@@ -294,7 +299,9 @@ class DistillationRecipe:
 
     def rate(self, hidden_size: int) -> float:
         """The peak learning rate for a model of this hidden size."""
-        return WIDTH_RATE / hidden_size if self.learning_rate is None else self.learning_rate
+        if self.learning_rate is not None:
+            return self.learning_rate
+        return WIDTH_RATE / hidden_size * (ADAPTERS_FASTER if self.lora_rank else 1)
 
     def step_tokens(self, tokens: int) -> int:
         """Tokens per optimizer step for this number of training tokens."""

@@ -122,6 +122,8 @@ def why_not_sharded(recipe: DistillationRecipe, processes: int, dtype: str, has_
         return "distillation.trainer sets fsdp or deepspeed"
     if has_formats:
         return "the child has number formats"
+    if recipe.lora_rank:
+        return "adapters are trained whole; set distillation.lora_rank to 0"
     if recipe.finalists > 1:
         return "finalists are trained whole; set distillation.finalists to 1"
     if "optim" in recipe.trainer:

@@ -16,12 +16,14 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 from layersmith.execution.sharded import let_go
 from layersmith.run import ranks
 
 STATES = "states"
+# Weights that are not trained, as those below adapters, are in the child's own files.
+_OPTIONS = StateDictOptions(ignore_frozen_params=True, strict=False)
 
 
 def save_states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], checkpoint: Path) -> None:
@@ -37,13 +39,16 @@ def load_states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer], c
     states = _states(model, optimizers)
     with _first_failure():
         dcp.load(states, checkpoint_id=checkpoint / STATES, no_dist=not ranks.are_several())
-    set_state_dict(model, optimizers, model_state_dict=states["model"], optim_state_dict=states["optimizer"])
+    set_state_dict(
+        model, optimizers, model_state_dict=states["model"], optim_state_dict=states["optimizer"], options=_OPTIONS
+    )
 
 
 def _states(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, Any]:
     let_go(model)
-    weights, states = get_state_dict(model, optimizers)
-    return {"model": weights, "optimizer": states}
+    weights, states = get_state_dict(model, optimizers, options=_OPTIONS)
+    frozen = {name for name, p in model.named_parameters(remove_duplicate=False) if not p.requires_grad}
+    return {"model": {n: weight for n, weight in weights.items() if n not in frozen}, "optimizer": states}
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from layersmith.distillation.adapters import has_adapters
 from layersmith.distillation.arguments import training_arguments
 from layersmith.distillation.losses import Mixture
 from layersmith.distillation.objective import ChildLosses, ParentTargets, check_pair
@@ -107,7 +108,7 @@ def train(
 
     Args:
         parent: Parent model, on the device to use.
-        child: Child in float32, on any device.
+        child: Child in float32, on any device; or one with adapters, in the dtype of the computation.
         data: Rows to train and validate on.
         setup: How to train.
         advance: Called with the number of tokens just trained on.
@@ -120,6 +121,7 @@ def train(
     mixture = Mixture(kl=recipe.kl, hidden=recipe.hidden, lm=recipe.lm, temperature=recipe.temperature)
     steps = Steps.of(recipe, setup.tokens, data.rows.shape[1], runtime.world_size)
     arguments = training_arguments(recipe, steps, runtime, hidden_size_of(parent), setup.seed, setup.folder)
+    arguments.use_cache = getattr(child.config, "use_cache", arguments.use_cache)  # Trainer writes it into the config
     if data.validation is not None:  # incomplete batches are left out, so there has to be a complete one
         most = max(1, len(data.validation) // runtime.world_size)
         arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, most)
@@ -130,7 +132,7 @@ def train(
     try:
         check_pair(targets.tap, losses.tap, mixture)
         with ranks.ending_all(), losses.as_forward(), _plain_errors(setup.folder):
-            uses_muon = recipe.optimizer == "muon" and "optim" not in recipe.trainer
+            uses_muon = recipe.optimizer == "muon" and "optim" not in recipe.trainer and not has_adapters(child)
             trainer = Distiller(
                 targets,
                 matrices_of(losses.tap.model) if uses_muon else (),
@@ -159,7 +161,7 @@ def _place(parent: Parent, child: PreTrainedModel, setup: GlobalSetup) -> None:
     """Put the child where it is trained, and shard both models if wanted."""
     child.eval()  # checked without dropout; Trainer turns it on
     if not is_sharded(child):
-        module: torch.nn.Module = child.requires_grad_(True)
+        module: torch.nn.Module = child if has_adapters(child) else child.requires_grad_(True)
         module.to(parent.runtime.device)
     if setup.is_sharded:
         for model in (parent.model, child):

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from layersmith.distillation.adapters import merge_adapters
 from layersmith.distillation.parent_logits import ParentLogits, TopTokens, cache_folder, remember
 from layersmith.distillation.straight_through import rounded_again, rounded_in_forward
 from layersmith.distillation.train import (
@@ -105,6 +106,7 @@ def _train(job: Job, making: Making) -> tuple[Student, Trained]:
                 advance(part.setup.tokens)
             else:
                 trained = train(parent, child, part.data, part.setup, advance)
+    merge_adapters(child)
     making.elsewhere.extend(part.setup.curve for part in parts)
     return dataclasses.replace(student, rounded=rounded_again(child, student.rounded)), trained
 

@@ -29,6 +29,9 @@ from layersmith.stages.refine import SOLUTION
 from layersmith.stages.search import problem_of, read_solution
 from layersmith.stages.training_rows import ROWS, is_wanted
 
+# Settings that came later: where they are not set, the trainings of earlier versions are as good.
+_LATER = ("lora_rank", "long_tokens", "long_sequence_length", "long_learning_rate", "long_data")
+
 
 def has_finalists(job: Job) -> bool:
     return is_wanted(job) and job.recipe.distillation.finalists > 1
@@ -39,8 +42,8 @@ def training_inputs(job: Job) -> list[Any]:
     settings = to_data(dataclasses.replace(job.recipe.distillation, report_to=(), save_seconds=0.0))
     stages = (CHILD, ROWS, LONG_ROWS) if long_context.is_wanted(job) else (CHILD, ROWS)
     made = [job.made_from(stage) for stage in stages]
-    others = [name for name in settings if name == "sharded" or (name.startswith("long_") and LONG_ROWS not in stages)]
-    return [*made, {n: v for n, v in settings.items() if n not in others}, job.recipe.seed, job.dtype]
+    counted = {n: v for n, v in settings.items() if n != "sharded" and (v or n not in _LATER)}
+    return [*made, counted, job.recipe.seed, job.dtype]
 
 
 def _solutions(job: Job) -> list[Solution]:

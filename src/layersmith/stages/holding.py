@@ -444,11 +444,14 @@ def _evaluation(h: Sizes) -> Iterator[Holding]:
 def _distilled(h: Sizes) -> Iterator[Holding]:
     """Every process has the parent and, in float32, the child with its gradients and two moments; or shards of both.
 
-    Of what is sharded, a layer and the head are whole at a time: the parent's, and the child's with its gradients.
+    Of what is sharded, a layer and the head are whole at a time: the parent's, and the child's with its gradients. With
+    adapters the child is frozen; those of a matrix have about ``2 rank / hidden size`` of its numbers.
     """
     recipe, parameters = h.recipe.distillation, h.whole / h.memory.itemsize
     within = _BACKWARD * h.within * (1 if recipe.gradient_checkpointing else len(h.layers))
     weights, optimizer = h.whole, TRAINED_BYTES * parameters
+    if recipe.lora_rank:
+        optimizer = h.whole + optimizer * min(1.0, 2 * recipe.lora_rank / h.hidden)
     if h.is_trained_sharded:
         unit = max(h.layers) / h.memory.itemsize + h.hidden * h.vocab
         weights = weights / h.memory.processes + h.memory.itemsize * unit

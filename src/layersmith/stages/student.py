@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
+from layersmith.distillation.adapters import add_adapters
 from layersmith.distillation.train import TRAINED_BYTES, in_float32
 from layersmith.execution.memory import free_memory, give_back
 from layersmith.execution.parent import Parent
 from layersmith.execution.sharded import load_sharded
 from layersmith.execution.streaming import SHARE_OF_MEMORY
 from layersmith.heterogeneous.checkpoint import load
+from layersmith.model_descriptor.stock import casting
 from layersmith.quantization.rounding import Rounded
 from layersmith.run import ranks
 from layersmith.run.progress import Progress
@@ -30,7 +33,7 @@ class Student:
     """A child that is trained.
 
     Attributes:
-        model: The child in float32.
+        model: The child in float32, or with adapters and in the dtype of the computation.
         dtype: Data type in which it is written.
         rounded: Its weights in number formats, by name.
     """
@@ -52,8 +55,14 @@ def parent_and_student(job: Job, progress: Progress) -> tuple[Parent, Student]:
 def _whole(job: Job, solution: Solution, folder: Path, progress: Progress) -> Student:
     if not solution.has_formats:
         child = load(folder, trust_remote_code=job.trust_remote_code)
-        dtype = child.dtype
-        return Student(child.float(), dtype, {})
+        dtype, rank = child.dtype, job.recipe.distillation.lora_rank
+        if not rank:
+            return Student(child.float(), dtype, {})
+        module: nn.Module = child
+        with casting(child, job.runtime.dtype):
+            module.to(job.runtime.dtype)
+        add_adapters(child, job.first_parent.descriptor, rank, job.recipe.seed)
+        return Student(child, dtype, {})
     with composed(job, solution, progress) as (child, rounded):
         return Student(in_float32(child), job.stored_parent.dtype, rounded)
 

@@ -13,6 +13,7 @@ import torch
 from layersmith.data.splits import check_vocabulary
 from layersmith.data.training import TrainingSource, training_rows
 from layersmith.distillation import arguments
+from layersmith.distillation.adapters import require_peft
 from layersmith.distillation.parent_logits import ParentLogits
 from layersmith.distillation.steps import Steps
 from layersmith.distillation.train import hidden_size_of
@@ -56,11 +57,24 @@ def check(job: Job) -> Steps:
         raise UsageError(
             "distillation: a child with number formats cannot be divided among processes (FSDP, DeepSpeed)."
         )
+    _check_adapters(job)
     if long_context.is_wanted(job):
         long_context.check(job)
     if parent.runtime.world_size == 1:
         job.once("rehearsal of training", lambda: arguments.rehearse(trainers, settings.trainer))
     return steps
+
+
+def _check_adapters(job: Job) -> None:
+    """Raises: UsageError: Adapters do not go with another setting, or PEFT is not installed."""
+    settings = job.recipe.distillation
+    if not settings.lora_rank:
+        return
+    require_peft()
+    if job.formats:
+        raise UsageError("recipe distillation.lora_rank: a child with number formats is trained whole. Set it to 0.")
+    if settings.finalists > 1:
+        raise UsageError("recipe distillation.lora_rank: finalists are trained whole. Set distillation.finalists to 1.")
 
 
 def why_not_sharded(job: Job) -> str | None:
