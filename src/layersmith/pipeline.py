@@ -163,8 +163,8 @@ def stages(
                 ask_together(part)
                 for step in _run_part(part) if is_part else _run(part):
                     if isinstance(step, str):
-                        yield place_of(part) + step
-                    elif not place_of(part):
+                        yield place_of(part, folder) + step
+                    elif part.run.folder == folder:
                         yield step
 
 

@@ -62,7 +62,7 @@ def test_rounds_need_sizes_and_as_many_as_there_are_rounds() -> None:
 def test_a_run_in_rounds_is_resumed_inside_a_round_and_measured_against_the_first_parent(
     make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
 ) -> None:
-    parent, run = make_parent("llama", num_hidden_layers=2), tmp_path / "run"
+    parent, run = make_parent("llama", num_hidden_layers=2), tmp_path / "rounds" / "run"  # a name that rounds have
     settings = TINY_RECIPE | {
         "local_distillation": {"coupled_tokens": 0},
         "search": {"refine_passes": 0, "frontier_points": 3},

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from layersmith.costs.budget import Limit, Limits, is_time
 from layersmith.errors import UsageError
 from layersmith.recipe import EvaluationRecipe, Recipe
-from layersmith.run.folder import HIDDEN_SIZES, ROUNDS, Run
+from layersmith.run.folder import ROUNDS, Run
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.distill import DISTILLED
 from layersmith.stages.inspect import outline
@@ -51,12 +52,9 @@ def rounds_of(job: Job) -> Iterator[Job]:
     yield dataclasses.replace(job, source=source, first=first, _results={})
 
 
-def place_of(job: Job) -> str:
+def place_of(job: Job, run: Path) -> str:
     """The place of a job's folder in the run, which the names of its stages begin with; empty for the run itself."""
-    folder, place = job.run.folder, ""
-    while folder.parent.name in (ROUNDS, HIDDEN_SIZES):
-        place, folder = f"{folder.parent.name}/{folder.name}/{place}", folder.parent.parent
-    return place
+    return "" if job.run.folder == run else f"{job.run.folder.relative_to(run).as_posix()}/"
 
 
 def check_rounds(limits: Limits, recipe: Recipe) -> None:
