@@ -18,6 +18,7 @@ from typing import Any
 from layersmith.costs.budget import Workload
 from layersmith.errors import UsageError
 from layersmith.recipe import Recipe
+from layersmith.stages.arithmetic import ranking_seconds
 from layersmith.stages.inspect import Outline, outline
 from layersmith.stages.placement import Asked, Placement, place
 from layersmith.stages.time_plan import plan_time
@@ -62,7 +63,8 @@ def placed(space: Outline, recipe: Recipe, asked: Asked) -> Placement | str:
     assert machine.rate is not None
     timed = plan_time(space, recipe, machine.rate, is_timed=False)
     try:
-        return place(space, recipe, machine, timed.flops, timed.seconds)
+        ranking = ranking_seconds(space, machine.rate)
+        return place(space, recipe, machine, timed.flops, timed.seconds, ranking)
     except UsageError as refused:
         return str(refused)
 

@@ -1,6 +1,7 @@
 """Levels of work, the level for a given time, and a run that chooses its own."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from layersmith.recipe import Recipe
 from layersmith.run.artifacts import read_json
 from layersmith.run.progress import Progress
 from layersmith.stages import effort, time_plan
-from layersmith.stages.arithmetic import Found, stage_flops
+from layersmith.stages.arithmetic import Found, ranking_seconds, stage_flops, stage_seconds
 from layersmith.stages.dry_run import plan
 from layersmith.stages.effort import TOP, at_level, highest_level, with_effort
 from layersmith.stages.job import REFINEMENT
@@ -144,3 +145,14 @@ def test_arithmetic_rises_with_the_level(make_parent: Callable[..., Path]) -> No
         totals = [sum(stage_flops(space, at_level(Recipe(), level / 4)).values()) for level in range(4 * TOP + 1)]
         assert totals == sorted(totals)
         assert totals[0] * 20 < totals[-1]
+
+
+def test_rankings_and_building_layers_take_time_however_many_rows_there_are(make_parent: Callable[..., Path]) -> None:
+    for space in outlines(make_parent):
+        few, many = (Recipe.from_dict({"data": {"calibration_sequences": rows}}) for rows in (1, 1000))
+        taken = [stage_seconds(stage_flops(space, r), space, r, 1e18)["statistics"] for r in (few, many)]
+        assert taken[0] == pytest.approx(taken[1], rel=1e-3)
+        assert taken[0] == pytest.approx(ranking_seconds(space, 1e18), rel=1e-3)
+        # By diagonals alone, as where all moments need too much memory, channels take no products.
+        alternatives = [replace(a, method="contribution") if a.kind == "ffn_width" else a for a in space.alternatives]
+        assert ranking_seconds(Found(alternatives, space.axes, space.costs), 1e6) < ranking_seconds(space, 1e6)

@@ -119,3 +119,13 @@ def test_devices_that_are_not_here() -> None:
 def test_what_cannot_be_meant_is_refused(asked: Asked, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         asked.machine(Recipe())
+
+
+def test_what_the_first_process_works_alone_is_divided_only_where_layers_are(space: Outline) -> None:
+    def statistics(stream: str) -> float:
+        recipe = Recipe.from_dict(SMALL | {"stream": stream})
+        flops, machine = stage_flops(space, recipe), Machine(2, 2.0**34, None, CPU)
+        share = place(space, recipe, machine, flops, {"statistics": 10.0}, 8.0).stages["statistics"]
+        return share.seconds - share.waiting
+
+    assert statistics("always") < 8.0 <= statistics("never")

@@ -1,12 +1,13 @@
 """Counts the work of every stage before a run starts, and from a measured rate the seconds that each will take.
 
-Arithmetic is two operations for each weight and token. What is only known when the run is under way is counted at its
-most: every layer is changed, no training stops early, and every exact run that is allowed is made.
+Arithmetic is two operations for each weight and token. What takes equally long for any number of rows is counted in
+seconds: rankings, building alternatives, the programs of refinement. What is only known when the run is under way is
+counted at its most: every layer is changed, no training stops early, and every exact run that is allowed is made.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,6 +24,8 @@ from layersmith.stages.job import formats_of
 
 # A training step takes a forward pass and twice as much for the gradients of activations and weights.
 TRAINING = 3.0
+# Kinds whose heads are ranked.
+_OF_HEADS = ("kv_heads", "head_groups", "query_heads")
 # Kinds whose last projection has other inputs than the parent's, so that they are run for their refit.
 _RUN_FOR_REFIT = ("kv_heads", "query_heads", "window")
 # Held-out rows are one in 24 of the training rows, and errors on them are taken eight times.
@@ -31,16 +34,24 @@ _EVALUATION = 8 / 24
 _KEPT, _OF_ATTENTION = 0.8, 0.3
 # Generating a token reads all weights, which takes as long as this many tokens of a forward pass.
 _TOKENS_OF_A_STEP = 8
-# Seconds of a stage for each second that a forward pass takes for as many operations: statistics, backward passes and
-# small modules are slower than a forward pass. From runs of the two demos on one thread and on two.
+# Seconds of a stage for each second that a forward pass takes for as many operations: backward passes and small modules
+# are slower than a forward pass. From runs of the two demos on one thread and on two.
 _SLOWER = {
-    "statistics": 1.3, "library": 1.3, "scores": 1.12, "formats": 1.3, "refine": 1.15, "pairs": 1.0, "evaluation": 1.0,
+    "statistics": 1.0, "library": 1.3, "scores": 1.12, "formats": 1.3, "refine": 1.0, "pairs": 1.0, "evaluation": 1.0,
     "tasks": 1.2, "clock": 0.8, "distilled": 1.2,
 }  # fmt: skip
-# Making an alternative takes as long as this many tokens take to pass it, and so does scoring it.
-_TOKENS_OF_AN_ALTERNATIVE = 4000
+# Seconds for each weight of an alternative that making it takes besides its arithmetic, and so does scoring it: its
+# layer is built anew, on one thread. A GPU copies weights faster: there as many operations as that many tokens take.
+_OF_A_WEIGHT, _TOKENS_OF_AN_ALTERNATIVE = 4.5e-8, 4000
+# Seconds for each alternative that the programs of refinement take, which every process solves.
+_OF_PROGRAMS = 0.003
+# Rankings are made on the CPU, in double precision, which takes twice as long. They read and write each number of the
+# second moments about twenty times, in these seconds. A GPU's CPU is taken to have at most this rate for a process.
+_DOUBLE, _OF_A_MOMENT, _HOST = 2.0, 1.5e-8, 4e11
+# Seconds that a layer takes in the statistics besides its arithmetic: it is built, and its parts are looked up.
+_OF_A_LAYER = 0.02
 # Seconds of a stage besides its arithmetic, at least.
-_AT_LEAST = {"describe": 4.0, "data": 1.0, "frontier": 1.0, "child": 0.5, "evaluation": 1.0}
+_AT_LEAST = {"describe": 4.0, "data": 1.0, "frontier": 1.0, "child": 0.2, "evaluation": 0.4}
 # Bytes of a checkpoint that are read, or written and read again, in a second.
 _DISK = 5e8
 
@@ -86,6 +97,13 @@ def stage_seconds(
         stage: _SLOWER.get(stage, 0.0) * flops.get(stage, 0.0) / rate + _AT_LEAST.get(stage, 0.0) for stage in ORDER
     }
     seconds["frontier"] += 2e-3 * len(space.alternatives)
+    seconds["statistics"] += ranking_seconds(space, rate)
+    building = min(_OF_A_WEIGHT, 2.0 * _TOKENS_OF_AN_ALTERNATIVE / rate)
+    building *= sum(_size(space, a) for a in space.alternatives if not a.is_parent)
+    seconds["scores"] += building
+    seconds["refine"] += program_seconds(space) if flops.get("refine") else 0.0
+    if recipe.local_distillation.reconstruct:
+        seconds["library"] += building
     for stage in ("describe", "child"):
         seconds[stage] += space.costs.parent["weight_bytes"] / _DISK
     rounds = seconds["clock"]
@@ -95,6 +113,46 @@ def stage_seconds(
     if is_timed:
         seconds["costs"] = 1.5 * recipe.costs.seconds
     return {stage: value for stage, value in seconds.items() if value}
+
+
+def program_seconds(space: SearchSpace) -> float:
+    """Seconds in which refinement chooses children, however many rows there are."""
+    return _OF_PROGRAMS * len(space.alternatives)
+
+
+def ranking_seconds(space: SearchSpace, rate: float) -> float:
+    """Seconds of the rankings and linear replacements, which take equally long for any number of rows.
+
+    A ranking multiplies the reader's weight by itself, 2 D F^2 for F inputs and D outputs. A linear replacement of D^2
+    weights is solved for in 8/3 D^3.
+    """
+    operations = numbers = 0.0
+    for side, weights in _ranked(space):
+        operations += 2.0 * weights * side
+        numbers += side**2
+    for size in _linear(space):
+        operations += 8 / 3 * size**1.5
+        numbers += 2 * size
+    return _DOUBLE * operations / min(rate, _HOST) + _OF_A_MOMENT * numbers + _OF_A_LAYER * len(space.axes)
+
+
+def _ranked(space: SearchSpace) -> Iterator[tuple[int, float]]:
+    """Of what is ranked by all second moments of a reader's inputs: their number F, and the reader's D F weights."""
+    kinds = {(a.layer, a.kind) for a in space.alternatives}
+    by_moments = {a.layer for a in space.alternatives if (a.kind, a.method) == ("ffn_width", "iterative")}
+    sizes = {(a.layer, a.subblock): _size(space, a) for a in space.alternatives if a.is_parent}
+    for i, axes in enumerate(space.axes):
+        if axes.ffn is not None and not axes.of_experts and i in by_moments:
+            yield axes.ffn.size, sizes.get((i, "ffn"), 0) / 3
+        if axes.kv is not None and any((i, kind) in kinds for kind in _OF_HEADS):
+            queries = axes.kv.num_heads * axes.kv.together
+            share = queries / (2 * queries + 2 * axes.kv.size)  # of the weights of queries, keys, values and outputs
+            yield queries * axes.kv.head_dim, sizes.get((i, "attention"), 0) * share
+
+
+def _linear(space: SearchSpace) -> list[int]:
+    """Weights of each linear replacement."""
+    return [_size(space, a) for a in space.alternatives if a.kind == "linear"]
 
 
 # Stages that take time, in the order of the pipeline; tasks are a part of the evaluation.
@@ -116,9 +174,9 @@ def stage_flops(space: SearchSpace, recipe: Recipe) -> dict[str, float]:
     training = data.training_sequences * data.sequence_length if data.training_sequences > 1 else 0
     samples = max(1, len(recipe.prompts)) * recipe.completion_tokens * _TOKENS_OF_A_STEP
     flops = {
-        "statistics": 2.0 * whole * calibration + _moments(space, calibration),
+        "statistics": 2.0 * whole * calibration + _sums(space, calibration),
         "library": _library(space, recipe.local_distillation, calibration, training),
-        "scores": 2.0 * scoring * _scoring_passes(space, recipe, layers) + _handling(space),
+        "scores": 2.0 * scoring * _scoring_passes(space, recipe, layers),
         "formats": 2.0 * whole * (calibration + scoring * (3.5 + len(formats))) if formats else 0.0,
         "refine": 2.0 * recipe.search.refine_passes * whole * scoring,
         "pairs": _pairs(space, recipe, calibration, training),
@@ -155,9 +213,14 @@ def _size(space: SearchSpace, alternative: Alternative) -> int:
 
 
 def _moments(space: SearchSpace, tokens: int) -> float:
-    """Second moments of FFN channels, for the ranking and the refit."""
+    """Second moments of FFN channels, for the refit."""
     widths = [axes.ffn.size for axes in space.axes if axes.ffn is not None and not axes.of_experts]
     return 2.0 * tokens * sum(float(width) ** 2 for width in widths)
+
+
+def _sums(space: SearchSpace, tokens: int) -> float:
+    """All second moments of the statistics; linear replacements have those of inputs and with outputs."""
+    return 2.0 * tokens * (sum(float(side) ** 2 for side, _ in _ranked(space)) + 2.0 * sum(_linear(space)))
 
 
 def _library(space: SearchSpace, recipe: LocalDistillationRecipe, calibration: int, training: int) -> float:
@@ -166,18 +229,13 @@ def _library(space: SearchSpace, recipe: LocalDistillationRecipe, calibration: i
     if recipe.reconstruct:
         total += 2.0 * sum(_layers(space)) * calibration + _moments(space, calibration)
         total += sum(2.0 * _size(space, a) * calibration for a in changed if a.kind in _RUN_FOR_REFIT)
-        total += _solutions(space, changed) + _handling(space)
+        total += _solutions(space, changed)
     tokens = min(recipe.tokens, training)
     if tokens:
         trained = [a for a in changed if recipe.kinds is None or a.kind in recipe.kinds]
         total += 2.0 * (TRAINING + _EVALUATION) * tokens * sum(_size(space, a) for a in trained)
         total += 2.0 * sum(_layers(space)) * tokens
     return total
-
-
-def _handling(space: SearchSpace) -> float:
-    """What making or scoring alternatives takes however many rows there are: copies of weights, many small products."""
-    return 2.0 * _TOKENS_OF_AN_ALTERNATIVE * sum(_size(space, a) for a in space.alternatives if not a.is_parent)
 
 
 def _solutions(space: SearchSpace, changed: Sequence[Alternative]) -> float:

@@ -18,6 +18,7 @@ from layersmith.library.formats import in_formats
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
+from layersmith.stages.arithmetic import ranking_seconds
 from layersmith.stages.automatic_formats import automatic_formats
 from layersmith.stages.costs import check_reachable
 from layersmith.stages.effort import TOP
@@ -156,7 +157,8 @@ def plan(
     timed = plan_time(space, recipe, machine.rate or forward_rate(space, recipe, runtime), budget.limits.has_times)
     recipe, every = timed.recipe, range(1, recipe.rounds.count)
     operations, seconds = _of_all_rounds(space, timed)
-    placement = place(space, recipe, machine, operations, seconds) if asked.is_any else None
+    ranking = recipe.rounds.count * ranking_seconds(space, timed.rate)
+    placement = place(space, recipe, machine, operations, seconds, ranking) if asked.is_any else None
     if placement is not None:
         seconds = {stage: share.seconds for stage, share in placement.stages.items()}
     whole = space.costs.parent

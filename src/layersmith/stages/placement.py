@@ -21,6 +21,7 @@ from layersmith.execution.dealing import efficiency
 from layersmith.execution.memory import free_memory
 from layersmith.recipe import Recipe
 from layersmith.run.runtime import DTYPES, Runtime
+from layersmith.stages.arithmetic import program_seconds
 from layersmith.stages.holding import Held, Holding, Memory, Sizes, held_in
 from layersmith.stages.inspect import Outline
 from layersmith.units import format_bytes, format_whole_seconds, parse_amount
@@ -210,7 +211,12 @@ class Placement:
 
 
 def place(
-    space: Outline, recipe: Recipe, machine: Machine, flops: Mapping[str, float], seconds: Mapping[str, float]
+    space: Outline,
+    recipe: Recipe,
+    machine: Machine,
+    flops: Mapping[str, float],
+    seconds: Mapping[str, float],
+    ranking: float = 0.0,
 ) -> Placement:
     """The shares of all stages.
 
@@ -220,6 +226,7 @@ def place(
         machine: Where the run is planned for.
         flops: Operations of each stage, in all rounds.
         seconds: Seconds of each stage on one device, in all rounds.
+        ranking: Seconds of the statistics in which the first process ranks, alone unless layers are dealt.
 
     Raises:
         UsageError: Some stage does not fit; the message says what would.
@@ -227,10 +234,15 @@ def place(
     sizes = machine.sizes(space, recipe)
     _check(sizes, machine, seconds)
     stages, not_run = {}, ("tasks", "clock") if sizes.is_streamed else ()
+    undivided = {
+        "statistics": 0.0 if sizes.is_streamed else ranking,
+        "refine": recipe.rounds.count * program_seconds(space),
+    }
     for name, alone in seconds.items():
         if name in not_run:
             continue
         held, (work, time) = held_in(name, sizes), _shares_of(name, sizes)
+        by_each = min(alone, undivided.get(name, 0.0))
         sent, read = _sent(name, sizes, flops), recipe.rounds.count * _read(name, sizes)
         moved = sent / _LINK + read / _READ + _added(name, sizes) / _ADDED
         stages[name] = Share(
@@ -240,8 +252,8 @@ def place(
             sent=sent,
             read=read,
             operations=flops.get(name, 0.0) * work,
-            seconds=alone * time + moved,
-            waiting=alone * (time - work),
+            seconds=(alone - by_each) * time + by_each + moved,
+            waiting=(alone - by_each) * (time - work),
         )
     return Placement(
         processes=machine.processes,

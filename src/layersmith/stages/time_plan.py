@@ -220,7 +220,10 @@ def _length(space: Outline, recipe: Recipe) -> int:
 
 
 def _rows(recipe: Recipe) -> int:
-    return max(1, min(recipe.scoring.batch_tokens, _TIMED_TOKENS) // recipe.data.sequence_length)
+    """Rows that are timed at once: small matrices are slower, so there are no more than the run will have."""
+    data = recipe.data
+    most = max(data.calibration_sequences, data.scoring_sequences)
+    return max(1, min(most, min(recipe.scoring.batch_tokens, _TIMED_TOKENS) // data.sequence_length))
 
 
 @torch.no_grad()
