@@ -18,6 +18,7 @@ from layersmith.library.formats import in_formats
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.recipe import Recipe
 from layersmith.run.folder import Run
+from layersmith.stages import long_context
 from layersmith.stages.arithmetic import ranking_seconds
 from layersmith.stages.automatic_formats import automatic_formats
 from layersmith.stages.costs import check_reachable
@@ -146,22 +147,21 @@ def plan(
     Run.check(Path(out))
     check_files(parent)
     next(iter(read_documents(data, field=recipe.data.field, split=recipe.data.split)), None)
-    machine = asked.machine(recipe)
-    runtime = machine.runtime
+    runtime = (machine := asked.machine(recipe)).runtime
     space = outline(parent, recipe.library, budget.workload, descriptor, trust_remote_code, recipe.checkpoint_dtype)
+    long_context.require_tokens(recipe.distillation)
     notes = list(space.notes)
     recipe = automatic_formats(recipe, budget.limits, space, notes.append)
     priced = _in_formats(space, formats_of(recipe), kv_formats_of(recipe), budget)
     check_reachable(priced.alternatives, priced.costs, budget.limits, recipe.search, space.blocks)
     check_rounds(budget.limits, recipe)
     timed = plan_time(space, recipe, machine.rate or forward_rate(space, recipe, runtime), budget.limits.has_times)
-    recipe, every = timed.recipe, range(1, recipe.rounds.count)
+    recipe, every, whole = timed.recipe, range(1, recipe.rounds.count), space.costs.parent
     operations, seconds = _of_all_rounds(space, timed)
-    ranking = recipe.rounds.count * ranking_seconds(space, timed.rate)
-    placement = place(space, recipe, machine, operations, seconds, ranking) if asked.is_any else None
+    rankings = recipe.rounds.count * ranking_seconds(space, timed.rate)
+    placement = place(space, recipe, machine, operations, seconds, rankings) if asked.is_any else None
     if placement is not None:
         seconds = {stage: share.seconds for stage, share in placement.stages.items()}
-    whole = space.costs.parent
     return Plan(
         parent=str(parent),
         budget=str(budget.limits),
