@@ -37,7 +37,7 @@ def made(args: argparse.Namespace, size: float, rounds: int, seed: int) -> dict[
     early = [int(share * args.tokens)] * (rounds - 1)
     settings = [*args.set, f"rounds.count={rounds}", f"distillation.tokens={args.tokens - sum(early)}", f"seed={seed}"]
     settings += [f"rounds.tokens={early}"] * bool(early)
-    folder = args.work / f"{size:g}-{rounds}-{args.early or ''}-{seed}"
+    folder = args.work / f"{size:g}-{args.tokens}-{rounds}-{args.early or ''}-{seed}"
     if args.parent == "demo":
         data, held_out = split_library(args.work / "text")
         parent, base = str(MODEL), dataclasses.replace(demo_recipe(held_out), completion_tokens=0)
@@ -63,25 +63,26 @@ def table(rows: list[dict[str, Any]]) -> str:
         "| KL before the last training | KL | less than in one round |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for parent, size, rounds, early in dict.fromkeys(map(_line, rows)):
-        here = [r for r in rows if _line(r) == (parent, size, rounds, early)]
+    for line in dict.fromkeys(map(_line, rows)):
+        parent, size, tokens, rounds, early = line
+        here = [r for r in rows if _line(r) == line]
         after = over_seeds([r["after"] for r in here])
         seeds = {r["seed"] for r in here}
-        one = [r for r in rows if (r["parent"], r["size"], r["rounds"]) == (parent, size, 1) and r["seed"] in seeds]
+        one = [r for r in rows if _line(r) == (parent, size, tokens, 1, "") and r["seed"] in seeds]
         said = ""
         if rounds > 1 and len(one) == len(here):
             less, error = difference(over_seeds([r["after"] for r in one]), after)
             said = f"{less:+.4f} ± {error:.4f}"
         before = mean([mean(r["before"]) for r in here])
         loss = f"{mean(after):.4f} ± {standard_error(after):.4f}"
-        cells = (parent, f"{size:g}", rounds, f"{here[0]['tokens']:,}", early, len(here), f"{before:.4f}", loss, said)
+        cells = (parent, f"{size:g}", rounds, f"{tokens:,}", early, len(here), f"{before:.4f}", loss, said)
         lines.append(f"| {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", f"Commit {rows[0]['commit']}; one thread."]) + "\n"
 
 
-def _line(row: dict[str, Any]) -> tuple[str, float, int, str]:
+def _line(row: dict[str, Any]) -> tuple[str, float, int, int, str]:
     early = sum(row["early_tokens"])
-    return row["parent"], row["size"], row["rounds"], f"{early:,}" if early else ""
+    return row["parent"], row["size"], row["tokens"], row["rounds"], f"{early:,}" if early else ""
 
 
 def main() -> None:
@@ -106,7 +107,8 @@ def main() -> None:
     for size in args.sizes:
         for seed in args.seeds:
             for rounds in args.rounds:
-                key = {"parent": name, "size": size, "rounds": rounds, "early": args.early, "seed": seed}
+                key = {"parent": name, "size": size, "tokens": args.tokens, "rounds": rounds, "seed": seed}
+                key |= {"early": args.early if rounds > 1 else None}
                 if any(key.items() <= row.items() for row in rows):
                     continue
                 rows.append(key | made(args, size, rounds, seed) | {"commit": commit()})
