@@ -32,6 +32,8 @@ DISTILLATION_TOKENS = 1_000_000
 WIDTH_RATE = 0.15
 # Adapters learn best at a higher rate than all weights: times this one.
 ADAPTERS_FASTER = 4.0
+# Length of the rows in the second part of global distillation, in rows of the first, where the recipe does not say it.
+LONGER_ROWS = 8
 # Default tokens per optimizer step: this share of all tokens, clamped to these bounds.
 STEP_SHARE, LEAST_STEP_TOKENS, MOST_STEP_TOKENS = 1 / 200, 2048, 524_288
 

@@ -76,6 +76,5 @@ def merge_adapters(model: PreTrainedModel) -> None:
         if hasattr(module, "lora_A"):
             adapted: Any = module.float()
             adapted.merge()
-            holder, _, last = name.rpartition(".")
-            setattr(model.get_submodule(holder), last, adapted.get_base_layer())
+            model.set_submodule(name, adapted.get_base_layer())
     vars(model).pop("peft_config", None)

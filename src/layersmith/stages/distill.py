@@ -41,11 +41,10 @@ from layersmith.stages.evaluate import compared_with_parent, rows_of_tasks
 from layersmith.stages.finalists import FINALISTS, starting_child, training_inputs
 from layersmith.stages.job import Job
 from layersmith.stages.library import LIBRARY
-from layersmith.stages.long_context import LONG_ROWS
 from layersmith.stages.realize import CHILD, write_formats
 from layersmith.stages.student import Student, parent_and_student
 from layersmith.stages.tasks import task_inputs
-from layersmith.stages.training_rows import ROWS, check, is_wanted, training_source
+from layersmith.stages.training_rows import LONG_ROWS, ROWS, check, is_wanted, training_source
 
 # Folder of the checkpoints of a part of the training.
 CHECKPOINTS = "checkpoints"
@@ -96,16 +95,17 @@ def _parts(job: Job, making: Making, dtype: torch.dtype) -> list[_Part]:
 def _train(job: Job, making: Making) -> tuple[Student, Trained]:
     parent, student = parent_and_student(job, making.progress)
     child, parts = student.model, _parts(job, making, student.dtype)
-    begun = [last_complete_checkpoint(part.setup.folder) is not None for part in parts]
+    # The result of earlier parts is in the checkpoint of a later one.
+    later = range(len(parts) - 1, 0, -1)
+    first = next((i for i in later if last_complete_checkpoint(parts[i].setup.folder) is not None), 0)
     with (
         making.progress.stage(DISTILLED.name, sum(part.setup.tokens for part in parts), "tokens") as advance,
         rounded_in_forward(child, student.rounded, parent.runtime.device),
     ):
-        for i, part in enumerate(parts):
-            if any(begun[i + 1 :]):  # its result is in the checkpoint of the next part
-                advance(part.setup.tokens)
-            else:
-                trained = train(parent, child, part.data, part.setup, advance)
+        if first:
+            advance(sum(part.setup.tokens for part in parts[:first]))
+        for part in parts[first:]:
+            trained = train(parent, child, part.data, part.setup, advance)
     merge_adapters(child)
     making.elsewhere.extend(part.setup.curve for part in parts)
     return dataclasses.replace(student, rounded=rounded_again(child, student.rounded)), trained

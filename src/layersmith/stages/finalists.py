@@ -23,11 +23,10 @@ from layersmith.search.solution import Solution
 from layersmith.stages import long_context
 from layersmith.stages.data import DATA
 from layersmith.stages.job import Job
-from layersmith.stages.long_context import LONG_ROWS
 from layersmith.stages.realize import CHILD, library_with_pairs
 from layersmith.stages.refine import SOLUTION
 from layersmith.stages.search import problem_of, read_solution
-from layersmith.stages.training_rows import ROWS, is_wanted
+from layersmith.stages.training_rows import LONG_ROWS, ROWS, is_wanted
 
 # Settings that came later: where they are not set, the trainings of earlier versions are as good.
 _LATER = ("lora_rank", "long_tokens", "long_sequence_length", "long_learning_rate", "long_data")

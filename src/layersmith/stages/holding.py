@@ -28,7 +28,7 @@ from layersmith.library.alternative import Alternative
 from layersmith.library.axes.layers import meta_layers
 from layersmith.library.survey import choose_ffn_ranking
 from layersmith.model_descriptor.stock import whole_number
-from layersmith.recipe import AUTOMATIC, Recipe
+from layersmith.recipe import AUTOMATIC, LONGER_ROWS, Recipe
 from layersmith.scoring.children import KEPT_SHARE
 from layersmith.scoring.exact import SPAN_BYTES
 from layersmith.stages.inspect import Outline
@@ -184,7 +184,7 @@ class Sizes:
     def long_row(self) -> int:
         """Tokens of a row in the second part of global distillation, at most; 0 without it."""
         settings, data = self.recipe.distillation, self.recipe.data
-        default = data.sequence_length * min(8, data.evaluation_sequences)
+        default = data.sequence_length * min(LONGER_ROWS, data.evaluation_sequences)
         return (settings.long_sequence_length or default) if settings.long_tokens else 0
 
     @cached_property

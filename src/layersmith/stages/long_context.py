@@ -1,4 +1,4 @@
-"""The second part of global distillation, on longer rows: its settings, its rows, and the rows that it is judged on.
+"""The second part of global distillation, on longer rows: its settings, and the rows that it is judged on.
 
 A row of text is cut from documents that follow each other, so consecutive rows are joined to long ones.
 """
@@ -10,20 +10,15 @@ from typing import Any
 
 import torch
 
-from layersmith.data.training import TrainingSource, training_rows
 from layersmith.distillation.steps import Steps
 from layersmith.distillation.train import hidden_size_of
-from layersmith.errors import InputError, UsageError
+from layersmith.errors import UsageError
 from layersmith.evaluation.compare import RowsToCompare
-from layersmith.recipe import DistillationRecipe
-from layersmith.run.artifacts import write_json, write_tensors
+from layersmith.recipe import LONGER_ROWS, DistillationRecipe
 from layersmith.run.progress import Progress
-from layersmith.run.stage import Making, Stage
-from layersmith.stages.data import DATA, digest_of, read_rows
+from layersmith.stages.data import DATA
 from layersmith.stages.job import Job
 
-# The length of its rows, in rows of the first part, where the recipe does not say it and the parent's context allows.
-_LONGER = 8
 # The peak of its learning rate, as a share of that of the first part.
 _LOWER = 1 / 3
 # Rows of an optimizer step, at least.
@@ -50,7 +45,7 @@ def length_of(job: Job) -> int:
     asked, evaluation = job.recipe.distillation.long_sequence_length, job.read(DATA).evaluation
     length, positions = evaluation.shape[1], job.parent.positions
     if asked is None:
-        most = min(_LONGER * length, evaluation.numel(), positions or _LONGER * length)
+        most = min(LONGER_ROWS * length, evaluation.numel(), positions or LONGER_ROWS * length)
         asked = most // length * length
     where = "recipe distillation.long_sequence_length"
     if asked % length or asked <= length:
@@ -91,12 +86,6 @@ def check(job: Job) -> Steps:
     return Steps.of(settings, settings.tokens, length_of(job), job.parent.runtime.world_size)
 
 
-def source_of(job: Job) -> str:
-    """The text that it learns from."""
-    settings = job.recipe.distillation
-    return settings.long_data or (job.data if job.training_data is None else job.training_data)
-
-
 def joined(rows: torch.Tensor, length: int) -> torch.Tensor:
     """Consecutive rows ``[N, T]`` joined to rows ``[M, length]``; what is left over is dropped."""
     count = rows.numel() // length
@@ -114,42 +103,3 @@ def compared(job: Job, child: Any, progress: Progress) -> list[dict[str, Any]]:
         for row in of_all
         if row["metric"] in ("loss", "kl_divergence")
     ]
-
-
-def _inputs(job: Job) -> Any:
-    steps, source = check(job), source_of(job)
-    other = None if source == job.data else digest_of(source)
-    overlap = job.recipe.distillation.overlap or job.recipe.data.overlap
-    first = job.recipe.distillation.tokens if other is None else 0
-    return [job.made_from(DATA), steps.count * steps.rows, length_of(job), first, other, overlap]
-
-
-def _make(job: Job, making: Making) -> None:
-    steps, length, path, recipe = check(job), length_of(job), source_of(job), job.recipe
-    run_rows = {name: getattr(job.read(DATA), name) for name in ("scoring", "evaluation")}
-    of_run = run_rows["evaluation"].shape[1]
-    wanted = steps.count * steps.rows * (length // of_run)
-    # Rows that the first part has not used, if there are any.
-    before = -(-recipe.distillation.tokens // of_run) if path in (job.data, job.training_data) else 0
-    source = TrainingSource(path, path == job.data, before + wanted, recipe.distillation.overlap or recipe.data.overlap)
-    making.progress.note(f"data of long rows: {path}")
-    with making.progress.stage(LONG_ROWS.name, 1, "source") as advance:
-        rows, description = training_rows(source, recipe.data, job.tokenizer, run_rows, recipe.seed)
-        advance(1)
-    long = joined(rows[before:] if len(rows) >= before + wanted else rows, length)
-    if not len(long):
-        raise InputError(f"{path}: its {rows.numel():,} tokens for training are too few for a row of {length}.")
-    description |= {"sequence_length": length, "rows": len(long), "wanted": steps.count * steps.rows}
-    write_tensors(making.folder / "tokens.safetensors", {"training": long.int()})
-    write_json(making.folder / "data.json", description)
-    for warning in description["warnings"]:
-        making.progress.note(warning)
-
-
-LONG_ROWS: Stage[Job, torch.Tensor] = Stage(
-    name="distillation/long_data",
-    inputs=_inputs,
-    make=_make,
-    read=lambda job, folder: read_rows(folder / "tokens.safetensors", "training")["training"],
-    is_wanted=is_wanted,
-)

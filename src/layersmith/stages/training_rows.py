@@ -6,6 +6,7 @@ Evaluation shows none of these rows.
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from layersmith.stages.refine import SOLUTION
 
 # Bytes a parameter on the disk: two checkpoints of weights and two moments in float32.
 _CHECKPOINTED = 2 * 3 * 4
+_FILE = "tokens.safetensors"
 
 
 def is_wanted(job: Job) -> bool:
@@ -110,28 +112,71 @@ def _rows_inputs(job: Job) -> Any:
     return [job.made_from(DATA), steps.count * steps.rows, other, _overlap(job)]
 
 
-def _make_rows(job: Job, making: Making) -> None:
-    _check_disk(job)
-    steps = check(job)
-    making.progress.note(f"data: {training_source(job)}")
-    with making.progress.stage(ROWS.name, 1, "source") as advance:
+def _read(job: Job, making: Making, name: str, source: TrainingSource) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Rows of a source without those that the run has for other purposes, and their description."""
+    making.progress.note(f"data: {source.path}")
+    with making.progress.stage(name, 1, "source") as advance:
         run_rows = {name: getattr(job.read(DATA), name) for name in ("scoring", "evaluation")}
-        source = TrainingSource(
-            training_source(job), job.training_data is None, steps.count * steps.rows, _overlap(job)
-        )
         rows, description = training_rows(source, job.recipe.data, job.tokenizer, run_rows, job.recipe.seed)
         check_vocabulary(int(rows.max()) + 1, job.parent.language_config.vocab_size)
         advance(1)
-    write_tensors(making.folder / "tokens.safetensors", {"training": rows.int()})
+    return rows, description
+
+
+def _write(making: Making, rows: torch.Tensor, description: dict[str, Any]) -> None:
+    write_tensors(making.folder / _FILE, {"training": rows.int()})
     write_json(making.folder / "data.json", description)
     for warning in description["warnings"]:
         making.progress.note(warning)
 
 
+def _read_again(job: Job, folder: Path) -> torch.Tensor:
+    return read_rows(folder / _FILE, "training")["training"]
+
+
+def _make_rows(job: Job, making: Making) -> None:
+    _check_disk(job)
+    steps = check(job)
+    is_of_run = job.training_data is None
+    source = TrainingSource(training_source(job), is_of_run, steps.count * steps.rows, _overlap(job))
+    _write(making, *_read(job, making, ROWS.name, source))
+
+
 ROWS: Stage[Job, torch.Tensor] = Stage(
-    name="distillation/data",
-    inputs=_rows_inputs,
-    make=_make_rows,
-    read=lambda job, folder: read_rows(folder / "tokens.safetensors", "training")["training"],
-    is_wanted=is_wanted,
+    name="distillation/data", inputs=_rows_inputs, make=_make_rows, read=_read_again, is_wanted=is_wanted
+)
+
+
+def _long_source(job: Job) -> str:
+    return job.recipe.distillation.long_data or training_source(job)
+
+
+def _long_inputs(job: Job) -> Any:
+    steps, source = long_context.check(job), _long_source(job)
+    other = None if source == job.data else digest_of(source)
+    first = job.recipe.distillation.tokens if source == training_source(job) else 0
+    return [job.made_from(DATA), steps.count * steps.rows, long_context.length_of(job), first, other, _overlap(job)]
+
+
+def _make_long_rows(job: Job, making: Making) -> None:
+    """Consecutive rows are joined; those that the first part has not used, if there are any."""
+    steps, length, path = long_context.check(job), long_context.length_of(job), _long_source(job)
+    of_run = job.read(DATA).evaluation.shape[1]
+    wanted = steps.count * steps.rows * (length // of_run)
+    before = -(-job.recipe.distillation.tokens // of_run) if path == training_source(job) else 0
+    source = TrainingSource(path, path == job.data, before + wanted, _overlap(job))
+    rows, description = _read(job, making, LONG_ROWS.name, source)
+    long = long_context.joined(rows[before:] if len(rows) >= before + wanted else rows, length)
+    if not len(long):
+        raise InputError(f"{path}: its {rows.numel():,} tokens for training are too few for a row of {length}.")
+    counts = {"sequence_length": length, "rows": len(long), "wanted": steps.count * steps.rows}
+    _write(making, long, description | counts)
+
+
+LONG_ROWS: Stage[Job, torch.Tensor] = Stage(
+    name="distillation/long_data",
+    inputs=_long_inputs,
+    make=_make_long_rows,
+    read=_read_again,
+    is_wanted=long_context.is_wanted,
 )
