@@ -7,6 +7,7 @@ One test for each function of ``layersmith.upstream``, and one for each touch po
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -400,3 +401,47 @@ def test_an_exchanged_forward_is_restored() -> None:
     assert "forward" not in vars(model)
     assert "_original_forward" not in vars(model)
     assert not torch.equal(model(torch.ones(2)), torch.ones(2))
+
+
+DIMENSIONS = """
+import os, torch, torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+from layersmith import upstream
+
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+plans = {name: style for name, style in ALL_PARALLEL_STYLES.items() if "ep_" not in name and name != "grouped_gemm"}
+assert {"colwise", "rowwise", "packed_colwise", "embedding_rowwise"} < set(plans)
+for name, style in plans.items():
+    for dimensions in (2,) if "embedding" in name else (1, 2, 3):
+        module, local = nn.Module(), "bias" if dimensions == 1 else "weight"
+        module.register_parameter(local, nn.Parameter(torch.empty((4,) * dimensions, device="meta")))
+        style.shard_param(module, local, mesh)
+        placements = getattr(getattr(module, local), "placements", ())
+        divided = [(p.dim % dimensions, getattr(p, "split_factor", 1)) for p in placements if hasattr(p, "dim")]
+        dimension, pieces = upstream.divided_dimension(name, dimensions)
+        print(name, dimensions, divided, dimension, pieces)
+        assert [dimension] == [expected for expected, _ in divided] or (dimension is None and not divided)
+        assert all(pieces >= of for _, of in divided)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not upstream.divides_models(), reason="needs Transformers 5.23")
+def test_the_dimension_that_a_style_divides_is_known(run_python: Callable[..., Any]) -> None:
+    done = run_python(DIMENSIONS)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not upstream.divides_models(), reason="needs Transformers 5.23")
+def test_a_plan_names_every_module_and_parameter() -> None:
+    with torch.device("meta"):
+        model = upstream.model_from_config(LlamaForCausalLM, FAMILIES["llama"]())
+    plan = upstream.tensor_parallel_plan(model)
+    assert plan["model.layers.2.self_attn.o_proj.weight"] == plan["model.layers.2.self_attn.o_proj"] == "rowwise"
+    assert plan["lm_head"] == "colwise_gather_output"
+    assert not any("*" in name for name in plan)
+    assert upstream.keeps_output_divided(plan["model.layers.2.self_attn.q_proj"])
+    assert not upstream.keeps_output_divided(plan["lm_head"])

@@ -257,6 +257,10 @@ class DistillationRecipe:
     sharded: Literal["auto", "always", "never"] = "auto"
     """Whether to shard weights, gradients and optimizer states of parent and child over all processes (FSDP2), instead
     of keeping both models whole in each. `auto` does so where some process has no memory for both."""
+    tensor_parallel: Count = 1
+    """Number N of processes that compute the same rows together, each with a part of every layer, by Transformers' plan
+    for tensor parallelism. The number of processes must be a multiple of N; groups of N have different rows, and
+    weights are sharded over the groups (FSDP2). 1 gives each process different rows."""
     cache_top: NonNegativeInt = 0
     """Cache the parent's K most likely next tokens of every row, and the probability of the rest, instead of running
     the parent each time; 0 runs the parent. Useful where rows repeat. Needs `hidden: 0`."""

@@ -11,10 +11,11 @@ Add a function under the heading of its project.
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
@@ -125,6 +126,54 @@ def one_expert_at_a_time(modules: Iterable[nn.Module]) -> Iterator[None]:
     finally:
         for config, name in configs:
             config._experts_implementation = name
+
+
+def divides_models() -> bool:
+    """Whether this version of Transformers can divide a model by a plan of single modules (tensor parallelism)."""
+    return hasattr(PreTrainedModel, "_expand_parallel_plan")
+
+
+def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, str]:
+    """How Transformers' plan of a model divides it: the style of each module and parameter, by name.
+
+    Replaces ``model.tp_plan``, where all layers have one name.
+    """
+    plan: dict[str, str] = cast(Any, model)._expand_parallel_plan(model.tp_plan)
+    return plan
+
+
+def divided_dimension(style: str, dimensions: int) -> tuple[int | None, int]:
+    """The dimension along which a style divides a parameter of so many dimensions, and the pieces that it consists of.
+
+    Replaces a public way to ask a style. None if every process has the whole parameter; pieces are matrices that are
+    stored as one, of which each process gets a part.
+    """
+    pieces = 2 if style.startswith("packed") else 1
+    if style.startswith("embedding"):
+        return int(style.endswith("colwise")), pieces
+    if "colwise" in style:
+        return max(dimensions - 2, 0), pieces
+    if "rowwise" in style:
+        return (dimensions - 1 if dimensions > 1 else None), pieces
+    return None, 1
+
+
+def keeps_output_divided(style: str) -> bool:
+    """Whether a module computes with a part of the output of one of this style, instead of with the whole output."""
+    return style == "colwise"
+
+
+def divide_by_plan(model: PreTrainedModel, mesh: Any, plan: dict[str, str]) -> None:
+    """Divide a model on the meta device over the processes of a mesh; its weights become parts without numbers.
+
+    Replaces ``from_pretrained(distributed_config=DistributedConfig(tp_size=N))``, which follows the whole plan of the
+    model and reads all weights itself.
+    """
+    from transformers.distributed.tensor_parallel import apply_tensor_parallelism  # here: not in older versions
+
+    # It warns when a tensor that is divided along both dimensions of a mesh is gathered, which takes two operations.
+    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    apply_tensor_parallelism(model, mesh, plan)
 
 
 # ---------------------------------------------------------------------------------------------- Transformers: Trainer

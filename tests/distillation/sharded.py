@@ -1,12 +1,13 @@
 """Trains a child of a folder against its parent as one of several processes; see test_sharded.py.
 
-    python -m torch.distributed.run ... tests/distillation/sharded.py PARENT CHILD OUT STEPS
+    python -m torch.distributed.run ... tests/distillation/sharded.py PARENT CHILD OUT STEPS [TENSOR_PARALLEL]
 
 With STEPS, every process ends without a word after that many steps, as if it was killed.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import sys
@@ -33,10 +34,10 @@ def rows() -> torch.Tensor:
     return torch.randint(3, 500, (24, 32), generator=torch.Generator().manual_seed(5))
 
 
-def learn(parent: Parent, child: Parent, out: Path) -> Trained:
+def learn(parent: Parent, child: Parent, out: Path, recipe: DistillationRecipe = RECIPE) -> Trained:
     """Train as the recipe says."""
     setup = GlobalSetup(
-        recipe=RECIPE, tokens=TOKENS, seed=0, folder=out / "checkpoints", curve=out / "log.json", name="test"
+        recipe=recipe, tokens=TOKENS, seed=0, folder=out / "checkpoints", curve=out / "log.json", name="test"
     )
     return training.train(parent, child.model, TrainingRows(rows(), validation=rows()[:6]), setup)
 
@@ -55,10 +56,11 @@ class _Ends(TrainerCallback):
 
 def main() -> None:
     parent_path, child_path, out, steps = sys.argv[1], sys.argv[2], Path(sys.argv[3]), int(sys.argv[4])
+    together = int(sys.argv[5]) if len(sys.argv) > 5 else 1
     torch.set_num_threads(1)
     runtime = Runtime.detect("cpu", "float32")
-    parent = load_sharded(parent_path, runtime, near=out)
-    child = load_sharded(child_path, runtime, parent.descriptor, near=out, trains=True)
+    parent = load_sharded(parent_path, runtime, near=out, tensor_parallel=together)
+    child = load_sharded(child_path, runtime, parent.descriptor, near=out, trains=True, tensor_parallel=together)
     assert is_sharded(parent.model)
     assert is_sharded(child.model)
     held = {name: shard_bytes(model.model) for name, model in (("parent", parent), ("child", child))}
@@ -72,7 +74,7 @@ def main() -> None:
             return callback
 
         training.CurveAndCheckpoints = with_end  # type: ignore[assignment,misc]
-    trained = learn(parent, child, out)
+    trained = learn(parent, child, out, dataclasses.replace(RECIPE, tensor_parallel=together))
     if ranks.is_first():
         assert trained.state is not None
         torch.save({name: tensor.clone() for name, tensor in trained.state.items()}, out / "trained.pt")

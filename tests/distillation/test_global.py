@@ -238,10 +238,20 @@ def test_steps_are_the_same_for_any_number_of_processes() -> None:
     assert (two.rows, two.rows_at_once, two.accumulated, two.count) == (32, 2, 8, 5)
     with pytest.raises(UsageError, match="Make it 1056"):
         Steps.of(recipe, 5000, 32, world_size=3)
+    together = dataclasses.replace(recipe, tensor_parallel=2)
+    assert Steps.of(together, 5000, 32, world_size=4) == two
+    assert Steps.of(together, 5000, 32, world_size=2) == one
+    with pytest.raises(UsageError, match=r"3 groups of 2 processes\. Make it 1056"):
+        Steps.of(together, 5000, 32, world_size=6)
+    with pytest.raises(UsageError, match="3 processes are not a multiple of 2"):
+        Steps.of(together, 5000, 32, world_size=3)
     order = RowOrder(torch.arange(10)[:, None], 25, seed=1)
     seen = [int(order[i]["row"]) for i in range(25)]
     assert sorted(seen[:10]) == sorted(seen[10:20]) == list(range(10))
     assert seen[:10] != seen[10:20]
+    same = RowOrder(torch.arange(10)[:, None], 25, seed=1).for_each_of(2, rows_at_once=3)
+    batches = [[int(same[i + j]["row"]) for j in range(3)] for i in range(0, len(same), 3)]
+    assert batches[::2] == batches[1::2] == [seen[i : i + 3] for i in range(0, 24, 3)]
 
 
 def test_remembered_logits_are_the_parents(tmp_path: Path) -> None:

@@ -17,14 +17,19 @@ import torch
 import yaml
 
 import layersmith
+from layersmith.distillation.arguments import why_not_sharded
 from layersmith.distillation.train import Trained
+from layersmith.errors import UsageError
 from layersmith.execution.parent import load_parent
+from layersmith.recipe import DistillationRecipe
 from layersmith.run.artifacts import read_json
 from layersmith.run.header import read_header, write_header
 from layersmith.run.runtime import Runtime
+from layersmith.stages.training_rows import check_tensor_parallel
 from tests.conformance.tiny import tiny_config, tiny_model
 from tests.conftest import FAMILIES, NO_ATTENTION, TINY_RECIPE, block, child_model, stock_model, torchrun
 from tests.distillation.sharded import learn
+from tests.distillation.test_global import as_parent
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 SCRIPT = Path(__file__).with_name("sharded.py")
@@ -66,7 +71,10 @@ def distilled(run: Path, processes: int, settings: dict[str, Any], ends: int | N
     saved = run / "distillation" / "global" / "checkpoints"
     while ends is not None and process.poll() is None:
         if any(int(path.parent.name.partition("-")[2]) >= ends for path in saved.glob("checkpoint-*/whole")):
-            os.killpg(process.pid, signal.SIGKILL)
+            workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            for pid in (process.pid, *map(int, workers)):  # those of torchrun outlive it
+                os.kill(pid, signal.SIGKILL)
+            break
         time.sleep(0.01)
     said = process.communicate(timeout=300)[0]
     assert process.returncode == (0 if ends is None else -signal.SIGKILL), said
@@ -112,13 +120,17 @@ def assert_close(curve: Any, weights: Any, expected_curve: Any, expected_weights
         torch.testing.assert_close(weights[name], tensor, atol=1e-3, rtol=1e-3)
 
 
-def test_two_processes_with_half_of_the_weights_train_the_child_of_one(tmp_path: Path) -> None:
-    """Tied embeddings; a removed attention and a removed layer; killed, and gone on with by one."""
+@pytest.mark.parametrize("together", [1, 2])
+def test_two_processes_with_half_of_the_weights_train_the_child_of_one(together: int, tmp_path: Path) -> None:
+    """Tied embeddings; a removed attention and a removed layer; killed, and gone on with by one.
+
+    Each of two processes has rows of its own, or both compute the same rows together (tensor parallelism).
+    """
     parent, child = models(tmp_path, "llama_tied")
     trained, weights = alone(parent, child, tmp_path / "one")
     two = tmp_path / "two"
     two.mkdir()
-    ended = launched(2, parent, child, two, 5)
+    ended = launched(2, parent, child, two, 5, together)
     assert "exitcode  : 7" in ended.stderr, ended.stderr[:3000]
     assert list(two.glob("checkpoints/checkpoint-*/whole"))
     for name in ("parent", "child"):
@@ -127,6 +139,79 @@ def test_two_processes_with_half_of_the_weights_train_the_child_of_one(tmp_path:
         assert max(held) <= 0.51 * whole
     resumed, weights_of_two = alone(parent, child, two)
     assert_close(resumed.curve, weights_of_two, trained.curve, weights)
+
+
+def test_what_does_not_go_with_tensor_parallelism_is_refused() -> None:
+    def why_not(processes: int, dtype: str = "float32", has_formats: bool = False, **more: Any) -> str | None:
+        recipe = DistillationRecipe(tokens=1000, tensor_parallel=2, **more)
+        return why_not_sharded(recipe, processes, dtype, has_formats)
+
+    assert why_not(2) is None
+    assert why_not(4, optimizer="adamw") is None
+    words = {
+        "there is one process": why_not(1),
+        "3 processes are not a multiple of distillation.tensor_parallel, 2": why_not(3),
+        "distillation.trainer sets fsdp or deepspeed": why_not(2, trainer={"fsdp": "full_shard"}),
+        "another optimizer": why_not(2, trainer={"optim": "adafactor"}),
+        "number formats": why_not(2, has_formats=True),
+        "adapters are trained whole": why_not(2, lora_rank=4),
+        "finalists are trained whole": why_not(2, finalists=2),
+        "float16": why_not(2, "torch.float16"),
+    }
+    for word, why in words.items():
+        assert why is not None
+        assert word in why
+
+    def check(family: str, why: str | None, **more: Any) -> None:
+        recipe = DistillationRecipe(tokens=1000, tensor_parallel=2, **more)
+        parent = as_parent(stock_model(tiny_config(family)))
+        check_tensor_parallel(recipe, parent, why)
+
+    check("llama", None)
+    with pytest.raises(UsageError, match=r"distillation.tensor_parallel: .* because there is one process"):
+        check("llama", "there is one process")
+    with pytest.raises(UsageError, match=r"distillation.sharded is never"):
+        check("llama", None, sharded="never")
+    with pytest.raises(UsageError, match=r"has no plan for the layers of GPT2LMHeadModel"):
+        check("gpt2", None)
+
+
+@pytest.mark.skipif("LAYERSMITH_DIVIDED" not in os.environ, reason="make divided: takes minutes")
+@pytest.mark.parametrize(("family", "together"), [("qwen3", 2), ("qwen3", 4), ("mixtral", 2)])
+def test_four_processes_of_which_some_compute_the_same_rows(
+    family: str, together: int, text_folder: Path, tokenizer: Any, tmp_path: Path
+) -> None:
+    """Norms of heads, or experts; killed with four processes, gone on with by two, and ended by one."""
+    config = tiny_config(family)
+    config.vocab_size = 512
+    tiny_model(config).save_pretrained(tmp_path / "parent")
+    tokenizer.save_pretrained(tmp_path / "parent")
+    run = layersmith.compress(
+        tmp_path / "parent", tmp_path / "one", data=text_folder, budget=0.8, recipe=TINY_RECIPE
+    ).run
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    settings: dict[str, Any] = {"tokens": 9600, "batch_tokens": 192, "learning_rate": 3e-4}
+    distilled(other, 4, settings | {"tensor_parallel": together}, ends=1)
+    distilled(other, 2, settings | {"tensor_parallel": 2}, ends=2)
+    children = [distilled(run, 1, settings), distilled(other, 1, settings)]
+    assert_same_quality(run, other, points=50)
+    assert (children[0] / "config.json").read_text() == (children[1] / "config.json").read_text()
+
+
+@pytest.mark.skipif("LAYERSMITH_DIVIDED" not in os.environ, reason="make divided: takes minutes")
+def test_two_processes_end_together_what_one_began(
+    make_parent: Callable[..., Path], text_folder: Path, tmp_path: Path
+) -> None:
+    """With AdamW, autocast to bfloat16 and activations computed again; a parent on the disk."""
+    parent = make_parent("qwen3")
+    run = layersmith.compress(parent, tmp_path / "one", data=text_folder, budget=0.6, recipe=TINY_RECIPE).run
+    other = Path(shutil.copytree(run, tmp_path / "other"))
+    settings = {"tokens": 9600, "batch_tokens": 192, "learning_rate": 3e-4, "lm": 0.2}
+    settings |= {"optimizer": "adamw", "precision": "bfloat16", "gradient_checkpointing": True}
+    distilled(other, 1, settings, ends=1)
+    distilled(streamed(other, tmp_path / "streamed"), 2, settings | {"tensor_parallel": 2})
+    distilled(run, 1, settings)
+    assert_same_quality(run, tmp_path / "streamed", points=50)
 
 
 @pytest.mark.skipif("LAYERSMITH_DIVIDED" not in os.environ, reason="make divided: takes minutes")

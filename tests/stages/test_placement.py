@@ -92,6 +92,19 @@ def test_a_parent_on_the_disk_is_distilled_globally_by_several_processes_that_sh
     assert two.device["optimizer"] < whole.device["optimizer"]
 
 
+def test_processes_that_compute_the_same_rows_hold_a_part_of_the_layer_that_runs(space: Outline) -> None:
+    settings = SMALL | {"distillation": {"tokens": 1000, "sharded": "always"}}
+    together = SMALL | {"distillation": {"tokens": 1000, "tensor_parallel": 2}}
+    sharded, divided = (
+        placed(space, Machine(4, 1e9, None, CPU), Recipe.from_dict(s)).stages["distilled"] for s in (settings, together)
+    )
+    for what in ("weights", "optimizer"):
+        assert 0.25 < divided.device[what] / sharded.device[what] < 1
+    assert divided.sent > 0
+    with pytest.raises(UsageError, match="3 processes are not a multiple of 2"):
+        placed(space, Machine(3, 1e9, None, CPU), Recipe.from_dict(together))
+
+
 def test_devices_that_are_not_here() -> None:
     machine = Asked(8, None, "h100").machine(Recipe())
     assert (machine.processes, machine.memory, machine.is_gpu) == (8, 80e9, True)

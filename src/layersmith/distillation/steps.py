@@ -38,15 +38,16 @@ class Steps:
         """Steps for rows of ``length`` tokens.
 
         Raises:
-            UsageError: The rows of a step cannot be divided by the number of processes.
+            UsageError: The rows of a step cannot be divided by the number of processes, or of their groups.
         """
-        rows = max(1, recipe.step_tokens(tokens) // length)
-        if rows % world_size:
+        rows, sharing = max(1, recipe.step_tokens(tokens) // length), groups(recipe, world_size)
+        if rows % sharing:
+            who = "processes" if sharing == world_size else f"groups of {recipe.tensor_parallel} processes"
             raise UsageError(
-                f"recipe distillation.batch_tokens: {rows} rows of {length} tokens cannot be shared by {world_size} "
-                f"processes. Make it {max(1, round(rows / world_size)) * world_size * length}."
+                f"recipe distillation.batch_tokens: {rows} rows of {length} tokens cannot be shared by {sharing} "
+                f"{who}. Make it {max(1, round(rows / sharing)) * sharing * length}."
             )
-        rows_of_process = rows // world_size
+        rows_of_process = rows // sharing
         most = max(1, recipe.device_tokens // length)
         at_once = max(n for n in range(1, rows_of_process + 1) if rows_of_process % n == 0 and n <= most)
         return Steps(
@@ -58,6 +59,21 @@ class Steps:
         )
 
 
+def groups(recipe: DistillationRecipe, world_size: int) -> int:
+    """Number of processes, or of groups of them, that have different rows.
+
+    Raises:
+        UsageError: The processes cannot be divided into groups of ``distillation.tensor_parallel``.
+    """
+    if world_size % recipe.tensor_parallel:
+        count = "1 process is" if world_size == 1 else f"{world_size} processes are"
+        raise UsageError(
+            f"recipe distillation.tensor_parallel: {count} not a multiple of {recipe.tensor_parallel}. Start a "
+            "multiple with torchrun, or set it to 1."
+        )
+    return world_size // recipe.tensor_parallel
+
+
 class RowOrder(Dataset):
     """``count`` rows in the order of training: all rows in one random order, then all in another, to the end."""
 
@@ -65,6 +81,13 @@ class RowOrder(Dataset):
         generator = torch.Generator().manual_seed(seed)
         orders = [torch.randperm(len(rows), generator=generator) for _ in range(math.ceil(count / len(rows)))]
         self.rows, self.order = rows, torch.cat(orders)[:count]
+
+    def for_each_of(self, processes: int, rows_at_once: int) -> RowOrder:
+        """The same, but every batch is there for each of some processes; an incomplete last batch is left out."""
+        if processes > 1:
+            batches = self.order[: len(self.order) // rows_at_once * rows_at_once].view(-1, rows_at_once)
+            self.order = batches.repeat_interleave(processes, 0).flatten()
+        return self
 
     def __len__(self) -> int:
         return len(self.order)

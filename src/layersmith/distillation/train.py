@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainingArguments
 
 from layersmith.distillation.adapters import has_adapters
 from layersmith.distillation.arguments import training_arguments
@@ -20,7 +20,7 @@ from layersmith.distillation.losses import Mixture
 from layersmith.distillation.objective import ChildLosses, ParentTargets, check_pair
 from layersmith.distillation.optimizer import matrices_of
 from layersmith.distillation.parent_logits import ParentLogits
-from layersmith.distillation.steps import RowOrder, Steps, collate
+from layersmith.distillation.steps import RowOrder, Steps, collate, groups
 from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Distiller, curve_of, digests_of
 from layersmith.errors import InputError, LayersmithError, OutOfMemory, first_line
 from layersmith.execution.parent import Parent
@@ -123,11 +123,12 @@ def train(
     arguments = training_arguments(recipe, steps, runtime, hidden_size_of(parent), setup.seed, setup.folder)
     arguments.use_cache = getattr(child.config, "use_cache", arguments.use_cache)  # Trainer writes it into the config
     if data.validation is not None:  # incomplete batches are left out, so there has to be a complete one
-        most = max(1, len(data.validation) // runtime.world_size)
+        most = max(1, len(data.validation) // groups(recipe, runtime.world_size))
         arguments.per_device_eval_batch_size = min(arguments.per_device_eval_batch_size, most)
     _place(parent, child, setup)
     losses = ChildLosses(_as_parent(child, parent), mixture)
     targets = ParentTargets(parent, mixture, data.cache)
+    order = RowOrder(data.rows, steps.count * steps.rows, setup.seed)
     started = time.monotonic()
     try:
         check_pair(targets.tap, losses.tap, mixture)
@@ -139,8 +140,8 @@ def train(
                 model=child,
                 args=arguments,
                 data_collator=collate,
-                train_dataset=RowOrder(data.rows, steps.count * steps.rows, setup.seed),
-                eval_dataset=None if data.validation is None else _in_order(data.validation, setup.seed),
+                train_dataset=order.for_each_of(recipe.tensor_parallel, steps.rows_at_once),
+                eval_dataset=None if data.validation is None else _validation(data.validation, setup, arguments),
                 callbacks=[CurveAndCheckpoints(recipe, steps, setup.curve, setup.name, advance)],
             )
             trainer.put_tensorboard_in(setup.curve.parent / "tensorboard")
@@ -203,8 +204,9 @@ def _as_parent(child: PreTrainedModel, parent: Parent) -> Parent:
     return Parent("child", child, child.dtype, parent.descriptor, blocks, "", parent.runtime)
 
 
-def _in_order(rows: torch.Tensor, seed: int) -> RowOrder:
-    return RowOrder(rows, len(rows), seed)
+def _validation(rows: torch.Tensor, setup: GlobalSetup, arguments: TrainingArguments) -> RowOrder:
+    order = RowOrder(rows, len(rows), setup.seed)
+    return order.for_each_of(setup.recipe.tensor_parallel, arguments.per_device_eval_batch_size)
 
 
 def hidden_size_of(model: Parent) -> int:

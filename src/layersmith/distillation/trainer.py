@@ -67,6 +67,8 @@ class Distiller(Trainer):
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         adamw = super().create_optimizer(model)
+        if is_sharded(self.child):
+            _join_groups(adamw, self.child, set(self.get_decay_parameter_names(self.child)))
         if not self.matrices or self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return adamw
         self.optimizer = MuonAndAdamW(self.matrices, adamw)
@@ -93,6 +95,24 @@ class Distiller(Trainer):
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 callback.logging_dir = str(folder)
+
+
+def _join_groups(optimizer: torch.optim.Optimizer, model: nn.Module, decayed: set[str]) -> None:
+    """Join the groups of an optimizer with and without weight decay that Trainer makes for each mesh of processes.
+
+    So a checkpoint has the same groups, however the weights are divided.
+    """
+    if len(optimizer.param_groups) <= 2:
+        return
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    order = {id(parameter): i for i, parameter in enumerate(model.parameters())}
+    joined: dict[bool, dict[str, Any]] = {}
+    for group in optimizer.param_groups:
+        is_decayed = names[id(group["params"][0])] in decayed
+        joined.setdefault(is_decayed, {**group, "params": []})["params"] += group["params"]
+    for group in joined.values():
+        group["params"].sort(key=lambda parameter: order[id(parameter)])
+    optimizer.param_groups[:] = joined.values()
 
 
 def _unwrapped(optimizer: Any) -> Any:

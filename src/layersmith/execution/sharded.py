@@ -5,6 +5,9 @@ again for its backward pass; then each process keeps its shard of weights and gr
 too, unless the head shares it. All other weights (head, final norm, and what several layers share) are one more unit,
 which is whole during a pass.
 
+Processes may also compute the same rows in groups (:mod:`.tensor_parallel`). Then weights are sharded over the groups,
+and "whole" means the part of a weight that a process of a group computes with.
+
 Why not through accelerate: its ``AcceleratorState`` turns FSDP on for GPUs and other accelerators, not for CPUs
 (accelerate 1.15), and it shards a model that every process holds whole before. Here weights are read layer by layer, so
 that no process ever holds more than its shards and one layer.
@@ -21,7 +24,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from layersmith import upstream
@@ -29,12 +32,16 @@ from layersmith.execution.files import Files
 from layersmith.execution.memory import give_back
 from layersmith.execution.parent import Parent
 from layersmith.execution.streaming import weights_on_disk
+from layersmith.execution.tensor_parallel import divide
 from layersmith.heterogeneous.build import block_configs_of, decoder_layers, num_layers_of
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
 from layersmith.run import ranks
 from layersmith.run.artifacts import temporary_folder
 from layersmith.run.runtime import Runtime
+
+# Dimensions of the mesh of processes: those along the first have different rows, those along the second the same.
+_ROWS, _TENSOR = "rows", "tensor"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -69,6 +76,7 @@ def load_sharded(
     near: Path,
     trust_remote_code: bool = False,
     trains: bool = False,
+    tensor_parallel: int = 1,
 ) -> Parent:
     """Load the shards of this process; all processes call this. ``identity`` of the result is empty.
 
@@ -79,6 +87,7 @@ def load_sharded(
         near: A folder, there or not, on the disk that has room for what must be converted.
         trust_remote_code: Let Transformers run code from the checkpoint.
         trains: Whether its weights are trained.
+        tensor_parallel: Number of processes that compute the same rows together, each with its part of the weights.
 
     Raises:
         InputError: Files are missing or damaged.
@@ -87,9 +96,12 @@ def load_sharded(
     descriptor = descriptor or describe(path, trust_remote_code=trust_remote_code)
     model, dtype, files = weights_on_disk(path, runtime, descriptor, near, trust_remote_code)
     vars(model).pop("hf_device_map", None)  # Trainer refuses models whose weights are on the disk
+    mesh = _mesh(runtime, tensor_parallel)
+    if tensor_parallel > 1:
+        divide(model, descriptor, mesh[_TENSOR])
     for name, source in upstream.tied_in(model).items():
         _set(model, name, model.get_parameter(source))
-    _shard(model, descriptor, runtime, _Reader(model, files, runtime, trains))
+    _shard(model, descriptor, runtime, mesh[_ROWS], _Reader(model, files, runtime, trains))
     blocks = tuple(block_configs_of(model.config, descriptor))
     return Parent(str(path), model, dtype, descriptor, blocks, "", runtime)
 
@@ -98,7 +110,7 @@ def shard(model: PreTrainedModel, descriptor: type[ModelDescriptor], runtime: Ru
     """Shard a model that every process holds whole, in place; all processes call this."""
     if not is_sharded(model):
         ranks.start(runtime)
-        _shard(model, descriptor, runtime)
+        _shard(model, descriptor, runtime, _mesh(runtime)[_ROWS])
 
 
 class _Reader:
@@ -119,21 +131,27 @@ class _Reader:
 
     def read(self, unit: nn.Module) -> None:
         for parameter in list(unit.parameters()):
-            if isinstance(parameter, DTensor):
+            if isinstance(parameter, DTensor) and not parameter.is_meta:
                 continue  # of a unit inside
             names = self._names[id(parameter)]
             if parameter.is_meta:
                 stored = next(name for name in names if name in self.files)
-                parameter = nn.Parameter(self.files.read(stored, self.runtime.device))
+                read = self.files.read(stored, self.runtime.device)
+                if isinstance(parameter, DTensor):  # every process takes its part of what all have read
+                    read = distribute_tensor(read, parameter.device_mesh, parameter.placements, src_data_rank=None)
+                parameter = nn.Parameter(read)
             parameter.requires_grad_(self.trains and parameter.is_floating_point())
             for name in names:
                 _set(self.model, name, parameter)
 
 
 def _shard(
-    model: PreTrainedModel, descriptor: type[ModelDescriptor], runtime: Runtime, reader: _Reader | None = None
+    model: PreTrainedModel,
+    descriptor: type[ModelDescriptor],
+    runtime: Runtime,
+    mesh: DeviceMesh,
+    reader: _Reader | None = None,
 ) -> None:
-    mesh = _mesh(runtime.device.type, runtime.world_size)
     units: list[nn.Module] = [*_units(model, descriptor), model]
     for unit in units:
         if reader is not None:
@@ -147,8 +165,10 @@ def _shard(
     let_go(model)
 
 
-def _mesh(device: str, world_size: int) -> DeviceMesh:
-    return init_device_mesh(device, (world_size,))
+def _mesh(runtime: Runtime, tensor_parallel: int = 1) -> DeviceMesh:
+    """All processes; neighbours belong to the same group."""
+    shape = (runtime.world_size // tensor_parallel, tensor_parallel)
+    return init_device_mesh(runtime.device.type, shape, mesh_dim_names=(_ROWS, _TENSOR))
 
 
 def _units(model: PreTrainedModel, descriptor: type[ModelDescriptor]) -> list[nn.Module]:

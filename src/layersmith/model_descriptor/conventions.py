@@ -50,6 +50,12 @@ CACHES = ("cache", "cache_params", "state", "past_buckets_states")
 # patterns of a third party's descriptor do not match; with another name its weights go to the FFN's group.
 ATTENTION = ("attn", "attention")
 
+# Attributes of an attention module: the size of a head, and how many heads of some kind it has. Read where the plan of
+# Transformers divides the attention over processes by heads; in a family with other names an attention whose heads
+# cannot be shared equally fails when it first runs.
+HEAD_SIZE = "head_dim"
+HEAD_COUNTS = ("num_heads", "num_attention_heads", "num_key_value_heads")
+
 # Part of the names of a config's attributes that are epsilons of norms. A parent with a smaller hidden size has smaller
 # ones; in a family with other names, its norms differ from the parent's in what an epsilon adds.
 EPSILON = "eps"

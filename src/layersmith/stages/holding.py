@@ -165,7 +165,7 @@ class Sizes:
             return False
         trained = TRAINED_BYTES * self.whole / self.memory.itemsize
         is_too_large = trained > SHARE_OF_MEMORY * (self.memory.size - self.whole)
-        return settings.sharded == "always" or self.is_streamed or is_too_large
+        return settings.sharded == "always" or settings.tensor_parallel > 1 or self.is_streamed or is_too_large
 
     def tokens(self, sequences: int) -> int:
         return sequences * self.recipe.data.sequence_length
@@ -444,7 +444,8 @@ def _evaluation(h: Sizes) -> Iterator[Holding]:
 def _distilled(h: Sizes) -> Iterator[Holding]:
     """Every process has the parent and, in float32, the child with its gradients and two moments; or shards of both.
 
-    Of what is sharded, a layer and the head are whole at a time: the parent's, and the child's with its gradients. With
+    Of what is sharded, a layer and the head are whole at a time: the parent's, and the child's with its gradients; or,
+    with tensor parallelism, the part of these that the process computes with. With
     adapters the child is frozen; those of a matrix have about ``2 rank / hidden size`` of its numbers.
     """
     recipe, parameters = h.recipe.distillation, h.whole / h.memory.itemsize
@@ -453,7 +454,7 @@ def _distilled(h: Sizes) -> Iterator[Holding]:
     if recipe.lora_rank:
         optimizer = h.whole + optimizer * min(1.0, 2 * recipe.lora_rank / h.hidden)
     if h.is_trained_sharded:
-        unit = max(h.layers) / h.memory.itemsize + h.hidden * h.vocab
+        unit = (max(h.layers) / h.memory.itemsize + h.hidden * h.vocab) / recipe.tensor_parallel
         weights = weights / h.memory.processes + h.memory.itemsize * unit
         optimizer = optimizer / h.memory.processes + 8.0 * unit
     activations = within * max(h.in_batch(recipe.device_tokens), h.long_row)

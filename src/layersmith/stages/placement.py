@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from layersmith.costs.roofline import Device, device_of
+from layersmith.distillation.steps import groups
 from layersmith.errors import UsageError
 from layersmith.execution.dealing import efficiency
 from layersmith.execution.memory import free_memory
@@ -316,8 +317,12 @@ def _sent(stage: str, sizes: Sizes, flops: Mapping[str, float]) -> float:
         if not sizes.is_trained_sharded:
             return 2 * 4 * parameters * steps
         # In each pass the parent's weights are gathered once, the child's twice, and its gradients reduced.
-        passes = sum(parts) / n / sizes.in_batch(settings.device_tokens)
-        return (n - 1) / n * (sizes.memory.itemsize + 3 * 4) * parameters * passes
+        sharing, together = groups(settings, n), settings.tensor_parallel
+        passes = sum(parts) / sharing / sizes.in_batch(settings.device_tokens)
+        of_weights = (sharing - 1) / sharing * (sizes.memory.itemsize + 3 * 4) * parameters / together * passes
+        # A layer's hidden states are added up twice forward, and the child's gradients twice backward.
+        sums = 2 * (together - 1) / together * 6 * len(sizes.layers)
+        return of_weights + sums * sizes.states(sum(parts) / sharing)
     return 0.0
 
 
@@ -353,7 +358,9 @@ def _read(stage: str, sizes: Sizes) -> float:
 
 
 def _check(sizes: Sizes, machine: Machine, stages: Mapping[str, float]) -> None:
-    """Raises: UsageError: Some stage needs more memory than a device has."""
+    """Raises: UsageError: Some stage needs more memory than a device has, or another number of processes."""
+    if "distilled" in stages:
+        groups(sizes.recipe.distillation, machine.processes)
     if "distilled" in stages and sizes.is_streamed and not sizes.is_trained_sharded:
         raise UsageError(
             f"--device-memory {_size(machine.memory)}: too little for the whole parent in each process, so it cannot "
@@ -391,6 +398,7 @@ def _other_ways(recipe: Recipe, machine: Machine, num_layers: int) -> Iterator[t
     nothing_refitted = ["local_distillation.reconstruct=false", "local_distillation.child_refit=0"]
     least = [*nothing_refitted, "local_distillation.coupled_tokens=0"]
     counts = sorted({min(num_layers, 2**k) for k in range(num_layers.bit_length() + 1)} - {machine.processes})
+    counts = [count for count in counts if count % recipe.distillation.tensor_parallel == 0]
     by_count = sorted(counts, key=lambda count: (count < machine.processes, abs(count - machine.processes)))
     for settings in (["stream=always"], ["scoring.batch_tokens=512"], ["library.linear=[]"], nothing_refitted[:1]):
         yield _in_words(settings), recipe.with_settings(settings), machine

@@ -16,6 +16,7 @@ from layersmith.execution.memory import free_memory, give_back
 from layersmith.execution.parent import Parent
 from layersmith.execution.sharded import load_sharded
 from layersmith.execution.streaming import SHARE_OF_MEMORY
+from layersmith.execution.tensor_parallel import whole_parts
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.model_descriptor.stock import casting
 from layersmith.quantization.rounding import Rounded
@@ -47,8 +48,10 @@ def parent_and_student(job: Job, progress: Progress) -> tuple[Parent, Student]:
     """Both models, ready for training; all processes call this together."""
     folder, solution = starting_child(job)
     if is_sharded(job, solution):
-        progress.note(f"the weights of parent and child are sharded over {job.runtime.world_size} processes.")
-        return _sharded(job, folder)
+        number = job.recipe.distillation.tensor_parallel
+        together = f" {number} of them compute the same rows together." if number > 1 else ""
+        progress.note(f"the weights of parent and child are sharded over {job.runtime.world_size} processes.{together}")
+        return _sharded(job, folder, progress)
     return job.first_parent, _whole(job, solution, folder, progress)
 
 
@@ -67,15 +70,20 @@ def _whole(job: Job, solution: Solution, folder: Path, progress: Progress) -> St
         return Student(in_float32(child), job.stored_parent.dtype, rounded)
 
 
-def _sharded(job: Job, folder: Path) -> tuple[Parent, Student]:
+def _sharded(job: Job, folder: Path, progress: Progress) -> tuple[Parent, Student]:
     """Both as shards; no process holds a whole model, not even what earlier stages loaded."""
     path, runtime = ordinary_of(job, job.first or job.source), job.runtime
     let_go_of_parents(job)
     give_back()
-    near, trusts = job.run.folder, job.trust_remote_code
-    parent = load_sharded(path, runtime, job.family, near=near, trust_remote_code=trusts)
+    near, trusts, number = job.run.folder, job.trust_remote_code, job.recipe.distillation.tensor_parallel
+    parent = load_sharded(path, runtime, job.family, near=near, trust_remote_code=trusts, tensor_parallel=number)
     wide = dataclasses.replace(runtime, dtype=torch.float32)
-    child = load_sharded(folder, wide, parent.descriptor, near=near, trust_remote_code=trusts, trains=True)
+    child = load_sharded(
+        folder, wide, parent.descriptor, near=near, trust_remote_code=trusts, trains=True, tensor_parallel=number
+    )
+    if whole := whole_parts(child.model, child.descriptor, number):
+        names = ", ".join(whole) if len(whole) < 5 else f"{', '.join(whole[:3])} and {len(whole) - 3} others"
+        progress.note(f"{number} processes cannot share these parts of the child equally, so each has all of: {names}.")
     return parent, Student(child.model, child.dtype, {})
 
 
@@ -87,7 +95,7 @@ def is_sharded(job: Job, solution: Solution) -> bool:
     setting = job.recipe.distillation.sharded
     if why_not_sharded(job) is not None or setting == "never":
         return False
-    if setting == "always" or job.is_streamed:
+    if setting == "always" or job.is_streamed or job.recipe.distillation.tensor_parallel > 1:
         return True
     runtime, parameters = job.runtime, solution.costs["parameters"]
     job.first_parent  # noqa: B018  # so that what is free is what the child can have

@@ -19,7 +19,9 @@ from layersmith.distillation.parent_logits import ParentLogits
 from layersmith.distillation.steps import Steps
 from layersmith.distillation.train import hidden_size_of
 from layersmith.errors import InputError, UsageError
-from layersmith.recipe import Overlap
+from layersmith.execution.parent import Parent
+from layersmith.execution.tensor_parallel import why_not_divided
+from layersmith.recipe import DistillationRecipe, Overlap
 from layersmith.run.artifacts import write_json, write_tensors
 from layersmith.run.stage import Making, Stage
 from layersmith.stages import long_context
@@ -52,6 +54,7 @@ def check(job: Job) -> Steps:
     if why_not is not None and job.recipe.distillation.sharded == "always":
         raise UsageError(f"recipe distillation.sharded: parent and child cannot be sharded, because {why_not}.")
     settings, parent = job.recipe.distillation, job.parent
+    check_tensor_parallel(settings, parent, why_not)
     steps = Steps.of(settings, settings.tokens, job.read(DATA).evaluation.shape[1], parent.runtime.world_size)
     size = hidden_size_of(parent)
     trainers = arguments.training_arguments(settings, steps, parent.runtime, size, job.recipe.seed, job.run.folder)
@@ -65,6 +68,16 @@ def check(job: Job) -> Steps:
     if parent.runtime.world_size == 1:
         job.once("rehearsal of training", lambda: arguments.rehearse(trainers, settings.trainer))
     return steps
+
+
+def check_tensor_parallel(settings: DistillationRecipe, parent: Parent, why_not: str | None) -> None:
+    """Raises: UsageError: Layers are to be divided and cannot be, because they cannot be sharded or without a plan."""
+    if settings.tensor_parallel == 1:
+        return
+    if settings.sharded == "never":
+        why_not = "distillation.sharded is never"
+    if why_not := why_not or why_not_divided(parent.model, parent.descriptor, settings.tensor_parallel):
+        raise UsageError(f"recipe distillation.tensor_parallel: the layers cannot be divided, because {why_not}.")
 
 
 def _check_adapters(job: Job) -> None:
