@@ -235,7 +235,8 @@ class DistillationRecipe:
     2502.16982), and AdamW for the rest. `adamw` uses AdamW for all, as accelerate's FSDP and DeepSpeed always do."""
     lora_rank: NonNegativeInt = 0
     """Rank of adapters (LoRA) that are trained instead of all weights and merged at the end, by AdamW; 0 trains the
-    weights. Needs far less memory. Needs PEFT (`pip install 'layersmith[lora]'`)."""
+    weights. Needs far less memory, and one process can do it with weights that stay on the disk. Needs PEFT
+    (`pip install 'layersmith[lora]'`)."""
     learning_rate: PositiveFloat | None = None
     """Peak learning rate. Default: 0.15 / hidden size, since Adam's best rate falls with the width (arXiv
     2203.03466), and four times that for adapters."""

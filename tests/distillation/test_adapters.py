@@ -26,7 +26,7 @@ SETTINGS: dict[str, Any] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bamba"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mixtral", "bamba", "deepseek_v3"])
 def test_adapters_add_nothing_at_first_and_are_merged(family: str) -> None:
     pytest.importorskip("peft")
     model = stock_model(tiny_config(family)).float()
@@ -93,3 +93,28 @@ def test_what_adapters_do_not_go_with_is_said(run: Path, monkeypatch: pytest.Mon
     with pytest.raises(UsageError, match=r"pip install 'layersmith\[lora\]'"):
         distill(run, recipe={"distillation": SETTINGS})
     assert not (run / "distillation").exists()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "deepseek_v3"])
+def test_weights_may_stay_on_the_disk(
+    family: str, text_folder: Path, tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The child is that of weights in memory, to the bit, also of a training that was interrupted."""
+    pytest.importorskip("peft")
+    parent, out = tmp_path / "parent", tmp_path / "in_memory"
+    config = tiny_config(family)
+    config.vocab_size = len(tokenizer)
+    stock_model(config).float().save_pretrained(parent)
+    tokenizer.save_pretrained(parent)
+    quick = TINY_RECIPE | {"local_distillation": {"tokens": 0, "coupled_tokens": 0}}
+    layersmith.compress(parent, out, data=text_folder, budget=0.8, recipe=quick)
+    on_disk = Path(shutil.copytree(out, tmp_path / "on_disk"))
+    settings = SETTINGS | {"tokens": 1024}
+    distill(out, recipe={"distillation": settings})
+    monkeypatch.setattr(trainer, "_SAVING_SHARE", float("inf"))  # a checkpoint after every step
+    with pytest.raises(Interrupted):
+        distill(on_disk, recipe={"distillation": settings, "stream": "always"}, progress=Watching(512))
+    made = distill(on_disk, recipe={"distillation": settings, "stream": "always"})
+    for file in ("distilled/model.safetensors", "distilled/config.json", "distillation/global/log.json"):
+        assert (on_disk / file).read_bytes() == (out / file).read_bytes(), file
+    assert made.after

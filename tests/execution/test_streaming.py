@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import random
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -156,8 +157,34 @@ def test_all_children_go_through_a_layer_before_the_next_is_read(
     assert len(queries) == len(set(queries)) == len(parent.blocks)
 
 
-def test_one_layer_is_in_memory(make_parent: Callable[..., Path], tmp_path: Path) -> None:
-    """When a layer is read nothing holds on to the weights of another, be it a stage, an alternative or a graph."""
+def test_the_next_layer_is_read_while_one_runs(make_parent: Callable[..., Path], tmp_path: Path) -> None:
+    parent = load_parent(make_parent("llama"), CPU, stream_near=tmp_path)
+    assert parent.stream is not None
+    library, read = library_of(parent), parent.stream.files.read
+    threads: list[str] = []
+
+    def noted(name: str, device: torch.device) -> torch.Tensor:
+        if name.endswith("q_proj.weight"):
+            threads.append(threading.current_thread().name)
+        return read(name, device)
+
+    parent.stream.files.read = noted  # type: ignore[method-assign]
+    for _ in range(2):  # the first time, it is not known yet that a backward pass follows
+        threads.clear()
+        score_library(library, TOKENS, ScoringRecipe())
+    in_advance = sum(name.startswith("weights") for name in threads)
+    assert len(threads) - in_advance <= 4  # passes begin with a layer that has to be waited for
+    assert len(threads) <= 5 * len(parent.blocks) + 2  # few that are not needed then
+
+
+def test_one_layer_is_in_memory(
+    make_parent: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """When a layer is read nothing holds on to the weights of another, be it a stage, an alternative or a graph.
+
+    That is where memory is short, so that none is read in advance.
+    """
+    monkeypatch.setattr("layersmith.execution.streaming.SHARE_FOR_TWO", 0.0)
     parent = load_parent(make_parent("llama"), CPU, stream_near=tmp_path)
     assert parent.stream is not None
     library = library_of(parent)

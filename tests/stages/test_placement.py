@@ -45,7 +45,9 @@ def test_weights_and_batches_are_those_of_a_loaded_parent(
     by_layer = [sum(p.numel() * 4 for p in layer.parameters()) for layer in parent.layers]
     assert sizes.layers == by_layer
     assert sizes.whole == sum(p.numel() * 4 for p in parent.model.parameters())
-    assert sizes.weights == (sizes.whole if stream == "never" else max(*by_layer, parent.head.weight.numel() * 4))
+    two_units = 2 * max(*by_layer, parent.head.weight.numel() * 4)  # one runs, the next is read
+    assert sizes.weights == (sizes.whole if stream == "never" else two_units)
+    assert Machine(1, 3 * two_units, None, CPU).sizes(space, recipe).weights in (sizes.whole, two_units / 2)
     layerwise = split_layers(parent, NoAlternatives())
     rows = tokens_at_once(parent, layerwise, recipe.scoring.batch_tokens) // 32
     assert sizes.scored_at_once == 32 * rows
@@ -75,6 +77,17 @@ def test_what_does_not_fit_is_refused_with_what_would(space: Outline) -> None:
     assert max(share.on_device for share in fits.stages.values()) <= memory
     with pytest.raises(UsageError, match="Neither another number of processes nor settings"):
         placed(space, Machine(2, 1e3, None, GPU), recipe)
+
+
+def test_one_process_trains_adapters_with_weights_on_the_disk(space: Outline) -> None:
+    recipe = Recipe.from_dict(SMALL | {"stream": "always", "distillation": {"tokens": 65536, "lora_rank": 4}})
+    plan = placed(space, Machine(1, 1e9, None, CPU), recipe).stages["distilled"]
+    whole = placed(space, Machine(1, 1e9, None, CPU), dataclasses.replace(recipe, stream="never")).stages["distilled"]
+    assert plan.device["weights"] < whole.device["weights"]
+    assert plan.device["optimizer"] < whole.device["optimizer"]
+    sizes = Machine(1, 1e9, None, CPU).sizes(space, recipe)
+    assert plan.read == 3 * sizes.whole * 65536 / 4096
+    assert whole.read == 0
 
 
 def test_a_parent_on_the_disk_is_distilled_globally_by_several_processes_that_shard_it(space: Outline) -> None:

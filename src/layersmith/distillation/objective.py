@@ -122,7 +122,7 @@ def check_pair(parent: Tap, child: Tap, mixture: Mixture) -> None:
             "Set distillation.kl to 0 in the recipe."
         )
     if mixture.hidden:
-        probe = torch.arange(3, 7, device=parent.model.model.device)[None] % parent.model.language_config.vocab_size
+        probe = torch.arange(3, 7, device=parent.model.runtime.device)[None] % parent.model.language_config.vocab_size
         with torch.no_grad(), with_head(parent.model.model), with_head(child.model.model):
             shapes = [[h.shape[-1] for h in tap.run(probe, with_layers=True).layers] for tap in (parent, child)]
         if shapes[0] != shapes[1]:

@@ -116,7 +116,7 @@ class Tap:
     @torch.no_grad()
     def _try(self) -> None:
         """Find out whether logits are changed after the output embedding, and check that the head alone is exact."""
-        device = self.model.model.device
+        device = self.model.runtime.device
         self._probe = torch.arange(3, 11, device=device)[None] % self.model.language_config.vocab_size
         made: list[torch.Tensor] = []
         handle = self._output.register_forward_hook(lambda module, args, output: made.append(output))

@@ -25,6 +25,7 @@ from layersmith.distillation.trainer import COMPLETE, CurveAndCheckpoints, Disti
 from layersmith.errors import InputError, LayersmithError, OutOfMemory, first_line
 from layersmith.execution.parent import Parent
 from layersmith.execution.sharded import gathered, is_sharded, shard
+from layersmith.execution.streaming import has_weights_on_disk
 from layersmith.heterogeneous.build import block_configs_of
 from layersmith.model_descriptor.stock import quiet_transformers
 from layersmith.recipe import DistillationRecipe
@@ -87,7 +88,8 @@ class Trained:
         validation: Mean KL, distance of hidden states and LM loss on the validation rows; empty without such rows.
         steps: The steps that were made.
         seconds: Wall time of this process since the training began or was resumed.
-        state: The child's weights in the first process if no process holds them whole (sharded or FSDP), else None.
+        state: The child's weights in the first process if no process holds them whole (sharded, FSDP, or on the
+            disk), else None.
     """
 
     curve: dict[str, Any]
@@ -161,7 +163,7 @@ def train(
 def _place(parent: Parent, child: PreTrainedModel, setup: GlobalSetup) -> None:
     """Put the child where it is trained, and shard both models if wanted."""
     child.eval()  # checked without dropout; Trainer turns it on
-    if not is_sharded(child):
+    if not (is_sharded(child) or has_weights_on_disk(child)):
         module: torch.nn.Module = child if has_adapters(child) else child.requires_grad_(True)
         module.to(parent.runtime.device)
     if setup.is_sharded:

@@ -24,6 +24,7 @@ from layersmith.distillation.optimizer import MuonAndAdamW
 from layersmith.distillation.steps import Steps
 from layersmith.errors import InputError
 from layersmith.execution.sharded import is_sharded, let_go
+from layersmith.execution.streaming import has_weights_on_disk
 from layersmith.recipe import DistillationRecipe
 from layersmith.run.artifacts import file_digest, write_json
 
@@ -48,7 +49,7 @@ class Distiller(Trainer):
         # By training or evaluation, the sum of the loss's parts and the number of batches since the last log entry.
         self._parts: dict[bool, tuple[torch.Tensor, int]] = {}
         self.remove_callback(PrinterCallback)
-        if is_sharded(self.child):
+        if is_sharded(self.child) or has_weights_on_disk(self.child):
             upstream.prepared(self, self.child)
         if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):  # whose checkpoints are their own
             upstream.checkpoint_by(self, self._save_states, self._load_states)
@@ -64,6 +65,10 @@ class Distiller(Trainer):
         total, count = self._parts.get(model.training, (torch.zeros_like(parts), 0))
         self._parts[model.training] = total + parts.detach(), count + 1
         return (loss, {"loss": loss, "parts": parts}) if return_outputs else loss
+
+    def _move_model_to_device(self, model: nn.Module, device: torch.device) -> None:
+        if not has_weights_on_disk(model):
+            super()._move_model_to_device(model, device)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         adamw = super().create_optimizer(model)

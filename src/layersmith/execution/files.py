@@ -63,6 +63,16 @@ def write_from(file: int, memory: memoryview, at: int) -> None:
         memory, at = memory[done:], at + done
 
 
+def in_unnamed_file(tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> torch.Tensor:
+    """A tensor in a dtype, mapped from a file that loses its name at once, so the system can have its memory back."""
+    if not tensor.numel():
+        return tensor.to("cpu", dtype)
+    made = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=dtype).view(tensor.shape)
+    made.copy_(tensor)
+    path.unlink()
+    return made
+
+
 @dataclass(frozen=True)
 class _Tensor:
     """A tensor in an open file."""

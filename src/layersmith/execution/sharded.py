@@ -28,7 +28,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from layersmith import upstream
-from layersmith.execution.files import Files
+from layersmith.execution.files import Files, in_unnamed_file
 from layersmith.execution.memory import give_back
 from layersmith.execution.parent import Parent
 from layersmith.execution.streaming import weights_on_disk
@@ -210,20 +210,11 @@ def gathered(model: nn.Module, dtype: torch.dtype, near: Path) -> dict[str, torc
             if id(tensor) not in made:
                 whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
                 wanted = dtype if whole.is_floating_point() else whole.dtype
-                path = folder / f"{len(made)}"
-                made[id(tensor)] = _in_file(whole.detach(), wanted, path) if ranks.is_first() else whole.new_empty(0)
+                here = whole.detach() if ranks.is_first() else whole.new_empty(0)
+                made[id(tensor)] = in_unnamed_file(here, wanted, folder / f"{len(made)}")
             result[name] = made[id(tensor)]
     ranks.together(lambda: None)  # a process that ended earlier would break the connections of others
     return result if ranks.is_first() else {}
-
-
-def _in_file(tensor: torch.Tensor, dtype: torch.dtype, path: Path) -> torch.Tensor:
-    if not tensor.numel():
-        return tensor.to("cpu", dtype)
-    made = torch.from_file(str(path), shared=True, size=tensor.numel(), dtype=dtype).view(tensor.shape)
-    made.copy_(tensor)
-    path.unlink()
-    return made
 
 
 def shard_bytes(model: nn.Module) -> int:

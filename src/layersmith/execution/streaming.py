@@ -1,12 +1,17 @@
 """Weights that stay on the disk until a layer runs, for a parent that is larger than memory.
 
 A model is loaded without its weights. Each decoder layer, and each module outside the layers with large weights, is a
-unit. Before a unit runs, its weights are read and those of the unit before are dropped. So at most one layer's weights
-are in memory, besides those of alternatives of that layer. Of the input embedding, only the rows that a batch needs are
-read.
+unit. Before a unit runs, its weights are read and those of the unit before are dropped. Meanwhile a thread reads the
+unit that will run next, if there is memory for a second one: the one that came next when the same two units ran before,
+or else the next one of the model. So at most two layers' weights are in memory, besides those of alternatives. Of the
+input embedding, only the rows that a batch needs are read.
 
 Among several processes each keeps the layers that are dealt to it in memory, if they fit, and reads others when it has
-to run them. So n processes hold a model together, and no layer is read twice while each works on its own.
+to run them. So n processes hold a model together, and no layer is read twice while each works on its own. Then nothing
+is read in advance.
+
+Gradients pass through a model on the disk if each layer is run again for its backward pass, when its weights are read
+once more (:meth:`WeightStream.run_again_in_backward`).
 
 Transformers decides which tensor of which file is which weight. Weights that it has to convert while it loads (experts
 that become one tensor) are written once into files of a scratch folder. These are unlinked as soon as they are open, so
@@ -18,12 +23,15 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from layersmith import upstream
@@ -44,6 +52,51 @@ from layersmith.untrusted import read_safetensors_header
 _SMALL_SHARE = 0.01
 # Weights may take this share of the free memory; activations and alternatives need the rest.
 SHARE_OF_MEMORY = 0.75
+# A second unit is read in advance if two take no more than this share.
+SHARE_FOR_TWO = 0.25
+# A parameter: its module, its name there, and its name in the files.
+_Place = tuple[nn.Module, str, str]
+
+
+class _Ahead:
+    """Reads the unit that will be needed next while another one runs.
+
+    Args:
+        read: Reads the weights of a unit.
+        units: All units, in the order in which a forward pass needs them.
+    """
+
+    def __init__(self, read: Callable[[nn.Module], list[torch.Tensor]], units: Iterable[nn.Module]):
+        self._read, self._thread = read, ThreadPoolExecutor(1, "weights")
+        order = list(units)
+        self._first, self._next = order[:1], dict(pairwise(order))
+        self._seen: dict[tuple[nn.Module | None, nn.Module], nn.Module] = {}
+        self._last: tuple[nn.Module | None, nn.Module | None] = (None, None)
+        self._reading: tuple[nn.Module, Future[list[torch.Tensor]]] | None = None
+
+    def take(self, unit: nn.Module) -> list[torch.Tensor]:
+        """The weights of a unit; begins to read those of the next."""
+        before, last = self._last
+        if last is not None:
+            self._seen[before, last] = unit
+        is_read = self._reading is not None and self._reading[0] is unit
+        tensors = self._reading[1].result() if self._reading is not None and is_read else self._read(unit)
+        self.forget()
+        self._last = last, unit
+        following = self._seen.get((last, unit), self._next.get(unit))
+        if following is not None and not self._begins_a_pass(following, unit):  # there may be no other pass
+            self._reading = following, self._thread.submit(self._read, following)
+        return tensors
+
+    def _begins_a_pass(self, following: nn.Module, unit: nn.Module) -> bool:
+        """Whether it is the first unit, and not reached backward from the second."""
+        return [following] == self._first and self._next.get(following) is not unit
+
+    def forget(self) -> None:
+        """Let go of what was read in advance."""
+        if self._reading is not None:
+            self._reading[1].cancel()
+        self._reading, self._last = None, (None, None)
 
 
 class WeightStream:
@@ -67,10 +120,11 @@ class WeightStream:
         device: torch.device,
         held: Sequence[nn.Module] = (),
     ):
-        self.files, self.device = files, device
+        self.files, self.device, self.layers = files, device, layers
         give_back()
-        self._units: dict[nn.Module, list[tuple[nn.Module, str, str]]] = {}
+        self._units: dict[nn.Module, list[_Place]] = {}
         self._resident: nn.Module | None = None
+        self._ahead: _Ahead | None = None
         names = {id(module): name for name, module in model.named_modules()}
         inside = {id(m): layer for layer in layers for m in layer.modules()}
         for module in model.modules():
@@ -83,7 +137,8 @@ class WeightStream:
         for unit in list(self._units):
             is_small = unit not in layers and self._bytes(unit) < _SMALL_SHARE * largest
             if is_small or unit in held:
-                self._fill(self._units.pop(unit))
+                self._fill(unit, self._read(unit))
+                del self._units[unit]
             elif unit is embedding and isinstance(unit, nn.Embedding):
                 ((_, _, name),) = self._units.pop(unit)
                 unit.padding_idx = None  # which only training asks for
@@ -91,26 +146,51 @@ class WeightStream:
                 unit.register_forward_hook(_emptied)
             else:
                 unit.register_forward_pre_hook(self._hook_of(unit))
+        if not held and 2 * largest <= SHARE_FOR_TWO * free_memory(device):
+            self._ahead = _Ahead(self._read, self._units)
 
     def need(self, unit: nn.Module) -> None:
         """Read a unit's weights, unless they are there; those of the unit before go."""
         if unit is self._resident or unit not in self._units:
             return
-        self.release()
-        self._fill(self._units[unit])
+        self._drop()
+        self._fill(unit, self._read(unit) if self._ahead is None else self._ahead.take(unit))
         self._resident = unit
 
     def release(self) -> None:
-        """Let go of the weights that are there."""
+        """Let go of the weights that are there, and of those that were read in advance."""
+        if self._ahead is not None:
+            self._ahead.forget()
+        self._drop()
+
+    def run_again_in_backward(self) -> None:
+        """From now on keep only the inputs of a layer for its backward pass, in which it is run again.
+
+        So autograd holds the weights of no layer but the one that has its turn.
+        """
+        for layer in self.layers:
+            layer.forward = self._again(layer, layer.forward)
+
+    def _again(self, layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **named: Any) -> Any:
+            self.need(layer)
+            return forward(*args, **named)
+
+        return lambda *args, **named: checkpoint(run, *args, use_reentrant=False, **named)
+
+    def _drop(self) -> None:
         if self._resident is not None:
             for module, local, _ in self._units[self._resident]:
                 _set(module, local, torch.empty_like(getattr(module, local), device="meta"))
             self._resident = None
         give_back()
 
-    def _fill(self, places: Sequence[tuple[nn.Module, str, str]]) -> None:
-        for module, local, name in places:
-            _set(module, local, self.files.read(name, self.device))
+    def _read(self, unit: nn.Module) -> list[torch.Tensor]:
+        return [self.files.read(name, self.device) for _, _, name in self._units[unit]]
+
+    def _fill(self, unit: nn.Module, tensors: Sequence[torch.Tensor]) -> None:
+        for (module, local, _), tensor in zip(self._units[unit], tensors, strict=True):
+            _set(module, local, tensor)
 
     def _bytes(self, unit: nn.Module) -> int:
         parameters = [getattr(module, local) for module, local, _ in self._units[unit]]
@@ -219,6 +299,11 @@ def _held(layers: Sequence[nn.Module], runtime: Runtime) -> list[nn.Module]:
     mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == runtime.rank]
     size = sum(p.numel() * p.element_size() for layer in mine for p in layer.parameters())
     return mine if size <= SHARE_OF_MEMORY * free_memory(runtime.device) / runtime.processes_on_device else []
+
+
+def has_weights_on_disk(model: nn.Module) -> bool:
+    """Whether some weights of a model are not in memory."""
+    return any(parameter.is_meta for parameter in model.parameters())
 
 
 def is_too_large(path: str | os.PathLike[str], runtime: Runtime) -> bool:

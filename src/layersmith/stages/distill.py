@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from layersmith.distillation.adapters import merge_adapters
+from layersmith.distillation.adapters import merge_adapters, merge_on_disk
 from layersmith.distillation.parent_logits import ParentLogits, TopTokens, cache_folder, remember
 from layersmith.distillation.straight_through import rounded_again, rounded_in_forward
 from layersmith.distillation.train import (
@@ -106,7 +106,11 @@ def _train(job: Job, making: Making) -> tuple[Student, Trained]:
             advance(sum(part.setup.tokens for part in parts[:first]))
         for part in parts[first:]:
             trained = train(parent, child, part.data, part.setup, advance)
-    merge_adapters(child)
+    if student.stream is None:
+        merge_adapters(child)
+    else:
+        state = merge_on_disk(child, student.stream, student.dtype, job.run.folder / "distillation")
+        trained = dataclasses.replace(trained, state=state)
     making.elsewhere.extend(part.setup.curve for part in parts)
     return dataclasses.replace(student, rounded=rounded_again(child, student.rounded)), trained
 

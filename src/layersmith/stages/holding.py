@@ -23,7 +23,7 @@ from layersmith.execution.layerwise import (
     bytes_within_a_layer,
     tokens_that_fit,
 )
-from layersmith.execution.streaming import SHARE_OF_MEMORY
+from layersmith.execution.streaming import SHARE_FOR_TWO, SHARE_OF_MEMORY
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.layers import meta_layers
 from layersmith.library.survey import choose_ffn_ranking
@@ -149,12 +149,23 @@ class Sizes:
 
     @cached_property
     def weights(self) -> float:
-        """Of the parent: all, or the layers that stay and one more unit, which is a layer or the head."""
+        """Of the parent: all, or the layers that stay and one more unit, which is a layer or the head, or two."""
         if not self.is_streamed:
             return self.whole
         is_all = self.own == len(self.layers) and self.held
-        head = float(self.hidden * self.vocab * self.memory.itemsize)
-        return self.held + max(head, 0.0 if is_all else max(self.layers))
+        unit = max(float(self.hidden * self.vocab * self.memory.itemsize), 0.0 if is_all else max(self.layers))
+        return self.held + unit * (1 + self.is_read_ahead)
+
+    @property
+    def is_read_ahead(self) -> bool:
+        """Whether a unit is read from the disk while another one runs."""
+        unit = max(float(self.hidden * self.vocab * self.memory.itemsize), max(self.layers))
+        return self.is_streamed and not self.held and 2 * unit <= SHARE_FOR_TWO * self.memory.size
+
+    @property
+    def is_trained_on_disk(self) -> bool:
+        """Whether adapters are trained while the weights of parent and child stay on the disk."""
+        return self.is_streamed and bool(self.recipe.distillation.lora_rank) and self.memory.processes == 1
 
     @cached_property
     def is_trained_sharded(self) -> bool:
@@ -445,19 +456,23 @@ def _distilled(h: Sizes) -> Iterator[Holding]:
     """Every process has the parent and, in float32, the child with its gradients and two moments; or shards of both.
 
     Of what is sharded, a layer and the head are whole at a time: the parent's, and the child's with its gradients; or,
-    with tensor parallelism, the part of these that the process computes with. With
-    adapters the child is frozen; those of a matrix have about ``2 rank / hidden size`` of its numbers.
+    with tensor parallelism, the part of these that the process computes with. With adapters the child is frozen; those
+    of a matrix have about ``2 rank / hidden size`` of its numbers. On the disk it is held as the parent is, and of each
+    layer only the hidden states are kept for the backward pass.
     """
     recipe, parameters = h.recipe.distillation, h.whole / h.memory.itemsize
-    within = _BACKWARD * h.within * (1 if recipe.gradient_checkpointing else len(h.layers))
+    is_run_again = recipe.gradient_checkpointing or h.is_trained_on_disk
+    within = _BACKWARD * h.within * (1 if is_run_again else len(h.layers))
     weights, optimizer = h.whole, TRAINED_BYTES * parameters
     if recipe.lora_rank:
-        optimizer = h.whole + optimizer * min(1.0, 2 * recipe.lora_rank / h.hidden)
+        child, weights = (h.weights, h.weights) if h.is_trained_on_disk else (h.whole, h.whole)
+        optimizer = child + optimizer * min(1.0, 2 * recipe.lora_rank / h.hidden)
     if h.is_trained_sharded:
         unit = (max(h.layers) / h.memory.itemsize + h.hidden * h.vocab) / recipe.tensor_parallel
         weights = weights / h.memory.processes + h.memory.itemsize * unit
         optimizer = optimizer / h.memory.processes + 8.0 * unit
-    activations = within * max(h.in_batch(recipe.device_tokens), h.long_row)
+    at_once = max(h.in_batch(recipe.device_tokens), h.long_row)
+    activations = within * at_once + (h.states(2 * len(h.layers) * at_once) if h.is_trained_on_disk else 0.0)
     yield Holding({"weights": weights, "activations": activations, "optimizer": optimizer})
 
 

@@ -245,7 +245,10 @@ def place(
         held, (work, time) = held_in(name, sizes), _shares_of(name, sizes)
         by_each = min(alone, undivided.get(name, 0.0))
         sent, read = _sent(name, sizes, flops), recipe.rounds.count * _read(name, sizes)
-        moved = sent / _LINK + read / _READ + _added(name, sizes) / _ADDED
+        works = (alone - by_each) * time
+        # What is read while a layer runs takes no time, as far as running takes longer.
+        waits_for_disk = read / _READ - (works if sizes.is_read_ahead else 0.0)
+        moved = sent / _LINK + max(0.0, waits_for_disk) + _added(name, sizes) / _ADDED
         stages[name] = Share(
             device=held.device,
             host=held.host,
@@ -253,7 +256,7 @@ def place(
             sent=sent,
             read=read,
             operations=flops.get(name, 0.0) * work,
-            seconds=(alone - by_each) * time + by_each + moved,
+            seconds=works + by_each + moved,
             waiting=(alone - by_each) * (time - work),
         )
     return Placement(
@@ -346,6 +349,11 @@ def _read(stage: str, sizes: Sizes) -> float:
     if stage in ("scores", "refine"):
         passes = 4 if stage == "scores" else recipe.search.refine_passes
         return own * passes
+    if stage == "distilled":  # of the parent once in each pass, of the child once forward and once backward
+        settings = recipe.distillation
+        passes = settings.tokens / sizes.in_batch(settings.device_tokens)
+        passes += settings.long_tokens / sizes.long_row if settings.long_tokens else 0
+        return 3 * sizes.whole * passes if sizes.is_trained_on_disk else 0.0
     if stage == "evaluation":
         batches = -(
             -recipe.data.evaluation_sequences // max(1, recipe.scoring.rows_at_once(recipe.data.sequence_length))
@@ -361,11 +369,12 @@ def _check(sizes: Sizes, machine: Machine, stages: Mapping[str, float]) -> None:
     """Raises: UsageError: Some stage needs more memory than a device has, or another number of processes."""
     if "distilled" in stages:
         groups(sizes.recipe.distillation, machine.processes)
-    if "distilled" in stages and sizes.is_streamed and not sizes.is_trained_sharded:
+    is_possible = sizes.is_trained_sharded or sizes.is_trained_on_disk
+    if "distilled" in stages and sizes.is_streamed and not is_possible:
         raise UsageError(
             f"--device-memory {_size(machine.memory)}: too little for the whole parent in each process, so it cannot "
-            "be distilled globally unless several processes shard it (distillation.sharded). Set distillation.tokens "
-            "to 0."
+            "be distilled globally unless several processes shard it (distillation.sharded), or one process trains "
+            "adapters (distillation.lora_rank). Set distillation.tokens to 0."
         )
     stage, held = _fullest(sizes, stages)
     if held.on_device <= machine.memory:

@@ -1,4 +1,7 @@
-"""The models of a global distillation: the parent, and the child in float32; whole in every process, or sharded."""
+"""The models of a global distillation: the parent, and the child in float32.
+
+They are whole in every process, or sharded, or with adapters and on the disk.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ from layersmith.distillation.train import TRAINED_BYTES, in_float32
 from layersmith.execution.memory import free_memory, give_back
 from layersmith.execution.parent import Parent
 from layersmith.execution.sharded import load_sharded
-from layersmith.execution.streaming import SHARE_OF_MEMORY
+from layersmith.execution.streaming import SHARE_OF_MEMORY, WeightStream, load_streamed
 from layersmith.execution.tensor_parallel import whole_parts
 from layersmith.heterogeneous.checkpoint import load
 from layersmith.model_descriptor.stock import casting
@@ -37,11 +40,13 @@ class Student:
         model: The child in float32, or with adapters and in the dtype of the computation.
         dtype: Data type in which it is written.
         rounded: Its weights in number formats, by name.
+        stream: Reads its weights where they stay on the disk.
     """
 
     model: PreTrainedModel
     dtype: torch.dtype
     rounded: dict[str, Rounded]
+    stream: WeightStream | None = None
 
 
 def parent_and_student(job: Job, progress: Progress) -> tuple[Parent, Student]:
@@ -52,6 +57,9 @@ def parent_and_student(job: Job, progress: Progress) -> tuple[Parent, Student]:
         together = f" {number} of them compute the same rows together." if number > 1 else ""
         progress.note(f"the weights of parent and child are sharded over {job.runtime.world_size} processes.{together}")
         return _sharded(job, folder, progress)
+    if job.is_streamed:
+        progress.note("the weights of parent and child stay on the disk until a layer runs; adapters are trained.")
+        return job.first_parent, _on_disk(job, folder)
     return job.first_parent, _whole(job, solution, folder, progress)
 
 
@@ -68,6 +76,17 @@ def _whole(job: Job, solution: Solution, folder: Path, progress: Progress) -> St
         return Student(child, dtype, {})
     with composed(job, solution, progress) as (child, rounded):
         return Student(in_float32(child), job.stored_parent.dtype, rounded)
+
+
+def _on_disk(job: Job, folder: Path) -> Student:
+    """The child with adapters in memory. Its layers are run again in the backward pass, when they are read again."""
+    descriptor, near, trusts = job.first_parent.descriptor, job.run.folder, job.trust_remote_code
+    child, dtype, stream = load_streamed(folder, job.runtime, descriptor, near, trusts)
+    vars(child).pop("hf_device_map", None)  # Trainer refuses models whose weights are on the disk
+    rank, seed = job.recipe.distillation.lora_rank, job.recipe.seed
+    add_adapters(child, descriptor, rank, seed, job.runtime.device)
+    stream.run_again_in_backward()
+    return Student(child, dtype, {}, stream)
 
 
 def _sharded(job: Job, folder: Path, progress: Progress) -> tuple[Parent, Student]:

@@ -45,11 +45,13 @@ def check(job: Job) -> Steps:
         UsageError: Settings do not go together, with the number of processes, or with the size of the parent.
     """
     why_not = why_not_sharded(job)
-    if job.is_streamed and (why_not is not None or job.recipe.distillation.sharded == "never"):
+    is_on_disk = job.recipe.distillation.lora_rank and job.runtime.world_size == 1
+    if job.is_streamed and not is_on_disk and (why_not is not None or job.recipe.distillation.sharded == "never"):
         raise UsageError(
             f"{job.source}: larger than the memory, so it cannot be distilled here: it is not sharded, because "
-            f"{why_not or 'distillation.sharded is never'}. Set distillation.tokens to 0, or stream to never in the "
-            "recipe."
+            f"{why_not or 'distillation.sharded is never'}. Set distillation.lora_rank, such as to 16, to train "
+            "adapters in one process while the weights stay on the disk; or set distillation.tokens to 0, or stream "
+            "to never in the recipe."
         )
     if why_not is not None and job.recipe.distillation.sharded == "always":
         raise UsageError(f"recipe distillation.sharded: parent and child cannot be sharded, because {why_not}.")
