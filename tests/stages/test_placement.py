@@ -114,8 +114,17 @@ def test_processes_that_compute_the_same_rows_hold_a_part_of_the_layer_that_runs
     for what in ("weights", "optimizer"):
         assert 0.25 < divided.device[what] / sharded.device[what] < 1
     assert divided.sent > 0
-    with pytest.raises(UsageError, match="3 processes are not a multiple of 2"):
+    eight = SMALL | {"distillation": {"tokens": 1000, "tensor_parallel": 8}}
+    of_two, of_eight = (
+        Machine(8, 1e9, None, CPU).sizes(space, Recipe.from_dict(s)).of_group for s in (together, eight)
+    )
+    assert of_two == pytest.approx(0.5, abs=0.01)
+    assert 0.2 < of_eight < 1  # four KV heads are not divided by eight
+    with pytest.raises(UsageError, match="3 processes are not a multiple"):
         placed(space, Machine(3, 1e9, None, CPU), Recipe.from_dict(together))
+    adapters = {"distillation": together["distillation"] | {"lora_rank": 4}}
+    with pytest.raises(UsageError, match="adapters are trained whole"):
+        placed(space, Machine(4, 1e9, None, CPU), Recipe.from_dict(together | adapters))
 
 
 def test_devices_that_are_not_here() -> None:

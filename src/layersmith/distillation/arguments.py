@@ -120,6 +120,8 @@ def why_not_sharded(recipe: DistillationRecipe, processes: int, dtype: str, has_
         return "there is one process; start several with torchrun"
     if processes % recipe.tensor_parallel:
         return f"{processes} processes are not a multiple of distillation.tensor_parallel, {recipe.tensor_parallel}"
+    if recipe.tensor_parallel > 1 and recipe.sharded == "never":
+        return "distillation.sharded is never"
     if recipe.trainer.get("fsdp") or recipe.trainer.get("deepspeed"):
         return "distillation.trainer sets fsdp or deepspeed"
     if has_formats:

@@ -15,6 +15,7 @@ that no process ever holds more than its shards and one layer.
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,11 +29,13 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from layersmith import upstream
+from layersmith.errors import UsageError
 from layersmith.execution.files import Files, in_unnamed_file
 from layersmith.execution.memory import give_back
 from layersmith.execution.parent import Parent
 from layersmith.execution.streaming import weights_on_disk
 from layersmith.execution.tensor_parallel import divide
+from layersmith.foreign import foreign_code
 from layersmith.heterogeneous.build import block_configs_of, decoder_layers, num_layers_of
 from layersmith.model_descriptor.base import ModelDescriptor
 from layersmith.model_descriptor.describe import describe
@@ -91,6 +94,7 @@ def load_sharded(
 
     Raises:
         InputError: Files are missing or damaged.
+        UsageError: The model cannot be trained as Transformers' plan divides it.
     """
     ranks.start(runtime)
     descriptor = descriptor or describe(path, trust_remote_code=trust_remote_code)
@@ -102,6 +106,8 @@ def load_sharded(
     for name, source in upstream.tied_in(model).items():
         _set(model, name, model.get_parameter(source))
     _shard(model, descriptor, runtime, mesh[_ROWS], _Reader(model, files, runtime, trains))
+    if tensor_parallel > 1 and trains:
+        _rehearse(model, _some_ids(model, descriptor, runtime))
     blocks = tuple(block_configs_of(model.config, descriptor))
     return Parent(str(path), model, dtype, descriptor, blocks, "", runtime)
 
@@ -159,9 +165,35 @@ def _shard(
         fully_shard(unit, mesh=mesh)
         give_back()
     # torch decides at the first pass which module is the outermost.
-    vocab_size = descriptor.get_language_model_config(model.config).vocab_size
     with torch.no_grad():
-        model(input_ids=torch.arange(3, 7, device=runtime.device)[None] % vocab_size, use_cache=False)
+        model(input_ids=_some_ids(model, descriptor, runtime), use_cache=False)
+    let_go(model)
+
+
+def _some_ids(model: PreTrainedModel, descriptor: type[ModelDescriptor], runtime: Runtime) -> torch.Tensor:
+    vocab_size = descriptor.get_language_model_config(model.config).vocab_size
+    return torch.arange(3, 7, device=runtime.device)[None] % vocab_size
+
+
+def _rehearse(model: PreTrainedModel, input_ids: torch.Tensor) -> None:
+    """Run a divided model forward and backward once, as the plans of some architectures work in inference only.
+
+    Raises:
+        UsageError: The model cannot be trained in this way.
+    """
+    with (
+        warnings.catch_warnings(),
+        foreign_code("Does a model that is divided by its plan train?", refusal_is_answer=True) as attempt,
+    ):
+        warnings.filterwarnings("ignore", ".* returned a view tensor")  # nobody changes these logits
+        logits = attempt.call(model, input_ids=input_ids, use_cache=False).logits
+        attempt.call(logits.float().sum().backward)
+    if attempt.failed:
+        raise UsageError(
+            "recipe distillation.tensor_parallel: a model of this architecture cannot be trained as Transformers' plan "
+            f"divides it ({attempt.reason}). Set it to 1."
+        ) from attempt.error
+    model.zero_grad(set_to_none=True)
     let_go(model)
 
 

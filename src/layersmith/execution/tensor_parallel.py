@@ -49,6 +49,13 @@ def why_not_divided(model: PreTrainedModel, descriptor: type[ModelDescriptor], n
     return None
 
 
+def divided_share(model: PreTrainedModel, descriptor: type[ModelDescriptor], number: int) -> float:
+    """The share of a model's parameters that is divided over a number of processes; the rest is whole in each."""
+    whole, sizes = whole_parts(model, descriptor, number), {n: p.numel() for n, p in model.named_parameters()}
+    parts = [styles for part, styles in plan_of(model, descriptor).items() if part not in whole]
+    return sum(sizes.get(name, 0) for styles in parts for name in styles) / sum(sizes.values())
+
+
 def plan_of(model: PreTrainedModel, descriptor: type[ModelDescriptor]) -> dict[str, Plan]:
     """Transformers' plan by the attention, the FFN or the module outside the layers that it is about."""
     layers = _layers(model, descriptor)

@@ -15,7 +15,9 @@ from functools import cached_property
 from torch import nn
 
 from layersmith.distillation.arguments import why_not_sharded
+from layersmith.distillation.steps import groups
 from layersmith.distillation.train import TRAINED_BYTES
+from layersmith.errors import UsageError
 from layersmith.execution.dealing import deal
 from layersmith.execution.layerwise import (
     STREAMED_BYTES,
@@ -24,6 +26,8 @@ from layersmith.execution.layerwise import (
     tokens_that_fit,
 )
 from layersmith.execution.streaming import SHARE_FOR_TWO, SHARE_OF_MEMORY
+from layersmith.execution.tensor_parallel import divided_share, why_not_divided
+from layersmith.heterogeneous.build import build
 from layersmith.library.alternative import Alternative
 from layersmith.library.axes.layers import meta_layers
 from layersmith.library.survey import choose_ffn_ranking
@@ -168,15 +172,32 @@ class Sizes:
         return self.is_streamed and bool(self.recipe.distillation.lora_rank) and self.memory.processes == 1
 
     @cached_property
+    def why_not_sharded(self) -> str | None:
+        """Why parent and child cannot be sharded in global distillation; None if they can."""
+        settings, has_formats = self.recipe.distillation, bool(set(self.recipe.formats) - {AUTOMATIC})
+        return why_not_sharded(settings, self.memory.processes, self.recipe.dtype, has_formats)
+
+    @cached_property
     def is_trained_sharded(self) -> bool:
         """Whether parent and child are sharded over the processes in global distillation."""
-        settings, has_formats = self.recipe.distillation, bool(set(self.recipe.formats) - {AUTOMATIC})
-        why_not = why_not_sharded(settings, self.memory.processes, self.recipe.dtype, has_formats)
-        if settings.sharded == "never" or why_not is not None:
+        settings = self.recipe.distillation
+        if settings.sharded == "never" or self.why_not_sharded is not None:
             return False
         trained = TRAINED_BYTES * self.whole / self.memory.itemsize
         is_too_large = trained > SHARE_OF_MEMORY * (self.memory.size - self.whole)
         return settings.sharded == "always" or settings.tensor_parallel > 1 or self.is_streamed or is_too_large
+
+    @cached_property
+    def of_group(self) -> float:
+        """The share of both models with which a process computes, of those that compute the same rows together."""
+        number = self.recipe.distillation.tensor_parallel
+        if number == 1:
+            return 1.0
+        space = self.space
+        model = build(space.config, space.blocks, device="meta", descriptor=space.descriptor)
+        if (why_not := why_not_divided(model, space.descriptor, number)) is not None:
+            raise UsageError(f"recipe distillation.tensor_parallel: the layers cannot be divided, because {why_not}.")
+        return 1 - (1 - 1 / number) * divided_share(model, space.descriptor, number)
 
     def tokens(self, sequences: int) -> int:
         return sequences * self.recipe.data.sequence_length
@@ -468,9 +489,10 @@ def _distilled(h: Sizes) -> Iterator[Holding]:
         child, weights = (h.weights, h.weights) if h.is_trained_on_disk else (h.whole, h.whole)
         optimizer = child + optimizer * min(1.0, 2 * recipe.lora_rank / h.hidden)
     if h.is_trained_sharded:
-        unit = (max(h.layers) / h.memory.itemsize + h.hidden * h.vocab) / recipe.tensor_parallel
-        weights = weights / h.memory.processes + h.memory.itemsize * unit
-        optimizer = optimizer / h.memory.processes + 8.0 * unit
+        share = h.of_group / groups(recipe, h.memory.processes)
+        unit = h.of_group * (max(h.layers) / h.memory.itemsize + h.hidden * h.vocab)
+        weights = share * weights + h.memory.itemsize * unit
+        optimizer = share * optimizer + 8.0 * unit
     at_once = max(h.in_batch(recipe.device_tokens), h.long_row)
     activations = within * at_once + (h.states(2 * len(h.layers) * at_once) if h.is_trained_on_disk else 0.0)
     yield Holding({"weights": weights, "activations": activations, "optimizer": optimizer})

@@ -322,7 +322,7 @@ def _sent(stage: str, sizes: Sizes, flops: Mapping[str, float]) -> float:
         # In each pass the parent's weights are gathered once, the child's twice, and its gradients reduced.
         sharing, together = groups(settings, n), settings.tensor_parallel
         passes = sum(parts) / sharing / sizes.in_batch(settings.device_tokens)
-        of_weights = (sharing - 1) / sharing * (sizes.memory.itemsize + 3 * 4) * parameters / together * passes
+        of_weights = (sharing - 1) / sharing * (sizes.memory.itemsize + 3 * 4) * parameters * sizes.of_group * passes
         # A layer's hidden states are added up twice forward, and the child's gradients twice backward.
         sums = 2 * (together - 1) / together * 6 * len(sizes.layers)
         return of_weights + sums * sizes.states(sum(parts) / sharing)
@@ -367,8 +367,9 @@ def _read(stage: str, sizes: Sizes) -> float:
 
 def _check(sizes: Sizes, machine: Machine, stages: Mapping[str, float]) -> None:
     """Raises: UsageError: Some stage needs more memory than a device has, or another number of processes."""
-    if "distilled" in stages:
-        groups(sizes.recipe.distillation, machine.processes)
+    is_divided = "distilled" in stages and sizes.recipe.distillation.tensor_parallel > 1
+    if is_divided and (why_not := sizes.why_not_sharded) is not None:
+        raise UsageError(f"recipe distillation.tensor_parallel: the layers cannot be divided, because {why_not}.")
     is_possible = sizes.is_trained_sharded or sizes.is_trained_on_disk
     if "distilled" in stages and sizes.is_streamed and not is_possible:
         raise UsageError(

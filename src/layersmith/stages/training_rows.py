@@ -76,8 +76,6 @@ def check_tensor_parallel(settings: DistillationRecipe, parent: Parent, why_not:
     """Raises: UsageError: Layers are to be divided and cannot be, because they cannot be sharded or without a plan."""
     if settings.tensor_parallel == 1:
         return
-    if settings.sharded == "never":
-        why_not = "distillation.sharded is never"
     if why_not := why_not or why_not_divided(parent.model, parent.descriptor, settings.tensor_parallel):
         raise UsageError(f"recipe distillation.tensor_parallel: the layers cannot be divided, because {why_not}.")
 
