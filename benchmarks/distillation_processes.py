@@ -4,14 +4,16 @@
 
 The models are random: a Llama, and a child with narrower FFNs and a removed layer. All see the same rows and have the
 same loss and optimizer (AdamW, which a plain Trainer has). ``plain`` is what Trainer's users would write, with whole
-logits, under DDP; ``whole`` and ``sharded`` are layersmith's, with ``distillation.sharded`` never and always. Each
-process has one thread. Times are those of the slowest process, without loading and the first step. Memory is the peak
-of the resident set of the fullest, with loading, without what it had after its imports.
+logits, under DDP; ``whole`` and ``sharded`` are layersmith's, with ``distillation.sharded`` never and always;
+``together`` has ``distillation.tensor_parallel``, so all processes compute the same rows. Each process has one thread.
+Times are those of the slowest process, without loading and the first step. Memory is the peak of the resident set of
+the fullest, with loading, without what it had after its imports.
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -39,7 +41,7 @@ from layersmith.run.artifacts import write_json
 from layersmith.run.folder import versions
 from layersmith.run.runtime import Runtime
 
-WAYS = ("plain", "whole", "sharded")
+WAYS = ("plain", "whole", "sharded", "together")
 LENGTH = 256
 
 
@@ -78,10 +80,13 @@ def work(which: str, folder: Path, tokens: int, at_once: int) -> None:
     recipe = DistillationRecipe(
         batch_tokens=at_once * runtime.world_size, device_tokens=at_once, optimizer="adamw", save_seconds=1e9
     )
+    number = runtime.world_size if which == "together" else 1
+    recipe = dataclasses.replace(recipe, tensor_parallel=number)
     marks: list[tuple[float, float]] = []
-    if which == "sharded":
-        parent = load_sharded(folder / "parent", runtime, near=folder)
-        child = load_sharded(folder / "child", runtime, parent.descriptor, near=folder, trains=True).model
+    if which in ("sharded", "together"):
+        how: dict[str, Any] = {"near": folder, "tensor_parallel": number}
+        parent = load_sharded(folder / "parent", runtime, **how)
+        child = load_sharded(folder / "child", runtime, parent.descriptor, **how, trains=True).model
     else:
         parent, child = load_parent(folder / "parent", runtime), layersmith.load(folder / "child", dtype=torch.float32)
     rows = torch.randint(parent.language_config.vocab_size, (tokens // LENGTH, LENGTH))
