@@ -23,6 +23,7 @@ from layersmith.costs.budget import Workload
 from layersmith.distillation.layer_by_layer import TrainingSetup
 from layersmith.distillation.local import distill_locally
 from layersmith.errors import InputError
+from layersmith.execution.dealing import group_size
 from layersmith.execution.layerwise import split_layers
 from layersmith.execution.parent import load_parent
 from layersmith.library.alternative import Alternative
@@ -48,12 +49,14 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 # Layers that 2, 3 and 5 do not divide, a mixture, and a hybrid.
 PARENTS: dict[str, Callable[[], Any]] = {
+    "shallow": lambda: LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, **SMALL)),
     "quick": lambda: LlamaForCausalLM(LlamaConfig(num_hidden_layers=3, **SMALL)),
     "llama": lambda: LlamaForCausalLM(LlamaConfig(num_hidden_layers=7, tie_word_embeddings=True, **SMALL)),
     "mixtral": lambda: MixtralForCausalLM(MixtralConfig(num_hidden_layers=3, num_local_experts=4, **SMALL)),
     "granitemoehybrid": lambda: tiny_model(tiny_config("granitemoehybrid")),
 }  # fmt: skip
-NUMBERS = {"llama": (2, 3, 5), "mixtral": (2,), "granitemoehybrid": (3,)}
+# Five processes are two groups for two layers, and one that has none.
+NUMBERS = {"llama": (2, 3, 5), "mixtral": (2,), "granitemoehybrid": (3,), "shallow": (5,)}
 RECIPE = LibraryRecipe(ffn_fractions=(0.5,), expert_fractions=(0.5,), head_fractions=(0.5,))
 
 
@@ -92,7 +95,8 @@ def make(path: Path, out: Path, is_streamed: bool) -> None:
     if is_streamed and runtime.world_size > 1:
         held = [not any(p.is_meta for p in layer.parameters()) for layer in library.parent.layers]
         library.parent.let_go()
-        assert held == [owner == runtime.rank for owner in library.parent.owners]
+        place = runtime.rank % group_size(len(held), runtime.world_size)
+        assert held == [owner == place for owner in library.parent.owners]
     recording = Recording(out / "journal", "same", is_kept=ranks.is_first())
     recipes = ScoringRecipe(mode="exact", batch_tokens=48), ScoringRecipe(mode="second_order", batch_tokens=48)
     scores = [

@@ -3,8 +3,11 @@
 import random
 
 import pytest
+import torch
 
-from layersmith.execution.dealing import deal, efficiency, makespan
+from layersmith.execution.dealing import deal, efficiency, group_size, groups_of, makespan
+from layersmith.execution.division import Division
+from layersmith.run import ranks
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 5, 8])
@@ -37,3 +40,27 @@ def test_time_of_a_pass() -> None:
     assert makespan([1.0] * 6, deal([1.0] * 6, 3), 4) == pytest.approx(2 + 2 / 4)
     # Without dealing, the second process waits until the first has finished all of its layers but one batch.
     assert makespan([1.0] * 6, [0, 0, 0, 1, 1, 1], 4) == pytest.approx(5 + 1 / 4)
+
+
+def test_many_processes_are_groups_that_have_all_layers() -> None:
+    assert [groups_of(3, processes) for processes in (1, 2, 3, 5, 6, 8, 9)] == [1, 1, 1, 1, 2, 2, 3]
+    assert [group_size(3, processes) for processes in (1, 2, 3, 5, 6, 8, 9)] == [1, 2, 3, 5, 3, 4, 3]
+    assert deal([1.0] * 3, 7) == deal([1.0] * 3, 3) == [0, 1, 2]
+    # A group takes half of the batches: it is twice as fast, but for the beginning and the end of a pass.
+    assert efficiency([1.0] * 3, 6, 1000, in_groups=True) > 0.98
+    assert efficiency([1.0] * 3, 6, 1000) == pytest.approx(efficiency([1.0] * 3, 3, 1000) / 2)
+    assert efficiency([1.0] * 3, 6, 3, in_groups=True) < efficiency([1.0] * 3, 6, 4, in_groups=True)
+
+
+def test_each_batch_goes_through_all_layers_of_one_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs: list[tuple[int, int]] = []
+    monkeypatch.setattr(ranks, "count", lambda: 7)
+    division = Division(deal([1.0] * 3, 7), torch.device("cpu"), is_open=True)
+    for process in range(7):
+        monkeypatch.setattr(ranks, "number", lambda process=process: process)
+        for n in filter(division.is_of_group, range(5)):
+            for i in division.here_in_group:
+                runs.append((i, n))
+                assert division.owner_in_group(i, n) == process
+        assert division.here == division.mine == ([process] if process < 3 else [])
+    assert sorted(runs) == [(i, n) for i in range(3) for n in range(5)]

@@ -64,6 +64,8 @@ def test_more_processes_hold_fewer_layers_and_take_less_time(space: Outline) -> 
             assert many.stages[stage].device["weights"] <= few.stages[stage].device["weights"]
             assert many.stages[stage].operations <= few.stages[stage].operations
     assert plans[0].stages["scores"].sent == 0 < plans[1].stages["scores"].sent
+    assert [(plan.groups, plan.without_layers) for plan in plans] == [(1, 0), (1, 0), (1, 0), (1, 0), (16, 0)]
+    assert "in 16 groups that have all layers each" in plans[-1].arrangement
 
 
 def test_what_does_not_fit_is_refused_with_what_would(space: Outline) -> None:

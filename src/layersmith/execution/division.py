@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from layersmith.execution.dealing import group_size, groups_of
 from layersmith.execution.hidden_states import SharedStates, States
 from layersmith.run import ranks
 
@@ -18,8 +19,11 @@ Homes = Callable[[Any], Iterable[int]]
 class Division:
     """The layers of this process, and those of others.
 
+    Where there are several groups of processes, work that is done in groups divides batches among them: batch n goes
+    through the layers of a single group. The first group does all other work.
+
     Args:
-        owners: The process that has each layer.
+        owners: The process of the first group that has each layer.
         device: Where hidden states are wanted.
         is_open: Whether all processes run the same loops over layers now, each for its own layers.
     """
@@ -29,13 +33,38 @@ class Division:
 
     @property
     def mine(self) -> list[int]:
-        """The layers that are dealt to this process."""
+        """The layers that are dealt to this process in the first group; none in the others."""
         return [i for i, owner in enumerate(self.owners) if owner == ranks.number()]
 
     @property
     def here(self) -> list[int]:
         """The layers that run in this process: :attr:`mine` while the division is open, else all."""
         return self.mine if self.is_open else list(range(len(self.owners)))
+
+    @property
+    def groups(self) -> int:
+        """The number of groups of processes that each have all layers."""
+        return groups_of(len(self.owners), ranks.count())
+
+    @property
+    def here_in_group(self) -> list[int]:
+        """The layers that run in this process on the batches of its group, while the division is open; else all."""
+        if not self.is_open:
+            return list(range(len(self.owners)))
+        group, place = divmod(ranks.number(), self._size)
+        return [i for i, owner in enumerate(self.owners) if owner == place] if group < self.groups else []
+
+    @property
+    def _size(self) -> int:
+        return group_size(len(self.owners), ranks.count())
+
+    def is_of_group(self, batch: int) -> bool:
+        """Whether a batch goes through the layers of this process's group, by its number."""
+        return not self.is_open or batch % self.groups == ranks.number() // self._size
+
+    def owner_in_group(self, i: int, batch: int) -> int:
+        """The process that runs layer i on a batch."""
+        return self.owners[i] + self._size * (batch % self.groups)
 
     def is_mine(self, number: int) -> bool:
         """Whether this process does a piece of work that is no layer's, by its number."""
@@ -56,8 +85,8 @@ class Division:
 
         Args:
             states: Where tensors wait that this process will get.
-            homes: Gives the processes that get a key. Default: of a key ``(name, i, ...)`` the one that has layer i; of
-                the output of the last layer none.
+            homes: Gives the processes that get a key. Default: of a key ``(name, i, ...)`` the one of the first group
+                that has layer i; of the output of the last layer none.
         """
         with SharedStates(states, homes or (lambda key: self.owners[key[1] :][:1]), self.device).open() as shared:
             yield shared

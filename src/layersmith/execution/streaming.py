@@ -36,7 +36,7 @@ from transformers import PreTrainedModel
 
 from layersmith import upstream
 from layersmith.errors import InputError
-from layersmith.execution.dealing import owners_of
+from layersmith.execution.dealing import group_size, owners_of
 from layersmith.execution.files import Files
 from layersmith.execution.memory import free_memory, give_back
 from layersmith.heterogeneous.build import decoder_layers, num_layers_of
@@ -296,7 +296,8 @@ def _held(layers: Sequence[nn.Module], runtime: Runtime) -> list[nn.Module]:
     if runtime.world_size == 1:
         return []
     owners = owners_of(layers, runtime.world_size)
-    mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == runtime.rank]
+    place = runtime.rank % group_size(len(layers), runtime.world_size)
+    mine = [layer for layer, owner in zip(layers, owners, strict=True) if owner == place]
     size = sum(p.numel() * p.element_size() for layer in mine for p in layer.parameters())
     return mine if size <= SHARE_OF_MEMORY * free_memory(runtime.device) / runtime.processes_on_device else []
 

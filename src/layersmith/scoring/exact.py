@@ -195,9 +195,9 @@ def _homes(layerwise: LayerwiseParent, key: tuple[Any, ...]) -> Sequence[int]:
 
     Of an alternative ``(identity, i, n, number)`` the final ones go to the process that has its head.
     """
-    owners, i = layerwise.division.owners, key[1]
-    if i < len(owners):
-        return owners[i : i + 1]
+    division, i = layerwise.division, key[1]
+    if i < len(division.owners):
+        return [division.owner_in_group(i, key[2])]
     return range(ranks.count()) if key[0] in ("parent", "limit") else [(key[2] + key[3]) % ranks.count()]
 
 
@@ -251,17 +251,18 @@ class _Waves:
 
     def _through_layers(self, wave: _Wave, started: Sequence[Batch]) -> None:
         layerwise, jobs, states, work = self.layerwise, self.jobs, self.states, self.work
-        for j in layerwise.division.here:
+        of_group = [(a, [n for n in numbers if layerwise.division.is_of_group(n)]) for a, numbers in wave]
+        for j in layerwise.division.here_in_group:
             if j < wave[0][0].layer:
                 continue
             read(layerwise, j, work)
-            for number, (alternative, numbers) in enumerate(wave):
+            for number, (alternative, numbers) in enumerate(of_group):
                 if alternative.layer < j:
                     for n in numbers:
                         with work.doing("rest", layerwise.operations(j, j + 1, *jobs[n].rows.shape)):
                             hidden = states.pop((alternative.identity, j, n, number))
                             states.put((alternative.identity, j + 1, n, number), layerwise.run(started[n], j, hidden))
-            of_layer = [(number, *entry) for number, entry in enumerate(wave) if entry[0].layer == j]
+            of_layer = [(number, *entry) for number, entry in enumerate(of_group) if entry[0].layer == j]
             _begin(layerwise, jobs, started, of_layer, states, work)
 
     def _heads(self, wave: _Wave) -> Iterator[tuple[int, Measured]]:

@@ -109,7 +109,7 @@ def exchange_effects(
     seeds = iter(range(seed * 1_000_003, (seed + 1) * 1_000_003))
 
     def sweep() -> _Sums:
-        with layerwise.division.passing(states, partial(homes, layerwise)) as shared:
+        with layerwise.division.passing(states, partial(homes, layerwise, in_groups=False)) as shared:
             for start in range(0, len(batches), size):
                 part = batches[start : start + size]
                 seeds_of = [list(islice(seeds, len(rows))) for rows in part]

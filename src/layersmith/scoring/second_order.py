@@ -98,17 +98,22 @@ def estimate(
         work: Counts and times the work.
 
     Returns:
-        For each batch, identity of an alternative of a layer of this process to ``[B]`` float64.
+        For each batch, identity of an alternative of a layer that this process ran on it to ``[B]`` float64.
     """
     with layerwise.division.passing(states, partial(homes, layerwise)) as shared:
         return _estimates(layerwise, alternatives, survey, batches, shared, work or Work())
 
 
-def homes(layerwise: LayerwiseParent, key: tuple[Any, ...]) -> Sequence[int]:
-    """The process that gets a hidden state, or the gradient of the input of layer ``key[1]``; all share the head."""
-    owners = layerwise.division.owners
+def homes(layerwise: LayerwiseParent, key: tuple[Any, ...], in_groups: bool = True) -> Sequence[int]:
+    """The process that gets a hidden state, or the gradient of the input of layer ``key[1]``; all share the head.
+
+    Layers run in the group of batch ``key[-1]``, or all in the first.
+    """
+    division, n = layerwise.division, key[-1]
     i = key[1] - (key[0] == "gradient")
-    return owners[i : i + 1] if 0 <= i < len(owners) else [key[-1] % ranks.count()] if i > 0 else []
+    if 0 <= i < len(division.owners):
+        return [division.owner_in_group(i, n if in_groups else 0)]
+    return [n % ranks.count()] if i > 0 else []
 
 
 def _estimates(
@@ -131,11 +136,13 @@ def _estimates(
     for a in alternatives:
         by_place.setdefault((a.layer, a.subblock), []).append(a)
     sums = [_Sums() for _ in batches]
-    for i in reversed(layerwise.division.here):
+    for i in reversed(layerwise.division.here_in_group):
         by_subblock = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
         read(layerwise, i, work)
         both = [*by_subblock["attention"], *by_subblock["ffn"]]
         for n, batch in enumerate(batches):
+            if not layerwise.division.is_of_group(n):
+                continue
             passes = range(len(batch.seeds))
             amount = _amount_back(layerwise, survey, i, both, len(passes), batch.rows.shape)
             with work.doing("back", amount):

@@ -18,7 +18,7 @@ from layersmith.distillation.arguments import why_not_sharded
 from layersmith.distillation.steps import groups
 from layersmith.distillation.train import TRAINED_BYTES
 from layersmith.errors import UsageError
-from layersmith.execution.dealing import deal
+from layersmith.execution.dealing import deal, groups_of
 from layersmith.execution.layerwise import (
     STREAMED_BYTES,
     bytes_of_a_token_at_once,
@@ -120,7 +120,8 @@ class Sizes:
         layers: Bytes of each layer.
         whole: Bytes of all weights.
         is_streamed: Whether weights stay on the disk until a layer runs.
-        owners: The process that has each layer.
+        owners: The process that has each layer, of the first group of processes.
+        groups: Number of groups of processes that each have all layers.
         held: Bytes of the layers that the process with most keeps in memory, of a parent on the disk.
         own, most: Number of layers of the process that has most, and their bytes.
     """
@@ -135,6 +136,7 @@ class Sizes:
         is_too_large = self.whole > SHARE_OF_MEMORY * memory.size
         self.is_streamed = recipe.stream == "always" or (recipe.stream == "auto" and is_too_large)
         self.owners = deal(self.layers, memory.processes)
+        self.groups = groups_of(len(self.layers), memory.processes)
         mine = [
             [size for size, owner in zip(self.layers, self.owners, strict=True) if owner == p]
             for p in range(min(memory.processes, len(self.layers)))

@@ -35,6 +35,8 @@ _OF_DATA_SHEET = 0.8 / 2.5
 _LINK, _READ, _ADDED = 1e9, 1e9, 2e9
 # How often a process runs the whole parent once, to find out whether its layers run one by one.
 _CHECKS = 4
+# Stages in which each group of processes takes some batches through all layers; others are those of the first group.
+_IN_GROUPS = ("statistics", "scores")
 _RATES = {"G": 1e9, "T": 1e12, "P": 1e15}
 
 
@@ -161,6 +163,7 @@ class Placement:
         memory: Bytes of the device of each.
         is_streamed: Whether weights stay on the disk until a layer runs, or else each process has the whole parent.
         layers: Most layers that one process has.
+        groups: Number of groups of processes that each have all layers.
         without_layers: Number of processes that have none, since there are more of them than layers.
         is_held: Whether a process keeps the weights of its layers in memory.
         stages: Stage to the share of the process that takes most.
@@ -170,6 +173,7 @@ class Placement:
     memory: float
     is_streamed: bool
     layers: int
+    groups: int
     without_layers: int
     is_held: bool
     stages: dict[str, Share]
@@ -191,6 +195,7 @@ class Placement:
             kept = "kept in its memory" if self.is_held else "read from the disk one at a time"
             count = "a layer" if self.layers == 1 else f"{self.layers} layers"
             how = f"each has at most {count}, {kept}"
+            how += f", in {self.groups} groups that have all layers each" if self.groups > 1 else ""
             how += f", and {self.without_layers} have none" if self.without_layers else ""
         elif self.is_streamed:
             how = "it reads the parent from the disk, a layer at a time"
@@ -246,9 +251,7 @@ def place(
         by_each = min(alone, undivided.get(name, 0.0))
         sent, read = _sent(name, sizes, flops), recipe.rounds.count * _read(name, sizes)
         works = (alone - by_each) * time
-        # What is read while a layer runs takes no time, as far as running takes longer.
-        waits_for_disk = read / _READ - (works if sizes.is_read_ahead else 0.0)
-        moved = sent / _LINK + max(0.0, waits_for_disk) + _added(name, sizes) / _ADDED
+        moved = sent / _LINK + _awaited(name, sizes, read, works) + _added(name, sizes) / _ADDED
         stages[name] = Share(
             device=held.device,
             host=held.host,
@@ -264,7 +267,8 @@ def place(
         memory=machine.memory,
         is_streamed=sizes.is_streamed,
         layers=sizes.own,
-        without_layers=max(0, machine.processes - len(sizes.layers)),
+        groups=sizes.groups,
+        without_layers=max(0, machine.processes - sizes.groups * len(sizes.layers)),
         is_held=bool(sizes.held),
         stages=stages,
     )
@@ -293,7 +297,9 @@ def _shares_of(stage: str, sizes: Sizes) -> tuple[float, float]:
     tokens, batch = tokens_and_batch[stage]
     batches = -(-tokens // batch)
     if stage == "library" or (sizes.is_streamed and stage != "evaluation"):
-        return sizes.most / sum(sizes.layers), 1 / (n * efficiency(sizes.layers, n, batches))
+        in_groups = stage in _IN_GROUPS
+        work = sizes.most / sum(sizes.layers) * (-(-batches // sizes.groups) / batches if in_groups else 1)
+        return work, 1 / (n * efficiency(sizes.layers, n, batches, in_groups))
     # Alternatives and children are divided too.
     share = 1 / n if stage in ("scores", "refine") else -(-batches // n) / batches
     return share, share
@@ -308,11 +314,15 @@ def _sent(stage: str, sizes: Sizes, flops: Mapping[str, float]) -> float:
         sizes.states(sizes.tokens(rows)) for rows in (recipe.data.calibration_sequences, recipe.data.scoring_sequences)
     )
     if stage in ("statistics", "library"):
-        is_passed_on = sizes.is_streamed or stage == "library"
-        return (sizes.own * calibration if is_passed_on else 0.0) + sizes.own_maps * (stage == "statistics")
+        if stage == "library":
+            return sizes.own * calibration
+        # Groups of processes send the sums of their layers to the first.
+        sums = sizes.own * max(map(sizes.sums_of, range(len(sizes.layers)))) if sizes.groups > 1 else 0.0
+        return (sizes.own * calibration / sizes.groups + sums if sizes.is_streamed else 0.0) + sizes.own_maps
     if stage in ("scores", "refine") and sizes.is_streamed:
         whole = 2.0 * sizes.whole / sizes.memory.itemsize * sizes.tokens(recipe.data.scoring_sequences)
-        return sizes.own * scoring * flops.get(stage, 0.0) / whole
+        groups_at_work = sizes.groups if stage in _IN_GROUPS else 1
+        return sizes.own * scoring * flops.get(stage, 0.0) / whole / groups_at_work
     if stage == "distilled":  # gradients in float32, reduced once a step
         parameters, settings = sizes.whole / sizes.memory.itemsize, recipe.distillation
         parts = [tokens for tokens in (settings.tokens, settings.long_tokens) if tokens]
@@ -335,7 +345,7 @@ def _added(stage: str, sizes: Sizes) -> float:
         return 0.0
     batches = -(-sizes.tokens(sizes.recipe.data.calibration_sequences) // sizes.counted_at_once)
     n, sums = sizes.memory.processes, [sizes.sums_of(i) for i in range(len(sizes.layers))]
-    return sizes.own * batches * max(sums) if sizes.is_streamed else -(-batches // n) * sum(sums)
+    return sizes.own * -(-batches // sizes.groups) * max(sums) if sizes.is_streamed else -(-batches // n) * sum(sums)
 
 
 def _read(stage: str, sizes: Sizes) -> float:
@@ -360,6 +370,19 @@ def _read(stage: str, sizes: Sizes) -> float:
         )
         return 2 * others * -(-batches // sizes.memory.processes)
     return {"library": own, "pairs": others, "child": sizes.whole}.get(stage, 0.0)
+
+
+def _awaited(stage: str, sizes: Sizes, read: float, seconds: float) -> float:
+    """Seconds in which a stage that computes for some seconds waits for what it reads.
+
+    What is read while a layer runs takes no time, as far as running takes longer. The checks of the parent run few
+    tokens, and the child is written without running.
+    """
+    if not sizes.is_read_ahead:
+        return read / _READ
+    of_checks = _CHECKS * sizes.recipe.rounds.count * (sizes.whole - sizes.held)
+    alone = {"statistics": of_checks, "child": read}.get(stage, 0.0)
+    return alone / _READ + max(0.0, (read - alone) / _READ - seconds)
 
 
 # ---------------------------------------------------------------------------------------------- what fits
