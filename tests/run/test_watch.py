@@ -118,6 +118,27 @@ def test_an_error_of_one_process_ends_those_that_wait_for_it(wrong: set[int], tm
         assert said.endswith("the loss is not finite.\n")
 
 
+def train_to_death(folder: Path, environment: dict[str, str]) -> None:
+    """One of two processes; the second is killed while the first is in a collective operation of another package."""
+    runtime = begin(folder, environment)
+    with ranks.watched(), ranks.ending_all():
+        ranks.doing("scores")
+        if runtime.rank == 1:
+            time.sleep(1)  # until the other has heard its stage
+            os.kill(os.getpid(), signal.SIGKILL)
+        torch.distributed.all_reduce(torch.ones(1))
+
+
+def test_a_killed_process_is_named_where_a_connection_fails(tmp_path: Path) -> None:
+    processes = [forks.Process(target=train_to_death, args=(tmp_path, environment)) for environment in environments(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(30)
+    said = (tmp_path / "said-0").read_text()
+    assert (processes[0].exitcode, said) == (1, f"layersmith: {socket.gethostname()}: process 1 of 2 {LOST}\n")
+
+
 def work_on_a_node(nodes: Nodes, folder: Path, rank: int) -> None:
     nodes.enter(rank)
     work(folder, nodes.environment(rank, 2), 0, 600)

@@ -204,11 +204,14 @@ def leave(error: Exception) -> None:
 def ending_all() -> Iterator[None]:
     """Inside, processes wait for each other in collective operations of other packages.
 
-    An error that only some of them have ends all, as the others cannot be reached there.
+    An error that only some of them have ends all, as the others cannot be reached there. One of the connection says
+    that another process is gone, which is the one to name.
     """
     try:
         yield
     except Exception as error:
+        if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
+            _gone()
         for watch in _watches:
             if watch.errs_alone():
                 if not isinstance(error, LayersmithError):
