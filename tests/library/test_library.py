@@ -126,6 +126,12 @@ def test_costs_of_channels_are_true_errors() -> None:
     torch.testing.assert_close(pairs[1, 2], costs[3:6, 6:9].sum())
 
 
+def test_costs_of_channels_by_columns_as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    w = torch.randn(5, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    monkeypatch.setattr(ranking, "_COLUMNS_AT_ONCE", 5)
+    torch.testing.assert_close(ranking._by_columns(w), w.T @ w)
+
+
 def test_importance_is_the_share_of_the_true_error() -> None:
     generator = torch.Generator().manual_seed(2)
     m = torch.randn(40, 9, generator=generator, dtype=torch.float64)

@@ -15,6 +15,8 @@ from layersmith.library.axes.axis import HeadsAxis, HeadSizeAxis
 
 # In float64, which takes twice the memory of the weight or more.
 _ROWS_AT_ONCE = 256
+# Columns of a product that a GPU has in memory at once.
+_COLUMNS_AT_ONCE = 1024
 
 
 def as_matrix(weight: torch.Tensor, dim: int) -> torch.Tensor:
@@ -38,12 +40,27 @@ def channel_costs(weight: torch.Tensor, moment: torch.Tensor, unit: int = 1) -> 
         for rows in weight.split(_ROWS_AT_ONCE):
             squares += rows.double().square().sum(0).cpu()
         return squares * moment.double().cpu()
-    weight = weight.double().cpu()
-    costs = (weight.T @ weight).mul_(moment.cpu())
+    costs = _inner_products(weight.double()).mul_(moment.cpu())
     if unit > 1:
         heads = costs.shape[0] // unit
         costs = costs.view(heads, unit, heads, unit).sum((1, 3))
     return costs
+
+
+def _inner_products(weight: torch.Tensor) -> torch.Tensor:
+    """W^T W, ``[F, F]`` on the CPU; a GPU multiplies some columns at a time, as it may not have memory for all."""
+    if weight.device.type == "cpu":
+        return weight.T @ weight
+    return _by_columns(weight)
+
+
+def _by_columns(weight: torch.Tensor) -> torch.Tensor:
+    size = weight.shape[1]
+    result = torch.empty(size, size, dtype=weight.dtype)
+    for start in range(0, size, _COLUMNS_AT_ONCE):
+        columns = slice(start, start + _COLUMNS_AT_ONCE)
+        result[:, columns] = (weight.T @ weight[:, columns]).cpu()
+    return result
 
 
 def by_contribution(costs: torch.Tensor) -> torch.Tensor:
@@ -92,18 +109,20 @@ def error_curve(costs: torch.Tensor, order: torch.Tensor, points: int = 32) -> l
     Returns:
         Pairs of the number of units that stay and the share, from all units and 0.0 to no unit and 1.0.
     """
-    removed = order.flip(0)
-    if costs.ndim == 1:
-        steps = costs.double()[removed]
-    else:
-        reordered = costs.double()[removed[:, None], removed]
-        alone = reordered.diagonal().clone()
-        steps = 2 * reordered.tril_().sum(1) - alone
-    total = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
-    share = total / total[-1].clamp_min(torch.finfo(torch.float64).tiny)
     n = len(order)
-    counts = sorted({round(n * p / (points + 1)) for p in range(points + 2)})
-    return [(n - k, max(0.0, float(share[k]))) for k in counts]
+    counts = torch.tensor(sorted({round(n * p / (points + 1)) for p in range(points + 2)}))
+    # Units that go between two points are summed first: that reads M once, in its order.
+    part, number = torch.empty(n, dtype=torch.int64), len(counts) - 1
+    part[order.flip(0)] = torch.searchsorted(counts, torch.arange(n), right=True) - 1
+    if costs.ndim == 1:
+        steps = costs.new_zeros(number, dtype=torch.float64).index_add_(0, part, costs.double())
+        total = torch.cat([steps.new_zeros(1), steps.cumsum(0)])
+    else:
+        rows = costs.new_zeros(number, n, dtype=torch.float64).index_add_(0, part, costs.double())
+        blocks = rows.new_zeros(number, number).index_add_(1, part, rows)
+        total = torch.stack([blocks[:k, :k].sum() for k in range(number + 1)])
+    share = total / total[-1].clamp_min(torch.finfo(torch.float64).tiny)
+    return [(n - k, max(0.0, float(s))) for k, s in zip(counts.tolist(), share, strict=True)]
 
 
 def within_groups(costs: torch.Tensor, groups: int) -> torch.Tensor:

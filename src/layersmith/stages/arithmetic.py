@@ -45,9 +45,10 @@ _SLOWER = {
 _OF_A_WEIGHT, _TOKENS_OF_AN_ALTERNATIVE = 4.5e-8, 4000
 # Seconds for each alternative that the programs of refinement take, which every process solves.
 _OF_PROGRAMS = 0.003
-# Rankings are made on the CPU, in double precision, which takes twice as long. They read and write each number of the
-# second moments about twenty times, in these seconds. A GPU's CPU is taken to have at most this rate for a process.
-_DOUBLE, _OF_A_MOMENT, _HOST = 2.0, 1.5e-8, 4e11
+# Rankings multiply in double precision, which takes twice as long on a CPU; a GPU has at least this share of its rate,
+# by the data sheets of those that are worst at it (L40S). They read and write each number of the second moments about
+# eight times on the CPU, in these seconds. A GPU's CPU is taken to have at most this rate for a process.
+_DOUBLE, _DOUBLE_OF_A_GPU, _OF_A_MOMENT, _HOST = 2.0, 1 / 80, 6e-9, 4e11
 # Seconds that a layer takes in the statistics besides its arithmetic: it is built, and its parts are looked up.
 _OF_A_LAYER = 0.02
 # Seconds of a stage besides its arithmetic, at least.
@@ -126,14 +127,16 @@ def ranking_seconds(space: SearchSpace, rate: float) -> float:
     A ranking multiplies the reader's weight by itself, 2 D F^2 for F inputs and D outputs. A linear replacement of D^2
     weights is solved for in 8/3 D^3.
     """
-    operations = numbers = 0.0
+    products = solutions = numbers = 0.0
     for side, weights in _ranked(space):
-        operations += 2.0 * weights * side
+        products += 2.0 * weights * side
         numbers += side**2
     for size in _linear(space):
-        operations += 8 / 3 * size**1.5
+        solutions += 8 / 3 * size**1.5
         numbers += 2 * size
-    return _DOUBLE * operations / min(rate, _HOST) + _OF_A_MOMENT * numbers + _OF_A_LAYER * len(space.axes)
+    on_cpu = min(rate, _HOST) / _DOUBLE
+    seconds = products / max(on_cpu, rate * _DOUBLE_OF_A_GPU) + solutions / on_cpu
+    return seconds + _OF_A_MOMENT * numbers + _OF_A_LAYER * len(space.axes)
 
 
 def _ranked(space: SearchSpace) -> Iterator[tuple[int, float]]:
