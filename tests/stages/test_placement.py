@@ -113,7 +113,7 @@ def test_processes_that_compute_the_same_rows_hold_a_part_of_the_layer_that_runs
     sharded, divided = (
         placed(space, Machine(4, 1e9, None, CPU), Recipe.from_dict(s)).stages["distilled"] for s in (settings, together)
     )
-    for what in ("weights", "optimizer"):
+    for what in ("weights", "optimizer", "activations"):
         assert 0.25 < divided.device[what] / sharded.device[what] < 1
     assert divided.sent > 0
     eight = SMALL | {"distillation": {"tokens": 1000, "tensor_parallel": 8}}

@@ -485,7 +485,11 @@ def _distilled(h: Sizes) -> Iterator[Holding]:
     """
     recipe, parameters = h.recipe.distillation, h.whole / h.memory.itemsize
     is_run_again = recipe.gradient_checkpointing or h.is_trained_on_disk
-    within = _BACKWARD * h.within * (1 if is_run_again else len(h.layers))
+    exchanged = min(
+        h.within, 3.0 * 2 * h.memory.itemsize * h.hidden
+    )  # the outputs of an attention and an FFN are whole
+    within = exchanged + h.of_group * (h.within - exchanged)
+    within = _BACKWARD * within * (1 if is_run_again else len(h.layers))
     weights, optimizer = h.whole, TRAINED_BYTES * parameters
     if recipe.lora_rank:
         child, weights = (h.weights, h.weights) if h.is_trained_on_disk else (h.whole, h.whole)
