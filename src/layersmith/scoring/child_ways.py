@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from layersmith.execution.hidden_states import States
-from layersmith.execution.layerwise import LayerwiseParent
+from layersmith.execution.layerwise import Batch, LayerwiseParent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.run import ranks
@@ -30,7 +30,8 @@ Results = dict[tuple[Places, Batched], Rows]
 class Ways:
     """Runs solutions through the layers, together with the parent where its final hidden states are not known.
 
-    Where the parent is divided between processes, each runs its layers on all solutions, and some of the heads.
+    Where the parent is divided between processes, each runs its layers on all solutions, and some of the heads; each
+    group of processes has some of the batches.
     ``("child", i, p, n)`` is the input of layer i, or of the head, on the p-th way through the layers before it, for
     batch n.
 
@@ -65,8 +66,9 @@ class Ways:
 
         def homes(key: tuple[Any, ...]) -> Sequence[int]:
             _, i, p, n = key
-            to_all = p == last.get(of_parent)
-            return division.owners[i : i + 1] or (range(ranks.count()) if to_all else [(n + p) % ranks.count()])
+            if i < depth:
+                return [division.owner_in_group(i, n)]
+            return range(ranks.count()) if p == last.get(of_parent) else [(n + p) % ranks.count()]
 
         results: Results = {}
         with division.passing(self.new_states(), homes) as states:
@@ -85,13 +87,15 @@ class Ways:
         return results
 
     def _through_layers(self, ways: Sequence[Sequence[Places]], states: States) -> None:
-        layerwise, started = self.layerwise, []
-        for n, ids in enumerate(self.batches.values()):
-            batch = layerwise.start(ids)
-            if 0 in layerwise.division.here:
-                states.put(("child", 0, 0, n), batch.embedded)
-            started.append(batch.without_embedded())
-        for i in layerwise.division.here:
+        layerwise, division = self.layerwise, self.layerwise.division
+        started: dict[int, tuple[Batched, Batch]] = {}
+        for n, (rows, ids) in enumerate(self.batches.items()):
+            if division.is_of_group(n):
+                batch = layerwise.start(ids)
+                if 0 in division.here_in_group:
+                    states.put(("child", 0, 0, n), batch.embedded)
+                started[n] = rows, batch.without_embedded()
+        for i in division.here_in_group:
             layerwise.read(i)
             before = {way: p for p, way in enumerate(ways[i])}
             for changes in dict.fromkeys(way[i] for way in ways[i + 1]):
@@ -99,13 +103,13 @@ class Ways:
                 size = sum(parameter.numel() for parameter in module.parameters())
                 for p, way in enumerate(ways[i + 1]):
                     if way[i] == changes:
-                        for n, (rows, batch) in enumerate(zip(self.batches, started, strict=True)):
+                        for n, (rows, batch) in started.items():
                             hidden = states.get(("child", i, before[way[:i]], n))
                             states.put(("child", i + 1, p, n), layerwise.run(batch, i, hidden, module))
                             self.weights += len(rows) * size
                 del module  # frees its weights
             for p in range(len(before)):
-                for n in range(len(started)):
+                for n in started:
                     states.forget(("child", i, p, n))
 
 
