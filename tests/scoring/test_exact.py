@@ -191,3 +191,22 @@ def test_standard_error() -> None:
     values = [1.0, 2.0, 4.0, 4.5]
     assert standard_error(values) == pytest.approx(float(torch.tensor(values).std() / 2))
     assert standard_error([1.0]) is None
+
+
+def test_exact_runs_are_dealt_with_the_parent_in_mind() -> None:
+    # Many alternatives on a few rows, then few on all others, where the parent takes most of the time.
+    parts = [(1.0, [0.5] * 40), (8.0, [4.0]), (8.0, [4.0]), (8.0, [4.0])]
+    for processes in (1, 2, 3, 4, 60):
+        dealt = exact_runs.deal_groups(parts, processes)
+        assert [len(owners) for owners in dealt] == [40, 1, 1, 1]
+        order = [owner for owners in dealt for owner in owners]
+        assert order == sorted(order)  # ranges
+        assert max(order) < processes
+        loads = [0.0] * processes
+        for (of_parent, costs), owners in zip(parts, dealt, strict=True):
+            for cost, owner in zip(costs, owners, strict=True):
+                loads[owner] += cost
+            for owner in set(owners):
+                loads[owner] += of_parent
+        assert max(loads) <= {1: 57.0, 2: 33.0, 3: 24.0, 4: 21.0}.get(processes, 12.0)
+    assert exact_runs.deal_groups([(1.0, []), (1.0, [])], 3) == [[], []]

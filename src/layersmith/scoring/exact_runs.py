@@ -33,6 +33,8 @@ RowCounts = Mapping[str, int]
 # Exact scoring of all alternatives checks after 8, 16, 32, ... rows whether they are enough. From fewer rows, standard
 # errors are too uncertain to stop.
 _LEAST_ROWS = 8
+# The limit of what the busiest process does is found within a billionth of everything.
+_HALVINGS = 30
 
 
 @dataclass(frozen=True)
@@ -95,24 +97,20 @@ class ExactRuns:
                     self._write(part.rows, result)
 
     def _share(self, parts: Sequence[_Part]) -> Iterator[_Part]:
-        """This process's share of the missing groups: a range of them with its share of their costs.
+        """This process's share of the missing groups; see :func:`deal_groups`.
 
         All of them where the parent is divided, since each process runs some layers of all groups.
-
-        Each range is in one piece, so that few parts are run by two processes, which both need the parent's outputs.
         """
         task = self.task
         if ranks.count() == 1 or (task.layerwise is not None and task.layerwise.division.is_open):
             yield from parts
             return
-        costs = [[len(part.rows) * sum(map(task.exact_cost, group)) for group in part.missing] for part in parts]
-        total, before = sum(map(sum, costs)), 0.0
-        for part, of_groups in zip(parts, costs, strict=True):
-            mine = []
-            for group, cost in zip(part.missing, of_groups, strict=True):
-                if int((before + cost / 2) / total * ranks.count()) == ranks.number():
-                    mine.append(group)
-                before += cost
+        costs = [
+            (len(part.rows), [len(part.rows) * sum(map(task.exact_cost, group)) for group in part.missing])
+            for part in parts
+        ]
+        for part, owners in zip(parts, deal_groups(costs, ranks.count()), strict=True):
+            mine = [group for group, owner in zip(part.missing, owners, strict=True) if owner == ranks.number()]
             of_parent_alone = part.is_needed and not part.missing and ranks.is_first()
             yield dataclasses.replace(part, missing=mine, is_needed=bool(mine) or of_parent_alone)
 
@@ -169,6 +167,39 @@ class ExactRuns:
         self.task.results.write(key, rows, measured.rows)
         if measured.alternative is not None:
             self.task.progress.add(len(rows))
+
+
+def deal_groups(parts: Sequence[tuple[float, Sequence[float]]], processes: int) -> list[list[int]]:
+    """The process that runs each group of each part, so that the busiest has as little to do as possible.
+
+    Each process has a range of the groups in one piece: then few parts are run by two processes, which both have to run
+    the parent.
+
+    Args:
+        parts: The cost of running the parent on the rows of a part, and of each of its groups.
+        processes: Number of processes.
+    """
+
+    def with_at_most(limit: float) -> list[list[int]]:
+        process, load, result = 0, 0.0, []
+        for of_parent, of_groups in parts:
+            owners: list[int] = []
+            for cost in of_groups:
+                needed = cost + (0.0 if owners and owners[-1] == process else of_parent)
+                if load and load + needed > limit:
+                    process, load, needed = process + 1, 0.0, cost + of_parent
+                load += needed
+                owners.append(process)
+            result.append(owners)
+        return result
+
+    most = sum(of_parent + sum(of_groups) for of_parent, of_groups in parts)
+    least = 0.0
+    for _ in range(_HALVINGS):
+        limit = (least + most) / 2
+        last = max((max(owners) for owners in with_at_most(limit) if owners), default=0)
+        least, most = (limit, most) if last >= processes else (least, limit)
+    return with_at_most(most)
 
 
 def exact_scores(task: ScoringTask) -> list[Score]:
