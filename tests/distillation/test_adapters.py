@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.distributed.checkpoint import FileSystemReader
 import layersmith
 from layersmith.distillation import adapters, trainer
 from layersmith.errors import UsageError
+from layersmith.execution.streaming import WeightStream
 from layersmith.run.artifacts import read_json
 from layersmith.stages.distill_finished import distill
 from tests.conformance.tiny import tiny_config
@@ -109,6 +110,15 @@ def test_weights_may_stay_on_the_disk(
     quick = TINY_RECIPE | {"local_distillation": {"tokens": 0, "coupled_tokens": 0}}
     layersmith.compress(parent, out, data=text_folder, budget=0.8, recipe=quick)
     on_disk = Path(shutil.copytree(out, tmp_path / "on_disk"))
+    there: list[int] = []  # before each layer of the child runs, how many have weights in memory
+    run_again = WeightStream.run_again_in_backward
+
+    def watched(stream: WeightStream) -> None:
+        run_again(stream)
+        for layer in stream.layers:
+            layer.register_forward_pre_hook(lambda module, args: there.append(_number_there(stream.layers)))
+
+    monkeypatch.setattr(WeightStream, "run_again_in_backward", watched)
     settings = SETTINGS | {"tokens": 1024}
     distill(out, recipe={"distillation": settings})
     monkeypatch.setattr(trainer, "_SAVING_SHARE", float("inf"))  # a checkpoint after every step
@@ -118,3 +128,10 @@ def test_weights_may_stay_on_the_disk(
     for file in ("distilled/model.safetensors", "distilled/config.json", "distillation/global/log.json"):
         assert (on_disk / file).read_bytes() == (out / file).read_bytes(), file
     assert made.after
+    assert len(there) > 8
+    assert set(there) == {1}
+
+
+def _number_there(layers: Sequence[torch.nn.Module]) -> int:
+    frozen = [[p for name, p in layer.named_parameters() if "lora_" not in name] for layer in layers]
+    return sum(any(not parameter.is_meta for parameter in of_layer) for of_layer in frozen)

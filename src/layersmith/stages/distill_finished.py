@@ -70,7 +70,7 @@ def distill(
         run: Folder that ``compress`` made.
         tokens: Number of tokens to learn from; default: the recipe's, else a million.
         data: Text to learn from; default: the run's, without what evaluation shows.
-        recipe: Its section ``distillation`` replaces the run's.
+        recipe: Its section ``distillation`` replaces the run's, and so does ``stream`` if it is not ``auto``.
         finalists: Number of solutions that are tried for a short while first.
         report_to: Loggers, by the names that Transformers has for them; default: the recipe's.
         device: Device; default: the run's.
@@ -88,14 +88,16 @@ def distill(
         raise UsageError(f"--tokens: must be positive, got {tokens}.")
 
     def change(settings: Recipe) -> Recipe:
-        section = settings.distillation if recipe is None else Recipe.read(recipe).distillation
+        given = None if recipe is None else Recipe.read(recipe)
+        section = settings.distillation if given is None else given.distillation
         changes: dict[str, Any] = {"tokens": tokens or section.tokens or DISTILLATION_TOKENS}
         if finalists is not None:
             changes["finalists"] = finalists
         if report_to is not None:
             changes["report_to"] = tuple(report_to)
         section = dataclasses.replace(section, **changes)
-        return dataclasses.replace(settings, distillation=section, device=device or settings.device)
+        stream = settings.stream if given is None or given.stream == Recipe().stream else given.stream
+        return dataclasses.replace(settings, distillation=section, device=device or settings.device, stream=stream)
 
     shown = progress_of(progress, callback)
     job = job_of_run(run, (LIBRARY, COSTS, CHILD), descriptor, shown, change, verify, trust_remote_code)
