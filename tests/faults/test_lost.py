@@ -39,10 +39,11 @@ RECIPE = TINY_RECIPE | {
     "search": {"refine_passes": 2, "refine_rows": 2, "frontier_points": 3},
     "costs": {"time_child": True},
 }
-# A child with number formats cannot be sharded, so that of a divided parent is not distilled globally.
+# A child with number formats cannot be sharded, so that of a divided parent has none.
+TRAINED = {"tokens": 3840, "batch_tokens": 192, "device_tokens": 32}
 MORE = {
-    "whole": {"stream": "never", "distillation": {"tokens": 3840, "batch_tokens": 192, "device_tokens": 32}},
-    "divided": {"stream": "always"},
+    "whole": {"stream": "never", "distillation": TRAINED},
+    "divided": {"stream": "always", "formats": ["bf16"], "distillation": TRAINED},
 }
 
 
@@ -80,6 +81,7 @@ def cases() -> list[Case]:
         parent, count = tuple(MORE)[number // len(KINDS) % 2], choice.choice((2, 3))
         place, rank = (part + choice.random()) / NUMBER, choice.randrange(count)
         kind, again = KINDS[number % len(KINDS)], choice.choice((1, 2, 3))
+        again = max(2, again) if parent == "divided" else again  # one process cannot train a parent on the disk
         result.append(Case(number, kind, parent, count, rank, place, choice.random(), again))
     return result
 
