@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN = $(VENV)/bin
 READY = $(VENV)/.ready
 
-.PHONY: demo demo-smollm2 test test-aiconfigurator test-tasks test-rivals serve-test launchers examples check conformance divided lost families upstream docs lint types install clean
+.PHONY: demo demo-smollm2 test test-recipes test-aiconfigurator test-tasks test-rivals serve-test launchers examples check conformance divided lost families upstream docs lint types install clean
 
 demo: $(READY)
 	$(BIN)/layersmith demo runs/demo
@@ -129,6 +129,17 @@ launchers: .venv-launchers/.ready
 	.venv-launchers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	.venv-launchers/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest 'ray[default]==2.60.0'
 	touch .venv-launchers/.ready
+
+# The exported recipe, read by NeMo AutoModel's own loader; a minute after the packages are installed.
+test-recipes: .venv-recipes/.ready
+	LAYERSMITH_RECIPES=1 .venv-recipes/bin/python -m pytest tests/stages/test_exported_recipe.py
+
+.venv-recipes/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-recipes
+	.venv-recipes/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	.venv-recipes/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e . pytest torchdata torchao pillow
+	.venv-recipes/bin/pip install --quiet --disable-pip-version-check --no-deps nemo-automodel==0.7.0
+	touch .venv-recipes/.ready
 
 check: lint types test
 

@@ -422,19 +422,33 @@ def report(
 
 @app.command()
 def export(
-    child: Annotated[str, typer.Argument(help="Child to export: a checkpoint folder or a hub id.")],
+    child: Annotated[
+        str, typer.Argument(help="Child to export: a checkpoint folder or a hub id; a run for --to automodel.")
+    ],
     out: Annotated[Path, typer.Argument(help="New folder for the export.")],
     to: Annotated[str, typer.Option("--to", help="Target; docs/serving.md has the table.")],
     size: Size = None,
     quantize: Annotated[str | None, typer.Option(help="With --to gguf: store the weights so, e.g. Q4_K_M.")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="With --to automodel: training tokens. Default: the recipe's.")
+    ] = None,
     verbose: Verbose = 0,
     quiet: Quiet = False,
     as_json: Json = False,
 ) -> None:
-    """Write a child in another layout, and prove that the target reads the same model."""
+    """Write a child in another layout, and prove that the target reads the same model; or a recipe to distil it."""
     from layersmith.export.run import export as export_child
+    from layersmith.stages.exported_recipe import export_recipe
 
     screen = open_screen(verbose, quiet, as_json)
+    if to == "automodel":
+        if size is not None or quantize is not None:
+            raise UsageError("--to automodel writes a recipe for a run: without --size and --quantize.")
+        written = export_recipe(child, out, tokens)
+        screen.show(lambda: written, lambda: screen.line(str(written)))
+        return
+    if tokens is not None:
+        raise UsageError(f"--tokens {tokens}: only --to automodel writes a recipe for training.")
     exported = export_child(child, out, to, size=size, quantize=quantize, progress=screen.progress)
     screen.show(lambda: exported, lambda: screen.line(str(exported)))
 

@@ -24,6 +24,7 @@ from layersmith.run.artifacts import read_json
 from layersmith.search.solution import Solution
 from layersmith.stages.distill_finished import Distilled
 from layersmith.stages.dry_run import Plan
+from layersmith.stages.exported_recipe import ExportedRecipe
 from layersmith.stages.inspect import Inspection
 from layersmith.stages.nested import NestedChildren
 from layersmith.stages.reopen import Searched
@@ -198,7 +199,7 @@ RESULTS: dict[str, Any] = {
     "distill": DistilledOutput,
     "evaluate": Evaluation,
     "report": ReportOutput,
-    "export": Exported,
+    "export": Exported | ExportedRecipe,
     "push": PushOutput,
     "vocabulary": Trimmed,
     "demo": Compressed,
