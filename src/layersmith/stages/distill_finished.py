@@ -88,15 +88,12 @@ def distill(
         raise UsageError(f"--tokens: must be positive, got {tokens}.")
 
     def change(settings: Recipe) -> Recipe:
-        given = None if recipe is None else Recipe.read(recipe)
-        section = settings.distillation if given is None else given.distillation
+        given = settings if recipe is None else Recipe.read(recipe)
+        section, stream = given.distillation, settings.stream if given.stream == "auto" else given.stream
         changes: dict[str, Any] = {"tokens": tokens or section.tokens or DISTILLATION_TOKENS}
-        if finalists is not None:
-            changes["finalists"] = finalists
-        if report_to is not None:
-            changes["report_to"] = tuple(report_to)
+        changes |= {} if finalists is None else {"finalists": finalists}
+        changes |= {} if report_to is None else {"report_to": tuple(report_to)}
         section = dataclasses.replace(section, **changes)
-        stream = settings.stream if given is None or given.stream == Recipe().stream else given.stream
         return dataclasses.replace(settings, distillation=section, device=device or settings.device, stream=stream)
 
     shown = progress_of(progress, callback)

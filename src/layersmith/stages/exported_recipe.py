@@ -100,8 +100,7 @@ def automodel_recipe(
     Its loss is ``(1 - kd_ratio) * cross-entropy + kd_ratio * KL divergence``.
     """
     ours = recipe.distillation
-    length = recipe.data.sequence_length
-    steps = Steps.of(ours, tokens, length)
+    steps = Steps.of(ours, tokens, recipe.data.sequence_length)
     # Liger's kernels are made for the stock classes, and the child's layers differ from those.
     model = {"_target_": _MODEL, "force_hf": True, "use_liger_kernel": False, "attn_implementation": "sdpa"}
     return {
@@ -137,10 +136,17 @@ def automodel_recipe(
             "init_lr": 0.0,
             "min_lr": 0.0,
         },
+        **_data_and_storage(recipe, folder),
+    }
+
+
+def _data_and_storage(recipe: Recipe, folder: Path) -> dict[str, Any]:
+    """Settings of the text, the division among devices, and checkpoints."""
+    return {
         "dataset": {
             "_target_": "nemo_automodel.components.datasets.llm.nanogpt_dataset.NanogptDataset",
             "file_pattern": str(folder / "data" / "*.bin"),
-            "seq_len": length,
+            "seq_len": recipe.data.sequence_length,
             "shuffle_files": True,
         },
         "dataloader": {
@@ -151,7 +157,7 @@ def automodel_recipe(
             "strategy": "fsdp2",
             "tp_size": 1,
             "cp_size": 1,
-            "activation_checkpointing": ours.gradient_checkpointing,
+            "activation_checkpointing": recipe.distillation.gradient_checkpointing,
         },
         "checkpoint": {
             "enabled": True,

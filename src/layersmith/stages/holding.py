@@ -295,7 +295,7 @@ class Sizes:
         """Of the first process after it wrote the library: all linear replacements, and those that it builds."""
         return sum(self.maps) + (self.own_maps if self.is_streamed else sum(self.maps))
 
-    def _sides(self, i: int) -> list[int]:
+    def sides(self, i: int) -> list[int]:
         """Sides of the matrices of second moments of a layer's statistics, besides those of linear replacements."""
         kinds = {a.kind for a in self.by_layer[i]}
         sides = [self.heads(i)] if kinds & {*_OF_HEADS} else []
@@ -304,21 +304,7 @@ class Sizes:
     def sums_of(self, i: int) -> float:
         """Bytes of the float64 sums of a layer's statistics; where it has experts, of one of their matrices too."""
         experts = self.space.axes[i].experts
-        return 8.0 * sum(side**2 for side in (*self._sides(i), experts.size if experts else 0)) + 16.0 * self.linear[i]
-
-    def sums(self, i: int) -> tuple[float, float]:
-        """Bytes of a layer's sums while some are added, and of what ranks by them; both are on the CPU."""
-        sides, sums, D = self._sides(i), self.sums_of(i), self.hidden
-        product = 12.0 * max([*sides, D if self.linear[i] else 0]) ** 2
-        solving = max([52.0 * D**2 if self.linear[i] else 0.0, *(8.0 * D * side + 24.0 * side**2 for side in sides)])
-        return sums + product, sums / 2 + solving
-
-    def gradient_of_experts(self, i: int) -> float:
-        """Bytes of the gradient of the experts' last projections, a third of their weights."""
-        if self.space.axes[i].experts is None:
-            return 0.0
-        of_ffn = (a for a in self.space.alternatives if (a.layer, a.subblock) == (i, "ffn") and a.is_parent)
-        return sum(map(self.size, of_ffn)) / 3
+        return 8.0 * sum(side**2 for side in (*self.sides(i), experts.size if experts else 0)) + 16.0 * self.linear[i]
 
 
 # ---------------------------------------------------------------------------------------------- stages
@@ -340,13 +326,29 @@ def _without_zeros(parts: Parts) -> Parts:
     return {name: float(size) for name, size in parts.items() if size}
 
 
+def _sums(h: Sizes, i: int) -> tuple[float, float]:
+    """Bytes of a layer's sums while some are added, and of what ranks by them; both are on the CPU."""
+    sides, sums, D = h.sides(i), h.sums_of(i), h.hidden
+    product = 12.0 * max([*sides, D if h.linear[i] else 0]) ** 2
+    solving = max([52.0 * D**2 if h.linear[i] else 0.0, *(8.0 * D * side + 24.0 * side**2 for side in sides)])
+    return sums + product, sums / 2 + solving
+
+
+def _gradient_of_experts(h: Sizes, i: int) -> float:
+    """Bytes of the gradient of the experts' last projections, a third of their weights."""
+    if h.space.axes[i].experts is None:
+        return 0.0
+    of_ffn = (a for a in h.space.alternatives if (a.layer, a.subblock) == (i, "ffn") and a.is_parent)
+    return sum(map(h.size, of_ffn)) / 3
+
+
 def _statistics(h: Sizes) -> Iterator[Holding]:
     layers, tokens = range(len(h.layers)), h.tokens(h.recipe.data.calibration_sequences)
     device = {
         "activations": _FORWARD * h.within * h.counted_at_once,
-        "gradients": max(map(h.gradient_of_experts, layers)),
+        "gradients": max(_gradient_of_experts(h, i) for i in layers),
     }
-    sums = [h.sums(i) for i in layers]
+    sums = [_sums(h, i) for i in layers]
     if h.is_streamed:
         host = {"statistics": max(map(max, sums)), "linear maps": h.own_maps}
         yield Holding(device, host, h.states(tokens))
