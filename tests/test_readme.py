@@ -64,7 +64,8 @@ def test_make_targets_and_links_exist() -> None:
 MANY_PARAMETERS = {
     "cli": "options", "compress": "options", "stages": "those of compress", "distill": "options", "plan": "options",
     "job_of_run": "options", "evaluate": "options", "search": "options", "search_several": "those of search",
-    "search_nested": "options", "load": "options", "parse_budget": "one for each limit",
+    "search_nested": "options", "load": "options", "load_sharded": "those of load",
+    "parse_budget": "one for each limit",
     "make_plan": "the parts of a child", "head_losses": "the operands of a fused operation",
     "_of_kind": "what experiments found of a kind of layer",
 }  # fmt: skip
