@@ -56,7 +56,7 @@ PARENTS: dict[str, Callable[[], Any]] = {
     "granitemoehybrid": lambda: tiny_model(tiny_config("granitemoehybrid")),
 }  # fmt: skip
 # Five processes are two groups for two layers, and one that has none.
-NUMBERS = {"llama": (2, 3, 5), "mixtral": (2,), "granitemoehybrid": (3,), "shallow": (5,)}
+NUMBERS = {"llama": (2, 3, 5), "mixtral": (2,), "granitemoehybrid": (3,), "shallow": (4, 5)}
 RECIPE = LibraryRecipe(ffn_fractions=(0.5,), expert_fractions=(0.5,), head_fractions=(0.5,))
 
 

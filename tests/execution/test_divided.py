@@ -28,5 +28,5 @@ def test_two_processes_make_what_one_makes_and_fail_together(tmp_path: Path) -> 
 def test_several_processes_make_what_one_makes(tmp_path: Path) -> None:
     said = run(tmp_path)
     compared = [line for line in said if "processes" in line]
-    assert len(compared) == 10
+    assert len(compared) == 11
     assert all(line.endswith(": equal") for line in compared), compared

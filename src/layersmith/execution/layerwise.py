@@ -17,7 +17,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, Protocol, TypeVar
@@ -293,6 +293,20 @@ class LayerwiseParent(Generic[Builder]):
             calls.append(stand_in.call)
             stand_in.call = None
         return Batch(input_ids, calls[0].hidden, tuple(call.without_hidden() for call in calls))
+
+    def start_here(self, batches: Iterable[torch.Tensor], put: Callable[[int, torch.Tensor], None]) -> dict[int, Batch]:
+        """Start the batches that run in this process; where the first layer does, ``put`` gets their number and input.
+
+        The division says which these are. The batches that are returned keep no input.
+        """
+        started, here = dict[int, Batch](), self.division.here_in_group
+        for n, rows in enumerate(batches):
+            if here and self.division.is_of_group(n):
+                batch = self.start(rows)
+                if 0 in here:
+                    put(n, batch.embedded)
+                started[n] = batch.without_embedded()
+        return started
 
     def hidden_states(self, batch: Batch) -> list[torch.Tensor]:
         """The input of every layer and the output of the last: ``[B, T, D]`` each."""

@@ -45,16 +45,13 @@ def gather_layerwise(
     batches = tokens.split(max(1, min(calibration.batch_sequences, most)))
     division = layerwise.division
     here, mine = division.here_in_group, [n for n in range(len(batches)) if division.is_of_group(n)]
-    started, total = dict[int, Batch](), len(here) * sum(len(batches[n]) for n in mine)
+    total = len(here) * sum(len(batches[n]) for n in mine)
     with (
         calibration.progress.stage("statistics", total, "rows through a layer") as advance,
         division.passing(StatesOnDisk(folder), partial(_homes, division)) as states,
     ):
-        for n in mine if here else []:
-            batch = layerwise.start(batches[n].to(parent.runtime.device))
-            if 0 in here:
-                states.put(("input", 0, n), batch.embedded)
-            started[n] = batch.without_embedded()
+        on_device = (rows.to(parent.runtime.device) for rows in batches)
+        started = layerwise.start_here(on_device, lambda n, embedded: states.put(("input", 0, n), embedded))
         for i in here:
             of_layer, sums = [probe for probe in probes if probe.layer == i], dict[str, torch.Tensor]()
             layerwise.read(i)

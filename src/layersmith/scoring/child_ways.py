@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from layersmith.execution.hidden_states import States
-from layersmith.execution.layerwise import Batch, LayerwiseParent
+from layersmith.execution.layerwise import LayerwiseParent
 from layersmith.library.alternative import Alternative
 from layersmith.library.library import Library
 from layersmith.run import ranks
@@ -87,15 +87,11 @@ class Ways:
         return results
 
     def _through_layers(self, ways: Sequence[Sequence[Places]], states: States) -> None:
-        layerwise, division = self.layerwise, self.layerwise.division
-        started: dict[int, tuple[Batched, Batch]] = {}
-        for n, (rows, ids) in enumerate(self.batches.items()):
-            if division.is_of_group(n):
-                batch = layerwise.start(ids)
-                if 0 in division.here_in_group:
-                    states.put(("child", 0, 0, n), batch.embedded)
-                started[n] = rows, batch.without_embedded()
-        for i in division.here_in_group:
+        layerwise, rows = self.layerwise, list(self.batches)
+        started = layerwise.start_here(
+            self.batches.values(), lambda n, embedded: states.put(("child", 0, 0, n), embedded)
+        )
+        for i in layerwise.division.here_in_group:
             layerwise.read(i)
             before = {way: p for p, way in enumerate(ways[i])}
             for changes in dict.fromkeys(way[i] for way in ways[i + 1]):
@@ -103,10 +99,10 @@ class Ways:
                 size = sum(parameter.numel() for parameter in module.parameters())
                 for p, way in enumerate(ways[i + 1]):
                     if way[i] == changes:
-                        for n, (rows, batch) in started.items():
+                        for n, batch in started.items():
                             hidden = states.get(("child", i, before[way[:i]], n))
                             states.put(("child", i + 1, p, n), layerwise.run(batch, i, hidden, module))
-                            self.weights += len(rows) * size
+                            self.weights += len(rows[n]) * size
                 del module  # frees its weights
             for p in range(len(before)):
                 for n in started:

@@ -17,7 +17,7 @@ Shapes: B rows, T tokens, D hidden, V vocabulary, A alternatives.
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Hashable, Iterator, Sequence
+from collections.abc import Generator, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -249,9 +249,9 @@ class _Waves:
     def _of_head(self, n: int) -> float:
         return self.layerwise.head_operations(*self.jobs[n].rows.shape)
 
-    def _through_layers(self, wave: _Wave, started: Sequence[Batch]) -> None:
+    def _through_layers(self, wave: _Wave, started: Mapping[int, Batch]) -> None:
         layerwise, jobs, states, work = self.layerwise, self.jobs, self.states, self.work
-        of_group = [(a, [n for n in numbers if layerwise.division.is_of_group(n)]) for a, numbers in wave]
+        of_group = [(a, [n for n in numbers if n in started]) for a, numbers in wave]
         for j in layerwise.division.here_in_group:
             if j < wave[0][0].layer:
                 continue
@@ -324,7 +324,7 @@ def _waves(
 def _begin(
     layerwise: LayerwiseParent,
     jobs: Sequence[Job],
-    started: Sequence[Batch],
+    started: Mapping[int, Batch],
     entries: Sequence[tuple[int, Alternative, list[int]]],
     states: States,
     work: Work,

@@ -22,24 +22,19 @@ def most_seconds(layerwise: LayerwiseParent, work: Work, readings: int) -> float
 
 
 @torch.no_grad()
-def start_all(layerwise: LayerwiseParent, batches: Sequence[torch.Tensor], states: States, work: Work) -> list[Batch]:
+def start_all(
+    layerwise: LayerwiseParent, batches: Sequence[torch.Tensor], states: States, work: Work
+) -> dict[int, Batch]:
     """Run batches through the parent; ``("parent", i, n)`` is the input of layer i, or of the head, for batch n.
 
     Each layer runs on all batches before the next begins. Processes that a parent is divided between run its layers
-    together, each group on its batches.
+    together, each group on its batches; only those are returned, by their numbers.
     """
-    started, division = [], layerwise.division
     with layerwise.arithmetic.needs():
-        for n, rows in enumerate(batches):
-            batch = layerwise.start(rows)
-            if 0 in division.here_in_group and division.is_of_group(n):
-                states.put(("parent", 0, n), batch.embedded)
-            started.append(batch.without_embedded())
-        for i in division.here_in_group:
+        started = layerwise.start_here(batches, lambda n, embedded: states.put(("parent", 0, n), embedded))
+        for i in layerwise.division.here_in_group:
             read(layerwise, i, work)
-            for n, batch in enumerate(started):
-                if not division.is_of_group(n):
-                    continue
+            for n, batch in started.items():
                 with work.doing("forward", layerwise.operations(i, i + 1, *batches[n].shape)):
                     states.put(("parent", i + 1, n), layerwise.run(batch, i, states.get(("parent", i, n))))
     return started

@@ -140,14 +140,13 @@ def _estimates(
         by_subblock = {subblock: by_place.get((i, subblock), []) for subblock in ("attention", "ffn")}
         read(layerwise, i, work)
         both = [*by_subblock["attention"], *by_subblock["ffn"]]
-        for n, batch in enumerate(batches):
-            if not layerwise.division.is_of_group(n):
-                continue
+        for n, of_group in started.items():
+            batch = batches[n]
             passes = range(len(batch.seeds))
             amount = _amount_back(layerwise, survey, i, both, len(passes), batch.rows.shape)
             with work.doing("back", amount):
                 hidden = states.pop(("parent", i, n))
-                layer = ParentLayer(layerwise, i, started[n], hidden, work)
+                layer = ParentLayer(layerwise, i, of_group, hidden, work)
                 cotangents = [states.pop(("gradient", i + 1, k, n)) for k in passes]
                 for k, g in enumerate(_through(layer, by_subblock, survey, hidden, cotangents, sums[n])):
                     if i:
