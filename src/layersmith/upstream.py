@@ -143,10 +143,14 @@ def tensor_parallel_plan(model: PreTrainedModel) -> dict[str, str]:
 
 
 def divided_dimension(style: str, dimensions: int) -> tuple[int | None, int]:
-    """The dimension along which a style divides a parameter of so many dimensions, and the pieces that it consists of.
+    """Along which dimension a style divides a parameter, and the number of matrices that the parameter consists of.
 
-    Replaces a public way to ask a style. None if every process has the whole parameter; pieces are matrices that are
-    stored as one, of which each process gets a part.
+    Replaces a public way to ask a style. The dimension is None if every process has the whole parameter. Of several
+    matrices that are stored as one, each process gets a part of each.
+
+    Args:
+        style: How Transformers' plan divides the parameter.
+        dimensions: Number of the parameter's dimensions.
     """
     pieces = 2 if style.startswith("packed") else 1
     if style.startswith("embedding"):

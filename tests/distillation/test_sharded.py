@@ -41,6 +41,15 @@ def launched(processes: int, *arguments: object) -> subprocess.CompletedProcess[
     return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
 
 
+def compressed(family: str, text_folder: Path, tokenizer: Any, folder: Path) -> Path:
+    """A run of a tiny parent of a family, which is written too."""
+    config = tiny_config(family)
+    config.vocab_size = 512
+    tiny_model(config).save_pretrained(folder / "parent")
+    tokenizer.save_pretrained(folder / "parent")
+    return layersmith.compress(folder / "parent", folder / "one", data=text_folder, budget=0.8, recipe=TINY_RECIPE).run
+
+
 def assert_same_quality(run: Path, other: Path, points: int) -> None:
     """Equal but for rounding, which grows: Adam divides small gradients by their size."""
     curves = [read_json(folder / "distillation" / "global" / "log.json") for folder in (run, other)]
@@ -181,13 +190,7 @@ def test_four_processes_of_which_some_compute_the_same_rows(
     family: str, together: int, text_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """Norms of heads, or experts; killed with four processes, gone on with by two, and ended by one."""
-    config = tiny_config(family)
-    config.vocab_size = 512
-    tiny_model(config).save_pretrained(tmp_path / "parent")
-    tokenizer.save_pretrained(tmp_path / "parent")
-    run = layersmith.compress(
-        tmp_path / "parent", tmp_path / "one", data=text_folder, budget=0.8, recipe=TINY_RECIPE
-    ).run
+    run = compressed(family, text_folder, tokenizer, tmp_path)
     other = Path(shutil.copytree(run, tmp_path / "other"))
     settings: dict[str, Any] = {"tokens": 9600, "batch_tokens": 192, "learning_rate": 3e-4}
     distilled(other, 4, settings | {"tensor_parallel": together}, ends=1)
@@ -236,13 +239,7 @@ def test_two_processes_end_what_one_began_and_write_the_same_child(
     text_folder: Path, tokenizer: Any, tmp_path: Path
 ) -> None:
     """A mixture of experts, whose files have other names; the parent stays on the disk. Long rows follow."""
-    config = tiny_config("mixtral")
-    config.vocab_size = 512
-    tiny_model(config).save_pretrained(tmp_path / "parent")
-    tokenizer.save_pretrained(tmp_path / "parent")
-    run = layersmith.compress(
-        tmp_path / "parent", tmp_path / "one", data=text_folder, budget=0.8, recipe=TINY_RECIPE
-    ).run
+    run = compressed("mixtral", text_folder, tokenizer, tmp_path)
     other, settings = streamed(run, tmp_path / "other"), {"tokens": 5120, "batch_tokens": 128, "learning_rate": 3e-4}
     settings |= {"long_tokens": 1024, "long_sequence_length": 64}
     children = [distilled(folder, 2, settings) for folder in (run, other)]

@@ -137,6 +137,11 @@ def why_not_sharded(recipe: DistillationRecipe, processes: int, dtype: str, has_
     return None
 
 
+def trains_on_disk(recipe: DistillationRecipe, processes: int) -> bool:
+    """Whether adapters can be trained while the weights of parent and child stay on the disk."""
+    return bool(recipe.lora_rank) and processes == 1
+
+
 def _check_fields(given: Mapping[str, Any], known: Collection[str]) -> None:
     """Raises: UsageError: Some name is no field of TrainingArguments, or one that the recipe sets elsewhere."""
     where = "recipe distillation.trainer"

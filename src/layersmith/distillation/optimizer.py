@@ -93,10 +93,10 @@ class _Part:
 
     @staticmethod
     def of_this_process(matrix: DTensor) -> _Part:
-        return _Part(*(_ranges(_divided_like(matrix, dimension)) for dimension in (0, 1)))
+        return _Part(*(_ranges(_numbers_here(matrix, dimension)) for dimension in (0, 1)))
 
 
-def _divided_like(matrix: DTensor, dimension: int) -> torch.Tensor:
+def _numbers_here(matrix: DTensor, dimension: int) -> torch.Tensor:
     """The numbers of the rows, or columns, of a matrix that this process has."""
     shape = [1, 1]
     shape[dimension] = matrix.shape[dimension]

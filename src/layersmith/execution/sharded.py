@@ -99,7 +99,6 @@ def load_sharded(
     ranks.start(runtime)
     descriptor = descriptor or describe(path, trust_remote_code=trust_remote_code)
     model, dtype, files = weights_on_disk(path, runtime, descriptor, near, trust_remote_code)
-    vars(model).pop("hf_device_map", None)  # Trainer refuses models whose weights are on the disk
     mesh = _mesh(runtime, tensor_parallel)
     if tensor_parallel > 1:
         divide(model, descriptor, mesh[_TENSOR])

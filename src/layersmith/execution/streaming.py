@@ -79,8 +79,8 @@ class _Ahead:
         before, last = self._last
         if last is not None:
             self._seen[before, last] = unit
-        is_read = self._reading is not None and self._reading[0] is unit
-        tensors = self._reading[1].result() if self._reading is not None and is_read else self._read(unit)
+        reading = self._reading
+        tensors = reading[1].result() if reading is not None and reading[0] is unit else self._read(unit)
         self.forget()
         self._last = last, unit
         following = self._seen.get((last, unit), self._next.get(unit))
@@ -275,6 +275,7 @@ def weights_on_disk(
         how = {"device_map": _all_on_disk_but(skeleton, stays), "offload_folder": str(folder)}
         model = read_weights(cls, path, copy.deepcopy(config), dtype="auto", **how)
         dtype, files = model.dtype, Files(upstream.take_disk_offload(model), runtime.dtype)
+    vars(model).pop("hf_device_map", None)  # Trainer refuses models whose weights are on the disk
     missing = [name for name, p in model.named_parameters() if p.is_meta and name not in files]
     if missing:
         raise InputError(f"{path}: weights cannot be read from the disk one by one: {', '.join(missing[:3])}.")

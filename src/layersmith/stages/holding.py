@@ -14,7 +14,7 @@ from functools import cached_property
 
 from torch import nn
 
-from layersmith.distillation.arguments import why_not_sharded
+from layersmith.distillation.arguments import trains_on_disk, why_not_sharded
 from layersmith.distillation.steps import groups
 from layersmith.distillation.train import TRAINED_BYTES
 from layersmith.errors import UsageError
@@ -123,6 +123,7 @@ class Sizes:
         owners: The process that has each layer, of the first group of processes.
         groups: Number of groups of processes that each have all layers.
         held: Bytes of the layers that the process with most keeps in memory, of a parent on the disk.
+        head, unit: Bytes of the head, and of the largest of head and layers, which are read from the disk one by one.
         own, most: Number of layers of the process that has most, and their bytes.
     """
 
@@ -146,6 +147,8 @@ class Sizes:
         self.held = self.most if self.is_streamed and can_hold else 0.0
         language = space.descriptor.get_language_model_config(space.config)
         self.hidden, self.vocab = (whole_number(language, name) or 1 for name in ("hidden_size", "vocab_size"))
+        self.head = float(self.hidden * self.vocab * s)
+        self.unit = max(self.head, *self.layers)
         self.meta = meta or meta_layers(space.descriptor, space.config, space.blocks)
         self.within = bytes_within_a_layer(self.meta, s)
         self.at_once = bytes_of_a_token_at_once(self.meta, s, self.vocab)
@@ -159,19 +162,17 @@ class Sizes:
         if not self.is_streamed:
             return self.whole
         is_all = self.own == len(self.layers) and self.held
-        unit = max(float(self.hidden * self.vocab * self.memory.itemsize), 0.0 if is_all else max(self.layers))
-        return self.held + unit * (1 + self.is_read_ahead)
+        return self.held + (self.head if is_all else self.unit * (1 + self.is_read_ahead))
 
     @property
     def is_read_ahead(self) -> bool:
         """Whether a unit is read from the disk while another one runs."""
-        unit = max(float(self.hidden * self.vocab * self.memory.itemsize), max(self.layers))
-        return self.is_streamed and not self.held and 2 * unit <= SHARE_FOR_TWO * self.memory.size
+        return self.is_streamed and not self.held and 2 * self.unit <= SHARE_FOR_TWO * self.memory.size
 
     @property
     def is_trained_on_disk(self) -> bool:
         """Whether adapters are trained while the weights of parent and child stay on the disk."""
-        return self.is_streamed and bool(self.recipe.distillation.lora_rank) and self.memory.processes == 1
+        return self.is_streamed and trains_on_disk(self.recipe.distillation, self.memory.processes)
 
     @cached_property
     def why_not_sharded(self) -> str | None:
@@ -487,9 +488,8 @@ def _distilled(h: Sizes) -> Iterator[Holding]:
     """
     recipe, parameters = h.recipe.distillation, h.whole / h.memory.itemsize
     is_run_again = recipe.gradient_checkpointing or h.is_trained_on_disk
-    exchanged = min(
-        h.within, 3.0 * 2 * h.memory.itemsize * h.hidden
-    )  # the outputs of an attention and an FFN are whole
+    # The outputs of an attention and an FFN are whole.
+    exchanged = min(h.within, 3.0 * 2 * h.memory.itemsize * h.hidden)
     within = exchanged + h.of_group * (h.within - exchanged)
     within = _BACKWARD * within * (1 if is_run_again else len(h.layers))
     weights, optimizer = h.whole, TRAINED_BYTES * parameters

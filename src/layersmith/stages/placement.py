@@ -35,7 +35,8 @@ _OF_DATA_SHEET = 0.8 / 2.5
 _LINK, _READ, _ADDED = 1e9, 1e9, 2e9
 # How often a process runs the whole parent once, to find out whether its layers run one by one.
 _CHECKS = 4
-# Stages in which each group of processes takes some batches through all layers; others are those of the first group.
+# Stages in which each group of processes takes some batches through all layers; others are those of the first group. So
+# is a part of refinement, which is counted as if all of it were.
 _IN_GROUPS = ("statistics", "scores")
 _RATES = {"G": 1e9, "T": 1e12, "P": 1e15}
 

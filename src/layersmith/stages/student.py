@@ -82,7 +82,6 @@ def _on_disk(job: Job, folder: Path) -> Student:
     """The child with adapters in memory. Its layers are run again in the backward pass, when they are read again."""
     descriptor, near, trusts = job.first_parent.descriptor, job.run.folder, job.trust_remote_code
     child, dtype, stream = load_streamed(folder, job.runtime, descriptor, near, trusts)
-    vars(child).pop("hf_device_map", None)  # Trainer refuses models whose weights are on the disk
     rank, seed = job.recipe.distillation.lora_rank, job.recipe.seed
     add_adapters(child, descriptor, rank, seed, job.runtime.device)
     stream.run_again_in_backward()

@@ -45,7 +45,7 @@ def check(job: Job) -> Steps:
         UsageError: Settings do not go together, with the number of processes, or with the size of the parent.
     """
     why_not = why_not_sharded(job)
-    is_on_disk = job.recipe.distillation.lora_rank and job.runtime.world_size == 1
+    is_on_disk = arguments.trains_on_disk(job.recipe.distillation, job.runtime.world_size)
     if job.is_streamed and not is_on_disk and (why_not is not None or job.recipe.distillation.sharded == "never"):
         raise UsageError(
             f"{job.source}: larger than the memory, so it cannot be distilled here: it is not sharded, because "
